@@ -1,0 +1,148 @@
+#include "common.h"
+
+namespace gptfast {
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const AttentionLoops& loops() { return pick(generic::attention, avx2::attention, avx512::attention); }
+
+// (B, H, T, D), last dimension contiguous
+Heads heads(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double dropout_p,
+                        const OptionalTensor& seed, const OptionalTensor& kv_len) {
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.sizes() == v.sizes() && q.size(0) == k.size(0) && q.size(1) == k.size(1) &&
+                        q.size(3) == k.size(3) && q.size(2) <= k.size(2),
+                    "attention: shapes do not fit: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes());
+  TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                    "attention: q, k and v need one dtype");
+  AttentionArgs args{};
+  args.dtype = dtype_of(q);
+  args.B = q.size(0);
+  args.H = q.size(1);
+  args.Tq = q.size(2);
+  args.Tk = k.size(2);
+  args.D = q.size(3);
+  args.scale = static_cast<float>(scale);
+  args.dropout_p = static_cast<float>(dropout_p);
+  if (dropout_p > 0) {
+    TORCH_CHECK_VALUE(seed && seed->scalar_type() == at::kLong && seed->numel() == 1,
+                      "attention: dropout needs a 0-d int64 seed");
+    args.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  }
+  if (kv_len) {
+    TORCH_CHECK_VALUE(kv_len->scalar_type() == at::kLong && kv_len->dim() == 1 && kv_len->size(0) == args.B &&
+                          kv_len->is_contiguous(),
+                      "attention: kv_len must be contiguous int64 of shape (B,)");
+    args.kv_len = kv_len->const_data_ptr<int64_t>();
+  }
+  args.q = heads(q);
+  args.k = heads(k);
+  args.v = heads(v);
+  return args;
+}
+
+void run_fwd(AttentionArgs& args, const Tensor& out, const Tensor& lse) {
+  args.out = heads(out);
+  args.lse = lse.data_ptr<float>();
+  if (args.B * args.H * args.Tq == 0) return;
+  at::parallel_for(0, loops().fwd_items(args), 1, [&](int64_t begin, int64_t end) { loops().fwd(args, begin, end); });
+}
+
+void run_bwd(AttentionArgs& args, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& dq,
+             const Tensor& dk, const Tensor& dv) {
+  TORCH_CHECK_VALUE(lse.scalar_type() == at::kFloat && lse.numel() == args.B * args.H * args.Tq &&
+                        dout.sizes() == out.sizes() && dout.scalar_type() == out.scalar_type(),
+                    "attention: dout, out and lse do not fit the inputs");
+  const Tensor lse_rows = lse.contiguous();
+  args.dout = heads(dout);
+  args.out = heads(out);
+  args.lse = lse_rows.data_ptr<float>();
+  args.dq = heads(dq);
+  args.dk = heads(dk);
+  args.dv = heads(dv);
+  at::parallel_for(0, args.B * args.H, 1, [&](int64_t begin, int64_t end) { loops().bwd(args, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double scale,
+                                         double dropout_p, const OptionalTensor& seed, const OptionalTensor& kv_len) {
+  if (q_in.scalar_type() == at::kDouble)
+    return reference<decltype(attention_fwd)>("gptfast::attention_fwd", q_in, k_in, v_in, scale, dropout_p, seed,
+                                              kv_len);
+  const Tensor q = rows(q_in), k = rows(k_in), v = rows(v_in);
+  AttentionArgs args = arguments(q, k, v, scale, dropout_p, seed, kv_len);
+  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor lse = at::empty({args.B, args.H, args.Tq}, q.options().dtype(at::kFloat));
+  run_fwd(args, out, lse);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& q_in, const Tensor& k_in,
+                                                 const Tensor& v_in, const Tensor& out, const Tensor& lse, double scale,
+                                                 double dropout_p, const OptionalTensor& seed,
+                                                 const OptionalTensor& kv_len) {
+  if (q_in.scalar_type() == at::kDouble)
+    return reference<decltype(attention_bwd)>("gptfast::attention_bwd", dout, q_in, k_in, v_in, out, lse, scale,
+                                              dropout_p, seed, kv_len);
+  const Tensor q = rows(q_in), k = rows(k_in), v = rows(v_in);
+  AttentionArgs args = arguments(q, k, v, scale, dropout_p, seed, kv_len);
+  Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
+  Tensor dv = at::empty(v.sizes(), v.options());
+  run_bwd(args, rows(dout), rows(out), lse, dq, dk, dv);
+  return {dq, dk, dv};
+}
+
+// (B, T, C) or one third of (B, T, 3C) as (B, H, T, D), without a copy
+Tensor split_heads(const Tensor& t, int64_t part, int64_t n_head, int64_t C) {
+  return t.narrow(2, part * C, C).unflatten(2, {n_head, C / n_head}).transpose(1, 2);
+}
+
+AttentionArgs packed_arguments(const Tensor& qkv, int64_t n_head, double scale, double dropout_p,
+                               const OptionalTensor& seed, const OptionalTensor& kv_len) {
+  TORCH_CHECK_VALUE(qkv.dim() == 3 && n_head > 0 && qkv.size(2) % (3 * n_head) == 0, "attention_qkv: qkv ", qkv.sizes(),
+                    " does not divide into 3 x ", n_head, " heads");
+  const int64_t C = qkv.size(2) / 3;
+  return arguments(split_heads(qkv, 0, n_head, C), split_heads(qkv, 1, n_head, C), split_heads(qkv, 2, n_head, C),
+                   scale, dropout_p, seed, kv_len);
+}
+
+std::tuple<Tensor, Tensor> attention_qkv_fwd(const Tensor& qkv_in, int64_t n_head, double scale, double dropout_p,
+                                             const OptionalTensor& seed, const OptionalTensor& kv_len) {
+  if (qkv_in.scalar_type() == at::kDouble)
+    return reference<decltype(attention_qkv_fwd)>("gptfast::attention_qkv_fwd", qkv_in, n_head, scale, dropout_p, seed,
+                                                  kv_len);
+  const Tensor qkv = rows(qkv_in);
+  AttentionArgs args = packed_arguments(qkv, n_head, scale, dropout_p, seed, kv_len);
+  const int64_t C = args.H * args.D;
+  Tensor out = at::empty({args.B, args.Tq, C}, qkv.options());
+  Tensor lse = at::empty({args.B, args.H, args.Tq}, qkv.options().dtype(at::kFloat));
+  run_fwd(args, split_heads(out, 0, n_head, C), lse);
+  return {out, lse};
+}
+
+Tensor attention_qkv_bwd(const Tensor& dout, const Tensor& qkv_in, const Tensor& out, const Tensor& lse, int64_t n_head,
+                         double scale, double dropout_p, const OptionalTensor& seed, const OptionalTensor& kv_len) {
+  if (qkv_in.scalar_type() == at::kDouble)
+    return reference<decltype(attention_qkv_bwd)>("gptfast::attention_qkv_bwd", dout, qkv_in, out, lse, n_head, scale,
+                                                  dropout_p, seed, kv_len);
+  const Tensor qkv = rows(qkv_in);
+  AttentionArgs args = packed_arguments(qkv, n_head, scale, dropout_p, seed, kv_len);
+  const int64_t C = args.H * args.D;
+  Tensor dqkv = at::empty(qkv.sizes(), qkv.options());
+  run_bwd(args, split_heads(rows(dout), 0, n_head, C), split_heads(rows(out), 0, n_head, C), lse,
+          split_heads(dqkv, 0, n_head, C), split_heads(dqkv, 1, n_head, C), split_heads(dqkv, 2, n_head, C));
+  return dqkv;
+}
+
+TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+  m.impl("attention_fwd", attention_fwd);
+  m.impl("attention_bwd", attention_bwd);
+  m.impl("attention_qkv_fwd", attention_qkv_fwd);
+  m.impl("attention_qkv_bwd", attention_qkv_bwd);
+}
+
+}  // namespace
+}  // namespace gptfast

@@ -1,0 +1,69 @@
+// The Python module: what was built, and the instruction-set level in use. Tensors never cross it.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+// The names in order; the last that the CPU supports is the default.
+const std::vector<std::string>& supported() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> all{"default"};
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      all.push_back("avx2");
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        all.push_back("avx512");
+    }
+#endif
+    return all;
+  }();
+  return names;
+}
+
+Level& current() {
+  static Level level = static_cast<Level>(supported().size() - 1);
+  return level;
+}
+
+void set_isa(const std::string& name) {
+  const auto& names = supported();
+  const auto found = std::find(names.begin(), names.end(), name);
+  if (found == names.end()) {
+    std::string listed;
+    for (const auto& one : names) listed += " " + one;
+    throw pybind11::value_error("instruction-set level '" + name + "' is not one this CPU has:" + listed);
+  }
+  current() = static_cast<Level>(found - names.begin());
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["isa"] = supported()[static_cast<size_t>(current())];
+  info["isa_supported"] = supported();
+  info["compiler"] = __VERSION__;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["threads"] = at::get_num_threads();
+  return info;
+}
+
+}  // namespace
+
+Level level() { return current(); }
+
+}  // namespace gptfast
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "gptfast's C++ kernels; the operators register themselves with PyTorch on import.";
+  m.def("build_info", &gptfast::build_info, "Level, compiler, OpenMP and threads of this build.");
+  m.def("set_isa", &gptfast::set_isa, "Choose the instruction-set level: default, avx2 or avx512.");
+}

@@ -1,0 +1,132 @@
+// Cross entropy over rows of logits: one pass for the max, one for the sum, one for the gradient.
+// A row of GPT-2 logits is 200 KB, so the passes after the first run from the core's own cache.
+// Sums are taken in fp32 over blocks of 4096 and added up in double: one long fp32 sum a lane costs
+// 4e-6 in the loss.
+#include "simd.h"
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+constexpr int64_t BLOCK = 4096;
+
+// f(vector, elements in it) over a row, then each element's lane past the end reading as fill.
+template <class T, class F>
+inline void each_vector(const T* x, int64_t n, float fill, F f) {
+  int64_t j = 0;
+  for (; j + W <= n; j += W) f(load(x + j), j);
+  if (j < n) f(load_part(x + j, n - j, fill), j);
+}
+
+template <class T>
+float row_max(const T* x, int64_t V) {
+  vf best[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
+  int64_t j = 0;
+  for (; j + 4 * W <= V; j += 4 * W)
+    for (int i = 0; i < 4; ++i) best[i] = max(load(x + j + i * W), best[i]);
+  each_vector(x + j, V - j, -INFINITY, [&](vf value, int64_t) { best[0] = max(value, best[0]); });
+  return max(max(max(best[0], best[1]), max(best[2], best[3])));
+}
+
+// sum_j exp(x_j - top); with Mean, sum_j (x_j - top) too.
+template <bool Mean, class T>
+void row_sums(const T* x, int64_t V, float top, double& exps, double& values) {
+  exps = values = 0;
+  for (int64_t begin = 0; begin < V; begin += BLOCK) {
+    const int64_t n = smaller(BLOCK, V - begin);
+    vf e[2] = {}, m = {};
+    int64_t j = begin;
+    for (; j + 2 * W <= begin + n; j += 2 * W)
+      for (int i = 0; i < 2; ++i) {
+        const vf shifted = load(x + j + i * W) - top;
+        e[i] += exp(shifted);
+        if (Mean) m += shifted;
+      }
+    each_vector(x + j, begin + n - j, top, [&](vf value, int64_t at) {
+      const int64_t lanes = begin + n - j - at;
+      vf p = exp(value - top);
+      for (int64_t i = lanes; i < W; ++i) p[i] = 0;
+      e[0] += p;
+      if (Mean) m += value - top;
+    });
+    exps += sum(e[0] + e[1]);
+    values += sum(m);
+  }
+}
+
+template <class T>
+void fwd_row(const CrossEntropyArgs& args, int64_t row) {
+  const T* x = (const T*)args.logits + row * args.row_stride;
+  const int64_t target = args.target[row], V = args.V;
+  const float top = row_max(x, V), smoothing = args.label_smoothing;
+  double exps, values;
+  if (smoothing > 0)
+    row_sums<true>(x, V, top, exps, values);
+  else
+    row_sums<false>(x, V, top, exps, values);
+  const double log_sum = log(exps), lse = top + log_sum;
+  args.lse[row] = (float)lse;
+  if (target == args.ignore_index) {
+    args.loss[row] = 0;
+    return;
+  }
+  double loss = (1.0 - smoothing) * (lse - load_one(x + target));
+  if (smoothing > 0) loss += smoothing * (log_sum - values / V);
+  if (args.z_loss > 0) loss += args.z_loss * lse * lse;
+  args.loss[row] = (float)loss;
+}
+
+template <class T>
+void bwd_row(const CrossEntropyArgs& args, int64_t row) {
+  const T* x = (const T*)args.logits + row * args.row_stride;
+  T* dx = (T*)args.dlogits + row * args.V;
+  const int64_t target = args.target[row], V = args.V;
+  if (target == args.ignore_index) {
+    memset((void*)dx, 0, sizeof(T) * V);
+    return;
+  }
+  const float lse = args.lse[row], dloss = args.dloss[row];
+  const float factor = dloss * (1 + 2 * args.z_loss * lse), offset = dloss * args.label_smoothing / V;
+  const float at_target = load_one(x + target);
+  int64_t j = 0;
+  for (; j + W <= V; j += W) store(dx + j, exp(load(x + j) - lse) * factor - offset);
+  if (j < V) store_part(dx + j, exp(load_part(x + j, V - j) - lse) * factor - offset, V - j);
+  const vf p = exp(splat(at_target) - lse);
+  store_part(dx + target, p * factor - offset - dloss * (1 - args.label_smoothing), 1);
+}
+
+template <class T>
+void fwd_rows(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) fwd_row<T>(args, row);
+}
+template <class T>
+void bwd_rows(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) bwd_row<T>(args, row);
+}
+template <class T>
+void fwd_bwd_rows(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    fwd_row<T>(args, row);
+    bwd_row<T>(args, row);
+  }
+}
+
+using Rows = void (*)(const CrossEntropyArgs&, int64_t, int64_t);
+void run(Rows fp32, Rows bf16, Rows fp16, const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+  const Rows rows[] = {fp32, bf16, fp16};
+  rows[(int)args.dtype](args, begin, end);
+}
+void fwd(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+  run(fwd_rows<float>, fwd_rows<bf16>, fwd_rows<fp16>, args, begin, end);
+}
+void bwd(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+  run(bwd_rows<float>, bwd_rows<bf16>, bwd_rows<fp16>, args, begin, end);
+}
+void fwd_bwd(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+  run(fwd_bwd_rows<float>, fwd_bwd_rows<bf16>, fwd_bwd_rows<fp16>, args, begin, end);
+}
+
+}  // namespace
+
+const CrossEntropyLoops cross_entropy = {fwd, bwd, fwd_bwd};
+
+}  // namespace gptfast::GPTFAST_LEVEL

@@ -1,0 +1,54 @@
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+using at::Tensor;
+
+const SamplingLoops& loops() { return pick(generic::sampling, avx2::sampling, avx512::sampling); }
+
+template <class T>
+const T* column(const Tensor& t, int64_t B, const char* name) {
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == B && t.is_contiguous(), name, " must be contiguous of shape (", B, ",)");
+  return t.const_data_ptr<T>();
+}
+
+Tensor sample(const Tensor& logits_in, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
+              const Tensor& min_p, const Tensor& seed, const Tensor& position) {
+  if (logits_in.scalar_type() == at::kDouble)
+    return reference<decltype(sample)>("gptfast::sample", logits_in, temperature, top_k, top_p, min_p, seed, position);
+  TORCH_CHECK_VALUE(logits_in.dim() == 2 && logits_in.size(1) > 0, "logits must be (B, V), got ", logits_in.sizes());
+  const Tensor logits = rows(logits_in);
+  const int64_t B = logits.size(0);
+  SamplingArgs args{};
+  args.dtype = dtype_of(logits);
+  args.V = logits.size(1);
+  args.row_stride = logits.stride(0);
+  args.logits = logits.const_data_ptr();
+  args.temperature = column<float>(temperature, B, "temperature");
+  args.top_k = column<int64_t>(top_k, B, "top_k");
+  args.top_p = column<float>(top_p, B, "top_p");
+  args.min_p = column<float>(min_p, B, "min_p");
+  args.seed = column<int64_t>(seed, B, "seed");
+  args.position = column<int64_t>(position, B, "position");
+  for (int64_t b = 0; b < B; ++b) {
+    const float t = args.temperature[b], p = args.top_p[b], m = args.min_p[b];
+    TORCH_CHECK_VALUE(t >= 0 && t < INFINITY, "temperature must be a finite number >= 0, got ", t, " in row ", b);
+    TORCH_CHECK_VALUE(args.top_k[b] >= 1, "top_k must be an integer >= 1, got ", args.top_k[b], " in row ", b);
+    TORCH_CHECK_VALUE(p > 0 && p <= 1, "top_p must be in (0, 1], got ", p, " in row ", b);
+    TORCH_CHECK_VALUE(m >= 0 && m <= 1, "min_p must be in [0, 1], got ", m, " in row ", b);
+    TORCH_CHECK_VALUE(args.position[b] >= 0, "position must be an integer >= 0, got ", args.position[b], " in row ", b);
+  }
+  Tensor ids = at::empty({B}, logits.options().dtype(at::kLong));
+  args.ids = ids.data_ptr<int64_t>();
+  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) { loops().sample(args, begin, end); });
+  for (int64_t b = 0; b < B; ++b)
+    TORCH_CHECK_VALUE(args.ids[b] >= 0, "logits row ", b,
+                      " has NaN, +inf or nothing but -inf; check the model's output");
+  return ids;
+}
+
+TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("sample", sample); }
+
+}  // namespace
+}  // namespace gptfast

@@ -1,0 +1,183 @@
+// Vectors of the width of one instruction-set level. Every *_loops.cpp is compiled once per level,
+// with that level's flags and GPTFAST_LEVEL as its namespace, and includes nothing of ATen.
+// Nothing here or there may leave a symbol that another level shares (an inline std:: function, say):
+// the linker would keep one copy for all levels, perhaps the one this CPU cannot run.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "loops.h"
+
+namespace gptfast::GPTFAST_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef double vd __attribute__((vector_size(8 * W)));
+typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+template <class T>
+static inline T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+static inline T larger(T a, T b) {
+  return a > b ? a : b;
+}
+static inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+static inline vf splat(float x) { return x - vf{}; }
+static inline vu splat(uint32_t x) { return x - vu{}; }
+
+// NaN in b wins; NaN in a is dropped.
+static inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline float sum(vf x) {
+  float lanes[W];
+  memcpy(lanes, &x, sizeof lanes);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+static inline float max(vf x) {
+  float best = x[0];
+  for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// fp16 <-> fp32. F16C where the level has it; else by the bits, rounding to nearest even.
+#if defined(__AVX512F__)
+static inline vf widen_half(vh x) { return (vf)_mm512_cvtph_ps((__m256i)x); }
+static inline vh narrow_half(vf x) { return (vh)_mm512_cvtps_ph((__m512)x, 0); }
+#elif defined(__AVX2__)
+static inline vf widen_half(vh x) { return (vf)_mm256_cvtph_ps((__m128i)x); }
+static inline vh narrow_half(vf x) { return (vh)_mm256_cvtps_ph((__m256)x, 0); }
+#else
+static inline vf widen_half(vh x) {
+  const vu bits = __builtin_convertvector(x, vu), sign = (bits & 0x8000u) << 16, rest = (bits & 0x7FFFu) << 13;
+  const vu finite = (vu)((vf)rest * 0x1p112f);  // rebias the exponent; subnormals come out right
+  const vu special = rest | 0x7F800000u;
+  return (vf)(sign | (rest >= splat(0x0F800000u) ? special : finite));
+}
+static inline vh narrow_half(vf x) {
+  const vu bits = (vu)x, sign = (bits >> 16) & 0x8000u, rest = bits & 0x7FFFFFFFu;
+  const vu normal = (rest - 0x38000000u + 0x0FFFu + ((rest >> 13) & 1u)) >> 13;
+  // Adding 0.5 leaves a subnormal half in the low bits, rounded by the addition itself.
+  const vu subnormal = (vu)((vf)rest + 0.5f) - 0x3F000000u;
+  vu half = rest < splat(0x38800000u) ? subnormal : normal;
+  half = rest >= splat(0x477FF000u) ? splat(0x7C00u) : half;
+  half = rest > splat(0x7F800000u) ? splat(0x7E00u) : half;
+  return __builtin_convertvector(half | sign, vh);
+}
+#endif
+
+static inline vf load(const float* p) { return *(const vf_any*)p; }
+static inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const vh_any*)p, vu) << 16); }
+static inline vf load(const fp16* p) { return widen_half(*(const vh_any*)p); }
+
+static inline void store(float* p, vf x) { *(vf_any*)p = x; }
+static inline void store(bf16* p, vf x) {
+  const vu bits = (vu)x, rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const vu nan = splat(0x7FC0u);
+  *(vh_any*)p = __builtin_convertvector((vu)(x == x) ? rounded : nan, vh);
+}
+static inline void store(fp16* p, vf x) { *(vh_any*)p = narrow_half(x); }
+
+// The first n < W elements only; the other lanes read as fill.
+template <class T>
+static inline vf load_part(const T* p, int64_t n, float fill = 0.0f) {
+  T lanes[W] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  vf x = load(lanes);
+  for (int64_t i = n; i < W; ++i) x[i] = fill;
+  return x;
+}
+template <class T>
+static inline void store_part(T* p, vf x, int64_t n) {
+  T lanes[W];
+  store(lanes, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+template <class T>
+static inline float load_one(const T* p) {
+  return load_part(p, 1)[0];
+}
+
+// 2^(bits of z) times p, where z = 1.5 * 2^23 + n holds the integer n in its low bits.
+constexpr float MAGIC = 12582912.0f;
+static inline vf scale_by_power(vf p, vf z) { return (vf)((vi)p + ((vi)z << 23)); }
+
+// exp(x) for x <= 88; 0 below -87.3; NaN stays. Cephes' reduction, error about 1 ulp.
+static inline vf exp(vf x) {
+  const vf z = x * 1.44269504088896341f + MAGIC, n = z - MAGIC;
+  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return x < splat(-87.3f) ? vf{} : scale_by_power(p, z);
+}
+
+// 2^x for x <= 127; 0 below -126. Minimax polynomial of degree 6 on [-1/2, 1/2], error 1e-8.
+static inline vf exp2(vf x) {
+  const vf z = x + MAGIC, f = x - (z - MAGIC);
+  vf p = f * 1.5353361330e-04f + 1.3398874608e-03f;
+  p = p * f + 9.6184373615e-03f;
+  p = p * f + 5.5503324705e-02f;
+  p = p * f + 2.4022647914e-01f;
+  p = p * f + 6.9314720286e-01f;
+  p = p * f + 1.0f;
+  return x < splat(-126.0f) ? vf{} : scale_by_power(p, z);
+}
+
+// Memory for one call of a loop, aligned for any vector.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : data_((float*)aligned_alloc(64, round_up(floats * 4 + 64, 64))) {
+    if (!data_) abort();
+  }
+  ~Scratch() { free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* take(int64_t floats) {
+    float* p = data_ + used_;
+    used_ += round_up(floats, 16);
+    return p;
+  }
+
+ private:
+  float* data_;
+  int64_t used_ = 0;
+};
+
+}  // namespace gptfast::GPTFAST_LEVEL

@@ -1,0 +1,202 @@
+"""Cross entropy, alone and with the LM head: schema, fake, autograd, public functions."""
+
+import torch
+from torch import Tensor
+
+from gptfast.kernels.reference import cross_entropy as reference
+from gptfast.ops.library import register, register_autocast, register_autograd
+
+_OPTIONS = "int ignore_index, float label_smoothing, float z_loss"
+
+
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _fwd_fake(logits, target, ignore_index, label_smoothing, z_loss):  # type: ignore[no-untyped-def]
+    loss = logits.new_empty(logits.shape[0], dtype=_loss_dtype(logits))
+    return loss, torch.empty_like(loss)
+
+
+def _bwd_fake(dloss, logits, target, lse, ignore_index, label_smoothing, z_loss):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+def _linear_fwd_fake(input, linear_weight, target, ignore_index, label_smoothing, z_loss):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape[0], dtype=_loss_dtype(input))
+
+
+def _linear_fwd_bwd_fake(
+    input, linear_weight, target, dloss, ignore_index, label_smoothing, z_loss
+):  # type: ignore[no-untyped-def]
+    total = input.new_empty((), dtype=_loss_dtype(input))
+    return total, input.new_empty(input.shape), linear_weight.new_empty(linear_weight.shape)
+
+
+_fwd = register(
+    f"cross_entropy_fwd(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor loss, Tensor lse)",
+    reference.cross_entropy_fwd,
+    _fwd_fake,
+)
+_bwd = register(
+    f"cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse, {_OPTIONS}) "
+    "-> Tensor dlogits",
+    reference.cross_entropy_bwd,
+    _bwd_fake,
+)
+_linear_fwd = register(
+    "linear_cross_entropy_fwd(Tensor input, Tensor linear_weight, Tensor target, "
+    f"{_OPTIONS}) -> Tensor loss",
+    reference.linear_cross_entropy_fwd,
+    _linear_fwd_fake,
+)
+_linear_fwd_bwd = register(
+    "linear_cross_entropy_fwd_bwd(Tensor input, Tensor linear_weight, Tensor target, Tensor dloss, "
+    f"{_OPTIONS}) -> (Tensor total, Tensor dinput, Tensor dlinear_weight)",
+    reference.linear_cross_entropy_fwd_bwd,
+    _linear_fwd_bwd_fake,
+)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    logits, target, *ctx.options = inputs
+    ctx.save_for_backward(logits, target, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dloss, dlse):  # type: ignore[no-untyped-def]
+    logits, target, lse = ctx.saved_tensors
+    return _bwd(dloss, logits, target, lse, *ctx.options), None, None, None, None
+
+
+def _linear_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    input, linear_weight, target, *ctx.options = inputs
+    ctx.save_for_backward(input, linear_weight, target)
+
+
+def _linear_backward(ctx, dloss):  # type: ignore[no-untyped-def]
+    _, dinput, dweight = _linear_fwd_bwd(*ctx.saved_tensors, dloss, *ctx.options)
+    return dinput, dweight, None, None, None, None
+
+
+def _fused_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _fused_backward(ctx, dtotal, _, __):  # type: ignore[no-untyped-def]
+    # The forward computed both gradients for dtotal = 1.
+    dinput, dweight = ctx.saved_tensors
+    factor = dtotal.to(dinput.dtype)
+    return dinput * factor, dweight * factor, None, None, None, None, None
+
+
+register_autograd(_fwd, _backward, _setup)
+register_autograd(_linear_fwd, _linear_backward, _linear_setup)
+register_autograd(_linear_fwd_bwd, _fused_backward, _fused_setup)
+# The kernels accumulate in fp32 whatever the logits' dtype, so `_fwd` has nothing to cast.
+register_autocast(_linear_fwd, n_tensors=2)
+register_autocast(_linear_fwd_bwd, n_tensors=2)
+
+
+def _check(x: Tensor, target: Tensor, label_smoothing: float, z_loss: float, reduction: str) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"cross entropy needs floating-point inputs, got {x.dtype}")
+    if target.dtype != torch.int64 or target.shape != x.shape[:-1]:
+        raise ValueError(
+            f"target must be int64 of shape {tuple(x.shape[:-1])}, "
+            f"got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if target.device != x.device:
+        raise ValueError(f"target is on {target.device}, the input on {x.device}; move one of them")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss must be >= 0, got {z_loss}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    # As F.cross_entropy: the input's dtype, fp32 under autocast.
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.float32 if autocast else x.dtype
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Softmax cross entropy with the values and gradients of `torch.nn.functional.cross_entropy`.
+
+    logits: (N, V) floating; target: (N,) int64 in [0, V) or equal to ignore_index.
+    z_loss adds z_loss * logsumexp(logits)^2 to each row that counts (PaLM, section 5).
+    reduction: "mean" over the rows that count (all ignored: NaN with zero gradient), "sum", "none".
+
+    Returns a scalar, or (N,) for "none", accumulated in fp32 and given in the logits' dtype (fp32
+    under autocast). Raises ValueError for inputs that do not fit and, on the CPU, IndexError for a
+    target out of range; on a GPU its loss is NaN.
+    """
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be (N, V), got {tuple(logits.shape)}")
+    _check(logits, target, label_smoothing, z_loss, reduction)
+    loss = _fwd(logits, target, ignore_index, label_smoothing, z_loss)[0]
+    if reduction == "mean":
+        loss = loss.sum() / (target != ignore_index).sum()
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss.to(_result_dtype(logits))
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The LM head and `cross_entropy` together: the loss of input @ linear_weight.T.
+
+    input: (..., C); linear_weight: (V, C) in the same dtype; target: (...) int64. The (N, V) logits
+    and their gradient never exist at once: rows are handled in chunks, and for "mean" and "sum" the
+    gradient is computed in the forward, so that a step costs three matrix products.
+
+    The other arguments, the result and the errors are `cross_entropy`'s; "none" returns (...).
+    """
+    if linear_weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
+        raise ValueError(
+            "linear_cross_entropy needs input (..., C) and linear_weight (V, C), "
+            f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
+        )
+    _check(input, target, label_smoothing, z_loss, reduction)
+    autocast = torch.is_autocast_enabled(input.device.type)
+    if input.device != linear_weight.device or (
+        input.dtype != linear_weight.dtype and not autocast
+    ):
+        raise ValueError(
+            f"input and linear_weight need one dtype and one device, got {input.dtype} on "
+            f"{input.device} and {linear_weight.dtype} on {linear_weight.device}"
+        )
+    x, flat_target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    options = (ignore_index, label_smoothing, z_loss)
+    differentiable = input.requires_grad or linear_weight.requires_grad
+    if reduction == "none":
+        loss = _linear_fwd(x, linear_weight, flat_target, *options).view(target.shape)
+        return loss.to(_result_dtype(input))
+    share = torch.ones((), dtype=_loss_dtype(x), device=x.device)
+    if reduction == "mean":
+        share = share / (flat_target != ignore_index).sum()
+    if torch.is_grad_enabled() and differentiable:
+        share = share.expand(flat_target.shape)
+        loss = _linear_fwd_bwd(x, linear_weight, flat_target, share, *options)[0]
+    else:
+        loss = (_linear_fwd(x, linear_weight, flat_target, *options) * share).sum()
+    return loss.to(_result_dtype(input))

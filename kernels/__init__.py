@@ -1,0 +1,1 @@
+"""The kernels, a folder per backend; `reference` defines what the others must compute."""

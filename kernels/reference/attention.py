@@ -1,0 +1,131 @@
+"""Causal attention, its softmax, dropout and gradients, as plain PyTorch.
+
+    S = scale * Q K^T, key j visible to query i iff j <= len - Tq + i   (bottom-right alignment)
+    lse = log sum_j exp(S_ij);  P = exp(S - lse);  P' = P * mask / (1 - p);  O = P' V
+    dV = P'^T dO;  dP = (dO V^T) * mask / (1 - p);  delta = sum_d dO * O
+    dS = P * (dP - delta);  dQ = scale * dS K;  dK = scale * dS^T Q
+
+len is Tk, or kv_len[b] where it is given. A query that sees no key has output 0 and lse -inf.
+"""
+
+import torch
+from torch import Tensor
+
+from gptfast.kernels.reference.philox import philox, uniform
+
+
+def _visible(q: Tensor, k: Tensor, kv_len: Tensor | None) -> Tensor:
+    Tq, Tk = q.shape[-2], k.shape[-2]
+    query = torch.arange(Tq, device=q.device)[:, None]
+    key = torch.arange(Tk, device=q.device)
+    if kv_len is None:
+        return key <= Tk - Tq + query  # (Tq, Tk)
+    return key <= kv_len[:, None, None, None] - Tq + query  # (B, 1, Tq, Tk)
+
+
+def dropout_scale(q: Tensor, k: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """What dropout multiplies P by: 0 or 1 / (1 - dropout_p), fp32 (B, H, Tq, Tk)."""
+    B, H, Tq, _ = q.shape
+    Tk = k.shape[-2]
+    key = torch.arange(Tk, device=q.device)
+    query = torch.arange(Tk - Tq, Tk, device=q.device)[:, None]
+    head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
+    words = philox(key >> 2, query, head, torch.ones_like(key), seed.to(q.device))
+    word = torch.stack(words, -1).gather(-1, (key & 3).expand(B, H, Tq, Tk)[..., None])[..., 0]
+    return (uniform(word) >= dropout_p).to(torch.float32) / (1.0 - dropout_p)
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, lse: Tensor | None, scale: float, kv_len: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores = (q @ k.transpose(-2, -1)) * scale
+    visible = _visible(q, k, kv_len)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if lse is None:
+        lse = torch.logsumexp(scores, -1)
+    finite = lse.masked_fill(lse == -torch.inf, 0.0)
+    return torch.exp(scores - finite[..., None]), lse
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    kv_len: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, Tq, D) in q's dtype, lse (B, H, Tq) natural log, fp32 or fp64."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    p, lse = _probabilities(q.to(dtype), k.to(dtype), None, scale, kv_len)
+    if dropout_p > 0:
+        p = p * dropout_scale(q, k, dropout_p, seed)
+    return (p @ v.to(dtype)).to(q.dtype), lse
+
+
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    kv_len: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous, in the inputs' dtype."""
+    input_dtype = q.dtype
+    q, k, v, dout, out = (t.to(lse.dtype) for t in (q, k, v, dout, out))
+    p, _ = _probabilities(q, k, lse, scale, kv_len)
+    dropped, dp = p, dout @ v.transpose(-2, -1)
+    if dropout_p > 0:
+        keep = dropout_scale(q, k, dropout_p, seed)
+        dropped, dp = p * keep, dp * keep
+    ds = p * (dp - (dout * out).sum(-1, keepdim=True)) * scale
+    dq, dk, dv = ds @ k, ds.transpose(-2, -1) @ q, dropped.transpose(-2, -1) @ dout
+    return tuple(t.to(input_dtype).contiguous() for t in (dq, dk, dv))
+
+
+def _unpack(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+    return q, k, v
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+
+
+def attention_qkv_fwd(
+    qkv: Tensor,
+    n_head: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    kv_len: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """qkv (B, T, 3C) -> out (B, T, C), lse (B, H, T)."""
+    q, k, v = _unpack(qkv.contiguous(), n_head)
+    out, lse = attention_fwd(q, k, v, scale, dropout_p, seed, kv_len)
+    return _merge_heads(out), lse
+
+
+def attention_qkv_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_head: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    kv_len: Tensor | None,
+) -> Tensor:
+    """dqkv (B, T, 3C)."""
+    q, k, v = _unpack(qkv.contiguous(), n_head)
+    split = [t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (dout, out)]  # (B, H, T, D)
+    grads = attention_bwd(split[0], q, k, v, split[1], lse, scale, dropout_p, seed, kv_len)
+    return torch.cat([_merge_heads(grad) for grad in grads], -1)

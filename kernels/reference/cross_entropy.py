@@ -1,0 +1,93 @@
+"""Cross entropy over rows of logits, alone or behind the LM head, as plain PyTorch.
+
+Per row with target t, smoothing e, vocabulary size V:
+    lse = log sum_j exp(x_j)
+    loss = (1 - e) * (lse - x_t) + e * (lse - mean_j x_j) + z_loss * lse^2
+    dx_j = dloss * (exp(x_j - lse) * (1 + 2 z_loss lse) - (1 - e) [j = t] - e / V)
+A row whose target is ignore_index has loss 0 and gradient 0, whatever its dloss.
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
+    """IndexError for a target outside [0, V) on the CPU; elsewhere asking would synchronise."""
+    if target.device.type != "cpu":
+        return
+    bad = target[((target < 0) | (target >= V)) & (target != ignore_index)]
+    if bad.numel():
+        raise IndexError(
+            f"target {bad[0].item()} is out of range for a vocabulary of {V}; "
+            f"targets lie in [0, {V}) or equal ignore_index ({ignore_index})"
+        )
+
+
+def cross_entropy_fwd(
+    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """logits (N, V), target (N,) -> loss (N,), lse (N,), both fp32 (fp64 for fp64 logits)."""
+    V = logits.shape[-1]
+    check_targets(target, V, ignore_index)
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    lse = torch.logsumexp(x, -1)
+    ignored = target == ignore_index
+    in_range = (target >= 0) & (target < V)
+    picked = x.gather(-1, target.where(in_range, 0)[:, None])[:, 0]
+    loss = (1 - label_smoothing) * (lse - picked)
+    if label_smoothing > 0:
+        loss = loss + label_smoothing * (lse - x.mean(-1))
+    if z_loss > 0:
+        loss = loss + z_loss * lse.square()
+    # Out of range can only be seen on a GPU, where the row's loss becomes NaN.
+    loss = torch.where(in_range, loss, torch.nan)
+    return torch.where(ignored, 0.0, loss), lse
+
+
+def cross_entropy_bwd(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """dlogits (N, V) in the logits' dtype, from dloss (N,)."""
+    V = logits.shape[-1]
+    dlogits = torch.exp(logits.to(lse.dtype) - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
+    onehot = torch.arange(V, device=logits.device) == target[:, None]
+    dlogits = dlogits - (1 - label_smoothing) * onehot - label_smoothing / V
+    dlogits = dlogits * dloss.to(lse.dtype)[:, None]
+    ignored = (target == ignore_index)[:, None]
+    return dlogits.masked_fill(ignored, 0.0).to(logits.dtype).contiguous()
+
+
+def linear_cross_entropy_fwd(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """input (N, C), linear_weight (V, C), target (N,) -> loss (N,), fp32 (fp64 for fp64 input)."""
+    logits = input @ linear_weight.T
+    return cross_entropy_fwd(logits, target, ignore_index, label_smoothing, z_loss)[0]
+
+
+def linear_cross_entropy_fwd_bwd(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    dloss: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum(loss * dloss), dinput (N, C) and dlinear_weight (V, C) for a given dloss (N,)."""
+    logits = input @ linear_weight.T
+    options = (ignore_index, label_smoothing, z_loss)
+    loss, lse = cross_entropy_fwd(logits, target, *options)
+    dlogits = cross_entropy_bwd(dloss, logits, target, lse, *options)
+    return (loss * dloss).sum(), dlogits @ linear_weight, dlogits.T @ input

@@ -1,0 +1,74 @@
+"""Drawing a token from each row of logits, as plain PyTorch.
+
+Order: temperature, top_k, top_p, min_p, draw. Probabilities are integers,
+    w = round(exp((l - max l) / T) * 2^40),
+so that sums are exact in any order. Tokens are ranked by their raw logits, ties by the lower id;
+  top_k keeps the first k ranks;
+  top_p keeps a rank while the mass of the ranks before it is < top_p * (mass after top_k);
+  min_p keeps w >= min_p * 2^40;
+  the draw walks the kept ids in id order to the first whose running mass exceeds u * (mass kept),
+with u the Philox number of (seed, position). Temperature 0 takes the first id of the largest logit.
+"""
+
+import torch
+from torch import Tensor
+
+from gptfast.kernels.reference.philox import MASK, philox, uniform
+
+ONE = 2.0**40
+
+
+def check_rows(bad: Tensor) -> None:
+    """ValueError on the CPU for a row that cannot be sampled; elsewhere asking would synchronise."""
+    if bad.device.type == "cpu" and bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"logits row {row} has NaN, +inf or nothing but -inf; check the model's output"
+        )
+
+
+def draw_uniform(seed: Tensor, position: Tensor) -> Tensor:
+    """u in [0, 1) for each (seed, position), fp32."""
+    zero = torch.zeros_like(position)
+    return uniform(philox(position & MASK, (position >> 32) & MASK, zero, zero, seed)[0])
+
+
+def kept_weights(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """The integer weight of every token (B, V) int64, 0 where top_k, top_p or min_p removed it."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    difference = (x - x.amax(-1, keepdim=True)) / temperature.to(x.dtype)[:, None]
+    weight = torch.round(torch.exp(difference) * ONE).to(torch.int64)  # (B, V)
+    order = torch.sort(x, dim=-1, descending=True, stable=True).indices  # ties: lower id first
+    w = weight.gather(-1, order)
+    rank = torch.arange(w.shape[-1], device=w.device)
+    w = w * (rank < top_k[:, None])
+    mass = w.cumsum(-1)
+    limit = top_p.double() * mass[:, -1].double()
+    keep = ((mass - w).double() < limit[:, None]) | (rank == 0)
+    keep &= w.double() >= min_p.double()[:, None] * ONE
+    return torch.zeros_like(weight).scatter(-1, order, w * keep)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """logits (B, V), all else (B,) -> ids (B,) int64; -1 for a row that cannot be sampled."""
+    top = logits.amax(-1)
+    bad = ~top.isfinite()  # NaN wins amax; +inf and all -inf show as themselves
+    check_rows(bad)
+    greedy = temperature == 0
+    temperature = temperature.where(~greedy, 1.0)
+    weight = kept_weights(logits, temperature, top_k, top_p, min_p)
+    mass = weight.cumsum(-1)
+    target = (draw_uniform(seed, position).double() * mass[:, -1].double()).to(torch.int64)
+    drawn = (mass <= target[:, None]).sum(-1)
+    ids = torch.where(greedy, logits.argmax(-1), drawn)
+    return ids.masked_fill(bad, -1)

@@ -1,0 +1,91 @@
+"""Builds gptfast._C from csrc/.
+
+The wrappers (<op>.cpp) include ATen and are compiled once. The loops (<op>_loops.cpp) include none
+of it and are compiled in a second each, once per instruction-set level; which level runs is decided
+when the module is loaded. Without a compiler the package installs all the same and runs on the
+PyTorch reference. GPTFAST_SKIP_EXTENSION=1 leaves the extension out.
+"""
+
+import os
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+OPS = ("attention", "cross_entropy", "adamw", "sampling")
+LEVELS = {"generic": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    LEVELS["avx512"] = [*LEVELS["avx2"], *avx512]
+FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-fPIC", "-g0"]
+
+
+def extension() -> Extension:
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    return Extension(
+        "gptfast._C",
+        sources=[f"csrc/{name}.cpp" for name in (*OPS, "bindings")],
+        depends=[str(path) for path in Path("csrc").iterdir()],
+        include_dirs=["csrc", *include_paths(), pybind11.get_include()],
+        library_dirs=library_paths(),
+        libraries=["c10", "torch", "torch_cpu", "torch_python"],
+        define_macros=[("_GLIBCXX_USE_CXX11_ABI", str(int(torch._C._GLIBCXX_USE_CXX11_ABI)))],
+        extra_link_args=["-fopenmp"],
+        language="c++",
+    )
+
+
+class BuildExtension(build_ext):
+    """Compiles wrappers and loops side by side, each loop once per level."""
+
+    def build_extension(self, ext: Extension) -> None:
+        jobs = [([source], FLAGS, "wrappers") for source in ext.sources]
+        for level, isa in LEVELS.items():
+            # No exceptions and no inline std:: code: see csrc/simd.h.
+            flags = [*FLAGS, *isa, f"-DGPTFAST_LEVEL={level}", "-fno-exceptions"]
+            flags += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+            jobs += [([f"csrc/{op}_loops.cpp"], flags, level) for op in OPS]
+
+        def compile(job: tuple[list[str], list[str], str]) -> list[str]:
+            sources, flags, folder = job
+            return self.compiler.compile(
+                sources,
+                output_dir=os.path.join(self.build_temp, folder),
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs if folder == "wrappers" else ["csrc"],
+                extra_postargs=flags,
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [o for batch in pool.map(compile, jobs) for o in batch]
+        ext.sources, ext.extra_objects = [], objects
+        super().build_extension(ext)
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("GPTFAST_SKIP_EXTENSION") == "1":
+        return []
+    try:
+        built = extension()
+    except ImportError as error:
+        print(f"gptfast: no C++ kernels, {error}; install torch and pybind11 first", file=sys.stderr)
+        return []
+    built.optional = True
+    return [built]
+
+
+setup(
+    packages=["gptfast", "gptfast.ops", "gptfast.kernels", "gptfast.kernels.reference"],
+    package_dir={"gptfast": "gptfast", "gptfast.kernels": "kernels"},
+    package_data={"gptfast": ["py.typed"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
+)
