@@ -50,7 +50,7 @@ class BuildExtension(build_ext):
         for level, isa in LEVELS.items():
             # No exceptions and no inline std:: code: see csrc/simd.h.
             flags = [*FLAGS, *isa, f"-DGPTFAST_LEVEL={level}", "-fno-exceptions"]
-            flags += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+            flags += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
             jobs += [([f"csrc/{op}_loops.cpp"], flags, level) for op in OPS]
 
         def compile(job: tuple[list[str], list[str], str]) -> list[str]:
@@ -76,7 +76,9 @@ def extensions() -> list[Extension]:
     try:
         built = extension()
     except ImportError as error:
-        print(f"gptfast: no C++ kernels, {error}; install torch and pybind11 first", file=sys.stderr)
+        print(
+            f"gptfast: no C++ kernels, {error}; install torch and pybind11 first", file=sys.stderr
+        )
         return []
     built.optional = True
     return [built]

@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t BQ = 64;   // queries a block
 constexpr int64_t BK = 128;  // keys a block
 constexpr int64_t GROUP = 16;
-constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr double LN2 = 0.693147180559945309;
 
 // ---- C (M x N) = or += A B: A(m, k) = a[m * a_row + k * a_col], B and C row-major, N a multiple of W.
 
@@ -26,7 +27,7 @@ void tile(int64_t K, const float* a, int64_t a_row, int64_t a_col, const float* 
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[m][n] = accumulate ? load(c + m * ldc + n * W) : vf{};
+    for (int n = 0; n < NV; ++n) acc[m][n] = vf{};
   for (int64_t k = 0; k < K; ++k, a += a_col, b += ldb) {
     vf row[NV];
 #pragma GCC unroll 4
@@ -38,10 +39,14 @@ void tile(int64_t K, const float* a, int64_t a_row, int64_t a_col, const float* 
       for (int n = 0; n < NV; ++n) acc[m][n] += x * row[n];
     }
   }
+  // C is added last, not first: sums of sums of K terms round less than one long sum.
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * W, acc[m][n]);
+    for (int n = 0; n < NV; ++n) {
+      float* to = c + m * ldc + n * W;
+      store(to, accumulate ? load(to) + acc[m][n] : acc[m][n]);
+    }
 }
 
 using Tile = void (*)(int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, bool);
@@ -214,15 +219,14 @@ void fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, Matr
       for (int64_t i = column; i < rows; ++i)
         for (int64_t d = 0; d < DP; d += W) store(out + i * DP + d, load(out + i * DP + d) * state.rescale[i]);
     if (args.dropout_p > 0) apply_dropout(s, args, b * args.H + h, args.Tk - args.Tq + q0, key, keys, column);
-    if (column < rows)
-      gemm(rows - column, DP, keys, s + column, 1, BQ, v.row(key), v.ld, out + column * DP, DP, true);
+    if (column < rows) gemm(rows - column, DP, keys, s + column, 1, BQ, v.row(key), v.ld, out + column * DP, DP, true);
   });
   float* lse = args.lse + (b * args.H + h) * args.Tq + q0;
   T* to = head_data<T>(args.out, b, h) + q0 * args.out.time;
   for (int64_t i = 0; i < rows; ++i) {
     const bool sees = state.sum[i] > 0 || state.sum[i] != state.sum[i];
     write_row(to + i * args.out.time, out + i * DP, sees ? 1.0f / state.sum[i] : 0.0f, D);
-    lse[i] = sees ? (state.max[i] + log2f(state.sum[i])) * LN2 : -INFINITY;
+    lse[i] = sees ? (float)((state.max[i] + log2((double)state.sum[i])) * LN2) : -INFINITY;
   }
 }
 
@@ -256,13 +260,12 @@ void fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, floa
   memset(out, 0, sizeof(float) * DP);
   for (int64_t j = 0; j < n; ++j) {
     for (int64_t d = 0; d < whole; d += W) store(out + d, load(out + d) + s[j] * load(v + j * args.v.time + d));
-    if (whole < D)
-      store(out + whole, load(out + whole) + s[j] * load_part(v + j * args.v.time + whole, D - whole));
+    if (whole < D) store(out + whole, load(out + whole) + s[j] * load_part(v + j * args.v.time + whole, D - whole));
   }
   const float weight = sum(total);
   const bool sees = n > 0;
   write_row(head_data<T>(args.out, b, h) + i * args.out.time, out, sees ? 1.0f / weight : 0.0f, D);
-  args.lse[(b * args.H + h) * args.Tq + i] = sees ? (shift + log2f(weight)) * LN2 : -INFINITY;
+  args.lse[(b * args.H + h) * args.Tq + i] = sees ? (float)((shift + log2((double)weight)) * LN2) : -INFINITY;
 }
 
 bool decodes(const AttentionArgs& args) { return args.Tq <= 8 && args.dropout_p == 0; }
@@ -308,25 +311,45 @@ void fwd(const AttentionArgs& args, int64_t begin, int64_t end) {
 }
 
 // ---- Backward
+//
+// Two sweeps over the keys of a block of queries. The first fills S^T and dP^T and sums each query's
+// probabilities, the second normalises by that sum: lse alone, rounded to fp32, is off by |lse| * 6e-8,
+// and every P of the query with it.
 
 struct BwdSpace {
-  float *q, *k, *v, *dout, *out, *dk, *dv;  // (T x DP)
-  float *qt, *doutt;                        // (DP x BQ)
-  float *p, *ds;                            // (BK x BQ)
-  float* dq;                                // (BQ x DP)
+  float *q, *k, *v, *dout, *dk, *dv;  // (T x DP)
+  float *qt, *doutt;                  // (DP x BQ)
+  float *p, *ds;                      // (Tk x BQ)
+  float* dq;                          // (BQ x DP)
 };
 
-// P^T -> ds = P (dP - delta), p = P' (dropped), given p = S^T and ds = dP^T.
-void softmax_bwd(const AttentionArgs& args, float* p, float* ds, const float* lse, const float* delta, int64_t head,
-                 int64_t query, int64_t key, int64_t keys, int64_t column) {
-  if (args.dropout_p > 0) apply_dropout(ds, args, head, query, key, keys, column);
-  for (int64_t j = 0; j < keys; ++j)
-    for (int64_t i = column; i < BQ; i += W) {
+struct QuerySums {
+  float p[BQ], p_dp[BQ];  // then 1 / sum P and delta = sum P dP / sum P
+};
+
+// S^T -> P^T, not yet normalised; adds sum P and sum P dP over these keys.
+void softmax_bwd_sums(float* p, const float* dp, const float* lse, QuerySums& sums, int64_t keys, int64_t column) {
+  for (int64_t i = column; i < BQ; i += W) {
+    vf total = {}, weighted = {};
+    for (int64_t j = 0; j < keys; ++j) {
       const vf probability = exp2(load(p + j * BQ + i) - load(lse + i));
       store(p + j * BQ + i, probability);
-      store(ds + j * BQ + i, probability * (load(ds + j * BQ + i) - load(delta + i)));
+      total += probability;
+      weighted += probability * load(dp + j * BQ + i);
     }
-  if (args.dropout_p > 0) apply_dropout(p, args, head, query, key, keys, column);
+    store(sums.p + i, load(sums.p + i) + total);
+    store(sums.p_dp + i, load(sums.p_dp + i) + weighted);
+  }
+}
+
+// P^T normalised, and dP^T -> dS^T = P (dP - delta).
+void softmax_bwd(float* p, float* ds, const QuerySums& sums, int64_t keys, int64_t column) {
+  for (int64_t j = 0; j < keys; ++j)
+    for (int64_t i = column; i < BQ; i += W) {
+      const vf probability = load(p + j * BQ + i) * load(sums.p + i);
+      store(p + j * BQ + i, probability);
+      store(ds + j * BQ + i, probability * (load(ds + j * BQ + i) - load(sums.p_dp + i)));
+    }
 }
 
 template <class T>
@@ -335,36 +358,41 @@ void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace& s
   const Matrix q = matrix<T>(args.q, b, h, args.Tq, D, space.q), k = matrix<T>(args.k, b, h, args.Tk, D, space.k);
   const Matrix v = matrix<T>(args.v, b, h, args.Tk, D, space.v);
   const Matrix dout = matrix<T>(args.dout, b, h, args.Tq, D, space.dout);
-  const Matrix out = matrix<T>(args.out, b, h, args.Tq, D, space.out);
   memset(space.dk, 0, sizeof(float) * args.Tk * DP);
   memset(space.dv, 0, sizeof(float) * args.Tk * DP);
   for (int64_t q0 = 0; q0 < args.Tq; q0 += BQ) {
-    const int64_t rows = smaller(BQ, args.Tq - q0);
-    float lse[BQ], delta[BQ] = {};
+    const int64_t rows = smaller(BQ, args.Tq - q0), first_query = args.Tk - args.Tq + q0;
+    float lse[BQ];
     for (int64_t i = 0; i < BQ; ++i) {
       lse[i] = i < rows ? args.lse[head * args.Tq + q0 + i] * LOG2E : INFINITY;
       if (lse[i] == -INFINITY) lse[i] = INFINITY;  // a query that saw nothing: P = 0
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      vf dot = {};
-      for (int64_t d = 0; d < DP; d += W) dot += load(dout.row(q0 + i) + d) * load(out.row(q0 + i) + d);
-      delta[i] = sum(dot);
-    }
     transpose({q.row(q0), q.ld}, rows, D, args.scale * LOG2E, space.qt);
     transpose({dout.row(q0), dout.ld}, rows, D, 1.0f, space.doutt);
-    memset(space.dq, 0, sizeof(float) * BQ * DP);
+    QuerySums sums = {};
     const Span keys_seen = span(args, b, q0, rows);
     each_run(keys_seen, [&](int64_t key, int64_t keys, int64_t column) {
-      gemm(keys, BQ - column, D, k.row(key), k.ld, 1, space.qt + column, BQ, space.p + column, BQ, false);
-      gemm(keys, BQ - column, D, v.row(key), v.ld, 1, space.doutt + column, BQ, space.ds + column, BQ, false);
-      if (key >= keys_seen.full) mask_diagonal(space.p, keys_seen, key, keys, column);
-      softmax_bwd(args, space.p, space.ds, lse, delta, head, args.Tk - args.Tq + q0, key, keys, column);
+      float *p = space.p + key * BQ, *dp = space.ds + key * BQ;
+      gemm(keys, BQ - column, D, k.row(key), k.ld, 1, space.qt + column, BQ, p + column, BQ, false);
+      gemm(keys, BQ - column, D, v.row(key), v.ld, 1, space.doutt + column, BQ, dp + column, BQ, false);
+      if (key >= keys_seen.full) mask_diagonal(p, keys_seen, key, keys, column);
+      if (args.dropout_p > 0) apply_dropout(dp, args, head, first_query, key, keys, column);
+      softmax_bwd_sums(p, dp, lse, sums, keys, column);
+    });
+    for (int64_t i = 0; i < BQ; ++i) {
+      sums.p[i] = sums.p[i] == 0 ? 0.0f : 1.0f / sums.p[i];
+      sums.p_dp[i] *= sums.p[i];
+    }
+    memset(space.dq, 0, sizeof(float) * BQ * DP);
+    each_run(keys_seen, [&](int64_t key, int64_t keys, int64_t column) {
       if (column >= rows) return;
-      const float *p = space.p + column, *ds = space.ds + column;
+      float *p = space.p + key * BQ, *ds = space.ds + key * BQ;
+      softmax_bwd(p, ds, sums, keys, column);
+      if (args.dropout_p > 0) apply_dropout(p, args, head, first_query, key, keys, column);
       const int64_t n = rows - column, t = q0 + column;
-      gemm(keys, DP, n, p, BQ, 1, dout.row(t), dout.ld, space.dv + key * DP, DP, true);
-      gemm(keys, DP, n, ds, BQ, 1, q.row(t), q.ld, space.dk + key * DP, DP, true);
-      gemm(n, DP, keys, ds, 1, BQ, k.row(key), k.ld, space.dq + column * DP, DP, true);
+      gemm(keys, DP, n, p + column, BQ, 1, dout.row(t), dout.ld, space.dv + key * DP, DP, true);
+      gemm(keys, DP, n, ds + column, BQ, 1, q.row(t), q.ld, space.dk + key * DP, DP, true);
+      gemm(n, DP, keys, ds + column, 1, BQ, k.row(key), k.ld, space.dq + column * DP, DP, true);
     });
     T* dq = head_data<T>(args.dq, b, h) + q0 * args.dq.time;
     for (int64_t i = 0; i < rows; ++i) write_row(dq + i * args.dq.time, space.dq + i * DP, args.scale, D);
@@ -378,12 +406,12 @@ void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace& s
 template <class T>
 void bwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
   const int64_t DP = round_up(args.D, W), query_floats = args.Tq * DP, key_floats = args.Tk * DP;
-  Scratch scratch(3 * query_floats + 4 * key_floats + 3 * BQ * DP + 2 * BK * BQ + 256);
+  Scratch scratch(2 * query_floats + 4 * key_floats + 3 * BQ * DP + 2 * args.Tk * BQ + 256);
   BwdSpace space;
-  for (float** p : {&space.q, &space.dout, &space.out}) *p = scratch.take(query_floats);
+  for (float** p : {&space.q, &space.dout}) *p = scratch.take(query_floats);
   for (float** p : {&space.k, &space.v, &space.dk, &space.dv}) *p = scratch.take(key_floats);
   for (float** p : {&space.qt, &space.doutt, &space.dq}) *p = scratch.take(BQ * DP);
-  for (float** p : {&space.p, &space.ds}) *p = scratch.take(BK * BQ);
+  for (float** p : {&space.p, &space.ds}) *p = scratch.take(args.Tk * BQ);
   for (int64_t head = begin; head < end; ++head) bwd_head<T>(args, head / args.H, head % args.H, space);
 }
 

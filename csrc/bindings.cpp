@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <fstream>
+#include <set>
+
 #include "common.h"
 
 namespace gptfast {
@@ -42,6 +45,17 @@ void set_isa(const std::string& name) {
   current() = static_cast<Level>(found - names.begin());
 }
 
+// The OpenMP libraries in this process; with two, each thinks it has every core.
+std::set<std::string> openmp_runtimes() {
+  std::set<std::string> found;
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    const std::string file = line.substr(line.find_last_of('/') + 1);
+    if (file.starts_with("libgomp") || file.starts_with("libiomp") || file.starts_with("libomp")) found.insert(file);
+  }
+  return found;
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["isa"] = supported()[static_cast<size_t>(current())];
@@ -52,6 +66,7 @@ pybind11::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
+  info["openmp_runtimes"] = openmp_runtimes();
   info["threads"] = at::get_num_threads();
   return info;
 }

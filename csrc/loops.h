@@ -68,8 +68,8 @@ struct AdamWArgs {
   uint64_t seed;
 };
 struct AdamWLoops {
-  void (*step)(const AdamWTensor&, const AdamWArgs&, int64_t begin, int64_t end);   // elements
-  double (*square_sum)(Dtype, const void* grad, int64_t begin, int64_t end);        // elements
+  void (*step)(const AdamWTensor&, const AdamWArgs&, int64_t begin, int64_t end);  // elements
+  double (*square_sum)(Dtype, const void* grad, int64_t begin, int64_t end);       // elements
 };
 
 struct SamplingArgs {

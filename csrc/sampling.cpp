@@ -9,7 +9,8 @@ const SamplingLoops& loops() { return pick(generic::sampling, avx2::sampling, av
 
 template <class T>
 const T* column(const Tensor& t, int64_t B, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == B && t.is_contiguous(), name, " must be contiguous of shape (", B, ",)");
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == B && t.is_contiguous(), name, " must be contiguous of shape (", B,
+                    ",)");
   return t.const_data_ptr<T>();
 }
 

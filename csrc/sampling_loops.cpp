@@ -130,8 +130,7 @@ Tokens keep_top_k(const Tokens& from, int64_t k, Tokens to, float* space) {
 }
 
 void weigh(const Tokens& t, float top, float temperature) {
-  for (int64_t j = 0; j < t.n; j += W)
-    store(t.w + j, round_weight(exp((load(t.x + j) - top) / temperature) * 0x1p40f));
+  for (int64_t j = 0; j < t.n; j += W) store(t.w + j, round_weight(exp((load(t.x + j) - top) / temperature) * 0x1p40f));
 }
 
 struct Threshold {

@@ -41,9 +41,7 @@ template <class T>
 static inline T larger(T a, T b) {
   return a > b ? a : b;
 }
-static inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
+static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 static inline vf splat(float x) { return x - vf{}; }
 static inline vu splat(uint32_t x) { return x - vu{}; }

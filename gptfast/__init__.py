@@ -1,4 +1,25 @@
-from gptfast import ops
-from gptfast.ops.library import use_backend
+"""GPT-2 training and generation in PyTorch, its hot core in hand-written C++ and Triton kernels."""
 
-__all__ = ["ops", "use_backend"]
+from gptfast import ops
+from gptfast.config import GPTConfig, TrainConfig
+from gptfast.data import create_dataloader
+from gptfast.generate import generate
+from gptfast.model import GPT
+from gptfast.ops.library import use_backend
+from gptfast.optim import AdamW
+from gptfast.tokenizer import get_tokenizer
+from gptfast.trainer import Trainer
+
+__version__ = "0.1.0"
+__all__ = [
+    "GPT",
+    "AdamW",
+    "GPTConfig",
+    "TrainConfig",
+    "Trainer",
+    "create_dataloader",
+    "generate",
+    "get_tokenizer",
+    "ops",
+    "use_backend",
+]

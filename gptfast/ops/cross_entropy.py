@@ -99,7 +99,9 @@ register_autocast(_linear_fwd, n_tensors=2)
 register_autocast(_linear_fwd_bwd, n_tensors=2)
 
 
-def _check(x: Tensor, target: Tensor, label_smoothing: float, z_loss: float, reduction: str) -> None:
+def _check(
+    x: Tensor, target: Tensor, label_smoothing: float, z_loss: float, reduction: str
+) -> None:
     if not x.is_floating_point():
         raise ValueError(f"cross entropy needs floating-point inputs, got {x.dtype}")
     if target.dtype != torch.int64 or target.shape != x.shape[:-1]:

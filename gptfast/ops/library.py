@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 LIBRARY = torch.library.Library("gptfast", "DEF")
 BACKENDS = ("auto", "reference", "cpp", "triton")
 
-# Per backend: operator -> Python implementation. The C++ kernels are not here: the dispatcher has them.
+# Per backend: operator -> Python implementation. The dispatcher itself holds the C++ kernels.
 _implementations: dict[str, dict[torch._ops.OpOverload, Callable]] = {"reference": {}, "triton": {}}
 
 
@@ -95,7 +95,7 @@ def register_autocast(op: torch._ops.OpOverload, n_tensors: int) -> None:
 
 
 class _Switch(TorchDispatchMode):
-    """The dispatch mode of one thread; nested `use_backend`s change its `backend` and put it back."""
+    """The dispatch mode of one thread; a nested `use_backend` changes `backend` for its block."""
 
     backend = "auto"
 
@@ -144,7 +144,9 @@ class use_backend:  # noqa: N801 - reads as the function it is used as
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():
-            raise RuntimeError("use_backend works in eager mode only; leave it out of torch.compile")
+            raise RuntimeError(
+                "use_backend works in eager mode only; leave it out of torch.compile"
+            )
         self.switch = getattr(_thread, "switch", None)
         self.outermost = self.switch is None
         if self.outermost:

@@ -61,9 +61,10 @@ def sample(
 
     Applied in this order, each a number or a (B,) tensor so that rows may differ:
     temperature >= 0 divides the logits, 0 is argmax; top_k >= 1 keeps exactly k tokens, ranked by
-    raw logits, ties to the lower id; top_p in (0, 1] keeps the smallest set whose mass, renormalised
-    after top_k, is >= top_p (Holtzman et al., 2020); min_p in [0, 1] drops tokens less likely than
-    min_p times the likeliest. None is off, and so, per row, are top_k >= V, top_p = 1, min_p = 0.
+    raw logits, ties to the lower id; top_p in (0, 1] keeps the smallest set whose mass,
+    renormalised after top_k, is >= top_p (Holtzman et al., 2020); min_p in [0, 1] drops tokens less
+    likely than min_p times the likeliest. None is off, and so, per row, are top_k >= V, top_p = 1,
+    min_p = 0.
     seed, position: the draw is a pure function of them and the row; position is the index, in its
     sequence, of the token being drawn.
 

@@ -10,9 +10,8 @@ A non-finite norm leaves everything as it was.
 """
 
 import torch
-from torch import Tensor
-
 from gptfast.kernels.reference.philox import philox
+from torch import Tensor
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:

@@ -9,9 +9,8 @@ len is Tk, or kv_len[b] where it is given. A query that sees no key has output 0
 """
 
 import torch
-from torch import Tensor
-
 from gptfast.kernels.reference.philox import philox, uniform
+from torch import Tensor
 
 
 def _visible(q: Tensor, k: Tensor, kv_len: Tensor | None) -> Tensor:

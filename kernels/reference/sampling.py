@@ -11,15 +11,14 @@ with u the Philox number of (seed, position). Temperature 0 takes the first id o
 """
 
 import torch
-from torch import Tensor
-
 from gptfast.kernels.reference.philox import MASK, philox, uniform
+from torch import Tensor
 
 ONE = 2.0**40
 
 
 def check_rows(bad: Tensor) -> None:
-    """ValueError on the CPU for a row that cannot be sampled; elsewhere asking would synchronise."""
+    """ValueError on the CPU for a row that cannot be sampled; a GPU would have to synchronise."""
     if bad.device.type == "cpu" and bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(

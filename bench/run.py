@@ -1,0 +1,170 @@
+"""Measure gptfast and its peers in one process: print a table, write JSON and a picture.
+
+python bench/run.py [--quick] [--only attention,train] [--out DIR]
+"""
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import matplotlib
+import torch
+from harness import Case, LimitMeter, Limits, Timing, time_pair
+
+from gptfast.ops.library import EXTENSION
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen before pyplot loads
+
+BENCHMARKS = ("attention", "cross_entropy", "adamw", "sampling", "train", "generate")
+
+
+@dataclass(frozen=True)
+class Row:
+    case: Case
+    timing: Timing
+
+
+def machine() -> dict[str, object]:
+    """What the figures are worth nothing without."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "gptfast_isa": EXTENSION.build_info()["isa"] if EXTENSION else "reference (no extension)",
+    }
+
+
+def measure(names: list[str], quick: bool) -> tuple[list[Row], Limits]:
+    """Check and time every case of the named benchmarks; raises where the two sides differ."""
+    meter, rows = LimitMeter(), []
+    budget = (1.0, 2.0) if quick else (8.0, 60.0)
+    for name in names:
+        for case in import_module(f"bench_{name}").cases(quick):
+            print(f"  {case.op}: {case.name} {case.shape}", file=sys.stderr, flush=True)
+            meter.sample()
+            pair = case.build()
+            pair.check()
+            rows.append(Row(case, time_pair(pair, *budget)))
+    meter.sample()
+    return rows, meter.limits()
+
+
+def _duration(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def table(rows: list[Row], limits: Limits) -> str:
+    """A Markdown table, one line per case."""
+    lines = [("op", "case", "shape", "peer", "ours", "peer takes", "ratio", "of the limit")]
+    for row in rows:
+        case, timing = row.case, row.timing
+        lines.append(
+            (
+                case.op,
+                case.name,
+                case.shape,
+                case.peer_name,
+                _duration(timing.ours_s),
+                _duration(timing.peer_s),
+                f"{timing.ratio:.2f}x{' (disturbed)' if timing.disturbed else ''}",
+                f"{limits.floor(case) / timing.ours_s:.0%}",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, tuple("-" * width for width in widths))
+    cells = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def write_json(path: Path, rows: list[Row], limits: Limits) -> None:
+    results = [
+        {
+            "op": row.case.op,
+            "case": row.case.name,
+            "shape": row.case.shape,
+            "peer": row.case.peer_name,
+            "bytes": row.case.n_bytes,
+            "flops": row.case.flops,
+            **vars(row.timing),
+            "disturbed": row.timing.disturbed,
+            "fraction_of_limit": limits.floor(row.case) / row.timing.ours_s,
+        }
+        for row in rows
+    ]
+    record = {"machine": machine(), "limits": vars(limits), "results": results}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def draw(path: Path, rows: list[Row], title: str) -> None:
+    """Bars of peer / ours, logarithmic, with the quartiles and a line where the two are equal."""
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
+    ops = list(dict.fromkeys(row.case.op for row in rows))
+    for y, row in enumerate(rows):
+        ratio, (low, high) = row.timing.ratio, row.timing.ratio_quartiles
+        alpha = 0.3 if row.timing.disturbed else 1.0
+        axes.barh(y, ratio - 1, left=1, color=f"C{ops.index(row.case.op)}", alpha=alpha)
+        axes.plot([low, high], [y, y], color="black", linewidth=1)
+        axes.annotate(
+            f" {ratio:.2f}x{' disturbed' if row.timing.disturbed else ''}",
+            (max(ratio, high, 1.0), y),
+            va="center",
+            fontsize=8,
+        )
+    labels = [f"{row.case.op}: {row.case.name} {row.case.shape}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel("times as fast as plain PyTorch")
+    axes.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="smaller shapes, under two minutes")
+    parser.add_argument("--only", default="", help=f"some of {','.join(BENCHMARKS)}")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    names = args.only.split(",") if args.only else list(BENCHMARKS)
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"no benchmark named {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
+    rows, limits = measure(names, args.quick)
+    title = ", ".join(f"{key} {value}" for key, value in machine().items())
+    print(title)
+    print(
+        f"limits: fp32 GEMM {limits.flops_per_s / 1e9:.0f} GFLOP/s, "
+        f"copy {limits.bytes_per_s / 1e9:.1f} GB/s\n"
+    )
+    print(table(rows, limits))
+    if any(row.timing.disturbed for row in rows):
+        print(
+            "\ndisturbed: other processes used the cores meanwhile; these rows are no measurement, "
+            "repeat them on a quiet machine"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    parts = ["cpu", *(["quick"] if args.quick else []), *(names if args.only else [])]
+    path = args.out / f"{'-'.join(parts)}.json"
+    write_json(path, rows, limits)
+    draw(path.with_suffix(".png"), rows, title)
+    print(f"\nwrote {path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

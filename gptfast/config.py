@@ -1,0 +1,121 @@
+"""The two configurations: what a model is, and how it is trained. Flat, frozen, checked once."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+PRESETS = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+
+
+def _require(fits: bool, what: str) -> None:
+    if not fits:
+        raise ValueError(what)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2 (Radford et al., 2019). The defaults are the 124M model."""
+
+    vocab_size: int = 50257
+    """Number of token ids; `gptfast train` raises it to the tokenizer's."""
+    block_size: int = 1024
+    """Context length in tokens."""
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Attention heads per block; divides n_embd."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    dropout: float = 0.0
+    """Dropout probability on embeddings, attention and residual branches, in [0, 1)."""
+    qkv_bias: bool = True
+    """Whether the query, key and value projection has a bias."""
+    tie_weights: bool = True
+    """Whether the head shares the token embedding's weight."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be >= 1, got {value}")
+        _require(
+            self.n_embd % self.n_head == 0,
+            f"n_embd must be divisible by n_head, got n_embd={self.n_embd}, n_head={self.n_head}",
+        )
+        _require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: object) -> "GPTConfig":
+        """One of OpenAI's sizes: gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. One of max_steps and epochs ends the run."""
+
+    out: str = "runs/latest"
+    """Directory for checkpoints, metrics.jsonl, samples.txt and the loss plot."""
+    max_steps: int | None = None
+    """Optimizer steps in all."""
+    epochs: int | None = None
+    """Passes over the training data, where max_steps is not given (default 3)."""
+    lr: float = 1e-3
+    """Peak learning rate, reached after the warm-up."""
+    min_lr: float | None = None
+    """Learning rate at the end of the cosine decay (default lr / 10)."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up (default a twentieth of the run)."""
+    weight_decay: float = 0.1
+    """Decay of matrices and embeddings; biases and norms have none."""
+    beta1: float = 0.9
+    """AdamW's decay rate of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay rate of the second moment."""
+    max_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    eval_interval: int = 100
+    """Steps between evaluations of training and validation loss."""
+    eval_batches: int | None = None
+    """Batches per evaluation (default all of the validation data)."""
+    log_interval: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_interval: int | None = None
+    """Steps between checkpoints (default eval_interval); one is always written at the end."""
+    keep: int = 2
+    """How many of the latest checkpoints to keep."""
+    sample_prompt: str = "The"
+    """What the text sample of each epoch starts with."""
+    sample_tokens: int = 100
+    """Tokens per text sample; 0 for none."""
+    seed: int = 0
+    """Fixes initialisation, data order and dropout."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_steps is None or self.epochs is None,
+            f"give max_steps or epochs, not both: got {self.max_steps} and {self.epochs}",
+        )
+        for name in ("max_steps", "epochs", "eval_batches", "checkpoint_interval"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
+        for name in ("eval_interval", "log_interval", "keep"):
+            _require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        _require(
+            self.lr > 0 and math.isfinite(self.lr), f"lr must be a finite number > 0, got {self.lr}"
+        )
+        for name in ("min_lr", "warmup_steps", "weight_decay", "sample_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"{name} must be >= 0, got {value}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"{name} must be in [0, 1), got {value}")
+        _require(self.max_norm > 0, f"max_norm must be > 0, got {self.max_norm}")

@@ -1,0 +1,45 @@
+"""Loss and perplexity of a model on batches."""
+
+import math
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from gptfast.model import GPT
+
+
+def batch_loss(model: GPT, x: Tensor, y: Tensor) -> Tensor:
+    """Mean loss over the targets y (B, T) that count, nats per token; moves x, y to the model."""
+    device = model.wte.weight.device
+    return model(x.to(device), y.to(device))
+
+
+@torch.no_grad()
+def loader_loss(
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], max_batches: int | None = None
+) -> float:
+    """Mean loss per token over batches (the first max_batches if given), without dropout.
+
+    Every token counts the same, whatever the size of its batch. Raises ValueError for no tokens.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        for x, y in islice(batches, max_batches):
+            n = int((y != -100).sum())
+            if n:
+                total += batch_loss(model, x, y).double() * n
+            count += n
+    finally:
+        model.train(was_training)
+    if not count:
+        raise ValueError("no tokens to evaluate: the loader is empty or every target is ignored")
+    return float(total / count)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), loss in nats per token."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,181 @@
+"""GPT-2 (Radford et al., 2019): embeddings, pre-norm blocks, a head tied to the embedding.
+
+B batch, T time, C channels (n_embd), H heads, D head dimension, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from os import PathLike
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptfast import ops
+from gptfast.config import GPTConfig
+
+
+@dataclass
+class KVCache:
+    """Keys and values of past tokens, preallocated: per layer (B, H, size, D), and lengths."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    length: Tensor  # (B,) int64, tokens held per row
+    longest: int  # of all rows, kept on the host so that no step asks the device
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, seed: Tensor | int, cache: KVCache | None, layer: int) -> Tensor:
+        qkv = self.c_attn(x)  # (B, T, 3C)
+        if cache is None:
+            p = self.dropout if self.training else 0.0
+            return self.c_proj(ops.attention_qkv(qkv, self.n_head, dropout_p=p, seed=seed))
+        B, T, C = x.shape
+        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(
+            2, 0, 3, 1, 4
+        )  # (B, H, T, D)
+        end = cache.longest + T
+        time = cache.length[:, None] + torch.arange(T, device=x.device)  # (B, T)
+        row = torch.arange(B, device=x.device)[:, None]
+        cache.k[layer][row, :, time] = k.transpose(1, 2)
+        cache.v[layer][row, :, time] = v.transpose(1, 2)
+        out = ops.attention(
+            q, cache.k[layer][:, :, :end], cache.v[layer][:, :, :end], kv_len=cache.length + T
+        )  # (B, H, T, D)
+        return self.c_proj(out.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, seed: Tensor | int, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), seed, cache, layer))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """GPT-2 with GPT-2's own parameter names and initialisation (normal 0.02, residual projections
+    scaled by 1 / sqrt(2 n_layer), biases zero).
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        if not config.tie_weights:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew from GPT-2's initialisation, by torch's generator."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                residual = name.endswith("c_proj")
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The (V, C) weight of the head: the token embedding's, if tied."""
+        return self.wte.weight if self.config.tie_weights else self.lm_head.weight
+
+    def new_cache(self, B: int, size: int) -> KVCache:
+        """An empty cache for B rows of up to `size` tokens, on the model's device, in its dtype."""
+        config, like = self.config, self.wte.weight
+        shape = (B, config.n_head, size, config.n_embd // config.n_head)
+        k, v = ([like.new_zeros(shape) for _ in range(config.n_layer)] for _ in "kv")
+        return KVCache(k, v, torch.zeros(B, dtype=torch.int64, device=like.device), 0)
+
+    def _embed(self, idx: Tensor) -> Tensor:
+        try:
+            return self.wte(idx)  # (B, T, C)
+        except IndexError:
+            raise IndexError(
+                f"token ids must lie in [0, {self.config.vocab_size}), "
+                f"got {idx.min().item()} to {idx.max().item()}"
+            ) from None
+
+    def hidden(
+        self, idx: Tensor, *, seed: Tensor | int = 0, cache: KVCache | None = None
+    ) -> Tensor:
+        """idx (B, T) int64 -> the normalised residual stream (B, T, C) that the head reads.
+
+        With a cache, the tokens follow those it holds: their keys and values are written there,
+        row b's from cache.length[b] on. The caller then sets length and longest.
+        """
+        T = idx.shape[1]
+        time = torch.arange(T, device=idx.device)  # (T,)
+        if cache is not None:
+            # Beyond the context there is only the padding of shorter rows, which nobody reads.
+            time = (cache.length[:, None] + time).clamp(max=self.config.block_size - 1)  # (B, T)
+        x = self.drop(self._embed(idx) + self.wpe(time))  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, seed + layer, cache, layer)
+        return self.ln_f(x)
+
+    def forward(
+        self, idx: Tensor, target: Tensor | None = None, *, seed: Tensor | int | None = None
+    ) -> Tensor:
+        """idx (B, T) int64 -> logits (B, T, V), or the mean loss if target (B, T) int64 is given.
+
+        target is already shifted; -100 is ignored. seed fixes the attention dropout of a training
+        step; None draws it from torch's generator. Raises ValueError for a T outside
+        [1, block_size] and, on the CPU, IndexError for ids out of range.
+        """
+        if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
+            raise ValueError(
+                f"idx must be (B, T) with T from 1 to block_size={self.config.block_size}, "
+                f"got {tuple(idx.shape)}"
+            )
+        if seed is None:
+            draws = self.training and self.config.dropout > 0
+            seed = torch.randint(2**62, (), device=idx.device) if draws else 0
+        x = self.hidden(idx, seed=seed)
+        if target is None:
+            return F.linear(x, self.head_weight)  # (B, T, V)
+        return ops.linear_cross_entropy(x, self.head_weight, target)
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike) -> Self:
+        """A model from a directory that `save_pretrained`, a checkpoint or transformers wrote."""
+        from gptfast.checkpoint import load_model
+
+        return load_model(path)
+
+    def save_pretrained(self, directory: str | PathLike) -> None:
+        """Write config.json and model.safetensors as transformers' GPT2LMHeadModel reads them."""
+        from gptfast.checkpoint import save_model
+
+        save_model(self, directory)

@@ -1,0 +1,75 @@
+"""The parity rule that holds reference, kernels and PyTorch together.
+
+    max|out - ref| <= 2 max|pt - ref| + atol        (3 for bf16 gradients)
+
+ref is the reference run in float64, its gradients by autograd through that forward; pt is plain
+PyTorch in the tested dtype; atol = 2 max|(ref + 0.3 - 0.3) - ref| in the tested dtype. So a kernel
+may round about as much as the PyTorch it replaces, and no constant is tuned. The rule is that of
+FlashAttention's and QuACK's test suites.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def assert_parity(name: str, out: Tensor, ref: Tensor, pt: Tensor, factor: float = 2.0) -> None:
+    """The rule above for one tensor."""
+    assert out.shape == ref.shape == pt.shape, f"{name}: {out.shape}, {ref.shape}, {pt.shape}"
+    assert out.dtype == pt.dtype, f"{name} is {out.dtype}, PyTorch gives {pt.dtype}"
+    assert ref.dtype == torch.float64
+    if not ref.numel():
+        return
+    rounded = ref.to(pt.dtype)
+    atol = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().item()
+    error = (out.double() - ref).abs().max().item()
+    plain = (pt.double() - ref).abs().max().item()
+    limit = factor * plain + atol
+    assert error <= limit, f"{name}: error {error:.3g} > {limit:.3g} (PyTorch's own: {plain:.3g})"
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN, so that an element never written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def forward_backward(
+    f: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """f(*inputs) and the gradient of every input; dout None is a gradient of ones, expanded."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = f(*leaves)
+    if dout is None:
+        out.sum().backward()
+    else:
+        out.backward(dout.to(out.dtype))
+    return out.detach(), [x.grad for x in leaves]
+
+
+def check(
+    ours: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    dout: Tensor | None,
+) -> None:
+    """The rule for the output and the gradient of every input; each function takes the inputs."""
+    values = list(inputs.values())
+    with poisoned():
+        out, grads = forward_backward(ours, values, dout)
+    ref, ref_grads = forward_backward(reference, [x.double() for x in values], dout)
+    pt, pt_grads = forward_backward(plain, values, dout)
+    assert_parity("out", out, ref, pt)
+    factor = 3.0 if values[0].dtype == torch.bfloat16 else 2.0
+    for name, *grad in zip(inputs, grads, ref_grads, pt_grads, strict=True):
+        assert_parity(f"d{name}", *grad, factor)

@@ -1,0 +1,336 @@
+"""Attention: parity of output and gradients, masks, dropout, layouts, errors."""
+
+import pytest
+import torch
+from parity import DTYPES, check, forward_backward, poisoned
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.kernels.reference import attention as reference
+from gptfast.ops.library import use_backend
+
+# (B, H, Tq, Tk, D)
+SMALL = [
+    (1, 1, 1, 1, 16),
+    (2, 3, 2, 2, 16),
+    (1, 2, 63, 63, 64),
+    (2, 1, 100, 100, 80),
+    (1, 2, 129, 129, 128),
+    (1, 2, 33, 33, 7),
+    (3, 2, 1, 65, 64),
+    (1, 2, 8, 77, 80),
+    (1, 2, 9, 300, 20),
+    (1, 2, 63, 129, 64),
+    (1, 1, 100, 129, 16),
+]
+
+
+def shape_id(shape: tuple) -> str:
+    B, H, Tq, Tk, D = shape
+    return f"B{B}-H{H}-Tq{Tq}-Tk{Tk}-D{D}"
+
+
+def visible(Tq: int, Tk: int, kv_len: Tensor | None) -> Tensor:
+    length = torch.tensor([Tk]) if kv_len is None else kv_len
+    limit = length[:, None, None, None] - Tq + torch.arange(Tq)[:, None]
+    return torch.arange(Tk) <= limit  # (1 or B, 1, Tq, Tk)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale=None, keep=None, kv_len=None) -> Tensor:  # type: ignore[no-untyped-def]
+    """softmax(QK^T) V in the inputs' dtype, with dropout factors `keep`."""
+    mask = visible(q.shape[2], k.shape[2], kv_len)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    # Finite, so that a row which sees nothing has no NaN in its gradient.
+    p = scores.masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1) * mask.any(-1, keepdim=True)
+    return (p if keep is None else p * keep.to(p.dtype)) @ v
+
+
+def defined(q: Tensor, k: Tensor, v: Tensor, scale=None, dropout_p=0.0, seed=0, kv_len=None):  # type: ignore[no-untyped-def]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference.attention_fwd(q, k, v, scale, dropout_p, torch.tensor(seed), kv_len)[0]
+
+
+def make(shape: tuple, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    B, H, Tq, Tk, D = shape
+    q, dout = (torch.randn(B, H, Tq, D).to(dtype) for _ in range(2))
+    k, v = (torch.randn(B, H, Tk, D).to(dtype) for _ in range(2))
+    return {"q": q, "k": k, "v": v}, dout
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SMALL, ids=shape_id)
+def test_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
+    check(ops.attention, defined, plain, *make(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 1000, 1000, 64), (1, 1, 200, 1000, 128), (1, 1, 1, 1000, 64)], ids=shape_id
+)
+def test_parity_long(shape: tuple, dtype: torch.dtype) -> None:
+    check(ops.attention, defined, plain, *make(shape, dtype))
+
+
+def test_parity_long_at_each_level(isa: str) -> None:
+    check(ops.attention, defined, plain, *make((1, 1, 1000, 1000, 64), torch.float32))
+
+
+def test_equals_sdpa() -> None:
+    inputs, _ = make((2, 3, 100, 100, 64), torch.float32)
+    q, k, v = inputs.values()
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(ops.attention(q, k, v), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7, -0.3])
+def test_scale(backend: str, scale: float) -> None:
+    inputs, dout = make((1, 2, 37, 70, 20), torch.float32)
+    check(
+        lambda q, k, v: ops.attention(q, k, v, scale=scale),
+        lambda q, k, v: defined(q, k, v, scale),
+        lambda q, k, v: plain(q, k, v, scale),
+        inputs,
+        dout,
+    )
+
+
+@pytest.mark.parametrize("Tq", [1, 5, 63], ids=lambda Tq: f"Tq{Tq}")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_kv_len(backend: str, Tq: int, dtype: torch.dtype) -> None:
+    # Rows with no key, fewer keys than queries, some keys, all of them.
+    inputs, dout = make((4, 2, Tq, 130, 16), dtype)
+    kv_len = torch.tensor([0, 3, 77, 130])
+    functions = [
+        lambda q, k, v: ops.attention(q, k, v, kv_len=kv_len),
+        lambda q, k, v: defined(q, k, v, kv_len=kv_len),
+        lambda q, k, v: plain(q, k, v, kv_len=kv_len),
+    ]
+    check(*functions, inputs, dout)
+    out, (dq, dk, dv) = forward_backward(functions[0], list(inputs.values()), dout)
+    assert not out[0].any() and not dq[0].any()
+    for b, length in enumerate(kv_len):
+        assert not dk[b, :, length:].any() and not dv[b, :, length:].any()
+
+
+@pytest.mark.parametrize("Tq", [1, 20], ids=lambda Tq: f"Tq{Tq}")
+def test_keys_past_kv_len_are_never_read(backend: str, Tq: int) -> None:
+    inputs, _ = make((2, 2, Tq, 90, 16), torch.float32)
+    q, k, v = inputs.values()
+    kv_len = torch.tensor([50, 90])
+    clean = ops.attention(q, k, v, kv_len=kv_len)
+    k[0, :, 50:], v[0, :, 50:] = 1e30, 1e30
+    assert torch.equal(ops.attention(q, k, v, kv_len=kv_len), clean)
+
+
+@pytest.mark.parametrize("T", [20, 129], ids=lambda T: f"T{T}")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_dropout(backend: str, T: int, dtype: torch.dtype) -> None:
+    inputs, dout = make((2, 2, T, T + 6, 16), dtype)
+    p, seed = 0.25, 2**35 + 3
+    keep = reference.dropout_scale(inputs["q"], inputs["k"], p, torch.tensor(seed))
+    check(
+        lambda q, k, v: ops.attention(q, k, v, dropout_p=p, seed=seed),
+        lambda q, k, v: defined(q, k, v, None, p, seed),
+        lambda q, k, v: plain(q, k, v, None, keep),
+        inputs,
+        dout,
+    )
+
+
+def test_dropout_seed() -> None:
+    inputs, _ = make((1, 2, 40, 40, 16), torch.float32)
+    first = ops.attention(*inputs.values(), dropout_p=0.5, seed=3)
+    assert torch.equal(ops.attention(*inputs.values(), dropout_p=0.5, seed=torch.tensor(3)), first)
+    assert not torch.equal(ops.attention(*inputs.values(), dropout_p=0.5, seed=4), first)
+
+
+def packed(B: int, H: int, T: int, D: int, dtype: torch.dtype) -> list[Tensor]:
+    qkv = torch.randn(B, T, 3 * H * D).to(dtype)
+    return [x.unflatten(-1, (H, D)).transpose(1, 2) for x in qkv.chunk(3, -1)]
+
+
+def layout(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    B, H, T, D = 2, 3, 70, 16
+    if kind == "packed":
+        tensors = packed(B, H, T, D, dtype)
+    elif kind == "last dimension strided":
+        tensors = [torch.randn(B, H, D, T).to(dtype).mT for _ in range(3)]
+    elif kind == "every other":
+        tensors = [torch.randn(B, H, T, 2 * D).to(dtype)[..., ::2] for _ in range(3)]
+    elif kind == "expanded":
+        tensors = [torch.randn(B, 1, T, D).to(dtype).expand(B, H, T, D) for _ in range(3)]
+    else:
+        tensors = [torch.randn(T, B, D, H).to(dtype).permute(1, 3, 0, 2) for _ in range(3)]
+    return dict(zip("qkv", tensors, strict=True))
+
+
+@pytest.mark.parametrize("gradient", ["dense", "expanded", "transposed"])
+@pytest.mark.parametrize(
+    "kind", ["packed", "last dimension strided", "every other", "expanded", "permuted"]
+)
+def test_layouts(backend: str, kind: str, gradient: str) -> None:
+    inputs = layout(kind, torch.float32)
+    shape = inputs["q"].shape
+    dout = {
+        "dense": torch.randn(shape),
+        "expanded": None,
+        "transposed": torch.randn(*shape[:2], shape[3], shape[2]).mT,
+    }[gradient]
+    check(ops.attention, defined, plain, inputs, dout)
+
+
+@pytest.mark.parametrize("kind", ["packed", "every other"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_layouts_in_16_bits(isa: str, kind: str, dtype: torch.dtype) -> None:
+    check(ops.attention, defined, plain, layout(kind, dtype), None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 8), (2, 63, 3, 16), (1, 129, 2, 80)], ids=lambda s: "B{}-T{}-H{}-D{}".format(*s)
+)
+def test_packed_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
+    B, T, H, D = shape
+
+    def through(f):  # type: ignore[no-untyped-def]
+        def run(qkv: Tensor) -> Tensor:
+            q, k, v = (x.unflatten(-1, (H, D)).transpose(1, 2) for x in qkv.chunk(3, -1))
+            return f(q, k, v).transpose(1, 2).flatten(2)
+
+        return run
+
+    inputs = {"qkv": torch.randn(B, T, 3 * H * D).to(dtype)}
+    dout = torch.randn(B, T, H * D).to(dtype)
+    check(lambda qkv: ops.attention_qkv(qkv, H), through(defined), through(plain), inputs, dout)
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2, "seed": 9}, {"scale": 0.3}], ids=str)
+def test_packed_equals_unpacked(backend: str, options: dict) -> None:
+    B, T, H, D = 2, 70, 3, 16
+    qkv = torch.randn(T, B, 3 * H * D).transpose(0, 1)
+    dout = torch.randn(B, T, H * D)
+
+    def unpacked(qkv: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(-1, (H, D)).transpose(1, 2) for x in qkv.chunk(3, -1))
+        return ops.attention(q, k, v, **options).transpose(1, 2).flatten(2)
+
+    with poisoned():
+        out, (dqkv,) = forward_backward(lambda x: ops.attention_qkv(x, H, **options), [qkv], dout)
+    expected, (dexpected,) = forward_backward(unpacked, [qkv], dout)
+    assert torch.equal(out, expected)
+    assert torch.equal(dqkv, dexpected)
+
+
+def test_packed_kv_len(backend: str) -> None:
+    qkv, kv_len = torch.randn(2, 30, 3 * 32), torch.tensor([30, 11])
+    q, k, v = (x.unflatten(-1, (2, 16)).transpose(1, 2) for x in qkv.chunk(3, -1))
+    expected = ops.attention(q, k, v, kv_len=kv_len).transpose(1, 2).flatten(2)
+    assert torch.equal(ops.attention_qkv(qkv, 2, kv_len=kv_len), expected)
+
+
+@pytest.mark.parametrize("T", [1, 7, 300], ids=lambda T: f"T{T}")
+def test_large_scores_stay_finite(backend: str, T: int) -> None:
+    # Scores up to 1e5, the later keys ever larger, so that the running maximum moves at each block.
+    inputs, dout = make((1, 1, T, T, 16), torch.float32)
+    inputs["k"] *= torch.linspace(1, 1000, T)[:, None]
+    inputs["q"] *= 100
+    check(ops.attention, defined, plain, inputs, dout)
+
+
+def test_equal_scores_give_the_mean(backend: str) -> None:
+    T = 100
+    v = torch.randn(1, 2, T, 16)
+    out = ops.attention(torch.zeros_like(v), torch.randn_like(v), v)
+    mean = v.double().cumsum(2) / torch.arange(1, T + 1)[:, None]
+    torch.testing.assert_close(out.double(), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("T", [4, 70], ids=lambda T: f"T{T}")
+def test_nan_reaches_only_queries_that_see_it(backend: str, T: int, poison: float) -> None:
+    inputs, _ = make((1, 1, T, T, 16), torch.float32)
+    inputs["k"][0, 0, T // 2] = poison
+    out = ops.attention(*inputs.values())[0, 0]
+    assert out[: T // 2].isfinite().all()
+    assert out[T // 2 :].isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 4, 16), (2, 2, 0, 5, 16), (2, 2, 0, 0, 16)], ids=shape_id)
+def test_empty(backend: str, shape: tuple) -> None:
+    inputs, dout = make(shape, torch.float32)
+    out, (dq, dk, dv) = forward_backward(ops.attention, list(inputs.values()), dout)
+    assert out.shape == dq.shape == inputs["q"].shape
+    assert not dk.any() and not dv.any()
+
+
+def test_same_bits_twice_and_with_any_threads(isa: str, restore_threads: None) -> None:
+    inputs, dout = make((2, 3, 129, 129, 64), torch.float32)
+    runs = []
+    for threads in (1, 1, 2):
+        torch.set_num_threads(threads)
+        out, grads = forward_backward(ops.attention, list(inputs.values()), dout)
+        runs.append([out, *grads])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_a_row_does_not_depend_on_its_batch(isa: str) -> None:
+    inputs, _ = make((3, 2, 40, 70, 16), torch.float32)
+    alone = ops.attention(*(x[1:2] for x in inputs.values()))
+    assert torch.equal(ops.attention(*inputs.values())[1:2], alone)
+
+
+def test_inputs_unchanged(backend: str) -> None:
+    inputs, dout = make((1, 2, 40, 40, 20), torch.float32)
+    before = [x.clone() for x in (*inputs.values(), dout)]
+    forward_backward(ops.attention, list(inputs.values()), dout)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*inputs.values(), dout), strict=True))
+
+
+def bad(**changed: object) -> dict:
+    x = torch.zeros(2, 3, 4, 8)
+    return {"q": x, "k": x, "v": x, **changed}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (bad(q=torch.zeros(2, 3, 5, 8)), "Tq <= Tk"),
+        (bad(k=torch.zeros(2, 3, 4, 9)), "attention needs"),
+        (bad(v=torch.zeros(2, 3, 5, 8)), "attention needs"),
+        (bad(q=torch.zeros(1, 3, 4, 8)), "attention needs"),
+        (bad(q=torch.zeros(3, 4, 8)), "dimensions"),
+        (bad(k=torch.zeros(2, 3, 4, 8).bfloat16()), "one dtype"),
+        (bad(v=torch.zeros(2, 3, 4, 8, device="meta")), "one device"),
+        (bad(q=torch.zeros(2, 3, 4, 8).long()), "floating-point"),
+        (bad(dropout_p=1.0), "dropout_p"),
+        (bad(dropout_p=-0.1), "dropout_p"),
+        (bad(dropout_p=float("nan")), "dropout_p"),
+        (bad(kv_len=torch.tensor([1])), "kv_len"),
+        (bad(kv_len=torch.tensor([1.0, 2.0])), "kv_len"),
+    ],
+)
+def test_bad_input(arguments: dict, message: str) -> None:
+    q, k, v = (arguments.pop(name) for name in "qkv")
+    with pytest.raises(ValueError, match=message):
+        ops.attention(q, k, v, **arguments)
+    arguments.update(zip("qkv", (q, k, v), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_head"), [((2, 4, 25), 2), ((2, 4, 24), 3), ((2, 24), 2), ((2, 4, 24), 0)], ids=str
+)
+def test_bad_packed_input(shape: tuple, n_head: int) -> None:
+    with pytest.raises(ValueError, match="attention_qkv needs"):
+        ops.attention_qkv(torch.zeros(shape), n_head)
+
+
+def test_cpp_saves_what_the_reference_saves(isa: str) -> None:
+    inputs, dout = make((1, 2, 70, 90, 16), torch.float32)
+    kv_len = torch.tensor([80])
+    arguments = (*inputs.values(), 0.25, 0.0, None, kv_len)
+    out, lse = torch.ops.gptfast.attention_fwd(*arguments)
+    with use_backend("reference"):
+        out_reference, lse_reference = torch.ops.gptfast.attention_fwd(*arguments)
+    torch.testing.assert_close(out, out_reference, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, lse_reference, rtol=1e-6, atol=1e-6)
