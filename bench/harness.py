@@ -4,10 +4,12 @@ Ours and the peer run in one process, A B A B, so that a change of clock meets b
 many calls as fill a few milliseconds. The ratio is the median over the pairs of peer / ours (above
 1: ours is faster); its quartiles say how far to trust it.
 
-Interleaving does not make up for a busy machine: where other processes want the cores, each
-parallel region waits for a descheduled thread, and the side with more regions loses more (a 19x was
-seen as 327x). So the CPU time of others is measured with each case, a disturbed case is timed
-again, and one that stays disturbed says so in its row.
+Interleaving does not make up for a busy machine: where other processes want the cores, a parallel
+region waits for a descheduled thread, and the side with more regions loses more (a 19x was seen as
+327x; with one thread the effect is gone). So the CPU time of others is measured with each case, a
+disturbed case is timed again, and one that stays disturbed says so in its row.
+
+A fraction above 100% of the copy's rate means that the data stayed in a cache.
 """
 
 import gc
@@ -28,7 +30,7 @@ Run = Callable[[], object]
 SAMPLE_SECONDS = 4e-3
 MIN_PAIRS = 5
 MAX_PAIRS = 200
-ATTEMPTS = 3
+ATTEMPTS = 2
 DISTURBED = 0.03
 """Share of all cores used by others from which a timing is not to be trusted."""
 

@@ -47,14 +47,22 @@ def machine() -> dict[str, object]:
 def measure(names: list[str], quick: bool) -> tuple[list[Row], Limits]:
     """Check and time every case of the named benchmarks; raises where the two sides differ."""
     meter, rows = LimitMeter(), []
-    budget = (1.0, 2.0) if quick else (8.0, 60.0)
+    budget = (1.0, 1.0) if quick else (8.0, 60.0)
     for name in names:
         for case in import_module(f"bench_{name}").cases(quick):
-            print(f"  {case.op}: {case.name} {case.shape}", file=sys.stderr, flush=True)
+            label = f"{case.op}: {case.name} {case.shape}, {case.peer_name}"
+            print(label, end=" ", file=sys.stderr, flush=True)
             meter.sample()
             pair = case.build()
             pair.check()
-            rows.append(Row(case, time_pair(pair, *budget)))
+            timing = time_pair(pair, *budget)
+            rows.append(Row(case, timing))
+            print(
+                f"{_duration(timing.ours_s)}, {_duration(timing.peer_s)}, {timing.ratio:.2f}x, "
+                f"others {timing.others:.1%}",
+                file=sys.stderr,
+                flush=True,
+            )
     meter.sample()
     return rows, meter.limits()
 
@@ -117,12 +125,8 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
         alpha = 0.3 if row.timing.disturbed else 1.0
         axes.barh(y, ratio - 1, left=1, color=f"C{ops.index(row.case.op)}", alpha=alpha)
         axes.plot([low, high], [y, y], color="black", linewidth=1)
-        axes.annotate(
-            f" {ratio:.2f}x{' disturbed' if row.timing.disturbed else ''}",
-            (max(ratio, high, 1.0), y),
-            va="center",
-            fontsize=8,
-        )
+        text = f" {ratio:.2f}x{' disturbed' if row.timing.disturbed else ''}"
+        axes.annotate(text, (max(high, 1.0), y), va="center", fontsize=8)
     labels = [f"{row.case.op}: {row.case.name} {row.case.shape}" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()

@@ -4,68 +4,64 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
+constexpr int64_t QUADS = 4 * W;  // elements that W Philox counters serve
+
 // fp32 bits to the bf16 above or below, chosen by 16 random bits; inf and NaN stay.
-inline void store_stochastic(bf16* p, vf x, vu random, int64_t n) {
+inline vf round_stochastic(vf x, vu random) {
   const vu bits = (vu)x, finite = (bits & 0x7F800000u) != 0x7F800000u;
-  const vu rounded = (bits + (finite & (random >> 16))) & 0xFFFF0000u;
-  store_part(p, (vf)rounded, n);  // exact: the low half is zero
+  return finite ? (vf)((bits + (random >> 16)) & 0xFFFF0000u) : x;
 }
 
-// W random words for elements [index, index + W): word index & 3 of counter index >> 2.
-inline vu random_words(int64_t index, const AdamWTensor& t, uint64_t seed) {
-  vu quad, out;
-  for (int i = 0; i < W; ++i) quad[i] = (uint32_t)((index + i) >> 2);
+// Random words of elements [index, index + QUADS): word e & 3 of counter e >> 2.
+inline void random_words(int64_t index, const AdamWTensor& t, uint64_t seed, uint32_t* out) {
+  vu quad;
+  for (int i = 0; i < W; ++i) quad[i] = (uint32_t)((index >> 2) + i);
   const Words words = philox(quad, splat(t.param_id), splat(t.step), splat(2u), seed);
-  for (int i = 0; i < W; ++i) out[i] = words.word[(index + i) & 3][i];
-  return out;
+  for (int i = 0; i < W; ++i)
+    for (int w = 0; w < 4; ++w) out[4 * i + w] = words.word[w][i];
+}
+
+inline vf square_root(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = sqrtf(x[i]);
+  return x;
+#endif
 }
 
 template <class M>
 inline vf update(const AdamWTensor& t, const AdamWArgs& args, vf p, vf g, M* exp_avg, M* exp_avg_sq, int64_t n) {
   g = g * args.clip;
-  vf m = n == W ? load(exp_avg) : load_part(exp_avg, n);
-  vf v = n == W ? load(exp_avg_sq) : load_part(exp_avg_sq, n);
-  m = m * args.beta1 + g * args.one_minus_beta1;
-  v = v * args.beta2 + g * g * args.one_minus_beta2;
-  if (n == W) {
-    store(exp_avg, m);
-    store(exp_avg_sq, v);
-  } else {
-    store_part(exp_avg, m, n);
-    store_part(exp_avg_sq, v, n);
-  }
-  vf root;
-#if defined(__AVX512F__)
-  root = (vf)_mm512_sqrt_ps((__m512)v);
-#elif defined(__AVX2__)
-  root = (vf)_mm256_sqrt_ps((__m256)v);
-#else
-  for (int i = 0; i < W; ++i) root[i] = sqrtf(v[i]);
-#endif
-  return p * args.decay - t.step_size * (m / (root * t.inv_sqrt_bias2 + args.eps));
+  const vf m = load_n(exp_avg, n) * args.beta1 + g * args.one_minus_beta1;
+  const vf v = load_n(exp_avg_sq, n) * args.beta2 + g * g * args.one_minus_beta2;
+  store_n(exp_avg, m, n);
+  store_n(exp_avg_sq, v, n);
+  return p * args.decay - t.step_size * (m / (square_root(v) * t.inv_sqrt_bias2 + args.eps));
 }
 
+// begin is a multiple of QUADS
 template <class T, class M>
 void run(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
   T* param = (T*)t.param;
   const T* grad = (const T*)t.grad;
   M *exp_avg = (M*)t.exp_avg, *exp_avg_sq = (M*)t.exp_avg_sq;
+  uint32_t random[QUADS];
   for (int64_t j = begin; j < end; j += W) {
     const int64_t n = smaller<int64_t>(W, end - j);
-    const vf g = n == W ? load(grad + j) : load_part(grad + j, n);
-    vf p;
-    if (t.master)
-      p = n == W ? load(t.master + j) : load_part(t.master + j, n);
-    else
-      p = n == W ? load(param + j) : load_part(param + j, n);
-    p = update(t, args, p, g, exp_avg + j, exp_avg_sq + j, n);
-    if (t.master) store_part(t.master + j, p, n);
-    if (args.stochastic)
-      store_stochastic((bf16*)t.param + j, p, random_words(j, t, args.seed), n);
-    else if (n == W)
-      store(param + j, p);
-    else
-      store_part(param + j, p, n);
+    vf p = t.master ? load_n(t.master + j, n) : load_n(param + j, n);
+    p = update(t, args, p, load_n(grad + j, n), exp_avg + j, exp_avg_sq + j, n);
+    if (t.master) store_n(t.master + j, p, n);
+    if (args.stochastic) {
+      const int64_t at = (j - begin) % QUADS;
+      if (at == 0) random_words(j, t, args.seed, random);
+      vu words;
+      memcpy(&words, random + at, sizeof words);
+      p = round_stochastic(p, words);  // a bf16 already: the store is exact
+    }
+    store_n(param + j, p, n);
   }
 }
 

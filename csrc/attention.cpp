@@ -57,10 +57,7 @@ void run_bwd(AttentionArgs& args, const Tensor& dout, const Tensor& out, const T
   TORCH_CHECK_VALUE(lse.scalar_type() == at::kFloat && lse.numel() == args.B * args.H * args.Tq &&
                         dout.sizes() == out.sizes() && dout.scalar_type() == out.scalar_type(),
                     "attention: dout, out and lse do not fit the inputs");
-  const Tensor lse_rows = lse.contiguous();
   args.dout = heads(dout);
-  args.out = heads(out);
-  args.lse = lse_rows.data_ptr<float>();
   args.dq = heads(dq);
   args.dk = heads(dk);
   args.dv = heads(dv);
@@ -91,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
   AttentionArgs args = arguments(q, k, v, scale, dropout_p, seed, kv_len);
   Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
   Tensor dv = at::empty(v.sizes(), v.options());
-  run_bwd(args, rows(dout), rows(out), lse, dq, dk, dv);
+  run_bwd(args, rows(dout), out, lse, dq, dk, dv);
   return {dq, dk, dv};
 }
 
@@ -132,7 +129,7 @@ Tensor attention_qkv_bwd(const Tensor& dout, const Tensor& qkv_in, const Tensor&
   AttentionArgs args = packed_arguments(qkv, n_head, scale, dropout_p, seed, kv_len);
   const int64_t C = args.H * args.D;
   Tensor dqkv = at::empty(qkv.sizes(), qkv.options());
-  run_bwd(args, split_heads(rows(dout), 0, n_head, C), split_heads(rows(out), 0, n_head, C), lse,
+  run_bwd(args, split_heads(rows(dout), 0, n_head, C), split_heads(out, 0, n_head, C), lse,
           split_heads(dqkv, 0, n_head, C), split_heads(dqkv, 1, n_head, C), split_heads(dqkv, 2, n_head, C));
   return dqkv;
 }

@@ -5,8 +5,6 @@
 //   S^T = K Q^T     O = P V      dP^T = V dO^T     dV += P'^T dO     dK += dS^T Q     dQ = dS K
 // where P is read transposed by strides. Keys before the diagonal are taken in blocks with no mask;
 // the diagonal itself in groups of 16 keys that skip the queries before them.
-#include <initializer_list>
-
 #include "philox.h"
 
 namespace gptfast::GPTFAST_LEVEL {
@@ -82,7 +80,7 @@ T* head_data(const Heads& x, int64_t b, int64_t h) {
 }
 
 template <class T>
-void widen(const T* from, int64_t stride, int64_t rows, int64_t D, Matrix to) {
+void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t D, Matrix to) {
   for (int64_t t = 0; t < rows; ++t) {
     int64_t d = 0;
     for (; d + W <= D; d += W) store(to.row(t) + d, load(from + t * stride + d));
@@ -93,7 +91,7 @@ void widen(const T* from, int64_t stride, int64_t rows, int64_t D, Matrix to) {
 template <class T>
 Matrix matrix(const Heads& x, int64_t b, int64_t h, int64_t rows, int64_t D, float* space) {
   const Matrix packed{space, round_up(D, W)};
-  widen(head_data<T>(x, b, h), x.time, rows, D, packed);
+  widen_rows(head_data<T>(x, b, h), x.time, rows, D, packed);
   return packed;
 }
 // fp32 rows of whole vectors are read where they lie.
@@ -101,7 +99,7 @@ template <>
 Matrix matrix<float>(const Heads& x, int64_t b, int64_t h, int64_t rows, int64_t D, float* space) {
   if (D % W == 0) return {head_data<float>(x, b, h), x.time};
   const Matrix packed{space, round_up(D, W)};
-  widen(head_data<float>(x, b, h), x.time, rows, D, packed);
+  widen_rows(head_data<float>(x, b, h), x.time, rows, D, packed);
   return packed;
 }
 
@@ -205,7 +203,7 @@ void fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, Matr
   float* qt = queries + BQ * DP;
   float* s = qt + DP * BQ;
   float* out = s + BK * BQ;
-  widen(head_data<T>(args.q, b, h) + q0 * args.q.time, args.q.time, rows, D, {queries, DP});
+  widen_rows(head_data<T>(args.q, b, h) + q0 * args.q.time, args.q.time, rows, D, {queries, DP});
   transpose({queries, DP}, rows, D, args.scale * LOG2E, qt);
   memset(out, 0, sizeof(float) * BQ * DP);
   Softmax state;
@@ -230,37 +228,105 @@ void fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, Matr
   }
 }
 
-// A few queries against a long cache: dot products, no tiles.
+// A few queries against a long cache: dot products and a weighted sum, no tiles.
+
+// Halves segments of 2 * HALF lanes of a, then of b, by adding their two halves.
+template <int HALF, size_t... I>
+vf fold(vf a, vf b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (I / HALF * 2 * HALF + I % HALF)...) +
+         __builtin_shufflevector(a, b, (I / HALF * 2 * HALF + I % HALF + HALF)...);
+}
+// The sums of the lanes of W vectors, as the lanes of one.
+template <int HALF>
+vf lane_sums(vf* x) {
+  for (int i = 0; i < HALF; ++i) x[i] = fold<HALF>(x[2 * i], x[2 * i + 1], std::make_index_sequence<W>());
+  if constexpr (HALF == 1)
+    return x[0];
+  else
+    return lane_sums<HALF / 2>(x);
+}
+
+// query . k[j] for W keys from row k on, over the first NV * W dimensions
+template <int NV, class T>
+vf dots(const float* query, const T* k, int64_t stride) {
+  vf q[NV], dot[W];
+  for (int i = 0; i < NV; ++i) q[i] = load(query + i * W);
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < W; ++j) {
+    dot[j] = q[0] * load(k + j * stride);
+    for (int i = 1; i < NV; ++i) dot[j] += q[i] * load(k + j * stride + i * W);
+  }
+  return lane_sums<W / 2>(dot);
+}
+template <class T>
+float dot_one(const float* query, const T* k, int64_t D) {
+  const int64_t whole = D / W * W;
+  vf dot = {};
+  for (int64_t d = 0; d < whole; d += W) dot += load(query + d) * load(k + d);
+  if (whole < D) dot += load(query + whole) * load_part(k + whole, D - whole);
+  return sum(dot);
+}
+// the same over all D dimensions, for n <= W keys
+template <class T>
+vf scores_of(const float* query, const T* k, int64_t stride, int64_t D, int64_t n) {
+  vf score = {};
+  int64_t d = 0;
+  if (n == W) {
+    for (; d + 4 * W <= D; d += 4 * W) score += dots<4>(query + d, k + d, stride);
+    for (; d + W <= D; d += W) score += dots<1>(query + d, k + d, stride);
+  }
+  if (d < D)
+    for (int64_t j = 0; j < n; ++j) score[j] += dot_one(query + d, k + j * stride + d, D - d);
+  return score;
+}
+
+// out[0 .. NV * W) = sum_j s[j] v[j]
+template <int NV, class T>
+void weighted_sum(const float* s, const T* v, int64_t stride, int64_t n, float* out) {
+  vf even[NV] = {}, odd[NV] = {};
+  int64_t j = 0;
+  for (; j + 2 <= n; j += 2)
+    for (int i = 0; i < NV; ++i) {
+      even[i] += s[j] * load(v + j * stride + i * W);
+      odd[i] += s[j + 1] * load(v + (j + 1) * stride + i * W);
+    }
+  for (int i = 0; i < NV; ++i) {
+    if (j < n) even[i] += s[j] * load(v + j * stride + i * W);
+    store(out + i * W, even[i] + odd[i]);
+  }
+}
+
 template <class T>
 void fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, float* s) {
-  const int64_t D = args.D, DP = round_up(D, W), whole = D / W * W;
+  const int64_t D = args.D, DP = round_up(D, W);
   const T* q = head_data<T>(args.q, b, h) + i * args.q.time;
   const T* k = head_data<T>(args.k, b, h);
   const T* v = head_data<T>(args.v, b, h);
   float* out = s + round_up(args.Tk, W);
   float* query = out + DP;
-  widen(q, 0, 1, D, {query, DP});
+  widen_rows(q, 0, 1, D, {query, DP});
   const int64_t n = span(args, b, i, 1).end;
-  float best = -INFINITY;
-  for (int64_t j = 0; j < n; ++j) {
-    vf dot = {};
-    for (int64_t d = 0; d < whole; d += W) dot += load(query + d) * load(k + j * args.k.time + d);
-    if (whole < D) dot += load(query + whole) * load_part(k + j * args.k.time + whole, D - whole);
-    s[j] = sum(dot) * (args.scale * LOG2E);
-    best = larger(best, s[j]);
+  vf best = splat(-INFINITY), total = {};
+  for (int64_t j = 0; j < n; j += W) {
+    const int64_t keys = smaller<int64_t>(W, n - j);
+    vf score = scores_of(query, k + j * args.k.time, args.k.time, D, keys) * (args.scale * LOG2E);
+    for (int64_t lane = keys; lane < W; ++lane) score[lane] = -INFINITY;
+    store(s + j, score);
+    best = max(score, best);
   }
-  const float shift = best == -INFINITY ? 0.0f : best;
-  for (int64_t j = n; j < round_up(n, W); ++j) s[j] = -INFINITY;
-  vf total = {};
+  const float top = max(best), shift = top == -INFINITY ? 0.0f : top;
   for (int64_t j = 0; j < n; j += W) {
     const vf p = exp2(load(s + j) - shift);
     store(s + j, p);
     total += p;
   }
-  memset(out, 0, sizeof(float) * DP);
-  for (int64_t j = 0; j < n; ++j) {
-    for (int64_t d = 0; d < whole; d += W) store(out + d, load(out + d) + s[j] * load(v + j * args.v.time + d));
-    if (whole < D) store(out + whole, load(out + whole) + s[j] * load_part(v + j * args.v.time + whole, D - whole));
+  int64_t d = 0;
+  for (; d + 4 * W <= D; d += 4 * W) weighted_sum<4>(s, v + d, args.v.time, n, out + d);
+  for (; d + W <= D; d += W) weighted_sum<1>(s, v + d, args.v.time, n, out + d);
+  if (d < D) {
+    vf rest = {};
+    for (int64_t j = 0; j < n; ++j) rest += s[j] * load_part(v + j * args.v.time + d, D - d);
+    store(out + d, rest);
   }
   const float weight = sum(total);
   const bool sees = n > 0;
@@ -277,17 +343,19 @@ int64_t fwd_items(const AttentionArgs& args) {
 template <class T>
 void fwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
   const int64_t DP = round_up(args.D, W), blocks = fwd_items(args) / (args.B * args.H);
-  Scratch scratch(2 * args.Tk * DP + 3 * BQ * DP + BK * BQ + args.Tk + 4 * DP + 256);
+  if (decodes(args)) {
+    Scratch scores(args.Tk + 2 * DP + 256);
+    for (int64_t item = begin; item < end; ++item)
+      fwd_decode<T>(args, item / blocks / args.H, item / blocks % args.H, item % blocks, scores.take(0));
+    return;
+  }
+  Scratch scratch(2 * args.Tk * DP + 3 * BQ * DP + BK * BQ + 256);
   float* keys = scratch.take(args.Tk * DP);
   float* values = scratch.take(args.Tk * DP);
   float* space = scratch.take(0);
   Matrix k{}, v{};
   for (int64_t item = begin, last = -1; item < end; ++item) {
     const int64_t head = item / blocks, b = head / args.H, h = head % args.H, turn = item % blocks;
-    if (decodes(args)) {
-      fwd_decode<T>(args, b, h, turn, space);
-      continue;
-    }
     if (head != last) {
       k = matrix<T>(args.k, b, h, args.Tk, args.D, keys);
       v = matrix<T>(args.v, b, h, args.Tk, args.D, values);
@@ -312,44 +380,56 @@ void fwd(const AttentionArgs& args, int64_t begin, int64_t end) {
 
 // ---- Backward
 //
-// Two sweeps over the keys of a block of queries. The first fills S^T and dP^T and sums each query's
-// probabilities, the second normalises by that sum: lse alone, rounded to fp32, is off by |lse| * 6e-8,
-// and every P of the query with it.
+// Two sweeps over the keys of a block of queries: the first fills S^T and dP^T and takes the softmax's sums
+// anew, the second normalises. The saved lse would do in one sweep, but rounded to fp32 it is off by
+// |lse| * 6e-8, and every P of the query with it: up to 8 times the error of PyTorch's own gradients.
 
 struct BwdSpace {
   float *q, *k, *v, *dout, *dk, *dv;  // (T x DP)
   float *qt, *doutt;                  // (DP x BQ)
   float *p, *ds;                      // (Tk x BQ)
-  float* dq;                          // (BQ x DP)
+  float *shift, *dq;                  // (runs x BQ), (BQ x DP)
 };
 
 struct QuerySums {
-  float p[BQ], p_dp[BQ];  // then 1 / sum P and delta = sum P dP / sum P
+  float max[BQ], p[BQ], p_dp[BQ];
 };
 
-// S^T -> P^T, not yet normalised; adds sum P and sum P dP over these keys.
-void softmax_bwd_sums(float* p, const float* dp, const float* lse, QuerySums& sums, int64_t keys, int64_t column) {
+// S^T -> exp2(S^T - shift), shift being the maximum so far; adds to sum P and sum P dP.
+void softmax_bwd_sums(float* p, const float* dp, float* shift, QuerySums& sums, int64_t keys, int64_t column) {
   for (int64_t i = column; i < BQ; i += W) {
+    const vf old = load(sums.max + i);
+    vf best = old;
+    for (int64_t j = 0; j < keys; ++j) best = max(load(p + j * BQ + i), best);
+    const vf zero_at = best == -INFINITY ? vf{} : best;
     vf total = {}, weighted = {};
     for (int64_t j = 0; j < keys; ++j) {
-      const vf probability = exp2(load(p + j * BQ + i) - load(lse + i));
+      const vf probability = exp2(load(p + j * BQ + i) - zero_at);
       store(p + j * BQ + i, probability);
       total += probability;
       weighted += probability * load(dp + j * BQ + i);
     }
-    store(sums.p + i, load(sums.p + i) + total);
-    store(sums.p_dp + i, load(sums.p_dp + i) + weighted);
+    const vf rescale = exp2(old - zero_at);
+    store(shift + i, best);
+    store(sums.max + i, best);
+    store(sums.p + i, load(sums.p + i) * rescale + total);
+    store(sums.p_dp + i, load(sums.p_dp + i) * rescale + weighted);
   }
 }
 
 // P^T normalised, and dP^T -> dS^T = P (dP - delta).
-void softmax_bwd(float* p, float* ds, const QuerySums& sums, int64_t keys, int64_t column) {
-  for (int64_t j = 0; j < keys; ++j)
-    for (int64_t i = column; i < BQ; i += W) {
-      const vf probability = load(p + j * BQ + i) * load(sums.p + i);
+void softmax_bwd(float* p, float* ds, const float* shift, const QuerySums& sums, int64_t keys, int64_t column) {
+  for (int64_t i = column; i < BQ; i += W) {
+    const vf best = load(sums.max + i), sum = load(sums.p + i);
+    const vf inverse = sum == 0 ? vf{} : 1.0f / sum;  // a query that saw nothing: P = 0
+    const vf factor = exp2(load(shift + i) - (best == -INFINITY ? vf{} : best)) * inverse;
+    const vf delta = load(sums.p_dp + i) * inverse;
+    for (int64_t j = 0; j < keys; ++j) {
+      const vf probability = load(p + j * BQ + i) * factor;
       store(p + j * BQ + i, probability);
-      store(ds + j * BQ + i, probability * (load(ds + j * BQ + i) - load(sums.p_dp + i)));
+      store(ds + j * BQ + i, probability * (load(ds + j * BQ + i) - delta));
     }
+  }
 }
 
 template <class T>
@@ -362,14 +442,11 @@ void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace& s
   memset(space.dv, 0, sizeof(float) * args.Tk * DP);
   for (int64_t q0 = 0; q0 < args.Tq; q0 += BQ) {
     const int64_t rows = smaller(BQ, args.Tq - q0), first_query = args.Tk - args.Tq + q0;
-    float lse[BQ];
-    for (int64_t i = 0; i < BQ; ++i) {
-      lse[i] = i < rows ? args.lse[head * args.Tq + q0 + i] * LOG2E : INFINITY;
-      if (lse[i] == -INFINITY) lse[i] = INFINITY;  // a query that saw nothing: P = 0
-    }
     transpose({q.row(q0), q.ld}, rows, D, args.scale * LOG2E, space.qt);
     transpose({dout.row(q0), dout.ld}, rows, D, 1.0f, space.doutt);
     QuerySums sums = {};
+    for (float& best : sums.max) best = -INFINITY;
+    float* shift = space.shift;
     const Span keys_seen = span(args, b, q0, rows);
     each_run(keys_seen, [&](int64_t key, int64_t keys, int64_t column) {
       float *p = space.p + key * BQ, *dp = space.ds + key * BQ;
@@ -377,17 +454,16 @@ void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace& s
       gemm(keys, BQ - column, D, v.row(key), v.ld, 1, space.doutt + column, BQ, dp + column, BQ, false);
       if (key >= keys_seen.full) mask_diagonal(p, keys_seen, key, keys, column);
       if (args.dropout_p > 0) apply_dropout(dp, args, head, first_query, key, keys, column);
-      softmax_bwd_sums(p, dp, lse, sums, keys, column);
+      softmax_bwd_sums(p, dp, shift, sums, keys, column);
+      shift += BQ;
     });
-    for (int64_t i = 0; i < BQ; ++i) {
-      sums.p[i] = sums.p[i] == 0 ? 0.0f : 1.0f / sums.p[i];
-      sums.p_dp[i] *= sums.p[i];
-    }
     memset(space.dq, 0, sizeof(float) * BQ * DP);
+    shift = space.shift;
     each_run(keys_seen, [&](int64_t key, int64_t keys, int64_t column) {
-      if (column >= rows) return;
       float *p = space.p + key * BQ, *ds = space.ds + key * BQ;
-      softmax_bwd(p, ds, sums, keys, column);
+      softmax_bwd(p, ds, shift, sums, keys, column);
+      shift += BQ;
+      if (column >= rows) return;
       if (args.dropout_p > 0) apply_dropout(p, args, head, first_query, key, keys, column);
       const int64_t n = rows - column, t = q0 + column;
       gemm(keys, DP, n, p + column, BQ, 1, dout.row(t), dout.ld, space.dv + key * DP, DP, true);
@@ -406,12 +482,20 @@ void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace& s
 template <class T>
 void bwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
   const int64_t DP = round_up(args.D, W), query_floats = args.Tq * DP, key_floats = args.Tk * DP;
-  Scratch scratch(2 * query_floats + 4 * key_floats + 3 * BQ * DP + 2 * args.Tk * BQ + 256);
-  BwdSpace space;
-  for (float** p : {&space.q, &space.dout}) *p = scratch.take(query_floats);
-  for (float** p : {&space.k, &space.v, &space.dk, &space.dv}) *p = scratch.take(key_floats);
-  for (float** p : {&space.qt, &space.doutt, &space.dq}) *p = scratch.take(BQ * DP);
-  for (float** p : {&space.p, &space.ds}) *p = scratch.take(args.Tk * BQ);
+  const int64_t runs = args.Tk / GROUP + 2;
+  Scratch scratch(2 * query_floats + 4 * key_floats + 3 * BQ * DP + (2 * args.Tk + runs) * BQ + 256);
+  const BwdSpace space{.q = scratch.take(query_floats),
+                       .k = scratch.take(key_floats),
+                       .v = scratch.take(key_floats),
+                       .dout = scratch.take(query_floats),
+                       .dk = scratch.take(key_floats),
+                       .dv = scratch.take(key_floats),
+                       .qt = scratch.take(BQ * DP),
+                       .doutt = scratch.take(BQ * DP),
+                       .p = scratch.take(args.Tk * BQ),
+                       .ds = scratch.take(args.Tk * BQ),
+                       .shift = scratch.take(runs * BQ),
+                       .dq = scratch.take(BQ * DP)};
   for (int64_t head = begin; head < end; ++head) bwd_head<T>(args, head / args.H, head % args.H, space);
 }
 

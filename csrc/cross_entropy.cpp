@@ -48,10 +48,10 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits_in, const Tens
   const Tensor logits = rows(logits_in), target = target_in.contiguous();
   const int64_t N = logits.size(0);
   check_targets(target, N, logits.size(1), ignore_index);
-  Tensor loss = at::empty({N}, logits.options().dtype(at::kFloat)), lse = at::empty_like(loss);
+  Tensor loss = at::empty({N}, logits.options().dtype(at::kFloat)), lse = at::empty_like(loss, at::kDouble);
   CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
   args.loss = loss.data_ptr<float>();
-  args.lse = lse.data_ptr<float>();
+  args.lse = lse.data_ptr<double>();
   each_row(loops().fwd, args, N);
   return {loss, lse};
 }
@@ -65,12 +65,12 @@ Tensor cross_entropy_bwd(const Tensor& dloss_in, const Tensor& logits_in, const 
   const Tensor dloss = dloss_in.to(at::kFloat).contiguous(), lse = lse_in.contiguous();
   const int64_t N = logits.size(0);
   check_targets(target, N, logits.size(1), ignore_index);
-  TORCH_CHECK_VALUE(dloss.numel() == N && lse.numel() == N && lse.scalar_type() == at::kFloat,
+  TORCH_CHECK_VALUE(dloss.numel() == N && lse.numel() == N && lse.scalar_type() == at::kDouble,
                     "cross_entropy: dloss and lse must hold one number per row");
   Tensor dlogits = at::empty(logits.sizes(), logits.options());
   CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
   args.dloss = dloss.const_data_ptr<float>();
-  args.lse = lse.data_ptr<float>();
+  args.lse = lse.data_ptr<double>();
   args.dlogits = dlogits.data_ptr();
   each_row(loops().bwd, args, N);
   return dlogits;
@@ -91,11 +91,20 @@ void check_linear(const Tensor& input, const Tensor& weight) {
                     " do not fit");
 }
 
+// The logits' memory, kept from call to call: a fresh 100 MB is page-faulted anew each time (30 ms).
+Tensor workspace(int64_t rows, int64_t V, const at::TensorOptions& options) {
+  thread_local Tensor kept;
+  const c10::InferenceMode normal(false);  // else a first call under inference_mode bars later training
+  const int64_t bytes = rows * V * static_cast<int64_t>(options.dtype().itemsize());
+  if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, options.dtype(at::kByte));
+  return kept.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype())).view({rows, V});
+}
+
 // f(first row, rows, logits of those rows) for each chunk, the logits in one reused buffer.
 template <class F>
 void each_chunk(const Tensor& input, const Tensor& weight, F f) {
   const int64_t N = input.size(0), V = weight.size(0), step = chunk_rows(N, V, input.element_size());
-  Tensor buffer = at::empty({std::min(step, N), V}, input.options());
+  const Tensor buffer = workspace(std::min(step, N), V, input.options());
   for (int64_t row = 0; row < N; row += step) {
     const int64_t n = std::min(step, N - row);
     Tensor logits = buffer.narrow(0, 0, n);
@@ -113,12 +122,12 @@ Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight, const
   at::AutoDispatchBelowAutograd guard;
   const Tensor target = target_in.contiguous();
   check_targets(target, input.size(0), weight.size(0), ignore_index);
-  Tensor loss = at::empty({input.size(0)}, input.options().dtype(at::kFloat)), lse = at::empty_like(loss);
+  Tensor loss = at::empty({input.size(0)}, input.options().dtype(at::kFloat)), lse = at::empty_like(loss, at::kDouble);
   each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
     CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
     args.target += row;
     args.loss = loss.data_ptr<float>() + row;
-    args.lse = lse.data_ptr<float>() + row;
+    args.lse = lse.data_ptr<double>() + row;
     each_row(loops().fwd, args, n);
   });
   return loss;
@@ -138,26 +147,27 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
   const int64_t N = input.size(0);
   check_targets(target, N, weight.size(0), ignore_index);
   TORCH_CHECK_VALUE(dloss.dim() == 1 && dloss.size(0) == N, "linear_cross_entropy: dloss must be (", N, ",)");
-  Tensor loss = at::empty({N}, input.options().dtype(at::kFloat)), lse = at::empty_like(loss);
+  Tensor loss = at::empty({N}, input.options().dtype(at::kFloat)), lse = at::empty_like(loss, at::kDouble);
   Tensor dinput = at::empty(input.sizes(), input.options());
-  // fp32, so that the chunks of a 16-bit gradient do not round away what they add.
-  const auto fp32 = weight.options().dtype(at::kFloat);
-  Tensor dweight = N ? at::empty(weight.sizes(), fp32) : at::zeros(weight.sizes(), fp32);
-  const bool narrow = weight.scalar_type() != at::kFloat;
+  // Several chunks add up in fp32: a 16-bit sum would round away what each one adds.
+  const bool one_chunk = N <= chunk_rows(N, weight.size(0), input.element_size());
+  const bool widens = weight.scalar_type() != at::kFloat && !one_chunk;
+  const auto options = widens ? weight.options().dtype(at::kFloat) : weight.options();
+  Tensor dweight = N ? at::empty(weight.sizes(), options) : at::zeros(weight.sizes(), options);
   each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
     CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
     args.target += row;
     args.loss = loss.data_ptr<float>() + row;
-    args.lse = lse.data_ptr<float>() + row;
+    args.lse = lse.data_ptr<double>() + row;
     args.dloss = dloss.const_data_ptr<float>() + row;
     args.dlogits = logits.data_ptr();
     each_row(loops().fwd_bwd, args, n);
     Tensor dx = dinput.narrow(0, row, n);
     at::mm_out(dx, logits, weight);
     const Tensor x = input.narrow(0, row, n);
-    if (narrow && row)
+    if (widens && row)
       dweight.add_(at::mm(logits.t(), x));
-    else if (narrow)
+    else if (widens)
       dweight.copy_(at::mm(logits.t(), x));
     else if (row)
       at::addmm_out(dweight, dweight, logits.t(), x);

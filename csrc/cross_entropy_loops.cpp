@@ -64,7 +64,7 @@ void fwd_row(const CrossEntropyArgs& args, int64_t row) {
   else
     row_sums<false>(x, V, top, exps, values);
   const double log_sum = log(exps), lse = top + log_sum;
-  args.lse[row] = (float)lse;
+  args.lse[row] = lse;
   if (target == args.ignore_index) {
     args.loss[row] = 0;
     return;
@@ -84,14 +84,16 @@ void bwd_row(const CrossEntropyArgs& args, int64_t row) {
     memset((void*)dx, 0, sizeof(T) * V);
     return;
   }
-  const float lse = args.lse[row], dloss = args.dloss[row];
-  const float factor = dloss * (1 + 2 * args.z_loss * lse), offset = dloss * args.label_smoothing / V;
-  const float at_target = load_one(x + target);
+  const double lse = args.lse[row], dloss = args.dloss[row], smoothing = args.label_smoothing;
+  const double scale = 1 + 2 * args.z_loss * lse, at_target = load_one(x + target);
+  const float high = (float)lse, low = (float)(lse - high);
+  const float factor = (float)(dloss * scale), offset = (float)(dloss * smoothing / V);
   int64_t j = 0;
-  for (; j + W <= V; j += W) store(dx + j, exp(load(x + j) - lse) * factor - offset);
-  if (j < V) store_part(dx + j, exp(load_part(x + j, V - j) - lse) * factor - offset, V - j);
-  const vf p = exp(splat(at_target) - lse);
-  store_part(dx + target, p * factor - offset - dloss * (1 - args.label_smoothing), 1);
+  for (; j + W <= V; j += W) store(dx + j, exp((load(x + j) - high) - low) * factor - offset);
+  if (j < V) store_part(dx + j, exp((load_part(x + j, V - j) - high) - low) * factor - offset, V - j);
+  // In double, for it cancels when the target is nearly certain.
+  const double dtarget = dloss * (::exp(at_target - lse) * scale - smoothing / V - (1 - smoothing));
+  store_part(dx + target, splat((float)dtarget), 1);
 }
 
 template <class T>

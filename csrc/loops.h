@@ -43,7 +43,7 @@ struct CrossEntropyArgs {
   const void* logits;     // (N, V), rows row_stride apart
   const int64_t* target;  // (N,)
   float* loss;            // (N,)
-  float* lse;             // (N,)
+  double* lse;            // (N,); in fp32 it would be off by |lse| * 6e-8, and every gradient with it
   const float* dloss;     // (N,)
   void* dlogits;          // (N, V) contiguous; bwd may write over the logits
 };

@@ -3,7 +3,7 @@
 A checkpoint is a directory:
     config.json, model.safetensors     as transformers' GPT2LMHeadModel reads them
     optimizer.safetensors              <parameter>.<exp_avg | exp_avg_sq | step | master>
-    state.json                         format, progress, RNG, configs, SHA-256 of the other files
+    state.json                         format, progress, RNG, configs, SHA-256 of every file
 It is written to a temporary sibling, each file and the directory synced, then renamed: at any
 moment a directory of that name is a whole checkpoint.
 """
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -62,18 +63,8 @@ def _gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
         raise ValueError(
             f"{path} describes a model of type {raw.get('model_type')!r}, not GPT-2's architecture"
         )
-    fixed = {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "layer_norm_epsilon": (1e-5,),
-        "n_inner": (None, 4 * raw.get("n_embd", 0)),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-    }
-    for name, allowed in fixed.items():
-        if name in raw and raw[name] not in allowed:
-            raise ValueError(f"{path}: {name} is {raw[name]!r}, gptfast's GPT has {allowed[0]!r}")
     try:
-        return GPTConfig(
+        config = GPTConfig(
             vocab_size=raw["vocab_size"],
             block_size=raw["n_positions"],
             n_layer=raw["n_layer"],
@@ -87,6 +78,17 @@ def _gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
         raise ValueError(f"{path} has no {error.args[0]!r}") from None
     except TypeError as error:
         raise ValueError(f"{path} has a value of the wrong type: {error}") from None
+    fixed = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "n_inner": (None, 4 * config.n_embd),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+    }
+    for name, allowed in fixed.items():
+        if name in raw and raw[name] not in allowed:
+            raise ValueError(f"{path}: {name} is {raw[name]!r}, gptfast's GPT has {allowed[0]!r}")
+    return config
 
 
 def _hf_tensors(model: GPT) -> dict[str, Tensor]:
@@ -192,14 +194,21 @@ def _check_state(state: dict[str, Tensor], model: GPT, source: str) -> None:
         raise ValueError(f"{source} has a tensor the model does not know: {extra[0]!r}")
 
 
+def _open_model(path: str | PathLike) -> tuple[Path, GPTConfig]:
+    """The directory `path` stands for and its config; a checkpoint's two files are verified."""
+    directory = find_checkpoint(path)
+    if (directory / "state.json").is_file():
+        _verify(directory, _read_state(directory), ("config.json", "model.safetensors"))
+    return directory, _gpt_config(_read_json(directory / "config.json"), directory / "config.json")
+
+
 def load_model(path: str | PathLike) -> GPT:
     """The model of a directory with config.json and model.safetensors, in evaluation mode.
 
     `path` may be such a directory, a checkpoint, or the output directory of a training run, whose
     latest checkpoint is taken. Raises ValueError for anything else, naming what is wrong.
     """
-    directory = find_checkpoint(path)
-    config = _gpt_config(_read_json(directory / "config.json"), directory / "config.json")
+    directory, config = _open_model(path)
     with torch.device("meta"):
         model = GPT(config)
     state = _from_hf(_read_tensors(directory / "model.safetensors"), config)
@@ -210,17 +219,9 @@ def load_model(path: str | PathLike) -> GPT:
 
 def load_weights(model: GPT, path: str | PathLike) -> None:
     """Copy the weights of another model's directory into `model`; ValueError if they do not fit."""
-    directory = find_checkpoint(path)
-    config = _gpt_config(_read_json(directory / "config.json"), directory / "config.json")
-    for name in (
-        "vocab_size",
-        "block_size",
-        "n_layer",
-        "n_head",
-        "n_embd",
-        "tie_weights",
-        "qkv_bias",
-    ):
+    directory, config = _open_model(path)
+    shape = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "tie_weights", "qkv_bias")
+    for name in shape:
         theirs, ours = getattr(config, name), getattr(model.config, name)
         if theirs != ours:
             raise ValueError(
@@ -293,6 +294,7 @@ def save_checkpoint(
         if torch.cuda.is_available():
             states = torch.cuda.get_rng_state_all()
             state["cuda_rng"] = [base64.b64encode(s.numpy().tobytes()).decode() for s in states]
+        state["digest"] = _digest(state)
         _write_files(temporary, {}, {"state.json": state})
         _fsync(temporary)
         shutil.rmtree(target, ignore_errors=True)  # a resumed run that passes this step again
@@ -305,19 +307,39 @@ def save_checkpoint(
     return target
 
 
+def _digest(state: dict[str, Any]) -> str:
+    """SHA-256 of all of state.json but the digest itself."""
+    rest = {name: value for name, value in state.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = _read_json(path / "state.json")
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{path / 'state.json'} has checkpoint format {state.get('format')!r}, "
+            f"expected {FORMAT}"
+        )
+    if state.get("digest") != _digest(state):
+        raise ValueError(f"{path / 'state.json'} is damaged: its digest is not that of its values")
+    return state
+
+
+def _verify(path: Path, state: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if not (path / name).is_file() or _sha256(path / name) != state["sha256"][name]:
+            raise ValueError(
+                f"{path / name} is damaged: its SHA-256 is not the one it was saved with"
+            )
+
+
 def read_state(path: str | PathLike) -> dict[str, Any]:
     """state.json of a checkpoint, after checking its format and every file's SHA-256."""
     path = Path(path)
     if not (path / "state.json").is_file():
         raise ValueError(f"{path} cannot be resumed: it has no state.json (weights only)")
-    state = _read_json(path / "state.json")
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {state.get('format')}, expected {FORMAT}")
-    for name, digest in state["sha256"].items():
-        if not (path / name).is_file() or _sha256(path / name) != digest:
-            raise ValueError(
-                f"{path / name} is damaged: its SHA-256 is not the one it was saved with"
-            )
+    state = _read_state(path)
+    _verify(path, state, state["sha256"])
     return state
 
 

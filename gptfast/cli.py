@@ -1,8 +1,11 @@
 """The `gptfast` command: train, generate, info. Flags come from the dataclasses' fields."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,11 +169,28 @@ Command = (
 )
 
 
+def _parse(argv: Sequence[str] | None) -> Train | Generate | Info:
+    """The command argv asks for; what tyro reports in a box becomes a one-line ValueError."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Command, args=argv, prog="gptfast")
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+    plain = re.sub(r"\x1b\[[\d;]*m", "", box.getvalue())  # without colours
+    # A title, the message, a rule, help texts.
+    body = re.split(r"^[ │]*[─-]+[ │]*$", plain.partition("\n")[2].lstrip(" -\n"), flags=re.M)[0]
+    message = " ".join(line.strip("│ ") for line in body.splitlines()).split()
+    if message[:2] == ["Error", "parsing"] and message[2].startswith("__tyro"):
+        message = message[3:]
+    raise ValueError(f"{' '.join(message)} (see gptfast --help)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an error the user can act on is one line on stderr and exit code 1."""
     try:
-        command = tyro.cli(Command, args=argv, prog="gptfast")
-        command.run()
+        _parse(argv).run()
     except KeyboardInterrupt:
         print("gptfast: interrupted", file=sys.stderr)
         return 130

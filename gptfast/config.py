@@ -41,7 +41,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be >= 1, got {value}")
+            fits = isinstance(value, int) and value >= 1
+            _require(fits, f"{name} must be an integer >= 1, got {value!r}")
         _require(
             self.n_embd % self.n_head == 0,
             f"n_embd must be divisible by n_head, got n_embd={self.n_embd}, n_head={self.n_head}",
@@ -112,7 +113,7 @@ class TrainConfig:
         _require(
             self.lr > 0 and math.isfinite(self.lr), f"lr must be a finite number > 0, got {self.lr}"
         )
-        for name in ("min_lr", "warmup_steps", "weight_decay", "sample_tokens"):
+        for name in ("min_lr", "warmup_steps", "weight_decay", "sample_tokens", "seed"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} must be >= 0, got {value}")
         for name in ("beta1", "beta2"):

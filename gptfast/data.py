@@ -139,8 +139,9 @@ def create_dataloader(
     for name, value in (("batch_size", batch_size), ("max_length", max_length), ("stride", stride)):
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-    if num_workers < 0:
-        raise ValueError(f"num_workers must be >= 0, got {num_workers}")
+    for name, value in (("num_workers", num_workers), ("seed", seed)):
+        if value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
     windows = Windows(as_tokens(text_or_tokens, tokenizer), max_length, stride)
     order = BatchOrder(len(windows), batch_size, shuffle, drop_last, seed)
     if not len(order):

@@ -31,15 +31,15 @@ def loader_loss(
         for x, y in islice(batches, max_batches):
             n = int((y != -100).sum())
             if n:
-                total += batch_loss(model, x, y).double() * n
+                total += batch_loss(model, x, y).item() * n
             count += n
     finally:
         model.train(was_training)
     if not count:
         raise ValueError("no tokens to evaluate: the loader is empty or every target is ignored")
-    return float(total / count)
+    return total / count
 
 
 def perplexity(loss: float) -> float:
     """exp(loss), loss in nats per token."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss > 700 else math.exp(loss)

@@ -21,10 +21,12 @@ def _head(model: GPT, x: Tensor, last: Tensor) -> Tensor:
     return F.linear(x[row, last], model.head_weight)
 
 
-def prefill(model: GPT, tokens: Tensor, length: Tensor, cache: KVCache) -> Tensor:
-    """Run padded prompts (B, T) with length (B,) through the model; next-token logits (B, V)."""
+def prefill(model: GPT, tokens: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
+    """Run prompts (B, T), padded behind their lengths; next-token logits (B, V)."""
+    length = torch.tensor(lengths, device=tokens.device)
     logits = _head(model, model.hidden(tokens, cache=cache), length - 1)
-    cache.length, cache.longest = length.clone(), tokens.shape[1]
+    cache.length, cache.longest = length, tokens.shape[1]
+    cache.ragged = min(lengths) < tokens.shape[1]
     return logits
 
 
@@ -106,16 +108,17 @@ def _decode(
     options: dict,
 ) -> list[list[int]]:
     device, block_size = model.wte.weight.device, model.config.block_size
-    longest = max(map(len, prompts))
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
     tokens = torch.zeros(len(prompts), longest + n, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt)
     tokens = tokens.to(device)
-    length = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    length = torch.tensor(lengths, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     cache = model.new_cache(len(prompts), min(longest + n, block_size))
     if longest <= block_size:
-        logits = prefill(model, tokens[:, :longest], length, cache)
+        logits = prefill(model, tokens[:, :longest], lengths, cache)
     else:
         logits = window_logits(model, tokens, length)
     for step in range(n):
@@ -136,8 +139,7 @@ def _decode(
         else:
             cache.longest = 0
             logits = window_logits(model, tokens.clamp(min=0), length)
-    lengths = length.tolist()
-    rows = [row[:end] for row, end in zip(tokens.tolist(), lengths, strict=True)]
+    rows = [row[:end] for row, end in zip(tokens.tolist(), length.tolist(), strict=True)]
     if any(-1 in row for row in rows):
         raise ValueError("the model's logits had NaN, +inf or nothing but -inf; check its weights")
     return rows
@@ -154,6 +156,6 @@ def generate_text(
 ) -> str:
     """Text to text: encode, `generate`, decode; stops at the tokenizer's end-of-text."""
     sampling.setdefault("eos_id", tokenizer.eot)
-    return tokenizer.decode(
-        generate(model, [tokenizer.encode(prompt)], max_new_tokens, **sampling)[0]
-    )
+    ids = generate(model, [tokenizer.encode(prompt)], max_new_tokens, **sampling)[0]
+    # End-of-text is not text, and a model may have more ids than its tokenizer has tokens.
+    return tokenizer.decode([i for i in ids if i < tokenizer.n_vocab and i != tokenizer.eot])

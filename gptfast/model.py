@@ -24,6 +24,20 @@ class KVCache:
     v: list[Tensor]
     length: Tensor  # (B,) int64, tokens held per row
     longest: int  # of all rows, kept on the host so that no step asks the device
+    ragged: bool  # whether rows differ in length; if not, one slice serves them all
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, H, T, D) behind what the layer holds; its keys and values so far."""
+        end = self.longest + k.shape[2]
+        if self.ragged:
+            time = self.length[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
+            row = torch.arange(k.shape[0], device=k.device)[:, None]
+            self.k[layer][row, :, time] = k.transpose(1, 2)
+            self.v[layer][row, :, time] = v.transpose(1, 2)
+        else:
+            self.k[layer][:, :, self.longest : end] = k
+            self.v[layer][:, :, self.longest : end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
 class Attention(nn.Module):
@@ -42,14 +56,8 @@ class Attention(nn.Module):
         q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(
             2, 0, 3, 1, 4
         )  # (B, H, T, D)
-        end = cache.longest + T
-        time = cache.length[:, None] + torch.arange(T, device=x.device)  # (B, T)
-        row = torch.arange(B, device=x.device)[:, None]
-        cache.k[layer][row, :, time] = k.transpose(1, 2)
-        cache.v[layer][row, :, time] = v.transpose(1, 2)
-        out = ops.attention(
-            q, cache.k[layer][:, :, :end], cache.v[layer][:, :, :end], kv_len=cache.length + T
-        )  # (B, H, T, D)
+        kv_len = cache.length + T if cache.ragged else None
+        out = ops.attention(q, *cache.append(layer, k, v), kv_len=kv_len)  # (B, H, T, D)
         return self.c_proj(out.transpose(1, 2).reshape(B, T, C))
 
 
@@ -116,7 +124,7 @@ class GPT(nn.Module):
         config, like = self.config, self.wte.weight
         shape = (B, config.n_head, size, config.n_embd // config.n_head)
         k, v = ([like.new_zeros(shape) for _ in range(config.n_layer)] for _ in "kv")
-        return KVCache(k, v, torch.zeros(B, dtype=torch.int64, device=like.device), 0)
+        return KVCache(k, v, torch.zeros(B, dtype=torch.int64, device=like.device), 0, False)
 
     def _embed(self, idx: Tensor) -> Tensor:
         try:
@@ -133,13 +141,13 @@ class GPT(nn.Module):
         """idx (B, T) int64 -> the normalised residual stream (B, T, C) that the head reads.
 
         With a cache, the tokens follow those it holds: their keys and values are written there,
-        row b's from cache.length[b] on. The caller then sets length and longest.
+        row b's from cache.length[b] on. The caller then moves length and longest on.
         """
         T = idx.shape[1]
-        time = torch.arange(T, device=idx.device)  # (T,)
-        if cache is not None:
-            # Beyond the context there is only the padding of shorter rows, which nobody reads.
-            time = (cache.length[:, None] + time).clamp(max=self.config.block_size - 1)  # (B, T)
+        start = cache.longest if cache else 0
+        time = torch.arange(start, start + T, device=idx.device)  # (T,)
+        if cache and cache.ragged:
+            time = cache.length[:, None] + time - start  # (B, T)
         x = self.drop(self._embed(idx) + self.wpe(time))  # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, seed + layer, cache, layer)
@@ -154,10 +162,11 @@ class GPT(nn.Module):
         step; None draws it from torch's generator. Raises ValueError for a T outside
         [1, block_size] and, on the CPU, IndexError for ids out of range.
         """
-        if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
+        fits = idx.dim() == 2 and 1 <= idx.shape[1] <= self.config.block_size
+        if not fits or idx.dtype != torch.int64:
             raise ValueError(
-                f"idx must be (B, T) with T from 1 to block_size={self.config.block_size}, "
-                f"got {tuple(idx.shape)}"
+                "idx must be (B, T) int64 with T from 1 to "
+                f"block_size={self.config.block_size}, got {tuple(idx.shape)} {idx.dtype}"
             )
         if seed is None:
             draws = self.training and self.config.dropout > 0

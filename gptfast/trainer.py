@@ -26,11 +26,18 @@ from gptfast.tokenizer import Tokenizer
 
 
 def choose_device(name: str) -> torch.device:
-    """The device "auto" stands for: a GPU if there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
+    """The device of that name; "auto" is a GPU if there is one, else the CPU.
+
+    Raises ValueError for a device that this machine does not have.
+    """
+    cpu = torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
+    if name == "auto":
+        return accelerator or cpu
+    known = [device.type for device in (cpu, accelerator) if device]
+    if name.partition(":")[0] not in known:
+        raise ValueError(f"device must be auto or one of {', '.join(known)}, got {name!r}")
+    return torch.device(name)
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
@@ -91,6 +98,7 @@ class Trainer:
         }
         # The same first batches at every evaluation, so that training losses compare.
         n = config.eval_batches or len(val_loader)
+        train_loader.batch_sampler.set_position(0)
         self.train_sample = list(islice(train_loader, n))
         self.progress: tqdm | None = None
 
@@ -180,6 +188,7 @@ class Trainer:
         return row
 
     def _evaluate(self, row: dict[str, Any] | None) -> None:
+        self.val_loader.batch_sampler.set_position(0)
         train_loss = loader_loss(self.model, self.train_sample)
         val_loss = loader_loss(self.model, self.val_loader, self.config.eval_batches)
         losses = {"train_loss": train_loss, "val_loss": val_loss}
@@ -205,7 +214,7 @@ class Trainer:
             seed=self.config.seed,
         )
         line = " ".join(text.split())
-        with (self.out / "samples.txt").open("a") as file:
+        with (self.out / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"step {self.step}: {line}\n")
         self._say(f"step {self.step}/{self.steps} | sample: {line}")
 
@@ -235,10 +244,14 @@ class Trainer:
         self.step, self.tokens = state["step"], state["tokens"]
         lines = (self.out / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines if line.endswith("}")]
-        # What was logged after the checkpoint happens again.
+        # What was written after the checkpoint happens again.
         self.history = [row for row in rows if row["step"] <= self.step]
         text = "".join(json.dumps(row) + "\n" for row in self.history)
         (self.out / "metrics.jsonl").write_text(text)
+        samples = self.out / "samples.txt"
+        lines = samples.read_text("utf-8").splitlines() if samples.exists() else []
+        kept = [line for line in lines if int(line.split()[1].rstrip(":")) <= self.step]
+        samples.write_text("".join(line + "\n" for line in kept), "utf-8")
         self._say(f"resumed from {path} at step {self.step}")
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from gptfast.kernels.reference import attention as reference
 from parity import DTYPES, check, forward_backward, poisoned
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.kernels.reference import attention as reference
 from gptfast.ops.library import use_backend
 
 # (B, H, Tq, Tk, D)
@@ -60,7 +60,7 @@ def make(shape: tuple, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SMALL, ids=shape_id)
 def test_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
-    check(ops.attention, defined, plain, *make(shape, dtype))
+    check(ops.attention, defined, plain, *(make(shape, dtype) for _ in range(4)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -68,11 +68,11 @@ def test_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
     "shape", [(1, 2, 1000, 1000, 64), (1, 1, 200, 1000, 128), (1, 1, 1, 1000, 64)], ids=shape_id
 )
 def test_parity_long(shape: tuple, dtype: torch.dtype) -> None:
-    check(ops.attention, defined, plain, *make(shape, dtype))
+    check(ops.attention, defined, plain, make(shape, dtype))
 
 
 def test_parity_long_at_each_level(isa: str) -> None:
-    check(ops.attention, defined, plain, *make((1, 1, 1000, 1000, 64), torch.float32))
+    check(ops.attention, defined, plain, make((1, 1, 1000, 1000, 64), torch.float32))
 
 
 def test_equals_sdpa() -> None:
@@ -84,13 +84,11 @@ def test_equals_sdpa() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 0.7, -0.3])
 def test_scale(backend: str, scale: float) -> None:
-    inputs, dout = make((1, 2, 37, 70, 20), torch.float32)
     check(
         lambda q, k, v: ops.attention(q, k, v, scale=scale),
         lambda q, k, v: defined(q, k, v, scale),
         lambda q, k, v: plain(q, k, v, scale),
-        inputs,
-        dout,
+        *(make((1, 2, 37, 70, 20), torch.float32) for _ in range(4)),
     )
 
 
@@ -105,7 +103,7 @@ def test_kv_len(backend: str, Tq: int, dtype: torch.dtype) -> None:
         lambda q, k, v: defined(q, k, v, kv_len=kv_len),
         lambda q, k, v: plain(q, k, v, kv_len=kv_len),
     ]
-    check(*functions, inputs, dout)
+    check(*functions, (inputs, dout))
     out, (dq, dk, dv) = forward_backward(functions[0], list(inputs.values()), dout)
     assert not out[0].any() and not dq[0].any()
     for b, length in enumerate(kv_len):
@@ -125,15 +123,14 @@ def test_keys_past_kv_len_are_never_read(backend: str, Tq: int) -> None:
 @pytest.mark.parametrize("T", [20, 129], ids=lambda T: f"T{T}")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_dropout(backend: str, T: int, dtype: torch.dtype) -> None:
-    inputs, dout = make((2, 2, T, T + 6, 16), dtype)
+    cases = [make((2, 2, T, T + 6, 16), dtype) for _ in range(4)]
     p, seed = 0.25, 2**35 + 3
-    keep = reference.dropout_scale(inputs["q"], inputs["k"], p, torch.tensor(seed))
+    keep = reference.dropout_scale(cases[0][0]["q"], cases[0][0]["k"], p, torch.tensor(seed))
     check(
         lambda q, k, v: ops.attention(q, k, v, dropout_p=p, seed=seed),
         lambda q, k, v: defined(q, k, v, None, p, seed),
         lambda q, k, v: plain(q, k, v, None, keep),
-        inputs,
-        dout,
+        *cases,
     )
 
 
@@ -169,25 +166,30 @@ def layout(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
     "kind", ["packed", "last dimension strided", "every other", "expanded", "permuted"]
 )
 def test_layouts(backend: str, kind: str, gradient: str) -> None:
-    inputs = layout(kind, torch.float32)
-    shape = inputs["q"].shape
-    dout = {
-        "dense": torch.randn(shape),
-        "expanded": None,
-        "transposed": torch.randn(*shape[:2], shape[3], shape[2]).mT,
-    }[gradient]
-    check(ops.attention, defined, plain, inputs, dout)
+    cases = []
+    for _ in range(2):
+        inputs = layout(kind, torch.float32)
+        shape = inputs["q"].shape
+        dout = {
+            "dense": torch.randn(shape),
+            "expanded": None,
+            "transposed": torch.randn(*shape[:2], shape[3], shape[2]).mT,
+        }[gradient]
+        cases.append((inputs, dout))
+    check(ops.attention, defined, plain, *cases)
 
 
 @pytest.mark.parametrize("kind", ["packed", "every other"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_layouts_in_16_bits(isa: str, kind: str, dtype: torch.dtype) -> None:
-    check(ops.attention, defined, plain, layout(kind, dtype), None)
+    check(ops.attention, defined, plain, (layout(kind, dtype), None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 8), (2, 63, 3, 16), (1, 129, 2, 80)], ids=lambda s: "B{}-T{}-H{}-D{}".format(*s)
+    "shape",
+    [(1, 1, 1, 8), (2, 63, 3, 16), (1, 129, 2, 80)],
+    ids=lambda s: "B{}-T{}-H{}-D{}".format(*s),
 )
 def test_packed_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
     B, T, H, D = shape
@@ -199,9 +201,11 @@ def test_packed_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
 
         return run
 
-    inputs = {"qkv": torch.randn(B, T, 3 * H * D).to(dtype)}
-    dout = torch.randn(B, T, H * D).to(dtype)
-    check(lambda qkv: ops.attention_qkv(qkv, H), through(defined), through(plain), inputs, dout)
+    cases = [
+        ({"qkv": torch.randn(B, T, 3 * H * D).to(dtype)}, torch.randn(B, T, H * D).to(dtype))
+        for _ in range(4)
+    ]
+    check(lambda qkv: ops.attention_qkv(qkv, H), through(defined), through(plain), *cases)
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2, "seed": 9}, {"scale": 0.3}], ids=str)
@@ -234,7 +238,7 @@ def test_large_scores_stay_finite(backend: str, T: int) -> None:
     inputs, dout = make((1, 1, T, T, 16), torch.float32)
     inputs["k"] *= torch.linspace(1, 1000, T)[:, None]
     inputs["q"] *= 100
-    check(ops.attention, defined, plain, inputs, dout)
+    check(ops.attention, defined, plain, (inputs, dout))
 
 
 def test_equal_scores_give_the_mean(backend: str) -> None:
@@ -255,7 +259,9 @@ def test_nan_reaches_only_queries_that_see_it(backend: str, T: int, poison: floa
     assert out[T // 2 :].isnan().any(-1).all()
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 4, 4, 16), (2, 2, 0, 5, 16), (2, 2, 0, 0, 16)], ids=shape_id)
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 4, 4, 16), (2, 2, 0, 5, 16), (2, 2, 0, 0, 16)], ids=shape_id
+)
 def test_empty(backend: str, shape: tuple) -> None:
     inputs, dout = make(shape, torch.float32)
     out, (dq, dk, dv) = forward_backward(ops.attention, list(inputs.values()), dout)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-
-from gptfast import ops
 from gptfast.kernels.reference import sampling as sampling_reference
 from gptfast.kernels.reference.attention import dropout_scale
 from gptfast.kernels.reference.philox import philox, uniform
+
+from gptfast import ops
 from gptfast.ops.adamw import adamw
 from gptfast.ops.library import use_backend
 
@@ -90,7 +90,22 @@ def test_stochastic_rounding_equals_reference(isa: str, numel: int, seed: int) -
         step = torch.tensor(41.0)
         with use_backend(name):
             adamw(
-                [param], [grad], [m], [v], [], [step], lr, None, 0.0, 0.0, 0.0, 0.0, 0.0, [7], True, seed
+                [param],
+                [grad],
+                [m],
+                [v],
+                [],
+                [step],
+                lr,
+                None,
+                0.0,
+                0.0,
+                0.0,
+                0.0,
+                0.0,
+                [7],
+                True,
+                seed,
             )
         rounded[name] = param
     exact = start.double() - lr

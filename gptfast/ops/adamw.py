@@ -16,7 +16,7 @@ def _adamw_fake(*args: object) -> None:
 
 
 grad_norm = register("grad_norm(Tensor[] grads) -> Tensor", reference.grad_norm, _grad_norm_fake)
-adamw = register(
+_adamw = register(
     "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] masters, Tensor(e!)[] steps, Tensor lr, Tensor? grad_norm, float max_norm, "
     "float beta1, float beta2, float eps, float weight_decay, int[] param_ids, bool stochastic, "
@@ -24,3 +24,10 @@ adamw = register(
     reference.adamw,
     _adamw_fake,
 )
+
+
+def adamw(params: list[Tensor], *args: object) -> None:
+    """One step in place; the arguments are the schema's."""
+    _adamw(params, *args)
+    # What ATen's in-place operators do: a backward that saved the old values is now an error.
+    torch.autograd.graph.increment_version(params)

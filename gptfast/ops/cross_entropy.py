@@ -15,7 +15,7 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
 
 def _fwd_fake(logits, target, ignore_index, label_smoothing, z_loss):  # type: ignore[no-untyped-def]
     loss = logits.new_empty(logits.shape[0], dtype=_loss_dtype(logits))
-    return loss, torch.empty_like(loss)
+    return loss, torch.empty_like(loss, dtype=torch.float64)
 
 
 def _bwd_fake(dloss, logits, target, lse, ignore_index, label_smoothing, z_loss):  # type: ignore[no-untyped-def]
@@ -149,9 +149,9 @@ def cross_entropy(
     _check(logits, target, label_smoothing, z_loss, reduction)
     loss = _fwd(logits, target, ignore_index, label_smoothing, z_loss)[0]
     if reduction == "mean":
-        loss = loss.sum() / (target != ignore_index).sum()
+        loss = loss.sum(dtype=torch.float64) / (target != ignore_index).sum()
     elif reduction == "sum":
-        loss = loss.sum()
+        loss = loss.sum(dtype=torch.float64)
     return loss.to(_result_dtype(logits))
 
 
@@ -196,9 +196,14 @@ def linear_cross_entropy(
     share = torch.ones((), dtype=_loss_dtype(x), device=x.device)
     if reduction == "mean":
         share = share / (flat_target != ignore_index).sum()
-    if torch.is_grad_enabled() and differentiable:
-        share = share.expand(flat_target.shape)
-        loss = _linear_fwd_bwd(x, linear_weight, flat_target, share, *options)[0]
+    # In fp16 a gradient computed before the loss is scaled (GradScaler) would underflow.
+    half = (torch.get_autocast_dtype(x.device.type) if autocast else x.dtype) == torch.float16
+    if torch.is_grad_enabled() and differentiable and not half:
+        per_row = share.expand(flat_target.shape)
+        loss = _linear_fwd_bwd(x, linear_weight, flat_target, per_row, *options)[0]
     else:
-        loss = (_linear_fwd(x, linear_weight, flat_target, *options) * share).sum()
+        loss = _linear_fwd(x, linear_weight, flat_target, *options)
+        loss = (loss * share).sum(dtype=torch.float64)
+    if reduction == "mean":
+        loss = loss.where(share.isfinite(), torch.nan)
     return loss.to(_result_dtype(input))

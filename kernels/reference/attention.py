@@ -1,8 +1,8 @@
 """Causal attention, its softmax, dropout and gradients, as plain PyTorch.
 
     S = scale * Q K^T, key j visible to query i iff j <= len - Tq + i   (bottom-right alignment)
-    lse = log sum_j exp(S_ij);  P = exp(S - lse);  P' = P * mask / (1 - p);  O = P' V
-    dV = P'^T dO;  dP = (dO V^T) * mask / (1 - p);  delta = sum_d dO * O
+    lse = log sum_j exp(S_ij);  P = softmax(S);  P' = P * mask / (1 - p);  O = P' V
+    dV = P'^T dO;  dP = (dO V^T) * mask / (1 - p);  delta = sum_j P * dP  (= sum_d dO * O)
     dS = P * (dP - delta);  dQ = scale * dS K;  dK = scale * dS^T Q
 
 len is Tk, or kv_len[b] where it is given. A query that sees no key has output 0 and lse -inf.
@@ -35,15 +35,13 @@ def dropout_scale(q: Tensor, k: Tensor, dropout_p: float, seed: Tensor) -> Tenso
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, lse: Tensor | None, scale: float, kv_len: Tensor | None
+    q: Tensor, k: Tensor, scale: float, kv_len: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    scores = (q @ k.transpose(-2, -1)) * scale
     visible = _visible(q, k, kv_len)
-    scores = scores.masked_fill(~visible, -torch.inf)
-    if lse is None:
-        lse = torch.logsumexp(scores, -1)
-    finite = lse.masked_fill(lse == -torch.inf, 0.0)
-    return torch.exp(scores - finite[..., None]), lse
+    scores = ((q @ k.transpose(-2, -1)) * scale).masked_fill(~visible, -torch.inf)
+    # Not exp(scores - lse): rounded to fp32, lse is off by |lse| * 6e-8, and all of P with it.
+    p = torch.softmax(scores, -1).masked_fill(~visible, 0.0)
+    return p, torch.logsumexp(scores, -1)
 
 
 def attention_fwd(
@@ -57,7 +55,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, Tq, D) in q's dtype, lse (B, H, Tq) natural log, fp32 or fp64."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    p, lse = _probabilities(q.to(dtype), k.to(dtype), None, scale, kv_len)
+    p, lse = _probabilities(q.to(dtype), k.to(dtype), scale, kv_len)
     if dropout_p > 0:
         p = p * dropout_scale(q, k, dropout_p, seed)
     return (p @ v.to(dtype)).to(q.dtype), lse
@@ -77,13 +75,13 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous, in the inputs' dtype."""
     input_dtype = q.dtype
-    q, k, v, dout, out = (t.to(lse.dtype) for t in (q, k, v, dout, out))
-    p, _ = _probabilities(q, k, lse, scale, kv_len)
+    q, k, v, dout = (t.to(lse.dtype) for t in (q, k, v, dout))
+    p, _ = _probabilities(q, k, scale, kv_len)
     dropped, dp = p, dout @ v.transpose(-2, -1)
     if dropout_p > 0:
         keep = dropout_scale(q, k, dropout_p, seed)
         dropped, dp = p * keep, dp * keep
-    ds = p * (dp - (dout * out).sum(-1, keepdim=True)) * scale
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
     dq, dk, dv = ds @ k, ds.transpose(-2, -1) @ q, dropped.transpose(-2, -1) @ dout
     return tuple(t.to(input_dtype).contiguous() for t in (dq, dk, dv))
 

@@ -3,7 +3,8 @@
 Per row with target t, smoothing e, vocabulary size V:
     lse = log sum_j exp(x_j)
     loss = (1 - e) * (lse - x_t) + e * (lse - mean_j x_j) + z_loss * lse^2
-    dx_j = dloss * (exp(x_j - lse) * (1 + 2 z_loss lse) - (1 - e) [j = t] - e / V)
+    p_j = exp(x_j - lse)
+    dx_j = dloss * ((1 - e) * (p_j - [j = t]) + e * (p_j - 1 / V) + 2 z_loss lse p_j)
 A row whose target is ignore_index has loss 0 and gradient 0, whatever its dloss.
 """
 
@@ -26,7 +27,7 @@ def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
 def cross_entropy_fwd(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """logits (N, V), target (N,) -> loss (N,), lse (N,), both fp32 (fp64 for fp64 logits)."""
+    """logits (N, V), target (N,) -> loss (N,), fp32 (fp64 for fp64 logits), and lse (N,), fp64."""
     V = logits.shape[-1]
     check_targets(target, V, ignore_index)
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -41,7 +42,7 @@ def cross_entropy_fwd(
         loss = loss + z_loss * lse.square()
     # Out of range can only be seen on a GPU, where the row's loss becomes NaN.
     loss = torch.where(in_range, loss, torch.nan)
-    return torch.where(ignored, 0.0, loss), lse
+    return torch.where(ignored, 0.0, loss), lse.double()
 
 
 def cross_entropy_bwd(
@@ -55,10 +56,15 @@ def cross_entropy_bwd(
 ) -> Tensor:
     """dlogits (N, V) in the logits' dtype, from dloss (N,)."""
     V = logits.shape[-1]
-    dlogits = torch.exp(logits.to(lse.dtype) - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    p = torch.softmax(logits.to(dtype), -1)
     onehot = torch.arange(V, device=logits.device) == target[:, None]
-    dlogits = dlogits - (1 - label_smoothing) * onehot - label_smoothing / V
-    dlogits = dlogits * dloss.to(lse.dtype)[:, None]
+    dlogits = (1 - label_smoothing) * (p - onehot.to(dtype))
+    if label_smoothing > 0:
+        dlogits = dlogits + label_smoothing * (p - 1 / V)
+    if z_loss > 0:
+        dlogits = dlogits + 2 * z_loss * lse.to(dtype)[:, None] * p
+    dlogits = dlogits * dloss.to(dtype)[:, None]
     ignored = (target == ignore_index)[:, None]
     return dlogits.masked_fill(ignored, 0.0).to(logits.dtype).contiguous()
 

@@ -26,6 +26,14 @@ def check_rows(bad: Tensor) -> None:
         )
 
 
+def check_parameters(**parameters: tuple[Tensor, Tensor, str]) -> None:
+    """ValueError on the CPU for a value out of range: name=(values, which fit, what must be)."""
+    for name, (values, fit, must) in parameters.items():
+        if values.device.type == "cpu" and not fit.all():
+            row = int((~fit).nonzero()[0])
+            raise ValueError(f"{name} must be {must}, got {values[row].item()} in row {row}")
+
+
 def draw_uniform(seed: Tensor, position: Tensor) -> Tensor:
     """u in [0, 1) for each (seed, position), fp32."""
     zero = torch.zeros_like(position)
@@ -60,6 +68,17 @@ def sample(
     position: Tensor,
 ) -> Tensor:
     """logits (B, V), all else (B,) -> ids (B,) int64; -1 for a row that cannot be sampled."""
+    check_parameters(
+        temperature=(
+            temperature,
+            (temperature >= 0) & temperature.isfinite(),
+            "a finite number >= 0",
+        ),
+        top_k=(top_k, top_k >= 1, "an integer >= 1"),
+        top_p=(top_p, (top_p > 0) & (top_p <= 1), "in (0, 1]"),
+        min_p=(min_p, (min_p >= 0) & (min_p <= 1), "in [0, 1]"),
+        position=(position, position >= 0, "an integer >= 0"),
+    )
     top = logits.amax(-1)
     bad = ~top.isfinite()  # NaN wins amax; +inf and all -inf show as themselves
     check_rows(bad)

@@ -1,0 +1,82 @@
+"""Models, texts and runs small enough for a test."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptfast import GPT, GPTConfig, TrainConfig, Trainer, create_dataloader, get_tokenizer
+from gptfast.data import as_tokens, embedded_text, split_tokens
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For the modules that import it: at these sizes threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_config(**changes: Any) -> GPTConfig:
+    sizes = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 24}
+    return GPTConfig(**{**sizes, **changes})
+
+
+def random_model(seed: int = 0, std: float = 0.2, **changes: Any) -> GPT:
+    """A tiny model with every parameter random, so that no bias or norm is at its neutral value."""
+    model = GPT(tiny_config(**changes))
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std, generator=generator)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.normal_(module.weight, mean=1.0, std=std, generator=generator)
+    return model
+
+
+def random_ids(*shape: int, vocab_size: int = 61, seed: int = 1) -> Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_trainer(
+    out: Path, *, dropout: float = 0.1, init_seed: int = 0, n_tokens: int = 500, **train: Any
+) -> Trainer:
+    """A run on bytes of English: 450 training tokens are 7 batches of 4 windows of 16 an epoch."""
+    tokenizer = get_tokenizer("byte")
+    tokens = as_tokens(embedded_text()[:n_tokens], tokenizer)
+    config = TrainConfig(
+        **{
+            "out": str(out),
+            "device": "cpu",
+            "log_interval": 1,
+            "eval_interval": 3,
+            "sample_tokens": 8,
+            **train,
+        }
+    )
+    parts = split_tokens(tokens)
+    loaders = [
+        create_dataloader(parts[0], 4, 16, 16, seed=config.seed),
+        create_dataloader(parts[1], 4, 16, 16, shuffle=False, drop_last=False),
+    ]
+    torch.manual_seed(init_seed)
+    model = GPT(tiny_config(vocab_size=tokenizer.n_vocab, dropout=dropout))
+    return Trainer(model, config, *loaders, tokenizer=tokenizer)
+
+
+def without_speed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl less what no run repeats."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in history]
+
+
+def parameters(model: GPT) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """The names under which two sets of tensors are not equal bit for bit."""
+    return [name for name in {*a, *b} if name not in a or not torch.equal(a[name], b[name])]

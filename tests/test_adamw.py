@@ -1,0 +1,414 @@
+"""AdamW: the operators against the reference, the optimizer against torch.optim.AdamW."""
+
+import copy
+import math
+
+import pytest
+import torch
+from gptfast.kernels.reference import adamw as reference
+from parity import DTYPES, assert_parity
+from torch import Tensor
+
+import gptfast
+from gptfast.ops.adamw import adamw, grad_norm
+
+SHAPES = [(1,), (2, 3), (17,), (63, 5), (129,), (0,), (), (40_000,)]
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape).to(dtype) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_grad_norm(backend: str, dtype: torch.dtype) -> None:
+    grads = [*tensors(dtype), torch.randn(50, 30).to(dtype).T, torch.randn(90).to(dtype)[::2]]
+    exact = math.sqrt(sum(g.double().square().sum().item() for g in grads))
+    norm = grad_norm(grads)
+    assert norm.shape == () and norm.dtype == torch.float32
+    # Summed in double over blocks of fp32: within two units in the last place.
+    assert abs(norm.item() - exact) <= exact * 2**-22
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_grad_norm_not_finite(backend: str, bad: float) -> None:
+    grads = tensors()
+    grads[-1][39_999] = bad
+    assert not grad_norm(grads).isfinite()
+
+
+def test_grad_norm_same_bits_with_any_threads(isa: str, restore_threads: None) -> None:
+    grads = [torch.randn(300_001), torch.randn(7)]
+    norms = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        norms.append(grad_norm(grads))
+    assert torch.equal(norms[0], norms[1]) and torch.equal(norms[1], norms[2])
+
+
+def run_operator(
+    params: list[Tensor], steps: list[list[Tensor]], norm: float | None, step=None
+) -> list[list[Tensor]]:  # type: ignore[no-untyped-def]
+    """`steps` updates of copies of params; returns params, exp_avgs, exp_avg_sqs."""
+    dtype = torch.promote_types(params[0].dtype, torch.float32)
+    params = [p.clone() for p in params]
+    m, v = ([torch.zeros_like(p, dtype=dtype) for p in params] for _ in range(2))
+    counts = [torch.zeros(()) for _ in params]
+    lr = torch.tensor(3e-3, dtype=torch.float64)
+    ids = list(range(len(params)))
+    for grads in steps:
+        total = None if norm is None else torch.tensor(norm, dtype=dtype)
+        (step or adamw)(
+            params, grads, m, v, [], counts, lr, total, 1.0, 0.9, 0.95, 1e-8, 0.1, ids, False, 0
+        )
+    assert all(c == len(steps) for c in counts)
+    return [params, m, v]
+
+
+@pytest.mark.parametrize("norm", [None, 0.3, 7.0], ids=["unclipped", "norm below", "norm above"])
+def test_operator_parity(backend: str, norm: float | None) -> None:
+    params, steps = tensors(), [tensors() for _ in range(5)]
+    out = run_operator(params, steps, norm)
+    double = [[g.double() for g in grads] for grads in steps]
+    ref = run_operator([p.double() for p in params], double, norm, reference.adamw)
+
+    plain = [p.clone().requires_grad_() for p in params]
+    optimizer = torch.optim.AdamW(plain, lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for grads in steps:
+        for p, g in zip(plain, grads, strict=True):
+            p.grad = g * (1.0 if norm is None else min(1.0, 1.0 / (norm + 1e-6)))
+        optimizer.step()
+    states = [optimizer.state[p] for p in plain]
+    pt = [plain, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]]
+    for name, *kinds in zip(("param", "exp_avg", "exp_avg_sq"), out, ref, pt, strict=True):
+        assert_parity(name, *(torch.cat([x.detach().flatten() for x in kind]) for kind in kinds))
+
+
+@pytest.mark.parametrize("norm", [torch.nan, torch.inf])
+def test_operator_leaves_all_as_it_was(backend: str, norm: float) -> None:
+    p, m, v, step = torch.randn(20), torch.randn(20), torch.rand(20), torch.tensor(3.0)
+    before = [x.clone() for x in (p, m, v, step)]
+    lr, grads = torch.tensor(1.0), [torch.full((20,), torch.nan)]
+    total = torch.tensor(norm)
+    adamw([p], grads, [m], [v], [], [step], lr, total, 1.0, 0.9, 0.9, 1e-8, 0.1, [0], False, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, (p, m, v, step), strict=True))
+
+
+def test_operator_same_bits_with_any_threads(isa: str, restore_threads: None) -> None:
+    params, steps, runs = tensors(), [tensors() for _ in range(2)], []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        runs.append(run_operator(params, steps, 2.0))
+    for a, b in zip(*runs, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_operator_layouts(backend: str) -> None:
+    # A transposed parameter keeps its strides; its gradient need not share them.
+    values, grads = torch.randn(12, 7), [torch.randn(12, 7) for _ in range(3)]
+    expected = run_operator([values], [[g] for g in grads], None)
+    turned = values.T.contiguous().T
+    gap = torch.zeros(12, 14)[:, ::2].copy_(values)
+    for start in (turned, gap):
+        for grad in (lambda g: g, lambda g: g.T.contiguous().T, lambda g: g.repeat(1, 2)[:, :7]):
+            clone = start.clone(memory_format=torch.preserve_format)
+            result = run_operator([clone], [[grad(g)] for g in grads], None)
+            for a, b in zip(result, expected, strict=True):
+                torch.testing.assert_close(a[0], b[0], rtol=1e-6, atol=1e-7)
+    expanded = [[torch.randn(()).expand(12, 7)]]
+    dense = [[expanded[0][0].contiguous()]]
+    assert torch.equal(
+        run_operator([values], expanded, None)[0][0], run_operator([values], dense, None)[0][0]
+    )
+
+
+def test_step_is_seen_by_autograd(backend: str) -> None:
+    # A backward through a parameter that a step has changed is an error, not a wrong gradient.
+    w = torch.randn(5, requires_grad=True)
+    loss = (w * w).sum()
+    loss.backward(retain_graph=True)
+    gptfast.AdamW([w]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def model_and_data(dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Tensor]:
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(9, 33), torch.nn.GELU(), torch.nn.Linear(33, 5))
+    return net.to(dtype), torch.randn(16, 9).to(dtype)
+
+
+def train(net: torch.nn.Module, x: Tensor, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        (net(x + step).square().mean() * 30).backward()
+        optimizer.step()
+
+
+def values(net: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def groups(net: torch.nn.Module) -> list[dict]:
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    return [
+        {"params": matrices, "weight_decay": 0.2, "lr": 2e-3},
+        {"params": [p for p in net.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6}], ids=str)
+def test_equals_torch(backend: str, options: dict) -> None:
+    results = []
+    for cls in (gptfast.AdamW, torch.optim.AdamW):
+        net, x = model_and_data()
+        optimizer = cls(groups(net), **options)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        for _ in range(4):
+            train(net, x, optimizer, 3)
+            scheduler.step()
+        results.append(values(net))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", [gptfast.AdamW, torch.optim.AdamW], ids=["ours", "torch"])
+@pytest.mark.parametrize("second", [gptfast.AdamW, torch.optim.AdamW], ids=["ours", "torch"])
+def test_state_dict_in_both_directions(first: type, second: type) -> None:
+    net, x = model_and_data()
+    optimizer = first(groups(net), lr=5e-3)
+    train(net, x, optimizer, 5)
+    other = copy.deepcopy(net)
+    resumed = second(groups(other), lr=1.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [g["lr"] for g in resumed.param_groups] == [2e-3, 5e-3]
+    train(net, x, optimizer, 5)
+    train(other, x, resumed, 5)
+    if first is second:
+        assert torch.equal(values(net), values(other))
+    torch.testing.assert_close(values(other), values(net), rtol=1e-5, atol=1e-6)
+    states = [list(o.state_dict()["state"].values()) for o in (optimizer, resumed)]
+    for a, b in zip(*states, strict=True):
+        assert a["step"] == b["step"] == 10
+        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-4, atol=1e-6)
+
+
+def test_loading_does_not_share_memory() -> None:
+    net, x = model_and_data()
+    optimizer = gptfast.AdamW(net.parameters())
+    train(net, x, optimizer, 2)
+    state = optimizer.state_dict()
+    before = copy.deepcopy(state)
+    other = copy.deepcopy(net)
+    resumed = gptfast.AdamW(other.parameters())
+    resumed.load_state_dict(state)
+    train(other, x, resumed, 2)
+    for key, saved in before["state"].items():
+        assert torch.equal(saved["exp_avg"], state["state"][key]["exp_avg"])
+        assert saved["step"] == state["state"][key]["step"]
+
+
+@pytest.mark.parametrize("max_norm", [0.05, 1.0, 1e6])
+def test_max_norm_equals_clip_grad_norm(backend: str, max_norm: float) -> None:
+    net, x = model_and_data()
+    exact, _ = model_and_data(torch.float64)
+    exact.load_state_dict(net.state_dict())
+    optimizer = gptfast.AdamW(groups(net), lr=5e-3, max_norm=max_norm)
+    clipped = torch.optim.AdamW(groups(exact), lr=5e-3)
+    for step in range(6):
+        for n in (net, exact):
+            n.zero_grad()
+            (n(x.to(n[0].weight.dtype) + step).square().mean() * 30).backward()
+        before = [p.grad.clone() for p in net.parameters()]
+        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(exact.parameters(), max_norm)
+        clipped.step()
+        torch.testing.assert_close(optimizer.grad_norm.double(), norm, rtol=1e-5, atol=0)
+        after = [p.grad for p in net.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    torch.testing.assert_close(values(net).double(), values(exact), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_non_finite_norm_skips_the_step(backend: str, bad: float) -> None:
+    net, x = model_and_data()
+    optimizer = gptfast.AdamW(groups(net), max_norm=1.0)
+    train(net, x, optimizer, 2)
+    before, state = values(net).clone(), copy.deepcopy(optimizer.state_dict()["state"])
+    net[0].bias.grad[3] = bad
+    optimizer.step()
+    assert not optimizer.grad_norm.isfinite()
+    assert torch.equal(values(net), before)
+    for key, saved in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(saved[name], state[key][name]) for name in saved)
+    train(net, x, optimizer, 1)
+    assert values(net).isfinite().all() and not torch.equal(values(net), before)
+
+
+def test_infinite_max_norm_measures_only(backend: str) -> None:
+    results = []
+    for max_norm in (None, float("inf")):
+        net, x = model_and_data()
+        optimizer = gptfast.AdamW(net.parameters(), max_norm=max_norm)
+        train(net, x, optimizer, 3)
+        results.append(values(net))
+    assert torch.equal(*results)
+    grads = torch.cat([p.grad.flatten() for p in net.parameters()])
+    torch.testing.assert_close(optimizer.grad_norm, grads.norm(), rtol=1e-6, atol=0)
+
+
+def test_parameters_without_gradient_stay(backend: str) -> None:
+    used, unused = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    optimizer = gptfast.AdamW([unused, used], max_norm=1.0)
+    used.sum().backward()
+    optimizer.step()
+    assert torch.equal(unused, torch.ones(3)) and not torch.equal(used, torch.ones(3))
+    assert not optimizer.state[unused]
+    gptfast.AdamW([unused], max_norm=1.0).step()
+
+
+def test_closure_tensor_lr_and_added_group() -> None:
+    net, x = model_and_data()
+    plain, _ = model_and_data()
+    results = []
+    for n, cls in ((net, gptfast.AdamW), (plain, torch.optim.AdamW)):
+        optimizer = cls(n[0].parameters(), lr=torch.tensor(2e-3))
+        optimizer.add_param_group({"params": n[2].parameters(), "lr": 1e-2})
+
+        def closure(n=n, optimizer=optimizer) -> Tensor:  # type: ignore[no-untyped-def]
+            optimizer.zero_grad()
+            loss = n(x).square().sum()
+            loss.backward()
+            return loss
+
+        results.append((optimizer.step(closure).detach(), values(n)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def bf16_run(
+    **options: object,
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, list[list[Tensor]]]:
+    net, _ = model_and_data(torch.bfloat16)
+    optimizer = gptfast.AdamW(net.parameters(), lr=1e-3, **options)
+    generator, history = torch.Generator().manual_seed(2), []
+    for _ in range(10):
+        for p in net.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+        history.append([p.grad for p in net.parameters()])
+        optimizer.step()
+    return net, optimizer, history
+
+
+def test_bf16_master_is_an_fp32_run_rounded(backend: str) -> None:
+    net, optimizer, history = bf16_run()
+    start, _ = model_and_data(torch.bfloat16)
+    exact = [p.detach().float().requires_grad_() for p in start.parameters()]
+    twin = gptfast.AdamW(exact, lr=1e-3)
+    for grads in history:
+        for p, g in zip(exact, grads, strict=True):
+            p.grad = g.float()
+        twin.step()
+    for p, q in zip(net.parameters(), exact, strict=True):
+        assert torch.equal(optimizer.state[p]["master"], q)
+        assert torch.equal(p, q.bfloat16())
+        assert optimizer.state[p]["exp_avg"].dtype == torch.float32
+        assert torch.equal(optimizer.state[p]["exp_avg"], twin.state[q]["exp_avg"])
+
+
+def test_bf16_stochastic_rounding_is_unbiased_and_seeded(backend: str) -> None:
+    # 100 steps of 1e-5 from 1.0, each 1/400 of bf16's spacing below 1: rounding to nearest would
+    # never move.
+    results = []
+    for seed in (0, 0, 1):
+        w = torch.ones(4096, dtype=torch.bfloat16, requires_grad=True)
+        optimizer = gptfast.AdamW(
+            [w], lr=1e-5, weight_decay=0.0, bf16_update="stochastic", seed=seed
+        )
+        for _ in range(100):
+            w.grad = torch.ones_like(w)
+            optimizer.step()
+        results.append(w.detach())
+        # Expected: 1 - 1e-3. The spread: 100 rare steps of 2^-8 a weight, 4096 weights.
+        deviation = (100 * 1e-5 * 2**-8 / 4096) ** 0.5
+        assert abs(w.double().mean().item() - (1 - 1e-3)) < 4 * deviation
+        assert "master" not in optimizer.state[w]
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_fp16_master() -> None:
+    w = torch.ones(5, dtype=torch.float16, requires_grad=True)
+    optimizer = gptfast.AdamW([w], lr=1e-5, weight_decay=0.0)
+    for _ in range(100):
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[w]["master"], torch.full((5,), 1 - 1e-3))
+    assert torch.equal(w, optimizer.state[w]["master"].half())
+
+
+@pytest.mark.parametrize("update", ["master", "stochastic"])
+def test_loading_keeps_fp32_state_of_bf16_parameters(update: str) -> None:
+    net, optimizer, history = bf16_run(bf16_update=update)
+    other = copy.deepcopy(net)
+    resumed = gptfast.AdamW(other.parameters(), lr=1e-3, bf16_update=update)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for o, n in ((optimizer, net), (resumed, other)):
+        for p, g in zip(n.parameters(), history[0], strict=True):
+            p.grad = g
+        o.step()
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        a, b = optimizer.state[p], resumed.state[q]
+        assert a.keys() == b.keys()
+        assert all(a[name].dtype == torch.float32 and torch.equal(a[name], b[name]) for name in a)
+
+
+def test_bf16_moments_of_torch_are_taken(backend: str) -> None:
+    net, _ = model_and_data(torch.bfloat16)
+    optimizer = torch.optim.AdamW(net.parameters())
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    resumed = gptfast.AdamW(net.parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    before = values(net).clone()
+    resumed.step()
+    assert values(net).isfinite().all() and not torch.equal(values(net), before)
+
+
+def test_float64_parameters_use_the_reference() -> None:
+    results = []
+    for cls in (gptfast.AdamW, torch.optim.AdamW):
+        net, x = model_and_data(torch.float64)
+        train(net, x, cls(net.parameters()), 5)
+        results.append(values(net))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": -1.0},
+        {"betas": (1.0, 0.9)},
+        {"betas": (0.9, -0.1)},
+        {"eps": -1e-8},
+        {"weight_decay": -0.1},
+        {"max_norm": 0.0},
+        {"max_norm": -1.0},
+        {"max_norm": float("nan")},
+        {"bf16_update": "nearest"},
+        {"amsgrad": True},
+        {"maximize": True},
+        {"differentiable": True},
+    ],
+    ids=str,
+)
+def test_bad_options(options: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        gptfast.AdamW([torch.zeros(3, requires_grad=True)], **options)
+
+
+def test_torch_keywords() -> None:
+    w = torch.zeros(3, requires_grad=True)
+    gptfast.AdamW([w], foreach=True, fused=True, capturable=True, amsgrad=False)
+    with pytest.raises(TypeError, match="nesterov"):
+        gptfast.AdamW([w], nesterov=True)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        gptfast.AdamW([])

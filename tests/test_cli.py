@@ -1,0 +1,342 @@
+"""The command line: runs that work, and one clear line for each that does not."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    one_thread,  # noqa: F401 - applies to every test here
+    random_model,
+)
+
+import gptfast
+from gptfast import GPT, GPTConfig, TrainConfig
+from gptfast.cli import Generate, Info, Train, main
+from gptfast.data import embedded_text
+from gptfast.ops.library import backend_of, operators
+
+Capture = pytest.CaptureFixture[str]
+
+TINY = (
+    "--tokenizer byte --n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 "
+    "--sample-tokens 4 --device cpu"
+).split()
+
+
+def run(capsys: Capture, *args: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of a command run in this process."""
+    capsys.readouterr()
+    try:
+        code = main([str(arg) for arg in args])
+    except SystemExit as exit:
+        code = exit.code or 0
+    return code, *capsys.readouterr()
+
+
+def train(capsys: Capture, *args: object) -> tuple[int, str, str]:
+    return run(capsys, "train", *TINY, *args)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(embedded_text()[:1500], "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of a finished run of 6 steps."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert main(["train", *TINY, "--data", str(text), "--out", str(out), "--max-steps", "6"]) == 0
+    return out
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_installed_command(text: Path, tmp_path: Path) -> None:
+    """train and generate as a user types them, in processes of their own."""
+
+    def command(*args: object) -> subprocess.CompletedProcess[str]:
+        script = Path(sysconfig.get_path("scripts")) / "gptfast"
+        return subprocess.run(
+            [sys.executable, script, *map(str, args)],
+            cwd=tmp_path,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+        )
+
+    done = command("train", *TINY, "--data", text, "--out", "out", "--epochs", 1)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "done: see out/loss.png" in done.stdout
+    assert rows(tmp_path / "out")[-1]["epoch"] == 1
+    done = command("generate", "out", "--prompt", "The ", "--max-new-tokens", 5)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("The ")
+    done = command("generate", "nowhere", "--prompt", "The ")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "gptfast: nowhere is no checkpoint: there is no such directory\n"
+
+
+def test_train_writes_a_run(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"metrics.jsonl", "samples.txt", "loss.png", "loss.pdf", "checkpoints"}
+    assert [row["step"] for row in rows(trained)] == [0, 6]
+    model = GPT.from_pretrained(trained)
+    assert model.config == GPTConfig(257, 16, 1, 2, 16)
+
+
+def test_train_reports_what_it_does(text: Path, tmp_path: Path, capsys: Capture) -> None:
+    code, out, err = train(
+        capsys, "--data", text, "--out", tmp_path, "--max-steps", 2, "--split", 0.8, 0.1, 0.1
+    )
+    assert (code, err) == (0, "")
+    first = out.splitlines()[0]
+    assert "1,500 tokens" in first and "2 steps of 4 x 16 tokens on cpu" in first
+    assert f"kernels: {backend_of(operators()[0], 'cpu')}" in first
+    assert "validation loss" in out and "test loss" in out
+
+
+def test_without_data_it_trains_on_the_embedded_text(tmp_path: Path, capsys: Capture) -> None:
+    code, out, err = train(
+        capsys, "--out", tmp_path, "--max-steps", 1, "--eval-batches", 2, "--sample-tokens", 0
+    )
+    assert (code, err) == (0, "")
+    assert f"{len(embedded_text().encode()):,} tokens" in out
+
+
+def test_resume_continues(text: Path, tmp_path: Path, capsys: Capture) -> None:
+    options = ["--data", text, "--log-interval", 1, "--checkpoint-interval", 3, "--seed", 5]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(capsys, *options, "--max-steps", 6, "--out", whole)[0] == 0
+    assert train(capsys, *options, "--max-steps", 6, "--out", cut)[0] == 0
+    last = cut / "checkpoints" / "step-00000006"
+    last.rename(tmp_path / "lost")
+    code, out, err = train(capsys, *options, "--max-steps", 6, "--out", cut, "--resume")
+    assert (code, err) == (0, "")
+    assert "at step 3" in out
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        other = whole / "checkpoints" / "step-00000006" / file
+        assert (last / file).read_bytes() == other.read_bytes()
+
+
+def test_init_starts_from_weights(
+    trained: Path, text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    options = ["--data", text, "--max-steps", 1, "--seed", 9, "--out", tmp_path]
+    code, _, err = train(capsys, *options, "--init", trained)
+    assert (code, err) == (0, "")
+    # The run it came from ended where this one begins.
+    assert math.isclose(rows(tmp_path)[0]["val_loss"], rows(trained)[-1]["val_loss"], rel_tol=1e-6)
+    assert rows(trained)[0]["val_loss"] - rows(trained)[-1]["val_loss"] > 1e-3
+
+
+def test_generate_is_fixed_by_its_seed(trained: Path, capsys: Capture) -> None:
+    def text_of(seed: int, *options: object) -> str:
+        args = ("--prompt", "The ", "--max-new-tokens", 30, "--seed", seed, *options)
+        code, out, err = run(capsys, "generate", trained, *args)
+        assert (code, err) == (0, "")
+        assert out.startswith("The ")
+        return out
+
+    assert text_of(1) == text_of(1) != text_of(2)
+    assert text_of(1, "--temperature", 0) == text_of(2, "--temperature", 0)
+    assert text_of(1, "--top-k", 1) == text_of(1, "--temperature", 0)
+    assert text_of(1, "--top-p", 1e-6) == text_of(1, "--temperature", 0)
+    assert text_of(1, "--min-p", 1.0) == text_of(1, "--temperature", 0)
+
+
+def test_info(capsys: Capture) -> None:
+    code, out, err = run(capsys, "info")
+    assert (code, err) == (0, "")
+    assert f"gptfast {gptfast.__version__}, torch {torch.__version__}" in out
+    assert f"threads: {torch.get_num_threads()}" in out
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.split()[1:]}
+    for op in operators():
+        name = op.name().removeprefix("gptfast::")
+        assert lines[name] == [backend_of(op, "cpu"), backend_of(op, "cuda")]
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "info", ""])
+def test_help_names_every_flag(command: str, capsys: Capture) -> None:
+    code, out, err = run(capsys, *command.split(), "--help")
+    assert (code, err) == (0, "")
+    classes = {
+        "train": (Train, GPTConfig, TrainConfig),
+        "generate": (Generate,),
+        "info": (Info,),
+        "": (),
+    }
+    fields = {field.name for cls in classes[command] for field in dataclasses.fields(cls)}
+    for name in fields - {"model", "train", "checkpoint"}:
+        assert f"--{name.replace('_', '-')}" in out
+    if not command:
+        assert all(name in out for name in ("train", "generate", "info"))
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code above 0, one line on stderr with these words, no traceback."""
+    code, out, err = result
+    assert code in (1, 2)
+    assert "Traceback" not in out + err
+    assert err.startswith("gptfast: ")
+    assert err.count("\n") == 1 and err.endswith("\n"), err
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["bad.txt is empty"]),
+        (b" \n \n", ["bad.txt is empty"]),
+        (b"a\0b", ["bad.txt is binary", "NUL byte at 1"]),
+        (b"\xff\xfe\x00", ["bad.txt is not UTF-8"]),
+        (b"short", ["tokens are too few for one window of 16"]),
+        (b"x" * 100, ["tokens are too few for one window of 16"]),
+        (b"x", ["split of 1 tokens", "is empty"]),
+        (b"x" * 200, ["do not fill one batch of 64"]),
+    ],
+    ids=["empty", "blank", "nul", "not-utf-8", "short", "short-validation", "one-byte", "batch"],
+)
+def test_bad_text(content: bytes, words: list[str], tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "bad.txt").write_bytes(content)
+    args = ["--data", tmp_path / "bad.txt", "--out", tmp_path / "out"]
+    if "batch" in words[0]:
+        args += ["--batch-size", 64]
+    refused(train(capsys, *args), *words)
+    assert not (tmp_path / "out").exists()
+
+
+BAD_TRAIN_FLAGS = {
+    "--n-embd 10 --n-head 3": ["n_embd must be divisible by n_head, got n_embd=10, n_head=3"],
+    "--max-steps 5 --epochs 2": ["max_steps or epochs, not both: got 5 and 2"],
+    "--dropout 1.5": ["dropout must be in [0, 1), got 1.5"],
+    "--max-steps 0": ["max_steps must be >= 1, got 0"],
+    "--lr -1": ["lr must be a finite number > 0, got -1.0"],
+    "--lr fast": ["--lr", "'fast'"],
+    "--seed -1": ["seed must be >= 0, got -1"],
+    "--batch-size 0": ["batch_size must be >= 1, got 0"],
+    "--split 1.0": ["--split takes two or three shares"],
+    "--split 0.9 0.3": ["split ratios must be positive and sum to 1"],
+    "--data nowhere.txt": ["nowhere.txt"],
+    "--tokenizer gpt5": ["tokenizer must be 'gpt2', 'byte' or a directory, got 'gpt5'"],
+    "--init nowhere": ["nowhere is no checkpoint"],
+    "--device toaster": ["--device", "toaster"],
+    "--nonsense 3": ["--nonsense"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD_TRAIN_FLAGS)
+def test_bad_train_flags(flags: str, text: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    result = train(capsys, "--data", text, "--out", out, *flags.split())
+    refused(result, *BAD_TRAIN_FLAGS[flags])
+    assert not out.exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+def test_absent_device(text: Path, trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    words = "device must be auto or one of cpu, got 'cuda'"
+    refused(train(capsys, "--data", text, "--out", tmp_path / "x", "--device", "cuda"), words)
+    refused(run(capsys, "generate", trained, "--prompt", "a", "--device", "cuda"), words)
+
+
+def test_out_cannot_be_written(text: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    refused(train(capsys, "--data", text, "--out", out), "cannot write to", str(out))
+
+
+def test_a_run_is_not_overwritten(trained: Path, text: Path, capsys: Capture) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    refused(train(capsys, "--data", text, "--out", trained), "already holds a run", "--resume")
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--init"])
+def test_another_architecture(
+    flag: str, trained: Path, text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    where = ["--out", trained, flag] if flag == "--resume" else ["--out", tmp_path, flag, trained]
+    result = train(capsys, "--data", text, "--n-layer", 2, *where)
+    refused(result, "another architecture: its n_layer is 1, not 2")
+
+
+BAD_GENERATE_FLAGS = {
+    "--prompt=": ["prompt 0 is empty"],
+    "--prompt=a --top-k=0": ["top_k must be an integer >= 1, got 0"],
+    "--prompt=a --top-p=0": ["top_p must be in (0, 1], got 0.0"],
+    "--prompt=a --top-p=1.5": ["top_p must be in (0, 1], got 1.5"],
+    "--prompt=a --min-p=2": ["min_p must be in [0, 1], got 2.0"],
+    "--prompt=a --temperature=-1": ["temperature must be", "got -1.0"],
+    "--prompt=a --max-new-tokens=-1": ["max_new_tokens must be >= 0, got -1"],
+    "--prompt=a --top-k=1.5": ["--top-k", "1.5"],
+    "--prompt=a --tokenizer=gpt5": ["got 'gpt5'"],
+    "--seed=1": ["--prompt"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD_GENERATE_FLAGS)
+def test_bad_generate_flags(flags: str, trained: Path, capsys: Capture) -> None:
+    refused(run(capsys, "generate", trained, *flags.split()), *BAD_GENERATE_FLAGS[flags])
+
+
+def test_tokenizer_larger_than_the_model(tmp_path: Path, capsys: Capture) -> None:
+    random_model(vocab_size=61).save_pretrained(tmp_path)
+    result = run(capsys, "generate", tmp_path, "--prompt", "a", "--tokenizer", "byte")
+    refused(result, "the tokenizer has 257 tokens, the model 61")
+
+
+def test_nan_logits(tmp_path: Path, capsys: Capture) -> None:
+    model = random_model(vocab_size=257)
+    torch.nn.init.constant_(model.ln_f.weight, float("nan"))
+    model.save_pretrained(tmp_path)
+    refused(run(capsys, "generate", tmp_path, "--prompt", "a", "--tokenizer", "byte"), "NaN")
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "another-model", "damaged"])
+def test_no_checkpoint(kind: str, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "model"
+    words = {
+        "missing": "model is no checkpoint: there is no such directory",
+        "empty": "model is no checkpoint: it has no config.json and model.safetensors",
+        "another-model": "model of type 'llama', not GPT-2's architecture",
+        "damaged": "model.safetensors is damaged",
+    }
+    if kind != "missing":
+        path.mkdir()
+    if kind in ("another-model", "damaged"):
+        random_model().save_pretrained(path)
+    if kind == "another-model":
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    if kind == "damaged":
+        (path / "model.safetensors").write_bytes(b"nothing")
+    refused(run(capsys, "generate", path, "--prompt", "a"), words[kind])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [([], "{train, generate, info}"), (["tran"], "tran")],
+    ids=["none", "unknown"],
+)
+def test_no_command(args: list[str], words: str, capsys: Capture) -> None:
+    refused(run(capsys, *args), words, "see gptfast --help")
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def interrupted(self: Info) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Info, "run", interrupted)
+    assert run(capsys, "info") == (130, "", "gptfast: interrupted\n")

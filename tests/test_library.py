@@ -1,0 +1,410 @@
+"""Registration: opcheck, autocast, torch.compile, use_backend, levels, a missing extension."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LEVELS
+from torch import Tensor
+
+from gptfast import ops, use_backend
+from gptfast.ops.library import EXTENSION, operators
+
+gptfast_ops = torch.ops.gptfast
+
+
+def randn(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
+
+
+def attention_samples() -> list[tuple]:
+    seed, kv_len = torch.tensor(3), torch.tensor([5, 2])
+    packed = randn(2, 6, 3 * 8, grad=True)
+    views = [x.unflatten(-1, (2, 4)).transpose(1, 2) for x in packed.chunk(3, -1)]
+    expanded = randn(2, 1, 6, 4, grad=True).expand(2, 2, 6, 4)
+    return [
+        tuple(randn(2, 2, 6, 4, grad=True) for _ in range(3)) + (0.5, 0.0, None, None),
+        (*views, 0.5, 0.2, seed, None),
+        (randn(2, 2, 3, 4, grad=True), expanded, expanded, 0.5, 0.0, None, kv_len),
+        tuple(randn(2, 2, 4, 6, grad=True).mT for _ in range(3)) + (0.5, 0.0, None, None),
+        tuple(randn(1, 1, 3, 4, dtype=torch.bfloat16) for _ in range(3)) + (0.5, 0.0, None, None),
+        tuple(randn(1, 1, 3, 4, dtype=torch.float64) for _ in range(3)) + (0.5, 0.0, None, None),
+    ]
+
+
+def with_backward(samples: list[tuple], forward: object, n: int) -> list[tuple]:
+    """The forward's samples as samples of its backward; each gradient is expanded."""
+    result = []
+    for sample in samples:
+        tensors, options = [x.detach() for x in sample[:n]], sample[n:]
+        out, lse = forward(*tensors, *options)
+        dout = torch.ones((), dtype=out.dtype).expand(out.shape)
+        result.append((dout, *tensors, out, lse, *options))
+    return result
+
+
+def qkv_samples() -> list[tuple]:
+    return [
+        (randn(2, 5, 24, grad=True), 2, 0.5, 0.0, None, None),
+        (randn(5, 2, 24, grad=True).transpose(0, 1), 2, 0.5, 0.1, torch.tensor(1), None),
+        (randn(1, 5, 24, grad=True).expand(2, 5, 24), 4, 0.5, 0.0, None, torch.tensor([5, 3])),
+    ]
+
+
+TARGET = torch.tensor([1, -100, 4])
+CROSS_ENTROPY = (-100, 0.1, 0.01)
+
+
+def cross_entropy_samples() -> list[tuple]:
+    logits = [randn(3, 7, grad=True), randn(7, 3, grad=True).T, randn(1, 7, grad=True).expand(3, 7)]
+    return [(x, TARGET, *CROSS_ENTROPY) for x in (*logits, randn(3, 7, dtype=torch.bfloat16))]
+
+
+def cross_entropy_bwd_samples() -> list[tuple]:
+    result = []
+    for logits, target, *options in cross_entropy_samples():
+        lse = gptfast_ops.cross_entropy_fwd(logits.detach(), target, *options)[1]
+        for dloss in (torch.ones(()).expand(3), torch.randn(6)[::2]):
+            result.append((dloss, logits.detach(), target, lse, *options))
+    return result
+
+
+def linear_samples() -> list[tuple]:
+    return [
+        (randn(3, 4, grad=True), randn(7, 4, grad=True), TARGET, *CROSS_ENTROPY),
+        (randn(4, 3, grad=True).T, randn(4, 7, grad=True).T, TARGET, *CROSS_ENTROPY),
+        (randn(1, 4, grad=True).expand(3, 4), randn(7, 4), TARGET, *CROSS_ENTROPY),
+    ]
+
+
+def linear_bwd_samples() -> list[tuple]:
+    dloss = torch.ones(()).div(2).expand(3)
+    return [(x, w, target, dloss, *options) for x, w, target, *options in linear_samples()]
+
+
+def adamw_samples() -> list[tuple]:
+    def state(dtype: torch.dtype) -> tuple:
+        params = [randn(3, 4, dtype=dtype), randn(5, 2, dtype=dtype).T]
+        moments = [[torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(2)]
+        grads = [randn(3, 4, dtype=dtype), torch.ones((), dtype=dtype).expand(2, 5)]
+        return params, grads, *moments
+
+    lr, steps = torch.tensor(0.1, dtype=torch.float64), [torch.zeros(()), torch.ones(())]
+    numbers = (1.0, 0.9, 0.99, 1e-8, 0.1, [0, 1])
+    bf16 = state(torch.bfloat16)
+    masters = [p.float() for p in bf16[0]]
+    return [
+        (*state(torch.float32), [], steps, lr, None, *numbers, False, 0),
+        (*bf16, masters, steps, lr, torch.tensor(2.0), *numbers, False, 0),
+        (*state(torch.bfloat16), [], steps, lr, torch.tensor(torch.nan), *numbers, True, 5),
+    ]
+
+
+def sample_samples() -> list[tuple]:
+    def row(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((2,), value, dtype=dtype)
+
+    i = torch.int64
+    return [
+        (x, row(0.8), row(3, i), row(0.9), row(0.1), row(1, i), row(2, i))
+        for x in (randn(2, 9), randn(9, 2).T, randn(1, 9).expand(2, 9))
+    ]
+
+
+def samples(name: str) -> list[tuple]:
+    return {
+        "attention_fwd": attention_samples,
+        "attention_bwd": lambda: with_backward(attention_samples(), gptfast_ops.attention_fwd, 3),
+        "attention_qkv_fwd": qkv_samples,
+        "attention_qkv_bwd": lambda: [
+            (dout, qkv, out, lse, *options)
+            for dout, qkv, out, lse, *options in with_backward(
+                qkv_samples(), gptfast_ops.attention_qkv_fwd, 1
+            )
+        ],
+        "cross_entropy_fwd": cross_entropy_samples,
+        "cross_entropy_bwd": cross_entropy_bwd_samples,
+        "linear_cross_entropy_fwd": linear_samples,
+        "linear_cross_entropy_fwd_bwd": linear_bwd_samples,
+        "grad_norm": lambda: [([randn(3, 4), randn(5, 6).T, torch.ones(()).expand(3)],)],
+        "adamw": adamw_samples,
+        "sample": sample_samples,
+    }[name]()
+
+
+NAMES = [op.name().removeprefix("gptfast::") for op in operators()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str) -> None:
+    for arguments in samples(name):
+        torch.library.opcheck(getattr(gptfast_ops, name).default, arguments)
+
+
+def losses(x: Tensor, w: Tensor) -> list[Tensor]:
+    """Every differentiable operation, from x (2, 12, 24) and w (40, 8)."""
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in x.chunk(3, -1))
+    out = ops.attention(q, k, v, dropout_p=0.1, seed=3).transpose(1, 2).flatten(2)
+    out = out + ops.attention_qkv(x, 2)
+    target = torch.arange(24).view(2, 12)
+    return [
+        ops.linear_cross_entropy(out, w, target),
+        ops.linear_cross_entropy(out, w, target, reduction="none").square().mean(),
+        ops.cross_entropy((out @ w.T).flatten(0, 1), target.flatten(), label_smoothing=0.1),
+    ]
+
+
+def gradients(f, x: Tensor, w: Tensor) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    values = f(x, w)
+    sum(values).backward()
+    return [*(value.detach() for value in values), x.grad, w.grad]
+
+
+def test_compile_fullgraph() -> None:
+    x, w = randn(2, 12, 24), randn(40, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(compiled, x, w), gradients(losses, x, w), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast(backend: str, dtype: torch.dtype) -> None:
+    q, k, v = (randn(1, 2, 9, 4) for _ in range(3))
+    x, w, target = randn(9, 8), randn(20, 8), torch.arange(9)
+    low = [t.to(dtype) for t in (q, k, v)]
+    with torch.autocast("cpu", dtype):
+        out = ops.attention(q, low[1], v)
+        loss = ops.linear_cross_entropy(x, w, target)
+        separate = ops.cross_entropy(x.to(dtype) @ w.to(dtype).T, target)
+        grads = gradients(losses, randn(2, 12, 24), randn(40, 8))
+    assert out.dtype == dtype and torch.equal(out, ops.attention(*low))
+    # As F.cross_entropy under autocast, the loss is fp32; gradients have their input's dtype.
+    assert loss.dtype == separate.dtype == torch.float32
+    exact = ops.cross_entropy(x.to(dtype).float() @ w.to(dtype).float().T, target)
+    torch.testing.assert_close(loss, exact, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(separate, loss, rtol=1e-3, atol=1e-3)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    x, w = randn(9, 8, dtype=torch.float64), randn(20, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ops.linear_cross_entropy(x, w, torch.arange(9))
+    assert torch.equal(loss, ops.linear_cross_entropy(x, w, torch.arange(9)))
+
+
+def test_float64_is_served_by_the_reference(isa: str) -> None:
+    x, w = randn(2, 12, 24, dtype=torch.float64), randn(40, 8, dtype=torch.float64)
+    got = gradients(losses, x, w)
+    with use_backend("reference"):
+        expected = gradients(losses, x, w)
+    assert all(t.dtype == torch.float64 for t in got)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    logits = randn(20, 50, dtype=torch.float64)
+    drawn = ops.sample(logits, top_k=5, seed=1)
+    with use_backend("reference"):
+        assert torch.equal(drawn, ops.sample(logits, top_k=5, seed=1))
+
+
+class Recorder:
+    """Counts calls of the reference by replacing what `use_backend` finds there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from gptfast.ops import library
+
+        self.called: list[str] = []
+        for op, function in library._implementations["reference"].items():
+            monkeypatch.setitem(
+                library._implementations["reference"], op, self.wrap(op.name(), function)
+            )
+
+    def wrap(self, name: str, function):  # type: ignore[no-untyped-def]
+        def call(*args):  # type: ignore[no-untyped-def]
+            self.called.append(name.removeprefix("gptfast::"))
+            return function(*args)
+
+        return call
+
+
+def test_use_backend_serves_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    qkv = randn(2, 12, 24, grad=True)
+    with use_backend("reference"):
+        ops.attention_qkv(qkv, 2).sum().backward()
+    assert recorder.called == ["attention_qkv_fwd", "attention_qkv_bwd"]
+    recorder.called.clear()
+    ops.attention_qkv(qkv, 2).sum().backward()
+    assert not recorder.called
+
+
+def test_use_backend_nests(monkeypatch: pytest.MonkeyPatch, cpp: None) -> None:
+    recorder, logits = Recorder(monkeypatch), randn(2, 5)
+    with use_backend("reference"):
+        with use_backend("cpp"):
+            ops.sample(logits)
+            with use_backend("reference"):
+                ops.sample(logits)
+            assert len(recorder.called) == 1
+            with use_backend("auto"):
+                ops.sample(logits)
+        assert len(recorder.called) == 1
+        ops.sample(logits)
+        assert len(recorder.called) == 2
+    ops.sample(logits)
+    assert len(recorder.called) == 2
+
+
+def test_use_backend_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    with pytest.raises(ValueError, match="top_k"), use_backend("reference"):
+        ops.sample(randn(2, 5), top_k=0)
+    ops.sample(randn(2, 5))
+    assert not recorder.called
+
+
+def test_use_backend_is_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    logits, inside, done = randn(2, 5), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with use_backend("reference"):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    ops.sample(logits)
+    assert not recorder.called
+    done.set()
+    thread.join()
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: ops.sample(logits))
+        thread.start()
+        thread.join()
+    assert not recorder.called
+
+
+def test_use_backend_names() -> None:
+    with pytest.raises(ValueError, match="auto, reference, cpp, triton, got 'cuda'"):
+        use_backend("cuda")
+
+
+def test_use_backend_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptfast.ops import library
+
+    monkeypatch.setattr(library, "EXTENSION", None)
+    monkeypatch.setattr(library, "MISSING", "No module named 'gptfast._C'")
+    with pytest.raises(RuntimeError, match="'cpp' is not there: No module named .*install g"):
+        use_backend("cpp")
+    monkeypatch.setitem(library._implementations, "triton", {})
+    with pytest.raises(RuntimeError, match="'triton' is not there"):
+        use_backend("triton")
+
+
+def test_use_backend_cpp_takes_cpu_tensors_only(cpp: None) -> None:
+    with use_backend("cpp"), pytest.raises(ValueError, match="'cpp' needs CPU tensors.*meta"):
+        ops.sample(torch.zeros(2, 5, device="meta"))
+
+
+def test_use_backend_is_refused_inside_compile() -> None:
+    def inside(x: Tensor) -> Tensor:
+        with use_backend("reference"):
+            return ops.cross_entropy(x, torch.tensor([1, 2]))
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="eager mode only|use_backend"):
+        torch.compile(inside, fullgraph=True, backend="eager")(randn(2, 5))
+
+
+def test_isa_levels(cpp: None) -> None:
+    before = EXTENSION.build_info()["isa"]
+    for level in LEVELS:
+        EXTENSION.set_isa(level)
+        assert EXTENSION.build_info()["isa"] == level
+    with pytest.raises(ValueError, match="'sse9'"):
+        EXTENSION.set_isa("sse9")
+    assert EXTENSION.build_info()["isa"] == LEVELS[-1]
+    EXTENSION.set_isa(before)
+    assert EXTENSION.build_info()["openmp"]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+IMPORT = "from gptfast.ops.library import EXTENSION; print(EXTENSION.build_info()['isa'])"
+
+
+def test_gptfast_isa(cpp: None) -> None:
+    for level in (LEVELS[0], LEVELS[-1]):
+        assert python(IMPORT, GPTFAST_ISA=level).stdout.strip() == level
+    assert python(IMPORT, GPTFAST_ISA="").stdout.strip() == LEVELS[-1]
+
+
+def test_gptfast_isa_of_another_machine(cpp: None) -> None:
+    result = python(IMPORT, GPTFAST_ISA="sve2")
+    assert result.returncode != 0 and not result.stdout
+    assert "'sve2' is not one this CPU has: default" in result.stderr.splitlines()[-1]
+
+
+def test_missing_extension_says_so_once() -> None:
+    code = """
+import sys
+sys.modules["gptfast._C"] = None
+import torch
+from gptfast import ops
+torch.manual_seed(0)
+x, w = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8)
+for _ in range(3):
+    loss = ops.linear_cross_entropy(x, w, torch.arange(6))
+    loss.backward()
+q = torch.randn(1, 2, 5, 4)
+out = ops.attention(q, q, q)
+expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+torch.testing.assert_close(out, expected)
+torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x @ w.T, torch.arange(6)))
+print(ops.sample(torch.eye(3), temperature=0).tolist())
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[0, 1, 2]"
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "no C++ kernels" in result.stderr and "reference" in result.stderr
+
+
+@pytest.mark.parametrize("op", ["attention", "cross_entropy", "adamw", "sampling"])
+def test_levels_share_no_symbol(op: str, tmp_path: Path) -> None:
+    # The linker keeps one copy of a weak symbol for all levels, perhaps one this CPU cannot run.
+    csrc = Path(__file__).parent.parent / "csrc"
+    compiler = (sysconfig.get_config_var("CXX") or "g++").split()[0]
+    if not (shutil.which(compiler) and shutil.which("nm")):
+        pytest.skip("needs a C++ compiler and nm")
+    level = "avx2" if "avx2" in LEVELS else "generic"
+    flags = ["-mavx2", "-mfma", "-mf16c"] if level == "avx2" else []
+    target = tmp_path / "loops.o"
+    command = [compiler, "-std=c++20", "-O0", "-w", *flags, f"-DGPTFAST_LEVEL={level}", "-c"]
+    subprocess.run([*command, csrc / f"{op}_loops.cpp", "-o", target], check=True)
+    listed = subprocess.run(
+        ["nm", "-C", "--defined-only", target], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    symbols = [line.split(maxsplit=2)[1:] for line in listed]
+    assert symbols
+    shared = [
+        name for kind, name in symbols if kind in "TWVuBDR" and f"gptfast::{level}::" not in name
+    ]
+    assert not [name for name in shared if not name.startswith("DW.ref.")]

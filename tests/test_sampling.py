@@ -1,0 +1,325 @@
+"""Sampling: the kept sets, the distribution, the same tokens on every backend, errors."""
+
+import pytest
+import torch
+from gptfast.kernels.reference import sampling as reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parity import DTYPES
+from scipy.stats import chisquare
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.ops.library import use_backend
+
+PARAMETERS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "hot": {"temperature": 5.0},
+    "top_k": {"top_k": 50},
+    "top_k 1000": {"top_k": 1000},
+    "top_p": {"top_p": 0.9},
+    "min_p": {"min_p": 0.05},
+    "all": {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01},
+}
+
+
+def kept_weights(logits: Tensor, **parameters: float) -> Tensor:
+    """The reference's integer weights (B, V)."""
+    B, V = logits.shape
+    values = {"temperature": 1.0, "top_k": V, "top_p": 1.0, "min_p": 0.0, **parameters}
+    dtypes = {"top_k": torch.int64}
+    rows = [torch.full((B,), x, dtype=dtypes.get(n, torch.float32)) for n, x in values.items()]
+    return reference.kept_weights(logits, *rows)
+
+
+def draws(logits: Tensor, n: int, seed: int = 0, **parameters: object) -> Tensor:
+    """n tokens from one row of logits (V,), at positions 0 .. n - 1."""
+    rows = logits.expand(n, -1)
+    return ops.sample(rows, seed=seed, position=torch.arange(n), **parameters)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("V", [1, 2, 15, 17, 1009, 50257], ids=lambda V: f"V{V}")
+def test_greedy_is_the_first_maximum(backend: str, V: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(8, V).to(dtype)
+    logits[0] = 0.0
+    logits[1, V // 2 :] = logits[1].max() + 1
+    expected = [int((row == row.max()).nonzero()[0]) for row in logits]
+    assert ops.sample(logits, temperature=0).tolist() == expected
+    assert ops.sample(logits, temperature=0, top_k=3, top_p=0.1, min_p=0.9).tolist() == expected
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS)
+@pytest.mark.parametrize(("V", "rows", "n"), [(50257, 8, 100), (1009, 40, 100)])
+def test_same_tokens_as_the_reference(
+    isa: str, V: int, rows: int, n: int, parameters: dict
+) -> None:
+    # 38,400 draws a level in all. The reference's weights serve all draws of a row: the draw itself
+    # is a search in their running mass.
+    exceptions = 0
+    for row in range(rows):
+        logits = torch.randn(V) * (1 + row % 4)
+        position = torch.arange(n) + 2**row
+        drawn = ops.sample(logits.expand(n, V), seed=row, position=position, **parameters)
+        mass = kept_weights(logits[None], **parameters)[0].cumsum(-1)
+        u = reference.draw_uniform(torch.full((n,), row), position)
+        target = (u.double() * mass[-1].double()).long()
+        exceptions += int((drawn != torch.searchsorted(mass, target, right=True)).sum())
+    assert exceptions <= rows * n // 10_000, f"{exceptions} of {rows * n} draws differ"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("V", [1, 2, 3, 15, 16, 17, 33, 63, 257, 513, 4099], ids=lambda V: f"V{V}")
+def test_same_tokens_at_odd_sizes(isa: str, V: int, dtype: torch.dtype) -> None:
+    # 16-bit logits have many ties.
+    B = 24
+    logits = torch.randn(B, V).mul(2).to(dtype)
+    parameters = {
+        "temperature": torch.tensor([0.0, 0.5, 1.0, 2.0]).repeat(6),
+        "top_k": torch.tensor([1, 2, V // 2 + 1, V, V + 7, 10**12]).repeat(4),
+        "top_p": torch.tensor([1e-6, 0.3, 1.0]).repeat(8),
+        "min_p": torch.tensor([0.0, 1.0, 0.2, 0.01, 0.0, 0.0, 0.5, 0.0]).repeat(3),
+        "seed": torch.arange(B) * 7 - 50,
+        "position": torch.arange(B) + 3,
+    }
+    drawn = ops.sample(logits, **parameters)
+    with use_backend("reference"):
+        assert torch.equal(drawn, ops.sample(logits, **parameters))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    logits=st.lists(
+        st.sampled_from([-torch.inf, -1e4, -1.0, 0.0, 0.5, 1.0, 3.0]), min_size=1, max_size=70
+    ),
+    temperature=st.sampled_from([0.0, 1e-3, 0.7, 1.0, 1e6]),
+    top_k=st.integers(1, 80),
+    top_p=st.floats(2**-10, 1.0, width=32),
+    min_p=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_same_tokens_with_ties(logits, temperature, top_k, top_p, min_p, seed) -> None:  # type: ignore[no-untyped-def]
+    rows = torch.tensor([[0.0, *logits]]).expand(16, -1)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    drawn = ops.sample(rows, **options, seed=seed, position=torch.arange(16))
+    with use_backend("reference"):
+        assert torch.equal(drawn, ops.sample(rows, **options, seed=seed, position=torch.arange(16)))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 20},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"temperature": 1.3, "top_k": 60, "top_p": 0.9, "min_p": 0.02},
+    ],
+    ids=str,
+)
+def test_distribution(isa: str, parameters: dict) -> None:
+    # The probabilities here come from a sort and a softmax in float64, not from the reference.
+    V, n = 203, 50_000
+    logits = torch.randn(V, generator=torch.Generator().manual_seed(3)) * 2
+    p = (logits.double() / parameters.get("temperature", 1.0)).softmax(-1)
+    order = p.argsort(descending=True)
+    kept = torch.zeros(V, dtype=torch.bool)
+    kept[order[: parameters.get("top_k", V)]] = True
+    p = p * kept / (p * kept).sum()
+    before = p[order].cumsum(-1) - p[order]
+    kept[order] &= before < parameters.get("top_p", 1.0)
+    kept &= p >= parameters.get("min_p", 0.0) * p.max()
+    p = p * kept / (p * kept).sum()
+
+    counts = torch.bincount(draws(logits, n, seed=11, **parameters), minlength=V).double()
+    assert not counts[~kept].any()
+    rare = p * n < 5  # pooled, as the test's approximation asks
+    observed = [*counts[~rare].tolist(), counts[rare].sum().item()]
+    expected = [*(p[~rare] * n).tolist(), (p[rare] * n).sum().item()]
+    if expected[-1] == 0:
+        observed.pop(), expected.pop()
+    assert chisquare(observed, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("k", [1, 5, 31, 130, 600], ids=lambda k: f"k{k}")
+def test_top_k_is_exact_and_ties_go_to_the_lowest_id(backend: str, k: int) -> None:
+    # Ten levels of equal logits, shuffled; hot enough that every kept token turns up.
+    V = 640
+    logits = torch.randint(10, (V,)).float()
+    order = torch.sort(logits, descending=True, stable=True).indices
+    seen = draws(logits, 20_000 if k < 600 else 40_000, temperature=1e3, top_k=k).unique()
+    assert seen.tolist() == sorted(order[:k].tolist())
+
+
+@pytest.mark.parametrize("top_k", [64, 65, 10**9])
+def test_top_k_of_all_is_off(backend: str, top_k: int) -> None:
+    logits = torch.randn(64)
+    assert torch.equal(draws(logits, 500, top_k=top_k), draws(logits, 500))
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(1e-9, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.89, 3), (0.91, 4), (1.0, 4)],
+)
+def test_top_p_is_the_smallest_set(backend: str, top_p: float, kept: int) -> None:
+    p = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    ranked = [1, 3, 2, 0]
+    assert draws(p.log(), 2_000, top_p=top_p).unique().tolist() == sorted(ranked[:kept])
+
+
+def test_top_p_is_renormalised_after_top_k(backend: str) -> None:
+    # Of the first two, 0.4 and 0.3, the first alone has 0.57 of the mass.
+    p = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    assert draws(p.log(), 2_000, top_k=2, top_p=0.56).unique().tolist() == [1]
+    assert draws(p.log(), 2_000, top_k=2, top_p=0.58).unique().tolist() == [1, 3]
+
+
+def test_top_p_ties_go_to_the_lowest_id(backend: str) -> None:
+    # 100 equal logits: a mass of 0.255 needs 26 of them.
+    assert draws(torch.zeros(100), 4_000, top_p=0.255).unique().tolist() == list(range(26))
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(0.2, 4), (0.26, 3), (0.51, 2), (0.76, 1), (1.0, 1)])
+def test_min_p_is_relative_to_the_largest(backend: str, min_p: float, kept: int) -> None:
+    p = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    ranked = [1, 3, 2, 0]
+    assert draws(p.log(), 2_000, min_p=min_p).unique().tolist() == sorted(ranked[:kept])
+
+
+def test_equal_logits_are_uniform(isa: str) -> None:
+    counts = torch.bincount(draws(torch.full((50,), 7.5), 50_000), minlength=50)
+    assert chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS)
+def test_minus_infinity_is_never_drawn(backend: str, parameters: dict) -> None:
+    logits = torch.randn(300)
+    logits[::2] = -torch.inf
+    assert (draws(logits, 3_000, **parameters) % 2 == 1).all()
+    only = torch.full((4, 300), -torch.inf)
+    only[:, 299] = -5.0
+    assert ops.sample(only, **parameters).tolist() == [299] * 4
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6, 3e38])
+def test_extreme_temperatures(backend: str, temperature: float) -> None:
+    logits = torch.tensor([-torch.inf, 1.0, 2.0, -3e38, 1.5])
+    drawn = draws(logits, 3_000, temperature=temperature)
+    with use_backend("reference"):
+        assert torch.equal(drawn, draws(logits, 3_000, temperature=temperature))
+    assert (drawn == 2).all() if temperature < 1 else {1, 2, 4} <= set(drawn.tolist())
+    assert not (drawn == 0).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_rows_do_not_depend_on_their_batch(
+    isa: str, dtype: torch.dtype, restore_threads: None
+) -> None:
+    B, V = 12, 1009
+    logits = torch.randn(B, V).mul(3).to(dtype)
+    parameters = {
+        "temperature": torch.rand(B) + 0.3,
+        "top_k": torch.randint(1, 200, (B,)),
+        "top_p": torch.rand(B).clamp(min=0.1),
+        "min_p": torch.rand(B) * 0.05,
+        "seed": torch.randint(2**60, (B,)),
+        "position": torch.randint(2**40, (B,)),
+    }
+    together = ops.sample(logits, **parameters)
+    for b in range(B):
+        alone = {name: value[b].item() for name, value in parameters.items()}
+        assert ops.sample(logits[b : b + 1], **alone).item() == together[b]
+    torch.set_num_threads(1)
+    assert torch.equal(ops.sample(logits, **parameters), together)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "every other column", "rows of a wider matrix"])
+def test_layouts(isa: str, kind: str) -> None:
+    logits = {
+        "transposed": torch.randn(333, 9).T,
+        "every other column": torch.randn(9, 666)[:, ::2],
+        "rows of a wider matrix": torch.randn(9, 400)[:, 5:338],
+    }[kind]
+    before = logits.clone()
+    drawn = ops.sample(logits, top_k=20, seed=3)
+    assert torch.equal(drawn, ops.sample(logits.contiguous(), top_k=20, seed=3))
+    assert torch.equal(logits, before)
+
+
+def test_seed_and_position_matter(isa: str) -> None:
+    logits = torch.zeros(1000)
+    base = draws(logits, 1000)
+    assert torch.equal(base, draws(logits, 1000))
+    assert (base == draws(logits, 1000, seed=1)).float().mean() < 0.02
+    assert (base[1:] == base[:-1]).float().mean() < 0.02
+
+
+def test_empty_batch(backend: str) -> None:
+    assert ops.sample(torch.zeros(0, 5)).shape == (0,)
+
+
+def tensor(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"position": -1}, "position"),
+        ({"seed": 0.5}, "seed"),
+        ({"temperature": tensor(1, -1)}, "temperature"),
+        ({"temperature": tensor(1, float("nan"))}, "temperature"),
+        ({"top_k": tensor(1, 0, dtype=torch.int64)}, "top_k"),
+        ({"top_k": tensor(1, 2)}, "top_k"),
+        ({"top_p": tensor(0, 1)}, "top_p"),
+        ({"top_p": tensor(1, 1.5)}, "top_p"),
+        ({"min_p": tensor(0, 2)}, "min_p"),
+        ({"position": tensor(0, -1, dtype=torch.int64)}, "position"),
+        ({"temperature": tensor(1)}, "temperature"),
+        ({"top_k": tensor(1, 1, 1, dtype=torch.int64)}, "top_k"),
+        ({"top_p": torch.ones(2, 1)}, "top_p"),
+        ({"seed": torch.zeros((), dtype=torch.int64)}, "seed"),
+        ({"seed": torch.zeros(2, dtype=torch.int64, device="meta")}, "seed"),
+    ],
+    ids=lambda x: str(x).replace("\n", ""),
+)
+def test_bad_parameters(backend: str, parameters: dict, name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        ops.sample(torch.zeros(2, 5), **parameters)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [torch.zeros(5), torch.zeros(1, 2, 3), torch.zeros(2, 5).long(), torch.zeros(2, 0)],
+    ids=lambda x: f"{x.dtype} {tuple(x.shape)}",
+)
+def test_bad_logits_shape(logits: Tensor) -> None:
+    with pytest.raises(ValueError, match="logits must be"):
+        ops.sample(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("V", [3, 64, 1009])
+@pytest.mark.parametrize("bad", ["one NaN", "one inf", "all -inf", "all NaN"])
+def test_rows_that_cannot_be_sampled(backend: str, bad: str, V: int, temperature: float) -> None:
+    for column in {0, V // 2, V - 1}:
+        logits = torch.randn(3, V)
+        if bad.startswith("one"):
+            logits[1, column] = float(bad.split()[1])
+        else:
+            logits[1] = float(bad.split()[1])
+        with pytest.raises(ValueError, match="row 1 has NaN"):
+            ops.sample(logits, temperature=temperature)
