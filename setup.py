@@ -15,12 +15,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-OPS = ("attention", "cross_entropy", "adamw", "sampling")
 LEVELS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = [*LEVELS["avx2"], *avx512]
+WRAPPERS = [path for path in Path("csrc").glob("*.cpp") if not path.match("*_loops.cpp")]
 FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-fPIC", "-g0"]
 
 
@@ -31,7 +31,7 @@ def extension() -> Extension:
 
     return Extension(
         "gptfast._C",
-        sources=[f"csrc/{name}.cpp" for name in (*OPS, "bindings")],
+        sources=[str(path) for path in WRAPPERS],
         depends=[str(path) for path in Path("csrc").iterdir()],
         include_dirs=["csrc", *include_paths(), pybind11.get_include()],
         library_dirs=library_paths(),
@@ -51,7 +51,7 @@ class BuildExtension(build_ext):
             # No exceptions and no inline std:: code: see csrc/simd.h.
             flags = [*FLAGS, *isa, f"-DGPTFAST_LEVEL={level}", "-fno-exceptions"]
             flags += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-            jobs += [([f"csrc/{op}_loops.cpp"], flags, level) for op in OPS]
+            jobs += [([str(path)], flags, level) for path in Path("csrc").glob("*_loops.cpp")]
 
         def compile(job: tuple[list[str], list[str], str]) -> list[str]:
             sources, flags, folder = job

@@ -7,8 +7,6 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-const AttentionLoops& loops() { return pick(generic::attention, avx2::attention, avx512::attention); }
-
 // (B, H, T, D), last dimension contiguous
 Heads heads(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
@@ -49,7 +47,8 @@ void run_fwd(AttentionArgs& args, const Tensor& out, const Tensor& lse) {
   args.out = heads(out);
   args.lse = lse.data_ptr<float>();
   if (args.B * args.H * args.Tq == 0) return;
-  at::parallel_for(0, loops().fwd_items(args), 1, [&](int64_t begin, int64_t end) { loops().fwd(args, begin, end); });
+  const auto& loops = pick(generic::attention_fwd, avx2::attention_fwd, avx512::attention_fwd);
+  at::parallel_for(0, loops.items(args), 1, [&](int64_t begin, int64_t end) { loops.run(args, begin, end); });
 }
 
 void run_bwd(AttentionArgs& args, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& dq,
@@ -61,7 +60,8 @@ void run_bwd(AttentionArgs& args, const Tensor& dout, const Tensor& out, const T
   args.dq = heads(dq);
   args.dk = heads(dk);
   args.dv = heads(dv);
-  at::parallel_for(0, args.B * args.H, 1, [&](int64_t begin, int64_t end) { loops().bwd(args, begin, end); });
+  const auto& loops = pick(generic::attention_bwd, avx2::attention_bwd, avx512::attention_bwd);
+  at::parallel_for(0, args.B * args.H, 1, [&](int64_t begin, int64_t end) { loops.run(args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double scale,

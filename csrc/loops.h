@@ -29,10 +29,12 @@ struct AttentionArgs {
   float* lse;  // (B, H, Tq)
   Heads dout, dq, dk, dv;
 };
-struct AttentionLoops {
-  int64_t (*fwd_items)(const AttentionArgs&);
-  void (*fwd)(const AttentionArgs&, int64_t begin, int64_t end);  // items of fwd_items
-  void (*bwd)(const AttentionArgs&, int64_t begin, int64_t end);  // heads of B * H
+struct AttentionFwdLoops {
+  int64_t (*items)(const AttentionArgs&);  // how many pieces of work there are
+  void (*run)(const AttentionArgs&, int64_t begin, int64_t end);
+};
+struct AttentionBwdLoops {
+  void (*run)(const AttentionArgs&, int64_t begin, int64_t end);  // heads of B * H
 };
 
 struct CrossEntropyArgs {
@@ -88,20 +90,23 @@ struct SamplingLoops {
 
 // Each level's loops, by the name of the operation; without x86's levels every name is the generic one.
 namespace generic {
-extern const AttentionLoops attention;
+extern const AttentionFwdLoops attention_fwd;
+extern const AttentionBwdLoops attention_bwd;
 extern const CrossEntropyLoops cross_entropy;
 extern const AdamWLoops adamw;
 extern const SamplingLoops sampling;
 }  // namespace generic
 #ifdef __x86_64__
 namespace avx2 {
-extern const AttentionLoops attention;
+extern const AttentionFwdLoops attention_fwd;
+extern const AttentionBwdLoops attention_bwd;
 extern const CrossEntropyLoops cross_entropy;
 extern const AdamWLoops adamw;
 extern const SamplingLoops sampling;
 }  // namespace avx2
 namespace avx512 {
-extern const AttentionLoops attention;
+extern const AttentionFwdLoops attention_fwd;
+extern const AttentionBwdLoops attention_bwd;
 extern const CrossEntropyLoops cross_entropy;
 extern const AdamWLoops adamw;
 extern const SamplingLoops sampling;

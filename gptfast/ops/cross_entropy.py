@@ -85,10 +85,13 @@ def _fused_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _fused_backward(ctx, dtotal, _, __):  # type: ignore[no-untyped-def]
-    # The forward computed both gradients for dtotal = 1.
+    # The forward computed both gradients for dtotal = 1, which is what loss.backward() sends: there
+    # a product by 1 would only copy (V, C). Elsewhere than on the CPU, asking would synchronise.
     dinput, dweight = ctx.saved_tensors
-    factor = dtotal.to(dinput.dtype)
-    return dinput * factor, dweight * factor, None, None, None, None, None
+    if type(dtotal) is not Tensor or dtotal.device.type != "cpu" or dtotal.item() != 1.0:
+        factor = dtotal.to(dinput.dtype)
+        dinput, dweight = dinput * factor, dweight * factor
+    return dinput, dweight, None, None, None, None, None
 
 
 register_autograd(_fwd, _backward, _setup)

@@ -1,0 +1,189 @@
+// What forward and backward of attention share: tiles, matrix products on them, which keys are seen.
+//
+// One thread takes a (batch, head) at a time and 64 queries of it. Scores are kept transposed, S^T
+// (keys x queries): the softmax then runs down the rows with no horizontal reduction, and every
+// product of forward and backward is one `gemm` on row-major tiles:
+//   S^T = K Q^T     O = P V      dP^T = V dO^T     dV += P'^T dO     dK += dS^T Q     dQ = dS K
+// where P is read transposed by strides. Keys before the diagonal are taken in blocks with no mask;
+// the diagonal itself in groups of 16 keys that skip the queries before them.
+#pragma once
+
+#include "philox.h"
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+constexpr int64_t BQ = 64;   // queries a block
+constexpr int64_t BK = 128;  // keys a block
+constexpr int64_t GROUP = 16;
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr double LN2 = 0.693147180559945309;
+
+// ---- C (M x N) = or += A B: A(m, k) = a[m * a_row + k * a_col], B and C row-major, N a multiple of W.
+
+template <int MR, int NV>
+void tile(int64_t K, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c, int64_t ldc,
+          bool accumulate) {
+  vf acc[MR][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) acc[m][n] = vf{};
+  for (int64_t k = 0; k < K; ++k, a += a_col, b += ldb) {
+    vf row[NV];
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) row[n] = load(b + n * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const vf x = splat(a[m * a_row]);
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) acc[m][n] += x * row[n];
+    }
+  }
+  // C is added last, not first: sums of sums of K terms round less than one long sum.
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) {
+      float* to = c + m * ldc + n * W;
+      store(to, accumulate ? load(to) + acc[m][n] : acc[m][n]);
+    }
+}
+
+using Tile = void (*)(int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, bool);
+constexpr int MR = 6;
+constexpr int NV = W == 16 ? 4 : 2;  // 24 of 32 or 12 of 16 registers hold the tile
+constexpr Tile tiles[6][4] = {
+    {tile<1, 1>, tile<1, 2>, tile<1, 3>, tile<1, 4>}, {tile<2, 1>, tile<2, 2>, tile<2, 3>, tile<2, 4>},
+    {tile<3, 1>, tile<3, 2>, tile<3, 3>, tile<3, 4>}, {tile<4, 1>, tile<4, 2>, tile<4, 3>, tile<4, 4>},
+    {tile<5, 1>, tile<5, 2>, tile<5, 3>, tile<5, 4>}, {tile<6, 1>, tile<6, 2>, tile<6, 3>, tile<6, 4>},
+};
+
+inline void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_row, int64_t a_col, const float* b,
+                 int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  for (int64_t n = 0; n < N; n += NV * W) {
+    const int64_t vectors = smaller<int64_t>(NV, (N - n) / W);
+    for (int64_t m = 0; m < M; m += MR)
+      tiles[smaller<int64_t>(MR, M - m) - 1][vectors - 1](K, a + m * a_row, a_row, a_col, b + n, ldb, c + m * ldc + n,
+                                                          ldc, accumulate);
+  }
+}
+
+// ---- Rows of one head as fp32, padded with zeros to a whole number of vectors.
+
+struct Matrix {
+  float* data;
+  int64_t ld;
+  float* row(int64_t t) const { return data + t * ld; }
+};
+
+template <class T>
+T* head_data(const Heads& x, int64_t b, int64_t h) {
+  return (T*)x.data + b * x.batch + h * x.head;
+}
+
+template <class T>
+void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t D, Matrix to) {
+  for (int64_t t = 0; t < rows; ++t) {
+    int64_t d = 0;
+    for (; d + W <= D; d += W) store(to.row(t) + d, load(from + t * stride + d));
+    if (d < D) store(to.row(t) + d, load_part(from + t * stride + d, D - d));
+  }
+}
+
+template <class T>
+Matrix matrix(const Heads& x, int64_t b, int64_t h, int64_t rows, int64_t D, float* space) {
+  const Matrix packed{space, round_up(D, W)};
+  widen_rows(head_data<T>(x, b, h), x.time, rows, D, packed);
+  return packed;
+}
+// fp32 rows of whole vectors are read where they lie.
+template <>
+inline Matrix matrix<float>(const Heads& x, int64_t b, int64_t h, int64_t rows, int64_t D, float* space) {
+  if (D % W == 0) return {head_data<float>(x, b, h), x.time};
+  const Matrix packed{space, round_up(D, W)};
+  widen_rows(head_data<float>(x, b, h), x.time, rows, D, packed);
+  return packed;
+}
+
+template <class T>
+void write_row(T* to, const float* from, float factor, int64_t D) {
+  int64_t d = 0;
+  for (; d + W <= D; d += W) store(to + d, load(from + d) * factor);
+  if (d < D) store_part(to + d, load(from + d) * factor, D - d);
+}
+
+// (rows x D) -> (D x BQ), times factor; columns past rows are zero.
+inline void transpose(Matrix from, int64_t rows, int64_t D, float factor, float* to) {
+  if (rows < BQ) memset(to, 0, sizeof(float) * D * BQ);
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t d = 0; d < D; ++d) to[d * BQ + t] = from.row(t)[d] * factor;
+}
+
+// ---- Which keys a block of queries sees.
+
+// Query i of the block sees key j iff j <= i + diagonal; keys before `full` are seen by all.
+struct Span {
+  int64_t diagonal, full, end;
+};
+inline Span span(const AttentionArgs& args, int64_t b, int64_t q0, int64_t rows) {
+  const int64_t length = args.kv_len ? smaller(larger<int64_t>(args.kv_len[b], 0), args.Tk) : args.Tk;
+  const int64_t kept = args.kv_len ? args.kv_len[b] : args.Tk;
+  const int64_t diagonal = kept - args.Tq + q0;
+  const int64_t full = smaller(larger<int64_t>(diagonal, 0), length);
+  return {diagonal, full, smaller(larger(diagonal + rows, full), length)};
+}
+
+// Columns of S^T in use by a block of `rows` queries.
+inline int64_t columns(int64_t rows) { return round_up(rows, W); }
+
+// Calls f(key, keys, first column) for each run of keys; columns before the first see none of them.
+template <class F>
+void each_run(const Span& s, F f) {
+  for (int64_t key = 0; key < s.full; key += BK) f(key, smaller(BK, s.full - key), (int64_t)0);
+  for (int64_t key = s.full; key < s.end; key += GROUP) {
+    const int64_t column = larger<int64_t>(key - s.diagonal, 0) / W * W;
+    if (column < BQ) f(key, smaller(GROUP, s.end - key), column);
+  }
+}
+
+// -inf where query < key, in S^T rows of a run on the diagonal.
+inline void mask_diagonal(float* s, const Span& span, int64_t key, int64_t keys, int64_t column) {
+  for (int64_t j = 0; j < keys; ++j)
+    for (int64_t i = column; i < smaller(BQ, key + j - span.diagonal); ++i) s[j * BQ + i] = -INFINITY;
+}
+
+// Multiplies S^T rows of keys [key, key + keys), columns [column, end), by 0 or 1 / (1 - p).
+inline void apply_dropout(float* s, const AttentionArgs& args, int64_t head, int64_t query, int64_t key, int64_t keys,
+                          int64_t column, int64_t end) {
+  const float keep = 1.0f / (1.0f - args.dropout_p);
+  vu lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  for (int64_t quad = key >> 2; quad <= (key + keys - 1) >> 2; ++quad)
+    for (int64_t i = column; i < end; i += W) {
+      const vu position = lane + (uint32_t)(query + i);
+      const Words words = philox(splat((uint32_t)quad), position, splat((uint32_t)head), splat(1u), args.seed);
+      for (int64_t w = 0; w < 4; ++w) {
+        const int64_t j = quad * 4 + w - key;
+        if (j < 0 || j >= keys) continue;
+        const vf factor = uniform(words.word[w]) >= splat(args.dropout_p) ? splat(keep) : vf{};
+        store(s + j * BQ + i, load(s + j * BQ + i) * factor);
+      }
+    }
+}
+
+// f(element type) for the dtype of the arguments
+template <class F>
+void by_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::fp32:
+      return f(float{});
+    case Dtype::bf16:
+      return f(bf16{});
+    case Dtype::fp16:
+      return f(fp16{});
+  }
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_LEVEL
