@@ -2,7 +2,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -33,7 +33,7 @@ clean:
 $(BASE):
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) --upgrade "pip>=25.1" "setuptools>=77" wheel "pybind11>=2.13"
-	$(PIP) torch==$(TORCH)
+	$(PIP) torch==$(TORCH) numpy
 	touch $@
 
 $(VENV)/ready: $(BASE) $(SOURCES)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.model import GPT, KVCache
+from gptfast.ops.sampling import per_row
 from gptfast.tokenizer import Tokenizer
 
 
@@ -121,8 +122,9 @@ def _decode(
         logits = prefill(model, tokens[:, :longest], lengths, cache)
     else:
         logits = window_logits(model, tokens, length)
+    options = per_row(logits, seed=seed, **options)
     for step in range(n):
-        ids = ops.sample(logits, seed=seed, position=length, **options)  # (B,)
+        ids = ops.sample(logits, position=length, **options)  # (B,)
         tokens.scatter_(1, length[:, None], ids[:, None])
         length = length + 1
         if step + 1 == n:

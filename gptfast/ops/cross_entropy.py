@@ -85,13 +85,23 @@ def _fused_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _fused_backward(ctx, dtotal, _, __):  # type: ignore[no-untyped-def]
-    # The forward computed both gradients for dtotal = 1, which is what loss.backward() sends: there
-    # a product by 1 would only copy (V, C). Elsewhere than on the CPU, asking would synchronise.
+    # The forward computed both gradients for dtotal = 1.
     dinput, dweight = ctx.saved_tensors
-    if type(dtotal) is not Tensor or dtotal.device.type != "cpu" or dtotal.item() != 1.0:
+    if not _is_last_and_one(dtotal):
         factor = dtotal.to(dinput.dtype)
         dinput, dweight = dinput * factor, dweight * factor
     return dinput, dweight, None, None, None, None, None
+
+
+def _is_last_and_one(dtotal: Tensor) -> bool:
+    """Whether the saved gradients may be handed out as they are, without a (V, C) copy.
+
+    That is what loss.backward() asks for: a factor of 1 and a graph that is freed afterwards. Not
+    known while tracing; elsewhere than on the CPU, asking would synchronise.
+    """
+    if type(dtotal) is not Tensor or dtotal.device.type != "cpu":
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph() and dtotal.item() == 1.0
 
 
 register_autograd(_fwd, _backward, _setup)

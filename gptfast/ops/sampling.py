@@ -18,22 +18,30 @@ _sample = register(
     _fake,
 )
 
-# name: (dtype, test for a Python number, what the number must be)
+# name: (dtype, what None stands for, test for a Python number, what the number must be)
 _PARAMETERS = {
-    "temperature": (torch.float32, lambda x: 0.0 <= x < torch.inf, "a finite number >= 0"),
-    "top_k": (torch.int64, lambda x: x >= 1 and x == int(x), "an integer >= 1"),
-    "top_p": (torch.float32, lambda x: 0.0 < x <= 1.0, "in (0, 1]"),
-    "min_p": (torch.float32, lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
-    "seed": (torch.int64, lambda x: x == int(x), "an integer"),
-    "position": (torch.int64, lambda x: x >= 0 and x == int(x), "an integer >= 0"),
+    "temperature": (torch.float32, 1.0, lambda x: 0.0 <= x < torch.inf, "a finite number >= 0"),
+    "top_k": (torch.int64, 2**62, lambda x: x >= 1 and float(x).is_integer(), "an integer >= 1"),
+    "top_p": (torch.float32, 1.0, lambda x: 0.0 < x <= 1.0, "in (0, 1]"),
+    "min_p": (torch.float32, 0.0, lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
+    "seed": (torch.int64, 0, lambda x: float(x).is_integer(), "an integer"),
+    "position": (torch.int64, 0, lambda x: x >= 0 and float(x).is_integer(), "an integer >= 0"),
 }
 
 
-def _per_row(name: str, value: float | Tensor, logits: Tensor) -> Tensor:
-    """`value` as a (B,) tensor; a number is checked here, a tensor on the CPU too."""
-    dtype, fits, must = _PARAMETERS[name]
+def per_row(logits: Tensor, **parameters: float | Tensor | None) -> dict[str, Tensor]:
+    """`sample`'s parameters as (B,) tensors beside logits (B, V); numbers are checked here.
+
+    A loop that samples often does it once, so that no token pays for it.
+    """
+    return {name: _one_per_row(name, value, logits) for name, value in parameters.items()}
+
+
+def _one_per_row(name: str, value: float | Tensor | None, logits: Tensor) -> Tensor:
+    dtype, off, fits, must = _PARAMETERS[name]
     B = logits.shape[0]
     if not isinstance(value, Tensor):
+        value = off if value is None else value
         if not fits(value):
             raise ValueError(f"{name} must be {must}, got {value}")
         return torch.full((B,), value, dtype=dtype, device=logits.device)
@@ -77,12 +85,6 @@ def sample(
             f"logits must be floating-point (B, V) with V >= 1, "
             f"got {logits.dtype} {tuple(logits.shape)}"
         )
-    values = {
-        "temperature": temperature,
-        "top_k": logits.shape[1] if top_k is None else top_k,
-        "top_p": 1.0 if top_p is None else top_p,
-        "min_p": 0.0 if min_p is None else min_p,
-        "seed": seed,
-        "position": position,
-    }
-    return _sample(logits, *(_per_row(name, value, logits) for name, value in values.items()))
+    kept = per_row(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    at = per_row(logits, seed=seed, position=position)
+    return _sample(logits, *kept.values(), *at.values())
