@@ -9,10 +9,10 @@ BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%
 
 .PHONY: train test lint bench clean
 
-# Trains a small GPT on real text: set-up, then about two minutes on two cores.
+# Trains a small GPT on real text: set-up, then about two minutes on two cores. A second call goes on
+# where the first one stopped; remove runs/train to start over.
 train: $(VENV)/ready
-	@rm -rf runs/train
-	$(BIN)/gptfast train --out runs/train
+	$(BIN)/gptfast train --out runs/train --resume
 
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest

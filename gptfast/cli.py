@@ -27,7 +27,7 @@ from gptfast.trainer import Trainer, choose_device
 
 # Learns English from the embedded text in two or three minutes on two cores.
 SMALL_MODEL = GPTConfig(vocab_size=1, block_size=128, n_layer=4, n_head=4, n_embd=128)
-SMALL_RUN = TrainConfig(out="runs/train", lr=6e-3, eval_interval=61, log_interval=20)
+SMALL_RUN = TrainConfig(out="runs/train", lr=5e-3, min_lr=1e-4, eval_interval=61, log_interval=20)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimizer steps in all."""
     epochs: int | None = None
-    """Passes over the training data, where max_steps is not given (default 4)."""
+    """Passes over the training data, where max_steps is not given (default 5)."""
     lr: float = 1e-3
     """Peak learning rate, reached after the warm-up."""
     min_lr: float | None = None

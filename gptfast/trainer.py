@@ -87,7 +87,7 @@ class Trainer:
             betas=(config.beta1, config.beta2),
             max_norm=config.max_norm,
         )
-        self.steps = config.max_steps or (config.epochs or 4) * len(train_loader)
+        self.steps = config.max_steps or (config.epochs or 5) * len(train_loader)
         self.step, self.tokens, self.history = 0, 0, []
         self.out = Path(config.out)
         self.saved = {
