@@ -91,7 +91,7 @@ class TrainConfig:
     """Steps between checkpoints (default eval_interval); one is always written at the end."""
     keep: int = 2
     """How many of the latest checkpoints to keep."""
-    sample_prompt: str = "The"
+    sample_prompt: str = "This is"
     """What the text sample of each epoch starts with."""
     sample_tokens: int = 100
     """Tokens per text sample; 0 for none."""

@@ -112,6 +112,10 @@ class Trainer:
         if self.step == 0:
             torch.manual_seed(self.config.seed)
             self._evaluate(None)
+        if self.step >= self.steps:
+            self._say(
+                f"the run is complete at step {self.step}; raise max_steps or epochs"
+            )
         self.model.train()
         self.progress = tqdm(
             total=self.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True
@@ -209,8 +213,7 @@ class Trainer:
             self.tokenizer,
             self.config.sample_prompt,
             self.config.sample_tokens,
-            temperature=0.8,
-            top_k=40,
+            top_p=0.5,
             seed=self.config.seed,
         )
         line = " ".join(text.split())
