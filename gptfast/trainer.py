@@ -113,9 +113,7 @@ class Trainer:
             torch.manual_seed(self.config.seed)
             self._evaluate(None)
         if self.step >= self.steps:
-            self._say(
-                f"the run is complete at step {self.step}; raise max_steps or epochs"
-            )
+            self._say(f"the run is complete at step {self.step}; raise max_steps or epochs")
         self.model.train()
         self.progress = tqdm(
             total=self.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True
