@@ -120,20 +120,25 @@ vf scores_of(const float* query, const T* k, int64_t stride, int64_t D, int64_t 
   return score;
 }
 
-// out[0 .. NV * W) = sum_j s[j] v[j]
+// out[0 .. NV * W) = sum_j s[j] v[j], in blocks of BK keys: one long sum would round more
 template <int NV, class T>
-void weighted_sum(const float* s, const T* v, int64_t stride, int64_t n, float* out) {
-  vf even[NV] = {}, odd[NV] = {};
-  int64_t j = 0;
-  for (; j + 2 <= n; j += 2)
+void weighted_sum(const float* s, const T* v, int64_t stride, int64_t n, int64_t lanes, float* out) {
+  vf total[NV] = {};
+  for (int64_t begin = 0; begin < n; begin += BK) {
+    const int64_t end = smaller(n, begin + BK);
+    vf even[NV] = {}, odd[NV] = {};
+    int64_t j = begin;
+    for (; j + 2 <= end; j += 2)
+      for (int i = 0; i < NV; ++i) {
+        even[i] += s[j] * load_n(v + j * stride + i * W, lanes);
+        odd[i] += s[j + 1] * load_n(v + (j + 1) * stride + i * W, lanes);
+      }
     for (int i = 0; i < NV; ++i) {
-      even[i] += s[j] * load(v + j * stride + i * W);
-      odd[i] += s[j + 1] * load(v + (j + 1) * stride + i * W);
+      if (j < end) even[i] += s[j] * load_n(v + j * stride + i * W, lanes);
+      total[i] += even[i] + odd[i];
     }
-  for (int i = 0; i < NV; ++i) {
-    if (j < n) even[i] += s[j] * load(v + j * stride + i * W);
-    store(out + i * W, even[i] + odd[i]);
   }
+  for (int i = 0; i < NV; ++i) store(out + i * W, total[i]);
 }
 
 template <class T>
@@ -161,13 +166,8 @@ void fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, floa
     total += p;
   }
   int64_t d = 0;
-  for (; d + 4 * W <= D; d += 4 * W) weighted_sum<4>(s, v + d, args.v.time, n, out + d);
-  for (; d + W <= D; d += W) weighted_sum<1>(s, v + d, args.v.time, n, out + d);
-  if (d < D) {
-    vf rest = {};
-    for (int64_t j = 0; j < n; ++j) rest += s[j] * load_part(v + j * args.v.time + d, D - d);
-    store(out + d, rest);
-  }
+  for (; d + 4 * W <= D; d += 4 * W) weighted_sum<4>(s, v + d, args.v.time, n, W, out + d);
+  for (; d < D; d += W) weighted_sum<1>(s, v + d, args.v.time, n, smaller<int64_t>(W, D - d), out + d);
   const float weight = sum(total);
   const bool sees = n > 0;
   write_row(head_data<T>(args.out, b, h) + i * args.out.time, out, sees ? 1.0f / weight : 0.0f, D);

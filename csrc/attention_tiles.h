@@ -59,14 +59,18 @@ constexpr Tile tiles[6][4] = {
     {tile<5, 1>, tile<5, 2>, tile<5, 3>, tile<5, 4>}, {tile<6, 1>, tile<6, 2>, tile<6, 3>, tile<6, 4>},
 };
 
+constexpr int64_t KB = 128;  // longer sums are summed in blocks: they round less
+
 inline void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_row, int64_t a_col, const float* b,
                  int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  for (int64_t n = 0; n < N; n += NV * W) {
-    const int64_t vectors = smaller<int64_t>(NV, (N - n) / W);
-    for (int64_t m = 0; m < M; m += MR)
-      tiles[smaller<int64_t>(MR, M - m) - 1][vectors - 1](K, a + m * a_row, a_row, a_col, b + n, ldb, c + m * ldc + n,
-                                                          ldc, accumulate);
-  }
+  for (int64_t k = 0; k < K; k += KB)
+    for (int64_t n = 0; n < N; n += NV * W) {
+      const int64_t vectors = smaller<int64_t>(NV, (N - n) / W);
+      for (int64_t m = 0; m < M; m += MR)
+        tiles[smaller<int64_t>(MR, M - m) - 1][vectors - 1](smaller(KB, K - k), a + m * a_row + k * a_col, a_row, a_col,
+                                                            b + k * ldb + n, ldb, c + m * ldc + n, ldc,
+                                                            accumulate || k > 0);
+    }
 }
 
 // ---- Rows of one head as fp32, padded with zeros to a whole number of vectors.

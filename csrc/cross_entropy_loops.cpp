@@ -9,47 +9,40 @@ namespace {
 
 constexpr int64_t BLOCK = 4096;
 
-// f(vector, elements in it) over a row, then each element's lane past the end reading as fill.
-template <class T, class F>
-inline void each_vector(const T* x, int64_t n, float fill, F f) {
-  int64_t j = 0;
-  for (; j + W <= n; j += W) f(load(x + j), j);
-  if (j < n) f(load_part(x + j, n - j, fill), j);
-}
-
 template <class T>
 float row_max(const T* x, int64_t V) {
   vf best[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
   int64_t j = 0;
   for (; j + 4 * W <= V; j += 4 * W)
     for (int i = 0; i < 4; ++i) best[i] = max(load(x + j + i * W), best[i]);
-  each_vector(x + j, V - j, -INFINITY, [&](vf value, int64_t) { best[0] = max(value, best[0]); });
+  for (; j < V; j += W) best[0] = max(j + W <= V ? load(x + j) : load_part(x + j, V - j, -INFINITY), best[0]);
   return max(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
-// sum_j exp(x_j - top); with Mean, sum_j (x_j - top) too.
+// sum_j exp(x_j - top); with Mean, sum_j x_j too, in double throughout: it is a difference of large numbers.
 template <bool Mean, class T>
 void row_sums(const T* x, int64_t V, float top, double& exps, double& values) {
   exps = values = 0;
   for (int64_t begin = 0; begin < V; begin += BLOCK) {
-    const int64_t n = smaller(BLOCK, V - begin);
-    vf e[2] = {}, m = {};
+    const int64_t end = smaller(V, begin + BLOCK);
+    vf e[2] = {};
+    vd m = {};
     int64_t j = begin;
-    for (; j + 2 * W <= begin + n; j += 2 * W)
+    for (; j + 2 * W <= end; j += 2 * W)
       for (int i = 0; i < 2; ++i) {
-        const vf shifted = load(x + j + i * W) - top;
-        e[i] += exp(shifted);
-        if (Mean) m += shifted;
+        const vf value = load(x + j + i * W);
+        e[i] += exp(value - top);
+        if (Mean) m += __builtin_convertvector(value, vd);
       }
-    each_vector(x + j, begin + n - j, top, [&](vf value, int64_t at) {
-      const int64_t lanes = begin + n - j - at;
-      vf p = exp(value - top);
+    for (; j < end; j += W) {
+      const int64_t lanes = smaller<int64_t>(W, end - j);
+      vf value = load_n(x + j, lanes), p = exp(value - top);
       for (int64_t i = lanes; i < W; ++i) p[i] = 0;
       e[0] += p;
-      if (Mean) m += value - top;
-    });
+      if (Mean) m += __builtin_convertvector(value, vd);
+    }
     exps += sum(e[0] + e[1]);
-    values += sum(m);
+    for (int i = 0; Mean && i < W; ++i) values += m[i];
   }
 }
 
@@ -63,14 +56,14 @@ void fwd_row(const CrossEntropyArgs& args, int64_t row) {
     row_sums<true>(x, V, top, exps, values);
   else
     row_sums<false>(x, V, top, exps, values);
-  const double log_sum = log(exps), lse = top + log_sum;
+  const double lse = top + log(exps);
   args.lse[row] = lse;
   if (target == args.ignore_index) {
     args.loss[row] = 0;
     return;
   }
   double loss = (1.0 - smoothing) * (lse - load_one(x + target));
-  if (smoothing > 0) loss += smoothing * (log_sum - values / V);
+  if (smoothing > 0) loss += smoothing * (lse - values / V);
   if (args.z_loss > 0) loss += args.z_loss * lse * lse;
   args.loss[row] = (float)loss;
 }
