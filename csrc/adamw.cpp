@@ -59,8 +59,10 @@ void adamw(TensorList params, TensorList grads, TensorList exp_avgs, TensorList 
                     "adamw: every list needs one entry per parameter");
   bool usual = !any_double(params);
   for (size_t i = 0; i < n; ++i)
-    usual = usual && params[i].is_non_overlapping_and_dense() && same_layout(params[i], exp_avgs[i]) &&
-            same_layout(params[i], exp_avg_sqs[i]) && (masters.empty() || same_layout(params[i], masters[i]));
+    // Stochastic rounding counts elements in logical order, the loops in memory order.
+    usual = usual && (stochastic ? params[i].is_contiguous() : params[i].is_non_overlapping_and_dense()) &&
+            same_layout(params[i], exp_avgs[i]) && same_layout(params[i], exp_avg_sqs[i]) &&
+            (masters.empty() || same_layout(params[i], masters[i]));
   if (!usual)
     return reference<void(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&,
                           const OptionalTensor&, double, double, double, double, double, at::IntArrayRef, bool,
@@ -109,8 +111,9 @@ void adamw(TensorList params, TensorList grads, TensorList exp_avgs, TensorList 
     t.inv_sqrt_bias2 = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
     t.param_id = static_cast<uint32_t>(param_ids[i]);
     t.step = static_cast<uint32_t>(step);
-    steps[i].data_ptr<float>()[0] = static_cast<float>(step);
   }
+  // Only now that nothing can be refused any more.
+  for (size_t i = 0; i < n; ++i) steps[i].data_ptr<float>()[0] = static_cast<float>(tensors[i].step);
   const std::vector<Chunk> all = chunks(params);
   at::parallel_for(0, static_cast<int64_t>(all.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) loops().step(tensors[all[i].tensor], args, all[i].begin, all[i].end);

@@ -40,7 +40,8 @@ void set_isa(const std::string& name) {
   if (found == names.end()) {
     std::string listed;
     for (const auto& one : names) listed += " " + one;
-    throw pybind11::value_error("instruction-set level '" + name + "' is not one this CPU has:" + listed);
+    throw pybind11::value_error("instruction-set level '" + name +
+                                "' is not one this CPU has (unset GPTFAST_ISA or choose one of:" + listed + ")");
   }
   current() = static_cast<Level>(found - names.begin());
 }

@@ -85,7 +85,7 @@ int64_t chunk_rows(int64_t N, int64_t V, int64_t itemsize) {
 }
 
 void check_linear(const Tensor& input, const Tensor& weight) {
-  TORCH_CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && input.size(1) == weight.size(1) &&
+  TORCH_CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0 && input.size(1) == weight.size(1) &&
                         input.scalar_type() == weight.scalar_type(),
                     "linear_cross_entropy: input ", input.sizes(), " and linear_weight ", weight.sizes(),
                     " do not fit");

@@ -183,29 +183,34 @@ static inline vf exp2(vf x) {
   return x < splat(-126.0f) ? vf{} : scale_by_power(p, z);
 }
 
+struct Block {
+  float* data = nullptr;
+  int64_t size = 0;
+  ~Block() { free(data); }
+};
+
 // Memory for one call of a loop, aligned for any vector. Each thread keeps its block from call to
 // call: memory fresh from the system costs a page fault every 4 KB. One Scratch at a time.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
-    if (floats > size_) {
-      free(data_);
-      data_ = (float*)aligned_alloc(64, round_up(floats * 4, 64));
-      if (!data_) abort();
-      size_ = floats;
+    if (floats > block_.size) {
+      free(block_.data);
+      block_.data = (float*)aligned_alloc(64, round_up(floats * 4, 64));
+      if (!block_.data) abort();
+      block_.size = floats;
     }
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   float* take(int64_t floats) {
-    float* p = data_ + used_;
+    float* p = block_.data + used_;
     used_ += round_up(floats, 16);
     return p;
   }
 
  private:
-  inline static thread_local float* data_ = nullptr;
-  inline static thread_local int64_t size_ = 0;
+  inline static thread_local Block block_;
   int64_t used_ = 0;
 };
 

@@ -241,7 +241,8 @@ def find_checkpoint(path: str | PathLike) -> Path:
     """`path` if it holds a model, else the latest checkpoint of the run in it; or ValueError."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path} is no checkpoint: there is no such directory")
+        why = "it is not a directory" if path.exists() else "there is no such directory"
+        raise ValueError(f"{path} is no checkpoint: {why}")
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return path
     if found := checkpoints(path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import platform
@@ -70,7 +71,12 @@ class Train:
         model = GPT(dataclasses.replace(self.model, vocab_size=vocab_size))
         if self.init:
             load_weights(model, self.init)
-        extra = {"data": list(self.data), "batch_size": self.batch_size, "split": list(self.split)}
+        extra = {
+            "data": list(self.data),
+            "data_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "batch_size": self.batch_size,
+            "split": list(self.split),
+        }
         trainer = Trainer(
             model, self.train, train_loader, held_back[0], tokenizer=tokenizer, extra=extra
         )
@@ -191,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an error the user can act on is one line on stderr and exit code 1."""
     try:
         _parse(argv).run()
+    except BrokenPipeError:  # the reader has seen enough
+        sys.stderr.close()
+        return 1
     except KeyboardInterrupt:
         print("gptfast: interrupted", file=sys.stderr)
         return 130

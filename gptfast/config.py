@@ -97,7 +97,7 @@ class TrainConfig:
     """Tokens per text sample; 0 for none."""
     seed: int = 0
     """Fixes initialisation, data order and dropout."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
@@ -113,6 +113,7 @@ class TrainConfig:
         _require(
             self.lr > 0 and math.isfinite(self.lr), f"lr must be a finite number > 0, got {self.lr}"
         )
+        _require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         for name in ("min_lr", "warmup_steps", "weight_decay", "sample_tokens", "seed"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} must be >= 0, got {value}")

@@ -26,6 +26,8 @@ def read_text(paths: Sequence[str | Path]) -> str:
     for path in paths:
         try:
             text = Path(path).read_bytes().decode("utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}; give text files") from None
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path} is not UTF-8 text ({error.reason} at {error.start})"
@@ -43,7 +45,7 @@ def split_tokens(tokens: Tensor, ratios: Sequence[float] = (0.9, 0.1)) -> list[T
 
     ratios are positive and sum to 1. Raises ValueError for ratios that do not, or an empty part.
     """
-    if not ratios or min(ratios) <= 0 or abs(sum(ratios) - 1.0) > 1e-6:
+    if not ratios or not min(ratios) > 0 or not abs(sum(ratios) - 1.0) <= 1e-6:
         raise ValueError(f"split ratios must be positive and sum to 1, got {tuple(ratios)}")
     edges = [round(len(tokens) * sum(ratios[:i])) for i in range(len(ratios) + 1)]
     parts = [tokens[a:b] for a, b in zip(edges, edges[1:], strict=False)]
@@ -113,10 +115,12 @@ def as_tokens(text_or_tokens: str | Tokens, tokenizer: Tokenizer | None = None) 
         text_or_tokens = (tokenizer or get_tokenizer("gpt2")).encode(text_or_tokens)
     if isinstance(text_or_tokens, np.ndarray):
         text_or_tokens = text_or_tokens.astype(np.int64)
-    tokens = torch.as_tensor(text_or_tokens, dtype=torch.int64)
+    tokens = torch.as_tensor(text_or_tokens)
     if tokens.dim() != 1:
         raise ValueError(f"tokens must be one sequence (n,), got shape {tuple(tokens.shape)}")
-    return tokens
+    if tokens.numel() and (tokens.is_floating_point() or tokens.min() < 0):
+        raise ValueError("tokens must be integers >= 0, got floating-point or negative ones")
+    return tokens.to(torch.int64)
 
 
 def create_dataloader(

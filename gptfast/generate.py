@@ -51,6 +51,8 @@ def window_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
 def _prompts(idx: Tensor | Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
     if isinstance(idx, Tensor) and idx.dim() != 2:
         raise ValueError(f"idx must be (B, T) or a list of prompts, got shape {tuple(idx.shape)}")
+    if not isinstance(idx, Tensor) and not all(isinstance(p, Sequence | Tensor) for p in idx):
+        raise ValueError("idx must be (B, T) or a list of prompts, each a list of token ids")
     prompts = [list(p) for p in (idx.tolist() if isinstance(idx, Tensor) else idx)]
     for row, prompt in enumerate(prompts):
         if not prompt:

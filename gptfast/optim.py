@@ -14,6 +14,12 @@ _IGNORED = {"foreach": None, "fused": None, "capturable": False}
 _REFUSED = {"amsgrad": False, "maximize": False, "differentiable": False}
 
 
+def _refuse(options: dict[str, Any]) -> None:
+    for name in _REFUSED:
+        if options.get(name):
+            raise ValueError(f"gptfast.AdamW has no {name}; use torch.optim.AdamW for it")
+
+
 class AdamW(torch.optim.Optimizer):
     """Decoupled weight decay Adam (Loshchilov & Hutter, 2019), drop-in for `torch.optim.AdamW`.
 
@@ -44,11 +50,10 @@ class AdamW(torch.optim.Optimizer):
         seed: int = 0,
         **torch_options: Any,
     ) -> None:
-        for name, value in torch_options.items():
+        for name in torch_options:
             if name not in _IGNORED | _REFUSED:
                 raise TypeError(f"AdamW got an unexpected keyword argument {name!r}")
-            if name in _REFUSED and value:
-                raise ValueError(f"gptfast.AdamW has no {name}; use torch.optim.AdamW for it")
+        _refuse(torch_options)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
         if bf16_update not in ("master", "stochastic"):
@@ -64,6 +69,7 @@ class AdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, after checking its values."""
         group = {**self.defaults, **param_group}
+        _refuse(group)
         beta1, beta2 = group["betas"]
         checks = [
             ("lr", float(group["lr"]), float(group["lr"]) >= 0, ">= 0"),
@@ -82,6 +88,11 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(
                     "bf16_update='stochastic' is for bfloat16; use 'master' for float16"
                 )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The base class would leave out what is not in the groups, and copies could not step.
+        own = ("max_norm", "bf16_update", "seed", "grad_norm")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def _init_state(self, param: Tensor) -> None:
         state = self.state[param]
@@ -151,6 +162,8 @@ class AdamW(torch.optim.Optimizer):
 
         The base class would round fp32 moments to a 16-bit parameter's dtype.
         """
+        for group in state_dict["param_groups"]:
+            _refuse(group)
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -30,12 +31,11 @@ def choose_device(name: str) -> torch.device:
 
     Raises ValueError for a device that this machine does not have.
     """
-    cpu = torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    # Not every accelerator: the reference's float64 sums rule out Apple's, for one.
+    known = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     if name == "auto":
-        return accelerator or cpu
-    known = [device.type for device in (cpu, accelerator) if device]
-    if name.partition(":")[0] not in known:
+        return torch.device(known[0])
+    if name not in known:
         raise ValueError(f"device must be auto or one of {', '.join(known)}, got {name!r}")
     return torch.device(name)
 
@@ -101,6 +101,8 @@ class Trainer:
         train_loader.batch_sampler.set_position(0)
         self.train_sample = list(islice(train_loader, n))
         self.progress: tqdm | None = None
+        if tokenizer and config.sample_tokens and not tokenizer.encode(config.sample_prompt):
+            raise ValueError("sample_prompt is empty; give it some text or set sample_tokens to 0")
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Train to the last step and return the history, the rows of metrics.jsonl.
@@ -153,10 +155,10 @@ class Trainer:
                 self._evaluate(row)
             if row:
                 self._write(row)
-            if last or self.step % per_epoch == 0:
-                self._sample()
             if last or self.step % every == 0:
                 self._save()
+            if last or self.step % per_epoch == 0:
+                self._sample()
             if row:
                 # The clock of tokens per second leaves evaluation, samples and checkpoints out.
                 start, start_tokens = time.perf_counter(), self.tokens
@@ -242,6 +244,7 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         state = load_checkpoint(path, self.model, self.optimizer)
+        self._check_same_run(state["config"], path)
         self.step, self.tokens = state["step"], state["tokens"]
         lines = (self.out / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines if line.endswith("}")]
@@ -251,9 +254,21 @@ class Trainer:
         (self.out / "metrics.jsonl").write_text(text)
         samples = self.out / "samples.txt"
         lines = samples.read_text("utf-8").splitlines() if samples.exists() else []
-        kept = [line for line in lines if int(line.split()[1].rstrip(":")) <= self.step]
+        # One that was cut off in the middle is dropped.
+        steps = [re.match(r"step (\d+): ", line) for line in lines]
+        kept = [m.string for m in steps if m and int(m[1]) <= self.step]
         samples.write_text("".join(line + "\n" for line in kept), "utf-8")
         self._say(f"resumed from {path} at step {self.step}")
+
+    def _check_same_run(self, saved: dict[str, Any], path: Path) -> None:
+        """ValueError if the data or its order are not the checkpoint's: that is another run."""
+        before, now = ({**c["train"], **c} for c in (saved, self.saved))
+        for name in ("data_sha256", "tokenizer", "batch_size", "split", "seed"):
+            if before.get(name) != now.get(name):
+                raise ValueError(
+                    f"{path} was trained with {name} {before.get(name)}, not {now.get(name)}; "
+                    "resume with the same, or start another run from its weights (--init)"
+                )
 
     def _write(self, row: dict[str, Any]) -> None:
         self.history.append(row)

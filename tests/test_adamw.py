@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -412,3 +413,35 @@ def test_torch_keywords() -> None:
         gptfast.AdamW([w], nesterov=True)
     with pytest.raises(ValueError, match="empty parameter list"):
         gptfast.AdamW([])
+
+
+def test_a_copy_steps_as_the_original() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = gptfast.AdamW([param], lr=0.1, max_norm=0.5)
+    twin = pickle.loads(pickle.dumps(optimizer))
+    copied = twin.param_groups[0]["params"][0]
+    for one, tensor in ((optimizer, param), (twin, copied)):
+        tensor.grad = torch.full((3,), 2.0)
+        one.step()
+    assert torch.equal(param, copied) and (param != 1).all()
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "differentiable"])
+def test_a_group_or_a_state_cannot_bring_what_the_constructor_refuses(option: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=option):
+        gptfast.AdamW([{"params": [param], option: True}])
+    state = torch.optim.AdamW([param], **{option: True}).state_dict()
+    with pytest.raises(ValueError, match=option):
+        gptfast.AdamW([param]).load_state_dict(state)
+
+
+def test_stochastic_rounding_of_a_transposed_parameter(cpp: None) -> None:
+    start, stepped = torch.randn(64, 48).bfloat16(), []
+    for backend in ("cpp", "reference"):
+        param = torch.nn.Parameter(start.clone().t())
+        param.grad = torch.ones_like(param)
+        with gptfast.use_backend(backend):
+            gptfast.AdamW([param], lr=1e-2, bf16_update="stochastic", seed=3).step()
+        stepped.append(param.detach())
+    assert torch.equal(*stepped)

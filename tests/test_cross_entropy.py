@@ -428,3 +428,11 @@ def test_lse_of_a_long_row(isa: str) -> None:
         ref - logits.diagonal().double(),
         F.cross_entropy(logits, torch.arange(4), reduction="none"),
     )
+
+
+def test_an_empty_vocabulary_is_refused() -> None:
+    target = torch.full((2,), -100)
+    with pytest.raises(ValueError, match="V >= 1"):
+        ops.linear_cross_entropy(torch.randn(2, 4), torch.randn(0, 4), target)
+    with pytest.raises(ValueError, match="V >= 1"):
+        ops.cross_entropy(torch.randn(2, 0), target)

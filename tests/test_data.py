@@ -277,7 +277,7 @@ def test_read_text_joins_files(tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere.txt"):
+    with pytest.raises(ValueError, match="nowhere.txt"):
         read_text([tmp_path / "nowhere.txt"])
 
 

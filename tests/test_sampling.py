@@ -323,3 +323,10 @@ def test_rows_that_cannot_be_sampled(backend: str, bad: str, V: int, temperature
             logits[1] = float(bad.split()[1])
         with pytest.raises(ValueError, match="row 1 has NaN"):
             ops.sample(logits, temperature=temperature)
+
+
+def test_parameters_may_be_expanded_or_strided() -> None:
+    logits = torch.randn(4, 101)
+    seeds = torch.arange(8)[::2]
+    drawn = ops.sample(logits, temperature=torch.tensor(0.7).expand(4), seed=seeds)
+    assert torch.equal(drawn, ops.sample(logits, temperature=0.7, seed=seeds.contiguous()))

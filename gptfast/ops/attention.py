@@ -98,6 +98,10 @@ def _check_options(dropout_p: float, kv_len: Tensor | None, B: int, device: torc
         )
 
 
+def _dense(kv_len: Tensor | None) -> Tensor | None:
+    return None if kv_len is None else kv_len.contiguous()
+
+
 def _check_floats(**tensors: Tensor) -> None:
     first = next(iter(tensors.values()))
     for name, tensor in tensors.items():
@@ -148,7 +152,9 @@ def attention(
         raise ValueError(f"attention needs Tq <= Tk, got Tq={q.shape[2]}, Tk={k.shape[2]}")
     _check_options(dropout_p, kv_len, q.shape[0], q.device)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    return _fwd(q, k, v, scale, dropout_p, _seed_tensor(seed, dropout_p, q.device), kv_len)[0]
+    return _fwd(q, k, v, scale, dropout_p, _seed_tensor(seed, dropout_p, q.device), _dense(kv_len))[
+        0
+    ]
 
 
 def attention_qkv(
@@ -175,4 +181,4 @@ def attention_qkv(
     D = qkv.shape[2] // (3 * n_head)
     scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
     seed = _seed_tensor(seed, dropout_p, qkv.device)
-    return _qkv_fwd(qkv, n_head, scale, dropout_p, seed, kv_len)[0]
+    return _qkv_fwd(qkv, n_head, scale, dropout_p, seed, _dense(kv_len))[0]

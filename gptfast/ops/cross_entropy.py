@@ -157,8 +157,8 @@ def cross_entropy(
     under autocast). Raises ValueError for inputs that do not fit and, on the CPU, IndexError for a
     target out of range; on a GPU its loss is NaN.
     """
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be (N, V), got {tuple(logits.shape)}")
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits must be (N, V) with V >= 1, got {tuple(logits.shape)}")
     _check(logits, target, label_smoothing, z_loss, reduction)
     loss = _fwd(logits, target, ignore_index, label_smoothing, z_loss)[0]
     if reduction == "mean":
@@ -186,9 +186,10 @@ def linear_cross_entropy(
 
     The other arguments, the result and the errors are `cross_entropy`'s; "none" returns (...).
     """
-    if linear_weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
+    weight_fits = linear_weight.dim() == 2 and linear_weight.shape[0] >= 1
+    if not weight_fits or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
-            "linear_cross_entropy needs input (..., C) and linear_weight (V, C), "
+            "linear_cross_entropy needs input (..., C) and linear_weight (V, C) with V >= 1, "
             f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
         )
     _check(input, target, label_smoothing, z_loss, reduction)

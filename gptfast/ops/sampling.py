@@ -21,10 +21,15 @@ _sample = register(
 # name: (dtype, what None stands for, test for a Python number, what the number must be)
 _PARAMETERS = {
     "temperature": (torch.float32, 1.0, lambda x: 0.0 <= x < torch.inf, "a finite number >= 0"),
-    "top_k": (torch.int64, 2**62, lambda x: x >= 1 and float(x).is_integer(), "an integer >= 1"),
+    "top_k": (
+        torch.int64,
+        2**62,
+        lambda x: 1 <= x < 2**63 and float(x).is_integer(),
+        "an integer >= 1",
+    ),
     "top_p": (torch.float32, 1.0, lambda x: 0.0 < x <= 1.0, "in (0, 1]"),
     "min_p": (torch.float32, 0.0, lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
-    "seed": (torch.int64, 0, lambda x: float(x).is_integer(), "an integer"),
+    "seed": (torch.int64, 0, lambda x: -(2**63) <= x < 2**63 and float(x).is_integer(), "an int64"),
     "position": (torch.int64, 0, lambda x: x >= 0 and float(x).is_integer(), "an integer >= 0"),
 }
 
@@ -52,7 +57,7 @@ def _one_per_row(name: str, value: float | Tensor | None, logits: Tensor) -> Ten
         )
     if value.is_floating_point() and not dtype.is_floating_point:
         raise ValueError(f"{name} must be {must}, got a {value.dtype} tensor")
-    return value.to(dtype)
+    return value.to(dtype).contiguous()
 
 
 def sample(
