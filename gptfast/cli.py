@@ -195,6 +195,9 @@ def _parse(argv: Sequence[str] | None) -> Train | Generate | Info:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an error the user can act on is one line on stderr and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A sample may hold what the terminal cannot show; that must not end a training run.
+        sys.stdout.reconfigure(errors="replace")
     try:
         _parse(argv).run()
     except BrokenPipeError:  # the reader has seen enough
