@@ -1,5 +1,3 @@
-#include <ATen/ops/sqrt.h>
-
 #include "common.h"
 
 namespace gptfast {
