@@ -1,0 +1,107 @@
+"""FLOPs against torch's counter, and measurements against what they must exceed."""
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_config
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gptfast import GPTConfig
+from gptfast.flops import flops_per_token, measured_peak, mfu, peak_memory
+
+
+class PlainGPT(nn.Module):
+    """The matrix products of a GPT-2 in plain PyTorch, attention in full, then masked."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config, C = config, config.n_embd
+        self.wte = nn.Embedding(config.vocab_size, C)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(nn.Linear(*s) for s in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)))
+            for _ in range(config.n_layer)
+        )
+        self.head = nn.Linear(C, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.head.weight = self.wte.weight
+
+    def forward(self, idx: Tensor, target: Tensor) -> Tensor:
+        B, T = idx.shape
+        H, D = self.config.n_head, self.config.n_embd // self.config.n_head
+        mask = torch.ones(T, T, dtype=torch.bool).triu(1)
+        x = self.wte(idx)  # (B, T, C)
+        for c_attn, c_proj, c_fc, mlp_proj in self.layers:
+            q, k, v = c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+            p = (q @ k.transpose(-1, -2)).masked_fill(mask, float("-inf")).softmax(-1)
+            x = x + c_proj((p @ v).transpose(1, 2).reshape(B, T, -1))
+            x = x + mlp_proj(F.gelu(c_fc(x)))
+        return F.cross_entropy(self.head(x).flatten(0, 1), target.flatten())
+
+
+@pytest.mark.parametrize("T", [1, 7, 16])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_counts_what_a_plain_model_multiplies(tied: bool, T: int) -> None:
+    config = tiny_config(n_layer=3, tie_weights=tied)
+    model, idx = PlainGPT(config), torch.zeros(2, T, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx).backward()
+    # The plain model computes the masked half of attention too.
+    masked = 6 * config.n_layer * config.n_embd * T
+    assert counter.get_total_flops() == 2 * T * (flops_per_token(config, T) + masked)
+
+
+def test_gpt2_is_about_six_times_its_parameters() -> None:
+    """124M parameters less the position embedding and biases; attention adds 57 MFLOPs."""
+    per_token = flops_per_token(GPTConfig.preset("gpt2"), 1024)
+    assert per_token == 6 * (85_054_464 - 119_808 + 38_597_376) + 6 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize("T", [0, -1, 17])
+def test_length_out_of_range(T: int) -> None:
+    with pytest.raises(ValueError, match=rf"T must be in \[1, block_size=16\], got {T}"):
+        flops_per_token(tiny_config(), T)
+
+
+def test_mfu_is_the_share_of_the_peak() -> None:
+    config = tiny_config()
+    per_token = flops_per_token(config, 16)
+    assert mfu(1000, config, 16, per_token * 4000) == 0.25
+    with pytest.raises(ValueError, match="peak must be .* > 0, got 0"):
+        mfu(1000, config, 16, 0)
+
+
+def test_measured_peak_leaves_the_generator_alone() -> None:
+    before, start = torch.get_rng_state(), time.perf_counter()
+    peak = measured_peak("cpu", torch.float32)
+    seconds = time.perf_counter() - start
+    assert torch.equal(torch.get_rng_state(), before)
+    # It ran at least four products of that size in that time, and a loop in Python is slower.
+    assert peak > 2 * 192**3 / seconds
+    assert peak > 1e8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_measured_peak_is_what_a_product_takes(dtype: torch.dtype) -> None:
+    """Within a factor of ten, for this machine may be busy with other things."""
+    n, start = 384, time.perf_counter()
+    peak, total = measured_peak(torch.device("cpu"), dtype), time.perf_counter() - start
+    assert total < 10
+    a = torch.ones(n, n, dtype=dtype)
+    F.linear(a, a)
+    start = time.perf_counter()
+    for _ in range(5):
+        F.linear(a, a)
+    assert 0.1 < peak / (5 * 2 * n**3 / (time.perf_counter() - start)) < 10
+
+
+def test_peak_memory_grows_by_what_is_touched() -> None:
+    before = peak_memory("cpu")
+    # More than everything so far could have freed: the maximum must move.
+    block = torch.ones(before // 8 + 2**24)
+    after = peak_memory("cpu")
+    assert after >= block.numel() * 4
+    assert after - before <= 2 * block.numel() * 4
+    assert before > 50 * 2**20
