@@ -1,0 +1,422 @@
+"""Text files to token files: find, read piecewise, tokenise in threads, write shards."""
+
+import codecs
+import glob
+import json
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from gptfast.token_files import (
+    Documents,
+    ShardWriter,
+    TokenFiles,
+    fsync,
+    split_edges,
+    truncate_shards,
+)
+from gptfast.tokenizer import Tokenizer
+
+FORMAT = 1
+PARTS = ("train", "val", "test")
+TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl")
+PIECE = 1 << 20  # bytes read at a time, characters tokenised at a time
+COPIED_TOKENS = 1 << 22
+# The last place before which a text may be cut: no word of GPT-2's pattern (tokenizer.SPLIT)
+# crosses from a non-space into a space, and only runs of spaces look at what follows them.
+_SAFE = re.compile(r".*\S(?=[ \n]\S)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a .jsonl record hold its text, or its prompt and completion."""
+
+    text: str = "text"
+    prompt: str = "prompt"
+    completion: str = "completion"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A document, a piece of one, or a prompt with its completion, which is then the text."""
+
+    text: str
+    first: bool = True  # False: it goes on where its document's previous piece ended
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Ids of consecutive records; of prompts, also where documents and completions start."""
+
+    tokens: np.ndarray  # (n,) int64
+    documents: int
+    starts: np.ndarray  # (documents,) int64, or (0,) for plain text
+    completions: np.ndarray
+
+
+def _text_files_below(directory: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}")
+
+    found = []
+    for folder, folders, files in os.walk(directory, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(folder, name)
+            for name in files
+            if name.endswith(TEXT_SUFFIXES) and not name.startswith(".")
+        ]
+    if not found:
+        raise ValueError(
+            f"{directory} has no {', '.join(TEXT_SUFFIXES)} files in it and no *train*.bin"
+        )
+    return sorted(found)
+
+
+def find_files(paths: Sequence[str | PathLike]) -> list[Path]:
+    """The files that paths name: files themselves, text files below directories, globs with **.
+
+    Raises ValueError naming what is missing or matches nothing.
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += _text_files_below(path)
+        elif path.exists():
+            found.append(path)
+        elif glob.has_magic(str(path)):
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+            matches = sorted(match for match in matches if not match.is_dir())
+            if not matches:
+                raise ValueError(f"no file matches {path}")
+            found += matches
+        else:
+            raise ValueError(f"cannot read {path}: it does not exist; give text files")
+    return found
+
+
+def safe_pieces(chunks: Iterable[str]) -> Iterator[str]:
+    """The chunks of one text cut elsewhere, so that the pieces' tokens are the whole text's.
+
+    A piece ends only before a single space or line break between non-spaces; until there is one,
+    it grows.
+    """
+    held, tail = [], ""
+    for chunk in chunks:
+        window = tail + chunk
+        if found := _SAFE.match(window):
+            yield "".join([*held, window[: found.end()]])
+            held, window = [], window[found.end() :]
+        # A cut is seen by the characters around it: two stay in view.
+        held.append(window[:-2])
+        tail = window[-2:]
+    yield "".join([*held, tail])
+
+
+def _chunks(path: Path, read: Callable[[int], Any]) -> Iterator[str]:
+    """A UTF-8 file's text, PIECE bytes at a time. ValueError for an empty or binary file."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    start, blank = 0, True
+    with path.open("rb") as file:
+        while content := file.read(PIECE):
+            chunk = _decode(path, decoder, content, start)
+            if b"\0" in content:
+                at = start + content.index(0)
+                raise ValueError(f"{path} is binary: it has a NUL byte at {at}")
+            blank = blank and not chunk.strip()
+            start += len(content)
+            read(len(content))
+            yield chunk
+    _decode(path, decoder, b"", start)
+    if blank:
+        raise ValueError(f"{path} is empty; training needs text")
+
+
+def _decode(path: Path, decoder: codecs.IncrementalDecoder, content: bytes, start: int) -> str:
+    waiting = len(decoder.getstate()[0])  # bytes of a character that the last read cut
+    try:
+        return decoder.decode(content, final=not content)
+    except UnicodeDecodeError as error:
+        at = start - waiting + error.start
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at {at})") from None
+
+
+def read_text_file(path: Path) -> str:
+    """A UTF-8 file's text. ValueError for one that is empty, binary or cannot be read."""
+    try:
+        return "".join(_chunks(path, lambda n_bytes: None))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; give text files") from None
+
+
+def _text_records(path: Path, read: Callable[[int], Any]) -> Iterator[tuple[str, Record]]:
+    first = True
+    for piece in safe_pieces(_chunks(path, read)):
+        yield str(path), Record(piece, first)
+        first = False
+
+
+def _jsonl_records(
+    path: Path, fields: Fields, read: Callable[[int], Any]
+) -> Iterator[tuple[str, Record]]:
+    empty = True
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            read(len(line))
+            if line.strip():
+                empty = False
+                where = f"{path}:{number}"
+                yield where, _jsonl_record(where, line, fields)
+    if empty:
+        raise ValueError(f"{path} is empty; training needs text")
+
+
+def _jsonl_record(where: str, line: bytes, fields: Fields) -> Record:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text ({error.reason} at {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is not a JSON object with a field {fields.text!r}")
+    prompted = fields.prompt in record
+    texts = []
+    for name in (fields.prompt, fields.completion) if prompted else (fields.text,):
+        if name not in record:
+            raise ValueError(f"{where} has no field {name!r}, only {', '.join(record) or 'none'}")
+        text = record[name]
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: field {name!r} must be a string, got {text!r:.40}")
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{where}: field {name!r} has half of a surrogate pair")
+        texts.append(text)
+    return Record(texts[-1], prompt=texts[0] if prompted else None)
+
+
+def _records(files: Sequence[Path], fields: Fields, read: Callable[[int], Any]) -> Iterator[Record]:
+    """All files' records, prompts with completions or plain text, but not both."""
+    prompted = None
+    for path in files:
+        records = (
+            _jsonl_records(path, fields, read)
+            if path.suffix == ".jsonl"
+            else _text_records(path, read)
+        )
+        try:
+            for where, record in records:
+                if prompted is None:
+                    prompted = record.prompt is not None
+                elif prompted != (record.prompt is not None):
+                    kinds = ("plain text", "a prompt and a completion")
+                    raise ValueError(
+                        f"{where} is {kinds[not prompted]}, those before it {kinds[prompted]}; "
+                        "give one kind at a time"
+                    )
+                yield record
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}; give text files") from None
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch, size = [], 0
+    for record in records:
+        batch.append(record)
+        size += len(record.text) + len(record.prompt or "")
+        if size >= PIECE // 2:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Tokenizer, batch: list[Record], opening: bool) -> Encoded:
+    """The ids of a batch: end-of-text between plain documents, and after each completion.
+
+    opening: nothing stands before this batch.
+    """
+    ids, starts, completions = [], [], []
+    for i, record in enumerate(batch):
+        if record.prompt is None:
+            if record.first and (i or not opening):
+                ids.append(tokenizer.eot)
+            ids += tokenizer.encode(record.text)
+        else:
+            starts.append(len(ids))
+            ids += tokenizer.encode(record.prompt)
+            completions.append(len(ids))
+            ids += tokenizer.encode(record.text)
+            ids.append(tokenizer.eot)
+    tokens, starts, completions = (np.array(v, np.int64) for v in (ids, starts, completions))
+    return Encoded(tokens, sum(record.first for record in batch), starts, completions)
+
+
+def tokenize(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    fields: Fields,
+    workers: int | None = None,
+    read: Callable[[int], Any] = lambda n_bytes: None,
+) -> Iterator[Encoded]:
+    """The ids of files, in order: one end-of-text between plain documents, one after completions.
+
+    Threads, because tiktoken works outside the interpreter's lock; a few pieces for each are
+    under way at any time. read is told the bytes as they are read. Raises ValueError naming the
+    file, and in .jsonl the line, that cannot be used.
+    """
+    workers = workers or os.cpu_count() or 1
+    waiting, opening = deque(), True
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for batch in _batches(_records(files, fields, read)):
+                waiting.append(pool.submit(_encode, tokenizer, batch, opening))
+                opening = False
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _write_all(writer: ShardWriter, encoded: Iterable[Encoded]) -> tuple[int, bool]:
+    """All ids into one row of shards; how many documents, and whether they have prompts."""
+    documents, prompted = 0, False
+    for part in encoded:
+        documents += part.documents
+        prompted = len(part.starts) > 0
+        if prompted:
+            ends = np.append(part.starts[1:], len(part.tokens))
+            rows = zip(part.starts.tolist(), part.completions.tolist(), ends.tolist(), strict=True)
+            for start, completion, end in rows:
+                writer.write_document(part.tokens[start:end], completion - start)
+        else:
+            writer.write(part.tokens)
+    return documents, prompted
+
+
+def _cut(source: TokenFiles | Documents, edges: Sequence[int], writer: ShardWriter) -> None:
+    """Copy what lies between two edges of the source."""
+    part = source[edges[0] : edges[1]]
+    if isinstance(part, Documents):
+        for i in range(len(part)):
+            tokens, completion = part.document(i)
+            writer.write_document(tokens.numpy(), completion)
+    else:
+        for start in range(0, len(part), COPIED_TOKENS):
+            writer.write(part[start : start + COPIED_TOKENS].tensor().numpy())
+
+
+def _divide(
+    shards: Sequence[Path], edges: Sequence[int], prompted: bool, shard_tokens: int
+) -> dict[str, int]:
+    """Turn shards of everything into those of each part; the tokens of each.
+
+    Only what lies past the first part is copied: its shards are cut short, then, where they stand.
+    """
+    source = Documents.open(shards) if prompted else TokenFiles(shards)
+    n_train = int(source.starts[edges[1]]) if prompted else edges[1]
+    tokens = {PARTS[0]: n_train}
+    for name, *between in zip(PARTS[1:], edges[1:], edges[2:], strict=False):
+        with ShardWriter(shards[0].parent, name, shard_tokens) as writer:
+            _cut(source, between, writer)
+        tokens[name] = writer.tokens
+    truncate_shards(shards, n_train)
+    return tokens
+
+
+def _check(out: Path, tokenizer: Tokenizer, split: Sequence[float], workers: int | None) -> None:
+    if tokenizer.n_vocab > 65536:
+        raise ValueError(
+            f"token files hold ids up to 65535; {tokenizer.name} has {tokenizer.n_vocab} tokens"
+        )
+    if len(split) > len(PARTS):
+        raise ValueError(f"split takes one to three shares, got {tuple(split)}")
+    split_edges(10**9, split)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be >= 1, got {workers}")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} already exists; choose another directory or remove it")
+
+
+def prepare(
+    paths: Sequence[str | PathLike],
+    out: str | PathLike,
+    tokenizer: Tokenizer,
+    *,
+    split: Sequence[float] = (0.9, 0.1),
+    text_field: str = "text",
+    prompt_field: str = "prompt",
+    completion_field: str = "completion",
+    shard_tokens: int = 100_000_000,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Tokenise text files, directories, globs and .jsonl into a new directory of token files.
+
+    out gets train_000000.bin, …, val_…, test_… (split: one to three shares, of the tokens or, for
+    prompts and completions, of the documents), sidecars .idx for prompts, and meta.json. It
+    appears whole or not at all. Returns documents, tokens per part, and the files written.
+
+    Raises ValueError for input that cannot be used, an `out` that has something in it and a
+    vocabulary past 65,536; OSError where `out` cannot be written.
+    """
+    out = Path(out).resolve()
+    _check(out, tokenizer, split, workers)
+    files = find_files(paths)
+    if not files:
+        raise ValueError("no text to prepare; give files, directories or globs")
+    if tokens := [path for path in files if path.suffix == ".bin"]:
+        raise ValueError(f"{tokens[0]} holds tokens already; train on it as it is")
+    n_bytes = sum(path.stat().st_size for path in files)
+    fields = Fields(text_field, prompt_field, completion_field)
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with (
+            tqdm(
+                total=n_bytes, unit="B", unit_scale=True, disable=None if progress else True
+            ) as bar,
+            ShardWriter(temporary, PARTS[0], shard_tokens) as writer,
+        ):
+            encoded = tokenize(files, tokenizer, fields, workers, bar.update)
+            documents, prompted = _write_all(writer, encoded)
+        unit, n = ("documents", documents) if prompted else ("tokens", writer.tokens)
+        tokens = _divide(writer.paths, split_edges(n, split, unit), prompted, shard_tokens)
+        meta = {
+            "format": FORMAT,
+            "tokenizer": tokenizer.name,
+            "n_vocab": tokenizer.n_vocab,
+            "eot": tokenizer.eot,
+            "documents": documents,
+            "tokens": tokens,
+            "sources": [str(path) for path in files],
+        }
+        _publish(temporary, out, meta)
+    except OSError as error:
+        raise OSError(f"cannot write {out}: {error.strerror}; is there room for it?") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {"documents": documents, "tokens": tokens, "files": sorted(out.iterdir())}
+
+
+def _publish(temporary: Path, out: Path, meta: dict[str, Any]) -> None:
+    """Give the finished directory its meta.json and its name."""
+    (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
+    fsync(temporary / "meta.json")
+    fsync(temporary)
+    temporary.rename(out)
+    fsync(out.parent)
