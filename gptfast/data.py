@@ -1,16 +1,29 @@
-"""From text to batches: read, encode, split, slide a window, shuffle by (seed, epoch)."""
+"""From text or token files to batches: split, slide a window, shuffle by (seed, epoch)."""
 
+import hashlib
+import json
+import signal
 from collections.abc import Iterator, Sequence
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from gptfast.prepare import FORMAT, PARTS, Fields, find_files, read_text_file, tokenize
+from gptfast.token_files import Documents, TokenFiles, open_tokens, split_edges
 from gptfast.tokenizer import Tokenizer, get_tokenizer
 
 Tokens = Sequence[int] | np.ndarray | Tensor
+Source = Tensor | TokenFiles | Documents
+
+# A long source is known by its length and this many of its stretches.
+SAMPLES, SAMPLE_LENGTH = 1024, 4096
+SHOWN = 8
 
 
 def embedded_text() -> str:
@@ -22,45 +35,28 @@ def embedded_text() -> str:
 
 def read_text(paths: Sequence[str | Path]) -> str:
     """The texts of UTF-8 files, joined by a blank line. ValueError for empty or binary ones."""
-    texts = []
-    for path in paths:
-        try:
-            text = Path(path).read_bytes().decode("utf-8")
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}; give text files") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not UTF-8 text ({error.reason} at {error.start})"
-            ) from None
-        if "\0" in text:
-            raise ValueError(f"{path} is binary: it has a NUL byte at {text.index(chr(0))}")
-        if not text.strip():
-            raise ValueError(f"{path} is empty; training needs text")
-        texts.append(text)
-    return "\n\n".join(texts)
+    return "\n\n".join(read_text_file(Path(path)) for path in paths)
 
 
-def split_tokens(tokens: Tensor, ratios: Sequence[float] = (0.9, 0.1)) -> list[Tensor]:
-    """Cut (n,) tokens into consecutive parts, e.g. training, validation and test.
+def split_tokens(tokens: Source, ratios: Sequence[float] = (0.9, 0.1)) -> list[Source]:
+    """Cut a source into consecutive parts, e.g. training, validation and test: slices of it.
 
-    ratios are positive and sum to 1. Raises ValueError for ratios that do not, or an empty part.
+    Documents are kept whole and counted; anything else is cut by tokens. ratios are positive and
+    sum to 1. Raises ValueError for ratios that do not, or an empty part.
     """
-    if not ratios or not min(ratios) > 0 or not abs(sum(ratios) - 1.0) <= 1e-6:
-        raise ValueError(f"split ratios must be positive and sum to 1, got {tuple(ratios)}")
-    edges = [round(len(tokens) * sum(ratios[:i])) for i in range(len(ratios) + 1)]
-    parts = [tokens[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-    for part, ratio in zip(parts, ratios, strict=True):
-        if not len(part):
-            raise ValueError(
-                f"the split of {len(tokens)} tokens at ratio {ratio} is empty; add text"
-            )
-    return parts
+    unit = "documents" if isinstance(tokens, Documents) else "tokens"
+    edges = split_edges(len(tokens), ratios, unit)
+    return [tokens[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _in_memory(tokens: Tensor | TokenFiles) -> Tensor:
+    return tokens.tensor() if isinstance(tokens, TokenFiles) else tokens
 
 
 class Windows(Dataset):
     """Overlapping windows over tokens: item i is (x, y), both (max_length,) int64, y one ahead."""
 
-    def __init__(self, tokens: Tensor, max_length: int, stride: int) -> None:
+    def __init__(self, tokens: Tensor | TokenFiles, max_length: int, stride: int) -> None:
         if len(tokens) <= max_length:
             raise ValueError(
                 f"{len(tokens)} tokens are too few for one window of {max_length} and its next "
@@ -73,12 +69,74 @@ class Windows(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         start = i * self.stride
-        window = self.tokens[start : start + self.max_length + 1]
+        window = _in_memory(self.tokens[start : start + self.max_length + 1])
         return window[:-1], window[1:]
+
+    def describe(self, items: Sequence[int]) -> str:
+        """Which windows these are and where they start, also by file if there are files."""
+        starts = [i * self.stride for i in items]
+        where = f"windows {_listed(items)} at tokens {_listed(starts)}"
+        return where + _files_listed(self.tokens, starts)
+
+
+class Examples(Dataset):
+    """Prompts with completions: item i is (x, y), both (t,) int64, y one ahead of x.
+
+    t <= max_length. Where y is the prompt's, it is -100; the last of an example that is not cut
+    is end-of-text. Examples without a target in their first max_length tokens are left out:
+    `left_out` counts them. `collate` makes a batch, padded with pad_id and -100.
+    Raises ValueError if none is left.
+    """
+
+    def __init__(self, documents: Documents, max_length: int, pad_id: int) -> None:
+        self.documents, self.max_length, self.pad_id = documents, max_length, pad_id
+        # The first token of a document is never a target: nothing stands before it.
+        first_target = np.maximum(documents.completions - documents.starts[:-1], 1)
+        lengths = np.diff(documents.starts)
+        kept = (first_target < lengths) & (first_target <= max_length)
+        self.kept = np.flatnonzero(kept)
+        self.left_out = len(documents) - len(self.kept)
+        if not len(self.kept):
+            raise ValueError(
+                f"no completion begins within max_length {max_length} in {len(documents)} "
+                "documents; use a longer context or shorter prompts"
+            )
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        tokens, completion = self.documents.document(int(self.kept[i]), self.max_length + 1)
+        x, y = tokens[:-1], tokens[1:].clone()
+        y[: max(completion - 1, 0)] = -100
+        return x, y
+
+    def collate(self, examples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """(x, y), both (B, T) int64, T the longest example's length."""
+        xs, ys = zip(*examples, strict=True)
+        return pad_sequence(xs, True, self.pad_id), pad_sequence(ys, True, -100)
+
+    def describe(self, items: Sequence[int]) -> str:
+        """The numbers of these documents, from 0 in the whole they are part of, and their files."""
+        numbers = self.kept[list(items)]
+        starts = self.documents.starts[numbers].tolist()
+        where = f"documents {_listed((numbers + self.documents.first).tolist())}"
+        return where + _files_listed(self.documents.tokens, starts)
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _files_listed(tokens: Tensor | TokenFiles, starts: Sequence[int]) -> str:
+    if not isinstance(tokens, TokenFiles):
+        return ""
+    places = [tokens.locate(start) for start in starts]
+    return f" ({_listed([f'{path.name}:{offset}' for path, offset in places])})"
 
 
 class BatchOrder(Sampler[list[int]]):
-    """Which windows form batch b of epoch e: a pure function of (seed, epoch), so nothing to save.
+    """Which items form batch b of epoch e: a pure function of (seed, epoch), so nothing to save.
 
     Each pass over it yields what is left of the current epoch, then moves to the next one.
     """
@@ -86,6 +144,7 @@ class BatchOrder(Sampler[list[int]]):
     def __init__(self, n: int, batch_size: int, shuffle: bool, drop_last: bool, seed: int) -> None:
         self.n, self.batch_size, self.shuffle, self.drop_last = n, batch_size, shuffle, drop_last
         self.seed, self.epoch, self.start = seed, 0, 0
+        self._cached: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
         whole, rest = divmod(self.n, self.batch_size)
@@ -95,18 +154,34 @@ class BatchOrder(Sampler[list[int]]):
         """Continue with global batch `step`, counted from the first of epoch 0."""
         self.epoch, self.start = divmod(step, len(self))
 
+    def indices(self, step: int) -> list[int]:
+        """The items of global batch `step`, counted from the first of epoch 0."""
+        epoch, b = divmod(step, len(self))
+        return self._batch(self._order(epoch), b)
+
     def __iter__(self) -> Iterator[list[int]]:
         # Moved on at once: a pass that is broken off does not repeat its epoch.
         epoch, start = self.epoch, self.start
         self.epoch, self.start = epoch + 1, 0
-        order = list(range(self.n))
-        if self.shuffle:
-            # SeedSequence keeps neighbouring (seed, epoch) pairs apart.
-            mixed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0])
-            generator = torch.Generator().manual_seed(mixed >> 1)
-            order = torch.randperm(self.n, generator=generator).tolist()
+        order = self._order(epoch)
         for b in range(start, len(self)):
-            yield order[b * self.batch_size : (b + 1) * self.batch_size]
+            yield self._batch(order, b)
+
+    def _batch(self, order: Tensor, b: int) -> list[int]:
+        return order[b * self.batch_size : (b + 1) * self.batch_size].tolist()
+
+    def _order(self, epoch: int) -> Tensor:
+        """(n,) int64: the items in the epoch's order. The last one asked for is kept."""
+        key = epoch if self.shuffle else 0
+        if self._cached is None or self._cached[0] != key:
+            self._cached = key, self._permutation(epoch) if self.shuffle else torch.arange(self.n)
+        return self._cached[1]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        # SeedSequence keeps neighbouring (seed, epoch) pairs apart.
+        mixed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(mixed >> 1)
+        return torch.randperm(self.n, generator=generator)
 
 
 def as_tokens(text_or_tokens: str | Tokens, tokenizer: Tokenizer | None = None) -> Tensor:
@@ -123,8 +198,13 @@ def as_tokens(text_or_tokens: str | Tokens, tokenizer: Tokenizer | None = None) 
     return tokens.to(torch.int64)
 
 
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C goes to the whole process group; the trainer still wants the batches of its last step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def create_dataloader(
-    text_or_tokens: str | Tokens,
+    text_or_tokens: str | Tokens | Source,
     batch_size: int = 4,
     max_length: int = 256,
     stride: int = 128,
@@ -136,9 +216,11 @@ def create_dataloader(
 ) -> DataLoader:
     """Batches (x, y), each (batch_size, max_length) int64, of windows `stride` tokens apart.
 
-    y is x one token later. The order of an epoch is a pure function of seed and epoch; each pass
-    over the loader is the next epoch. Raises ValueError for sizes below 1, for too little text for
-    one window, and, with drop_last, for too little for one batch.
+    y is x one token later. Of Documents, each item is an example instead (see `Examples`; stride
+    has no part in it), padded to the batch's longest with the tokenizer's end-of-text, or the
+    documents' own. The order of an epoch is a pure function of seed and epoch; each pass over the
+    loader is the next epoch. Raises ValueError for sizes below 1, for too little text for one
+    window, and, with drop_last, for too little for one batch.
     """
     for name, value in (("batch_size", batch_size), ("max_length", max_length), ("stride", stride)):
         if value < 1:
@@ -146,14 +228,194 @@ def create_dataloader(
     for name, value in (("num_workers", num_workers), ("seed", seed)):
         if value < 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
-    windows = Windows(as_tokens(text_or_tokens, tokenizer), max_length, stride)
-    order = BatchOrder(len(windows), batch_size, shuffle, drop_last, seed)
+    if isinstance(text_or_tokens, Documents):
+        pad_id = tokenizer.eot if tokenizer else text_or_tokens.eot
+        dataset = Examples(text_or_tokens, max_length, pad_id)
+        items = f"{len(dataset)} examples"
+    else:
+        lazy = isinstance(text_or_tokens, TokenFiles)
+        tokens = text_or_tokens if lazy else as_tokens(text_or_tokens, tokenizer)
+        dataset = Windows(tokens, max_length, stride)
+        items = f"{len(dataset)} windows of {max_length} tokens"
+    order = BatchOrder(len(dataset), batch_size, shuffle, drop_last, seed)
     if not len(order):
         raise ValueError(
-            f"{len(windows)} windows of {max_length} tokens do not fill one batch of {batch_size}; "
+            f"{items} do not fill one batch of {batch_size}; "
             "use more text, a smaller batch_size or drop_last=False"
         )
-    # A generator of its own: by default every pass would draw from torch's global one.
     return DataLoader(
-        windows, batch_sampler=order, num_workers=num_workers, generator=torch.Generator()
+        dataset,
+        batch_sampler=order,
+        num_workers=num_workers,
+        collate_fn=dataset.collate if isinstance(dataset, Examples) else None,
+        worker_init_fn=_ignore_interrupts,
+        # One of its own: by default every pass would draw from torch's global generator.
+        generator=torch.Generator(),
     )
+
+
+def describe_batch(loader: DataLoader, step: int) -> str:
+    """One line that says what global batch `step`, from 0, of a `create_dataloader` loader held.
+
+    Windows by number, first token and, of token files, file:token; examples by document number.
+    Both count from 0, as do epochs. Of a large batch, the first few.
+    """
+    order = loader.batch_sampler
+    items = order.indices(step)
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    where = loader.dataset.describe(items[:SHOWN])
+    return f"batch {step} (epoch {step // len(order)}): {where}{more}"
+
+
+def _samples(tokens: Tensor | TokenFiles) -> Iterator[np.ndarray]:
+    """All of a short source, evenly spaced stretches of a long one: (n,) int64 each."""
+    n = len(tokens)
+    starts = range(0, n, SAMPLE_LENGTH)
+    if len(starts) > SAMPLES:
+        starts = [i * (n - SAMPLE_LENGTH) // (SAMPLES - 1) for i in range(SAMPLES)]
+    for start in starts:
+        yield _in_memory(tokens[start : start + SAMPLE_LENGTH]).numpy()
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 (hex) that tells sources apart, wherever their tokens lie; quick for huge ones.
+
+    Of the length and all tokens, or, past 4,194,304 of them, of the length and 1,024 evenly spaced
+    stretches of 4,096; of Documents, of where they and their completions start as well.
+    """
+    digest = hashlib.sha256()
+    parts = [source]
+    if isinstance(source, Documents):
+        origin = source.starts[0]
+        index = (source.starts - origin, source.completions - origin)
+        parts = [source.span(), *map(torch.from_numpy, index)]
+    for part in parts:
+        digest.update(f"{len(part)};".encode())
+        for sample in _samples(part):
+            digest.update(sample.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _check_vocabulary(source: TokenFiles | Documents, tokenizer: Tokenizer) -> None:
+    tokens = source.span() if isinstance(source, Documents) else source
+    highest = max(int(sample.max()) for sample in _samples(tokens))
+    if highest >= tokenizer.n_vocab:
+        raise ValueError(
+            f"{tokens.paths[0]} has token {highest}, out of range for the {tokenizer.n_vocab} of "
+            f"tokenizer {tokenizer.name}; name the tokenizer that it was made with"
+        )
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    """meta.json of a directory that `prepare` wrote; {} where there is none."""
+    path = directory / "meta.json"
+    if not path.is_file():
+        return {}
+    try:
+        meta = json.loads(path.read_bytes())
+        if meta["format"] != FORMAT:
+            raise LookupError(f"format {meta['format']!r}, only {FORMAT} is known")
+        return {name: meta[name] for name in ("tokenizer", "n_vocab", "tokens")}
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used ({error!r}); prepare the data again") from None
+
+
+def _part_files(path: str | PathLike) -> dict[str, list[Path]]:
+    """The *train*.bin, *val*.bin, *test*.bin of a directory; {} if it has none to train on."""
+    parts, taken = {}, set()
+    if not Path(path).is_dir():
+        return parts
+    for name in PARTS:
+        found = set(Path(path).glob(f"*{name}*.bin")) - taken
+        if found and (parts or name == PARTS[0]):
+            parts[name] = sorted(found)
+            taken |= found
+    return parts
+
+
+def prepared_tokenizer(paths: Sequence[str | PathLike]) -> str | None:
+    """The tokenizer's name that a directory written by `prepare` records; None for other data."""
+    if len(paths) == 1 and _part_files(paths[0]):
+        return _read_meta(Path(paths[0])).get("tokenizer")
+    return None
+
+
+def _load_prepared(
+    directory: Path, tokenizer: Tokenizer, split: Sequence[float]
+) -> list[TokenFiles | Documents]:
+    meta = _read_meta(directory)
+    if meta and (meta["tokenizer"], meta["n_vocab"]) != (tokenizer.name, tokenizer.n_vocab):
+        raise ValueError(
+            f"{directory} was prepared with tokenizer {meta['tokenizer']} ({meta['n_vocab']} "
+            f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); name that one"
+        )
+    sources = {name: open_tokens(files) for name, files in _part_files(directory).items()}
+    for name, source in sources.items():
+        n = len(source.span() if isinstance(source, Documents) else source)
+        if meta and meta["tokens"].get(name) != n:
+            raise ValueError(
+                f"{directory} has {n} {name} tokens, its meta.json says "
+                f"{meta['tokens'].get(name)}; prepare the data again"
+            )
+        _check_vocabulary(source, tokenizer)
+    # Parts without files are cut from the end of train, at their shares of what is left of it.
+    shares = {name: s for name, s in zip(PARTS, split, strict=False)}
+    cut = [name for name in shares if name == PARTS[0] or name not in sources]
+    if len(cut) > 1:
+        total = sum(shares[name] for name in cut) if len(cut) < len(split) else 1.0
+        ratios = [shares[name] / total for name in cut]
+        sources |= zip(cut, split_tokens(sources[PARTS[0]], ratios), strict=True)
+    return [sources[name] for name in PARTS if name in sources]
+
+
+def _load_text(files: Sequence[Path], tokenizer: Tokenizer, fields: Fields) -> Tensor | Documents:
+    tokens, starts, completions, n = [], [], [], 0
+    for encoded in tokenize(files, tokenizer, fields):
+        tokens.append(encoded.tokens)
+        starts.append(encoded.starts + n)
+        completions.append(encoded.completions + n)
+        n += len(encoded.tokens)
+    starts, completions, tokens = map(np.concatenate, (starts, completions, tokens))
+    if len(starts):
+        return Documents(torch.from_numpy(tokens), np.append(starts, n), completions)
+    return torch.from_numpy(tokens)
+
+
+def load_data(
+    paths: Sequence[str | PathLike],
+    tokenizer: Tokenizer,
+    split: Sequence[float] = (0.9, 0.1),
+    *,
+    text_field: str = "text",
+    prompt_field: str = "prompt",
+    completion_field: str = "completion",
+) -> list[Source]:
+    """The training part of what paths name, then validation and, if there is one, test.
+
+    paths: text files, directories of them, globs, .jsonl (documents, one end-of-text between
+    them, or prompts with completions); .bin token files; or one directory with *train*.bin, whose
+    *val*.bin and *test*.bin are taken as they are. What has no files of its own is cut off by
+    `split`. No paths: the embedded text.
+
+    Raises ValueError for what is missing, unreadable, of mixed kinds, or of another tokenizer.
+    """
+    if not paths:
+        return split_tokens(as_tokens(embedded_text(), tokenizer), split)
+    prepared = [path for path in paths if _part_files(path)]
+    if prepared and len(paths) > 1:
+        raise ValueError(
+            f"{prepared[0]} is a directory of token files; give it alone, or name the files"
+        )
+    if prepared:
+        return _load_prepared(Path(prepared[0]), tokenizer, split)
+    files = find_files(paths)
+    token_files = [path for path in files if path.suffix == ".bin"]
+    if not token_files:
+        fields = Fields(text_field, prompt_field, completion_field)
+        return split_tokens(_load_text(files, tokenizer, fields), split)
+    if len(token_files) < len(files):
+        text = next(path for path in files if path.suffix != ".bin")
+        raise ValueError(f"{token_files[0]} holds tokens, {text} text; give one kind at a time")
+    source = open_tokens(token_files)
+    _check_vocabulary(source, tokenizer)
+    return split_tokens(source, split)
