@@ -358,6 +358,11 @@ def _load_prepared(
                 f"{meta['tokens'].get(name)}; prepare the data again"
             )
         _check_vocabulary(source, tokenizer)
+    if gone := set(meta.get("tokens", ())) - set(sources):
+        raise ValueError(
+            f"{directory} has no {', '.join(gone)} files, its meta.json names some; prepare the "
+            "data again"
+        )
     # Parts without files are cut from the end of train, at their shares of what is left of it.
     shares = {name: s for name, s in zip(PARTS, split, strict=False)}
     cut = [name for name in shares if name == PARTS[0] or name not in sources]

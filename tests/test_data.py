@@ -1,19 +1,42 @@
 """Data: windows and batches against a naive construction, order by (seed, epoch), bad texts."""
 
+import json
+import os
+import pickle
+import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from gptfast import create_dataloader, get_tokenizer
-from gptfast.data import as_tokens, embedded_text, read_text, split_tokens
+from gptfast.data import (
+    BatchOrder,
+    Examples,
+    Windows,
+    as_tokens,
+    describe_batch,
+    embedded_text,
+    fingerprint,
+    load_data,
+    prepared_tokenizer,
+    read_text,
+    split_tokens,
+)
+from gptfast.prepare import prepare
+from gptfast.token_files import Documents, ShardWriter, TokenFiles, write_tokens
 
 VERDICT = Path(__file__).parents[2] / "shared" / "data" / "the-verdict.txt"
+FILES = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+BYTE = get_tokenizer("byte")
 
 
 def batches(loader: DataLoader) -> list[tuple[list, list]]:
@@ -286,3 +309,427 @@ def test_embedded_text_is_plenty_of_english() -> None:
     assert len(text) > 300_000
     assert text.count(" the ") > 2000
     assert text == embedded_text()
+
+
+def write_shards(directory: Path, tokens: Sequence[int], shard_tokens: int) -> TokenFiles:
+    with ShardWriter(directory, "train", shard_tokens) as writer:
+        writer.write(np.array(tokens))
+    return TokenFiles(writer.paths)
+
+
+def make_documents(pairs: Sequence[tuple[list[int], list[int]]]) -> Documents:
+    """In memory; each (prompt, completion), the completion with its end-of-text."""
+    starts = np.cumsum([0, *(len(p) + len(c) for p, c in pairs)])
+    completions = starts[:-1] + np.array([len(p) for p, _ in pairs], np.int64)
+    return Documents(torch.tensor(sum((p + c for p, c in pairs), [])), starts, completions)
+
+
+def write_documents(
+    directory: Path, pairs: Sequence[tuple[list[int], list[int]]], shard_tokens: int
+) -> Documents:
+    with ShardWriter(directory, "train", shard_tokens) as writer:
+        for prompt, completion in pairs:
+            writer.write_document(np.array(prompt + completion), len(prompt))
+    return Documents.open(writer.paths)
+
+
+@FILES
+@given(
+    n=st.integers(10, 80),
+    shard_tokens=st.integers(1, 30),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 12)),
+    seed=st.integers(0, 9),
+)
+def test_batches_of_token_files(
+    n: int, shard_tokens: int, sizes: tuple[int, int, int], seed: int, tmp_path: Path
+) -> None:
+    tokens = [7 * i % 1000 for i in range(n)]
+    files = write_shards(tmp_path, tokens, shard_tokens)
+    options = {"drop_last": False, "seed": seed}
+    assert batches(create_dataloader(files, *sizes, **options)) == batches(
+        create_dataloader(tokens, *sizes, **options)
+    )
+    for lazy, part in zip(split_tokens(files), split_tokens(torch.tensor(tokens)), strict=True):
+        assert isinstance(lazy, TokenFiles)
+        assert lazy.tensor().tolist() == part.tolist()
+        assert fingerprint(lazy) == fingerprint(part)
+
+
+# Recorded before the order became a tensor: runs that were started then resume.
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ((11, 4, True, False, 7), [[4, 2, 0, 6], [7, 8, 5, 0], [3, 6, 4, 1]]),
+        (
+            (1000, 8, True, True, 1234567),
+            [
+                [0, 824, 809, 919, 556, 667, 169, 914],
+                [521, 489, 844, 552, 799, 879, 166, 647],
+                [340, 250, 818, 301, 668, 311, 130, 263],
+            ],
+        ),
+        ((5, 2, False, True, 3), [[0, 1]] * 3),
+    ],
+    ids=["keep-last", "drop-last", "in-order"],
+)
+def test_order_is_what_it_was(options: tuple, first: list[list[int]]) -> None:
+    order = BatchOrder(*options)
+    assert [next(iter(order)) for _ in range(3)] == first
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 40), batch_size=st.integers(1, 7), drop_last=st.booleans())
+def test_indices_of_any_batch(n: int, batch_size: int, drop_last: bool) -> None:
+    order = BatchOrder(n, min(n, batch_size), True, drop_last, 5)
+    walked = [batch for _ in range(3) for batch in order]
+    asked = [order.indices(step) for step in range(len(walked))]
+    assert asked == walked
+    # Asking in between moves nothing.
+    order.set_position(1)
+    passing = iter(order)
+    mixed = [(order.indices(len(walked) - 1), next(passing))[1] for _ in range(len(order) - 1)]
+    assert mixed == walked[1 : len(order)]
+
+
+def test_consecutive_batches_share_one_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    order, made = BatchOrder(2**24, 8, True, True, 1), []
+    permutation = BatchOrder._permutation
+
+    def counted(self: BatchOrder, epoch: int) -> torch.Tensor:
+        made.append(epoch)
+        return permutation(self, epoch)
+
+    monkeypatch.setattr(BatchOrder, "_permutation", counted)
+    order.set_position(2**21 + 5)
+    batch = next(iter(order))
+    assert [order.indices(2**21 + i) for i in range(100)][5] == batch
+    assert made == [1]
+
+
+PAIRS = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 99), max_size=6),
+        st.lists(st.integers(0, 99), max_size=6).map(lambda ids: [*ids, 100]),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def naive_examples(
+    pairs: Sequence[tuple[list[int], list[int]]], max_length: int
+) -> dict[int, tuple[list[int], list[int]]]:
+    """By document number, those that have a target."""
+    out = {}
+    for number, (prompt, completion) in enumerate(pairs):
+        x, y = [], []
+        tokens = prompt + completion
+        for i in range(1, len(tokens)):
+            if len(x) < max_length:
+                x.append(tokens[i - 1])
+                y.append(tokens[i] if i >= len(prompt) else -100)
+        if any(target != -100 for target in y):
+            out[number] = (x, y)
+    return out
+
+
+@FILES
+@given(
+    pairs=PAIRS,
+    max_length=st.integers(1, 14),
+    batch_size=st.integers(1, 4),
+    shard_tokens=st.integers(1, 40),
+)
+def test_examples(
+    pairs: list[tuple[list[int], list[int]]],
+    max_length: int,
+    batch_size: int,
+    shard_tokens: int,
+    tmp_path: Path,
+) -> None:
+    wanted = naive_examples(pairs, max_length)
+    memory, files = make_documents(pairs), write_documents(tmp_path, pairs, shard_tokens)
+    assert fingerprint(memory) == fingerprint(files)
+    for source in (memory, files):
+        if not wanted:
+            with pytest.raises(ValueError, match=f"begins within max_length {max_length} in"):
+                create_dataloader(source, batch_size, max_length)
+            continue
+        loader = create_dataloader(source, batch_size, max_length, shuffle=False, drop_last=False)
+        assert loader.dataset.left_out == len(pairs) - len(wanted)
+        left = list(wanted.values())
+        for x, y in batches(loader):
+            group, left = left[:batch_size], left[batch_size:]
+            longest = max(len(ids) for ids, _ in group)
+            assert x == [ids + [100] * (longest - len(ids)) for ids, _ in group]
+            assert y == [ids + [-100] * (longest - len(ids)) for _, ids in group]
+        assert not left
+
+
+def test_padding_is_the_tokenizers_end_of_text() -> None:
+    documents = make_documents([([1], [2, 9]), ([1, 2, 3], [9])])
+    for tokenizer, pad in ((None, 9), (BYTE, 256)):
+        loader = create_dataloader(documents, 2, 8, shuffle=False, tokenizer=tokenizer)
+        assert batches(loader) == [([[1, 2, pad], [1, 2, 3]], [[2, 9, -100], [-100, -100, 9]])]
+
+
+def test_too_few_examples_for_one_batch() -> None:
+    documents = make_documents([([1], [9])] * 3)
+    with pytest.raises(ValueError, match="3 examples do not fill one batch of 4"):
+        create_dataloader(documents, 4, 8)
+
+
+def test_split_keeps_documents_whole() -> None:
+    pairs = [([i] * i, [i, 99]) for i in range(10)]
+    parts = split_tokens(make_documents(pairs), (0.6, 0.3, 0.1))
+    found = [[part.document(i) for i in range(len(part))] for part in parts]
+    wanted = [(p + c, len(p)) for p, c in pairs]
+    assert [[(t.tolist(), at) for t, at in part] for part in found] == [
+        wanted[:6], wanted[6:9], wanted[9:]
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="the split of 2 documents at ratio 0.1 is empty"):
+        split_tokens(make_documents(pairs)[:2])
+
+
+def test_workers_read_files_and_examples(tmp_path: Path) -> None:
+    pairs = [([i] * (i % 3), [i, 99]) for i in range(12)]
+    for source in (
+        write_shards(tmp_path, range(60), 13),
+        write_documents(tmp_path, pairs, 9),
+        make_documents(pairs),
+    ):
+        alone, helped = (
+            create_dataloader(source, 3, 4, 2, num_workers=workers, seed=2) for workers in (0, 2)
+        )
+        assert batches(helped) == batches(alone)
+
+
+class Interrupting(Windows):
+    """A Ctrl-C that reaches every process of the group, in the middle of a batch."""
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return super().__getitem__(i)
+
+
+def test_workers_ignore_interrupts() -> None:
+    alone, helped = (create_dataloader(range(60), 3, 4, 2, num_workers=n) for n in (0, 1))
+    helped.dataset.__class__ = Interrupting
+    assert batches(helped) == batches(alone)
+
+
+def test_describe_windows() -> None:
+    loader = create_dataloader(range(100), 3, 8, 16, seed=4)
+    assert len(loader) == 2
+    loader.batch_sampler.set_position(5)
+    x, _ = next(iter(loader))
+    starts = x[:, 0].tolist()
+    windows = ", ".join(str(start // 16) for start in starts)
+    tokens = ", ".join(map(str, starts))
+    assert describe_batch(loader, 5) == f"batch 5 (epoch 2): windows {windows} at tokens {tokens}"
+
+
+def test_describe_names_files(tmp_path: Path) -> None:
+    files = write_shards(tmp_path, range(100), 40)[10:]
+    loader = create_dataloader(files, 2, 8, 16, shuffle=False)
+    assert describe_batch(loader, 1) == (
+        "batch 1 (epoch 0): windows 2, 3 at tokens 32, 48 (train_000001.bin:2, train_000001.bin:18)"
+    )
+
+
+def test_describe_examples(tmp_path: Path) -> None:
+    pairs = [([1] * 4 * (i == 3), [2, 9]) for i in range(8)]
+    _, part = split_tokens(make_documents(pairs), (0.25, 0.75))
+    # Document 3, the part's second, has no target within 3 tokens.
+    loader = create_dataloader(part, 2, 3, shuffle=False)
+    assert describe_batch(loader, 0) == "batch 0 (epoch 0): documents 2, 4"
+    files = write_documents(tmp_path, pairs, 11)[2:]
+    loader = create_dataloader(files, 2, 3, shuffle=False)
+    assert describe_batch(loader, 3) == (
+        "batch 3 (epoch 1): documents 5, 6 (train_000001.bin:8, train_000002.bin:0)"
+    )
+
+
+def test_describe_is_short() -> None:
+    line = describe_batch(create_dataloader(range(9000), 64, 8, 8, shuffle=False), 0)
+    assert line == (
+        "batch 0 (epoch 0): windows 0, 1, 2, 3, 4, 5, 6, 7 "
+        "at tokens 0, 8, 16, 24, 32, 40, 48, 56 and 56 more"
+    )
+
+
+def test_fingerprints_tell_sources_apart() -> None:
+    tokens = torch.arange(5000)
+    changed, moved = tokens.clone(), make_documents([([1, 2], [3, 9])])
+    changed[4321] += 1
+    other = make_documents([([1], [2, 3, 9])])
+    sources = [tokens, changed, tokens[:-1], tokens[1:], tokens[:0], moved, other, moved.tokens]
+    assert len({fingerprint(source) for source in sources}) == len(sources)
+    assert fingerprint(changed) == fingerprint(changed.clone())
+    # Where documents lie in their files is no part of what they are.
+    pairs = [([1], [9]), ([1, 2], [3, 9]), ([4], [9])]
+    assert fingerprint(make_documents(pairs)[1:2]) == fingerprint(moved)
+
+
+def test_fingerprint_samples_a_long_source() -> None:
+    tokens = torch.zeros(2**22 + 12345, dtype=torch.int64)
+    before = fingerprint(tokens)
+    assert fingerprint(torch.zeros(2**22 + 12346, dtype=torch.int64)) != before
+    for position in (0, len(tokens) - 1):
+        changed = tokens.clone()
+        changed[position] = 1
+        assert fingerprint(changed) != before
+
+
+def test_load_embedded_text() -> None:
+    wanted = split_tokens(as_tokens(embedded_text(), BYTE), (0.8, 0.2))
+    found = load_data([], BYTE, (0.8, 0.2))
+    assert [part.tolist() for part in found] == [part.tolist() for part in wanted]
+
+
+@pytest.mark.skipif(not VERDICT.is_file(), reason="the-verdict.txt is not here")
+def test_load_the_verdict() -> None:
+    assert [len(part) for part in load_data([VERDICT], get_tokenizer("gpt2"))] == [4630, 515]
+
+
+def test_load_texts_joined_by_end_of_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ab\n")
+    (tmp_path / "b.jsonl").write_text('{"t": "cd"}\n{"t": "e"}\n')
+    for paths in ([tmp_path], [tmp_path / "a.txt", str(tmp_path / "*.jsonl")]):
+        (tokens,) = load_data(paths, BYTE, (1.0,), text_field="t")
+        assert tokens.tolist() == [97, 98, 10, 256, 99, 100, 256, 101]
+
+
+def write_bin(path: Path, tokens: Sequence[int], headered: bool = False) -> Path:
+    if headered:
+        write_tokens(path, tokens)
+    else:
+        path.write_bytes(np.array(tokens, "<u2").tobytes())
+    return path
+
+
+def loaded(paths: Sequence[Path], split: Sequence[float]) -> list[list[int]]:
+    return [part.tensor().tolist() for part in load_data(paths, BYTE, split)]
+
+
+def test_load_token_files(tmp_path: Path) -> None:
+    a = write_bin(tmp_path / "a.bin", range(60))
+    b = write_bin(tmp_path / "b.bin", range(60, 100), headered=True)
+    assert loaded([a, b], (0.9, 0.1)) == [[*range(90)], [*range(90, 100)]]
+    assert loaded([tmp_path / "*.bin"], (0.5, 0.5)) == [[*range(50)], [*range(50, 100)]]
+
+
+THREE = (0.5, 0.3, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("others", "split", "wanted"),
+    [
+        ((), (0.9, 0.1), [range(90), range(90, 100)]),
+        ((), THREE, [range(50), range(50, 80), range(80, 100)]),
+        (("val",), (0.9, 0.1), [range(100), range(201, 206)]),
+        # Half and a fifth of the whole are five and two of seven that are left.
+        (("val",), THREE, [range(71), range(201, 206), range(71, 100)]),
+        (("test",), THREE, [range(62), range(62, 100), range(211, 216)]),
+        (("test",), (0.9, 0.1), [range(90), range(90, 100), range(211, 216)]),
+        (("val", "test"), (0.9, 0.1), [range(100), range(201, 206), range(211, 216)]),
+        (("val", "test"), THREE, [range(100), range(201, 206), range(211, 216)]),
+        (("val",), (1.0,), [range(100), range(201, 206)]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, tuple) else "",
+)
+def test_load_a_directory_of_parts(
+    others: tuple[str, ...], split: tuple[float, ...], wanted: list[range], tmp_path: Path
+) -> None:
+    # "latest" has "test" in it; what names it a training file comes first.
+    write_bin(tmp_path / "latest_train_000000.bin", range(40), headered=True)
+    write_bin(tmp_path / "latest_train_000001.bin", range(40, 100))
+    for name, start in (("val", 201), ("test", 211)):
+        if name in others:
+            write_bin(tmp_path / f"{name}.bin", range(start, start + 5))
+    (tmp_path / "input.txt").write_text("not what is trained on")
+    assert loaded([tmp_path], split) == [list(part) for part in wanted]
+
+
+def test_load_a_prepared_directory(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 20)
+    out = tmp_path / "out"
+    prepare([tmp_path / "a.txt"], out, BYTE, split=(0.8, 0.1, 0.1))
+    assert prepared_tokenizer([out]) == "byte"
+    assert loaded([out], (0.9, 0.1)) == [
+        part.tolist() for part in load_data([tmp_path / "a.txt"], BYTE, (0.8, 0.1, 0.1))
+    ]
+    for data in ([], [tmp_path / "a.txt"], [tmp_path], [out, out], ["none"]):
+        assert prepared_tokenizer(data) is None
+    with pytest.raises(ValueError, match=r"tokenizer byte \(257 tokens\), not gpt2 \(50257\)"):
+        load_data([out], get_tokenizer("gpt2"))
+    with pytest.raises(ValueError, match="out is a directory of token files; give it alone"):
+        load_data([out, tmp_path / "a.txt"], BYTE)
+    (out / "test_000000.bin").unlink()
+    write_tokens(out / "val_000000.bin", [1])
+    with pytest.raises(ValueError, match="has 1 val tokens, its meta.json says 20; prepare"):
+        load_data([out], BYTE)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    ["{", "[]", "{}", '{"format": 2}', '{"format": 1, "n_vocab": 257, "tokens": {}}', "\xff"],
+    ids="syntax list empty future field latin-1".split(),
+)
+def test_bad_meta(meta: str, tmp_path: Path) -> None:
+    write_bin(tmp_path / "train.bin", range(100))
+    (tmp_path / "meta.json").write_text(meta, "latin-1")
+    for read in (prepared_tokenizer, lambda paths: load_data(paths, BYTE)):
+        with pytest.raises(ValueError, match="meta.json cannot be used .*; prepare the data again"):
+            read([tmp_path])
+
+
+def test_parts_that_lack_files(tmp_path: Path) -> None:
+    write_bin(tmp_path / "train.bin", range(100))
+    meta = {"format": 1, "tokenizer": "byte", "n_vocab": 257, "tokens": {"train": 90, "val": 10}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="has 100 train tokens, its meta.json says 90"):
+        load_data([tmp_path], BYTE)
+    meta["tokens"]["train"] = 100
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="has no val files, its meta.json names some"):
+        load_data([tmp_path], BYTE)
+
+
+def refuse_load(message: str, *paths: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_data(paths, BYTE)
+
+
+def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    write_bin(tmp_path / "a.bin", range(100))
+    write_bin(tmp_path / "gpt2.bin", [1, 50256, 3])
+    (tmp_path / "none").mkdir()
+    refuse_load("a.bin holds tokens, .*a.txt text", tmp_path / "a.txt", tmp_path / "a.bin")
+    refuse_load("gpt2.bin has token 50256, out of range for the 257", tmp_path / "gpt2.bin")
+    refuse_load("none has no .txt, .* files in it and no", tmp_path / "none")
+    refuse_load("no file matches .*x.bin", tmp_path / "*x.bin")
+    refuse_load("nowhere.txt", tmp_path / "nowhere.txt")
+    pairs = '{"prompt": "a", "completion": "b"}'
+    (tmp_path / "p.jsonl").write_text(pairs)
+    refuse_load("p.jsonl:1 is a prompt", tmp_path / "a.txt", tmp_path / "p.jsonl")
+
+
+@FILES
+@given(content=st.binary(max_size=60))
+def test_random_bytes_as_data(content: bytes, tmp_path: Path) -> None:
+    for name in ("a.bin", "a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes(content)
+        try:
+            parts = load_data([tmp_path / name], BYTE)
+        except ValueError as error:
+            assert name in str(error) or "the split of" in str(error)
+        else:
+            assert sum(map(len, parts)) >= 2
+
+
+def test_sources_travel_by_path(tmp_path: Path) -> None:
+    dataset = Examples(write_documents(tmp_path, [([1], [2, 9])] * 50, 10_000), 8, 9)
+    copied = pickle.loads(pickle.dumps(dataset))
+    assert [copied[i][1].tolist() for i in range(50)] == [[2, 9]] * 50

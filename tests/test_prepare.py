@@ -1,0 +1,379 @@
+"""prepare: pieces against whole texts, parts against split_tokens, layouts, what it refuses."""
+
+import json
+import os
+import re
+import resource
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import gptfast.prepare
+from gptfast import get_tokenizer
+from gptfast.data import as_tokens, embedded_text, load_data, split_tokens
+from gptfast.prepare import find_files, prepare, safe_pieces
+from gptfast.token_files import Documents, TokenFiles, index_path, open_tokens
+from gptfast.tokenizer import Tokenizer
+
+FILES = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+BYTE = get_tokenizer("byte")
+# Words, runs of white space, apostrophes, numbers, marks, scripts without spaces, odd spaces.
+WORDS = "a I'll 's ' don't 1 23 é 漢字 かな ع 😀 e\u0301 . ?! - <|endoftext|> xxxxxxxxxxxxx".split()
+SPACES = [" ", " ", "  ", "\n", "\n\n", "\t", " \n ", "\r\n", "\u00a0", "\u2003", "\x1c", "\x85"]
+TEXTS = st.lists(
+    st.sampled_from(WORDS) | st.sampled_from(SPACES),
+    max_size=40,
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    return get_tokenizer("gpt2")
+
+
+@pytest.fixture
+def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptfast.prepare, "PIECE", 7)
+
+
+def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    return path
+
+
+def part(out: Path, name: str) -> TokenFiles | Documents:
+    return open_tokens(sorted(out.glob(f"{name}_*.bin")))
+
+
+def tokens_of(out: Path, name: str) -> list[int]:
+    source = part(out, name)
+    return (source.span() if isinstance(source, Documents) else source).tensor().tolist()
+
+
+@settings(max_examples=400, deadline=None)
+@example(text="a b", size=1)
+@example(text="don' t  x\n\ny 's", size=2)
+@given(text=TEXTS, size=st.integers(1, 9))
+def test_pieces_give_the_whole_texts_tokens(gpt2: Tokenizer, text: str, size: int) -> None:
+    chunks = [text[i : i + size] for i in range(0, len(text), size)]
+    pieces = list(safe_pieces(chunks))
+    assert "".join(pieces) == text
+    assert sum(map(gpt2.encode, pieces), []) == gpt2.encode(text)
+
+
+def test_pieces_are_cut_wherever_they_may_be() -> None:
+    assert list(safe_pieces(["one two", " three\nfo", "ur  five"])) == [
+        "one", " two three", "\nfour  five"
+    ]  # fmt: skip
+    # Seen only once the character after the space is there.
+    assert list(safe_pieces(["a", " ", "b", " c"])) == ["a", " b", " c"]
+    assert list(safe_pieces(["漢字", "かな", "  \n"])) == ["漢字かな  \n"]
+
+
+@FILES
+@given(texts=st.lists(TEXTS.filter(str.strip), min_size=1, max_size=3), workers=st.integers(1, 3))
+@pytest.mark.usefixtures("tiny_pieces")
+def test_files_read_piecewise(
+    gpt2: Tokenizer, texts: list[str], workers: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("text")
+    for i, text in enumerate(texts):
+        # Seven bytes at a time cut characters of several bytes, too.
+        (folder / f"{i}.txt").write_bytes(text.encode())
+    wanted = gpt2.encode(texts[0])
+    for text in texts[1:]:
+        wanted += [gpt2.eot, *gpt2.encode(text)]
+    summary = prepare([folder], folder / "out", gpt2, split=(1.0,), workers=workers)
+    assert tokens_of(folder / "out", "train") == wanted
+    assert summary["documents"] == len(texts)
+    assert summary["tokens"] == {"train": len(wanted)}
+
+
+@FILES
+@given(
+    n=st.integers(30, 400),
+    weights=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    shard_tokens=st.integers(1, 450),
+)
+def test_parts_are_those_of_the_text_itself(
+    n: int, weights: list[int], shard_tokens: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text(embedded_text()[:n])
+    split, out = [w / sum(weights) for w in weights], folder / "out"
+    summary = prepare([folder / "a.txt"], out, BYTE, split=split, shard_tokens=shard_tokens)
+    names = ["train", "val", "test"][: len(split)]
+    parts = load_data([folder / "a.txt"], BYTE, split)
+    assert [p.tolist() for p in parts] == [tokens_of(out, name) for name in names]
+    assert [p.tensor().tolist() for p in load_data([out], BYTE, split)] == [
+        p.tolist() for p in parts
+    ]
+    assert summary["tokens"] == {k: len(p) for k, p in zip(names, parts, strict=True)}
+    shards = -(-np.array([len(p) for p in parts]) // shard_tokens)
+    assert sorted(path.name for path in out.glob("*.bin")) == sorted(
+        f"{name}_{i:06d}.bin" for name, k in zip(names, shards, strict=True) for i in range(k)
+    )
+
+
+def test_the_embedded_text_prepared(gpt2: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(embedded_text(), "utf-8")
+    prepare([tmp_path / "a.txt"], tmp_path / "out", gpt2, shard_tokens=50_000, workers=2)
+    wanted = split_tokens(as_tokens(embedded_text(), gpt2))
+    for name, tokens in zip(("train", "val"), wanted, strict=True):
+        assert tokens_of(tmp_path / "out", name) == tokens.tolist()
+
+
+def test_layout_of_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdefgh")
+    (tmp_path / "b.md").write_text("ij")
+    out = tmp_path / "new" / "out"
+    summary = prepare([tmp_path / "?.*"], out, BYTE, split=(0.8, 0.2), shard_tokens=5)
+    # Nine of eleven tokens; 256 is end-of-text.
+    header = np.zeros(256, "<i4")
+    contents = {"train_000000": b"abcde", "train_000001": b"fgh\0", "val_000000": b"ij"}
+    for name, text in contents.items():
+        tokens = np.frombuffer(text, np.uint8).astype("<u2")
+        header[:3] = 20240520, 1, len(tokens)
+        tokens[tokens == 0] = 256
+        assert (out / f"{name}.bin").read_bytes() == header.tobytes() + tokens.tobytes()
+    assert json.loads((out / "meta.json").read_text()) == {
+        "format": 1,
+        "tokenizer": "byte",
+        "n_vocab": 257,
+        "eot": 256,
+        "documents": 2,
+        "tokens": {"train": 9, "val": 2},
+        "sources": [str(tmp_path / "a.txt"), str(tmp_path / "b.md")],
+    }
+    assert summary["files"] == sorted([out / "meta.json", *(out / f"{n}.bin" for n in contents)])
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_jsonl_texts(gpt2: Tokenizer, tmp_path: Path) -> None:
+    texts = ["one", "", "two <|endoftext|> \u00fc", "three"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"body": text, "id": 3} for text in texts])
+    path.write_text(path.read_text().replace("\n", "\r\n  \n", 2))
+    summary = prepare([path], tmp_path / "out", gpt2, split=(1.0,), text_field="body")
+    wanted = gpt2.encode("one") + [gpt2.eot, gpt2.eot] + gpt2.encode(texts[2])
+    assert tokens_of(tmp_path / "out", "train") == wanted + [gpt2.eot, *gpt2.encode("three")]
+    assert wanted.count(gpt2.eot) == 2
+    assert summary["documents"] == 4
+
+
+@FILES
+@given(
+    pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=6, max_size=20),
+    weights=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    shard_tokens=st.integers(1, 200),
+)
+@pytest.mark.usefixtures("tiny_pieces")
+def test_prompts_and_completions(
+    gpt2: Tokenizer,
+    pairs: list[tuple[str, str]],
+    weights: list[int],
+    shard_tokens: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("pairs")
+    path = write_jsonl(folder / "a.jsonl", [{"p": p, "c": c} for p, c in pairs])
+    fields = {"prompt_field": "p", "completion_field": "c"}
+    split, out = [w / sum(weights) for w in weights], folder / "out"
+    summary = prepare([path], out, gpt2, split=split, shard_tokens=shard_tokens, **fields)
+    encoded = [(gpt2.encode(p), [*gpt2.encode(c), gpt2.eot]) for p, c in pairs]
+    edges = [round(len(pairs) * sum(split[:i])) for i in range(len(split) + 1)]
+    names = ["train", "val", "test"][: len(split)]
+    in_memory = load_data([path], gpt2, split, **fields)
+    prepared = load_data([out], gpt2, split)
+    for i, name in enumerate(names):
+        wanted = [(p + c, len(p)) for p, c in encoded[edges[i] : edges[i + 1]]]
+        for source in (in_memory[i], prepared[i], part(out, name)):
+            found = [source.document(k) for k in range(len(source))]
+            assert [(tokens.tolist(), at) for tokens, at in found] == wanted
+        assert summary["tokens"][name] == sum(len(tokens) for tokens, _ in wanted)
+    assert summary["documents"] == len(pairs)
+    assert {index_path(shard) for shard in out.glob("*.bin")} == set(out.glob("*.idx"))
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Iterator[Any]:
+    """Checks that prepare raises this, and leaves nothing but what was there."""
+
+    def check(error: type[BaseException], message: str, *paths: Path, **options: Any) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(error, match=message):
+            prepare(paths, tmp_path / "out", options.pop("tokenizer", BYTE), **options)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    yield check
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{bad", "is not JSON"),
+        ("[1]", "is not a JSON object with a field 'text'"),
+        ('{"body": "x"}', "has no field 'text', only body"),
+        ("{}", "has no field 'text', only none"),
+        ('{"prompt": "x"}', "has no field 'completion', only prompt"),
+        ('{"text": 3}', "field 'text' must be a string, got 3"),
+        ('{"prompt": null, "completion": ""}', "field 'prompt' must be a string, got None"),
+        ('{"text": "\\ud800"}', "field 'text' has half of a surrogate pair"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"prompt": "x", "completion": "y"}', "is a prompt and a completion, those before it pl"),
+    ],
+    ids="syntax list field empty completion number null surrogate deep mixed".split(),
+)
+def test_bad_lines(line: str, message: str, tmp_path: Path, refused: Any) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
+    where = re.escape(str(tmp_path / "a.jsonl:3"))
+    refused(ValueError, f"{where}:? {message}", tmp_path / "a.jsonl")
+
+
+def test_text_after_prompts(tmp_path: Path, refused: Any) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x", "completion": "y"}, {"text": "z"}])
+    refused(ValueError, "a.jsonl:2 is plain text, those before it a prompt and a compl", path)
+    path.write_text(path.read_text().splitlines()[0])
+    (tmp_path / "b.txt").write_text("text")
+    refused(
+        ValueError, "b.txt is plain text, those before", tmp_path / "a.jsonl", tmp_path / "b.txt"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b" \n\t\n" * 5, "is empty"),
+        ("a.txt", b"a text with a \0", "is binary: it has a NUL byte at 14"),
+        ("a.txt", b"caf\xe9 au lait", "is not UTF-8 text .* at 3"),
+        ("a.txt", "seven bytes and é".encode() + b"\xc3", "is not UTF-8 text .* at 18"),
+        ("a.txt", b"123456\xe2\x82x", "is not UTF-8 text .* at 6"),
+        ("a.jsonl", b"\n \n", "is empty"),
+        ("a.jsonl", b'{"text": "\xe9"}\n', ":1 is not UTF-8 text .* at 10"),
+    ],
+    ids="empty blank nul latin-1 cut cut-in-pieces jsonl-blank jsonl-latin-1".split(),
+)
+@pytest.mark.usefixtures("tiny_pieces")
+def test_bad_files(name: str, content: bytes, message: str, tmp_path: Path, refused: Any) -> None:
+    (tmp_path / "good.txt").write_text("some text")
+    (tmp_path / name).write_bytes(content)
+    refused(ValueError, f"{name}:? ?{message}", tmp_path / "good.txt", tmp_path / name)
+
+
+def test_bad_arguments(tmp_path: Path, refused: Any) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("some text")
+    (tmp_path / "a.bin").write_bytes(b"\0\0")
+    refused(ValueError, "no text to prepare")
+    refused(ValueError, "a.bin holds tokens already", text, tmp_path / "a.bin")
+    refused(ValueError, "one to three shares", text, split=(0.25,) * 4)
+    refused(ValueError, "sum to 1, got", text, split=(0.5, 0.4))
+    refused(ValueError, "positive and sum to 1", text, split=())
+    refused(ValueError, "the split of 9 tokens at ratio 0.01 is empty", text, split=(0.99, 0.01))
+    refused(ValueError, "workers must be >= 1, got 0", text, workers=0)
+    refused(ValueError, "shard_tokens must be 1 to 2147483647, got 0", text, shard_tokens=0)
+    refused(ValueError, "shard_tokens must be 1 to .* got 2147483648", text, shard_tokens=2**31)
+
+    class Large:
+        name, n_vocab, eot = "large", 65537, 65536
+
+    refused(ValueError, "up to 65535; large has 65537 tokens", text, tokenizer=Large())
+    pairs = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x", "completion": "y"}])
+    refused(ValueError, "the split of 1 documents at ratio 0.1 is empty", pairs)
+
+
+def test_an_out_that_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "empty").mkdir()
+    prepare([tmp_path / "a.txt"], tmp_path / "empty", BYTE)
+    assert tokens_of(tmp_path / "empty", "train") == list(b"some tex")
+    for taken in ("empty", "a.txt"):
+        with pytest.raises(ValueError, match=f"{taken} already exists; choose another"):
+            prepare([tmp_path / "a.txt"], tmp_path / taken, BYTE)
+
+
+def test_a_full_disk(tmp_path: Path, refused: Any) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 20_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        refused(OSError, "^cannot write .*out: File too large; is there room", tmp_path / "a.txt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_where_nothing_can_be_made(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(OSError, match="^cannot write .*out: Not a directory"):
+        prepare([tmp_path / "a.txt"], tmp_path / "a.txt" / "out", BYTE)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_interruption_leaves_nothing(error: type, tmp_path: Path, refused: Any) -> None:
+    class Interrupted:
+        name, n_vocab, eot = "byte", 257, 256
+
+        def encode(self, text: str) -> list[int]:
+            raise error("now")
+
+    (tmp_path / "a.txt").write_text("some text")
+    threads = threading.active_count()
+    refused(error, "now", tmp_path / "a.txt", tokenizer=Interrupted())
+    assert threading.active_count() == threads
+
+
+@pytest.mark.usefixtures("tiny_pieces")
+def test_few_pieces_are_under_way_at_a_time(tmp_path: Path) -> None:
+    started, most = [], 0
+
+    class Slow:
+        name, n_vocab, eot = "byte", 257, 256
+
+        def encode(self, text: str) -> list[int]:
+            started.append(text)
+            return list(text.encode())
+
+    (tmp_path / "a.txt").write_text("a word " * 300)
+    consumed = 0
+    files = [tmp_path / "a.txt"]
+    for _ in gptfast.prepare.tokenize(files, Slow(), gptfast.prepare.Fields(), workers=2):
+        consumed += 1
+        most = max(most, len(started) - consumed)
+    assert consumed > 100
+    assert most <= 5
+
+
+def test_finds_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "b.txt a.md c.text d/e.jsonl d/f/g.txt h.py .i.txt .j/k.txt l.bin".split()
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    below = [tmp_path / name for name in "a.md b.txt c.text d/e.jsonl d/f/g.txt".split()]
+    assert find_files([tmp_path]) == below
+    assert find_files([tmp_path / "h.py", tmp_path / "d"]) == [tmp_path / "h.py", *below[3:]]
+    assert find_files([tmp_path / "*.t*t"]) == [tmp_path / "b.txt", tmp_path / "c.text"]
+    assert find_files([f"{tmp_path}/**/*.txt"]) == [tmp_path / "b.txt", tmp_path / "d/f/g.txt"]
+    (tmp_path / "odd[1].txt").write_text("x")
+    assert find_files([tmp_path / "odd[1].txt"]) == [tmp_path / "odd[1].txt"]
+    monkeypatch.chdir(tmp_path)
+    assert find_files(["d"]) == [Path("d/e.jsonl"), Path("d/f/g.txt")]
+
+
+def test_nothing_found(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x")
+    for path, message in (
+        (tmp_path, "has no .txt, .md, .text, .jsonl files in it"),
+        (tmp_path / "*.txt", r"no file matches .*\*.txt"),
+        (tmp_path / "none.txt", "cannot read .*none.txt: it does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_files([path])
