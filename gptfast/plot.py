@@ -1,36 +1,298 @@
-"""The picture of a training run."""
+"""The pictures: of a training run, of several compared, of a search, of a learning-rate range test.
 
+Also `read_metrics`, the one reader of what a run wrote. A run is its directory, or metrics.jsonl.
+"""
+
+import json
+import math
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from gptfast.search import RangeTest
+    from gptfast.trials import Result
+
+Row = dict[str, Any]
+
+X_LABELS = {"tokens": "tokens seen", "step": "steps", "epoch": "epochs"}
+SUFFIXES = (".png", ".pdf", ".svg")
 
 
-def plot_losses(history: Sequence[dict[str, Any]], out: str | Path) -> list[Path]:
+def read_metrics(path: str | PathLike) -> list[Row]:
+    """The rows of a run's metrics.jsonl; path is the file or the directory it lies in.
+
+    An incomplete last line, of a run that is writing or was killed, is passed over. Raises
+    ValueError where there is no such file, and for a damaged line, by its number.
+    """
+    path = Path(path)
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        why = "has no metrics.jsonl" if path.is_dir() else f"cannot be read: {error.strerror}"
+        raise ValueError(f"{path} {why}; give the directory of a training run") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # also for what is not UTF-8
+            if number == len(lines):
+                break
+            raise ValueError(f"{file}:{number} is damaged: {error}") from None
+        if not isinstance(row, dict) or "step" not in row:
+            raise ValueError(f"{file}:{number} is damaged: a row is an object with a step")
+        rows.append(row)
+    return rows
+
+
+def finite(row: Row, name: str) -> bool:
+    """Whether the row has a finite number of that name: a skipped step has no finite loss."""
+    value = row.get(name)
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _colours(n: int) -> list[Any]:
+    """n colours that are easy to tell apart while n is small, and in order where it is not."""
+    from matplotlib import colormaps
+
+    if n <= 10:
+        return [colormaps["tab10"](i) for i in range(n)]
+    return [colormaps["turbo"](0.03 + 0.94 * i / (n - 1)) for i in range(n)]
+
+
+def _draw(axes: "Axes", rows: Sequence[Row], x: str, y: str, *style: str, **options: Any) -> None:
+    points = [(row[x], row[y]) for row in rows if finite(row, x) and finite(row, y)]
+    axes.plot([a for a, _ in points], [b for _, b in points], *style, **options)
+
+
+def _set_loss_range(axes: "Axes", histories: Sequence[Sequence[Row]], *names: str) -> None:
+    """Show all but the height of the first evaluation, beside which no two runs would differ."""
+    evaluations = [[row for row in rows if finite(row, "val_loss")] for rows in histories]
+    later = [row[n] for rows in evaluations for row in rows[1:] for n in names if finite(row, n)]
+    if not later:
+        return
+    # What rises above where it began, diverges: it must not set the scale.
+    top = min(max(later), max(rows[0]["val_loss"] for rows in evaluations if rows))
+    if (margin := 0.05 * (top - min(later))) > 0:
+        axes.set_ylim(min(later) - margin, top + margin)
+
+
+def _set_tokens_axis(axes: "Axes") -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def plot_losses(history: Sequence[Row], out: str | Path) -> list[Path]:
     """Draw training and validation loss over epochs (below) and tokens seen (above).
 
     history: rows with "epoch", "tokens", "train_loss" and "val_loss" (others are passed over).
     Writes loss.png and loss.pdf into `out` and returns their paths. ValueError without such a row.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = [row for row in history if "val_loss" in row]
     if not rows:
         raise ValueError("no evaluation in the history yet: nothing to plot")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(7, 4.5)
     axes = figure.add_subplot()
-    epochs = [row["epoch"] for row in rows]
-    axes.plot(epochs, [row["train_loss"] for row in rows], label="training loss")
-    axes.plot(epochs, [row["val_loss"] for row in rows], "-.", label="validation loss")
+    _draw(axes, rows, "epoch", "train_loss", label="training loss")
+    _draw(axes, rows, "epoch", "val_loss", "-.", label="validation loss")
     axes.set_xlabel("epochs")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     tokens = axes.twiny()
-    tokens.plot([row["tokens"] for row in rows], [row["val_loss"] for row in rows], alpha=0)
+    _draw(tokens, rows, "tokens", "val_loss", alpha=0)
     tokens.set_xlabel("tokens seen")
     paths = [Path(out) / f"loss.{suffix}" for suffix in ("png", "pdf")]
     for path in paths:
         figure.savefig(path, dpi=150)
     return paths
+
+
+def run_names(runs: Sequence[str | PathLike]) -> list[str]:
+    """The shortest names that tell runs apart: the parts of their paths, ends in common dropped.
+
+    runs/a/out and runs/b/out are a and b. Raises ValueError for the same run twice.
+    """
+    paths = [Path(run).resolve() for run in runs]
+    parts = [list((p.parent if p.name == "metrics.jsonl" else p).parts) for p in paths]
+    for i, part in enumerate(parts):
+        if part in parts[:i]:
+            raise ValueError(f"{runs[i]} is given twice; give each run once")
+    while len(parts) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    length = 1
+    while len({tuple(part[-length:]) for part in parts}) < len(parts):
+        length += 1
+    return ["/".join(part[-length:]) for part in parts]
+
+
+def plot_runs(runs: Sequence[str | PathLike], out: str | PathLike, *, x: str = "tokens") -> Path:
+    """Compare runs in one picture: losses above (validation solid, training thin and dashed), the
+    learning rate below, over x: "tokens", "step" or "epoch".
+
+    runs: directories of training runs, or their metrics.jsonl. out: a .png, .pdf or .svg file;
+    returned. Raises ValueError for a run without metrics or evaluations and for bad arguments.
+    """
+    out = Path(out)
+    if x not in X_LABELS:
+        raise ValueError(f"x must be one of {', '.join(X_LABELS)}, got {x!r}")
+    if out.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"the picture must end in one of {', '.join(SUFFIXES)}, got {out.name!r}")
+    if not runs:
+        raise ValueError("no runs to plot; give the directory of at least one training run")
+    histories = [read_metrics(run) for run in runs]
+    for run, rows in zip(runs, histories, strict=True):
+        if not any(finite(row, "val_loss") for row in rows):
+            raise ValueError(f"{run} has no evaluation yet: nothing to plot")
+    figure = _new_figure(8, 6)
+    losses, rates = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    colours = _colours(len(runs))
+    for name, rows, colour in zip(run_names(runs), histories, colours, strict=True):
+        _draw(losses, rows, x, "val_loss", color=colour, label=name)
+        _draw(losses, rows, x, "train_loss", "--", color=colour, linewidth=0.8, alpha=0.8)
+        _draw(rates, rows, x, "lr", color=colour, linewidth=1)
+    losses.plot([], [], "--", color="gray", linewidth=0.8, label="training loss")
+    losses.set_ylabel("loss (nats per token)")
+    _set_loss_range(losses, histories, "val_loss", "train_loss")
+    if x == "tokens":
+        _set_tokens_axis(losses)
+    losses.legend(fontsize="small", ncols=1 + len(runs) // 12)
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel(X_LABELS[x])
+    rates.set_ylim(bottom=0)
+    for axes in (losses, rates):
+        axes.grid(alpha=0.3)
+    _save(figure, out)
+    return out
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def numeric_fields(trials: Sequence[dict[str, Any]]) -> list[str]:
+    """The fields that are a number in every trial and differ between some."""
+    names = dict.fromkeys(name for trial in trials for name in trial)
+    values = {name: [trial.get(name) for trial in trials] for name in names}
+    return [n for n, v in values.items() if all(map(_is_number, v)) and len(set(v)) > 1]
+
+
+def _is_log(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) > 30 * min(values)
+
+
+def plot_search(
+    results: Sequence["Result"],
+    histories: Sequence[Sequence[Row]],
+    out: str | PathLike,
+    *,
+    log_fields: Sequence[str] = (),
+) -> Path:
+    """Draw a search, best trial first: validation loss over tokens per trial, and the best against
+    each of the first two fields that vary and are numbers.
+
+    histories: the rows of each result's metrics.jsonl. A field's axis is logarithmic if it is one
+    of log_fields or spans more than a factor of 30. Returns out.
+    """
+    fields = numeric_fields([result.settings for result in results])[:2]
+    figure = _new_figure(8.5 + 3.5 * len(fields), 5)
+    losses, *panels = figure.subplots(
+        1, 1 + len(fields), width_ratios=(1.6, *(1 for _ in fields)), squeeze=False
+    )[0]
+    colours = _colours(len(results))
+    for result, rows, colour in zip(results, histories, colours, strict=True):
+        done = result.status == "done"
+        label = result.label if done else f"{result.label} ({result.status})"
+        best = result is results[0]
+        _draw(
+            losses,
+            rows,
+            "tokens",
+            "val_loss",
+            "-" if done else ":",
+            color=colour if done else "gray",
+            label=label,
+            linewidth=2.2 if best else 1.2,
+            zorder=3 if best else 2,
+        )
+    done = [rows for r, rows in zip(results, histories, strict=True) if r.status == "done"]
+    _set_loss_range(losses, done, "val_loss")
+    _set_tokens_axis(losses)
+    losses.set_xlabel("tokens seen")
+    losses.set_ylabel("validation loss (nats per token)")
+    if len(results) <= 10:
+        losses.legend(fontsize="small", loc="upper right")
+    else:
+        columns = 1 + len(results) // 36
+        losses.legend(
+            fontsize="x-small", loc="center right", bbox_to_anchor=(-0.12, 0.5), ncols=columns
+        )
+    for axes, field in zip(panels, fields, strict=True):
+        _draw_field(axes, field, results, colours, field in log_fields)
+    for axes in (losses, *panels):
+        axes.grid(alpha=0.3)
+    _save(figure, Path(out))
+    return Path(out)
+
+
+def _draw_field(
+    axes: "Axes", field: str, results: Sequence["Result"], colours: Sequence[Any], log: bool
+) -> None:
+    done = [r for r in zip(results, colours, strict=True) if r[0].status == "done"]
+    values = [result.settings[field] for result, _ in done]
+    losses = [result.val_loss for result, _ in done]
+    axes.scatter(values, losses, c=[colour for _, colour in done], s=40, zorder=3)
+    axes.scatter(values[:1], losses[:1], s=160, facecolors="none", edgecolors="black", zorder=4)
+    if log or _is_log(values):
+        axes.set_xscale("log")
+    axes.set_xlabel(field)
+    axes.set_ylabel("best validation loss")
+
+
+def plot_range(test: "RangeTest", out: str | PathLike) -> Path:
+    """Draw a learning-rate range test, loss and smoothed loss over the rate, the suggestion marked.
+
+    Returns out.
+    """
+    figure = _new_figure(7, 4.5)
+    axes = figure.add_subplot()
+    axes.plot(test.lr, test.loss, color="tab:blue", alpha=0.25, linewidth=0.8, label="loss")
+    axes.plot(test.lr, test.smoothed, color="tab:blue", label="smoothed")
+    marks = ((test.suggestion, "tab:red", "-", "steepest descent"),)
+    marks += ((test.tenth_of_minimum, "tab:gray", "--", "a tenth of the minimum's"),)
+    for lr, colour, style, why in marks:
+        axes.axvline(lr, color=colour, linestyle=style, label=f"{lr:.2g}, {why}")
+    low, high = min(test.smoothed), max(test.smoothed)
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best")
+    _save(figure, Path(out))
+    return Path(out)
