@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gptfast.prepare import FORMAT, PARTS, Fields, find_files, read_text_file, tokenize
+from gptfast.prepare import FORMAT, PARTS, Fields, find_files, tokenize
 from gptfast.token_files import Documents, TokenFiles, open_tokens, split_edges
 from gptfast.tokenizer import Tokenizer, get_tokenizer
 
@@ -31,11 +31,6 @@ def embedded_text() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
-
-
-def read_text(paths: Sequence[str | Path]) -> str:
-    """The texts of UTF-8 files, joined by a blank line. ValueError for empty or binary ones."""
-    return "\n\n".join(read_text_file(Path(path)) for path in paths)
 
 
 def split_tokens(tokens: Source, ratios: Sequence[float] = (0.9, 0.1)) -> list[Source]:

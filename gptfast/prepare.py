@@ -152,14 +152,6 @@ def _decode(path: Path, decoder: codecs.IncrementalDecoder, content: bytes, star
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at {at})") from None
 
 
-def read_text_file(path: Path) -> str:
-    """A UTF-8 file's text. ValueError for one that is empty, binary or cannot be read."""
-    try:
-        return "".join(_chunks(path, lambda n_bytes: None))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; give text files") from None
-
-
 def _text_records(path: Path, read: Callable[[int], Any]) -> Iterator[tuple[str, Record]]:
     first = True
     for piece in safe_pieces(_chunks(path, read)):
@@ -227,6 +219,17 @@ def _records(files: Sequence[Path], fields: Fields, read: Callable[[int], Any]) 
                 yield record
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}; give text files") from None
+
+
+def read_documents(files: Sequence[Path], *, text_field: str = "text") -> Iterator[str]:
+    """The texts of files, long ones in pieces that no word crosses; prompts, then completions.
+
+    Raises ValueError as `prepare` does.
+    """
+    for record in _records(files, Fields(text_field), lambda n_bytes: None):
+        if record.prompt is not None:
+            yield record.prompt
+        yield record.text
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:

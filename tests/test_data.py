@@ -26,7 +26,6 @@ from gptfast.data import (
     fingerprint,
     load_data,
     prepared_tokenizer,
-    read_text,
     split_tokens,
 )
 from gptfast.prepare import prepare
@@ -172,7 +171,7 @@ def test_batches_of_5145_tokens() -> None:
 
 @pytest.mark.skipif(not VERDICT.is_file(), reason="the-verdict.txt is not here")
 def test_batches_of_the_verdict() -> None:
-    tokens = as_tokens(read_text([VERDICT]), get_tokenizer("gpt2"))
+    tokens = as_tokens(VERDICT.read_bytes().decode(), get_tokenizer("gpt2"))
     assert len(tokens) == 5145
     check_book_batches(tokens)
 
@@ -290,18 +289,12 @@ def test_bad_files(content: bytes, message: str, tmp_path: Path) -> None:
     good.write_text("some text")
     bad.write_bytes(content)
     with pytest.raises(ValueError, match=f"bad.txt {message}"):
-        read_text([good, bad])
-
-
-def test_read_text_joins_files(tmp_path: Path) -> None:
-    for name, text in (("a", "one\n"), ("b", "zwei ü")):
-        (tmp_path / name).write_text(text, "utf-8")
-    assert read_text([tmp_path / "a", tmp_path / "b"]) == "one\n\n\nzwei ü"
+        load_data([good, bad], BYTE)
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere.txt"):
-        read_text([tmp_path / "nowhere.txt"])
+        load_data([tmp_path / "nowhere.txt"], BYTE)
 
 
 def test_embedded_text_is_plenty_of_english() -> None:

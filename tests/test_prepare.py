@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import gptfast.prepare
 from gptfast import get_tokenizer
 from gptfast.data import as_tokens, embedded_text, load_data, split_tokens
-from gptfast.prepare import find_files, prepare, safe_pieces
+from gptfast.prepare import find_files, prepare, read_documents, safe_pieces
 from gptfast.token_files import Documents, TokenFiles, index_path, open_tokens
 from gptfast.tokenizer import Tokenizer
 
@@ -349,6 +349,19 @@ def test_few_pieces_are_under_way_at_a_time(tmp_path: Path) -> None:
         most = max(most, len(started) - consumed)
     assert consumed > 100
     assert most <= 5
+
+
+@pytest.mark.usefixtures("tiny_pieces")
+def test_read_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words in pieces")
+    write_jsonl(tmp_path / "b.jsonl", [{"t": "one document of many words"}, {"t": ""}])
+    files = find_files([tmp_path])
+    pieces = ["some", " words", " in", " pieces", "one document of many words", ""]
+    assert list(read_documents(files, text_field="t")) == pieces
+    path = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert list(read_documents([path])) == ["a", "b"]
+    with pytest.raises(ValueError, match="b.jsonl:1 has no field 'text', only t"):
+        list(read_documents(files))
 
 
 def test_finds_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
