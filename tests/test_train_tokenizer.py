@@ -1,0 +1,295 @@
+"""A tokenizer of one's own: trained, written, read back; and pairs of files that do not fit."""
+
+import builtins
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptfast import get_tokenizer, tokenizer
+from gptfast.data import embedded_text
+from gptfast.tokenizer import train_tokenizer
+
+EOT = "<|endoftext|>"
+TEXTS = [
+    "the cat and the hat, the rat and the bat; 1234 12 1999 don't I'll they're",
+    "naïve café déjà vu über Straße   three spaces\n\n\ttabs and  runs \r\n of   white\u3000space",
+    "日本語のテキスト 日本語 \u0661\u0662\u0663 привет привет мир 😀😀 👩\u200d👧 e\u0301 \x00\x7f",
+] * 3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.Tokenizer:
+    texts = [*TEXTS, embedded_text()[:60_000]]
+    return train_tokenizer(texts, 600, tmp_path_factory.mktemp("trained") / "new" / "folder")
+
+
+def library_encoder(directory: Path) -> Callable[[str], list[int]]:
+    """The tokenizers library's own encoding by the two files."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    merges = [tuple(line.split(" ")) for line in (directory / "vocab.bpe").read_text().split("\n")]
+    vocab = json.loads((directory / "encoder.json").read_text())
+    theirs = Tokenizer(models.BPE(vocab, merges[1:-1]))
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(tokenizer.SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return lambda text: theirs.encode(text).ids
+
+
+def test_trained_sizes(trained: tokenizer.Tokenizer) -> None:
+    directory = Path(trained.name)
+    assert (trained.n_vocab, trained.eot) == (600, 599)
+    assert trained.decode([599]) == EOT
+    lines = (directory / "vocab.bpe").read_text().split("\n")
+    assert (lines[0], len(lines), lines[-1]) == ("#version: 0.2", 1 + 600 - 257 + 1, "")
+    assert lines[1] == "e r" or len(lines[1].split(" ")) == 2
+    assert sorted(path.name for path in directory.iterdir()) == ["encoder.json", "vocab.bpe"]
+    assert get_tokenizer(trained.name).encode("the cat") == trained.encode("the cat")
+    # Words of the texts have become tokens.
+    assert len(trained.encode(" the")) == 1
+    assert len(trained.encode(embedded_text()[:60_000])) < 60_000 / 2
+
+
+def test_trained_ids_equal_the_librarys(trained: tokenizer.Tokenizer) -> None:
+    encode = library_encoder(Path(trained.name))
+    generator = random.Random(0)
+    text = "".join(TEXTS) + embedded_text()
+    for _ in range(300):
+        start = generator.randrange(len(text))
+        part = text[start : start + generator.randrange(200)]
+        assert trained.encode(part) == encode(part)
+    for part in ("   ", " \n \n", "1234567", "'s's", "a" * 300, "\u0301\u0300", "٣٤ ½²"):
+        assert trained.encode(part) == encode(part)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_trained_round_trip(trained: tokenizer.Tokenizer, text: str) -> None:
+    assert trained.decode(trained.encode(text)) == text
+
+
+def files(directory: Path) -> list[bytes]:
+    return [(directory / name).read_bytes() for name in ("vocab.bpe", "encoder.json")]
+
+
+def test_training_is_deterministic(tmp_path: Path) -> None:
+    for name in "ab":
+        train_tokenizer(iter(TEXTS), 400, tmp_path / name)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["abcdefgh"], ["ab ab"]])
+def test_a_short_text_gives_fewer_tokens(texts: list[str], tmp_path: Path) -> None:
+    short = train_tokenizer(texts, 1000, tmp_path)
+    assert short.n_vocab == (258 if texts == ["ab ab"] else 257)
+    assert short.eot == short.n_vocab - 1
+    assert short.decode(short.encode("ab é")) == "ab é"
+
+
+def test_training_names_in_text_are_text(tmp_path: Path) -> None:
+    trained = train_tokenizer([EOT * 20], 300, tmp_path)
+    assert trained.eot not in trained.encode(EOT)
+    assert trained.encode(EOT, {EOT}) == [trained.eot]
+
+
+@pytest.mark.parametrize("size", [256, 65537, 0, -1, 1000.0, "1000", None])
+def test_vocab_size_refused(size: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"vocab_size must be .* 257 to 65536, got {size!r}"):
+        train_tokenizer(["a"], size, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def failing() -> Iterator[str]:
+    yield "a"
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ("text", ValueError, r"texts must be an iterable of strings, got str; pass \[text\]"),
+        (5, ValueError, "texts must be an iterable of strings, got int"),
+        (["a", b"b"], ValueError, "text 1 must be a string, got bytes"),
+        (["a", "\ud800"], ValueError, "text 1 has the lone surrogate"),
+        (failing(), OSError, "the disk is gone"),
+    ],
+    ids=["str", "int", "bytes", "surrogate", "failing"],
+)
+def test_texts_refused(texts: Any, error: type, message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        train_tokenizer(texts, 300, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
+def test_files_in_the_way(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} exists; name another directory or delete it"):
+        train_tokenizer(["a"], 300, tmp_path)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any) -> Any:
+        if name == "tokenizers":
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install gptfast\[tokenizers\]"):
+        train_tokenizer(["a"], 300, tmp_path)
+
+
+def _swap_ids(vocab: dict[str, int], a: str, b: str) -> None:
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+
+
+# name: (change of the lines of vocab.bpe, change of encoder.json's ids, the file at fault and why)
+UNFIT: dict[str, tuple[Callable[[list[str]], Any], Callable[[dict[str, int]], Any], str]] = {
+    "missing-byte": (
+        lambda m: 0,
+        lambda v: v.update(zz=v.pop("a")),
+        "encoder.json does not fit: .*token 'a' is missing",
+    ),
+    "missing-eot": (
+        lambda m: 0,
+        lambda v: v.update(zz=v.pop(EOT)),
+        "encoder.json does not fit: .*token .*endoftext",
+    ),
+    "extra-token": (
+        lambda m: 0,
+        lambda v: v.update(zz=len(v)),
+        "vocab.bpe does not fit: .*no line makes 'zz'",
+    ),
+    "hole": (
+        lambda m: 0,
+        lambda v: v.update({EOT: len(v)}),
+        "encoder.json does not fit: .*ids are not 0 to",
+    ),
+    "twice": (
+        lambda m: 0,
+        lambda v: v.update({EOT: 3}),
+        "encoder.json does not fit: .*ids are not 0 to",
+    ),
+    "negative": (
+        lambda m: 0,
+        lambda v: v.update({EOT: -1}),
+        "encoder.json does not fit: .*ids are not 0 to",
+    ),
+    "float": (
+        lambda m: 0,
+        lambda v: v.update({EOT: 5.0}),
+        "encoder.json does not fit: .*no JSON object of tokens and",
+    ),
+    "bool": (
+        lambda m: 0,
+        lambda v: v.update({"!": False}),
+        "encoder.json does not fit: .*no JSON object of tokens and",
+    ),
+    "lost-merge": (lambda m: m.pop(-2), lambda v: 0, "vocab.bpe does not fit: .*no line makes"),
+    "merge-order": (
+        lambda m: m.insert(1, m.pop(2)),
+        lambda v: 0,
+        "vocab.bpe does not fit: .*(whose id is out of order|no merge of two tokens made before)",
+    ),
+    "swapped-ids": (
+        lambda m: 0,
+        lambda v: _swap_ids(v, *list(v)[300:302]),
+        "vocab.bpe does not fit: .*out of order",
+    ),
+    "three-parts": (
+        lambda m: m.insert(1, "a b c"),
+        lambda v: 0,
+        "vocab.bpe does not fit: .*line 2, 'a b c', is no merge",
+    ),
+    "one-part": (
+        lambda m: m.insert(1, "ab"),
+        lambda v: 0,
+        "vocab.bpe does not fit: .*line 2, 'ab', is no merge",
+    ),
+    "empty-line": (
+        lambda m: m.insert(1, ""),
+        lambda v: 0,
+        "vocab.bpe does not fit: .*line 2, '', is no merge",
+    ),
+    "unknown-part": (
+        lambda m: m.insert(1, "a zz"),
+        lambda v: 0,
+        "vocab.bpe does not fit: .*line 2, 'a zz', is no merge",
+    ),
+    "unknown-token": (
+        lambda m: m.insert(1, "Q Z"),
+        lambda v: 0,
+        "vocab.bpe does not fit: .*line 2 makes 'QZ', which",
+    ),
+    "repeated": (
+        lambda m: m.insert(2, m[1]),
+        lambda v: 0,
+        "vocab.bpe does not fit: .*line 3 .* out of order",
+    ),
+    "no-header": (
+        lambda m: m.pop(0),
+        lambda v: 0,
+        "vocab.bpe does not fit: .*its first line is .*, not '#version: 0.2'",
+    ),
+    "empty": (lambda m: m.clear(), lambda v: 0, "vocab.bpe does not fit: .*its first line is ''"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_files_that_do_not_fit(name: str, trained: tokenizer.Tokenizer, tmp_path: Path) -> None:
+    change_merges, change_ids, message = UNFIT[name]
+    merges = (Path(trained.name) / "vocab.bpe").read_text().split("\n")
+    vocab = json.loads((Path(trained.name) / "encoder.json").read_text())
+    change_merges(merges)
+    change_ids(vocab)
+    (tmp_path / "vocab.bpe").write_text("\n".join(merges))
+    (tmp_path / "encoder.json").write_text(json.dumps(vocab))
+    with pytest.raises(ValueError, match=message) as caught:
+        get_tokenizer(str(tmp_path))
+    assert "GPT-2's" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff", b"[1]", b"{", b'{"a": 1, "a": 2}', b"[" * 100_000, b"null", b"9" * 5000],
+    ids=["empty", "bytes", "list", "cut", "twice", "deep", "null", "long"],
+)
+def test_encoder_that_is_no_object(
+    content: bytes, trained: tokenizer.Tokenizer, tmp_path: Path
+) -> None:
+    shutil.copy(Path(trained.name) / "vocab.bpe", tmp_path)
+    (tmp_path / "encoder.json").write_bytes(content)
+    with pytest.raises(ValueError, match="encoder.json does not fit: "):
+        get_tokenizer(str(tmp_path))
+
+
+def test_vocab_bpe_that_is_no_text(trained: tokenizer.Tokenizer, tmp_path: Path) -> None:
+    shutil.copy(Path(trained.name) / "encoder.json", tmp_path)
+    (tmp_path / "vocab.bpe").write_bytes(b"#version: 0.2\n\xff \xfe\n")
+    with pytest.raises(ValueError, match="vocab.bpe does not fit: "):
+        get_tokenizer(str(tmp_path))
+
+
+def test_a_directorys_own_order_of_ids(trained: tokenizer.Tokenizer, tmp_path: Path) -> None:
+    """End-of-text may come first: OpenAI's order of ids is not the only one."""
+    vocab = json.loads((Path(trained.name) / "encoder.json").read_text())
+    vocab = {token: 0 if token == EOT else i + 1 for token, i in vocab.items()}
+    shutil.copy(Path(trained.name) / "vocab.bpe", tmp_path)
+    (tmp_path / "encoder.json").write_text(json.dumps(vocab, ensure_ascii=False), "utf-8")
+    other = get_tokenizer(str(tmp_path))
+    assert (other.eot, other.n_vocab) == (0, 600)
+    assert other.encode(TEXTS[2]) == [i + 1 for i in trained.encode(TEXTS[2])]
