@@ -1,165 +1,313 @@
-"""Generation: prefill, sample, decode one token, repeat.
+"""Generation: whole rows or one token at a time, ids or text, drawn or searched for.
 
-Rows of a batch may have unequal lengths. Prompts are padded on the right, where causal attention
-never looks; from then on each row writes at its own length and sees its own keys only.
+One loop, `_steps`, draws every token there is; `beam_search` is the other way to go on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.model import GPT, KVCache
-from gptfast.ops.sampling import per_row
+from gptfast.beam import beam_search
+from gptfast.model import GPT
+from gptfast.options import Number, Options, new_tokens, token_ids
+from gptfast.sequences import Sequences, evaluating
+from gptfast.stop import Stop, Stops, TextStream
 from gptfast.tokenizer import Tokenizer
 
-
-def _head(model: GPT, x: Tensor, last: Tensor) -> Tensor:
-    """Logits (B, V) of position last[b] of x (B, T, C)."""
-    row = torch.arange(x.shape[0], device=x.device)
-    return F.linear(x[row, last], model.head_weight)
+# Of each row, the new ids and their log-probabilities, what ends the row included.
+_Rows = list[tuple[list[int], list[float]]]
 
 
-def prefill(model: GPT, tokens: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
-    """Run prompts (B, T), padded behind their lengths; next-token logits (B, V)."""
-    length = torch.tensor(lengths, device=tokens.device)
-    logits = _head(model, model.hidden(tokens, cache=cache), length - 1)
-    cache.length, cache.longest = length, tokens.shape[1]
-    cache.ragged = min(lengths) < tokens.shape[1]
-    return logits
+def _steps(
+    sequences: Sequences, n: int, options: Options, logprobs: bool = False
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Draw up to n tokens: after each, the ids (B,) and, if asked for, their log-probabilities.
+
+    Options are checked by the call. Between two tokens the caller and the model are in their own
+    modes, whatever those are.
+    """
+    sampling, penalty = options.sampling(sequences.tokens), options.penalty(sequences.tokens)
+
+    def step() -> tuple[Tensor, Tensor | None]:
+        logits = sequences.logits()  # (B, V)
+        scores = logits if penalty is None else sequences.penalised(logits.float(), penalty)
+        ids = ops.sample(scores, position=sequences.length, **sampling)  # (B,)
+        sequences.append(ids)
+        if not logprobs:
+            return ids, None
+        at = ids.clamp(min=0)[:, None]
+        return ids, logits.float().log_softmax(-1).gather(1, at)[:, 0]
+
+    def steps() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for _ in range(n):
+            with torch.inference_mode(), evaluating(sequences.model):
+                drawn = step()
+            yield drawn
+
+    return steps()
 
 
-def decode_one_token(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
-    """Append ids (B,) to the cache; next-token logits (B, V)."""
-    x = model.hidden(ids[:, None], cache=cache)  # (B, 1, C)
-    cache.length, cache.longest = cache.length + 1, cache.longest + 1
-    return F.linear(x[:, 0], model.head_weight)
+def _check_drawn(ids: Sequence[int]) -> None:
+    if -1 in ids:
+        raise ValueError("the model's logits had NaN, +inf or nothing but -inf; check its weights")
 
 
-def window_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
-    """Next-token logits (B, V) from each row's last block_size tokens, at positions from 0."""
-    block_size = model.config.block_size
-    start = (length - block_size).clamp(min=0)
-    width = min(block_size, tokens.shape[1])
-    at = start[:, None] + torch.arange(width, device=tokens.device)  # (B, width)
-    window = tokens.gather(1, at.clamp(max=tokens.shape[1] - 1))
-    return _head(model, model.hidden(window), length - start - 1)
+def _draw(
+    model: GPT, prompts: list[list[int]], n: int, options: Options, stops: Stops, logprobs: bool
+) -> _Rows:
+    """Rows of up to n tokens; those that end early go on until all have ended."""
+    sequences = Sequences(model, prompts)
+    ends = [TextStream(options.tokenizer, stops) for _ in prompts]
+    done = torch.zeros_like(sequences.length, dtype=torch.bool)
+    drawn, of_drawn = [], []
+    for step, (ids, of_ids) in enumerate(_steps(sequences, n, options, logprobs)):
+        drawn.append(ids)
+        of_drawn.append(of_ids)
+        if stops.texts or stops.ids:
+            on_host = ids.tolist()
+            _check_drawn(on_host)
+            for end, i in zip(ends, on_host, strict=True):
+                if not end.ended:
+                    end.feed(i)
+            if all(end.ended for end in ends):
+                break
+        elif stops.eos_id is not None:
+            done |= ids == stops.eos_id
+            # Asking the device waits for it, so not at every token.
+            if step % 8 == 7 and done.all():
+                break
+    rows = torch.stack(drawn, 1).tolist()
+    for row in rows:
+        _check_drawn(row)
+    if not logprobs:
+        return [(row, []) for row in rows]
+    return list(zip(rows, torch.stack(of_drawn, 1).tolist(), strict=True))
 
 
-def _prompts(idx: Tensor | Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
-    if isinstance(idx, Tensor) and idx.dim() != 2:
-        raise ValueError(f"idx must be (B, T) or a list of prompts, got shape {tuple(idx.shape)}")
-    if not isinstance(idx, Tensor) and not all(isinstance(p, Sequence | Tensor) for p in idx):
-        raise ValueError("idx must be (B, T) or a list of prompts, each a list of token ids")
-    prompts = [list(p) for p in (idx.tolist() if isinstance(idx, Tensor) else idx)]
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {row} is empty; start it with at least one token")
-        for i in prompt:
-            if not 0 <= i < vocab_size:
-                raise IndexError(
-                    f"prompt {row} has token id {i}, out of range for a vocabulary of {vocab_size}"
-                )
-    return prompts
+def _continue(
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, options: Options, logprobs: bool
+) -> _Rows:
+    """Of each prompt the new tokens, what ends the row included."""
+    n, vocab_size = new_tokens(max_new_tokens), model.config.vocab_size
+    options.check_beams(vocab_size)
+    stops = options.stops(vocab_size)
+    like = torch.empty(len(prompts), 0, device=model.wte.weight.device)
+    options.sampling(like), options.penalty(like)
+    if not prompts or n == 0:
+        return [([], []) for _ in prompts]
+    if options.num_beams == 1:
+        with torch.inference_mode(), evaluating(model):
+            return _draw(model, prompts, n, options, stops, logprobs)
+    return beam_search(
+        model,
+        prompts,
+        n,
+        num_beams=options.num_beams,
+        length_penalty=float(options.length_penalty),
+        repetition_penalty=options.penalty(like),
+        stops=stops,
+        tokenizer=options.tokenizer,
+    )
 
 
-@torch.inference_mode()
+def _id_stream(options: Options, vocab_size: int) -> TextStream:
+    """Follows one row's ids; their text matters only where a stop string may be in it."""
+    stops = options.stops(vocab_size)
+    return TextStream(options.tokenizer if stops.texts else None, stops)
+
+
 def generate(
     model: GPT,
     idx: Tensor | Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    temperature: float | Tensor = 1.0,
-    top_k: int | Tensor | None = None,
-    top_p: float | Tensor | None = None,
-    min_p: float | Tensor | None = None,
+    temperature: Number = 1.0,
+    top_k: Number | None = None,
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+    repetition_penalty: Number = 1.0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     eos_id: int | None = None,
-    seed: int | Tensor = 0,
-) -> list[list[int]]:
+    stop: Stop | None = None,
+    seed: Number = 0,
+    tokenizer: Tokenizer | None = None,
+    logprobs: bool = False,
+) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
     """Continue prompts by up to max_new_tokens tokens each.
 
-    idx: (B, T) int64, or a list of prompts of unequal length. The sampling parameters are
-    `ops.sample`'s; temperature 0 is greedy. A row stops after eos_id, which it keeps. Past
-    block_size, each token comes from the last block_size tokens at positions from 0.
+    idx: (B, T) int64, or a list of prompts of unequal length. Past block_size, each token comes
+    from the last block_size tokens at positions from 0.
 
-    Returns one list of ids per prompt, the prompt in front. Raises ValueError for an empty prompt
-    or a parameter out of range, IndexError for an id outside the vocabulary.
+    temperature, top_k, top_p, min_p, seed: `ops.sample`'s; temperature 0 is greedy.
+    repetition_penalty: CTRL's (Keskar et al., 2019), before the temperature: logits of tokens
+    already in the row, prompt included, are divided by it if positive, else multiplied; 1 is off.
+    Each is a number, or B of them, a tensor or a list, so that rows may differ.
+
+    num_beams > 1: beam search (see `gptfast.beam`) instead of drawing; the result is the hypothesis
+    with the highest sum of log-probabilities / its new tokens ** length_penalty. There the
+    repetition penalty applies to log-probabilities, and seed means nothing.
+
+    eos_id: a row stops after it and keeps it. stop: a string, or a list of strings and id lists,
+    looked for among the new tokens. A row ends before its stop: no token that holds a part of the
+    stop is returned. Strings need `tokenizer`. Of several stops the one complete first counts.
+
+    Returns one list of ids per prompt, the prompt in front; with logprobs=True also, per row, one
+    float for each new token returned: the log-softmax in fp32 of the model's own logits, before
+    penalty, temperature and truncation.
+
+    Raises ValueError for an empty prompt or a parameter out of range, IndexError for an id outside
+    the vocabulary.
     """
-    prompts = _prompts(idx, model.config.vocab_size)
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
-    if not prompts or max_new_tokens == 0:
-        return prompts
-    was_training = model.training
-    model.eval()
-    try:
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        rows = _decode(model, prompts, max_new_tokens, eos_id, seed, options)
-    finally:
-        model.train(was_training)
-    return [_cut(row, len(prompt), eos_id) for row, prompt in zip(rows, prompts, strict=True)]
+    if not isinstance(logprobs, bool):
+        raise ValueError(f"logprobs must be True or False, got {logprobs!r}")
+    options = Options(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        eos_id=eos_id,
+        stop=stop,
+        seed=seed,
+        tokenizer=tokenizer,
+    )
+    prompts = token_ids(idx, model.config.vocab_size)
+    rows, of_rows = [], []
+    continued = _continue(model, prompts, max_new_tokens, options, logprobs)
+    for prompt, (new, of_new) in zip(prompts, continued, strict=True):
+        end = _id_stream(options, model.config.vocab_size)
+        end.read(new)
+        rows.append(prompt + new[: end.kept])
+        of_rows.append(of_new[: end.kept])
+    return (rows, of_rows) if logprobs else rows
 
 
-def _decode(
+def _raw_stream(
+    model: GPT, prompt: Sequence[int], max_new_tokens: int, options: Options, logprobs: bool = False
+) -> Iterator[tuple[int, float | None]]:
+    """The tokens of one row as they are drawn; where it ends is for the caller to see."""
+    prompts, n = token_ids([prompt], model.config.vocab_size), new_tokens(max_new_tokens)
+    sequences = Sequences(model, prompts)
+    steps = _steps(sequences, n, options, logprobs)
+
+    def tokens() -> Iterator[tuple[int, float | None]]:
+        for ids, of_ids in steps:
+            _check_drawn(ids.tolist())
+            yield ids.item(), of_ids.item() if logprobs else None
+
+    return tokens()
+
+
+def stream(
     model: GPT,
-    prompts: list[list[int]],
-    n: int,
-    eos_id: int | None,
-    seed: int | Tensor,
-    options: dict,
-) -> list[list[int]]:
-    device, block_size = model.wte.weight.device, model.config.block_size
-    lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths)
-    tokens = torch.zeros(len(prompts), longest + n, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-    tokens = tokens.to(device)
-    length = torch.tensor(lengths, device=device)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    cache = model.new_cache(len(prompts), min(longest + n, block_size))
-    if longest <= block_size:
-        logits = prefill(model, tokens[:, :longest], lengths, cache)
-    else:
-        logits = window_logits(model, tokens, length)
-    options = per_row(logits, seed=seed, **options)
-    for step in range(n):
-        ids = ops.sample(logits, position=length, **options)  # (B,)
-        tokens.scatter_(1, length[:, None], ids[:, None])
-        length = length + 1
-        if step + 1 == n:
-            break
-        if eos_id is not None:
-            done |= ids == eos_id
-            # Asking the device waits for it, so not at every token.
-            if step % 8 == 7 and done.all():
-                break
-        # A row that could not be sampled holds -1, raised below when the ids reach the host.
-        ids = ids.clamp(min=0)
-        if cache.longest and cache.longest < block_size:
-            logits = decode_one_token(model, ids, cache)
-        else:
-            cache.longest = 0
-            logits = window_logits(model, tokens.clamp(min=0), length)
-    rows = [row[:end] for row, end in zip(tokens.tolist(), length.tolist(), strict=True)]
-    if any(-1 in row for row in rows):
-        raise ValueError("the model's logits had NaN, +inf or nothing but -inf; check its weights")
-    return rows
+    prompt_ids: Sequence[int] | Tensor,
+    max_new_tokens: int,
+    *,
+    logprobs: bool = False,
+    **options: Any,
+) -> Iterator[int] | Iterator[tuple[int, float]]:
+    """`generate` for one prompt, its new ids one by one; with logprobs=True, (id, logprob) pairs.
+
+    All of `generate`'s options but num_beams and length_penalty. An id that may turn out to be part
+    of a stop is held back until it is not. Bad input is refused by the call, not by the first id.
+    """
+    checked = _streamed(options)
+    end = _id_stream(checked, model.config.vocab_size)
+    raw = _raw_stream(model, prompt_ids, max_new_tokens, checked, logprobs)
+
+    def ids() -> Iterator[Any]:
+        new, sent = [], 0
+        for i, of_i in raw:
+            new.append((i, of_i) if logprobs else i)
+            end.feed(i)
+            yield from new[sent : end.kept]
+            sent = end.kept
+            if end.ended:
+                return
+        end.finish()
+        yield from new[sent : end.kept]
+
+    return ids()
 
 
-def _cut(row: list[int], prompt_length: int, eos_id: int | None) -> list[int]:
-    if eos_id is None or eos_id not in row[prompt_length:]:
-        return row
-    return row[: row.index(eos_id, prompt_length) + 1]
+def _streamed(options: dict[str, Any]) -> Options:
+    for name in ("num_beams", "length_penalty"):
+        if name in options:
+            raise ValueError(
+                f"{name}={options[name]} cannot be streamed: no token of a beam search is certain "
+                "before its end; use generate or generate_text"
+            )
+    return Options(**options)
+
+
+def _encode(
+    tokenizer: Tokenizer, prompt: str, allowed_special: Collection[str], options: dict[str, Any]
+) -> list[int]:
+    options.setdefault("eos_id", tokenizer.eot)
+    return tokenizer.encode(prompt, allowed_special)
+
+
+def stream_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    allowed_special: Collection[str] = (),
+    **options: Any,
+) -> Iterator[str]:
+    """The text that `generate_text` puts behind the prompt, in pieces as it becomes certain.
+
+    A piece is whole characters, and never any part of a stop string.
+    """
+    ids = _encode(tokenizer, prompt, allowed_special, options)
+    checked = _streamed({**options, "tokenizer": tokenizer})
+    text = TextStream(tokenizer, checked.stops(model.config.vocab_size))
+    raw = _raw_stream(model, ids, max_new_tokens, checked)
+
+    def pieces() -> Iterator[str]:
+        for i, _ in raw:
+            if piece := text.feed(i):
+                yield piece
+            if text.ended:
+                return
+        if piece := text.finish():
+            yield piece
+
+    return pieces()
 
 
 def generate_text(
-    model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **sampling: float | None
-) -> str:
-    """Text to text: encode, `generate`, decode; stops at the tokenizer's end-of-text."""
-    sampling.setdefault("eos_id", tokenizer.eot)
-    ids = generate(model, [tokenizer.encode(prompt)], max_new_tokens, **sampling)[0]
-    # End-of-text is not text, and a model may have more ids than its tokenizer has tokens.
-    return tokenizer.decode([i for i in ids if i < tokenizer.n_vocab and i != tokenizer.eot])
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[str],
+    max_new_tokens: int,
+    *,
+    allowed_special: Collection[str] = (),
+    **options: Any,
+) -> str | list[str]:
+    """A prompt and its continuation as text; of a list of prompts, a list.
+
+    Takes `generate`'s options; stops at the tokenizer's end-of-text unless eos_id says otherwise.
+    End-of-text is not text, nor are ids that the model has and the tokenizer has not. With `stop`,
+    the text ends where the stop begins, be it inside a token. allowed_special: names of special
+    tokens that the prompt may hold; any other is plain text.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    ids = [_encode(tokenizer, p, allowed_special, options) for p in prompts]
+    checked = Options(tokenizer=tokenizer, **options)
+    stops = checked.stops(model.config.vocab_size)
+    continued = _continue(
+        model, token_ids(ids, model.config.vocab_size), max_new_tokens, checked, False
+    )
+    texts = [
+        p + TextStream(tokenizer, stops).read(new)
+        for p, (new, _) in zip(prompts, continued, strict=True)
+    ]
+    return texts[0] if isinstance(prompt, str) else texts

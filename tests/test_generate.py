@@ -12,8 +12,9 @@ from helpers import (
 )
 from torch import Tensor
 
-from gptfast import GPT, generate, get_tokenizer, ops
-from gptfast.generate import generate_text
+from gptfast import GPT, generate, ops
+from gptfast.generate import stream
+from gptfast.sequences import ROOM, Sequences
 
 SAMPLING = {
     "greedy": {"temperature": 0.0},
@@ -21,7 +22,16 @@ SAMPLING = {
     "top-k": {"top_k": 5, "seed": 3},
     "top-p": {"top_p": 0.6, "seed": 4},
     "min-p": {"min_p": 0.2, "seed": 5},
-    "all": {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.05, "seed": 6},
+    "penalty": {"repetition_penalty": 1.7, "seed": 7},
+    "greedy-penalty": {"repetition_penalty": 1.7, "temperature": 0.0},
+    "all": {
+        "temperature": 0.8,
+        "top_k": 9,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "repetition_penalty": 1.2,
+        "seed": 6,
+    },
 }
 
 
@@ -47,8 +57,11 @@ def prompt(length: int) -> list[int]:
 def naive(model: GPT, ids: list[int], n: int, **options: float) -> list[int]:
     """Each token from a full forward over the last block_size tokens: no cache, no batch."""
     model.eval()
+    penalty = options.pop("repetition_penalty", 1.0)
     for _ in range(n):
         logits = model(torch.tensor([ids[-model.config.block_size :]]))[:, -1]
+        for i in set(ids):
+            logits[0, i] *= penalty if logits[0, i] < 0 else 1 / penalty
         if options["temperature"] == 0:
             ids = ids + [int(logits[0].argmax())]
         else:
@@ -82,9 +95,10 @@ def test_each_parameter_changes_the_draw(model: GPT) -> None:
             "top_k": {"top_k": 2},
             "top_p": {"top_p": 0.2},
             "min_p": {"min_p": 0.9},
+            "repetition_penalty": {"repetition_penalty": 3.0},
         }.items()
     }
-    assert len({tuple(ids) for ids in drawn.values()}) == 5
+    assert len({tuple(ids) for ids in drawn.values()}) == 6
 
 
 @pytest.mark.parametrize("name", SAMPLING)
@@ -100,18 +114,21 @@ def test_a_row_gets_what_it_gets_alone(model: GPT, name: str, lengths: tuple[int
     assert together == alone
 
 
-def test_per_row_parameters(model: GPT) -> None:
+@pytest.mark.parametrize("kind", [torch.tensor, list, tuple])
+def test_per_row_parameters(model: GPT, kind: Any) -> None:
     prompts = [prompt(4), prompt(6), prompt(2)]
-    together = generate(
-        model,
-        prompts,
-        12,
-        temperature=torch.tensor([0.0, 1.0, 2.0]),
-        seed=torch.tensor([1, 2, 3]),
-    )
+    options = {
+        "temperature": [0.0, 1.0, 2.0],
+        "top_k": [61, 30, 9],
+        "top_p": [1.0, 0.9, 0.8],
+        "min_p": [0.0, 0.01, 0.02],
+        "repetition_penalty": [1.0, 1.5, 0.8],
+        "seed": [1, 2, 3],
+    }
+    together = generate(model, prompts, 12, **{name: kind(x) for name, x in options.items()})
     alone = [
-        generate(model, [p], 12, temperature=t, seed=s)[0]
-        for p, t, s in zip(prompts, (0.0, 1.0, 2.0), (1, 2, 3), strict=True)
+        generate(model, [p], 12, **{name: values[row] for name, values in options.items()})[0]
+        for row, p in enumerate(prompts)
     ]
     assert together == alone
 
@@ -192,8 +209,9 @@ def test_inputs_are_not_changed(model: GPT) -> None:
     assert torch.equal(idx, copies[1])
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_greedy_equals_transformers(tied: bool, tmp_path: Path) -> None:
+def test_greedy_equals_transformers(tied: bool, penalty: float, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 
     model = lively_model(block_size=40, tie_weights=tied)
@@ -201,9 +219,15 @@ def test_greedy_equals_transformers(tied: bool, tmp_path: Path) -> None:
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     idx = random_ids(3, 7)
     wanted = theirs.generate(
-        idx, attention_mask=torch.ones_like(idx), max_new_tokens=30, do_sample=False, pad_token_id=0
+        idx,
+        attention_mask=torch.ones_like(idx),
+        max_new_tokens=30,
+        do_sample=False,
+        pad_token_id=0,
+        repetition_penalty=penalty,
     )
-    assert generate(model, idx, 30, temperature=0.0) == wanted.tolist()
+    rows = generate(model, idx, 30, temperature=0.0, repetition_penalty=penalty)
+    assert rows == wanted.tolist()
     assert len(set(wanted[0, 7:].tolist())) > 2
 
 
@@ -218,6 +242,26 @@ def test_greedy_equals_transformers(tied: bool, tmp_path: Path) -> None:
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
         ({"temperature": -1.0}, "temperature must be .*got -1.0"),
         ({"temperature": float("nan")}, "temperature must be .*got nan"),
+        ({"temperature": "hot"}, "temperature must be a number, or one for each of 1 rows.*'hot'"),
+        ({"temperature": [1.0, 2.0]}, r"temperature must be a number or a tensor of shape \(1,\)"),
+        ({"seed": 2**63}, "seed must be an int64, got 9223372036854775808"),
+        ({"seed": [2**63]}, "seed must be a number, or one for each of 1 rows"),
+        ({"seed": "x", "max_new_tokens": 0}, "seed must be"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a finite number > 0, got 0.0"),
+        ({"repetition_penalty": -1}, "repetition_penalty must be .*> 0, got -1.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be .*got inf"),
+        ({"repetition_penalty": [1.0, 1.0]}, r"repetition_penalty must be .*shape \(1,\)"),
+        ({"repetition_penalty": None}, "repetition_penalty must be .*got None"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5"),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be an integer, got '5'"),
+        (
+            {"max_new_tokens": 2**63},
+            r"max_new_tokens must be below 2\*\*63, got 9223372036854775808",
+        ),
+        ({"logprobs": 5}, "logprobs must be True or False, got 5"),
+        ({"stop": "a"}, "stop has the string 'a': pass tokenizer="),
+        ({"stop": [5]}, "stop must be a string or a list"),
+        ({"eos_id": 1.5}, "eos_id must be a token id"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
 )
@@ -239,6 +283,14 @@ def test_flat_prompt_is_refused(model: GPT) -> None:
         generate(model, random_ids(4), 3)
 
 
+@pytest.mark.parametrize(
+    "idx", ["text", ["text"], 5, [1, 2], [[1.5]], torch.ones(1, 2), [[[1]]]], ids=str
+)
+def test_what_is_no_prompt(model: GPT, idx: Any) -> None:
+    with pytest.raises(ValueError, match="idx must be|must be an integer, got"):
+        generate(model, idx, 3)
+
+
 @pytest.mark.parametrize("bad", [61, -1])
 def test_ids_out_of_range(model: GPT, bad: int) -> None:
     with pytest.raises(IndexError, match=f"prompt 1 has token id {bad}, out of range"):
@@ -253,12 +305,41 @@ def test_nan_weights(model: GPT, temperature: float) -> None:
         generate(model, [prompt(3)], 3, temperature=temperature)
 
 
-def test_text_to_text() -> None:
-    byte = get_tokenizer("byte")
-    # More ids than the tokenizer has: those stand for no text.
-    model = lively_model(vocab_size=400)
-    ids = generate(model, [byte.encode("ab")], 60, seed=2, eos_id=byte.eot)[0]
-    assert max(ids) >= byte.n_vocab
-    text = generate_text(model, byte, "ab", 60, seed=2)
-    assert text == byte.decode([i for i in ids if i < byte.n_vocab])
-    assert text.startswith("ab")
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("lengths", [(3, 9, 1), (30, 12)], ids=["short", "beyond-the-context"])
+def test_logprobs_equal_full_forwards(model: GPT, name: str, lengths: tuple[int, ...]) -> None:
+    prompts = [prompt(length) for length in lengths]
+    plain = generate(model, prompts, 20, **SAMPLING[name])
+    options = {**SAMPLING[name], "eos_id": plain[0][-8], "stop": [plain[1][-9:-7]]}
+    rows, logprobs = generate(model, prompts, 20, logprobs=True, **options)
+    assert rows == generate(model, prompts, 20, **options)
+    for p, row, of_row in zip(prompts, rows, logprobs, strict=True):
+        assert len(of_row) == len(row) - len(p) > 0
+        for at, logprob in enumerate(of_row, len(p)):
+            window = torch.tensor([row[max(0, at - 16) : at]])
+            wanted = model(window)[0, -1].log_softmax(-1)[row[at]].item()
+            assert logprob == pytest.approx(wanted, abs=1e-5)
+    pairs = list(stream(model, prompts[0], 20, logprobs=True, **options))
+    assert [i for i, _ in pairs] == rows[0][lengths[0] :]
+    assert [x for _, x in pairs] == pytest.approx(logprobs[0], abs=1e-5)
+
+
+def test_logprobs_of_nothing(model: GPT) -> None:
+    assert generate(model, [[1], [2, 3]], 0, logprobs=True) == ([[1], [2, 3]], [[], []])
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_memory_grows_with_what_is_generated(model: GPT, num_beams: int) -> None:
+    eos = generate(model, [prompt(4)], 12, temperature=0.0)[0][-1]
+    options = {"num_beams": num_beams, "eos_id": eos}
+    options |= {"temperature": 0.0} if num_beams == 1 else {"length_penalty": -2.0}
+    assert generate(model, [prompt(4)], 10**12, **options)[0][-1] == eos
+    assert next(stream(model, prompt(4), 2**63 - 1)) >= 0
+
+
+def test_room_doubles() -> None:
+    model = lively_model(block_size=300)
+    sequences = Sequences(model, [[1, 2], [3]])
+    assert sequences.tokens.shape == (2, 2 + ROOM)
+    wanted = [naive(model, p, 310, temperature=1.0, seed=2) for p in ([1, 2], [3])]
+    assert generate(model, [[1, 2], [3]], 310, seed=2) == wanted

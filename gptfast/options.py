@@ -1,0 +1,141 @@
+"""What generation takes, checked: one ValueError or IndexError that names value and remedy."""
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.ops.sampling import per_row
+from gptfast.stop import Stop, Stops
+from gptfast.tokenizer import Tokenizer
+
+Number = float | Sequence[float] | Tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to go on: `generate` says what each option means."""
+
+    temperature: Number = 1.0
+    top_k: Number | None = None
+    top_p: Number | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number = 1.0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    eos_id: int | None = None
+    stop: Stop | None = None
+    seed: Number = 0
+    tokenizer: Tokenizer | None = None
+
+    def stops(self, vocab_size: int) -> Stops:
+        return Stops.parse(self.stop, self.eos_id, self.tokenizer, vocab_size)
+
+    def sampling(self, like: Tensor) -> dict[str, Tensor]:
+        """`ops.sample`'s parameters, one per row of `like`."""
+        names = ("temperature", "top_k", "top_p", "min_p", "seed")
+        return per_row(like, **{name: _number(name, getattr(self, name), like) for name in names})
+
+    def penalty(self, like: Tensor) -> Tensor | None:
+        """The repetition penalty of each row of `like`, fp32; None if there is none."""
+        penalty = _number("repetition_penalty", self.repetition_penalty, like)
+        if penalty is None:
+            raise ValueError("repetition_penalty must be a finite number > 0, got None; 1 is off")
+        if not isinstance(penalty, Tensor):
+            penalty = like.new_full((len(like),), penalty, dtype=torch.float32)
+        if penalty.shape != (len(like),) or penalty.device != like.device:
+            raise ValueError(
+                f"repetition_penalty must be a number or a tensor of shape ({len(like)},) on "
+                f"{like.device}, got {tuple(penalty.shape)} on {penalty.device}"
+            )
+        penalty = penalty.float()
+        bad = ~(penalty.isfinite() & (penalty > 0))
+        if bad.any():
+            raise ValueError(
+                f"repetition_penalty must be a finite number > 0, got {penalty[bad][0].item()}"
+            )
+        return None if (penalty == 1).all() else penalty
+
+    def check_beams(self, vocab_size: int) -> None:
+        """ValueError for what beam search cannot be asked."""
+        n = _integer("num_beams", self.num_beams)
+        if n < 1 or n > 1 and 2 * n > vocab_size:
+            raise ValueError(
+                f"num_beams must be from 1 to {max(1, vocab_size // 2)}, got {n}: beam search "
+                f"keeps 2 * num_beams candidates, the vocabulary has {vocab_size} tokens"
+            )
+        if not isinstance(self.length_penalty, Real) or not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty must be a finite number, got {self.length_penalty}")
+        if n == 1:
+            return
+        for name, off in (("temperature", 1.0), ("top_k", None), ("top_p", None), ("min_p", None)):
+            value = getattr(self, name)
+            if value is not off and not (isinstance(value, Real) and value == off):
+                raise ValueError(
+                    f"beam search draws nothing: leave out {name}={value} or take num_beams=1"
+                )
+
+
+def _number(name: str, value: Any, like: Tensor) -> Any:
+    """A number, None or a tensor as it is; a sequence of numbers as a tensor beside `like`."""
+    if value is None or isinstance(value, Real | Tensor):
+        return value
+    try:
+        if isinstance(value, str):
+            raise ValueError
+        return torch.tensor(value, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{name} must be a number, or one for each of {len(like)} rows, got {value!r}"
+        ) from None
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+
+def new_tokens(max_new_tokens: Any) -> int:
+    n = _integer("max_new_tokens", max_new_tokens)
+    if n < 0:
+        raise ValueError(f"max_new_tokens must be >= 0, got {n}")
+    if n >= 2**63:
+        raise ValueError(f"max_new_tokens must be below 2**63, got {n}")
+    return n
+
+
+def token_ids(idx: Tensor | Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
+    if isinstance(idx, Tensor) and (idx.dim() != 2 or idx.is_floating_point()):
+        raise ValueError(
+            "idx must be (B, T) of integers or a list of prompts, "
+            f"got shape {tuple(idx.shape)} {idx.dtype}"
+        )
+    is_list = isinstance(idx, Sequence) and not isinstance(idx, str)
+    if not isinstance(idx, Tensor) and not (is_list and all(_is_prompt(p) for p in idx)):
+        raise ValueError(
+            "idx must be (B, T) or a list of prompts, each a list of token ids; "
+            "text goes through generate_text"
+        )
+    prompts = [p.tolist() if isinstance(p, Tensor) else list(p) for p in idx]
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {row} is empty; start it with at least one token")
+        for n, i in enumerate(prompt):
+            prompt[n] = _integer(f"each id of prompt {row}", i)
+            if not 0 <= prompt[n] < vocab_size:
+                raise IndexError(
+                    f"prompt {row} has token id {i}, out of range for a vocabulary of {vocab_size}"
+                )
+    return prompts
+
+
+def _is_prompt(prompt: Any) -> bool:
+    one_row = isinstance(prompt, Tensor) and prompt.dim() == 1
+    return one_row or isinstance(prompt, Sequence) and not isinstance(prompt, str)

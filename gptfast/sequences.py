@@ -1,0 +1,129 @@
+"""Rows of tokens that grow, and the logits of what comes next in each.
+
+Rows of a batch may have unequal lengths. Prompts are padded on the right, where causal attention
+never looks; from then on each row writes at its own length and sees its own keys only.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast.model import GPT, KVCache
+
+# Tokens for which there is room at first; then it doubles.
+ROOM = 64
+
+
+@contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """Dropout off inside, and the model's mode as it was behind."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+def _head(model: GPT, x: Tensor, last: Tensor) -> Tensor:
+    """Logits (B, V) of position last[b] of x (B, T, C)."""
+    row = torch.arange(x.shape[0], device=x.device)
+    return F.linear(x[row, last], model.head_weight)
+
+
+def prefill(model: GPT, tokens: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
+    """Run prompts (B, T), padded behind their lengths; next-token logits (B, V)."""
+    length = torch.tensor(lengths, device=tokens.device)
+    logits = _head(model, model.hidden(tokens, cache=cache), length - 1)
+    cache.length, cache.longest = length, tokens.shape[1]
+    cache.ragged = min(lengths) < tokens.shape[1]
+    return logits
+
+
+def decode_one_token(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
+    """Append ids (B,) to the cache; next-token logits (B, V)."""
+    x = model.hidden(ids[:, None], cache=cache)  # (B, 1, C)
+    cache.length, cache.longest = cache.length + 1, cache.longest + 1
+    return F.linear(x[:, 0], model.head_weight)
+
+
+def window_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
+    """Next-token logits (B, V) from each row's last block_size tokens, at positions from 0."""
+    block_size = model.config.block_size
+    start = (length - block_size).clamp(min=0)
+    at = start[:, None] + torch.arange(block_size, device=tokens.device)  # (B, block_size)
+    window = tokens.gather(1, at).clamp(min=0)
+    return _head(model, model.hidden(window), length - start - 1)
+
+
+class Sequences:
+    """Prompts and their continuations: tokens (B, room), lengths, and the cache of past keys.
+
+    `logits` and `append` take turns. Memory grows with what is appended. The caller sees to
+    `evaluating` and to inference mode.
+    """
+
+    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]]) -> None:
+        self.model, self._lengths = model, [len(prompt) for prompt in prompts]
+        self.longest = max(self._lengths)  # on the host, so that no step asks the device
+        tokens = torch.zeros(len(prompts), self.longest + ROOM, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        device = model.wte.weight.device
+        self.tokens = tokens.to(device)
+        self.length = torch.tensor(self._lengths, device=device)  # (B,)
+        size = min(self.tokens.shape[1], model.config.block_size)
+        self._cache = model.new_cache(len(prompts), size)
+
+    def logits(self) -> Tensor:
+        """Next-token logits (B, V)."""
+        block_size, cache = self.model.config.block_size, self._cache
+        if self.longest > block_size:
+            cache.longest = 0
+            return window_logits(self.model, self.tokens, self.length)
+        if not cache.longest:
+            prompts = self.tokens[:, : self.longest]
+            return prefill(self.model, prompts, self._lengths, cache)
+        if cache.longest == cache.k[0].shape[2]:
+            extra = min(cache.longest, block_size - cache.longest)
+            for kept in (cache.k, cache.v):
+                kept[:] = [F.pad(past, (0, 0, 0, extra)) for past in kept]
+        # A row that could not be sampled holds -1: the caller raises when ids reach the host.
+        last = self.tokens.gather(1, self.length[:, None] - 1)[:, 0].clamp(min=0)  # (B,)
+        return decode_one_token(self.model, last, cache)
+
+    def append(self, ids: Tensor) -> None:
+        """Add one token to each row: ids (B,) int64."""
+        if self.longest == self.tokens.shape[1]:
+            self.tokens = F.pad(self.tokens, (0, self.longest))
+        self.tokens.scatter_(1, self.length[:, None], ids[:, None])
+        self.length, self.longest = self.length + 1, self.longest + 1
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] is; there may be more rows than before."""
+        self.tokens, self.length = self.tokens[rows], self.length[rows]
+        cache = self._cache
+        cache.length = cache.length[rows]
+        for kept in (cache.k, cache.v):
+            for layer, past in enumerate(kept):
+                used = past[:, :, : cache.longest].index_select(0, rows)
+                if len(rows) != len(past):
+                    kept[layer] = past.new_zeros(len(rows), *past.shape[1:])
+                kept[layer][:, :, : cache.longest] = used
+
+    def penalised(self, scores: Tensor, penalty: Tensor) -> Tensor:
+        """scores (B, V) with those of the tokens already in the row made smaller by penalty (B,).
+
+        CTRL's repetition penalty (Keskar et al., 2019): divided if positive, else multiplied.
+        """
+        time = torch.arange(self.longest, device=scores.device)
+        inside = time < self.length[:, None]  # (B, T)
+        seen = self.tokens[:, : self.longest].where(inside, self.tokens[:, :1]).clamp(min=0)
+        at = scores.gather(1, seen)
+        at = torch.where(at < 0, at * penalty[:, None], at / penalty[:, None])
+        return scores.scatter(1, seen, at)
