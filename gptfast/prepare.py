@@ -21,6 +21,7 @@ from gptfast.token_files import (
     Documents,
     ShardWriter,
     TokenFiles,
+    as_uint16,
     fsync,
     split_edges,
     truncate_shards,
@@ -299,14 +300,15 @@ def _write_all(writer: ShardWriter, encoded: Iterable[Encoded]) -> tuple[int, bo
     documents, prompted = 0, False
     for part in encoded:
         documents += part.documents
+        tokens = as_uint16(part.tokens)
         prompted = len(part.starts) > 0
         if prompted:
             ends = np.append(part.starts[1:], len(part.tokens))
             rows = zip(part.starts.tolist(), part.completions.tolist(), ends.tolist(), strict=True)
             for start, completion, end in rows:
-                writer.write_document(part.tokens[start:end], completion - start)
+                writer.write_document(tokens[start:end], completion - start)
         else:
-            writer.write(part.tokens)
+            writer.write(tokens)
     return documents, prompted
 
 

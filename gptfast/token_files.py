@@ -58,13 +58,14 @@ def _header(count: int) -> bytes:
     return header.tobytes()
 
 
-def _uint16(tokens: np.ndarray) -> np.ndarray:
+def as_uint16(tokens: np.ndarray) -> np.ndarray:
+    """(n,) ids as token files hold them. ValueError for one outside 0..65535."""
     if tokens.dtype != np.uint16 and len(tokens):
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high > 65535:
             bad = low if low < 0 else high
             raise ValueError(f"token {bad} does not fit a token file: its ids are 0 to 65535")
-    return tokens.astype("<u2")
+    return tokens.astype("<u2", copy=False)
 
 
 def write_tokens(path: str | PathLike, tokens: Sequence[int] | np.ndarray | Tensor) -> None:
@@ -75,7 +76,7 @@ def write_tokens(path: str | PathLike, tokens: Sequence[int] | np.ndarray | Tens
     ids = np.asarray(tokens)
     with Path(path).open("wb") as file:
         file.write(_header(len(ids)))
-        file.write(_uint16(ids).tobytes())
+        file.write(as_uint16(ids).tobytes())
 
 
 def _count(path: Path) -> tuple[int, int]:
@@ -340,7 +341,7 @@ class ShardWriter:
             self._file = path.open("wb")
             self.paths.append(path)
             self._file.write(bytes(HEADER_BYTES))
-        self._file.write(_uint16(tokens).tobytes())
+        self._file.write(as_uint16(tokens).tobytes())
         self._count += len(tokens)
         self.tokens += len(tokens)
 
