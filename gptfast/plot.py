@@ -263,6 +263,8 @@ def plot_search(
 def _draw_field(
     axes: "Axes", field: str, results: Sequence["Result"], colours: Sequence[Any], log: bool
 ) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     done = [r for r in zip(results, colours, strict=True) if r[0].status == "done"]
     values = [result.settings[field] for result, _ in done]
     losses = [result.val_loss for result, _ in done]
@@ -270,6 +272,8 @@ def _draw_field(
     axes.scatter(values[:1], losses[:1], s=160, facecolors="none", edgecolors="black", zorder=4)
     if log or _is_log(values):
         axes.set_xscale("log")
+    elif all(isinstance(value, int) for value in values):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(field)
     axes.set_ylabel("best validation loss")
 
