@@ -58,9 +58,9 @@ def measured_peak(device: torch.device | str, dtype: torch.dtype = torch.float32
     product slower, none makes it faster. Draws nothing from torch's own generator.
     """
     device = torch.device(device)
-    n, largest = _SIDE[device.type] // 8, _SIDE[device.type]
+    n, largest = _SIDE[device.type] // 4, _SIDE[device.type]
     # Some CPUs have 16-bit products a hundred times slower than fp32: there a smaller one must do.
-    while n < largest and 8 * min(islice(_product_seconds(n, device, dtype), 3)) < 0.15:
+    while n < largest and 8 * min(islice(_product_seconds(n, device, dtype), 4)) < 0.35:
         n *= 2
     begin, seconds = time.perf_counter(), []
     for elapsed in islice(_product_seconds(n, device, dtype), 16):
