@@ -175,6 +175,8 @@ def _cell(name: str, value: Any) -> str:
         return "-"
     if name.endswith("loss"):
         return f"{value:.4f}"
+    if name == "seconds":
+        return f"{value:.1f}"
     return f"{value:,.0f}" if name == "tokens_per_second" else short(value)
 
 
