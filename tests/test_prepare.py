@@ -22,7 +22,7 @@ from gptfast.token_files import Documents, TokenFiles, index_path, open_tokens
 from gptfast.tokenizer import Tokenizer
 
 FILES = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 BYTE = get_tokenizer("byte")
 # Words, runs of white space, apostrophes, numbers, marks, scripts without spaces, odd spaces.
@@ -101,7 +101,7 @@ def test_files_read_piecewise(
 @given(
     n=st.integers(30, 400),
     weights=st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    shard_tokens=st.integers(1, 450),
+    shard_tokens=st.integers(20, 450),
 )
 def test_parts_are_those_of_the_text_itself(
     n: int, weights: list[int], shard_tokens: int, tmp_path_factory: pytest.TempPathFactory
