@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gptfast.model import GPT
 from gptfast.sequences import Sequences, evaluating
-from gptfast.stop import Stops, TextStream
+from gptfast.stop import Stops, TextStream, id_stream
 from gptfast.tokenizer import Tokenizer
 
 
@@ -139,7 +139,7 @@ def beam_search(
     """
     K, stream = num_beams, None
     if stops.texts or stops.ids:
-        stream = TextStream(tokenizer if stops.texts else None, stops)
+        stream = id_stream(tokenizer, stops)
     rows = [Row([Beam(0.0, 0.0, 0, None, stream)]) for _ in prompts]
     with torch.inference_mode(), evaluating(model):
         sequences = Sequences(model, prompts)

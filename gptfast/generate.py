@@ -12,9 +12,9 @@ from torch import Tensor
 from gptfast import ops
 from gptfast.beam import beam_search
 from gptfast.model import GPT
-from gptfast.options import Number, Options, new_tokens, token_ids
+from gptfast.options import Number, Options, check_logprobs, new_tokens, token_ids
 from gptfast.sequences import Sequences, evaluating
-from gptfast.stop import Stop, Stops, TextStream
+from gptfast.stop import Stop, Stops, TextStream, id_stream
 from gptfast.tokenizer import Tokenizer
 
 # Of each row, the new ids and their log-probabilities, what ends the row included.
@@ -60,7 +60,7 @@ def _draw(
 ) -> _Rows:
     """Rows of up to n tokens; those that end early go on until all have ended."""
     sequences = Sequences(model, prompts)
-    ends = [TextStream(options.tokenizer, stops) for _ in prompts]
+    ends = [id_stream(options.tokenizer, stops) for _ in prompts]
     done = torch.zeros_like(sequences.length, dtype=torch.bool)
     drawn, of_drawn = [], []
     for step, (ids, of_ids) in enumerate(_steps(sequences, n, options, logprobs)):
@@ -88,12 +88,17 @@ def _draw(
 
 
 def _continue(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, options: Options, logprobs: bool
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    options: Options,
+    stops: Stops,
+    logprobs: bool = False,
 ) -> _Rows:
     """Of each prompt the new tokens, what ends the row included."""
-    n, vocab_size = new_tokens(max_new_tokens), model.config.vocab_size
-    options.check_beams(vocab_size)
-    stops = options.stops(vocab_size)
+    n = new_tokens(max_new_tokens)
+    check_logprobs(logprobs)
+    options.check_beams(model.config.vocab_size)
     like = torch.empty(len(prompts), 0, device=model.wte.weight.device)
     options.sampling(like), options.penalty(like)
     if not prompts or n == 0:
@@ -111,12 +116,6 @@ def _continue(
         stops=stops,
         tokenizer=options.tokenizer,
     )
-
-
-def _id_stream(options: Options, vocab_size: int) -> TextStream:
-    """Follows one row's ids; their text matters only where a stop string may be in it."""
-    stops = options.stops(vocab_size)
-    return TextStream(options.tokenizer if stops.texts else None, stops)
 
 
 def generate(
@@ -162,8 +161,6 @@ def generate(
     Raises ValueError for an empty prompt or a parameter out of range, IndexError for an id outside
     the vocabulary.
     """
-    if not isinstance(logprobs, bool):
-        raise ValueError(f"logprobs must be True or False, got {logprobs!r}")
     options = Options(
         temperature=temperature,
         top_k=top_k,
@@ -178,10 +175,11 @@ def generate(
         tokenizer=tokenizer,
     )
     prompts = token_ids(idx, model.config.vocab_size)
+    stops = options.stops(model.config.vocab_size)
+    continued = _continue(model, prompts, max_new_tokens, options, stops, logprobs)
     rows, of_rows = [], []
-    continued = _continue(model, prompts, max_new_tokens, options, logprobs)
     for prompt, (new, of_new) in zip(prompts, continued, strict=True):
-        end = _id_stream(options, model.config.vocab_size)
+        end = id_stream(tokenizer, stops)
         end.read(new)
         rows.append(prompt + new[: end.kept])
         of_rows.append(of_new[: end.kept])
@@ -193,13 +191,15 @@ def _raw_stream(
 ) -> Iterator[tuple[int, float | None]]:
     """The tokens of one row as they are drawn; where it ends is for the caller to see."""
     prompts, n = token_ids([prompt], model.config.vocab_size), new_tokens(max_new_tokens)
+    check_logprobs(logprobs)
     sequences = Sequences(model, prompts)
     steps = _steps(sequences, n, options, logprobs)
 
     def tokens() -> Iterator[tuple[int, float | None]]:
         for ids, of_ids in steps:
-            _check_drawn(ids.tolist())
-            yield ids.item(), of_ids.item() if logprobs else None
+            drawn = ids.tolist()
+            _check_drawn(drawn)
+            yield drawn[0], of_ids.item() if logprobs else None
 
     return tokens()
 
@@ -218,7 +218,7 @@ def stream(
     of a stop is held back until it is not. Bad input is refused by the call, not by the first id.
     """
     checked = _streamed(options)
-    end = _id_stream(checked, model.config.vocab_size)
+    end = id_stream(checked.tokenizer, checked.stops(model.config.vocab_size))
     raw = _raw_stream(model, prompt_ids, max_new_tokens, checked, logprobs)
 
     def ids() -> Iterator[Any]:
@@ -299,13 +299,14 @@ def generate_text(
     the text ends where the stop begins, be it inside a token. allowed_special: names of special
     tokens that the prompt may hold; any other is plain text.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not isinstance(prompt, Sequence):
+        raise ValueError(f"prompt must be a string or a list of strings, got {prompt!r}")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
     ids = [_encode(tokenizer, p, allowed_special, options) for p in prompts]
     checked = Options(tokenizer=tokenizer, **options)
     stops = checked.stops(model.config.vocab_size)
-    continued = _continue(
-        model, token_ids(ids, model.config.vocab_size), max_new_tokens, checked, False
-    )
+    prompt_ids = token_ids(ids, model.config.vocab_size)
+    continued = _continue(model, prompt_ids, max_new_tokens, checked, stops)
     texts = [
         p + TextStream(tokenizer, stops).read(new)
         for p, (new, _) in zip(prompts, continued, strict=True)

@@ -103,6 +103,7 @@ def _integer(name: str, value: Any) -> int:
 
 
 def new_tokens(max_new_tokens: Any) -> int:
+    """max_new_tokens as an int in [0, 2**63)."""
     n = _integer("max_new_tokens", max_new_tokens)
     if n < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {n}")
@@ -111,7 +112,13 @@ def new_tokens(max_new_tokens: Any) -> int:
     return n
 
 
+def check_logprobs(logprobs: Any) -> None:
+    if not isinstance(logprobs, bool):
+        raise ValueError(f"logprobs must be True or False, got {logprobs!r}")
+
+
 def token_ids(idx: Tensor | Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
+    """Prompts as lists of their own, each with at least one id of the vocabulary."""
     if isinstance(idx, Tensor) and (idx.dim() != 2 or idx.is_floating_point()):
         raise ValueError(
             "idx must be (B, T) of integers or a list of prompts, "

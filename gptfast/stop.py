@@ -51,8 +51,8 @@ class Stops:
         cls, stop: Stop | None, eos_id: int | None, tokenizer: Tokenizer | None, vocab_size: int
     ) -> Self:
         """From `generate`'s arguments; ValueError or IndexError for what can be no stop."""
-        if eos_id is not None:
-            eos_id = _token_id(eos_id, "eos_id")
+        if eos_id is not None and (eos_id := _token_id(eos_id, "eos_id")) < 0:
+            raise ValueError(f"eos_id must be a token id (an integer >= 0) or None, got {eos_id}")
         if stop is not None and not isinstance(stop, Sequence):
             raise ValueError(f"stop must be a string or a list of strings and id lists, got {stop}")
         stops = [stop] if isinstance(stop, str) else list(stop or ())
@@ -211,3 +211,8 @@ class TextStream:
         text, self._held = self._held[:n], self._held[n:]
         self._released += n
         return text
+
+
+def id_stream(tokenizer: Tokenizer | None, stops: Stops) -> TextStream:
+    """A stream for who wants ids only: their text matters where a stop string may be in it."""
+    return TextStream(tokenizer if stops.texts else None, stops)

@@ -86,7 +86,7 @@ def stops(eos: int | None, texts: Sequence[str], lists: Sequence[Sequence[int]])
     return Stops.parse([*texts, *lists], eos, PIECES, PIECES.n_vocab + 3)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=700, deadline=None)
 @given(
     ids=ids_lists,
     eos=st.none() | st.integers(0, PIECES.n_vocab),
@@ -186,6 +186,7 @@ def test_matcher_knows_what_the_text_ends_with(pattern: str, text: str) -> None:
         ("\ud800", None, r"a stop string has the lone surrogate '\\ud800' at character 0"),
         (None, "x", "eos_id must be a token id .*, got 'x'"),
         (None, 1.5, "eos_id must be a token id .*, got 1.5"),
+        (None, -1, "eos_id must be a token id .*, got -1"),
     ],
 )
 def test_stops_refused(stop: object, eos_id: object, message: str) -> None:

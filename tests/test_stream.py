@@ -119,6 +119,7 @@ def test_streams_side_by_side(model: GPT) -> None:
         (([1], 3), {"top_p": 2.0}, ValueError, "top_p must be"),
         (([1], 3), {"repetition_penalty": 0}, ValueError, "repetition_penalty must be"),
         (([1], 3), {"stop": ""}, ValueError, "stop has an empty string|pass tokenizer"),
+        (([1], 3), {"logprobs": 1}, ValueError, "logprobs must be True or False, got 1"),
         (([1], 3), {"num_beams": 2}, ValueError, "num_beams=2 cannot be streamed"),
         (("text", 3), {}, ValueError, "text goes through generate_text"),
     ],
@@ -128,7 +129,7 @@ def test_a_stream_refuses_when_it_is_called(
 ) -> None:
     with pytest.raises(error, match=message):
         stream(model, *args, **options)
-    if not isinstance(args[0], str) and args[0] == [1]:
+    if args[0] == [1] and "logprobs" not in options:
         with pytest.raises(error, match=message):
             stream_text(
                 lively_model(vocab_size=257), get_tokenizer("byte"), "a", args[1], **options
@@ -183,3 +184,13 @@ def test_text_to_text() -> None:
     text = generate_text(model, byte, "ab", 60, seed=2)
     assert text == byte.decode([i for i in ids if i < byte.n_vocab])
     assert text.startswith("ab")
+
+
+@pytest.mark.parametrize("prompt", [5, None, [5], ["a", None], "\ud800", b"ab"], ids=repr)
+def test_what_is_no_text(prompt: object) -> None:
+    byte, model = get_tokenizer("byte"), byte_model()
+    with pytest.raises(ValueError, match="must be a string|lone surrogate"):
+        generate_text(model, byte, prompt, 3)
+    if not isinstance(prompt, list):
+        with pytest.raises(ValueError, match="must be a string|lone surrogate"):
+            stream_text(model, byte, prompt, 3)
