@@ -154,6 +154,9 @@ def generate(
     looked for among the new tokens. A row ends before its stop: no token that holds a part of the
     stop is returned. Strings need `tokenizer`. Of several stops the one complete first counts.
 
+    A prompt gets the same ids alone, in a batch of any prompts, streamed or without a cache, unless
+    rounding (products of matrices of other shapes) moves a logit over the very edge of a choice.
+
     Returns one list of ids per prompt, the prompt in front; with logprobs=True also, per row, one
     float for each new token returned: the log-softmax in fp32 of the model's own logits, before
     penalty, temperature and truncation.
@@ -214,10 +217,10 @@ def stream(
 ) -> Iterator[int] | Iterator[tuple[int, float]]:
     """`generate` for one prompt, its new ids one by one; with logprobs=True, (id, logprob) pairs.
 
-    All of `generate`'s options but num_beams and length_penalty. An id that may turn out to be part
+    All of `generate`'s options but beams. An id that may turn out to be part
     of a stop is held back until it is not. Bad input is refused by the call, not by the first id.
     """
-    checked = _streamed(options)
+    checked = _streamed(options, model.config.vocab_size)
     end = id_stream(checked.tokenizer, checked.stops(model.config.vocab_size))
     raw = _raw_stream(model, prompt_ids, max_new_tokens, checked, logprobs)
 
@@ -236,14 +239,15 @@ def stream(
     return ids()
 
 
-def _streamed(options: dict[str, Any]) -> Options:
-    for name in ("num_beams", "length_penalty"):
-        if name in options:
-            raise ValueError(
-                f"{name}={options[name]} cannot be streamed: no token of a beam search is certain "
-                "before its end; use generate or generate_text"
-            )
-    return Options(**options)
+def _streamed(options: dict[str, Any], vocab_size: int) -> Options:
+    checked = Options(**options)
+    checked.check_beams(vocab_size)
+    if checked.num_beams != 1:
+        raise ValueError(
+            f"num_beams={checked.num_beams} cannot be streamed: no token of a beam search is "
+            "certain before its end; use generate or generate_text"
+        )
+    return checked
 
 
 def _encode(
@@ -267,7 +271,7 @@ def stream_text(
     A piece is whole characters, and never any part of a stop string.
     """
     ids = _encode(tokenizer, prompt, allowed_special, options)
-    checked = _streamed({**options, "tokenizer": tokenizer})
+    checked = _streamed({**options, "tokenizer": tokenizer}, model.config.vocab_size)
     text = TextStream(tokenizer, checked.stops(model.config.vocab_size))
     raw = _raw_stream(model, ids, max_new_tokens, checked)
 
