@@ -85,7 +85,14 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=["gptfast", "gptfast.ops", "gptfast.kernels", "gptfast.kernels.reference"],
+    packages=[
+        "gptfast",
+        "gptfast.cli",
+        "gptfast.ops",
+        "gptfast.weights",
+        "gptfast.kernels",
+        "gptfast.kernels.reference",
+    ],
     package_dir={"gptfast": "gptfast", "gptfast.kernels": "kernels"},
     package_data={"gptfast": ["py.typed"]},
     ext_modules=extensions(),

@@ -1,19 +1,22 @@
-"""Models and checkpoints on disk. Only safetensors and JSON: nothing is ever unpickled.
+"""Models and checkpoints on disk. Only safetensors, JSON and TOML: nothing is ever unpickled.
 
 A checkpoint is a directory:
     config.json, model.safetensors     as transformers' GPT2LMHeadModel reads them
     optimizer.safetensors              <parameter>.<exp_avg | exp_avg_sq | step | master>
+    train.toml                         the run's resolved configuration
     state.json                         format, progress, RNG, configs, SHA-256 of every file
-It is written to a temporary sibling, each file and the directory synced, then renamed: at any
-moment a directory of that name is a whole checkpoint.
+It is written to a hidden sibling, each file and the directory synced, then renamed: at any moment a
+directory of that name is a whole checkpoint. What is deleted is renamed away first.
 """
 
 import base64
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,87 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptfast.config import GPTConfig
 from gptfast.model import GPT
+from gptfast.weights.transformers import from_hf, gpt_config, hf_config, hf_tensors
 
-FORMAT = 1
-# transformers keeps these four as Conv1D: (in, out) where nn.Linear has (out, in).
-_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-def _hf_config(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
-    eot = 50256 if config.vocab_size == 50257 else None
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": None,
-        "activation_function": "gelu_new",
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "scale_attn_weights": True,
-        "tie_word_embeddings": config.tie_weights,
-        "qkv_bias": config.qkv_bias,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+FORMAT = 2
 
 
-def _gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
-    if raw.get("model_type") != "gpt2":
-        raise ValueError(
-            f"{path} describes a model of type {raw.get('model_type')!r}, not GPT-2's architecture"
-        )
-    try:
-        config = GPTConfig(
-            vocab_size=raw["vocab_size"],
-            block_size=raw["n_positions"],
-            n_layer=raw["n_layer"],
-            n_head=raw["n_head"],
-            n_embd=raw["n_embd"],
-            dropout=raw.get("resid_pdrop", 0.0),
-            qkv_bias=raw.get("qkv_bias", True),
-            tie_weights=raw.get("tie_word_embeddings", True),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error.args[0]!r}") from None
-    except TypeError as error:
-        raise ValueError(f"{path} has a value of the wrong type: {error}") from None
-    fixed = {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "layer_norm_epsilon": (1e-5,),
-        "n_inner": (None, 4 * config.n_embd),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-    }
-    for name, allowed in fixed.items():
-        if name in raw and raw[name] not in allowed:
-            raise ValueError(f"{path}: {name} is {raw[name]!r}, gptfast's GPT has {allowed[0]!r}")
-    return config
-
-
-def _hf_tensors(model: GPT) -> dict[str, Tensor]:
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu()
-        if name.endswith(_CONV1D):
-            tensor = tensor.t()
-        prefix = "" if name.startswith("lm_head") else "transformer."
-        tensors[prefix + name] = tensor.contiguous()
-        if name.endswith("c_attn.weight") and not model.config.qkv_bias:
-            # GPT-2's layout has no switch for it: a zero bias is the same function.
-            bias = tensor.new_zeros(3 * model.config.n_embd)
-            tensors[f"transformer.{name.removesuffix('weight')}bias"] = bias
-    return tensors
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, incomplete or of another format."""
 
 
 def _fsync(path: Path) -> None:
@@ -115,21 +45,37 @@ def _fsync(path: Path) -> None:
 
 
 def _write_files(
-    directory: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, Any]
+    directory: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]
 ) -> None:
     for name, named in tensors.items():
-        save_file(named, directory / name, metadata={"format": "pt"})
-    for name, value in texts.items():
-        (directory / name).write_text(json.dumps(value, indent=2) + "\n")
+        try:
+            save_file(named, directory / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{name}: {error}") from None
+    for name, text in texts.items():
+        (directory / name).write_text(text, "utf-8")
     for name in (*tensors, *texts):
         _fsync(directory / name)
 
 
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")
+
+
 def _temporary(path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = _hidden(path, f"tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
+
+
+def _model_files(model: GPT) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    config = hf_config(model.config, model.wte.weight.dtype)
+    return {"model.safetensors": hf_tensors(model)}, {"config.json": _json(config)}
 
 
 def save_model(model: GPT, directory: str | PathLike) -> None:
@@ -138,8 +84,7 @@ def save_model(model: GPT, directory: str | PathLike) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(directory / "model")
     try:
-        config = _hf_config(model.config, model.wte.weight.dtype)
-        _write_files(temporary, {"model.safetensors": _hf_tensors(model)}, {"config.json": config})
+        _write_files(temporary, *_model_files(model))
         for file in temporary.iterdir():
             file.replace(directory / file.name)
         _fsync(directory)
@@ -149,11 +94,11 @@ def save_model(model: GPT, directory: str | PathLike) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        value = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
     return value
 
 
@@ -162,21 +107,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-
-
-def _from_hf(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    state = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")):  # old files' causal masks
-            continue
-        if name == "lm_head.weight" and config.tie_weights:
-            continue
-        if name.endswith("c_attn.bias") and not config.qkv_bias:
-            continue
-        state[name] = tensor.t().contiguous() if name.endswith(_CONV1D) else tensor
-    return state
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 def _check_state(state: dict[str, Tensor], model: GPT, source: str) -> None:
@@ -194,12 +125,17 @@ def _check_state(state: dict[str, Tensor], model: GPT, source: str) -> None:
         raise ValueError(f"{source} has a tensor the model does not know: {extra[0]!r}")
 
 
-def _open_model(path: str | PathLike) -> tuple[Path, GPTConfig]:
-    """The directory `path` stands for and its config; a checkpoint's two files are verified."""
+def find_model(path: str | PathLike) -> Path:
+    """The model directory that `path` stands for (see `find_checkpoint`), verified if it can be."""
     directory = find_checkpoint(path)
     if (directory / "state.json").is_file():
         _verify(directory, _read_state(directory), ("config.json", "model.safetensors"))
-    return directory, _gpt_config(_read_json(directory / "config.json"), directory / "config.json")
+    return directory
+
+
+def read_config(directory: Path) -> Any:
+    """The GPTConfig of a model directory's config.json."""
+    return gpt_config(_read_json(directory / "config.json"), directory / "config.json")
 
 
 def load_model(path: str | PathLike) -> GPT:
@@ -208,10 +144,11 @@ def load_model(path: str | PathLike) -> GPT:
     `path` may be such a directory, a checkpoint, or the output directory of a training run, whose
     latest checkpoint is taken. Raises ValueError for anything else, naming what is wrong.
     """
-    directory, config = _open_model(path)
+    directory = find_model(path)
+    config = read_config(directory)
     with torch.device("meta"):
         model = GPT(config)
-    state = _from_hf(_read_tensors(directory / "model.safetensors"), config)
+    state = from_hf(_read_tensors(directory / "model.safetensors"), config)
     _check_state(state, model, str(directory / "model.safetensors"))
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -219,7 +156,11 @@ def load_model(path: str | PathLike) -> GPT:
 
 def load_weights(model: GPT, path: str | PathLike) -> None:
     """Copy the weights of another model's directory into `model`; ValueError if they do not fit."""
-    directory, config = _open_model(path)
+    _copy_weights(model, find_model(path))
+
+
+def _copy_weights(model: GPT, directory: Path) -> None:
+    config = read_config(directory)
     shape = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "tie_weights", "qkv_bias")
     for name in shape:
         theirs, ours = getattr(config, name), getattr(model.config, name)
@@ -227,14 +168,19 @@ def load_weights(model: GPT, path: str | PathLike) -> None:
             raise ValueError(
                 f"{directory} is another architecture: its {name} is {theirs}, not {ours}"
             )
-    state = _from_hf(_read_tensors(directory / "model.safetensors"), config)
+    state = from_hf(_read_tensors(directory / "model.safetensors"), config)
     _check_state(state, model, str(directory / "model.safetensors"))
     model.load_state_dict(state)
 
 
 def checkpoints(out: str | PathLike) -> list[Path]:
     """The checkpoints of a training run's output directory, oldest first."""
-    return sorted(p for p in Path(out).glob("checkpoints/step-*") if p.is_dir())
+    found = {
+        int(name[1]): path
+        for path in Path(out).glob("checkpoints/step-*")
+        if (name := re.fullmatch(r"step-(\d+)", path.name)) and path.is_dir()
+    }
+    return [found[step] for step in sorted(found)]
 
 
 def find_checkpoint(path: str | PathLike) -> Path:
@@ -268,44 +214,81 @@ def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str
 def save_checkpoint(
     out: str | PathLike,
     model: GPT,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     progress: dict[str, Any],
     keep: int,
+    *,
+    best: int | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write out/checkpoints/step-<progress["step"]>, then delete all but the latest `keep`.
+    """Write out/checkpoints/step-<progress["step"]>; its path.
 
-    progress: whatever else JSON can hold that a resumed run needs; it ends up in state.json.
-    Returns the checkpoint's path.
+    optimizer: None for a checkpoint of the model only. progress: whatever else JSON can hold that a
+    resumed run needs; it ends up in state.json. keep: how many of the latest stay; that of step
+    `best` stays too, and the link out/checkpoints/best points to it. texts: further files.
+
+    Raises OSError if it cannot be written; the checkpoints before it are then as they were.
     """
     target = Path(out) / "checkpoints" / f"step-{progress['step']:08d}"
-    temporary = _temporary(target)
+    temporary = _hidden(target, f"tmp-{os.getpid()}")
     try:
-        tensors = {
-            "model.safetensors": _hf_tensors(model),
-            "optimizer.safetensors": _optimizer_tensors(model, optimizer),
-        }
-        hf_config = _hf_config(model.config, model.wte.weight.dtype)
-        _write_files(temporary, tensors, {"config.json": hf_config})
+        _temporary(target)
+        tensors, files = _model_files(model)
+        if optimizer is not None:
+            tensors["optimizer.safetensors"] = _optimizer_tensors(model, optimizer)
+        files |= texts or {}
+        _write_files(temporary, tensors, files)
         state = {
             "format": FORMAT,
             **progress,
-            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-            "sha256": {name: _sha256(temporary / name) for name in (*tensors, "config.json")},
+            "rng": [_text(rng) for rng in random_state()],
+            "sha256": {name: _sha256(temporary / name) for name in (*tensors, *files)},
         }
-        if torch.cuda.is_available():
-            states = torch.cuda.get_rng_state_all()
-            state["cuda_rng"] = [base64.b64encode(s.numpy().tobytes()).decode() for s in states]
         state["digest"] = _digest(state)
-        _write_files(temporary, {}, {"state.json": state})
+        _write_files(temporary, {}, {"state.json": _json(state)})
         _fsync(temporary)
-        shutil.rmtree(target, ignore_errors=True)  # a resumed run that passes this step again
+        if target.exists():  # a resumed run that passes this step again
+            target.rename(_hidden(target, "old"))
         temporary.rename(target)
         _fsync(target.parent)
+        if best is not None:
+            _link_best(target.parent, best)
+        _delete_old(Path(out), keep, best)
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"cannot save {target}: {why}; earlier checkpoints are whole") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(out)[:-keep]:
-        shutil.rmtree(old)
     return target
+
+
+def _link_best(folder: Path, best: int) -> None:
+    link, name = folder / "best", f"step-{best:08d}"
+    if not (folder / name).is_dir() or (link.is_symlink() and os.readlink(link) == name):
+        return
+    temporary = _hidden(link, "tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name, target_is_directory=True)
+    temporary.replace(link)
+
+
+def _delete_old(out: Path, keep: int, best: int | None) -> None:
+    for path in checkpoints(out)[:-keep]:
+        if best is None or path.name != f"step-{best:08d}":
+            path.rename(_hidden(path, "deleted"))
+    clean_up(out)
+
+
+def clean_up(out: str | PathLike) -> None:
+    """Remove what a save or a deletion that was killed has left; call it with no save under way."""
+    for path in Path(out).glob("checkpoints/.*"):
+        target = path.with_name(path.name[1:].rpartition(".")[0])
+        if path.suffix == ".old" and not target.exists():
+            path.rename(target)  # killed between the two renames of a replacement
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _digest(state: dict[str, Any]) -> str:
@@ -317,40 +300,62 @@ def _digest(state: dict[str, Any]) -> str:
 def _read_state(path: Path) -> dict[str, Any]:
     state = _read_json(path / "state.json")
     if state.get("format") != FORMAT:
-        raise ValueError(
+        raise CheckpointError(
             f"{path / 'state.json'} has checkpoint format {state.get('format')!r}, "
             f"expected {FORMAT}"
         )
     if state.get("digest") != _digest(state):
-        raise ValueError(f"{path / 'state.json'} is damaged: its digest is not that of its values")
+        raise CheckpointError(
+            f"{path / 'state.json'} is damaged: its digest is not that of its values"
+        )
     return state
 
 
 def _verify(path: Path, state: dict[str, Any], names: Iterable[str]) -> None:
     for name in names:
         if not (path / name).is_file() or _sha256(path / name) != state["sha256"][name]:
-            raise ValueError(
+            raise CheckpointError(
                 f"{path / name} is damaged: its SHA-256 is not the one it was saved with"
             )
 
 
 def read_state(path: str | PathLike) -> dict[str, Any]:
-    """state.json of a checkpoint, after checking its format and every file's SHA-256."""
+    """state.json of a checkpoint, after checking its format and every file's SHA-256.
+
+    Raises CheckpointError naming the file that is damaged or missing.
+    """
     path = Path(path)
     if not (path / "state.json").is_file():
-        raise ValueError(f"{path} cannot be resumed: it has no state.json (weights only)")
+        raise CheckpointError(f"{path} cannot be resumed: it has no state.json (weights only)")
     state = _read_state(path)
     _verify(path, state, state["sha256"])
     return state
 
 
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The flat configuration in a checkpoint's train.toml; None if it has none that is whole."""
+    try:
+        _verify(path, _read_state(path), ("train.toml",))
+        return tomllib.loads((path / "train.toml").read_text("utf-8"))
+    except (CheckpointError, KeyError, FileNotFoundError):
+        return None
+
+
 def load_checkpoint(
     path: str | PathLike, model: GPT, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Restore model, optimizer and random state from a checkpoint; returns its state.json."""
+    """Restore model, optimizer and random state from a checkpoint; returns its state.json.
+
+    Everything is verified before anything is changed. Raises CheckpointError for damage, ValueError
+    for a checkpoint of another architecture or of the model only.
+    """
     path = Path(path)
     state = read_state(path)
-    load_weights(model, path)
+    if "optimizer.safetensors" not in state["sha256"]:
+        raise ValueError(
+            f"{path} holds the model only and cannot be resumed; start from its weights (--init)"
+        )
+    _copy_weights(model, path)
     names = dict(model.named_parameters())
     for key, tensor in _read_tensors(path / "optimizer.safetensors").items():
         name, _, field = key.rpartition(".")
@@ -359,10 +364,25 @@ def load_checkpoint(
                 f"{path} has optimizer state for {name!r}, which the model does not have"
             )
         optimizer.state[names[name]][field] = tensor.to(names[name].device)
-    torch.set_rng_state(_tensor_of_bytes(state["rng"]))
-    if torch.cuda.is_available() and "cuda_rng" in state:
-        torch.cuda.set_rng_state_all([_tensor_of_bytes(s) for s in state["cuda_rng"]])
+    restore_random_state([_tensor_of_bytes(text) for text in state["rng"]])
     return state
+
+
+def random_state() -> list[Tensor]:
+    """The states of torch's generators: the CPU's, then each GPU's."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *gpus]
+
+
+def restore_random_state(state: list[Tensor]) -> None:
+    """Set torch's generators to what `random_state` gave, as far as this machine has them."""
+    torch.set_rng_state(state[0])
+    for device, rng in zip(range(torch.cuda.device_count()), state[1:], strict=False):
+        torch.cuda.set_rng_state(rng, device)
+
+
+def _text(rng: Tensor) -> str:
+    return base64.b64encode(rng.numpy().tobytes()).decode()
 
 
 def _tensor_of_bytes(text: str) -> Tensor:

@@ -1,8 +1,9 @@
 """The two configurations: what a model is, and how it is trained. Flat, frozen, checked once."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 PRESETS = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
@@ -15,6 +16,13 @@ PRESETS = {
 def _require(fits: bool, what: str) -> None:
     if not fits:
         raise ValueError(what)
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """A flat configuration as TOML, which has no null: None is written as "none"."""
+    import tomli_w
+
+    return tomli_w.dumps({name: "none" if x is None else x for name, x in values.items()})
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,20 @@ class TrainConfig:
     """Optimizer steps in all."""
     epochs: int | None = None
     """Passes over the training data, where max_steps is not given (default 5)."""
+    accumulation_steps: int = 1
+    """Batches per optimizer step; their gradients are averaged over all tokens."""
     lr: float = 1e-3
     """Peak learning rate, reached after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "exponential"] = "cosine"
+    """How the rate goes on after the warm-up: down to min_lr (cosine, linear), not at all
+    (constant), down in the last decay_steps only (wsd: warm-up, stable, decay), or up from min_lr
+    to lr (exponential: a learning-rate range test)."""
     min_lr: float | None = None
-    """Learning rate at the end of the cosine decay (default lr / 10)."""
+    """Learning rate at the end of the decay (default lr / 10)."""
     warmup_steps: int | None = None
     """Steps of linear warm-up (default a twentieth of the run)."""
+    decay_steps: int | None = None
+    """Steps of decay at the end of schedule wsd (default a fifth of the run)."""
     weight_decay: float = 0.1
     """Decay of matrices and embeddings; biases and norms have none."""
     beta1: float = 0.9
@@ -81,20 +97,45 @@ class TrainConfig:
     """AdamW's decay rate of the second moment."""
     max_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are, by name or pattern: wte.* h.0.* 'h.*.attn.*'."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products and kernels in bfloat16 by autocast, parameters in fp32."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward instead of keeping them: less memory,
+    a third more time."""
+    compile: bool = False
+    """Compile the training step's forward and backward with torch.compile."""
     eval_interval: int = 100
     """Steps between evaluations of training and validation loss."""
     eval_batches: int | None = None
     """Batches per evaluation (default all of the validation data)."""
+    early_stopping: int | None = None
+    """End the run after this many evaluations in a row without a lower validation loss."""
     log_interval: int = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_interval: int | None = None
     """Steps between checkpoints (default eval_interval); one is always written at the end."""
     keep: int = 2
     """How many of the latest checkpoints to keep."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest validation loss too, as checkpoints/best."""
+    save_optimizer: bool = True
+    """Save all that --resume needs; without, checkpoints hold the model only."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or gradient norm is not finite: save and stop, or pass the step over.
+    The weights stay as they were either way."""
+    skip_zscore: float | None = None
+    """Pass over steps whose loss or gradient norm is this many standard deviations above the mean
+    of the 128 steps before (6, say)."""
     sample_prompt: str = "This is"
     """What the text sample of each epoch starts with."""
     sample_tokens: int = 100
     """Tokens per text sample; 0 for none."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, into tensorboard/ of the run."""
+    profile: bool = False
+    """Write trace.json, a profile of three steps, for ui.perfetto.dev or chrome://tracing."""
     seed: int = 0
     """Fixes initialisation, data order and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -105,10 +146,11 @@ class TrainConfig:
             self.max_steps is None or self.epochs is None,
             f"give max_steps or epochs, not both: got {self.max_steps} and {self.epochs}",
         )
-        for name in ("max_steps", "epochs", "eval_batches", "checkpoint_interval"):
+        optional = ("max_steps", "epochs", "eval_batches", "checkpoint_interval")
+        for name in (*optional, "early_stopping", "decay_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
-        for name in ("eval_interval", "log_interval", "keep"):
+        for name in ("eval_interval", "log_interval", "keep", "accumulation_steps"):
             _require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
         _require(
             self.lr > 0 and math.isfinite(self.lr), f"lr must be a finite number > 0, got {self.lr}"
@@ -121,3 +163,15 @@ class TrainConfig:
             value = getattr(self, name)
             _require(0.0 <= value < 1.0, f"{name} must be in [0, 1), got {value}")
         _require(self.max_norm > 0, f"max_norm must be > 0, got {self.max_norm}")
+        for name in ("schedule", "precision", "nonfinite", "device"):
+            choices = get_args(get_type_hints(TrainConfig)[name])
+            value = getattr(self, name)
+            _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        _require(
+            self.schedule != "exponential" or self.min_lr != 0,
+            "schedule exponential rises from min_lr, which must be > 0, got 0",
+        )
+        _require(
+            self.skip_zscore is None or self.skip_zscore > 0,
+            f"skip_zscore must be > 0, got {self.skip_zscore}",
+        )

@@ -1,11 +1,13 @@
 """Loss and perplexity of a model on batches."""
 
+import copy
 import math
 from collections.abc import Iterable
 from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from gptfast.model import GPT
 
@@ -43,3 +45,15 @@ def loader_loss(
 def perplexity(loss: float) -> float:
     """exp(loss), loss in nats per token."""
     return math.inf if loss > 700 else math.exp(loss)
+
+
+def from_start(loader: DataLoader) -> DataLoader:
+    """The loader of `create_dataloader` from its first batch on; the one given keeps its place."""
+    order = copy.copy(loader.batch_sampler)
+    order.set_position(0)
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=order,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator(),
+    )

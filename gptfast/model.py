@@ -11,6 +11,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops
 from gptfast.config import GPTConfig
@@ -93,6 +94,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        # Whether the backward computes each block's activations again instead of keeping them.
+        self.activation_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -150,7 +153,10 @@ class GPT(nn.Module):
             time = cache.length[:, None] + time - start  # (B, T)
         x = self.drop(self._embed(idx) + self.wpe(time))  # (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x, seed + layer, cache, layer)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, seed + layer, cache, layer, use_reentrant=False)
+            else:
+                x = block(x, seed + layer, cache, layer)
         return self.ln_f(x)
 
     def forward(

@@ -1,29 +1,49 @@
-"""The training loop: a batch goes in, the loss comes out, AdamW steps; now and then it looks up."""
+"""The training loop: a batch goes in, the loss comes out, AdamW steps; now and then it looks up.
 
+Everything that happens after step s (its row of metrics, evaluation, sample, checkpoint) is on disk
+before the checkpoint of step s is; so a run that goes on from there repeats and loses nothing.
+"""
+
+import contextlib
 import dataclasses
+import functools
 import json
-import math
-import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from gptfast.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from gptfast.config import TrainConfig
-from gptfast.evaluate import batch_loss, loader_loss, perplexity
+from gptfast.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    clean_up,
+    load_checkpoint,
+    save_checkpoint,
+)
+from gptfast.config import TrainConfig, to_toml
+from gptfast.data import BatchOrder, describe_batch
+from gptfast.evaluate import from_start, loader_loss, perplexity
+from gptfast.flops import measured_peak, mfu, peak_memory
 from gptfast.generate import generate_text
+from gptfast.interrupt import Interrupt
 from gptfast.model import GPT
-from gptfast.optim import AdamW
 from gptfast.plot import plot_losses
+from gptfast.run_directory import RunDirectory
+from gptfast.schedule import learning_rate
 from gptfast.tokenizer import Tokenizer
+from gptfast.train_step import Batch, RefusedStep, TrainStep, autocast
+
+_peak = functools.cache(measured_peak)
+
+
+class _Interrupted(Exception):
+    """An evaluation was broken off because the run is to stop."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -40,32 +60,30 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """Linear warm-up to config.lr, then a cosine down to min_lr at the last of `steps` steps."""
-    warmup = config.warmup_steps if config.warmup_steps is not None else max(1, steps // 20)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    min_lr = config.min_lr if config.min_lr is not None else config.lr / 10
-    done = (step - warmup) / max(1, steps - 1 - warmup)
-    return min_lr + (config.lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+@contextlib.contextmanager
+def profiler(trace: Path, steps: int) -> Iterator[Callable[[], None]]:
+    """A function to call after each of `steps` steps: the third to fifth are profiled into `trace`.
 
-
-def parameter_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and embeddings, which decay; biases and norms, which do not."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    no_decay = [p for p in model.parameters() if p.dim() < 2]
-    return [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
+    The file is Chrome's trace format, which ui.perfetto.dev opens. A run of fewer steps is profiled
+    from its first or second one on.
+    """
+    with torch.profiler.profile(
+        schedule=torch.profiler.schedule(
+            wait=int(steps > 4), warmup=int(steps > 3), active=3, repeat=1
+        ),
+        on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)),
+    ) as profile:
+        yield profile.step
 
 
 class Trainer:
     """Trains a GPT and leaves checkpoints, metrics.jsonl, samples and a loss plot in config.out.
 
-    train_loader, val_loader: from `create_dataloader`. tokenizer: for the text samples and, by its
-    name, for whoever loads the checkpoint. extra: JSON-able facts to save beside the configs.
-    Raises ValueError where the run directory cannot be used.
+    train_loader, val_loader, test_loader: from `create_dataloader`; the test loss, if asked for, is
+    measured once at the end. tokenizer: for the text samples and, by its name, for whoever loads
+    the checkpoint. settings: what else made the run, in TOML's types: kept beside the configs.
+    data_sha256: the data's identity; a run is not resumed with other data, batches or seed.
+    Raises ValueError where a loader or the run directory cannot be used.
     """
 
     def __init__(
@@ -75,135 +93,227 @@ class Trainer:
         train_loader: DataLoader,
         val_loader: DataLoader,
         *,
+        test_loader: DataLoader | None = None,
         tokenizer: Tokenizer | None = None,
-        extra: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
+        data_sha256: str | None = None,
     ) -> None:
+        for loader in (train_loader, val_loader):
+            if not isinstance(loader.batch_sampler, BatchOrder):
+                raise ValueError("the loaders must come from gptfast.create_dataloader")
         self.device = choose_device(config.device)
-        self.model, self.config = model.to(self.device), config
-        self.train_loader, self.val_loader, self.tokenizer = train_loader, val_loader, tokenizer
-        self.optimizer = AdamW(
-            parameter_groups(model, config.weight_decay),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            max_norm=config.max_norm,
-        )
-        self.steps = config.max_steps or (config.epochs or 5) * len(train_loader)
+        self.model, self.config, self.tokenizer = model.to(self.device), config, tokenizer
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.test_loader = test_loader
+        self.take_step = TrainStep(model, config, self.device)
+        self.optimizer, self.guard = self.take_step.optimizer, self.take_step.guard
+        passes = config.epochs or 5
+        per_run = passes * len(train_loader) // config.accumulation_steps
+        self.steps = config.max_steps or max(1, per_run)
         self.step, self.tokens, self.history = 0, 0, []
+        self.best: dict[str, Any] | None = None
+        self.bad_evaluations = 0
+        # The row of a step whose look-up is not done: of step 0 to begin with.
+        self.pending: dict[str, Any] | None = {}
+        # The step whose checkpoint, with nothing pending, is on disk.
+        self.saved_step: int | None = None
         self.out = Path(config.out)
+        self.run = RunDirectory(self.out, tensorboard=config.tensorboard)
         self.saved = {
             "model": dataclasses.asdict(model.config),
             "train": dataclasses.asdict(config),
             "tokenizer": tokenizer.name if tokenizer else None,
-            **(extra or {}),
+            **(settings or {}),
+            "data_sha256": data_sha256,
         }
-        # The same first batches at every evaluation, so that training losses compare.
-        n = config.eval_batches or len(val_loader)
-        train_loader.batch_sampler.set_position(0)
-        self.train_sample = list(islice(train_loader, n))
         self.progress: tqdm | None = None
+        self.interrupt = Interrupt()
         if tokenizer and config.sample_tokens and not tokenizer.encode(config.sample_prompt):
             raise ValueError("sample_prompt is empty; give it some text or set sample_tokens to 0")
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Train to the last step and return the history, the rows of metrics.jsonl.
 
-        resume: continue from the latest checkpoint in config.out, as if never interrupted; without
-        one, start. A fresh start in a directory that has checkpoints is a ValueError.
+        resume: continue from the latest whole checkpoint in config.out, as if never interrupted;
+        without one, start. A fresh start in a directory that has checkpoints is a ValueError.
+        SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second SIGINT
+        raises KeyboardInterrupt at once. A loss or gradient norm that is not finite raises
+        FloatingPointError after a checkpoint of the weights before that step.
         """
-        self._open_run(resume)
-        if self.step == 0:
-            torch.manual_seed(self.config.seed)
-            self._evaluate(None)
-        if self.step >= self.steps:
-            self._say(f"the run is complete at step {self.step}; raise max_steps or epochs")
-        self.model.train()
-        self.progress = tqdm(
-            total=self.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True
-        )
-        with self.progress:
-            self._loop()
-        if self.history:
-            plot_losses(self.history, self.out)
+        if checkpoints(self.out) and not resume:
+            raise ValueError(
+                f"{self.out} already holds a run; continue it with --resume or choose another --out"
+            )
+        with self.run.lock(), Interrupt() as self.interrupt:
+            self._open()
+            dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+            self.peak = _peak(self.device, dtype)
+            self.model.train()
+            self.progress = tqdm(
+                total=self.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True
+            )
+            with self.progress:
+                self._loop()
+            if any("val_loss" in row for row in self.history):
+                plot_losses(self.history, self.out)
         return self.history
 
-    def train_step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One optimizer step on a batch, at the rate the schedule has for it; its loss, 0-d."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.config)
-        loss = batch_loss(self.model, x, y)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+    def train_step(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """One optimizer step at the schedule's rate; what `TrainStep` returns, less its targets.
+
+        Raises FloatingPointError, after a checkpoint, for a step that must not be taken.
+        """
+        try:
+            row = self.take_step(batches, learning_rate(self.step, self.steps, self.config))
+        except RefusedStep as refused:
+            self._save()
+            raise FloatingPointError(
+                f"{refused} at step {self.step + 1}, on {self._data_of(self.step)}; lower --lr, "
+                "look at that data, or pass such steps over with --nonfinite skip. No weight was "
+                f"changed; the checkpoint of step {self.step} is in {self.out}"
+            ) from None
         self.step += 1
-        self.tokens += y.numel()
-        return loss.detach()
-
-    def _loop(self) -> None:
-        config, per_epoch = self.config, len(self.train_loader)
-        every = config.checkpoint_interval or config.eval_interval
-        start, start_tokens = time.perf_counter(), self.tokens
-        for x, y in self._batches():
-            loss = self.train_step(x, y)
-            self.progress.update()
-            last = self.step == self.steps
-            evaluates = last or self.step % config.eval_interval == 0
-            row = None
-            if evaluates or self.step % config.log_interval == 0:
-                seconds = time.perf_counter() - start
-                row = self._log(loss, (self.tokens - start_tokens) / seconds)
-            if evaluates:
-                self._evaluate(row)
-            if row:
-                self._write(row)
-            if last or self.step % every == 0:
-                self._save()
-            if last or self.step % per_epoch == 0:
-                self._sample()
-            if row:
-                # The clock of tokens per second leaves evaluation, samples and checkpoints out.
-                start, start_tokens = time.perf_counter(), self.tokens
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.train_loader.batch_sampler.set_position(self.step)
-        while self.step < self.steps:
-            yield from islice(self.train_loader, self.steps - self.step)
-
-    def _row(self) -> dict[str, Any]:
-        epoch = self.step / len(self.train_loader)
-        return {"step": self.step, "epoch": round(epoch, 6), "tokens": self.tokens}
-
-    def _log(self, loss: Tensor, tokens_per_second: float) -> dict[str, Any]:
-        row = self._row() | {
-            "loss": loss.item(),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": self.optimizer.grad_norm.item(),
-            "tokens_per_second": round(tokens_per_second, 1),
-        }
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(row[name]):
-                raise FloatingPointError(
-                    f"{name} is {row[name]} at step {self.step}; lower --lr, or look at the data. "
-                    f"Checkpoints up to here are in {self.out}"
-                )
-        self._say(
-            f"step {self.step}/{self.steps} | loss {row['loss']:.3f} | lr {row['lr']:.2e} | "
-            f"norm {row['grad_norm']:.2f} | {row['tokens_per_second']:,.0f} tokens/s"
-        )
+        self.tokens += row.pop("targets")
+        if "skipped" in row:
+            self._say(f"step {self.step} skipped: {row['skipped']}; {self._data_of(self.step - 1)}")
         return row
 
-    def _evaluate(self, row: dict[str, Any] | None) -> None:
-        self.val_loader.batch_sampler.set_position(0)
-        train_loss = loader_loss(self.model, self.train_sample)
-        val_loss = loader_loss(self.model, self.val_loader, self.config.eval_batches)
-        losses = {"train_loss": train_loss, "val_loss": val_loss}
-        if row is None:
-            self._write(self._row() | losses)
-        else:
-            row |= losses
+    def _data_of(self, step: int) -> str:
+        first = step * self.config.accumulation_steps
+        batches = range(first, first + self.config.accumulation_steps)
+        return "; ".join(describe_batch(self.train_loader, batch) for batch in batches)
+
+    def _loop(self) -> None:
+        if self.pending is not None:
+            self._look_up(self.pending)
+        elif self._is_over():
+            self._say(f"the run is complete at step {self.step}; raise max_steps or epochs")
+        profiled = contextlib.nullcontext(lambda: None)
+        if self.config.profile and not self._is_over():
+            profiled = profiler(self.out / "trace.json", self.steps - self.step)
+        start, start_tokens = time.perf_counter(), self.tokens
+        with profiled as step_done:
+            for batches in self._batches():
+                row = self.train_step(batches)
+                self.progress.update()
+                step_done()
+                seconds = time.perf_counter() - start
+                row |= self._speed((self.tokens - start_tokens) / seconds, batches[0][0].shape[1])
+                if self._look_up(row):
+                    # The clock of tokens per second leaves evaluation and checkpoints out.
+                    start, start_tokens = time.perf_counter(), self.tokens
+        if self.interrupt.requested:
+            self._say(
+                f"{self.interrupt.requested}: stopped at step {self.step}, all is saved; "
+                "--resume continues"
+            )
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        per_step = self.config.accumulation_steps
+        self.train_loader.batch_sampler.set_position(self.step * per_step)
+        stream = _forever(self.train_loader)
+        while not self._is_over() and not self.interrupt.requested:
+            yield list(islice(stream, per_step))
+
+    def _is_over(self) -> bool:
+        patience = self.config.early_stopping
+        return self.step >= self.steps or (
+            patience is not None and self.bad_evaluations >= patience
+        )
+
+    def _look_up(self, row: dict[str, Any]) -> bool:
+        """All that follows a step: log, evaluate, sample, save. Whether its row was written."""
+        config = self.config
+        self.pending = row = self._place() | row
+        evaluates = self.step % config.eval_interval == 0 or self._is_over()
+        due = evaluates or self.step % config.log_interval == 0 or "skipped" in row
+        if due:
+            self._report(row)
+        improved = False
+        if evaluates:
+            before = self.best, self.bad_evaluations
+            try:
+                improved = self._evaluate(row)
+            except _Interrupted:
+                self.best, self.bad_evaluations = before
+                self._save()
+                return False
+        ends = self._is_over()
+        if ends:
+            row["final"] = True
+        if due:
+            self.history.append(row)
+            self.run.write(row)
+        if ends or self._ends_epoch():
+            self._sample()
+        self.pending = None
+        every = config.checkpoint_interval or config.eval_interval
+        scheduled = self.step > 0 and (ends or self.step % every == 0)
+        if scheduled or (improved and config.keep_best) or self.interrupt.requested:
+            self._save()
+        return due
+
+    def _place(self) -> dict[str, Any]:
+        epoch = self.step * self.config.accumulation_steps / len(self.train_loader)
+        return {"step": self.step, "epoch": round(epoch, 6), "tokens": self.tokens}
+
+    def _ends_epoch(self) -> bool:
+        per_step, per_epoch = self.config.accumulation_steps, len(self.train_loader)
+        before, now = (step * per_step // per_epoch for step in (self.step - 1, self.step))
+        return self.step > 0 and now > before
+
+    def _speed(self, tokens_per_second: float, T: int) -> dict[str, float]:
+        share = mfu(tokens_per_second, self.model.config, T, self.peak)
+        return {
+            "tokens_per_second": round(tokens_per_second, 1),
+            "mfu": round(share, 4),
+            "memory_mb": round(peak_memory(self.device) / 2**20),
+        }
+
+    def _evaluate(self, row: dict[str, Any]) -> bool:
+        """Add the losses to the row of this step; whether the model is the best so far."""
+        # The same first batches at every evaluation, so that training losses compare.
+        n = self.config.eval_batches or len(self.val_loader)
+        train_loss = self._loss_over(self.train_loader, n)
+        val_loss = self._loss_over(self.val_loader, self.config.eval_batches)
+        row |= {"train_loss": train_loss, "val_loss": val_loss}
         self._say(
             f"step {self.step}/{self.steps} | training loss {train_loss:.3f} | "
             f"validation loss {val_loss:.3f} (perplexity {perplexity(val_loss):.1f})"
         )
+        improved = self._judge(val_loss)
+        if self._is_over() and self.test_loader is not None:
+            row["test_loss"] = loss = self._loss_over(self.test_loader, None)
+            self._say(f"test loss {loss:.3f} (perplexity {perplexity(loss):.1f})")
+        return improved
+
+    def _loss_over(self, loader: DataLoader, n: int | None) -> float:
+        with autocast(self.device, self.config):
+            return loader_loss(self.model, self._until_interrupted(from_start(loader)), n)
+
+    def _until_interrupted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self.interrupt.requested:
+                raise _Interrupted
+            yield batch
+
+    def _judge(self, val_loss: float) -> bool:
+        """Note whether the model is the best so far; step 0 does not count."""
+        if self.step == 0:
+            return False
+        improved = self.best is None or val_loss < self.best["val_loss"]
+        if improved:
+            self.best = {"step": self.step, "val_loss": val_loss}
+        self.bad_evaluations = 0 if improved else self.bad_evaluations + 1
+        return improved
+
+    def _report(self, row: dict[str, Any]) -> None:
+        if "loss" in row and "grad_norm" in row:
+            self._say(
+                f"step {self.step}/{self.steps} | loss {row['loss']:.3f} | lr {row['lr']:.2e} | "
+                f"norm {row['grad_norm']:.2f} | {row['tokens_per_second']:,.0f} tokens/s | "
+                f"MFU {row['mfu']:.0%}"
+            )
 
     def _sample(self) -> None:
         if self.tokenizer is None or not self.config.sample_tokens:
@@ -217,63 +327,79 @@ class Trainer:
             seed=self.config.seed,
         )
         line = " ".join(text.split())
-        with (self.out / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"step {self.step}: {line}\n")
+        self.run.write_sample(self.step, line)
         self._say(f"step {self.step}/{self.steps} | sample: {line}")
 
     def _save(self) -> None:
-        progress = {"step": self.step, "tokens": self.tokens, "config": self.saved}
-        save_checkpoint(self.out, self.model, self.optimizer, progress, self.config.keep)
+        if self.saved_step == self.step:
+            return
+        progress = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "pending": self.pending,
+            "best": self.best,
+            "bad_evaluations": self.bad_evaluations,
+            "guard": self.guard.state_dict(),
+            "config": self.saved,
+        }
+        flat = {**self.saved["model"], **self.saved["train"], **self.saved}
+        for name in ("model", "train", "data_sha256"):
+            del flat[name]
+        self.run.sync()
+        save_checkpoint(
+            self.out,
+            self.model,
+            self.optimizer if self.config.save_optimizer else None,
+            progress,
+            self.config.keep,
+            best=self.best["step"] if self.best and self.config.keep_best else None,
+            texts={"train.toml": to_toml(flat)},
+        )
+        self.saved_step = self.step if self.pending is None else None
 
-    def _open_run(self, resume: bool) -> None:
-        found = checkpoints(self.out)
-        if found and not resume:
-            raise ValueError(
-                f"{self.out} already holds a run; continue it with --resume or choose another --out"
-            )
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "metrics.jsonl").open("a").close()
-        except OSError as error:
-            raise ValueError(f"cannot write to {self.out}: {error.strerror}") from None
-        if found:
-            self._restore(found[-1])
-        else:
-            for name in ("metrics.jsonl", "samples.txt"):
-                (self.out / name).write_text("")
-
-    def _restore(self, path: Path) -> None:
-        state = load_checkpoint(path, self.model, self.optimizer)
-        self._check_same_run(state["config"], path)
-        self.step, self.tokens = state["step"], state["tokens"]
-        lines = (self.out / "metrics.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
+    def _open(self) -> None:
+        clean_up(self.out)
+        restored = self._restore()
+        if not restored:
+            torch.manual_seed(self.config.seed)
         # What was written after the checkpoint happens again.
-        self.history = [row for row in rows if row["step"] <= self.step]
-        text = "".join(json.dumps(row) + "\n" for row in self.history)
-        (self.out / "metrics.jsonl").write_text(text)
-        samples = self.out / "samples.txt"
-        lines = samples.read_text("utf-8").splitlines() if samples.exists() else []
-        # One that was cut off in the middle is dropped.
-        steps = [re.match(r"step (\d+): ", line) for line in lines]
-        kept = [m.string for m in steps if m and int(m[1]) <= self.step]
-        samples.write_text("".join(line + "\n" for line in kept), "utf-8")
-        self._say(f"resumed from {path} at step {self.step}")
+        self.history = self.run.rewind(
+            self.step if self.pending is None else self.step - 1, ended=self._is_over()
+        )
+
+    def _restore(self) -> bool:
+        """Load the newest whole checkpoint, saying which are not; False if there is none."""
+        found = checkpoints(self.out)
+        damaged: CheckpointError | None = None
+        for path in reversed(found):
+            try:
+                state = load_checkpoint(path, self.model, self.optimizer)
+            except CheckpointError as error:
+                self._say(f"{error}; falling back to the checkpoint before it")
+                damaged = damaged or error
+                continue
+            self._check_same_run(state["config"], path)
+            self.step, self.tokens, self.pending = state["step"], state["tokens"], state["pending"]
+            self.best, self.bad_evaluations = state["best"], state["bad_evaluations"]
+            self.guard.load_state_dict(state["guard"])
+            self.saved_step = self.step if self.pending is None else None
+            self._say(f"resumed from {path} at step {self.step}")
+            return True
+        if damaged:
+            raise CheckpointError(f"no checkpoint in {self.out} is whole: {damaged}")
+        return False
 
     def _check_same_run(self, saved: dict[str, Any], path: Path) -> None:
         """ValueError if the data or its order are not the checkpoint's: that is another run."""
-        before, now = ({**c["train"], **c} for c in (saved, self.saved))
-        for name in ("data_sha256", "tokenizer", "batch_size", "split", "seed"):
+        # Through JSON, as the saved ones went: it knows no tuples.
+        before, now = ({**c["train"], **c} for c in (saved, json.loads(json.dumps(self.saved))))
+        same = ("data_sha256", "tokenizer", "batch_size", "split", "seed", "accumulation_steps")
+        for name in same:
             if before.get(name) != now.get(name):
                 raise ValueError(
                     f"{path} was trained with {name} {before.get(name)}, not {now.get(name)}; "
                     "resume with the same, or start another run from its weights (--init)"
                 )
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self.history.append(row)
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
     def _say(self, line: str) -> None:
         # On a terminal, above the bar; elsewhere a plain line.
@@ -281,3 +407,8 @@ class Trainer:
             self.progress.write(line)
         else:
             print(line, file=sys.stdout, flush=True)
+
+
+def _forever(loader: DataLoader) -> Iterator[Batch]:
+    while True:
+        yield from loader

@@ -70,7 +70,8 @@ def make_trainer(
 
 def without_speed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl less what no run repeats."""
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in history]
+    machine = ("tokens_per_second", "mfu", "memory_mb")
+    return [{k: v for k, v in row.items() if k not in machine} for row in history]
 
 
 def parameters(model: GPT) -> dict[str, Tensor]:

@@ -193,7 +193,7 @@ def test_weights_alone_cannot_be_resumed(saved: Path) -> None:
 def test_another_format_version(saved: Path) -> None:
     state = json.loads((saved / "state.json").read_text())
     (saved / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(ValueError, match="state.json has checkpoint format 99, expected 1"):
+    with pytest.raises(ValueError, match="state.json has checkpoint format 99, expected 2"):
         read_state(saved)
 
 

@@ -327,7 +327,7 @@ def test_no_checkpoint(kind: str, tmp_path: Path, capsys: Capture) -> None:
 
 @pytest.mark.parametrize(
     ("args", "words"),
-    [([], "{train, generate, info}"), (["tran"], "tran")],
+    [([], "{train, generate, eval, prepare, tokenizer, search, plot, info}"), (["tran"], "tran")],
     ids=["none", "unknown"],
 )
 def test_no_command(args: list[str], words: str, capsys: Capture) -> None:

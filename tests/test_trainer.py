@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
+import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,16 @@ from helpers import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from gptfast import GPT, TrainConfig, Trainer, create_dataloader, get_tokenizer
-from gptfast.checkpoint import checkpoints
+from gptfast.checkpoint import checkpoints, read_state
 from gptfast.data import as_tokens, embedded_text
-from gptfast.trainer import choose_device, learning_rate, parameter_groups
+from gptfast.evaluate import from_start, loader_loss
+from gptfast.optim import parameter_groups
+from gptfast.run_directory import RunDirectory
+from gptfast.schedule import learning_rate
+from gptfast.trainer import choose_device
 
 
 class PlainBlock(nn.Module):
@@ -158,12 +166,12 @@ class Cut(Exception):
 
 def cut_at(trainer: Trainer, step: int) -> None:
     """Let the trainer fail when it is about to take the step after `step`."""
-    real: Callable[[Tensor, Tensor], Tensor] = trainer.train_step
+    real: Callable = trainer.train_step
 
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
+    def train_step(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         if trainer.step == step:
             raise Cut
-        return real(x, y)
+        return real(batches)
 
     trainer.train_step = train_step
 
@@ -214,28 +222,6 @@ def test_used_loaders_do_not_change_the_run(tmp_path: Path) -> None:
     assert without_speed(rebuilt.fit()) == without_speed(fresh.fit())
 
 
-@pytest.mark.parametrize(
-    ("changes", "rates"),
-    [
-        ({"warmup_steps": 4}, {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 12: 0.55, 20: 0.1}),
-        ({"warmup_steps": 0, "min_lr": 0.0}, {0: 1.0, 10: 0.5, 20: 0.0}),
-        ({"warmup_steps": 10, "min_lr": 0.5}, {9: 1.0, 10: 1.0, 15: 0.75, 20: 0.5}),
-        ({"warmup_steps": 100}, {0: 0.01, 20: 0.21}),
-        # A twentieth of 21 steps is one.
-        ({}, {0: 1.0, 1: 1.0, 20: 0.1}),
-    ],
-    ids=["warm-up", "no-warm-up", "min-lr", "warm-up-only", "defaults"],
-)
-def test_learning_rate(changes: dict[str, Any], rates: dict[int, float]) -> None:
-    config = TrainConfig(lr=1.0, **changes)
-    got = {step: learning_rate(step, 21, config) for step in rates}
-    assert got == pytest.approx(rates)
-
-
-def test_learning_rate_of_one_step() -> None:
-    assert learning_rate(0, 1, TrainConfig(lr=2.0)) == 2.0
-
-
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_parameter_groups(tied: bool) -> None:
     model = random_model(tie_weights=tied)
@@ -274,10 +260,10 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert [line[: line.index(":")] for line in samples] == ["step 7", "step 14"]
     assert all("This is" in line for line in samples)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["step-00000012", "step-00000014"]
+    assert kept == ["best", "step-00000012", "step-00000014"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "loss.pdf").read_bytes().startswith(b"%PDF")
-    state = json.loads((tmp_path / "checkpoints" / kept[1] / "state.json").read_text())
+    state = json.loads((tmp_path / "checkpoints" / kept[-1] / "state.json").read_text())
     assert (state["step"], state["tokens"]) == (14, 14 * 64)
     assert state["config"]["tokenizer"] == "byte"
     assert state["config"]["train"]["lr"] == 2e-3
@@ -286,18 +272,132 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_keep(tmp_path: Path, keep: int) -> None:
-    make_trainer(tmp_path, max_steps=5, checkpoint_interval=1, keep=keep).fit()
+    make_trainer(tmp_path, max_steps=5, checkpoint_interval=1, keep=keep, keep_best=False).fit()
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [f"step-{step:08d}" for step in range(6 - keep, 6)]
 
 
-def test_evaluation_is_that_of_the_weights_then(tmp_path: Path) -> None:
-    from gptfast.evaluate import loader_loss
+def with_losses(trainer: Trainer, val_losses: dict[int, float]) -> Trainer:
+    """The trainer with these validation losses, by step, instead of those it would measure."""
 
+    def loss_over(loader: DataLoader, n: int | None) -> float:
+        return val_losses[trainer.step] if loader is trainer.val_loader else 5.0
+
+    trainer._loss_over = loss_over
+    return trainer
+
+
+FALL_AND_RISE = {0: 4.5, 1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 3.0, 6: 3.2, 7: 2.5, 8: 2.6}
+
+
+@pytest.mark.parametrize("interval", [1, 100], ids=["every-step", "never"])
+def test_the_best_checkpoint_is_kept(tmp_path: Path, interval: int) -> None:
+    options = {"eval_interval": 1, "checkpoint_interval": interval, "keep": 1}
+    trainer = with_losses(make_trainer(tmp_path, max_steps=6, **options), FALL_AND_RISE)
+    trainer.fit()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["best", "step-00000003", "step-00000006"]
+    assert read_state(tmp_path / "checkpoints" / "best")["step"] == 3
+    assert GPT.from_pretrained(tmp_path / "checkpoints" / "best").config == trainer.model.config
+    # The run goes on and a better one takes its place.
+    again = with_losses(make_trainer(tmp_path, max_steps=8, **options), FALL_AND_RISE)
+    again.fit(resume=True)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["best", "step-00000007", "step-00000008"]
+    assert read_state(tmp_path / "checkpoints" / "best")["step"] == 7
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    options = {"eval_interval": 1, "max_steps": 8}
+    trainer = with_losses(make_trainer(tmp_path, early_stopping=3, **options), FALL_AND_RISE)
+    history = trainer.fit()
+    assert trainer.step == 6
+    assert history[-1]["final"] and history[-1]["val_loss"] == 3.2
+    assert read_state(checkpoints(tmp_path)[-1])["step"] == 6
+    # Over is over, unless there is more patience.
+    again = with_losses(make_trainer(tmp_path, early_stopping=3, **options), FALL_AND_RISE)
+    assert again.fit(resume=True) == history
+    more = with_losses(make_trainer(tmp_path, early_stopping=4, **options), FALL_AND_RISE)
+    rows = more.fit(resume=True)
+    assert [row["step"] for row in rows] == list(range(9))
+    assert [row.get("final") for row in rows] == [None] * 8 + [True]
+
+
+def test_a_model_only_checkpoint(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=3, save_optimizer=False)
+    trainer.fit()
+    last = checkpoints(tmp_path)[-1]
+    assert sorted(path.name for path in last.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "state.json",
+        "train.toml",
+    ]
+    assert differing(parameters(GPT.from_pretrained(last)), parameters(trainer.model)) == []
+    with pytest.raises(ValueError, match="holds the model only and cannot be resumed.*--init"):
+        make_trainer(tmp_path, max_steps=5).fit(resume=True)
+
+
+def test_the_test_loss_is_measured_once_at_the_end(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=4, eval_interval=2)
+    tokens = as_tokens(embedded_text()[3000:3200], get_tokenizer("byte"))
+    trainer.test_loader = create_dataloader(tokens, 4, 16, 16, shuffle=False, drop_last=False)
+    history = trainer.fit()
+    assert ["test_loss" in row for row in history] == [False] * 4 + [True]
+    assert history[-1]["test_loss"] == loader_loss(trainer.model, trainer.test_loader)
+
+
+def test_loaders_must_be_ours(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    plain = DataLoader([(torch.zeros(4), torch.zeros(4))])
+    with pytest.raises(ValueError, match="must come from gptfast.create_dataloader"):
+        Trainer(trainer.model, trainer.config, plain, trainer.val_loader)
+
+
+def test_a_directory_is_one_runs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptfast.run_directory.PATIENCE", 0.1)
+    with RunDirectory(tmp_path).lock():
+        with pytest.raises(ValueError, match="is in use by another process"):
+            make_trainer(tmp_path, max_steps=2).fit()
+    make_trainer(tmp_path, max_steps=2).fit()
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    make_trainer(tmp_path, max_steps=4, tensorboard=True).fit()
+    history = make_trainer(tmp_path, max_steps=7, tensorboard=True).fit(resume=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "val_loss", "lr"):
+        rows = {row["step"]: row[name] for row in history if name in row}
+        written = {event.step: event.value for event in events.Scalars(name)}
+        assert written == pytest.approx(rows)
+
+
+def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"not installed.*pip install 'gptfast\[tensorboard\]'"):
+        make_trainer(tmp_path, tensorboard=True)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_profile(tmp_path: Path, steps: int) -> None:
+    make_trainer(tmp_path, max_steps=steps, profile=True).fit()
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    names = [event.get("name") for event in trace["traceEvents"]]
+    profiled = min(3, steps)
+    assert names.count("gptfast::linear_cross_entropy_fwd") == profiled or profiled <= sum(
+        "linear_cross_entropy" in str(name) for name in names
+    )
+
+
+def test_evaluation_is_that_of_the_weights_then(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=6, dropout=0.3)
     last = trainer.fit()[-1]
     assert last["val_loss"] == loader_loss(trainer.model, trainer.val_loader)
-    assert last["train_loss"] == loader_loss(trainer.model, trainer.train_sample)
+    first = islice(from_start(trainer.train_loader), len(trainer.val_loader))
+    assert last["train_loss"] == loader_loss(trainer.model, first)
 
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -316,21 +416,110 @@ def test_out_cannot_be_written(tmp_path: Path, below: str) -> None:
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_non_finite_loss_stops_the_run(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=6, checkpoint_interval=1)
-    real = trainer.train_step
+def spoil(trainer: Trainer, step: int, part: str) -> None:
+    """Make the loss, or the gradient only, of the step after `step` not finite."""
+    model, real = trainer.model, trainer.train_step
 
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
-        if trainer.step == 3:
-            with torch.no_grad():
-                trainer.model.wte.weight[0] = float("nan")
-        return real(x, y)
+    def broken(x: Tensor, y: Tensor) -> Tensor:
+        loss = model(x, y)
+        # The square root's slope at 0 is infinite, its value is not.
+        return loss * torch.nan if part == "loss" else loss + (model.ln_f.bias * 0).sqrt().sum()
+
+    def train_step(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        trainer.take_step.loss = broken if trainer.step == step else batch_loss_of(model)
+        return real(batches)
 
     trainer.train_step = train_step
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 4; lower --lr.*Checkpoints"):
+
+
+def batch_loss_of(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: model(x, y)
+
+
+@pytest.mark.parametrize("part", ["loss", "grad_norm"])
+def test_a_step_that_is_not_finite_stops_the_run(tmp_path: Path, part: str) -> None:
+    options = {"checkpoint_interval": 100, "eval_interval": 100, "dropout": 0.2}
+    whole = make_trainer(tmp_path / "whole", max_steps=6, **options)
+    whole.fit()
+    trainer = make_trainer(tmp_path / "run", max_steps=6, **options)
+    spoil(trainer, 3, part)
+    windows = ", ".join(map(str, trainer.train_loader.batch_sampler.indices(3)))
+    with pytest.raises(FloatingPointError) as caught:
         trainer.fit()
-    # The last checkpoint is from before.
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir())[-1] == "step-00000003"
+    message = str(caught.value)
+    assert re.match(rf"{part} is (nan|inf) at step 4, on batch 3 \(epoch 0\): ", message)
+    assert f"windows {windows} at tokens" in message
+    for remedy in ("lower --lr", "--nonfinite skip", "No weight was changed"):
+        assert remedy in message
+    # The weights before the step are saved, and the step can be taken again.
+    assert checkpoints(tmp_path / "run")[-1].name == "step-00000003"
+    again = make_trainer(tmp_path / "run", max_steps=6, init_seed=5, **options)
+    again.fit(resume=True)
+    assert differing(parameters(again.model), parameters(whole.model)) == []
+    assert without_speed(again.history) == without_speed(whole.history)
+
+
+@pytest.mark.parametrize("part", ["loss", "grad_norm"])
+def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, part: str) -> None:
+    trainer = make_trainer(tmp_path, max_steps=6, nonfinite="skip", log_interval=100)
+    spoil(trainer, 3, part)
+    real, seen = trainer.train_step, {}
+
+    def train_step(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        before = parameters(trainer.model)
+        row = real(batches)
+        seen[trainer.step] = differing(before, parameters(trainer.model))
+        return row
+
+    trainer.train_step = train_step
+    history = trainer.fit()
+    assert seen[4] == [] and all(seen[step] for step in (1, 2, 3, 5, 6))
+    (row,) = [row for row in history if "skipped" in row]
+    assert row["step"] == 4 and part not in row
+    assert row["skipped"] in (f"{part} is nan", f"{part} is inf")
+    assert history[-1]["tokens"] == 5 * 64
+    assert trainer.guard.skipped == 1
+    # Strict JSON: no NaN in it.
+    json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
+
+
+def test_a_run_of_bad_steps_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptfast.guard.GIVE_UP", 3)
+    trainer = make_trainer(tmp_path, max_steps=9, nonfinite="skip")
+    trainer.take_step.loss = lambda x, y: trainer.model(x, y) * torch.nan
+    with pytest.raises(FloatingPointError, match="loss is nan after 3 steps skipped at step 3"):
+        trainer.fit()
+
+
+def test_the_guards_state_is_resumed(tmp_path: Path) -> None:
+    """An outlier after a cut is judged by the steps before the cut."""
+    options = {"max_steps": 24, "skip_zscore": 4.0, "dropout": 0.0, "eval_interval": 100}
+
+    def run(out: Path, cut: int | None, init_seed: int = 0) -> Trainer:
+        trainer = make_trainer(out, init_seed=init_seed, checkpoint_interval=20, **options)
+        if cut is not None:
+            cut_at(trainer, cut)
+            with pytest.raises(Cut):
+                trainer.fit()
+            trainer = make_trainer(out, init_seed=9, checkpoint_interval=20, **options)
+        model = trainer.model
+        real = trainer.train_step
+
+        def train_step(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+            factor = 10.0 if trainer.step == 21 else 1.0
+            trainer.take_step.loss = lambda x, y: model(x, y) * factor
+            return real(batches)
+
+        trainer.train_step = train_step
+        trainer.fit(resume=True)
+        return trainer
+
+    whole, resumed = run(tmp_path / "whole", None), run(tmp_path / "cut", 20)
+    assert [row["step"] for row in whole.history if "skipped" in row] == [22]
+    assert "outlier" in next(row["skipped"] for row in whole.history if "skipped" in row)
+    assert without_speed(resumed.history) == without_speed(whole.history)
+    assert differing(parameters(resumed.model), parameters(whole.model)) == []
+    assert resumed.guard.state_dict() == whole.guard.state_dict()
 
 
 def test_choose_device() -> None:

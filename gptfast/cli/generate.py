@@ -1,0 +1,139 @@
+"""`gptfast generate` and `gptfast eval`: what a trained model writes, and how well it predicts."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+
+from gptfast.checkpoint import load_model
+from gptfast.cli.train import tokenizer_of
+from gptfast.data import create_dataloader, load_data
+from gptfast.evaluate import loader_loss, perplexity
+from gptfast.generate import generate, generate_text, stream_text
+from gptfast.model import GPT
+from gptfast.prepare import PARTS
+from gptfast.tokenizer import Tokenizer, get_tokenizer
+from gptfast.trainer import choose_device
+
+
+def _load(checkpoint: str, tokenizer: str | None, device: str) -> tuple[GPT, Tokenizer]:
+    model = load_model(checkpoint).to(choose_device(device))
+    loaded = get_tokenizer(tokenizer or tokenizer_of(checkpoint) or "gpt2")
+    if loaded.n_vocab > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {loaded.n_vocab} tokens, the model {model.config.vocab_size}"
+        )
+    return model, loaded
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt with a trained model; the text appears as it is written.
+
+    gptfast generate runs/book --prompt "Once upon" --temperature 0.8 --top-k 40 --seed 1
+    gptfast generate runs/book --prompt "Once upon" --num-beams 4
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run directory, a checkpoint in it, or a directory save_pretrained wrote."""
+    prompt: str
+    """The text to continue."""
+    max_new_tokens: int = 100
+    """How many tokens to add at most."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token each time."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens with this probability."""
+    min_p: float | None = None
+    """Drop tokens less likely than this share of the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1, makes tokens that are there already less likely (1.2, say)."""
+    num_beams: int = 1
+    """Above 1, search for the likeliest text with this many beams instead of sampling."""
+    length_penalty: float = 1.0
+    """With beams: a score is divided by its length to this power; above 0 favours long texts."""
+    stop: tuple[str, ...] = ()
+    """End before the first of these strings."""
+    allow_special: tuple[str, ...] = ()
+    """Special tokens that the prompt may name, '<|endoftext|>' say; others are plain text."""
+    logprobs: bool = False
+    """Print each new token with its log-probability instead of the text."""
+    seed: int = 0
+    """Fixes the draw."""
+    tokenizer: str | None = None
+    """gpt2, byte or a directory (default: the checkpoint's own)."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+
+    def run(self) -> None:
+        model, tokenizer = _load(self.checkpoint, self.tokenizer, self.device)
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options["stop"] = self.stop or None
+        if self.num_beams != 1:
+            options |= {"num_beams": self.num_beams, "length_penalty": self.length_penalty}
+        if self.logprobs:
+            return self._print_logprobs(model, tokenizer, options)
+        options["allowed_special"] = self.allow_special
+        if self.num_beams != 1:
+            print(generate_text(model, tokenizer, self.prompt, self.max_new_tokens, **options))
+            return None
+        pieces = stream_text(model, tokenizer, self.prompt, self.max_new_tokens, **options)
+        # The first piece before the prompt is shown: bad input prints nothing.
+        first = next(pieces, "")
+        print(self.prompt + first, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+    def _print_logprobs(self, model: GPT, tokenizer: Tokenizer, options: dict[str, Any]) -> None:
+        ids = tokenizer.encode(self.prompt, allowed_special=self.allow_special)
+        options |= {"eos_id": tokenizer.eot, "tokenizer": tokenizer, "logprobs": True}
+        rows, logprobs = generate(model, [ids], self.max_new_tokens, **options)
+        for token, logprob in zip(rows[0][len(ids) :], logprobs[0], strict=True):
+            text = tokenizer.decode([token]) if token < tokenizer.n_vocab else f"<{token}>"
+            print(f"{logprob:10.4f}  {text!r}")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure a model's loss and perplexity on text.
+
+    gptfast eval runs/book --data other.txt
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run directory, a checkpoint in it, or a directory save_pretrained wrote."""
+    data: tuple[str, ...]
+    """Text, .jsonl or token files, directories or globs; of prepared data, the part --part."""
+    part: Literal["train", "val", "test"] = "val"
+    """Which part of prepared data: train, val or test."""
+    batch_size: int = 8
+    """Windows per batch."""
+    max_length: int | None = None
+    """Tokens per window (default the model's block_size)."""
+    tokenizer: str | None = None
+    """gpt2, byte or a directory (default: the checkpoint's own)."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+
+    def run(self) -> None:
+        model, tokenizer = _load(self.checkpoint, self.tokenizer, self.device)
+        sources = load_data(self.data, tokenizer, (1.0,))
+        at = PARTS.index(self.part) if len(sources) > 1 else 0
+        if at >= len(sources):
+            raise ValueError(f"{self.data[0]} has no part {self.part}")
+        T = self.max_length or model.config.block_size
+        loader = create_dataloader(
+            sources[at],
+            self.batch_size,
+            T,
+            T,
+            shuffle=False,
+            drop_last=False,
+            tokenizer=tokenizer,
+        )
+        loss = loader_loss(model, loader)
+        print(f"loss {loss:.4f} nats per token, perplexity {perplexity(loss):.2f}")

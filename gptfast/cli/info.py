@@ -1,0 +1,34 @@
+"""`gptfast info`: what is installed, and who serves what."""
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+import gptfast
+from gptfast.ops.library import EXTENSION, MISSING, backend_of, operators
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show version, instruction-set level, threads, GPU, and the backend of each operation."""
+
+    def run(self) -> None:
+        print(f"gptfast {gptfast.__version__}, torch {torch.__version__}, {platform.platform()}")
+        if EXTENSION is None:
+            print(f"C++ kernels: none ({MISSING}); the CPU runs the PyTorch reference")
+        else:
+            build = EXTENSION.build_info()
+            print(
+                f"C++ kernels: level {build['isa']} of {', '.join(build['isa_supported'])}; "
+                f"g++ {build['compiler']}, OpenMP {'on' if build['openmp'] else 'OFF: serial'}"
+            )
+            if len(build["openmp_runtimes"]) > 1:
+                print(f"warning: several OpenMP runtimes: {', '.join(build['openmp_runtimes'])}")
+        print(f"threads: {torch.get_num_threads()}")
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        print(f"GPU: {gpu}")
+        print(f"{'operation':<32}{'cpu':<12}cuda")
+        for op in operators():
+            name = op.name().removeprefix("gptfast::")
+            print(f"{name:<32}{backend_of(op, 'cpu'):<12}{backend_of(op, 'cuda')}")

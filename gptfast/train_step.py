@@ -1,0 +1,101 @@
+"""One optimizer step: forward, backward, clip, AdamW, unless the numbers are at fault."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.checkpoint import random_state, restore_random_state
+from gptfast.config import TrainConfig
+from gptfast.evaluate import batch_loss
+from gptfast.guard import Fault, Guard
+from gptfast.model import GPT
+from gptfast.ops.adamw import grad_norm
+from gptfast.optim import AdamW, freeze, parameter_groups
+
+Batch = tuple[Tensor, Tensor]
+
+
+class RefusedStep(ArithmeticError):
+    """A step that would have spoilt the weights; it changed none and drew no random number."""
+
+
+def autocast(device: torch.device, config: TrainConfig) -> contextlib.AbstractContextManager:
+    """bf16 autocast if config.precision asks for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+class TrainStep:
+    """Trains a model on batches, one optimizer step a call. Freezes what config.freeze names."""
+
+    def __init__(self, model: GPT, config: TrainConfig, device: torch.device) -> None:
+        self.model, self.config, self.device = model, config, device
+        freeze(model, config.freeze)
+        model.activation_checkpointing = config.activation_checkpointing
+        compiled = torch.compile(model, fullgraph=True) if config.compile else model
+        self.loss = partial(batch_loss, compiled)
+        self.optimizer = AdamW(
+            parameter_groups(model, config.weight_decay),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            max_norm=config.max_norm,
+        )
+        self.guard = Guard(config)
+
+    def __call__(self, batches: Sequence[Batch], lr: float) -> dict[str, Any]:
+        """Step on the mean loss over all targets of `batches` (x, y), each (B, T) int64.
+
+        Returns "loss" in nats per token, "lr", "grad_norm" before clipping, "targets", how many;
+        where the guard passes the step over, also "skipped", the reason, and no number that is not
+        finite. Raises RefusedStep where the run must not go on.
+        """
+        rng = random_state()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        counts = [int((y != -100).sum()) for _, y in batches]
+        loss, norm = self._backward(batches, counts), None
+        fault = Fault("every target is masked", finite=True)
+        if sum(counts):
+            fault = self.guard.fault("loss", loss)
+        if fault is None:
+            norm, fault = self._update()
+        row = {"loss": loss, "lr": lr, "grad_norm": norm, "targets": sum(counts)}
+        if fault is None:
+            self.guard.accept()
+            return row
+        if not self.guard.skips(fault):
+            restore_random_state(rng)
+            times = f" after {self.guard.in_a_row} steps skipped" if self.guard.in_a_row else ""
+            raise RefusedStep(fault.reason + times)
+        finite = {name: x for name, x in row.items() if x is not None and math.isfinite(x)}
+        return finite | {"targets": 0, "skipped": fault.reason}
+
+    def _backward(self, batches: Sequence[Batch], counts: list[int]) -> float:
+        """Accumulate gradients; every target weighs the same, whatever its batch. The mean loss."""
+        total = 0.0 if any(counts) else math.nan
+        for (x, y), count in zip(batches, counts, strict=True):
+            if count:
+                with autocast(self.device, self.config):
+                    loss = self.loss(x, y)
+                share = count / sum(counts)
+                loss.backward(gradient=loss.new_tensor(share))
+                total += loss.item() * share
+        return total
+
+    def _update(self) -> tuple[float, Fault | None]:
+        """Step the optimizer unless the gradient norm is at fault; the norm and what is wrong."""
+        if self.config.skip_zscore is not None:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = grad_norm(grads).item()
+            if fault := self.guard.fault("grad_norm", norm):
+                return norm, fault
+            self.optimizer.step()
+            return norm, None
+        self.optimizer.step()  # changes nothing if the norm is not finite
+        norm = self.optimizer.grad_norm.item()
+        return norm, self.guard.fault("grad_norm", norm)

@@ -1,0 +1,455 @@
+"""Runs that are killed, interrupted, damaged or out of room: nothing is lost, the end is the same.
+
+Runs are real processes, forked from one that has everything imported and no threads.
+"""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    differing,
+    make_trainer,
+    one_thread,  # noqa: F401 - applies to every test here
+    parameters,
+    without_speed,
+)
+from safetensors.torch import load_file
+
+import gptfast.trainer
+from gptfast import GPT, Trainer
+from gptfast.checkpoint import checkpoints, read_state
+from gptfast.plot import read_metrics
+
+STEPS = 16
+# 7 batches an epoch; an evaluation every 3 steps, a checkpoint every 2.
+OPTIONS = {"max_steps": STEPS, "checkpoint_interval": 2, "dropout": 0.2, "skip_zscore": 50.0}
+FILES = [
+    "config.json",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "train.toml",
+]
+
+
+def trainer_at(out: Path, **changes: Any) -> Trainer:
+    # Where there is a checkpoint, the weights a new process starts from must not matter.
+    return make_trainer(out, init_seed=99 if checkpoints(out) else 0, **{**OPTIONS, **changes})
+
+
+def train(out: Path, shim: Callable[..., None] | None = None, *args: Any) -> None:
+    """The body of a child process: one run, resumed if it can be, with `shim` in its way."""
+    torch.set_num_threads(1)
+    # Slow, and no part of what is lost or not.
+    gptfast.trainer._peak = lambda device, dtype: 1e12
+    gptfast.trainer.plot_losses = lambda history, out: None
+    if shim:
+        shim(*args)
+    trainer_at(out).fit(resume=True)
+
+
+def calls(before: Callable[[str], None], after: Callable[[str], None]) -> None:
+    """Call before and after each operation that a save does to the disk."""
+    import gptfast.checkpoint as checkpoint
+
+    def wrapped(name: str, real: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before(name)
+            result = real(*args, **kwargs)
+            after(name)
+            return result
+
+        return call
+
+    checkpoint.save_file = wrapped("save_file", checkpoint.save_file)
+    for owner, name in (
+        (os, "fsync"),
+        (shutil, "rmtree"),
+        (Path, "write_text"),
+        (Path, "mkdir"),
+        (Path, "rename"),
+        (Path, "replace"),
+        (Path, "symlink_to"),
+        (Path, "unlink"),
+    ):
+        setattr(owner, name, wrapped(name, getattr(owner, name)))
+
+
+def kill_at_operation(n: int, when: str) -> None:
+    """End this process for good before or after the n-th operation."""
+    count = 0
+
+    def die(name: str) -> None:
+        nonlocal count
+        count += 1
+        if count == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def pass_by(name: str) -> None:
+        pass
+
+    calls(*((die, pass_by) if when == "before" else (pass_by, die)))
+
+
+def kill_in_write(n: int) -> None:
+    """End this process with the n-th file half written."""
+    import gptfast.checkpoint as checkpoint
+
+    real, count = checkpoint.save_file, 0
+
+    def save_file(tensors: dict, path: Path, **options: Any) -> None:
+        nonlocal count
+        count += 1
+        real(tensors, path, **options)
+        if count == n:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save_file = save_file
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gptfast.trainer", "pytest", "torch._dynamo"])
+    yield context
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The straight run, never cut."""
+    out = tmp_path_factory.mktemp("whole")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trainer_at(out).fit()
+    torch.set_num_threads(before)
+    return out
+
+
+def assert_same_end(out: Path, whole: Path) -> None:
+    assert without_speed(read_metrics(out)) == without_speed(read_metrics(whole))
+    assert (out / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+    for run_out in (out, whole):
+        last = checkpoints(run_out)[-1]
+        assert last.name == f"step-{STEPS:08d}"
+        assert sorted(path.name for path in last.iterdir()) == FILES
+        # Nothing that was killed half-way is left lying about.
+        hidden = [p for p in (run_out / "checkpoints").iterdir() if p.name.startswith(".")]
+        assert hidden == []
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(checkpoints(o)[-1] / file) for o in (out, whole))
+        assert differing(ours, theirs) == []
+    ours, theirs = (read_state(checkpoints(o)[-1]) for o in (out, whole))
+    for name in ("step", "tokens", "best", "bad_evaluations", "guard", "rng", "pending"):
+        assert ours[name] == theirs[name], name
+
+
+def assert_whole(out: Path) -> None:
+    """Every directory that bears a checkpoint's name is a whole one."""
+    for path in checkpoints(out):
+        read_state(path)
+
+
+def test_killed_at_twenty_random_moments(processes: Any, whole: Path, tmp_path: Path) -> None:
+    """Whenever SIGKILL comes, the last complete checkpoint is usable and the end is the same."""
+    rng = random.Random(0)
+    for out in (tmp_path / "first", tmp_path / "timed"):  # the first waits for the fork server
+        start = time.perf_counter()
+        timed = processes.Process(target=train, args=(out,))
+        timed.start()
+        timed.join()
+        assert timed.exitcode == 0
+        duration = time.perf_counter() - start
+    kills, out, runs = 0, tmp_path / "run-0", 0
+    while kills < 20:
+        process = processes.Process(target=train, args=(out,))
+        process.start()
+        process.join(rng.uniform(0.1, 1.0) * duration)
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            kills += 1
+            assert_whole(out)
+            continue
+        assert process.exitcode == 0
+        assert_same_end(out, whole)
+        runs += 1
+        out = tmp_path / f"run-{runs}"
+    process = processes.Process(target=train, args=(out,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert_same_end(out, whole)
+
+
+def operations_of_a_run(out: Path, processes: Any) -> int:
+    queue = processes.SimpleQueue()
+    process = processes.Process(target=train, args=(out, count_operations, queue))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return queue.get()
+
+
+def count_operations(queue: Any) -> None:
+    """Put the number of operations of the run into the queue when it ends."""
+    import multiprocessing.util as util
+
+    names: list[str] = []
+    calls(names.append, lambda name: None)
+    util.Finalize(None, lambda: queue.put(len(names)), exitpriority=1)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_at_the_operations_of_a_save(
+    processes: Any, whole: Path, tmp_path: Path, when: str
+) -> None:
+    """At every write, fsync, rename and deletion of two saves in the middle of the run."""
+    total = operations_of_a_run(tmp_path / "counted", processes)
+    first = total // 3
+    for n in range(first, min(total, first + 45)):
+        out = tmp_path / f"at-{n}"
+        killed = processes.Process(target=train, args=(out, kill_at_operation, n, when))
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL, n
+        assert_whole(out)
+        assert checkpoints(out), n
+        resumed = processes.Process(target=train, args=(out,))
+        resumed.start()
+        resumed.join()
+        assert resumed.exitcode == 0
+        assert_same_end(out, whole)
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6])
+def test_killed_with_a_file_half_written(
+    processes: Any, whole: Path, tmp_path: Path, n: int
+) -> None:
+    killed = processes.Process(target=train, args=(tmp_path, kill_in_write, n))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert_whole(tmp_path)
+    assert len(checkpoints(tmp_path)) == (n - 1) // 2
+    trainer_at(tmp_path).fit(resume=True)
+    assert_same_end(tmp_path, whole)
+
+
+def test_terminated_at_random_moments(processes: Any, whole: Path, tmp_path: Path) -> None:
+    """SIGTERM: the step is finished and saved, the exit is clean, and the end is the same."""
+    rng = random.Random(1)
+    out, stops = tmp_path / "run", 0
+    for _ in range(60):
+        process = processes.Process(target=train, args=(out, signal_soon, rng.uniform(0.0, 0.4)))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        if checkpoints(out)[-1].name == f"step-{STEPS:08d}":
+            state = read_state(checkpoints(out)[-1])
+            if state["pending"] is None:
+                assert_same_end(out, whole)
+                shutil.rmtree(out)
+                if stops >= 10:
+                    return
+                continue
+        assert_whole(out)
+        stops += 1
+    pytest.fail("the run never came to its end")
+
+
+def signal_soon(seconds: float) -> None:
+    """Send this process SIGTERM once training has gone on for a while."""
+    real = Trainer._loop
+
+    def loop(self: Trainer) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1e-6)
+        real(self)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    Trainer._loop = loop
+
+
+def send(trainer: Trainer, where: str, at_step: int, *signals: int) -> None:
+    """Send this process the signals when the trainer is in that place at that step."""
+
+    def wrap(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if trainer.step == at_step:
+                for number in signals:
+                    os.kill(os.getpid(), number)
+                    time.sleep(0.01)  # let the handler run
+            return real(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    owner = {"take_step": trainer, "_loss_over": trainer, "_sample": trainer, "sync": trainer.run}
+    wrap(owner[where], where)
+
+
+# In a step, in an evaluation (step 3 and 6 have one), in the sample of an epoch, in a save.
+PLACES = [
+    ("take_step", 4, 5),
+    ("_loss_over", 0, 0),
+    ("_loss_over", 3, 3),
+    ("_loss_over", 6, 6),
+    ("_loss_over", STEPS, STEPS),
+    ("_sample", 7, 7),
+    ("sync", 8, 8),
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(("where", "step", "saved"), PLACES, ids=lambda value: str(value))
+def test_a_signal_saves_and_ends_the_run(
+    where: str,
+    step: int,
+    saved: int,
+    number: int,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trainer = trainer_at(tmp_path)
+    send(trainer, where, step, number)
+    trainer.fit()
+    assert trainer.step == saved
+    assert checkpoints(tmp_path)[-1].name == f"step-{saved:08d}"
+    assert f"stopped at step {saved}, all is saved; --resume continues" in capsys.readouterr().out
+    # The handlers are those of before.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    trainer_at(tmp_path).fit(resume=True)
+    assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize(("where", "step"), [("take_step", 5), ("_loss_over", 6), ("sync", 6)])
+def test_a_second_interrupt_stops_at_once(
+    where: str, step: int, whole: Path, tmp_path: Path
+) -> None:
+    trainer = trainer_at(tmp_path)
+    send(trainer, where, step, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert checkpoints(tmp_path)[-1].name == "step-00000004"
+    assert_whole(tmp_path)
+    trainer_at(tmp_path).fit(resume=True)
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_second_sigterm_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    trainer = trainer_at(tmp_path)
+    send(trainer, "take_step", 5, signal.SIGTERM, signal.SIGTERM)
+    trainer.fit()
+    assert checkpoints(tmp_path)[-1].name == "step-00000006"
+
+
+def test_a_thousand_bit_flips_are_found(whole: Path, tmp_path: Path) -> None:
+    """Any bit of any file of a checkpoint: the damage is seen and the file named."""
+    saved = checkpoints(whole)[-1]
+    shutil.copytree(saved, tmp_path / saved.name)
+    rng = random.Random(2)
+    contents = {name: (saved / name).read_bytes() for name in FILES}
+    for i in range(1000):
+        name = FILES[i % len(FILES)]
+        damaged = bytearray(contents[name])
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        (tmp_path / saved.name / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{name} (is damaged|has checkpoint format)"):
+            read_state(tmp_path / saved.name)
+        (tmp_path / saved.name / name).write_bytes(contents[name])
+    assert read_state(tmp_path / saved.name)["step"] == STEPS
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_resume_falls_back_to_the_checkpoint_before(
+    file: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    before, last = checkpoints(out)[-2:]
+    content = bytearray((last / file).read_bytes())
+    content[len(content) // 2] ^= 4
+    (last / file).write_bytes(content)
+    capsys.readouterr()
+    trainer_at(out).fit(resume=True)
+    printed = capsys.readouterr().out
+    assert f"{last / file} is damaged" in printed
+    assert "falling back to the checkpoint before it" in printed
+    assert f"resumed from {before}" in printed
+    assert_same_end(out, whole)
+
+
+def test_when_every_checkpoint_is_damaged(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    for path in checkpoints(out):
+        (path / "model.safetensors").write_bytes(b"")
+    metrics = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole: .*model.safetensors"):
+        trainer_at(out).fit(resume=True)
+    assert (out / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for two checkpoints and a bit."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_no_space_left(small_disk: Path, whole: Path, tmp_path: Path) -> None:
+    """The save that does not fit is named; what was there before is whole and resumable."""
+    out = small_disk / "run"
+    with pytest.raises(OSError, match="cannot save .*step-00000004.*No space left on device"):
+        trainer_at(out, keep=9).fit()
+    # The temporary one is gone, and those before are whole.
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["best", "step-00000002", "step-00000003"]
+    assert_whole(out)
+    shutil.copytree(out, tmp_path / "moved", symlinks=True)
+    trainer_at(tmp_path / "moved").fit(resume=True)
+    assert_same_end(tmp_path / "moved", whole)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
+def test_a_log_that_cannot_be_written_is_named(name: str, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    trainer = trainer_at(tmp_path)
+    real = trainer._loop
+
+    def full() -> None:
+        path = tmp_path / name
+        path.unlink(missing_ok=True)
+        path.symlink_to("/dev/full")
+        real()
+
+    trainer._loop = full
+    with pytest.raises(OSError, match=rf"cannot write .*{name}: No space left on device"):
+        trainer.fit()
+
+
+def test_the_model_of_a_whole_run_loads(whole: Path) -> None:
+    model = GPT.from_pretrained(whole)
+    assert model.config.n_embd == 24 and len(parameters(model)) == 28
