@@ -33,10 +33,12 @@ def _parse(argv: Sequence[str]) -> Any:
     """The command argv asks for; what tyro reports in a box becomes a one-line ValueError."""
     kinds = []
     for name, command in COMMANDS.items():
-        default = {}
-        if argv[:1] == [name] and name in _DEFAULTS:
-            default = {"default": _DEFAULTS[name](argv[1:])}
-        kinds.append(Annotated[command, tyro.conf.subcommand(name, **default)])
+        options: dict[str, Any] = {}
+        if argv[:1] != [name]:  # in the list of all commands, a line each
+            options["description"] = (command.__doc__ or "").partition("\n")[0]
+        elif name in _DEFAULTS:
+            options["default"] = _DEFAULTS[name](argv[1:])
+        kinds.append(Annotated[command, tyro.conf.subcommand(name, **options)])
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

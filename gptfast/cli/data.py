@@ -14,7 +14,9 @@ class Prepare:
     completion, of which only the completion is learnt.
 
     gptfast prepare --data books/ --out tokens/books --split 0.98 0.01 0.01
+
     gptfast prepare --data 'dialogues/*.jsonl' --out tokens/dialogues
+
     gptfast train --data tokens/books --out runs/books
     """
 
@@ -59,6 +61,7 @@ class TrainTokenizer:
     """Learn a byte-pair encoding from text (needs pip install 'gptfast[tokenizers]').
 
     gptfast tokenizer --data books/ --out vocabularies/books --vocab-size 8192
+
     gptfast train --data books/ --tokenizer vocabularies/books --out runs/books
     """
 

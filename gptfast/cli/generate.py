@@ -31,6 +31,7 @@ class Generate:
     """Continue a prompt with a trained model; the text appears as it is written.
 
     gptfast generate runs/book --prompt "Once upon" --temperature 0.8 --top-k 40 --seed 1
+
     gptfast generate runs/book --prompt "Once upon" --num-beams 4
     """
 

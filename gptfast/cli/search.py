@@ -22,7 +22,9 @@ class Search:
     results.json and a picture.
 
     gptfast search --lr-range 1e-5 1 --data book.txt --max-steps 200 --out runs/range
+
     gptfast search --grid lr=1e-3,3e-3,1e-2 n_layer=2,4 --data book.txt --max-steps 300 --out runs/s
+
     gptfast search --random lr=1e-4:1e-2:log dropout=0:0.3 --trials 8 --data book.txt --out runs/r
     """
 

@@ -33,7 +33,9 @@ class Train:
     and ends the run; --resume continues it.
 
     gptfast train --data book.txt --out runs/book --max-steps 1000
+
     gptfast train --out runs/book --resume
+
     gptfast train --data dialogues.jsonl --out runs/tuned --init runs/book --lr 1e-4
     """
 
