@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gptfast.prepare import FORMAT, PARTS, Fields, find_files, tokenize
+from gptfast.documents import Fields, find_files
+from gptfast.prepare import FORMAT, PARTS, tokenize
 from gptfast.token_files import Documents, TokenFiles, open_tokens, split_edges
 from gptfast.tokenizer import Tokenizer, get_tokenizer
 

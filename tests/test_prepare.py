@@ -14,10 +14,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import gptfast.documents
 import gptfast.prepare
 from gptfast import get_tokenizer
 from gptfast.data import as_tokens, embedded_text, load_data, split_tokens
-from gptfast.prepare import find_files, prepare, read_documents, safe_pieces
+from gptfast.documents import find_files, read_documents, safe_pieces
+from gptfast.prepare import prepare
 from gptfast.token_files import Documents, TokenFiles, index_path, open_tokens
 from gptfast.tokenizer import Tokenizer
 
@@ -41,7 +43,8 @@ def gpt2() -> Tokenizer:
 
 @pytest.fixture
 def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptfast.prepare, "PIECE", 7)
+    for module in (gptfast.documents, gptfast.prepare):
+        monkeypatch.setattr(module, "PIECE", 7)
 
 
 def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> Path:

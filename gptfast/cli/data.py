@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from gptfast.prepare import find_files, prepare, read_documents
+from gptfast.documents import find_files, read_documents
+from gptfast.prepare import prepare
 from gptfast.tokenizer import get_tokenizer, train_tokenizer
 
 
