@@ -26,7 +26,7 @@ class Interrupt:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,21 +1,22 @@
-"""What a training run leaves on disk besides its checkpoints: metrics, samples, TensorBoard's."""
+"""What a training run leaves on disk besides its checkpoints: metrics, samples, a profile."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 # The workers of a run that was killed hold its lock until they notice, which takes them seconds.
 PATIENCE = 10.0
 
 
 class RunDirectory:
-    """metrics.jsonl, samples.txt and, if asked for, tensorboard/ in the directory `out`."""
+    """metrics.jsonl, samples.txt and, if asked for, tensorboard/, trace.json in directory `out`."""
 
     def __init__(self, out: str | Path, *, tensorboard: bool = False) -> None:
         self.out, self.tensorboard = Path(out), tensorboard
@@ -42,10 +43,15 @@ class RunDirectory:
                 self._writer.close()
 
     def _acquire(self, descriptor: int) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows has no such lock
+            return
         end = time.monotonic() + PATIENCE
         while True:
             try:
-                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise ValueError(
@@ -93,6 +99,22 @@ class RunDirectory:
     def write_sample(self, step: int, line: str) -> None:
         """Append a line of generated text to samples.txt."""
         self._append(self.samples, f"step {step}: {line}")
+
+    @contextlib.contextmanager
+    def profiler(self, steps: int) -> Iterator[Callable[[], None]]:
+        """A function to call after each of `steps` steps: the third to fifth go into trace.json.
+
+        The file is Chrome's trace format, which ui.perfetto.dev opens. A run of fewer steps is
+        profiled from its first or second one on.
+        """
+        trace = str(self.out / "trace.json")
+        with torch.profiler.profile(
+            schedule=torch.profiler.schedule(
+                wait=int(steps > 4), warmup=int(steps > 3), active=3, repeat=1
+            ),
+            on_trace_ready=lambda profile: profile.export_chrome_trace(trace),
+        ) as profile:
+            yield profile.step
 
     def sync(self) -> None:
         """Wait until all of it is on the disk, so that no checkpoint is newer than its metrics."""

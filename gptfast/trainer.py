@@ -10,7 +10,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,22 +58,6 @@ def choose_device(name: str) -> torch.device:
     if name not in known:
         raise ValueError(f"device must be auto or one of {', '.join(known)}, got {name!r}")
     return torch.device(name)
-
-
-@contextlib.contextmanager
-def profiler(trace: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each of `steps` steps: the third to fifth are profiled into `trace`.
-
-    The file is Chrome's trace format, which ui.perfetto.dev opens. A run of fewer steps is profiled
-    from its first or second one on.
-    """
-    with torch.profiler.profile(
-        schedule=torch.profiler.schedule(
-            wait=int(steps > 4), warmup=int(steps > 3), active=3, repeat=1
-        ),
-        on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)),
-    ) as profile:
-        yield profile.step
 
 
 class Trainer:
@@ -190,7 +174,7 @@ class Trainer:
             self._say(f"the run is complete at step {self.step}; raise max_steps or epochs")
         profiled = contextlib.nullcontext(lambda: None)
         if self.config.profile and not self._is_over():
-            profiled = profiler(self.out / "trace.json", self.steps - self.step)
+            profiled = self.run.profiler(self.steps - self.step)
         start, start_tokens = time.perf_counter(), self.tokens
         with profiled as step_done:
             for batches in self._batches():
@@ -203,10 +187,10 @@ class Trainer:
                     # The clock of tokens per second leaves evaluation and checkpoints out.
                     start, start_tokens = time.perf_counter(), self.tokens
         if self.interrupt.requested:
-            self._say(
-                f"{self.interrupt.requested}: stopped at step {self.step}, all is saved; "
-                "--resume continues"
-            )
+            saved = "all is saved; --resume continues"
+            if not self.config.save_optimizer:
+                saved = "the model is saved"
+            self._say(f"{self.interrupt.requested}: stopped at step {self.step}, {saved}")
 
     def _batches(self) -> Iterator[list[Batch]]:
         per_step = self.config.accumulation_steps

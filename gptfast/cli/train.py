@@ -102,6 +102,8 @@ class Train:
         if left_out := getattr(loaders[0].dataset, "left_out", 0):
             print(f"{left_out:,} examples are left out: no completion in their first {T} tokens")
         trainer.fit(resume=self.resume)
+        if trainer.interrupt.requested:
+            return
         print(f"done: see {trainer.out}/loss.png; try")
         print(f'  gptfast generate {trainer.out} --prompt "{self.train.sample_prompt}"')
 
