@@ -273,18 +273,20 @@ def _samples(tokens: Tensor | TokenFiles) -> Iterator[np.ndarray]:
         yield _in_memory(tokens[start : start + SAMPLE_LENGTH]).numpy()
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(*sources: Source) -> str:
     """SHA-256 (hex) that tells sources apart, wherever their tokens lie; quick for huge ones.
 
-    Of the length and all tokens, or, past 4,194,304 of them, of the length and 1,024 evenly spaced
-    stretches of 4,096; of Documents, of where they and their completions start as well.
+    Of each, the length and all tokens, or, past 4,194,304 of them, the length and 1,024 evenly
+    spaced stretches of 4,096; of Documents, where they and their completions start as well.
     """
-    digest = hashlib.sha256()
-    parts = [source]
-    if isinstance(source, Documents):
-        origin = source.starts[0]
-        index = (source.starts - origin, source.completions - origin)
-        parts = [source.span(), *map(torch.from_numpy, index)]
+    digest, parts = hashlib.sha256(), []
+    for source in sources:
+        if isinstance(source, Documents):
+            origin = source.starts[0]
+            index = (source.starts - origin, source.completions - origin)
+            parts += [source.span(), *map(torch.from_numpy, index)]
+        else:
+            parts.append(source)
     for part in parts:
         digest.update(f"{len(part)};".encode())
         for sample in _samples(part):

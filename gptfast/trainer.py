@@ -377,8 +377,8 @@ class Trainer:
         """ValueError if the data or its order are not the checkpoint's: that is another run."""
         # Through JSON, as the saved ones went: it knows no tuples.
         before, now = ({**c["train"], **c} for c in (saved, json.loads(json.dumps(self.saved))))
-        same = ("data_sha256", "tokenizer", "batch_size", "split", "seed", "accumulation_steps")
-        for name in same:
+        batches = ("batch_size", "max_length", "stride", "split", "seed", "accumulation_steps")
+        for name in ("data_sha256", "tokenizer", *batches):
             if before.get(name) != now.get(name):
                 raise ValueError(
                     f"{path} was trained with {name} {before.get(name)}, not {now.get(name)}; "

@@ -96,7 +96,7 @@ class Train:
             test_loader=loaders[2] if len(loaders) > 2 else None,
             tokenizer=tokenizer,
             settings=self._settings(),
-            data_sha256=fingerprint(sources[0]),
+            data_sha256=fingerprint(*sources),
         )
         self._introduce(trainer, sources, T)
         if left_out := getattr(loaders[0].dataset, "left_out", 0):
