@@ -246,7 +246,7 @@ def edit_config(path: Path, **changes: Any) -> None:
         ({"n_embd": None}, "n_embd"),
         ({"n_layer": 2.0}, "n_layer must be an integer >= 1, got 2.0"),
         ({"n_layer": "2"}, "n_layer"),
-        ({"resid_pdrop": None}, "wrong type"),
+        ({"resid_pdrop": None}, r"config.json: dropout must be a number, got None"),
         ({"n_head": 5}, "divisible by n_head"),
         ({"n_inner": 50}, "n_inner is 50"),
         ({"activation_function": "relu"}, "activation_function is 'relu', .*'gelu_new'"),

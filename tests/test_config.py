@@ -1,8 +1,11 @@
 """The configurations: defaults, presets, and every value they refuse."""
 
 import dataclasses
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptfast import GPTConfig, TrainConfig
 
@@ -77,11 +80,82 @@ def test_dropout_range(dropout: float) -> None:
         ("beta2", -0.1),
         ("max_norm", 0.0),
         ("max_norm", float("nan")),
+        ("min_lr", float("inf")),
+        ("weight_decay", float("inf")),
     ],
 )
 def test_train_config_refuses(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .*got {value}"):
         TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "must"),
+    [
+        ("lr", "x", "must be a number, got 'x'"),
+        ("lr", None, "must be a number, got None"),
+        ("lr", True, "must be a number, got True"),
+        ("lr", 10**400, r"must be below 2\*\*63 in size, got 1000"),
+        ("max_steps", "none", "must be an integer or none, got 'none'"),
+        ("max_steps", 5.0, "must be an integer or none, got 5.0"),
+        ("eval_batches", 2**63, r"must be below 2\*\*63 in size, got 9223372036854775808"),
+        ("seed", -(2**63) - 1, r"must be below 2\*\*63 in size, got -9223372036854775809"),
+        ("keep_best", 1, "must be true or false, got 1"),
+        ("schedule", "cos", "must be one of 'cosine', 'linear', .*got 'cos'"),
+        ("device", ["cpu"], r"must be one of 'auto', 'cpu', 'cuda', got \['cpu'\]"),
+        ("freeze", "wte.*", "must be a list of strings, got 'wte"),
+        ("freeze", ("wte.*", 3), "must be a list of strings, got "),
+        ("out", b"runs", "must be a string, got b'runs'"),
+        ("out", "", "must name a directory, got ''"),
+    ],
+)
+def test_train_config_checks_types(name: str, value: object, must: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} {must}"):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "must"),
+    [
+        ("n_layer", True, "must be an integer >= 1, got True"),
+        ("n_layer", 10**9, "must be at most 10000, got 1000000000"),
+        ("n_embd", 10**30, "must be at most 2147483647, got 1000"),
+        ("vocab_size", 2**31, "must be at most 2147483647, got 2147483648"),
+        ("dropout", "0", "must be a number, got '0'"),
+        ("qkv_bias", None, "must be true or false, got None"),
+    ],
+)
+def test_gpt_config_checks_types(name: str, value: object, must: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} {must}"):
+        GPTConfig(**{name: value})
+
+
+ANYTHING = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.sampled_from([2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**400])
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=3)
+    | st.sampled_from(["cosine", "bf16", "skip", "none", "auto", "exponential"])
+    | st.lists(st.text(max_size=3) | st.integers(), max_size=3)
+    | st.just(...)
+)
+
+
+@pytest.mark.parametrize("cls", [GPTConfig, TrainConfig])
+@given(data=st.data())
+def test_any_value_is_taken_or_a_value_error(cls: Any, data: st.DataObject) -> None:
+    names = [field.name for field in dataclasses.fields(cls)]
+    values = data.draw(st.dictionaries(st.sampled_from(names), ANYTHING, max_size=4))
+    try:
+        config = cls(**values)
+    except ValueError as error:
+        assert any(name in str(error) for name in names)
+        assert "\n" not in str(error)
+    else:
+        assert dataclasses.asdict(config).items() >= values.items()
 
 
 def test_steps_and_epochs_exclude_each_other() -> None:

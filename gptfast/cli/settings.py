@@ -6,8 +6,10 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar
+from types import NoneType
+from typing import Any, TypeVar
+
+from gptfast.fields import convert, describe
 
 T = TypeVar("T")
 
@@ -38,7 +40,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are such
+    # Of the first, TOMLDecodeError and UnicodeDecodeError; tomllib recurses into nested arrays.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
 
 
@@ -64,48 +67,16 @@ def _replace(command: T, values: Mapping[str, Any], source: str) -> T:
         changes[name] = _replace(getattr(command, name), values, source)
     for field in dataclasses.fields(command):
         if field.name in values and field.name not in changes:
-            value = values[field.name]
+            value, hint = values[field.name], hints[field.name]
+            if value == "none" and NoneType in typing.get_args(hint):
+                value = None
             try:
-                changes[field.name] = _convert(value, hints[field.name])
-            except TypeError:
+                changes[field.name] = convert(value, hint)
+            except (TypeError, OverflowError):
                 raise ValueError(
-                    f"{source}: {field.name} must be {_describe(hints[field.name])}, got {value!r}"
+                    f"{source}: {field.name} must be {describe(hint)}, got {value!r:.100}"
                 ) from None
     try:
         return dataclasses.replace(command, **changes)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """The value as the type says; TypeError if it is of another."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (UnionType, typing.Union):
-        if NoneType in args and (value is None or value == "none"):
-            return None
-        return _convert(value, next(arg for arg in args if arg is not NoneType))
-    if origin is Literal:
-        if value in args:
-            return value
-        raise TypeError
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError
-        return tuple(_convert(item, args[0]) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise TypeError
-    return value
-
-
-def _describe(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (UnionType, typing.Union):
-        return " or ".join('"none"' if arg is NoneType else _describe(arg) for arg in args)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, args))
-    if origin is tuple:
-        return f"a list of {_describe(args[0])}"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    return names[hint]

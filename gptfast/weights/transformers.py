@@ -58,8 +58,8 @@ def gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
         )
     except KeyError as error:
         raise ValueError(f"{path} has no {error.args[0]!r}") from None
-    except TypeError as error:
-        raise ValueError(f"{path} has a value of the wrong type: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     fixed = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "layer_norm_epsilon": (1e-5,),
