@@ -14,6 +14,7 @@ from gptfast.cli.generate import Eval, Generate
 from gptfast.cli.info import Info
 from gptfast.cli.search import Plot, Search, search_defaults
 from gptfast.cli.train import Train, train_defaults
+from gptfast.ops.library import check_isa
 
 COMMANDS = {
     "train": Train,
@@ -55,21 +56,35 @@ def _parse(argv: Sequence[str]) -> Any:
     raise ValueError(f"{' '.join(message)} (see gptfast --help)")
 
 
+def _check_arguments(argv: Sequence[str]) -> None:
+    for argument in argv:
+        # What is not UTF-8 reaches Python as lone surrogates; no file of a run could hold it.
+        if re.search("[\ud800-\udfff]", argument):
+            raise ValueError(f"an argument is not UTF-8 text: {argument!r:.100}")
+
+
+def _one_line(error: BaseException) -> str:
+    message = str(error).strip() or type(error).__name__
+    return re.sub(r"^\[enforce fail.*DefaultCPUAllocator: ", "", message.splitlines()[0])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an error the user can act on is one line on stderr and exit code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A sample may hold what the terminal cannot show; that must not end a training run.
         sys.stdout.reconfigure(errors="replace")
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        _parse(list(sys.argv[1:] if argv is None else argv)).run()
+        _check_arguments(argv)
+        check_isa()
+        _parse(argv).run()
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
         return 1
     except KeyboardInterrupt:
         print("gptfast: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, LookupError, OSError, RuntimeError, ArithmeticError) as error:
-        message = str(error).strip().splitlines()
-        print(f"gptfast: {message[0] if message else type(error).__name__}", file=sys.stderr)
+    except (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
+        print(f"gptfast: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0

@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any
@@ -25,18 +26,33 @@ _implementations: dict[str, dict[torch._ops.OpOverload, Callable]] = {"reference
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
-    """The C++ extension at the level GPTFAST_ISA asks for, or None and the reason."""
+    """The C++ extension, or None and the reason."""
     try:
-        extension = importlib.import_module("gptfast._C")
+        return importlib.import_module("gptfast._C"), ""
     except ImportError as error:
         return None, str(error)
+
+
+def _choose_isa() -> str:
+    """Set the instruction-set level that GPTFAST_ISA asks for; what is wrong with it, or ""."""
     isa = os.environ.get("GPTFAST_ISA")
-    if isa:
-        extension.set_isa(isa)
-    return extension, ""
+    if EXTENSION is not None and isa:
+        try:
+            EXTENSION.set_isa(isa)
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 EXTENSION, MISSING = _load_extension()
+# Not raised on import, where whoever called would see a traceback and could not catch it.
+_WRONG_ISA = _choose_isa()
+
+
+def check_isa(*args: Any) -> None:
+    """ValueError if GPTFAST_ISA names no level of this CPU; every C++ kernel would raise it."""
+    if _WRONG_ISA:
+        raise ValueError(_WRONG_ISA)
 
 
 class _Announced:
@@ -64,6 +80,9 @@ def register(schema: str, reference: Callable, fake: Callable) -> torch._ops.OpO
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if EXTENSION is None:
         LIBRARY.impl(name, _Announced(reference), "CPU")
+    elif _WRONG_ISA:
+        with warnings.catch_warnings(action="ignore"):  # it overrides a kernel, on purpose
+            LIBRARY.impl(name, check_isa, "CPU")
     torch.library.register_fake(f"gptfast::{name}", fake, lib=LIBRARY)
     _implementations["reference"][op] = reference
     return op
