@@ -47,7 +47,8 @@ class Options:
         if penalty is None:
             raise ValueError("repetition_penalty must be a finite number > 0, got None; 1 is off")
         if not isinstance(penalty, Tensor):
-            penalty = like.new_full((len(like),), penalty, dtype=torch.float32)
+            # In float64 first: what float32 cannot hold becomes infinite there, and is refused.
+            penalty = like.new_full((len(like),), penalty, dtype=torch.float64)
         if penalty.shape != (len(like),) or penalty.device != like.device:
             raise ValueError(
                 f"repetition_penalty must be a number or a tensor of shape ({len(like)},) on "

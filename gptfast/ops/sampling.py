@@ -18,9 +18,10 @@ _sample = register(
     _fake,
 )
 
+_LARGEST = torch.finfo(torch.float32).max
 # name: (dtype, what None stands for, test for a Python number, what the number must be)
 _PARAMETERS = {
-    "temperature": (torch.float32, 1.0, lambda x: 0.0 <= x < torch.inf, "a finite number >= 0"),
+    "temperature": (torch.float32, 1.0, lambda x: 0.0 <= x <= _LARGEST, "a finite number >= 0"),
     "top_k": (
         torch.int64,
         2**62,
