@@ -70,11 +70,10 @@ class Generate:
 
     def run(self) -> None:
         model, tokenizer = _load(self.checkpoint, self.tokenizer, self.device)
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        names += ("num_beams", "length_penalty", "seed")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         options["stop"] = self.stop or None
-        if self.num_beams != 1:
-            options |= {"num_beams": self.num_beams, "length_penalty": self.length_penalty}
         if self.logprobs:
             return self._print_logprobs(model, tokenizer, options)
         options["allowed_special"] = self.allow_special
@@ -122,11 +121,17 @@ class Eval:
 
     def run(self) -> None:
         model, tokenizer = _load(self.checkpoint, self.tokenizer, self.device)
+        if not self.data:
+            raise ValueError("--data names no files to measure the loss on")
+        T = model.config.block_size if self.max_length is None else self.max_length
+        if not 1 <= T <= model.config.block_size:
+            raise ValueError(
+                f"max_length must be from 1 to block_size={model.config.block_size}, got {T}"
+            )
         sources = load_data(self.data, tokenizer, (1.0,))
         at = PARTS.index(self.part) if len(sources) > 1 else 0
         if at >= len(sources):
             raise ValueError(f"{self.data[0]} has no part {self.part}")
-        T = self.max_length or model.config.block_size
         loader = create_dataloader(
             sources[at],
             self.batch_size,

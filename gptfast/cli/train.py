@@ -63,15 +63,15 @@ class Train:
     """Start from the weights of this checkpoint, run or model directory; its architecture and
     tokenizer are the default."""
     config: str | None = None
-    """A TOML file of these settings, by name with underscores (n_layer = 6). Flags overrule it. The
-    resolved one of a run is train.toml in each checkpoint."""
+    """A TOML file of these settings, by name with underscores (n_layer = 6; "none" for what is not
+    set). Flags overrule it. The resolved one of a run is train.toml in each checkpoint."""
 
     def run(self) -> None:
         if len(self.split) not in (2, 3):
             raise ValueError(f"--split takes two or three shares, got {self.split}")
         tokenizer = get_tokenizer(self.tokenizer_name())
         sources = load_data(self.data, tokenizer, self.split)
-        T = self.max_length or self.model.block_size
+        T = self.model.block_size if self.max_length is None else self.max_length
         if T > self.model.block_size:
             raise ValueError(
                 f"max_length must be at most block_size={self.model.block_size}, got {T}"
@@ -81,7 +81,7 @@ class Train:
                 source,
                 self.batch_size,
                 T,
-                self.stride or T,
+                T if self.stride is None else self.stride,
                 shuffle=training,
                 drop_last=training,
                 seed=self.train.seed if training else 0,
@@ -109,7 +109,7 @@ class Train:
 
     def tokenizer_name(self) -> str:
         """The tokenizer asked for, or that of the data or of the weights to start from."""
-        if self.tokenizer:
+        if self.tokenizer is not None:
             return self.tokenizer
         if recorded := prepared_tokenizer(self.data):
             return recorded
@@ -157,7 +157,7 @@ def train_defaults(argv: Sequence[str]) -> Train:
         given, _ = parser.parse_known_args(list(argv))
     except argparse.ArgumentError:  # tyro will say what is wrong
         return Train()
-    command, file = Train(), read_toml(given.config) if given.config else {}
+    command, file = Train(), {} if given.config is None else read_toml(given.config)
     out = given.out or file.get("out", command.train.out)
     init = given.init or file.get("init")
     saved = None
