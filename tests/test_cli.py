@@ -10,37 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import TINY, Capture, refused, rows, run, train
 from helpers import (
     one_thread,  # noqa: F401 - applies to every test here
     random_model,
 )
 
 import gptfast
-from gptfast import GPT, GPTConfig, TrainConfig
-from gptfast.cli import Generate, Info, Train, main
+from gptfast import GPT, GPTConfig
+from gptfast.cli import COMMANDS, main
+from gptfast.cli.info import Info
+from gptfast.cli.settings import flat
+from gptfast.cli.train import Train
 from gptfast.data import embedded_text
 from gptfast.ops.library import backend_of, operators
-
-Capture = pytest.CaptureFixture[str]
-
-TINY = (
-    "--tokenizer byte --n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 "
-    "--sample-tokens 4 --device cpu"
-).split()
-
-
-def run(capsys: Capture, *args: object) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr of a command run in this process."""
-    capsys.readouterr()
-    try:
-        code = main([str(arg) for arg in args])
-    except SystemExit as exit:
-        code = exit.code or 0
-    return code, *capsys.readouterr()
-
-
-def train(capsys: Capture, *args: object) -> tuple[int, str, str]:
-    return run(capsys, "train", *TINY, *args)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +39,6 @@ def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
     assert main(["train", *TINY, "--data", str(text), "--out", str(out), "--max-steps", "6"]) == 0
     return out
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_installed_command(text: Path, tmp_path: Path) -> None:
@@ -166,32 +145,23 @@ def test_info(capsys: Capture) -> None:
         assert lines[name] == [backend_of(op, "cpu"), backend_of(op, "cuda")]
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "info", ""])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_flag(command: str, capsys: Capture) -> None:
-    code, out, err = run(capsys, *command.split(), "--help")
+    code, out, err = run(capsys, command, "--help")
     assert (code, err) == (0, "")
-    classes = {
-        "train": (Train, GPTConfig, TrainConfig),
-        "generate": (Generate,),
-        "info": (Info,),
-        "": (),
-    }
-    fields = {field.name for cls in classes[command] for field in dataclasses.fields(cls)}
-    for name in fields - {"model", "train", "checkpoint"}:
+    fields = {field.name for field in dataclasses.fields(COMMANDS[command])}
+    if command in ("train", "search"):
+        fields |= flat(Train()).keys()
+    for name in fields - {"model", "train", "checkpoint", "runs"}:
         assert f"--{name.replace('_', '-')}" in out
-    if not command:
-        assert all(name in out for name in ("train", "generate", "info"))
+    if command != "info":
+        assert f"\ngptfast {command} " in out, "no example"
 
 
-def refused(result: tuple[int, str, str], *words: str) -> None:
-    """Exit code above 0, one line on stderr with these words, no traceback."""
-    code, out, err = result
-    assert code in (1, 2)
-    assert "Traceback" not in out + err
-    assert err.startswith("gptfast: ")
-    assert err.count("\n") == 1 and err.endswith("\n"), err
-    for word in words:
-        assert word in err
+def test_help_names_every_command(capsys: Capture) -> None:
+    code, out, err = run(capsys, "--help")
+    assert (code, err) == (0, "")
+    assert all(f"• {name}" in out for name in COMMANDS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""The gptfast command in this process, at toy size, and what a refusal looks like."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptfast.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+SIZES = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16".split()
+TINY = ["--tokenizer", "byte", *SIZES, *"--batch-size 4 --sample-tokens 4 --device cpu".split()]
+
+
+def run(capsys: Capture, *args: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of a command run in this process."""
+    capsys.readouterr()
+    try:
+        code = main([str(arg) for arg in args])
+    except SystemExit as exit:
+        code = exit.code or 0
+    return code, *capsys.readouterr()
+
+
+def done(capsys: Capture, *args: object) -> str:
+    """The output of a command that must succeed and complain of nothing."""
+    code, out, err = run(capsys, *args)
+    assert (code, err) == (0, ""), err
+    return out
+
+
+def train(capsys: Capture, *args: object) -> tuple[int, str, str]:
+    return run(capsys, "train", *TINY, *args)
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code above 0, one line on stderr with these words, no traceback."""
+    code, out, err = result
+    assert code in (1, 2)
+    assert "Traceback" not in out + err
+    assert err.startswith("gptfast: ")
+    assert err.count("\n") == 1 and err.endswith("\n"), err
+    for word in words:
+        assert word in err
+
+
+def start(*args: object, **environment: str) -> subprocess.Popen[str]:
+    """The command in a process, and a process group, of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "gptfast", *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,321 @@
+"""Settings in layers: defaults, --init, what a resumed run had, a TOML file, flags overrule."""
+
+import dataclasses
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from commands import TINY, Capture, done, refused, rows, run
+from helpers import (
+    one_thread,  # noqa: F401 - applies to every test here
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptfast import GPTConfig, TrainConfig
+from gptfast.checkpoint import checkpoints
+from gptfast.cli import main
+from gptfast.cli.settings import apply, flat, read_toml
+from gptfast.cli.train import SMALL_MODEL, SMALL_RUN, Train, train_defaults
+from gptfast.config import to_toml
+from gptfast.data import embedded_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(embedded_text()[:1500], "utf-8")
+    return path
+
+
+def file(tmp_path: Path, content: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(content, "utf-8")
+    return path
+
+
+# One of every type of field there is.
+EVERY_TYPE = """
+n_layer = 3                     # an integer
+lr = 1                          # a number, written as an integer
+min_lr = 1e-5                   # a number or none
+dropout = 0.25
+max_steps = "none"              # an integer or none
+epochs = 2
+schedule = "wsd"                # one of some strings
+keep_best = false               # true or false
+freeze = ["wte.*", "h.0.*"]     # a list of strings
+split = [0.8, 0.1, 0.1]         # a list of numbers
+data = ["a.txt"]
+tokenizer = "byte"              # a string or none
+init = "none"
+out = "runs/x"
+"""
+
+
+def test_every_type(tmp_path: Path) -> None:
+    command = train_defaults(["--config", str(file(tmp_path, EVERY_TYPE))])
+    model = dataclasses.replace(SMALL_MODEL, n_layer=3, dropout=0.25)
+    run = dataclasses.replace(
+        SMALL_RUN,
+        lr=1.0,
+        min_lr=1e-5,
+        epochs=2,
+        schedule="wsd",
+        keep_best=False,
+        freeze=("wte.*", "h.0.*"),
+        out="runs/x",
+    )
+    assert command == Train(
+        model, run, data=("a.txt",), tokenizer="byte", split=(0.8, 0.1, 0.1), init=None
+    )
+    assert type(command.train.lr) is float
+
+
+BAD_FILES = {
+    "n_layers = 3": "unknown key 'n_layers'; did you mean 'n_layer'?",
+    "n-layer = 3": "unknown key 'n-layer'; did you mean 'n_layer'?",
+    "wholly_unknown_thing = 3": "unknown key 'wholly_unknown_thing'",
+    "[train]\nlr = 1e-3": "unknown key 'train'",
+    "n_layer = 1.5": "n_layer must be an integer, got 1.5",
+    "n_layer = true": "n_layer must be an integer, got True",
+    'n_layer = "none"': "n_layer must be an integer, got 'none'",
+    "n_layer = 0": "n_layer must be an integer >= 1, got 0",
+    'lr = "fast"': "lr must be a number, got 'fast'",
+    "lr = 1979-05-27": "lr must be a number, got datetime.date(1979, 5, 27)",
+    f"lr = {10**400}": "lr must be a number, got 1000",
+    f"max_steps = {2**63}": "max_steps must be an integer or none, got 9223372036854775808",
+    "lr = nan": "lr must be a finite number > 0, got nan",
+    "keep_best = 1": "keep_best must be true or false, got 1",
+    'schedule = "cos"': "schedule must be one of 'cosine', 'linear'",
+    'freeze = "wte.*"': "freeze must be a list of strings, got 'wte.*'",
+    "data = [1]": "data must be a list of strings, got [1]",
+    'split = ["a"]': "split must be a list of numbers, got ['a']",
+    "split = 0.9": "split must be a list of numbers, got 0.9",
+    "out = {a = 1}": "out must be a string, got {'a': 1}",
+    "max_steps = 3\nepochs = 2": "give max_steps or epochs, not both: got 3 and 2",
+    "lr = ": "is not TOML: Invalid value",
+    "lr = 1\nlr = 2": "is not TOML: Cannot overwrite a value",
+    "this is prose": "is not TOML: Expected",
+    f"data = {'[' * 5000}": "is not TOML: maximum recursion depth exceeded",
+}
+
+
+@pytest.mark.parametrize("content", BAD_FILES, ids=lambda content: content[:30].replace("\n", ";"))
+def test_bad_file(content: str, tmp_path: Path, capsys: Capture) -> None:
+    path = file(tmp_path, content)
+    refused(run(capsys, "train", "--config", path), str(path), BAD_FILES[content])
+
+
+def test_no_near_match_no_guess(tmp_path: Path, capsys: Capture) -> None:
+    path = file(tmp_path, "wholly_unknown_thing = 3")
+    assert "did you mean" not in run(capsys, "train", "--config", path)[2]
+
+
+def test_unreadable_file(tmp_path: Path, capsys: Capture) -> None:
+    refused(run(capsys, "train", "--config", tmp_path / "no.toml"), "no.toml: No such file")
+    refused(run(capsys, "train", "--config", tmp_path), "cannot read", "Is a directory")
+    (tmp_path / "run.toml").write_bytes(b"out = '\xff'")
+    refused(run(capsys, "train", "--config", tmp_path / "run.toml"), "is not TOML", "utf-8")
+    refused(run(capsys, "train", "--config"), "--config")
+
+
+def test_flags_overrule_the_file(text: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    values = flat(Train()) | {
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 16,
+        "max_steps": 9,
+        "data": [str(text)],
+        "tokenizer": "byte",
+        "sample_tokens": 0,
+        "out": str(tmp_path / "elsewhere"),
+    }
+    path = file(tmp_path, to_toml(values))
+    done(capsys, "train", "--config", path, "--max-steps", 2, "--out", out, "--n-embd", 8)
+    assert rows(out)[-1]["step"] == 2
+    resolved = read_toml(checkpoints(out)[-1] / "train.toml")
+    assert (resolved["n_embd"], resolved["n_head"], resolved["sample_tokens"]) == (8, 2, 0)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def tensors(out: Path) -> list[bytes]:
+    """The last checkpoint's safetensors, byte for byte."""
+    last = checkpoints(out)[-1]
+    return [(last / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+
+
+@pytest.fixture(scope="module")
+def straight(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps, saved every 4, with settings far from the defaults."""
+    out = tmp_path_factory.mktemp("straight") / "out"
+    # As in the tests: with another number of threads, sums are cut elsewhere.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main(["train", *options(text), "--out", str(out)]) == 0
+    torch.set_num_threads(before)
+    assert [path.name for path in checkpoints(out)] == ["step-00000004", "step-00000008"]
+    return out
+
+
+def options(text: Path) -> list[str]:
+    settings = "--max-steps 8 --checkpoint-interval 4 --log-interval 1 --eval-interval 3 --seed 7 "
+    settings += "--dropout 0.2 --lr 0.01 --min-lr 0.002 --warmup-steps 2 --schedule linear "
+    settings += "--accumulation-steps 2 --freeze wpe.* --no-tie-weights --stride 5 --max-length 12 "
+    settings += "--split 0.8 0.1 0.1 --beta2 0.9 --max-norm inf --no-keep-best"
+    return [*TINY, "--data", str(text), *settings.split()]
+
+
+def test_resume_needs_no_flag(straight: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Cut at step 4 and continued with --resume alone, the end is the straight run's, bit for bit.
+
+    A flag that is given overrules what was saved, and so does a file.
+    """
+    out = tmp_path / "out"
+    done(capsys, "train", *options(text), "--out", out)
+    lost = checkpoints(out)[-1].rename(tmp_path / "lost")
+    output = done(capsys, "train", "--out", out, "--resume")
+    assert f"resumed from {checkpoints(out)[0]} at step 4" in output
+    assert tensors(out) == tensors(straight)
+    assert [row["loss"] for row in rows(out)[1:]] == [row["loss"] for row in rows(straight)[1:]]
+    assert (lost / "train.toml").read_text() == (checkpoints(out)[-1] / "train.toml").read_text()
+    done(capsys, "train", "--out", out, "--resume", "--max-steps", 9)
+    assert rows(out)[-1]["step"] == 9
+    longer = file(tmp_path, f'max_steps = 11\nresume = true\nout = "{out}"')
+    done(capsys, "train", "--config", longer, "--eval-batches", 1)
+    assert rows(out)[-1]["step"] == 11
+    resolved = read_toml(checkpoints(out)[-1] / "train.toml")
+    assert (resolved["max_steps"], resolved["eval_batches"], resolved["seed"]) == (11, 1, 7)
+
+
+def test_resume_of_nothing_starts(text: Path, tmp_path: Path, capsys: Capture) -> None:
+    args = ["--data", text, "--max-steps", 1, "--out", tmp_path, "--resume"]
+    assert "resumed" not in done(capsys, "train", *TINY, *args)
+
+
+def test_the_resolved_file_repeats_the_run(straight: Path, tmp_path: Path, capsys: Capture) -> None:
+    resolved = checkpoints(straight)[-1] / "train.toml"
+    out = tmp_path / "again"
+    done(capsys, "train", "--config", resolved, "--out", out)
+    assert tensors(out) == tensors(straight)
+    ours, theirs = (read_toml(checkpoints(o)[-1] / "train.toml") for o in (out, straight))
+    assert {name for name in ours if ours[name] != theirs[name]} == {"out"}
+
+
+def test_init_brings_architecture_and_tokenizer(
+    straight: Path, text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """No size and no tokenizer is named; the training settings are not inherited."""
+    done(capsys, "train", "--init", straight, "--data", text, "--out", tmp_path, "--max-steps", 1)
+    ours, theirs = (read_toml(checkpoints(o)[-1] / "train.toml") for o in (tmp_path, straight))
+    for name in (*get_type_hints(GPTConfig), "tokenizer"):
+        assert ours[name] == theirs[name], name
+    assert ours["n_embd"] == 16 and ours["tokenizer"] == "byte"
+    assert (ours["lr"], ours["schedule"], ours["freeze"]) == (SMALL_RUN.lr, "cosine", [])
+    assert rows(tmp_path)[0]["val_loss"] < rows(straight)[0]["val_loss"]
+
+
+def test_init_from_a_file_and_none(straight: Path, tmp_path: Path) -> None:
+    path = file(tmp_path, f'init = "{straight}"\nlr = 0.5')
+    command = train_defaults(["--config", str(path)])
+    assert (command.model.n_embd, command.train.lr, command.init) == (16, 0.5, str(straight))
+    command = train_defaults(["--config", str(file(tmp_path, 'init = "none"'))])
+    assert (command.model, command.init) == (SMALL_MODEL, None)
+
+
+def test_resume_ignores_a_damaged_train_toml(straight: Path, tmp_path: Path) -> None:
+    """The settings are those of the newest checkpoint that has them whole."""
+    shutil.copytree(straight, tmp_path / "out", symlinks=True)
+    before, last = checkpoints(tmp_path / "out")
+    (last / "train.toml").write_text("n_layer = 99")
+    assert train_defaults(["--resume", "--out", str(tmp_path / "out")]).model.n_layer == 1
+    (before / "train.toml").write_text("n_layer = 99")
+    assert train_defaults(["--resume", "--out", str(tmp_path / "out")]).model == SMALL_MODEL
+
+
+def values_of(hint: Any) -> st.SearchStrategy:
+    """Values of a field's type, among them many that its range refuses."""
+    if args := get_args(hint):
+        if type(None) in args:
+            return st.none() | values_of(args[0])
+        if args[-1] is Ellipsis:
+            return st.lists(values_of(args[0]), max_size=3).map(tuple)
+        return st.sampled_from(args)
+    return {
+        int: st.integers(0, 12) | st.integers(),
+        float: st.floats(0.0, 0.99) | st.floats(),
+        bool: st.booleans(),
+        str: st.text(),
+    }[hint]
+
+
+@st.composite
+def configs(draw: st.DrawFn, cls: Any) -> Any:
+    """Configurations with a few fields of any value that they admit."""
+    hints = get_type_hints(cls)
+    names = draw(st.lists(st.sampled_from(sorted(hints)), unique=True, max_size=8))
+    config = cls()
+    for name in names:
+        try:
+            config = dataclasses.replace(config, **{name: draw(values_of(hints[name]))})
+        except ValueError:
+            pass
+    return config
+
+
+@given(model=configs(GPTConfig), run=configs(TrainConfig))
+def test_toml_and_back(model: GPTConfig, run: TrainConfig) -> None:
+    command = Train(model, run)
+    text = to_toml(flat(command))
+    assert apply(Train(), tomllib.loads(text), "here") == command
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates()
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5
+)
+KEYS = st.sampled_from(sorted(flat(Train()))) | st.text()
+
+
+@given(values=st.dictionaries(KEYS, VALUES, max_size=4))
+def test_any_mapping_is_applied_or_a_value_error(values: dict[str, Any]) -> None:
+    try:
+        command = apply(Train(), values, "here")
+    except ValueError as error:
+        assert str(error).startswith("here: ")
+        assert len(str(error).splitlines()) == 1
+    else:
+        for name, value in flat(command).items():
+            given = values.get(name, value)
+            converted = tuple(given) if isinstance(given, list) else given
+            assert value == (None if converted == "none" and value is None else converted)
+
+
+@given(
+    text=st.text(max_size=60)
+    | st.lists(
+        st.sampled_from(["lr", "=", "1", "[", "]", '"', "'''", "{", "\n", "a.b", ",", "#", "nan"]),
+        max_size=20,
+    ).map(" ".join)
+)
+def test_any_text_is_read_or_a_value_error(
+    text: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_text(text, "utf-8")
+    try:
+        apply(Train(), read_toml(path), str(path))
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+def test_apply_changes_nothing_it_was_given() -> None:
+    command = Train()
+    values: dict[str, Any] = {"freeze": ["wte.*"], "lr": 1}
+    assert apply(command, values, "here").train.freeze == ("wte.*",)
+    assert command == Train() and values == {"freeze": ["wte.*"], "lr": 1}
