@@ -113,13 +113,13 @@ class Train:
             return self.tokenizer
         if recorded := prepared_tokenizer(self.data):
             return recorded
-        return (self.init and tokenizer_of(self.init)) or "gpt2"
+        return (self.init is not None and tokenizer_of(self.init)) or "gpt2"
 
     def _model(self, n_vocab: int) -> GPT:
         torch.manual_seed(self.train.seed)
         vocab_size = max(self.model.vocab_size, n_vocab)
         model = GPT(dataclasses.replace(self.model, vocab_size=vocab_size))
-        if self.init and not (self.resume and checkpoints(self.train.out)):
+        if self.init is not None and not (self.resume and checkpoints(self.train.out)):
             load_weights(model, self.init)
         return model
 
@@ -158,8 +158,8 @@ def train_defaults(argv: Sequence[str]) -> Train:
     except argparse.ArgumentError:  # tyro will say what is wrong
         return Train()
     command, file = Train(), {} if given.config is None else read_toml(given.config)
-    out = given.out or file.get("out", command.train.out)
-    init = given.init or file.get("init")
+    out = file.get("out", command.train.out) if given.out is None else given.out
+    init = file.get("init") if given.init is None else given.init
     saved = None
     if given.resume or file.get("resume"):
         saved = next(filter(None, map(read_settings, reversed(checkpoints(out)))), None)
