@@ -6,12 +6,14 @@ A checkpoint is a directory:
     train.toml                         the run's resolved configuration
     state.json                         format, progress, RNG, configs, SHA-256 of every file
 It is written to a hidden sibling, each file and the directory synced, then renamed: at any moment a
-directory of that name is a whole checkpoint. What is deleted is renamed away first.
+directory of that name is a whole checkpoint. What is replaced or deleted is renamed first; the old
+one of a replacement that was killed half-way still counts.
 """
 
 import base64
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,22 +28,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptfast.config import GPTConfig
 from gptfast.model import GPT
+from gptfast.token_files import fsync
 from gptfast.weights.transformers import from_hf, gpt_config, hf_config, hf_tensors
 
 FORMAT = 2
+_LOGGER = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, incomplete or of another format."""
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_files(
@@ -55,7 +52,7 @@ def _write_files(
     for name, text in texts.items():
         (directory / name).write_text(text, "utf-8")
     for name in (*tensors, *texts):
-        _fsync(directory / name)
+        fsync(directory / name)
 
 
 def _json(value: Any) -> str:
@@ -87,15 +84,22 @@ def save_model(model: GPT, directory: str | PathLike) -> None:
         _write_files(temporary, *_model_files(model))
         for file in temporary.iterdir():
             file.replace(directory / file.name)
-        _fsync(directory)
+        fsync(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_text(path: Path) -> str:
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def _parse_json(text: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: it holds no JSON object")
@@ -133,9 +137,10 @@ def find_model(path: str | PathLike) -> Path:
     return directory
 
 
-def read_config(directory: Path) -> Any:
+def read_config(directory: Path) -> GPTConfig:
     """The GPTConfig of a model directory's config.json."""
-    return gpt_config(_read_json(directory / "config.json"), directory / "config.json")
+    file = directory / "config.json"
+    return gpt_config(_parse_json(_read_text(file), file), file)
 
 
 def load_model(path: str | PathLike) -> GPT:
@@ -165,8 +170,9 @@ def _copy_weights(model: GPT, directory: Path) -> None:
     for name in shape:
         theirs, ours = getattr(config, name), getattr(model.config, name)
         if theirs != ours:
+            shorter = "; --max-length makes windows shorter" if name == "block_size" else ""
             raise ValueError(
-                f"{directory} is another architecture: its {name} is {theirs}, not {ours}"
+                f"{directory} is another architecture: its {name} is {theirs}, not {ours}{shorter}"
             )
     state = from_hf(_read_tensors(directory / "model.safetensors"), config)
     _check_state(state, model, str(directory / "model.safetensors"))
@@ -175,11 +181,12 @@ def _copy_weights(model: GPT, directory: Path) -> None:
 
 def checkpoints(out: str | PathLike) -> list[Path]:
     """The checkpoints of a training run's output directory, oldest first."""
-    found = {
-        int(name[1]): path
-        for path in Path(out).glob("checkpoints/step-*")
-        if (name := re.fullmatch(r"step-(\d+)", path.name)) and path.is_dir()
-    }
+    found: dict[int, Path] = {}
+    # In this order: the old one of a replacement counts only until the new one is there.
+    for pattern, name in ((".step-*.old", r"\.step-(\d+)\.old"), ("step-*", r"step-(\d+)")):
+        for path in Path(out).glob(f"checkpoints/{pattern}"):
+            if (step := re.fullmatch(name, path.name)) and path.is_dir():
+                found[int(step[1])] = path
     return [found[step] for step in sorted(found)]
 
 
@@ -246,29 +253,41 @@ def save_checkpoint(
         }
         state["digest"] = _digest(state)
         _write_files(temporary, {}, {"state.json": _json(state)})
-        _fsync(temporary)
+        fsync(temporary)
         if target.exists():  # a resumed run that passes this step again
             target.rename(_hidden(target, "old"))
         temporary.rename(target)
-        _fsync(target.parent)
-        if best is not None:
-            _link_best(target.parent, best)
+        fsync(target.parent)
+        fsync(Path(out))
+        _link_best(target.parent, best)
         _delete_old(Path(out), keep, best)
     except OSError as error:
         why = error.strerror or error
         raise OSError(f"cannot save {target}: {why}; earlier checkpoints are whole") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not target.exists() and _hidden(target, "old").exists():
+            _hidden(target, "old").rename(target)
     return target
 
 
-def _link_best(folder: Path, best: int) -> None:
-    link, name = folder / "best", f"step-{best:08d}"
-    if not (folder / name).is_dir() or (link.is_symlink() and os.readlink(link) == name):
+def _link_best(folder: Path, best: int | None) -> None:
+    link, name = folder / "best", f"step-{best or 0:08d}"
+    if best is None or not (folder / name).is_dir():
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+        return
+    if link.is_symlink() and os.readlink(link) == name:
         return
     temporary = _hidden(link, "tmp")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name, target_is_directory=True)
+    try:
+        temporary.symlink_to(name, target_is_directory=True)
+    except OSError as error:
+        _LOGGER.warning("no link %s to %s: %s", link, name, error.strerror)
+        return
+    if link.is_dir() and not link.is_symlink():  # the run was copied and its links were followed
+        link.rename(_hidden(link, "deleted"))
     temporary.replace(link)
 
 
@@ -282,13 +301,20 @@ def _delete_old(out: Path, keep: int, best: int | None) -> None:
 def clean_up(out: str | PathLike) -> None:
     """Remove what a save or a deletion that was killed has left; call it with no save under way."""
     for path in Path(out).glob("checkpoints/.*"):
-        target = path.with_name(path.name[1:].rpartition(".")[0])
-        if path.suffix == ".old" and not target.exists():
-            path.rename(target)  # killed between the two renames of a replacement
-        elif path.is_dir() and not path.is_symlink():
+        ours = re.fullmatch(r"\.(step-\d+|best)\.(tmp(-\d+)?|old|deleted)", path.name)
+        if ours and ours[2] == "old" and not path.with_name(ours[1]).exists():
+            path.rename(path.with_name(ours[1]))  # killed between a replacement's two renames
+        elif ours and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif ours:
             path.unlink()
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint to damaged-step-..., so that it counts as one no more."""
+    target = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
 
 
 def _digest(state: dict[str, Any]) -> str:
@@ -298,13 +324,15 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    state = _read_json(path / "state.json")
+    text = _read_text(path / "state.json")
+    state = _parse_json(text, path / "state.json")
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{path / 'state.json'} has checkpoint format {state.get('format')!r}, "
             f"expected {FORMAT}"
         )
-    if state.get("digest") != _digest(state):
+    # The text too: another spelling of a number has its value.
+    if state.get("digest") != _digest(state) or text != _json(state):
         raise CheckpointError(
             f"{path / 'state.json'} is damaged: its digest is not that of its values"
         )

@@ -1,6 +1,7 @@
 """The two configurations: what a model is, and how it is trained. Flat, frozen, checked once."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
@@ -36,6 +37,9 @@ def to_toml(values: Mapping[str, Any]) -> str:
     """A flat configuration as TOML, which has no null: None is written as "none"."""
     import tomli_w
 
+    for name, value in values.items():
+        if re.search("[\ud800-\udfff]", str(value)):
+            raise ValueError(f"{name} is not UTF-8 text: {value!r}")
     return tomli_w.dumps({name: "none" if x is None else x for name, x in values.items()})
 
 

@@ -3,12 +3,13 @@
 Also `read_metrics`, the one reader of what a run wrote. A run is its directory, or metrics.jsonl.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from gptfast.run_directory import metrics_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,24 +33,10 @@ def read_metrics(path: str | PathLike) -> list[Row]:
     path = Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:
-        lines = file.read_bytes().split(b"\n")
+        return list(metrics_of(file))
     except OSError as error:
         why = "has no metrics.jsonl" if path.is_dir() else f"cannot be read: {error.strerror}"
         raise ValueError(f"{path} {why}; give the directory of a training run") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # also for what is not UTF-8
-            if number == len(lines):
-                break
-            raise ValueError(f"{file}:{number} is damaged: {error}") from None
-        if not isinstance(row, dict) or "step" not in row:
-            raise ValueError(f"{file}:{number} is damaged: a row is an object with a step")
-        rows.append(row)
-    return rows
 
 
 def finite(row: Row, name: str) -> bool:

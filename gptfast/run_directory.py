@@ -1,13 +1,14 @@
 """What a training run leaves on disk besides its checkpoints: metrics, samples, a profile."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -28,64 +29,36 @@ class RunDirectory:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Make the directory and hold it; ValueError if that cannot be or another run has it."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.metrics.open("a").close()
-            descriptor = os.open(self.out, os.O_RDONLY)
-        except OSError as error:
-            raise ValueError(f"cannot write to {self.out}: {error.strerror}") from None
-        try:
-            self._acquire(descriptor)
-            yield
-        finally:
-            os.close(descriptor)
-            if self._writer is not None:
-                self._writer.close()
-
-    def _acquire(self, descriptor: int) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows has no such lock
-            return
-        end = time.monotonic() + PATIENCE
-        while True:
+        with lock(self.out, PATIENCE):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise ValueError(
-                        f"{self.out} is in use by another process; wait or choose another out"
-                    ) from None
-                time.sleep(0.1)
+                self.metrics.open("a").close()
+            except OSError as error:
+                raise ValueError(f"cannot write to {self.out}: {error.strerror}") from None
+            try:
+                yield
+            finally:
+                if self._writer is not None:
+                    self._writer.close()
 
-    def rewind(self, step: int, *, ended: bool) -> list[dict[str, Any]]:
-        """Drop what was written after `step`, which happens again; the rows of metrics up to it.
+    def rewind(self, step: int, *, ended: bool) -> None:
+        """Drop what was written after `step`, which happens again.
 
         ended: whether the run is over; if not, no row is its "final" one any more.
         """
-        rows = [row for row in self._rows() if row["step"] <= step]
-        if not ended:
-            rows = [{k: v for k, v in row.items() if k != "final"} for row in rows]
-        _replace(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
-        lines = self.samples.read_text("utf-8").splitlines() if self.samples.exists() else []
-        steps = [re.match(r"step (\d+): ", line) for line in lines]
-        kept = [m.string for m in steps if m and int(m[1]) <= step]
-        _replace(self.samples, "".join(line + "\n" for line in kept))
+        with _replacing(self.metrics) as file:
+            for row in metrics_of(self.metrics):
+                if row["step"] <= step:
+                    if not ended:
+                        row.pop("final", None)
+                    file.write(json.dumps(row) + "\n")
+        with _replacing(self.samples) as file:
+            text = self.samples.read_text("utf-8") if self.samples.exists() else ""
+            for line in text.splitlines(keepends=True):
+                at = re.match(r"step (\d+): ", line)
+                if at and int(at[1]) <= step and line.endswith("\n"):
+                    file.write(line)
         if self.tensorboard:
             self._writer = _summary_writer()(str(self.out / "tensorboard"), purge_step=step + 1)
-        return rows
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(self.metrics.read_text("utf-8").splitlines(), 1):
-            if not line.endswith("}"):  # cut off in the middle
-                continue
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{self.metrics}:{number} is damaged ({error}); remove that line to resume"
-                ) from None
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl, and to TensorBoard's."""
@@ -119,8 +92,11 @@ class RunDirectory:
     def sync(self) -> None:
         """Wait until all of it is on the disk, so that no checkpoint is newer than its metrics."""
         for path in (self.metrics, self.samples):
-            with path.open("a") as file:
-                os.fsync(file.fileno())
+            try:
+                with path.open("a") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise OSError(f"cannot write {path}: {error.strerror}") from error
 
     def _append(self, path: Path, line: str) -> None:
         try:
@@ -130,13 +106,69 @@ class RunDirectory:
             raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _replace(path: Path, text: str) -> None:
+@contextlib.contextmanager
+def lock(directory: Path, patience: float = 0.0) -> Iterator[None]:
+    """Make a directory and hold it alone, waiting up to `patience` seconds for whoever has it.
+
+    The lock is the process's: it ends with it. ValueError if the directory cannot be made or had.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"cannot write to {directory}: {error.strerror}") from None
+    end = time.monotonic() + patience
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ValueError(
+                        f"{directory} is in use by another process; wait or choose another out"
+                    ) from None
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def metrics_of(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics.jsonl, one after the other.
+
+    An incomplete last line, of a run that is writing or was killed, is passed over. Raises
+    ValueError for a damaged line, by its number.
+    """
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # also for what is not UTF-8
+                if not line.endswith(b"\n"):
+                    return
+                raise ValueError(f"{file}:{number} is damaged: {error}") from None
+            if not isinstance(row, dict) or "step" not in row:
+                raise ValueError(f"{file}:{number} is damaged: a row is an object with a step")
+            yield row
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    """A file to write that takes the place of the one at `path`, whole, when all went well."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _summary_writer() -> Any:

@@ -23,6 +23,10 @@ Batch = tuple[Tensor, Tensor]
 class RefusedStep(ArithmeticError):
     """A step that would have spoilt the weights; it changed none and drew no random number."""
 
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
 
 def autocast(device: torch.device, config: TrainConfig) -> contextlib.AbstractContextManager:
     """bf16 autocast if config.precision asks for it."""
@@ -53,12 +57,16 @@ class TrainStep:
         where the guard passes the step over, also "skipped", the reason, and no number that is not
         finite. Raises RefusedStep where the run must not go on.
         """
-        rng = random_state()
+        rng, judged = random_state(), self.guard.state_dict()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         counts = [int((y != -100).sum()) for _, y in batches]
-        loss, norm = self._backward(batches, counts), None
+        try:
+            loss, norm = self._backward(batches, counts), None
+        except Exception:  # a compiler that was interrupted, say: the step can be tried again
+            restore_random_state(rng)
+            raise
         fault = Fault("every target is masked", finite=True)
         if sum(counts):
             fault = self.guard.fault("loss", loss)
@@ -69,9 +77,12 @@ class TrainStep:
             self.guard.accept()
             return row
         if not self.guard.skips(fault):
-            restore_random_state(rng)
             times = f" after {self.guard.in_a_row} steps skipped" if self.guard.in_a_row else ""
-            raise RefusedStep(fault.reason + times)
+            remedy = "raise --skip-zscore" if fault.finite else "--nonfinite skip passes it over"
+            # As if the step had not been tried; a resumed run may skip as often again.
+            restore_random_state(rng)
+            self.guard.load_state_dict({**judged, "in_a_row": 0})
+            raise RefusedStep(fault.reason + times, remedy)
         finite = {name: x for name, x in row.items() if x is not None and math.isfinite(x)}
         return finite | {"targets": 0, "skipped": fault.reason}
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from gptfast.checkpoint import (
     clean_up,
     load_checkpoint,
     save_checkpoint,
+    set_aside,
 )
 from gptfast.config import TrainConfig, to_toml
 from gptfast.data import BatchOrder, describe_batch
@@ -33,7 +35,7 @@ from gptfast.flops import measured_peak, mfu, peak_memory
 from gptfast.generate import generate_text
 from gptfast.interrupt import Interrupt
 from gptfast.model import GPT
-from gptfast.plot import plot_losses
+from gptfast.plot import finite, plot_losses, read_metrics
 from gptfast.run_directory import RunDirectory
 from gptfast.schedule import learning_rate
 from gptfast.tokenizer import Tokenizer
@@ -82,8 +84,8 @@ class Trainer:
         settings: dict[str, Any] | None = None,
         data_sha256: str | None = None,
     ) -> None:
-        for loader in (train_loader, val_loader):
-            if not isinstance(loader.batch_sampler, BatchOrder):
+        for loader in (train_loader, val_loader, test_loader):
+            if loader is not None and not isinstance(loader.batch_sampler, BatchOrder):
                 raise ValueError("the loaders must come from gptfast.create_dataloader")
         self.device = choose_device(config.device)
         self.model, self.config, self.tokenizer = model.to(self.device), config, tokenizer
@@ -107,9 +109,13 @@ class Trainer:
             "model": dataclasses.asdict(model.config),
             "train": dataclasses.asdict(config),
             "tokenizer": tokenizer.name if tokenizer else None,
+            "vocabulary": getattr(tokenizer, "sha256", None) or getattr(tokenizer, "name", None),
             **(settings or {}),
             "data_sha256": data_sha256,
         }
+        facts = ("model", "train", "vocabulary", "data_sha256")
+        own = {name: value for name, value in self.saved.items() if name not in facts}
+        self.toml = to_toml({**self.saved["model"], **self.saved["train"], **own})
         self.progress: tqdm | None = None
         self.interrupt = Interrupt()
         if tokenizer and config.sample_tokens and not tokenizer.encode(config.sample_prompt):
@@ -124,12 +130,8 @@ class Trainer:
         raises KeyboardInterrupt at once. A loss or gradient norm that is not finite raises
         FloatingPointError after a checkpoint of the weights before that step.
         """
-        if checkpoints(self.out) and not resume:
-            raise ValueError(
-                f"{self.out} already holds a run; continue it with --resume or choose another --out"
-            )
         with self.run.lock(), Interrupt() as self.interrupt:
-            self._open()
+            self._open(resume)
             dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
             self.peak = _peak(self.device, dtype)
             self.model.train()
@@ -138,7 +140,8 @@ class Trainer:
             )
             with self.progress:
                 self._loop()
-            if any("val_loss" in row for row in self.history):
+            self.history = read_metrics(self.out)
+            if any(finite(row, "val_loss") for row in self.history):
                 plot_losses(self.history, self.out)
         return self.history
 
@@ -150,11 +153,14 @@ class Trainer:
         try:
             row = self.take_step(batches, learning_rate(self.step, self.steps, self.config))
         except RefusedStep as refused:
-            self._save()
+            kept = f"the checkpoint of step {self.step} is in {self.out}"
+            try:
+                self._save()
+            except OSError as error:
+                kept = str(error)
             raise FloatingPointError(
-                f"{refused} at step {self.step + 1}, on {self._data_of(self.step)}; lower --lr, "
-                "look at that data, or pass such steps over with --nonfinite skip. No weight was "
-                f"changed; the checkpoint of step {self.step} is in {self.out}"
+                f"{refused} at step {self.step + 1}, on {self._data_of(self.step)}; lower --lr or "
+                f"look at that data ({refused.remedy}). No weight was changed; {kept}"
             ) from None
         self.step += 1
         self.tokens += row.pop("targets")
@@ -171,22 +177,31 @@ class Trainer:
         if self.pending is not None:
             self._look_up(self.pending)
         elif self._is_over():
-            self._say(f"the run is complete at step {self.step}; raise max_steps or epochs")
+            more = "max_steps or epochs" if self.step >= self.steps else "early_stopping"
+            self._say(f"the run is complete at step {self.step}; raise {more} for more")
         profiled = contextlib.nullcontext(lambda: None)
         if self.config.profile and not self._is_over():
             profiled = self.run.profiler(self.steps - self.step)
-        start, start_tokens = time.perf_counter(), self.tokens
+        start, tokens = time.perf_counter(), 0
         with profiled as step_done:
             for batches in self._batches():
-                row = self.train_step(batches)
+                try:
+                    row = self.train_step(batches)
+                except Exception:
+                    # Ctrl-C in a terminal ends the C++ compiler of torch.compile too.
+                    if self.config.compile and self.interrupt.requested:
+                        break
+                    raise
                 self.progress.update()
                 step_done()
-                seconds = time.perf_counter() - start
-                row |= self._speed((self.tokens - start_tokens) / seconds, batches[0][0].shape[1])
+                # All that is computed, not the targets only.
+                tokens += sum(x.numel() for x, _ in batches)
+                row |= self._speed(tokens / (time.perf_counter() - start), batches[0][0].shape[1])
                 if self._look_up(row):
                     # The clock of tokens per second leaves evaluation and checkpoints out.
-                    start, start_tokens = time.perf_counter(), self.tokens
+                    start, tokens = time.perf_counter(), 0
         if self.interrupt.requested:
+            self._save()
             saved = "all is saved; --resume continues"
             if not self.config.save_optimizer:
                 saved = "the model is saved"
@@ -226,8 +241,9 @@ class Trainer:
         if ends:
             row["final"] = True
         if due:
-            self.history.append(row)
-            self.run.write(row)
+            # JSON has neither NaN nor infinity.
+            odd = [name for name, x in row.items() if x in (math.inf, -math.inf) or x != x]
+            self.run.write({name: x for name, x in row.items() if name not in odd})
         if ends or self._ends_epoch():
             self._sample()
         self.pending = None
@@ -285,7 +301,8 @@ class Trainer:
         """Note whether the model is the best so far; step 0 does not count."""
         if self.step == 0:
             return False
-        improved = self.best is None or val_loss < self.best["val_loss"]
+        lowest = self.best["val_loss"] if self.best else math.inf
+        improved = val_loss < lowest
         if improved:
             self.best = {"step": self.step, "val_loss": val_loss}
         self.bad_evaluations = 0 if improved else self.bad_evaluations + 1
@@ -326,9 +343,6 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "config": self.saved,
         }
-        flat = {**self.saved["model"], **self.saved["train"], **self.saved}
-        for name in ("model", "train", "data_sha256"):
-            del flat[name]
         self.run.sync()
         save_checkpoint(
             self.out,
@@ -337,40 +351,44 @@ class Trainer:
             progress,
             self.config.keep,
             best=self.best["step"] if self.best and self.config.keep_best else None,
-            texts={"train.toml": to_toml(flat)},
+            texts={"train.toml": self.toml},
         )
         self.saved_step = self.step if self.pending is None else None
 
-    def _open(self) -> None:
+    def _open(self, resume: bool) -> None:
         clean_up(self.out)
-        restored = self._restore()
-        if not restored:
+        if checkpoints(self.out) and not resume:
+            raise ValueError(
+                f"{self.out} already holds a run; continue it with --resume or choose another --out"
+            )
+        if not self._restore():
             torch.manual_seed(self.config.seed)
         # What was written after the checkpoint happens again.
-        self.history = self.run.rewind(
-            self.step if self.pending is None else self.step - 1, ended=self._is_over()
-        )
+        done = self.step if self.pending is None else self.step - 1
+        self.run.rewind(done, ended=self._is_over())
 
     def _restore(self) -> bool:
         """Load the newest whole checkpoint, saying which are not; False if there is none."""
-        found = checkpoints(self.out)
-        damaged: CheckpointError | None = None
-        for path in reversed(found):
+        damaged: dict[Path, CheckpointError] = {}
+        for path in reversed(checkpoints(self.out)):
             try:
                 state = load_checkpoint(path, self.model, self.optimizer)
             except CheckpointError as error:
                 self._say(f"{error}; falling back to the checkpoint before it")
-                damaged = damaged or error
+                damaged[path] = error
                 continue
             self._check_same_run(state["config"], path)
             self.step, self.tokens, self.pending = state["step"], state["tokens"], state["pending"]
             self.best, self.bad_evaluations = state["best"], state["bad_evaluations"]
             self.guard.load_state_dict(state["guard"])
             self.saved_step = self.step if self.pending is None else None
+            for other in damaged:
+                set_aside(other)
             self._say(f"resumed from {path} at step {self.step}")
             return True
         if damaged:
-            raise CheckpointError(f"no checkpoint in {self.out} is whole: {damaged}")
+            first = next(iter(damaged.values()))
+            raise CheckpointError(f"no checkpoint in {self.out} is whole: {first}")
         return False
 
     def _check_same_run(self, saved: dict[str, Any], path: Path) -> None:
@@ -378,7 +396,7 @@ class Trainer:
         # Through JSON, as the saved ones went: it knows no tuples.
         before, now = ({**c["train"], **c} for c in (saved, json.loads(json.dumps(self.saved))))
         batches = ("batch_size", "max_length", "stride", "split", "seed", "accumulation_steps")
-        for name in ("data_sha256", "tokenizer", *batches):
+        for name in ("vocabulary", "data_sha256", *batches):
             if before.get(name) != now.get(name):
                 raise ValueError(
                     f"{path} was trained with {name} {before.get(name)}, not {now.get(name)}; "

@@ -4,9 +4,7 @@ OUT/search.json holds the base settings and the trials; OUT/trial-001 is a run d
 trial.toml, what the subprocess reads, log.txt, what it printed, and result.json, what came of it.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import signal
@@ -14,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 from gptfast.config import to_toml
 from gptfast.interrupt import Interrupt
 from gptfast.plot import finite, read_metrics
+from gptfast.run_directory import lock
 
 Settings = dict[str, Any]
 
@@ -75,24 +74,6 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(path)
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Make the directory and hold it; ValueError if that cannot be or another search has it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out} is in use by another search; wait or choose another") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _settings(base: Settings, settings: Settings, directory: Path) -> Settings:
@@ -247,7 +228,7 @@ def run_trials(
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}")
     out, base = Path(out), {name: value for name, value in base.items() if name != "out"}
-    with _locked(out):
+    with lock(out):
         _open_search(out, base, trials)
         directories = [out / f"trial-{i:03d}" for i in range(1, len(trials) + 1)]
         loaded = {directory: load_result(directory) for directory in directories}

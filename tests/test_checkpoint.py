@@ -144,7 +144,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
 
     before = {name: (saved / name).read_bytes() for name in FILES}
     model, optimizer = trained(seed=1)
-    monkeypatch.setattr("gptfast.checkpoint._fsync", full)
+    monkeypatch.setattr("gptfast.checkpoint.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(saved.parents[1], model, optimizer, {"step": 3}, keep=1)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]

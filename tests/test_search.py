@@ -368,7 +368,7 @@ def test_a_search_that_runs_is_left_alone(out: Path, command: list[str]) -> None
     refused = []
 
     def again() -> None:
-        with pytest.raises(ValueError, match="is in use by another search") as error:
+        with pytest.raises(ValueError, match="is in use by another process") as error:
             run_search(BASE, LRS, out, command=command)
         refused.append(error)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -150,7 +150,7 @@ def train_defaults(argv: Sequence[str]) -> Train:
     settings of the run that --resume continues; the file of --config.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--out", "--init", "--config"):
+    for flag in ("--out", "--init", "--config", "--lr", "--min-lr", "--max-steps", "--epochs"):
         parser.add_argument(flag)
     parser.add_argument("--resume", action="store_true")
     try:
@@ -166,5 +166,15 @@ def train_defaults(argv: Sequence[str]) -> Train:
     if init not in (None, "none") and not saved:
         command = dataclasses.replace(command, model=read_config(find_model(init)))
     if saved:
-        command = apply(command, saved, f"the settings of {out}")
+        command = apply(command, {**saved, "out": out}, f"the settings of {out}")
+    elif (given.lr or "lr" in file) and not (given.min_lr or "min_lr" in file):
+        # The default run's end of the decay suits its own rate.
+        command = apply(command, {"min_lr": None}, "--lr")
+    # One of the two, given closer to the user, takes the place of the other.
+    one_of = ("max_steps", "epochs")
+    for source in (file, vars(given)):
+        if any(source.get(name) not in (None, "none") for name in one_of):
+            command = apply(command, dict.fromkeys(one_of), "--resume")
+    if any(vars(given)[name] for name in one_of):
+        file = {name: value for name, value in file.items() if name not in one_of}
     return apply(command, file, given.config) if file else command
