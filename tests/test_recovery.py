@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 import gptfast.trainer
 from gptfast import GPT, Trainer
-from gptfast.checkpoint import checkpoints, read_state
+from gptfast.checkpoint import _read_state, checkpoints, read_state
 from gptfast.plot import read_metrics
 
 STEPS = 16
@@ -250,9 +250,13 @@ def test_killed_with_a_file_half_written(
 def test_terminated_at_random_moments(processes: Any, whole: Path, tmp_path: Path) -> None:
     """SIGTERM: the step is finished and saved, the exit is clean, and the end is the same."""
     rng = random.Random(1)
+    start = time.perf_counter()
+    train(tmp_path / "timed")
+    duration = time.perf_counter() - start
     out, stops = tmp_path / "run", 0
     for _ in range(60):
-        process = processes.Process(target=train, args=(out, signal_soon, rng.uniform(0.0, 0.4)))
+        after = rng.uniform(0.0, duration)
+        process = processes.Process(target=train, args=(out, signal_soon, after))
         process.start()
         process.join()
         assert process.exitcode == 0
@@ -350,6 +354,40 @@ def test_a_second_interrupt_stops_at_once(
     assert_same_end(tmp_path, whole)
 
 
+def test_a_signal_behind_the_last_look_is_saved_too(whole: Path, tmp_path: Path) -> None:
+    trainer = trainer_at(tmp_path, checkpoint_interval=100)
+    real = trainer._look_up
+
+    def look_up(row: dict[str, Any]) -> bool:
+        written = real(row)
+        if trainer.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        return written
+
+    trainer._look_up = look_up
+    trainer.fit()
+    assert checkpoints(tmp_path)[-1].name == "step-00000008"
+    trainer_at(tmp_path).fit(resume=True)
+    assert_same_end(tmp_path, whole)
+
+
+def test_an_interrupted_replacement_leaves_the_old_one(tmp_path: Path) -> None:
+    """Between its two renames: the checkpoint is still seen, loaded and not overwritten."""
+    options = {"keep": 1, "keep_best": False, "checkpoint_interval": 100}
+    trainer = trainer_at(tmp_path, **options)
+    send(trainer, "_loss_over", 6, signal.SIGTERM)
+    trainer.fit()
+    (path,) = checkpoints(tmp_path)
+    # What SIGKILL between them leaves.
+    path.rename(path.with_name(f".{path.name}.old"))
+    (hidden,) = checkpoints(tmp_path)
+    assert read_state(hidden)["step"] == 6 and GPT.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="already holds a run"):
+        trainer_at(tmp_path, **options).fit()
+    assert checkpoints(tmp_path) == [path]
+
+
 def test_a_second_sigterm_changes_nothing(whole: Path, tmp_path: Path) -> None:
     trainer = trainer_at(tmp_path)
     send(trainer, "take_step", 5, signal.SIGTERM, signal.SIGTERM)
@@ -391,6 +429,52 @@ def test_resume_falls_back_to_the_checkpoint_before(
     assert "falling back to the checkpoint before it" in printed
     assert f"resumed from {before}" in printed
     assert_same_end(out, whole)
+
+
+def test_damaged_checkpoints_do_not_crowd_out_new_ones(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    for path in checkpoints(out)[1:]:
+        (path / "optimizer.safetensors").write_bytes(b"")
+    first = read_state(checkpoints(out)[0])["step"]
+    trainer = trainer_at(out, keep=1, keep_best=False)
+    send(trainer, "take_step", first, signal.SIGTERM)
+    trainer.fit(resume=True)
+    assert [read_state(path)["step"] for path in checkpoints(out)] == [first + 1]
+    assert sorted(p.name for p in (out / "checkpoints").glob("damaged-*")) == [
+        f"damaged-{path.name}" for path in checkpoints(whole)[1:]
+    ]
+
+
+def test_a_copied_run_goes_on(whole: Path, tmp_path: Path) -> None:
+    """Its link followed by the copy, and files of others beside the checkpoints."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(checkpoints(out)[-1])
+    folder = out / "checkpoints"
+    assert (folder / "best").is_dir() and not (folder / "best").is_symlink()
+    (folder / ".DS_Store").write_text("")
+    (folder / ".git.d").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    trainer_at(out).fit(resume=True)
+    assert os.readlink(folder / "best") == checkpoints(out)[-1].name
+    for name in (".DS_Store", ".git.d", "notes.txt"):
+        assert (folder / name).exists()
+
+
+def test_every_bit_of_the_state_counts(whole: Path, tmp_path: Path) -> None:
+    """Also those that spell the same numbers otherwise, as in 3E-05."""
+    saved = checkpoints(whole)[-1]
+    content = (saved / "state.json").read_bytes()
+    start = content.index(b'"tokens"')
+    (tmp_path / "state.json").write_bytes(content)
+    for at in [*range(0, start, 3), *range(content.index(b'"config"'), len(content), 3)]:
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << bit
+            (tmp_path / "state.json").write_bytes(damaged)
+            with pytest.raises(ValueError, match="state.json"):
+                _read_state(tmp_path)
 
 
 def test_when_every_checkpoint_is_damaged(whole: Path, tmp_path: Path) -> None:
@@ -436,7 +520,8 @@ def test_no_space_left(small_disk: Path, whole: Path, tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written_is_named(name: str, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    trainer = trainer_at(tmp_path)
+    # No save before the first sample, which would come to /dev/full first.
+    trainer = trainer_at(tmp_path, checkpoint_interval=100, eval_interval=100)
     real = trainer._loop
 
     def full() -> None:

@@ -307,6 +307,14 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, interval: int) -> None:
     assert read_state(tmp_path / "checkpoints" / "best")["step"] == 7
 
 
+def test_no_loss_at_all_is_never_the_best(tmp_path: Path) -> None:
+    losses = {0: 4.0, 1: math.nan, 2: 3.0, 3: math.inf, 4: 2.0}
+    trainer = with_losses(make_trainer(tmp_path, eval_interval=1, max_steps=4), losses)
+    history = trainer.fit()
+    assert trainer.best == {"step": 4, "val_loss": 2.0}
+    assert ["val_loss" in row for row in history] == [True, False, True, False, True]
+
+
 def test_early_stopping(tmp_path: Path) -> None:
     options = {"eval_interval": 1, "max_steps": 8}
     trainer = with_losses(make_trainer(tmp_path, early_stopping=3, **options), FALL_AND_RISE)
