@@ -319,3 +319,28 @@ def test_apply_changes_nothing_it_was_given() -> None:
     values: dict[str, Any] = {"freeze": ["wte.*"], "lr": 1}
     assert apply(command, values, "here").train.freeze == ("wte.*",)
     assert command == Train() and values == {"freeze": ["wte.*"], "lr": 1}
+
+
+def test_a_moved_run_goes_on_where_it_lies(straight: Path, tmp_path: Path) -> None:
+    """`out` is where the run was found, not where it was made."""
+    shutil.copytree(straight, tmp_path / "moved", symlinks=True)
+    command = train_defaults(["--resume", "--out", str(tmp_path / "moved")])
+    assert command.train.out == str(tmp_path / "moved")
+
+
+def test_one_limit_takes_the_place_of_the_other(straight: Path, tmp_path: Path) -> None:
+    saved = ["--resume", "--out", str(straight)]
+    assert train_defaults(saved).train.max_steps is not None
+    for argv in ([*saved, "--epochs", "3"], ["--config", str(file(tmp_path, "max_steps = 4"))]):
+        command = train_defaults([*argv, "--epochs", "3"])
+        assert command.train.max_steps is None
+    command = train_defaults([*saved, "--config", str(file(tmp_path, "epochs = 2"))])
+    assert (command.train.max_steps, command.train.epochs) == (None, 2)
+
+
+def test_the_default_runs_decay_is_for_its_own_rate(tmp_path: Path) -> None:
+    assert train_defaults([]).train.min_lr == SMALL_RUN.min_lr
+    assert train_defaults(["--lr", "5e-5"]).train.min_lr is None
+    assert train_defaults(["--config", str(file(tmp_path, "lr = 5e-5"))]).train.min_lr is None
+    both = file(tmp_path, "lr = 5e-5\nmin_lr = 1e-6")
+    assert train_defaults(["--config", str(both)]).train.min_lr == 1e-6

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptfast import GPT, TrainConfig
 from gptfast.optim import freeze
-from gptfast.train_step import TrainStep
+from gptfast.train_step import RefusedStep, TrainStep
 
 CPU = torch.device("cpu")
 
@@ -166,3 +166,18 @@ def test_the_guard_sees_the_norm_before_the_step() -> None:
     assert row["skipped"].startswith("grad_norm") and "outlier" in row["skipped"]
     assert differing(before, parameters(model)) == []
     assert all(torch.equal(s["exp_avg"], moments[p]) for p, s in step.optimizer.state.items())
+
+
+def test_a_refused_step_leaves_no_trace() -> None:
+    """Guard and random state are as if it had not been tried."""
+    model = random_model(dropout=0.2).train()
+    step = TrainStep(model, TrainConfig(skip_zscore=6.0), CPU)
+    for i in range(3):
+        step([batch(2, 9, i)], 1e-4)
+    judged, rng = step.guard.state_dict(), torch.get_rng_state()
+    real = step.loss
+    step.loss = lambda x, y: real(x, y) + (model.ln_f.bias * 0).sqrt().sum()
+    with pytest.raises(RefusedStep, match="grad_norm is (nan|inf)"):
+        step([batch(2, 9, 5)], 1e-4)
+    assert step.guard.state_dict() == judged
+    assert torch.equal(torch.get_rng_state(), rng)
