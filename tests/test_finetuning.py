@@ -1,0 +1,133 @@
+"""docs/finetuning.md: its commands, one after the other with fewer steps, do what it says."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from commands import rows
+
+from gptfast import get_tokenizer
+from gptfast.checkpoint import load_model
+from gptfast.cli import main
+
+TEXT = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text("utf-8")
+# (language, content) of each fenced block.
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+FEWER = {
+    "--max-steps 1000": "--max-steps 80",
+    "--max-steps 400": "--max-steps 100",
+    "--out runs/rates": "--jobs 3 --out runs/rates",
+    # After so few steps the highest rate is ahead.
+    "trial-002/": "trial-003/",
+}
+BYTE = get_tokenizer("byte")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each command printed, in a new directory, where the tests then are too."""
+    printed = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("finetuning"))
+        for language, content in BLOCKS:
+            if language == "python":
+                exec(compile(content, "docs/finetuning.md", "exec"), {})
+            for command in content.splitlines() if language == "sh" else ():
+                for long, short in FEWER.items():
+                    command = command.replace(long, short)
+                program, *args = shlex.split(command)
+                assert program == "gptfast"
+                with contextlib.redirect_stdout(io.StringIO()) as output:
+                    assert main(args) == 0, command
+                printed[" ".join(args)] = output.getvalue()
+        yield printed
+
+
+def loss_of(outputs: dict[str, str], beginning: str) -> float:
+    """What `gptfast eval` said."""
+    found = [text for command, text in outputs.items() if command.startswith(beginning)]
+    return float(re.fullmatch(r"loss ([\d.]+) nats per token, perplexity [\d.]+\n", found[0])[1])
+
+
+def held_back() -> list[dict[str, str]]:
+    """The examples that the test part has: the last tenth."""
+    lines = Path("questions.jsonl").read_text().splitlines()
+    assert len(lines) == 190
+    return [json.loads(line) for line in lines[171:]]
+
+
+def test_every_step_is_there(outputs: dict[str, str]) -> None:
+    commands = [command.split()[0] for command in outputs]
+    assert commands == [
+        *("train", "prepare", "eval"),
+        *("train", "train", "search", "eval", "generate"),
+    ]
+    assert any("--freeze" in command for command in outputs)
+    for flag in ("--init", "--grid lr=", "--stop"):
+        assert any(flag in command for command in outputs)
+
+
+def test_what_was_learnt(outputs: dict[str, str]) -> None:
+    """On completions that were held back the loss falls to a third and less."""
+    base = loss_of(outputs, "eval runs/base")
+    tuned = loss_of(outputs, "eval runs/rates/trial-003/checkpoints/best")
+    assert base > 2.5
+    assert tuned < base / 3
+
+
+@pytest.mark.parametrize("run", ["runs/base", "runs/rates/trial-003/checkpoints/best"])
+def test_prompts_do_not_count(run: str, outputs: dict[str, str]) -> None:
+    """The loss is that of the completions and their end-of-text, by hand."""
+    model, total, n = load_model(run), 0.0, 0
+    for example in held_back():
+        prompt, completion = (BYTE.encode(example[name]) for name in ("prompt", "completion"))
+        ids = torch.tensor([*prompt, *completion, BYTE.eot])
+        with torch.inference_mode():
+            logprobs = model(ids[None, :-1])[0].log_softmax(-1)  # (T - 1, V)
+        targets = ids[len(prompt) :]
+        total -= logprobs[len(prompt) - 1 :].gather(1, targets[:, None]).sum().item()
+        n += len(targets)
+    assert abs(loss_of(outputs, f"eval {run}") - total / n) < 1e-4
+
+
+def test_prompts_are_no_targets_in_training(outputs: dict[str, str]) -> None:
+    """The tokens a run counts are those it learnt: about 15 of the 50 an example has."""
+    steps = rows(Path("runs/tuned"))[-1]
+    examples = steps["step"] * 16
+    lines = Path("questions.jsonl").read_text().splitlines()[:152]
+    lengths = [len(json.loads(line)["completion"]) + 1 for line in lines]
+    assert abs(steps["tokens"] / examples - sum(lengths) / 152) < 0.5
+
+
+def test_frozen_is_as_it_was(outputs: dict[str, str]) -> None:
+    base, frozen = (load_model(f"runs/{name}").state_dict() for name in ("base", "frozen"))
+    for name in base:
+        same = torch.equal(base[name], frozen[name])
+        assert same == name.startswith(("wte.", "wpe.", "h.0.")), name
+
+
+def test_the_search_names_the_best(outputs: dict[str, str]) -> None:
+    """The best is reported, and it is: the lowest validation loss of all evaluations."""
+    results = json.loads(Path("runs/rates/results.json").read_text())
+    lowest = {
+        path.parent.name: min(row["val_loss"] for row in rows(path.parent)[1:] if "val_loss" in row)
+        for path in Path("runs/rates").glob("trial-*/metrics.jsonl")
+    }
+    assert len(lowest) == 3
+    best = min(lowest, key=lowest.get)
+    assert results[0]["trial"] == best and results[0]["val_loss"] == lowest[best]
+    printed = next(text for command, text in outputs.items() if command.startswith("search"))
+    rate = f"lr={results[0]['settings']['lr']:.4g}"
+    assert f"best: {rate} (runs/rates/{best})" in printed
+
+
+def test_the_answer_is_cut_at_its_full_stop(outputs: dict[str, str]) -> None:
+    printed = next(text for command, text in outputs.items() if command.startswith("generate"))
+    question = "Which day comes after Monday? "
+    assert printed.startswith(question + "It is ")
+    assert "." not in printed
