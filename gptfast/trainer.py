@@ -319,14 +319,17 @@ class Trainer:
     def _sample(self) -> None:
         if self.tokenizer is None or not self.config.sample_tokens:
             return
-        text = generate_text(
-            self.model,
-            self.tokenizer,
-            self.config.sample_prompt,
-            self.config.sample_tokens,
-            top_p=0.5,
-            seed=self.config.seed,
-        )
+        try:
+            text = generate_text(
+                self.model,
+                self.tokenizer,
+                self.config.sample_prompt,
+                self.config.sample_tokens,
+                top_p=0.5,
+                seed=self.config.seed,
+            )
+        except ValueError as error:  # weights that overflow: no reason to lose the checkpoint
+            text = f"none: {error}"
         line = " ".join(text.split())
         self.run.write_sample(self.step, line)
         self._say(f"step {self.step}/{self.steps} | sample: {line}")

@@ -489,6 +489,21 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, part: str) -> None
     json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
 
 
+def test_a_sample_that_cannot_be_drawn_is_no_failure(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2)
+    real = trainer._sample
+
+    def sample() -> None:
+        with torch.no_grad():
+            trainer.model.ln_f.weight[0] = torch.nan
+        real()
+
+    trainer._sample = sample
+    trainer.fit()
+    assert "none: " in (tmp_path / "samples.txt").read_text()
+    assert checkpoints(tmp_path)[-1].name == "step-00000002"
+
+
 def test_a_run_of_bad_steps_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptfast.guard.GIVE_UP", 3)
     trainer = make_trainer(tmp_path, max_steps=9, nonfinite="skip")
