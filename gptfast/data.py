@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gptfast.documents import Fields, find_files
 from gptfast.prepare import FORMAT, PARTS, tokenize
 from gptfast.token_files import Documents, TokenFiles, open_tokens, split_edges
-from gptfast.tokenizer import Tokenizer, get_tokenizer
+from gptfast.tokenizer import Tokenizer, get_tokenizer, vocabulary
 
 Tokens = Sequence[int] | np.ndarray | Tensor
 Source = Tensor | TokenFiles | Documents
@@ -195,8 +195,9 @@ def as_tokens(text_or_tokens: str | Tokens, tokenizer: Tokenizer | None = None) 
 
 
 def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C goes to the whole process group; the trainer still wants the batches of its last step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals may go to the whole process group; the trainer still wants its last step's batches.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def create_dataloader(
@@ -313,7 +314,7 @@ def _read_meta(directory: Path) -> dict[str, Any]:
         meta = json.loads(path.read_bytes())
         if meta["format"] != FORMAT:
             raise LookupError(f"format {meta['format']!r}, only {FORMAT} is known")
-        return {name: meta[name] for name in ("tokenizer", "n_vocab", "tokens")}
+        return {name: meta[name] for name in ("tokenizer", "vocabulary", "n_vocab", "tokens")}
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be used ({error!r}); prepare the data again") from None
 
@@ -342,7 +343,7 @@ def _load_prepared(
     directory: Path, tokenizer: Tokenizer, split: Sequence[float]
 ) -> list[TokenFiles | Documents]:
     meta = _read_meta(directory)
-    if meta and (meta["tokenizer"], meta["n_vocab"]) != (tokenizer.name, tokenizer.n_vocab):
+    if meta and meta["vocabulary"] != vocabulary(tokenizer):
         raise ValueError(
             f"{directory} was prepared with tokenizer {meta['tokenizer']} ({meta['n_vocab']} "
             f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); name that one"
@@ -369,6 +370,19 @@ def _load_prepared(
         ratios = [shares[name] / total for name in cut]
         sources |= zip(cut, split_tokens(sources[PARTS[0]], ratios), strict=True)
     return [sources[name] for name in PARTS if name in sources]
+
+
+def load_part(paths: Sequence[str | PathLike], tokenizer: Tokenizer, part: str) -> Source:
+    """One part of prepared data, "train", "val" or "test"; of any other data, all of it.
+
+    Raises ValueError as `load_data` does, and for a part that is not there.
+    """
+    sources = load_data(paths, tokenizer, (1.0,))
+    if len(paths) != 1 or not (files := _part_files(paths[0])):
+        return sources[0]
+    if part not in files:
+        raise ValueError(f"{paths[0]} has no part {part}, only {', '.join(files)}")
+    return sources[list(files).index(part)]
 
 
 def _load_text(files: Sequence[Path], tokenizer: Tokenizer, fields: Fields) -> Tensor | Documents:

@@ -46,7 +46,7 @@ def _text_files_below(directory: Path) -> list[Path]:
         found += [
             Path(folder, name)
             for name in files
-            if name.endswith(TEXT_SUFFIXES) and not name.startswith(".")
+            if name.lower().endswith(TEXT_SUFFIXES) and not name.startswith(".")
         ]
     if not found:
         raise ValueError(
@@ -58,23 +58,34 @@ def _text_files_below(directory: Path) -> list[Path]:
 def find_files(paths: Sequence[str | PathLike]) -> list[Path]:
     """The files that paths name: files themselves, text files below directories, globs with **.
 
-    Raises ValueError naming what is missing or matches nothing.
+    A file named twice, be it through a link, counts once. Raises ValueError naming what is missing
+    or matches nothing.
     """
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found += _text_files_below(path)
-        elif path.exists():
-            found.append(path)
-        elif glob.has_magic(str(path)):
-            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-            matches = sorted(match for match in matches if not match.is_dir())
-            if not matches:
-                raise ValueError(f"no file matches {path}")
-            found += matches
-        else:
-            raise ValueError(f"cannot read {path}: it does not exist; give text files")
-    return found
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not str(path):
+            raise ValueError("an empty path names no data; give files, directories or globs")
+        try:
+            for file in _files_of(Path(path)):
+                found.setdefault(file.resolve(strict=True), file)
+        except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot read {path}: {why}; give text files") from None
+    return list(found.values())
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        return _text_files_below(path)
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise ValueError(f"cannot read {path}: it does not exist; give text files")
+    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+    matches = sorted(match for match in matches if not match.is_dir())
+    if not matches:
+        raise ValueError(f"no file matches {path}")
+    return matches
 
 
 def safe_pieces(chunks: Iterable[str]) -> Iterator[str]:
@@ -174,7 +185,7 @@ def records(files: Sequence[Path], fields: Fields, read: Callable[[int], Any]) -
     for path in files:
         records = (
             _jsonl_records(path, fields, read)
-            if path.suffix == ".jsonl"
+            if path.suffix.lower() == ".jsonl"
             else _text_records(path, read)
         )
         try:

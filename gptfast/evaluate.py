@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gptfast.model import GPT
+from gptfast.sequences import evaluating
 
 
 def batch_loss(model: GPT, x: Tensor, y: Tensor) -> Tensor:
@@ -26,17 +27,13 @@ def loader_loss(
 
     Every token counts the same, whatever the size of its batch. Raises ValueError for no tokens.
     """
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    try:
+    with evaluating(model):
         for x, y in islice(batches, max_batches):
             n = int((y != -100).sum())
             if n:
                 total += batch_loss(model, x, y).item() * n
             count += n
-    finally:
-        model.train(was_training)
     if not count:
         raise ValueError("no tokens to evaluate: the loader is empty or every target is ignored")
     return total / count

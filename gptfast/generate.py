@@ -240,7 +240,7 @@ def stream(
 
 
 def _streamed(options: dict[str, Any], vocab_size: int) -> Options:
-    checked = Options(**options)
+    checked = Options.of(options)
     checked.check_beams(vocab_size)
     if checked.num_beams != 1:
         raise ValueError(
@@ -307,7 +307,7 @@ def generate_text(
         raise ValueError(f"prompt must be a string or a list of strings, got {prompt!r}")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     ids = [_encode(tokenizer, p, allowed_special, options) for p in prompts]
-    checked = Options(tokenizer=tokenizer, **options)
+    checked = Options.of({**options, "tokenizer": tokenizer})
     stops = checked.stops(model.config.vocab_size)
     prompt_ids = token_ids(ids, model.config.vocab_size)
     continued = _continue(model, prompt_ids, max_new_tokens, checked, stops)

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
@@ -32,6 +32,17 @@ class Options:
     stop: Stop | None = None
     seed: Number = 0
     tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> "Options":
+        """TypeError naming what is no option."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name == "logprobs":
+                raise TypeError("logprobs are of ids, not of text; use generate or stream")
+            if name not in known:
+                raise TypeError(f"there is no option {name!r}; there are {', '.join(known)}")
+        return cls(**options)
 
     def stops(self, vocab_size: int) -> Stops:
         return Stops.parse(self.stop, self.eos_id, self.tokenizer, vocab_size)

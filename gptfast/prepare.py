@@ -24,7 +24,7 @@ from gptfast.token_files import (
     split_edges,
     truncate_shards,
 )
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer import Tokenizer, vocabulary
 
 FORMAT = 1
 PARTS = ("train", "val", "test")
@@ -212,6 +212,7 @@ def prepare(
         meta = {
             "format": FORMAT,
             "tokenizer": tokenizer.name,
+            "vocabulary": vocabulary(tokenizer),
             "n_vocab": tokenizer.n_vocab,
             "eot": tokenizer.eot,
             "documents": documents,

@@ -19,15 +19,15 @@ ROOM = 64
 
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """Dropout off inside, and the model's mode as it was behind."""
-    was_training = model.training
-    if was_training:
-        model.eval()
+    """Dropout off inside, and the mode of every module as it was behind."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        for module in training:
+            module.training = True
 
 
 def _head(model: GPT, x: Tensor, last: Tensor) -> Tensor:

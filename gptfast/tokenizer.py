@@ -5,7 +5,9 @@ import importlib.util
 import json
 import operator
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +28,11 @@ _CACHE_NAME = {
 }
 
 
+# The regular expression behind tiktoken gives up, by a panic, on longer runs than this.
+LONGEST_BLANK = 900_000
+_LONG_BLANK = re.compile(rf"\s{{{LONGEST_BLANK},}}")
+
+
 class Tokenizer(Protocol):
     """What the trainer and the generator need of a tokenizer."""
 
@@ -43,6 +50,11 @@ class Tokenizer(Protocol):
         """Ids to the bytes that `decode` makes text of."""
 
 
+def vocabulary(tokenizer: Tokenizer | None) -> str | None:
+    """What tells a tokenizer's ids from another's: its content where it has such, else its name."""
+    return getattr(tokenizer, "sha256", None) or getattr(tokenizer, "name", None)
+
+
 class BPETokenizer:
     """A byte-level BPE with GPT-2's split; `eot` is <|endoftext|>, in GPT-2's 50256."""
 
@@ -50,8 +62,22 @@ class BPETokenizer:
         self.name, self._encoding = name, encoding
         self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of every token's bytes, in the order of their ids: the same wherever the files lie."""
+        digest = hashlib.sha256(f"{self.n_vocab} {self.eot}".encode())
+        for i in range(self.n_vocab):
+            token = self._encoding.decode_single_token_bytes(i)
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()
+
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         check_text(text, "the text")
+        if len(text) >= LONGEST_BLANK and (blank := _LONG_BLANK.search(text)):
+            raise ValueError(
+                f"the text has a run of {blank.end() - blank.start():,} white-space characters at "
+                f"{blank.start():,}; GPT-2's split takes fewer than {LONGEST_BLANK:,}: shorten it"
+            )
         allowed = _special_names(allowed_special)
         if not allowed:
             return self._encoding.encode_ordinary(text)

@@ -38,7 +38,7 @@ from gptfast.model import GPT
 from gptfast.plot import finite, plot_losses, read_metrics
 from gptfast.run_directory import RunDirectory
 from gptfast.schedule import learning_rate
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer import Tokenizer, vocabulary
 from gptfast.train_step import Batch, RefusedStep, TrainStep, autocast
 
 _peak = functools.cache(measured_peak)
@@ -109,7 +109,7 @@ class Trainer:
             "model": dataclasses.asdict(model.config),
             "train": dataclasses.asdict(config),
             "tokenizer": tokenizer.name if tokenizer else None,
-            "vocabulary": getattr(tokenizer, "sha256", None) or getattr(tokenizer, "name", None),
+            "vocabulary": vocabulary(tokenizer),
             **(settings or {}),
             "data_sha256": data_sha256,
         }

@@ -15,6 +15,7 @@ from helpers import (
     differing,
     one_thread,  # noqa: F401 - applies to every test here
     parameters,
+    random_model,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -613,3 +614,13 @@ def test_any_generation_works_or_is_refused(
     else:
         assert result[2] == ""
         assert logprobs or result[1].startswith(prompt)
+
+
+def test_eval_of_a_part_that_is_not_there(tmp_path: Path, capsys: Capture) -> None:
+    random_model(vocab_size=257).save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("some words " * 40)
+    options = ["--data", tmp_path / "a.txt", "--tokenizer", "byte", "--out", tmp_path / "tokens"]
+    done(capsys, "prepare", *options, "--split", 1.0)
+    measured = ["eval", tmp_path / "model", "--data", tmp_path / "tokens", "--tokenizer", "byte"]
+    refused(run(capsys, *measured), "tokens has no part val, only train")
+    assert "perplexity" in done(capsys, *measured, "--part", "train")

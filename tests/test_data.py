@@ -679,7 +679,13 @@ def test_bad_meta(meta: str, tmp_path: Path) -> None:
 
 def test_parts_that_lack_files(tmp_path: Path) -> None:
     write_bin(tmp_path / "train.bin", range(100))
-    meta = {"format": 1, "tokenizer": "byte", "n_vocab": 257, "tokens": {"train": 90, "val": 10}}
+    meta = {
+        "format": 1,
+        "tokenizer": "byte",
+        "vocabulary": "byte",
+        "n_vocab": 257,
+        "tokens": {"train": 90, "val": 10},
+    }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match="has 100 train tokens, its meta.json says 90"):
         load_data([tmp_path], BYTE)

@@ -96,3 +96,19 @@ def test_perplexity() -> None:
     assert perplexity(1000.0) == math.inf
     assert perplexity(math.inf) == math.inf
     assert math.isnan(perplexity(math.nan))
+
+
+def test_every_module_keeps_its_own_mode() -> None:
+    """Dropout is off inside, whoever had it on; a part kept in evaluation mode stays there."""
+    from gptfast import generate
+    from gptfast.evaluate import loader_loss
+
+    batch = [(random_ids(2, 8), random_ids(2, 8, seed=3))]
+    calm = random_model()
+    for top in (True, False):
+        model = random_model(dropout=0.5).train(top)
+        model.h[0].train(not top)
+        modes = [module.training for module in model.modules()]
+        assert loader_loss(model, batch) == loader_loss(calm, batch)
+        assert generate(model, [[1, 2]], 9, seed=1) == generate(calm, [[1, 2]], 9, seed=1)
+        assert [module.training for module in model.modules()] == modes

@@ -1,5 +1,6 @@
 """Generation: equal to full forwards without a cache, alone or in a batch, and to transformers."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from helpers import (
     random_ids,
     random_model,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gptfast import GPT, generate, ops
 from gptfast.generate import stream
+from gptfast.options import Options
 from gptfast.sequences import ROOM, Sequences
 
 SAMPLING = {
@@ -343,3 +347,30 @@ def test_room_doubles() -> None:
     assert sequences.tokens.shape == (2, 2 + ROOM)
     wanted = [naive(model, p, 310, temperature=1.0, seed=2) for p in ([1, 2], [3])]
     assert generate(model, [[1, 2], [3]], 310, seed=2) == wanted
+
+
+JUNK = st.sampled_from([None, True, -1, 0, 1, 2.5, 2**70, float("nan"), float("inf"), "a", b"a"])
+    [None, True, -1, 0, 1, 2.5, 2**70, float("nan"), float("inf"), "a", b"a", ""]
+)
+JUNK |= st.lists(st.sampled_from([None, 0, 1, -1, 0.5, "a", [1]]), max_size=2) | st.just({})
+PROMPTS = JUNK | st.lists(st.lists(st.integers(-1, 62), max_size=20) | JUNK, max_size=2)
+OPTIONS = st.dictionaries(
+    st.sampled_from([field.name for field in dataclasses.fields(Options)] + ["logprobs"]),
+    JUNK,
+    max_size=3,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(idx=PROMPTS, n=JUNK | st.integers(0, 3), options=OPTIONS)
+def test_anything_works_or_is_refused(idx: Any, n: Any, options: dict[str, Any]) -> None:
+    model = lively_model()
+    try:
+        found = generate(model, idx, n, **options)
+    except (ValueError, IndexError) as error:
+        assert str(error)
+        return
+    rows = found[0] if options.get("logprobs") else found
+    for prompt, row in zip(idx, rows, strict=True):
+        assert row[: len(prompt)] == [*prompt]
+        assert len(row) <= len(prompt) + n

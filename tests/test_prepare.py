@@ -150,6 +150,7 @@ def test_layout_of_the_directory(tmp_path: Path) -> None:
     assert json.loads((out / "meta.json").read_text()) == {
         "format": 1,
         "tokenizer": "byte",
+        "vocabulary": "byte",
         "n_vocab": 257,
         "eot": 256,
         "documents": 2,
@@ -393,3 +394,34 @@ def test_nothing_found(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             find_files([path])
+
+
+def test_a_file_counts_once(tmp_path: Path) -> None:
+    """Named twice, through a link, or by a glob that goes round in a loop of links."""
+    (tmp_path / "d").mkdir()
+    file = tmp_path / "d" / "a.txt"
+    file.write_text("words")
+    (tmp_path / "d" / "loop").symlink_to("../d")
+    (tmp_path / "link.txt").symlink_to(file)
+    paths = [file, tmp_path / "d", tmp_path / "link.txt", tmp_path / "d" / "**" / "*.txt"]
+    assert find_files(paths) == [file]
+
+
+@pytest.mark.parametrize("kind", ["broken", "circle", "long", "empty"])
+def test_a_path_that_leads_nowhere(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "link.txt"
+    if kind == "broken":
+        path.symlink_to("nowhere")
+    if kind == "circle":
+        path.symlink_to("link.txt")
+    name = {"long": "x" * 300, "empty": ""}.get(kind, str(path))
+    with pytest.raises(ValueError, match="cannot read .*give text files|an empty path names no"):
+        find_files([name])
+
+
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_text("words")
+    (tmp_path / "B.JSONL").write_text('{"text": "more"}')
+    files = find_files([tmp_path])
+    assert [path.name for path in files] == ["A.TXT", "B.JSONL"]
+    assert list(read_documents(files)) == ["words", "more"]

@@ -136,6 +136,19 @@ def test_a_stream_refuses_when_it_is_called(
             )
 
 
+def test_what_is_no_option(model: GPT) -> None:
+    byte, of_bytes = get_tokenizer("byte"), lively_model(vocab_size=257)
+    for name, message in (
+        ("foo", "^there is no option 'foo'; there are temperature, top_k"),
+        ("logprobs", "^logprobs are of ids, not of text; use generate or stream"),
+    ):
+        for function in (generate_text, stream_text):
+            with pytest.raises(TypeError, match=message):
+                function(of_bytes, byte, "a", 3, **{name: True})
+    with pytest.raises(TypeError, match="^there is no option 'foo'"):
+        stream(model, [1], 3, foo=1)
+
+
 def test_nan_in_a_stream(model: GPT) -> None:
     with torch.no_grad():
         model.ln_f.weight[0] = float("nan")

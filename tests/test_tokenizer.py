@@ -296,3 +296,13 @@ def test_falls_back_to_tiktokens_own_download(
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": downloaded}[name])
     gpt2 = get_tokenizer("gpt2")
     assert (gpt2.encode("abba"), gpt2.eot) == ([0, 1, 1, 0], 2)
+
+
+@needs_gpt2
+@pytest.mark.parametrize("end", ["", "x"], ids=["at-the-end", "before-a-word"])
+def test_a_run_of_blanks_that_is_too_long(end: str) -> None:
+    gpt2 = get_tokenizer_once("gpt2")
+    blanks = " " * (tokenizer.LONGEST_BLANK - 1)
+    assert gpt2.decode(gpt2.encode(f"a{blanks}{end}")) == f"a{blanks}{end}"
+    with pytest.raises(ValueError, match="run of 900,000 white-space characters at 1; .*shorten"):
+        gpt2.encode(f"a{blanks} {end}")

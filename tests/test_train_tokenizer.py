@@ -293,3 +293,23 @@ def test_a_directorys_own_order_of_ids(trained: tokenizer.Tokenizer, tmp_path: P
     other = get_tokenizer(str(tmp_path))
     assert (other.eot, other.n_vocab) == (0, 600)
     assert other.encode(TEXTS[2]) == [i + 1 for i in trained.encode(TEXTS[2])]
+
+
+def test_content_not_place_tells_vocabularies_apart(tmp_path: Path) -> None:
+    """Prepared data goes with a copy of its vocabulary, and not with another at its place."""
+    from gptfast.data import load_data
+    from gptfast.prepare import prepare
+
+    text = embedded_text()[:4000]
+    (tmp_path / "a.txt").write_text(text, "utf-8")
+    first = train_tokenizer([text], 300, tmp_path / "v")
+    prepare([tmp_path / "a.txt"], tmp_path / "tokens", first, progress=False)
+    shutil.copytree(tmp_path / "v", tmp_path / "copy")
+    copy = get_tokenizer(str(tmp_path / "copy"))
+    assert copy.name != first.name and copy.sha256 == first.sha256
+    assert len(load_data([tmp_path / "tokens"], copy)) == 2
+    shutil.rmtree(tmp_path / "v")
+    other = train_tokenizer([text.upper()], 300, tmp_path / "v")
+    assert (other.name, other.n_vocab) == (first.name, first.n_vocab)
+    with pytest.raises(ValueError, match="was prepared with tokenizer"):
+        load_data([tmp_path / "tokens"], other)

@@ -7,11 +7,10 @@ import tyro
 
 from gptfast.checkpoint import load_model
 from gptfast.cli.train import tokenizer_of
-from gptfast.data import create_dataloader, load_data
+from gptfast.data import create_dataloader, load_part
 from gptfast.evaluate import loader_loss, perplexity
 from gptfast.generate import generate, generate_text, stream_text
 from gptfast.model import GPT
-from gptfast.prepare import PARTS
 from gptfast.tokenizer import Tokenizer, get_tokenizer
 from gptfast.trainer import choose_device
 
@@ -128,12 +127,8 @@ class Eval:
             raise ValueError(
                 f"max_length must be from 1 to block_size={model.config.block_size}, got {T}"
             )
-        sources = load_data(self.data, tokenizer, (1.0,))
-        at = PARTS.index(self.part) if len(sources) > 1 else 0
-        if at >= len(sources):
-            raise ValueError(f"{self.data[0]} has no part {self.part}")
         loader = create_dataloader(
-            sources[at],
+            load_part(self.data, tokenizer, self.part),
             self.batch_size,
             T,
             T,

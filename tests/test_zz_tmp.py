@@ -1,0 +1,376 @@
+"""Generation: equal to full forwards without a cache, alone or in a batch, and to transformers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    one_thread,  # noqa: F401 - applies to every test here
+    random_ids,
+    random_model,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gptfast import GPT, generate, ops
+from gptfast.generate import stream
+from gptfast.options import Options
+from gptfast.sequences import ROOM, Sequences
+
+SAMPLING = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 1.3, "seed": 11},
+    "top-k": {"top_k": 5, "seed": 3},
+    "top-p": {"top_p": 0.6, "seed": 4},
+    "min-p": {"min_p": 0.2, "seed": 5},
+    "penalty": {"repetition_penalty": 1.7, "seed": 7},
+    "greedy-penalty": {"repetition_penalty": 1.7, "temperature": 0.0},
+    "all": {
+        "temperature": 0.8,
+        "top_k": 9,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "repetition_penalty": 1.2,
+        "seed": 6,
+    },
+}
+
+
+def lively_model(**changes: Any) -> GPT:
+    """Positions weigh more than the last token, so that greedy text does not settle on one id."""
+    model = random_model(std=0.4, **{"tie_weights": False, **changes})
+    with torch.no_grad():
+        model.wpe.weight.mul_(3)
+        model.ln_f.bias.zero_()
+    return model
+
+
+@pytest.fixture
+def model() -> GPT:
+    return lively_model()
+
+
+def prompt(length: int) -> list[int]:
+    return random_ids(length, seed=length).tolist()
+
+
+@torch.no_grad()
+def naive(model: GPT, ids: list[int], n: int, **options: float) -> list[int]:
+    """Each token from a full forward over the last block_size tokens: no cache, no batch."""
+    model.eval()
+    penalty = options.pop("repetition_penalty", 1.0)
+    for _ in range(n):
+        logits = model(torch.tensor([ids[-model.config.block_size :]]))[:, -1]
+        for i in set(ids):
+            logits[0, i] *= penalty if logits[0, i] < 0 else 1 / penalty
+        if options["temperature"] == 0:
+            ids = ids + [int(logits[0].argmax())]
+        else:
+            ids = ids + ops.sample(logits, position=len(ids), **options).tolist()
+    return ids
+
+
+# The context is 16 tokens.
+@pytest.mark.parametrize("length", [1, 2, 7, 15, 16, 17, 40])
+@pytest.mark.parametrize("name", ["greedy", "sampled"])
+def test_equals_full_forwards(model: GPT, name: str, length: int) -> None:
+    options = {"temperature": 1.0, **SAMPLING[name]}
+    wanted = naive(model, prompt(length), 24, **options)
+    assert generate(model, [prompt(length)], 24, **options) == [wanted]
+    assert len(set(wanted[length:])) > 5
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_parameters_pass_through(model: GPT, name: str) -> None:
+    options = {"temperature": 1.0, **SAMPLING[name]}
+    wanted = naive(model, prompt(5), 30, **options)
+    assert generate(model, [prompt(5)], 30, **options) == [wanted]
+
+
+def test_each_parameter_changes_the_draw(model: GPT) -> None:
+    drawn = {
+        name: generate(model, [prompt(5)], 30, seed=1, **options)[0]
+        for name, options in {
+            "plain": {},
+            "temperature": {"temperature": 3.0},
+            "top_k": {"top_k": 2},
+            "top_p": {"top_p": 0.2},
+            "min_p": {"min_p": 0.9},
+            "repetition_penalty": {"repetition_penalty": 3.0},
+        }.items()
+    }
+    assert len({tuple(ids) for ids in drawn.values()}) == 6
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize(
+    "lengths",
+    [(3, 9, 1), (16, 2, 15), (4, 20, 16, 1), (30, 17)],
+    ids=["short", "to-the-context", "beyond-the-context", "all-beyond"],
+)
+def test_a_row_gets_what_it_gets_alone(model: GPT, name: str, lengths: tuple[int, ...]) -> None:
+    prompts = [prompt(length) for length in lengths]
+    together = generate(model, prompts, 20, **SAMPLING[name])
+    alone = [generate(model, [p], 20, **SAMPLING[name])[0] for p in prompts]
+    assert together == alone
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, list, tuple])
+def test_per_row_parameters(model: GPT, kind: Any) -> None:
+    prompts = [prompt(4), prompt(6), prompt(2)]
+    options = {
+        "temperature": [0.0, 1.0, 2.0],
+        "top_k": [61, 30, 9],
+        "top_p": [1.0, 0.9, 0.8],
+        "min_p": [0.0, 0.01, 0.02],
+        "repetition_penalty": [1.0, 1.5, 0.8],
+        "seed": [1, 2, 3],
+    }
+    together = generate(model, prompts, 12, **{name: kind(x) for name, x in options.items()})
+    alone = [
+        generate(model, [p], 12, **{name: values[row] for name, values in options.items()})[0]
+        for row, p in enumerate(prompts)
+    ]
+    assert together == alone
+
+
+def test_tensor_and_list_prompts_are_the_same(model: GPT) -> None:
+    idx = random_ids(3, 5)
+    rows = generate(model, idx, 8, seed=2)
+    assert rows == generate(model, idx.tolist(), 8, seed=2)
+    assert [row[:5] for row in rows] == idx.tolist()
+    assert [len(row) for row in rows] == [13] * 3
+
+
+def test_seed_reproduces(model: GPT) -> None:
+    drawn = [generate(model, [prompt(3)], 40, seed=s)[0] for s in (7, 7, 8)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_torchs_generator_plays_no_part(model: GPT) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = generate(model, [prompt(3)], 20, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert generate(model, [prompt(3)], 20, seed=7) == first
+
+
+def test_eos_stops_its_own_row_only(model: GPT) -> None:
+    prompts = [prompt(3), prompt(5), prompt(2)]
+    free = generate(model, prompts, 30, seed=9)
+    eos = free[0][3 + 4]
+    stopped = generate(model, prompts, 30, seed=9, eos_id=eos)
+    for row, whole, start in zip(stopped, free, (3, 5, 2), strict=True):
+        new = whole[start:]
+        end = new.index(eos) + 1 if eos in new else len(new)
+        assert row == whole[: start + end]
+    assert len(stopped[0]) <= 3 + 5
+
+
+def test_eos_in_the_prompt_does_not_stop(model: GPT) -> None:
+    options = {"temperature": 3.0, "seed": 1}
+    free = generate(model, [prompt(6)], 60, **options)[0]
+    eos = next(i for i in free[6:] if i in free[:6])
+    stopped = generate(model, [prompt(6)], 60, eos_id=eos, **options)[0]
+    assert stopped == free[: free.index(eos, 6) + 1]
+
+
+def test_generation_ends_once_every_row_has_its_eos(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = ops.sample
+    monkeypatch.setattr(ops, "sample", lambda *a, **k: calls.append(1) or real(*a, **k))
+    first = generate(model, [prompt(4)], 1, temperature=0.0)[0][-1]
+    calls.clear()
+    assert len(generate(model, [prompt(4)], 500, temperature=0.0, eos_id=first)[0]) == 5
+    assert len(calls) <= 8
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+def test_dropout_is_off_and_the_mode_restored(training: bool) -> None:
+    model = lively_model(dropout=0.5).train(training)
+    rows = generate(model, [prompt(3)], 30, seed=1)
+    assert model.training is training
+    assert rows == generate(lively_model(), [prompt(3)], 30, seed=1)
+
+
+def test_nothing_to_do(model: GPT) -> None:
+    assert generate(model, [[1, 2], [3]], 0) == [[1, 2], [3]]
+    assert generate(model, [], 5) == []
+
+
+def test_inputs_are_not_changed(model: GPT) -> None:
+    prompts, idx = [prompt(3), prompt(5)], random_ids(2, 4)
+    copies = [list(p) for p in prompts], idx.clone()
+    generate(model, prompts, 5)
+    generate(model, idx, 5)
+    assert prompts == copies[0]
+    assert torch.equal(idx, copies[1])
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_greedy_equals_transformers(tied: bool, penalty: float, tmp_path: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    model = lively_model(block_size=40, tie_weights=tied)
+    model.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    idx = random_ids(3, 7)
+    wanted = theirs.generate(
+        idx,
+        attention_mask=torch.ones_like(idx),
+        max_new_tokens=30,
+        do_sample=False,
+        pad_token_id=0,
+        repetition_penalty=penalty,
+    )
+    rows = generate(model, idx, 30, temperature=0.0, repetition_penalty=penalty)
+    assert rows == wanted.tolist()
+    assert len(set(wanted[0, 7:].tolist())) > 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens must be >= 0, got -1"),
+        ({"top_k": 0}, "top_k must be an integer >= 1, got 0"),
+        ({"top_k": -3}, "top_k must be .*got -3"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p must be .*got 1.5"),
+        ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
+        ({"temperature": -1.0}, "temperature must be .*got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be .*got nan"),
+        ({"temperature": "hot"}, "temperature must be a number, or one for each of 1 rows.*'hot'"),
+        ({"temperature": [1.0, 2.0]}, r"temperature must be a number or a tensor of shape \(1,\)"),
+        ({"seed": 2**63}, "seed must be an int64, got 9223372036854775808"),
+        ({"seed": [2**63]}, "seed must be a number, or one for each of 1 rows"),
+        ({"seed": "x", "max_new_tokens": 0}, "seed must be"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a finite number > 0, got 0.0"),
+        ({"repetition_penalty": -1}, "repetition_penalty must be .*> 0, got -1.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be .*got inf"),
+        ({"repetition_penalty": [1.0, 1.0]}, r"repetition_penalty must be .*shape \(1,\)"),
+        ({"repetition_penalty": None}, "repetition_penalty must be .*got None"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5"),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be an integer, got '5'"),
+        (
+            {"max_new_tokens": 2**63},
+            r"max_new_tokens must be below 2\*\*63, got 9223372036854775808",
+        ),
+        ({"logprobs": 5}, "logprobs must be True or False, got 5"),
+        ({"stop": "a"}, "stop has the string 'a': pass tokenizer="),
+        ({"stop": [5]}, "stop must be a string or a list"),
+        ({"eos_id": 1.5}, "eos_id must be a token id"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
+)
+def test_parameters_out_of_range(model: GPT, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, [prompt(3)], **{"max_new_tokens": 3, **options})
+
+
+@pytest.mark.parametrize(
+    "idx", [[[]], [[1], []], torch.zeros(2, 0, dtype=torch.int64)], ids=["one", "second", "tensor"]
+)
+def test_empty_prompt(model: GPT, idx: Tensor | list) -> None:
+    with pytest.raises(ValueError, match="prompt [01] is empty"):
+        generate(model, idx, 3)
+
+
+def test_flat_prompt_is_refused(model: GPT) -> None:
+    with pytest.raises(ValueError, match=r"idx must be \(B, T\) .*got shape \(4,\)"):
+        generate(model, random_ids(4), 3)
+
+
+@pytest.mark.parametrize(
+    "idx", ["text", ["text"], 5, [1, 2], [[1.5]], torch.ones(1, 2), [[[1]]]], ids=str
+)
+def test_what_is_no_prompt(model: GPT, idx: Any) -> None:
+    with pytest.raises(ValueError, match="idx must be|must be an integer, got"):
+        generate(model, idx, 3)
+
+
+@pytest.mark.parametrize("bad", [61, -1])
+def test_ids_out_of_range(model: GPT, bad: int) -> None:
+    with pytest.raises(IndexError, match=f"prompt 1 has token id {bad}, out of range"):
+        generate(model, [[1, 2], [3, bad]], 3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_nan_weights(model: GPT, temperature: float) -> None:
+    with torch.no_grad():
+        model.ln_f.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        generate(model, [prompt(3)], 3, temperature=temperature)
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("lengths", [(3, 9, 1), (30, 12)], ids=["short", "beyond-the-context"])
+def test_logprobs_equal_full_forwards(model: GPT, name: str, lengths: tuple[int, ...]) -> None:
+    prompts = [prompt(length) for length in lengths]
+    plain = generate(model, prompts, 20, **SAMPLING[name])
+    options = {**SAMPLING[name], "eos_id": plain[0][-8], "stop": [plain[1][-9:-7]]}
+    rows, logprobs = generate(model, prompts, 20, logprobs=True, **options)
+    assert rows == generate(model, prompts, 20, **options)
+    for p, row, of_row in zip(prompts, rows, logprobs, strict=True):
+        assert len(of_row) == len(row) - len(p) > 0
+        for at, logprob in enumerate(of_row, len(p)):
+            window = torch.tensor([row[max(0, at - 16) : at]])
+            wanted = model(window)[0, -1].log_softmax(-1)[row[at]].item()
+            assert logprob == pytest.approx(wanted, abs=1e-5)
+    pairs = list(stream(model, prompts[0], 20, logprobs=True, **options))
+    assert [i for i, _ in pairs] == rows[0][lengths[0] :]
+    assert [x for _, x in pairs] == pytest.approx(logprobs[0], abs=1e-5)
+
+
+def test_logprobs_of_nothing(model: GPT) -> None:
+    assert generate(model, [[1], [2, 3]], 0, logprobs=True) == ([[1], [2, 3]], [[], []])
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_memory_grows_with_what_is_generated(model: GPT, num_beams: int) -> None:
+    eos = generate(model, [prompt(4)], 12, temperature=0.0)[0][-1]
+    options = {"num_beams": num_beams, "eos_id": eos}
+    options |= {"temperature": 0.0} if num_beams == 1 else {"length_penalty": -2.0}
+    assert generate(model, [prompt(4)], 10**12, **options)[0][-1] == eos
+    assert next(stream(model, prompt(4), 2**63 - 1)) >= 0
+
+
+def test_room_doubles() -> None:
+    model = lively_model(block_size=300)
+    sequences = Sequences(model, [[1, 2], [3]])
+    assert sequences.tokens.shape == (2, 2 + ROOM)
+    wanted = [naive(model, p, 310, temperature=1.0, seed=2) for p in ([1, 2], [3])]
+    assert generate(model, [[1, 2], [3]], 310, seed=2) == wanted
+
+
+JUNK = st.sampled_from([None, True, -1, 0, 1, 2.5, 2**70, float("nan"), float("inf"), "a", b"a"])
+    [None, True, -1, 0, 1, 2.5, 2**70, float("nan"), float("inf"), "a", b"a", ""]
+)
+JUNK |= st.lists(st.sampled_from([None, 0, 1, -1, 0.5, "a", [1]]), max_size=2) | st.just({})
+PROMPTS = JUNK | st.lists(st.lists(st.integers(-1, 62), max_size=20) | JUNK, max_size=2)
+OPTIONS = st.dictionaries(
+    st.sampled_from([field.name for field in dataclasses.fields(Options)] + ["logprobs"]),
+    JUNK,
+    max_size=3,
+)
+
+
+@settings(max_examples=4000, deadline=None)
+@given(idx=PROMPTS, n=JUNK | st.integers(0, 3), options=OPTIONS)
+def test_anything_works_or_is_refused(idx: Any, n: Any, options: dict[str, Any]) -> None:
+    model = lively_model()
+    try:
+        found = generate(model, idx, n, **options)
+    except (ValueError, IndexError) as error:
+        assert str(error)
+        return
+    rows = found[0] if options.get("logprobs") else found
+    for prompt, row in zip(idx, rows, strict=True):
+        assert row[: len(prompt)] == [*prompt]
+        assert len(row) <= len(prompt) + n
