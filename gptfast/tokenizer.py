@@ -6,7 +6,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,16 +21,16 @@ SHA256 = {
 }
 # GPT-2's split of text into words, from OpenAI's encoder.py.
 SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# tiktoken keeps a state for each character of white space, and panics past a million of them.
+# Unicode's White_Space, which its \s is; Python's has \x1c to \x1f as well.
+_LONG_SPACE = re.compile(
+    r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{500000,}"
+)
 # tiktoken's cache names a file by the SHA-1 of the address it came from.
 _CACHE_NAME = {
     "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
     "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
 }
-
-
-# The regular expression behind tiktoken gives up, by a panic, on longer runs than this.
-LONGEST_BLANK = 900_000
-_LONG_BLANK = re.compile(rf"\s{{{LONGEST_BLANK},}}")
 
 
 class Tokenizer(Protocol):
@@ -73,15 +73,17 @@ class BPETokenizer:
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         check_text(text, "the text")
-        if len(text) >= LONGEST_BLANK and (blank := _LONG_BLANK.search(text)):
-            raise ValueError(
-                f"the text has a run of {blank.end() - blank.start():,} white-space characters at "
-                f"{blank.start():,}; GPT-2's split takes fewer than {LONGEST_BLANK:,}: shorten it"
-            )
-        allowed = _special_names(allowed_special)
-        if not allowed:
-            return self._encoding.encode_ordinary(text)
-        return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
+        return _with_special(text, allowed_special, self.eot, self._ordinary)
+
+    def _ordinary(self, text: str) -> list[int]:
+        ids, start = [], 0
+        for run in _LONG_SPACE.finditer(text):
+            # One word, but for its last character where another word follows: SPLIT's \s+(?!\S).
+            end = run.end() - (run.end() < len(text))
+            ids += self._encoding.encode_ordinary(text[start : run.start()])
+            ids += self._encoding._encode_single_piece(text[run.start() : end])
+            start = end
+        return ids + self._encoding.encode_ordinary(text[start:])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -98,11 +100,7 @@ class ByteTokenizer:
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         check_text(text, "the text")
-        parts = text.split(END_OF_TEXT) if _special_names(allowed_special) else [text]
-        ids = list(parts[0].encode("utf-8"))
-        for part in parts[1:]:
-            ids += [self.eot, *part.encode("utf-8")]
-        return ids
+        return _with_special(text, allowed_special, self.eot, lambda part: list(part.encode()))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -123,6 +121,17 @@ def check_text(text: str, what: str) -> None:
             f"{what} has the lone surrogate {text[error.start]!r} at character {error.start}, "
             "which UTF-8 cannot hold; decode its source with errors='replace'"
         ) from None
+
+
+def _with_special(
+    text: str, allowed: Collection[str], eot: int, ordinary: Callable[[str], list[int]]
+) -> list[int]:
+    """The ids of text, end-of-text a token of its own if it is allowed."""
+    parts = text.split(END_OF_TEXT) if _special_names(allowed) else [text]
+    ids = ordinary(parts[0])
+    for part in parts[1:]:
+        ids += [eot, *ordinary(part)]
+    return ids
 
 
 def _special_names(allowed: Collection[str]) -> set[str]:

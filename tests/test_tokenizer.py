@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -299,10 +300,25 @@ def test_falls_back_to_tiktokens_own_download(
 
 
 @needs_gpt2
-@pytest.mark.parametrize("end", ["", "x"], ids=["at-the-end", "before-a-word"])
-def test_a_run_of_blanks_that_is_too_long(end: str) -> None:
+@pytest.mark.parametrize("space", [" ", "\n", "\u2003", "\r\n \xa0"], ids=ascii)
+def test_a_million_spaces(space: str) -> None:
+    """More than tiktoken's regex can hold: the words are those that GPT-2's split makes."""
     gpt2 = get_tokenizer_once("gpt2")
-    blanks = " " * (tokenizer.LONGEST_BLANK - 1)
-    assert gpt2.decode(gpt2.encode(f"a{blanks}{end}")) == f"a{blanks}{end}"
-    with pytest.raises(ValueError, match="run of 900,000 white-space characters at 1; .*shorten"):
-        gpt2.encode(f"a{blanks} {end}")
+    run = space * (1_200_000 // len(space))
+    for before, after in (("text", "more"), ("", ""), (EOT, EOT)):
+        ids = gpt2.encode(f"{before}{run}{after}", {EOT})
+        n = len(run) - (after == "more")
+        word = gpt2._encoding._encode_single_piece(run[:n])
+        rest = gpt2.encode(run[n:] + after, {EOT})
+        assert ids == gpt2.encode(before, {EOT}) + word + rest
+
+
+@needs_gpt2
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("a1. \n\t\x1c\x85\u2003'", max_size=30))
+def test_runs_taken_out_change_nothing(text: str) -> None:
+    gpt2 = get_tokenizer_once("gpt2")
+    pattern = tokenizer._LONG_SPACE.pattern.replace("500000", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "_LONG_SPACE", re.compile(pattern))
+        assert gpt2.encode(text) == gpt2._encoding.encode_ordinary(text)
