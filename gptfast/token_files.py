@@ -26,13 +26,18 @@ HEADER_BYTES = 1024
 MAX_FILE_TOKENS = 2**31 - 1
 
 
+def check_ratios(ratios: Sequence[float]) -> None:
+    """ValueError for shares that are not positive or do not sum to 1."""
+    if not ratios or not min(ratios) > 0 or not abs(sum(ratios) - 1.0) <= 1e-6:
+        raise ValueError(f"split ratios must be positive and sum to 1, got {tuple(ratios)}")
+
+
 def split_edges(n: int, ratios: Sequence[float], unit: str = "tokens") -> list[int]:
     """Where n things are cut into consecutive parts of these shares: [0, …, n].
 
     Raises ValueError for shares that are not positive or do not sum to 1, and for an empty part.
     """
-    if not ratios or not min(ratios) > 0 or not abs(sum(ratios) - 1.0) <= 1e-6:
-        raise ValueError(f"split ratios must be positive and sum to 1, got {tuple(ratios)}")
+    check_ratios(ratios)
     # The last edge is n itself: a sum just below 1 would lose the end of a long text.
     edges = [*(round(n * sum(ratios[:i])) for i in range(len(ratios))), n]
     for start, stop, ratio in zip(edges, edges[1:], ratios, strict=False):
@@ -74,9 +79,7 @@ def write_tokens(path: str | PathLike, tokens: Sequence[int] | np.ndarray | Tens
     Raises ValueError for ids outside 0..65535, no tokens, or more than 2^31 - 1.
     """
     ids = np.asarray(tokens)
-    with Path(path).open("wb") as file:
-        file.write(_header(len(ids)))
-        file.write(as_uint16(ids).tobytes())
+    Path(path).write_bytes(_header(len(ids)) + as_uint16(ids).tobytes())
 
 
 def _count(path: Path) -> tuple[int, int]:
@@ -241,7 +244,13 @@ class Documents:
         return len(self.completions)
 
     def __getitem__(self, part: slice) -> "Documents":
-        start, stop, _ = slice(part.start, part.stop).indices(len(self))
+        if not isinstance(part, slice):
+            raise TypeError(
+                f"documents are sliced, documents[a:b], got [{part!r}]; see document(i)"
+            )
+        start, stop, step = part.indices(len(self))
+        if step != 1:
+            raise ValueError(f"documents are sliced in steps of 1, got {step}")
         stop = max(start, stop)
         starts, completions = self.starts[start : stop + 1], self.completions[start:stop]
         return Documents(self.tokens, starts, completions, self.first + start)

@@ -105,6 +105,11 @@ def test_indexing_is_by_slices_of_step_one(tmp_path: Path) -> None:
         files[::2]
     with pytest.raises(IndexError, match="token 3 is out of range for 3"):
         files.locate(3)
+    documents = Documents.open(write_documents(tmp_path, [([1], [2])] * 3, 10))
+    with pytest.raises(TypeError, match=r"sliced, documents\[a:b\], got \[1\]"):
+        documents[1]
+    with pytest.raises(ValueError, match="steps of 1, got -1"):
+        documents[::-1]
 
 
 @FILES
@@ -160,6 +165,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_refuses_to_write(tokens: list[int], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         write_tokens(tmp_path / "a.bin", tokens)
+    assert not (tmp_path / "a.bin").exists()
 
 
 @FILES
