@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl")
+BOM = "\ufeff"  # some editors' mark at the start of a UTF-8 file: no text
 PIECE = 1 << 20  # bytes read at a time, characters tokenised at a time
 # The last place before which a text may be cut: no word of GPT-2's pattern (tokenizer.SPLIT)
 # crosses from a non-space into a space, and only runs of spaces look at what follows them.
@@ -49,6 +50,12 @@ def _text_files_below(directory: Path) -> list[Path]:
             if name.lower().endswith(TEXT_SUFFIXES) and not name.startswith(".")
         ]
     if not found:
+        if tokens := sorted(directory.glob("[!.]*.bin")):
+            data = directory if any("train" in p.name for p in tokens) else directory / "*.bin"
+            raise ValueError(
+                f"{directory} holds tokens already, {tokens[0].name} for one, and no text; train "
+                f"on them as they are (--data '{data}')"
+            )
         raise ValueError(
             f"{directory} has no {', '.join(TEXT_SUFFIXES)} files in it and no *train*.bin"
         )
@@ -70,7 +77,8 @@ def find_files(paths: Sequence[str | PathLike]) -> list[Path]:
                 found.setdefault(file.resolve(strict=True), file)
         except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
             why = getattr(error, "strerror", None) or error
-            raise ValueError(f"cannot read {path}: {why}; give text files") from None
+            where = getattr(error, "filename", None) or path
+            raise ValueError(f"cannot read {where}: {why}; give text files") from None
     return list(found.values())
 
 
@@ -116,6 +124,8 @@ def _chunks(path: Path, read: Callable[[int], Any]) -> Iterator[str]:
             if b"\0" in content:
                 at = start + content.index(0)
                 raise ValueError(f"{path} is binary: it has a NUL byte at {at}")
+            if not start:
+                chunk = chunk.removeprefix(BOM)
             blank = blank and not chunk.strip()
             start += len(content)
             read(len(content))
@@ -158,7 +168,7 @@ def _jsonl_records(
 
 def _jsonl_record(where: str, line: bytes, fields: Fields) -> Record:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8").removeprefix(BOM))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 text ({error.reason} at {error.start})") from None
     except (ValueError, RecursionError) as error:

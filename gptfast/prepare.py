@@ -1,5 +1,6 @@
 """Documents to token files: tokenise in threads, write shards, split."""
 
+import glob
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from gptfast.token_files import (
     ShardWriter,
     TokenFiles,
     as_uint16,
+    check_ratios,
     fsync,
     split_edges,
     truncate_shards,
@@ -157,7 +159,7 @@ def _check(out: Path, tokenizer: Tokenizer, split: Sequence[float], workers: int
         )
     if len(split) > len(PARTS):
         raise ValueError(f"split takes one to three shares, got {tuple(split)}")
-    split_edges(10**9, split)
+    check_ratios(split)
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be >= 1, got {workers}")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -197,7 +199,7 @@ def prepare(
     fields = Fields(text_field, prompt_field, completion_field)
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_stale(out)
         temporary.mkdir(parents=True)
         with (
             tqdm(
@@ -225,6 +227,24 @@ def prepare(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {"documents": documents, "tokens": tokens, "files": sorted(out.iterdir())}
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what a process that was killed, or had this one's number, left of the same out."""
+    for temporary in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
+        number = temporary.name.rpartition("-")[2]
+        if number.isdecimal() and not _is_another(int(number)):
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_another(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return process != os.getpid()
 
 
 def _publish(temporary: Path, out: Path, meta: dict[str, Any]) -> None:

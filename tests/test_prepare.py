@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -281,6 +282,9 @@ def test_bad_arguments(tmp_path: Path, refused: Any) -> None:
     refused(ValueError, "one to three shares", text, split=(0.25,) * 4)
     refused(ValueError, "sum to 1, got", text, split=(0.5, 0.4))
     refused(ValueError, "positive and sum to 1", text, split=())
+    refused(
+        ValueError, "the split of 9 tokens at ratio 1e-10 is empty", text, split=(1 - 1e-10, 1e-10)
+    )
     refused(ValueError, "the split of 9 tokens at ratio 0.01 is empty", text, split=(0.99, 0.01))
     refused(ValueError, "workers must be >= 1, got 0", text, workers=0)
     refused(ValueError, "shard_tokens must be 1 to 2147483647, got 0", text, shard_tokens=0)
@@ -425,3 +429,48 @@ def test_suffixes_in_capitals(tmp_path: Path) -> None:
     files = find_files([tmp_path])
     assert [path.name for path in files] == ["A.TXT", "B.JSONL"]
     assert list(read_documents(files)) == ["words", "more"]
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["prepared", "others"])
+def test_a_directory_of_tokens_is_no_text(train: bool, tmp_path: Path) -> None:
+    (tmp_path / ("train_000000.bin" if train else "a.bin")).write_bytes(bytes(20))
+    data = re.escape(str(tmp_path if train else tmp_path / "*.bin"))
+    with pytest.raises(ValueError, match=f"holds tokens already, .* and no text; .*'{data}'"):
+        prepare([tmp_path], tmp_path / "out", BYTE)
+
+
+def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    others = f".out.tmp-{os.getppid()}", f".other.tmp-{ended.pid}", ".out.tmp-x"
+    for name in (
+        f".out.tmp-{ended.pid}",
+        f".out.tmp-{os.getpid()}",
+        ".out.tmp-" + "9" * 20,
+        *others,
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train_000000.bin").write_bytes(b"ab")
+    prepare([tmp_path / "a.txt"], tmp_path / "out", BYTE)
+    assert sorted(os.listdir(tmp_path)) == sorted(["a.txt", "out", *others])
+
+
+@pytest.mark.usefixtures("tiny_pieces")
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\ufeffsome \ufeffwords", "utf-8")
+    (tmp_path / "b.jsonl").write_text('\ufeff{"text": "more"}\n', "utf-8")
+    assert list(read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"])) == [
+        "some",
+        " \ufeffwords",
+        "more",
+    ]
+    (tmp_path / "a.txt").write_text("\ufeff\n", "utf-8")
+    with pytest.raises(ValueError, match="a.txt is empty"):
+        list(read_documents([tmp_path / "a.txt"]))
+
+
+def test_a_broken_link_below_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.txt").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="cannot read .*nowhere: No such file.*give text files"):
+        find_files([tmp_path])

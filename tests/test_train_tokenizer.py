@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptfast import get_tokenizer, tokenizer
+from gptfast.cli.data import TrainTokenizer
 from gptfast.data import embedded_text
 from gptfast.tokenizer import train_tokenizer
 
@@ -293,6 +294,12 @@ def test_a_directorys_own_order_of_ids(trained: tokenizer.Tokenizer, tmp_path: P
     other = get_tokenizer(str(tmp_path))
     assert (other.eot, other.n_vocab) == (0, 600)
     assert other.encode(TEXTS[2]) == [i + 1 for i in trained.encode(TEXTS[2])]
+
+
+def test_no_text_is_no_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no text to learn from; give files"):
+        TrainTokenizer(data=(), out=str(tmp_path / "v")).run()
+    assert not (tmp_path / "v").exists()
 
 
 def test_content_not_place_tells_vocabularies_apart(tmp_path: Path) -> None:

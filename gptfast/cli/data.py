@@ -76,6 +76,8 @@ class TrainTokenizer:
     """The key of a document's text in .jsonl."""
 
     def run(self) -> None:
+        if not self.data:
+            raise ValueError("no text to learn from; give files, directories or globs")
         texts = read_documents(find_files(self.data), text_field=self.text_field)
         tokenizer = train_tokenizer(texts, self.vocab_size, self.out)
         print(f"done: {tokenizer.n_vocab:,} tokens in {self.out}; use it as --tokenizer {self.out}")
