@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import operator
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -186,7 +188,14 @@ def as_tokens(text_or_tokens: str | Tokens, tokenizer: Tokenizer | None = None) 
         text_or_tokens = (tokenizer or get_tokenizer("gpt2")).encode(text_or_tokens)
     if isinstance(text_or_tokens, np.ndarray):
         text_or_tokens = text_or_tokens.astype(np.int64)
-    tokens = torch.as_tensor(text_or_tokens)
+    try:
+        if isinstance(text_or_tokens, bytes | bytearray):
+            raise TypeError
+        tokens = torch.as_tensor(text_or_tokens)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"tokens must be a string or a sequence of ids, got {text_or_tokens!r:.40}"
+        ) from None
     if tokens.dim() != 1:
         raise ValueError(f"tokens must be one sequence (n,), got shape {tuple(tokens.shape)}")
     if tokens.numel() and (tokens.is_floating_point() or tokens.min() < 0):
@@ -198,6 +207,16 @@ def _ignore_interrupts(worker: int) -> None:
     # Signals may go to the whole process group; the trainer still wants its last step's batches.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _at_least(least: int, name: str, value: Any) -> int:
+    try:
+        n = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+    if n < least:
+        raise ValueError(f"{name} must be >= {least}, got {n}")
+    return n
 
 
 def create_dataloader(
@@ -219,13 +238,12 @@ def create_dataloader(
     loader is the next epoch. Raises ValueError for sizes below 1, for too little text for one
     window, and, with drop_last, for too little for one batch.
     """
-    for name, value in (("batch_size", batch_size), ("max_length", max_length), ("stride", stride)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
-    for name, value in (("num_workers", num_workers), ("seed", seed)):
-        if value < 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
+    batch_size = _at_least(1, "batch_size", batch_size)
+    max_length, stride = _at_least(1, "max_length", max_length), _at_least(1, "stride", stride)
+    num_workers, seed = _at_least(0, "num_workers", num_workers), _at_least(0, "seed", seed)
     if isinstance(text_or_tokens, Documents):
+        if not len(text_or_tokens):
+            raise ValueError("there are no documents to make batches of; use more data")
         pad_id = tokenizer.eot if tokenizer else text_or_tokens.eot
         dataset = Examples(text_or_tokens, max_length, pad_id)
         items = f"{len(dataset)} examples"
@@ -314,18 +332,25 @@ def _read_meta(directory: Path) -> dict[str, Any]:
         meta = json.loads(path.read_bytes())
         if meta["format"] != FORMAT:
             raise LookupError(f"format {meta['format']!r}, only {FORMAT} is known")
-        return {name: meta[name] for name in ("tokenizer", "vocabulary", "n_vocab", "tokens")}
+        found = {name: meta[name] for name in ("tokenizer", "n_vocab", "tokens")}
+        return {**found, "vocabulary": meta.get("vocabulary")}
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be used ({error!r}); prepare the data again") from None
+
+
+def _made_with(meta: dict[str, Any], tokenizer: Tokenizer) -> bool:
+    if meta["vocabulary"] is None:  # the first version of prepare recorded the name alone
+        return (meta["tokenizer"], meta["n_vocab"]) == (tokenizer.name, tokenizer.n_vocab)
+    return meta["vocabulary"] == vocabulary(tokenizer)
 
 
 def _part_files(path: str | PathLike) -> dict[str, list[Path]]:
     """The *train*.bin, *val*.bin, *test*.bin of a directory; {} if it has none to train on."""
     parts, taken = {}, set()
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         return parts
     for name in PARTS:
-        found = set(Path(path).glob(f"*{name}*.bin")) - taken
+        found = {p for p in Path(path).glob(f"*{name}*.bin") if p.name[0] != "."} - taken
         if found and (parts or name == PARTS[0]):
             parts[name] = sorted(found)
             taken |= found
@@ -343,7 +368,7 @@ def _load_prepared(
     directory: Path, tokenizer: Tokenizer, split: Sequence[float]
 ) -> list[TokenFiles | Documents]:
     meta = _read_meta(directory)
-    if meta and meta["vocabulary"] != vocabulary(tokenizer):
+    if meta and not _made_with(meta, tokenizer):
         raise ValueError(
             f"{directory} was prepared with tokenizer {meta['tokenizer']} ({meta['n_vocab']} "
             f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); name that one"
@@ -425,6 +450,12 @@ def load_data(
         )
     if prepared:
         return _load_prepared(Path(prepared[0]), tokenizer, split)
+    for path in filter(os.path.isdir, paths):
+        if tokens := sorted(Path(path).glob("[!.]*.bin")):
+            raise ValueError(
+                f"{path} has token files, {tokens[0].name} for one, but no *train*.bin; name those "
+                f"to train on, {Path(path) / '*.bin'} for all"
+            )
     files = find_files(paths)
     token_files = [path for path in files if path.suffix == ".bin"]
     if not token_files:

@@ -260,6 +260,24 @@ def test_bad_sizes(name: str, value: int) -> None:
         create_dataloader(range(1000), **{name: value})
 
 
+@pytest.mark.parametrize("name", ["batch_size", "max_length", "stride", "num_workers", "seed"])
+@pytest.mark.parametrize("value", [2.5, "2", None], ids=repr)
+def test_sizes_that_are_no_integers(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an integer, got {value!r}"):
+        create_dataloader(range(1000), **{name: value})
+
+
+@pytest.mark.parametrize("data", [None, b"bytes", [[1], [2, 3]], ["a"], [None], {1: 2}], ids=repr)
+def test_what_is_no_data(data: Any) -> None:
+    with pytest.raises(ValueError, match="tokens must be a string or a sequence of ids, got"):
+        create_dataloader(data)
+
+
+def test_no_documents() -> None:
+    with pytest.raises(ValueError, match="there are no documents to make batches of"):
+        create_dataloader(make_documents([([1], [2])])[:0])
+
+
 @pytest.mark.parametrize("n", [0, 1, 8])
 def test_too_little_for_one_window(n: int) -> None:
     with pytest.raises(ValueError, match=f"{n} tokens are too few for one window of 8"):
@@ -652,8 +670,11 @@ def test_load_a_prepared_directory(tmp_path: Path) -> None:
     assert loaded([out], (0.9, 0.1)) == [
         part.tolist() for part in load_data([tmp_path / "a.txt"], BYTE, (0.8, 0.1, 0.1))
     ]
-    for data in ([], [tmp_path / "a.txt"], [tmp_path], [out, out], ["none"]):
+    for data in ([], [tmp_path / "a.txt"], [tmp_path], [out, out], ["none"], [""], ["x" * 300]):
         assert prepared_tokenizer(data) is None
+    # What is being written is not looked at.
+    write_bin(out / ".train_1.bin", [1, 2, 3])
+    assert len(load_data([out], BYTE)) == 3
     with pytest.raises(ValueError, match=r"tokenizer byte \(257 tokens\), not gpt2 \(50257\)"):
         load_data([out], get_tokenizer("gpt2"))
     with pytest.raises(ValueError, match="out is a directory of token files; give it alone"):
@@ -675,6 +696,15 @@ def test_bad_meta(meta: str, tmp_path: Path) -> None:
     for read in (prepared_tokenizer, lambda paths: load_data(paths, BYTE)):
         with pytest.raises(ValueError, match="meta.json cannot be used .*; prepare the data again"):
             read([tmp_path])
+
+
+def test_data_prepared_before_vocabularies_were_recorded(tmp_path: Path) -> None:
+    write_bin(tmp_path / "train.bin", range(100))
+    meta = {"format": 1, "tokenizer": "byte", "n_vocab": 257, "tokens": {"train": 100}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert len(load_data([tmp_path], BYTE)) == 2
+    with pytest.raises(ValueError, match="was prepared with tokenizer byte"):
+        load_data([tmp_path], get_tokenizer("gpt2"))
 
 
 def test_parts_that_lack_files(tmp_path: Path) -> None:
@@ -709,6 +739,9 @@ def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
     refuse_load("gpt2.bin has token 50256, out of range for the 257", tmp_path / "gpt2.bin")
     refuse_load("none has no .txt, .* files in it and no", tmp_path / "none")
     refuse_load("no file matches .*x.bin", tmp_path / "*x.bin")
+    refuse_load("an empty path names no data", "")
+    refuse_load("cannot read x+: File name too long; give text files", "x" * 300)
+    refuse_load(f"has token files, a.bin for one, .*; name .* {tmp_path}/\\*.bin for all", tmp_path)
     refuse_load("nowhere.txt", tmp_path / "nowhere.txt")
     pairs = '{"prompt": "a", "completion": "b"}'
     (tmp_path / "p.jsonl").write_text(pairs)
