@@ -1,12 +1,16 @@
-"""docs/book.md: every name and flag it gives for ours exists."""
+"""docs/book.md: the names, flags and settings it gives exist; its example is its command."""
 
+import ast
 import dataclasses
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 
+import gptfast
 from gptfast.cli.data import Prepare, TrainTokenizer
 from gptfast.cli.generate import Eval, Generate
 from gptfast.cli.search import Plot, Search
@@ -14,37 +18,74 @@ from gptfast.cli.settings import flat
 from gptfast.cli.train import Train
 
 TEXT = (Path(__file__).parents[1] / "docs" / "book.md").read_text("utf-8")
+# A command's continued lines as one.
+JOINED = re.sub(r"\\\n\s*", "", TEXT)
+EXAMPLE = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
 NAMES = sorted(set(re.findall(r"\bgptfast(?:\.[A-Za-z_]\w*)+", TEXT)))
+IMPORTS = sorted(set(re.findall(r"from gptfast[\w.]* import \w+(?:, \w+)*", TEXT)))
+COMMANDS = {
+    "train": Train,
+    "generate": Generate,
+    "eval": Eval,
+    "prepare": Prepare,
+    "tokenizer": TrainTokenizer,
+    "search": Search,
+    "plot": Plot,
+}
+FLAGS = {
+    name: set(flat(Train())) if command is Train else {f.name for f in dataclasses.fields(command)}
+    for name, command in COMMANDS.items()
+}
+CALLS = re.findall(rf"\bgptfast ({'|'.join(COMMANDS)})\b([^`\n#]*)", JOINED)
+
+
+def flags_in(text: str) -> set[str]:
+    flags = re.findall(r"(?<!\S)--([a-z][a-z0-9-]*)", text)
+    return {flag.replace("-", "_").removeprefix("no_") for flag in flags}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_name_exists(name: str) -> None:
-    parts = name.split(".")
-    value = importlib.import_module(parts[0])
+def test_name_can_be_typed(name: str) -> None:
+    value, parts = gptfast, name.split(".")
     for i, part in enumerate(parts[1:], 2):
-        # `gptfast.generate` is a function and a module: the module has more behind it.
-        module = ".".join(parts[:i])
-        if i < len(parts) and importlib.util.find_spec(module):
-            value = importlib.import_module(module)
-        elif not hasattr(value, part):
-            value = importlib.import_module(module)
-        else:
-            value = getattr(value, part)
-    assert value is not None
+        if not hasattr(value, part):
+            importlib.import_module(".".join(parts[:i]))
+        value = getattr(value, part)
 
 
-def test_there_are_names() -> None:
+@pytest.mark.parametrize("statement", IMPORTS)
+def test_import_works(statement: str) -> None:
+    exec(statement, {})
+
+
+def test_there_are_names_and_commands() -> None:
     assert len(NAMES) > 30
+    assert len(IMPORTS) > 2
+    assert {name for name, _ in CALLS} == set(COMMANDS)
 
 
-def test_flags_exist() -> None:
-    known = set(flat(Train()))
-    for command in (Generate, Eval, Prepare, TrainTokenizer, Search, Plot):
-        known |= {field.name for field in dataclasses.fields(command)}
-    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9-]*)", TEXT)}
-    assert {flag for flag in flags if flag.removeprefix("no_") not in known} == set()
+@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=lambda value: value.strip()[:30])
+def test_flags_are_the_commands(name: str, arguments: str) -> None:
+    assert flags_in(arguments) - FLAGS[name] == set()
 
 
-def test_python_example_is_python() -> None:
-    example = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    compile(example[1], "docs/book.md", "exec")
+def test_flags_named_alone_exist() -> None:
+    flags = set().union(*(flags_in(span) for span in re.findall(r"`(--[^`]*)`", TEXT)))
+    assert len(flags) > 8
+    assert flags - set().union(*FLAGS.values()) == set()
+
+
+def test_python_example_is_the_command() -> None:
+    arguments = next(arguments for name, arguments in CALLS if name == "train")
+    wanted = flat(tyro.cli(Train, args=shlex.split(arguments)))
+    calls = {
+        node.func.attr: {k.arg: eval(ast.unparse(k.value), {}) for k in node.keywords}
+        for node in ast.walk(ast.parse(EXAMPLE))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "attr", "") in ("GPTConfig", "TrainConfig")
+    }
+    given = {**calls["GPTConfig"], **calls["TrainConfig"]}
+    # The example sets the book's seed as well; the text, its split and its batches are loaders'.
+    assert given.pop("seed") == 123
+    assert set(given) == flags_in(arguments) - {"data", "split", "batch_size"}
+    assert given == {name: wanted[name] for name in given}
