@@ -24,11 +24,10 @@ from gptfast.data import (
     describe_batch,
     embedded_text,
     fingerprint,
-    load_data,
-    prepared_tokenizer,
     split_tokens,
 )
 from gptfast.prepare import prepare
+from gptfast.sources import load_data, prepared_tokenizer
 from gptfast.token_files import Documents, ShardWriter, TokenFiles, write_tokens
 
 VERDICT = Path(__file__).parents[2] / "shared" / "data" / "the-verdict.txt"

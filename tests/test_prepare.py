@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 import gptfast.documents
 import gptfast.prepare
 from gptfast import get_tokenizer
-from gptfast.data import as_tokens, embedded_text, load_data, split_tokens
+from gptfast.data import as_tokens, embedded_text, split_tokens
 from gptfast.documents import find_files, read_documents, safe_pieces
 from gptfast.prepare import prepare
+from gptfast.sources import load_data
 from gptfast.token_files import Documents, TokenFiles, index_path, open_tokens
 from gptfast.tokenizer import Tokenizer
 

@@ -304,8 +304,8 @@ def test_no_text_is_no_vocabulary(tmp_path: Path) -> None:
 
 def test_content_not_place_tells_vocabularies_apart(tmp_path: Path) -> None:
     """Prepared data goes with a copy of its vocabulary, and not with another at its place."""
-    from gptfast.data import load_data
     from gptfast.prepare import prepare
+    from gptfast.sources import load_data
 
     text = embedded_text()[:4000]
     (tmp_path / "a.txt").write_text(text, "utf-8")

@@ -7,10 +7,11 @@ import tyro
 
 from gptfast.checkpoint import load_model
 from gptfast.cli.train import tokenizer_of
-from gptfast.data import create_dataloader, load_part
+from gptfast.data import create_dataloader
 from gptfast.evaluate import loader_loss, perplexity
 from gptfast.generate import generate, generate_text, stream_text
 from gptfast.model import GPT
+from gptfast.sources import load_part
 from gptfast.tokenizer import Tokenizer, get_tokenizer
 from gptfast.trainer import choose_device
 

@@ -12,9 +12,10 @@ import tyro
 from gptfast.checkpoint import checkpoints, find_model, load_weights, read_config, read_settings
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.config import GPTConfig, TrainConfig
-from gptfast.data import Source, create_dataloader, fingerprint, load_data, prepared_tokenizer
+from gptfast.data import Source, create_dataloader, fingerprint
 from gptfast.model import GPT
 from gptfast.ops.library import backend_of, operators
+from gptfast.sources import load_data, prepared_tokenizer
 from gptfast.token_files import Documents
 from gptfast.tokenizer import get_tokenizer
 from gptfast.trainer import Trainer
