@@ -27,7 +27,7 @@ from gptfast.data import (
     split_tokens,
 )
 from gptfast.prepare import prepare
-from gptfast.sources import load_data, prepared_tokenizer
+from gptfast.sources import load_data, load_part, prepared_tokenizer
 from gptfast.token_files import Documents, ShardWriter, TokenFiles, write_tokens
 
 VERDICT = Path(__file__).parents[2] / "shared" / "data" / "the-verdict.txt"
@@ -659,6 +659,17 @@ def test_load_a_directory_of_parts(
             write_bin(tmp_path / f"{name}.bin", range(start, start + 5))
     (tmp_path / "input.txt").write_text("not what is trained on")
     assert loaded([tmp_path], split) == [list(part) for part in wanted]
+
+
+def test_load_one_part(tmp_path: Path) -> None:
+    write_bin(tmp_path / "train.bin", range(100))
+    write_bin(tmp_path / "test.bin", range(200, 210))
+    for part, wanted in (("train", range(100)), ("test", range(200, 210))):
+        assert load_part([tmp_path], BYTE, part).tensor().tolist() == [*wanted]
+    with pytest.raises(ValueError, match="has no part val, only train, test"):
+        load_part([tmp_path], BYTE, "val")
+    files = [tmp_path / "train.bin", tmp_path / "test.bin"]
+    assert len(load_part(files, BYTE, "val")) == 110
 
 
 def test_load_a_prepared_directory(tmp_path: Path) -> None:
