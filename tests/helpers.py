@@ -1,5 +1,6 @@
 """Models, texts and runs small enough for a test."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,15 @@ def parameters(model: GPT) -> dict[str, Tensor]:
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """The names under which two sets of tensors are not equal bit for bit."""
     return [name for name in {*a, *b} if name not in a or not torch.equal(a[name], b[name])]
+
+
+def disk_of(size: str, path: Path) -> Iterator[Path]:
+    """For a fixture: a file system of that size at `path`; a skip where none may be mounted."""
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)

@@ -13,6 +13,7 @@ import torch
 from commands import TINY, Capture, done, refused, rows, run, start, train
 from helpers import (
     differing,
+    disk_of,
     one_thread,  # noqa: F401 - applies to every test here
     parameters,
     random_model,
@@ -290,15 +291,7 @@ def test_a_second_interrupt_leaves_at_once(text: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for a checkpoint or two of the toy model."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(path)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("no right to mount a small file system")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+    yield from disk_of("300k", tmp_path / "disk")
 
 
 def test_a_full_disk(small_disk: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import torch
 from helpers import (
     differing,
+    disk_of,
     make_trainer,
     one_thread,  # noqa: F401 - applies to every test here
     parameters,
@@ -491,15 +491,7 @@ def test_when_every_checkpoint_is_damaged(whole: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for two checkpoints and a bit."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(path)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("no right to mount a small file system")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+    yield from disk_of("800k", tmp_path / "disk")
 
 
 def test_no_space_left(small_disk: Path, whole: Path, tmp_path: Path) -> None:
