@@ -49,6 +49,7 @@ def trainer_at(out: Path, **changes: Any) -> Trainer:
 
 def train(out: Path, shim: Callable[..., None] | None = None, *args: Any) -> None:
     """The body of a child process: one run, resumed if it can be, with `shim` in its way."""
+    assert multiprocessing.parent_process(), "what is replaced below would stay replaced"
     torch.set_num_threads(1)
     # Slow, and no part of what is lost or not.
     gptfast.trainer._peak = lambda device, dtype: 1e12
@@ -136,6 +137,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def duration_of_a_run(processes: Any, tmp_path: Path) -> float:
+    for out in (tmp_path / "first", tmp_path / "timed"):  # the first waits for the fork server
+        start = time.perf_counter()
+        timed = processes.Process(target=train, args=(out,))
+        timed.start()
+        timed.join()
+        assert timed.exitcode == 0
+    return time.perf_counter() - start
+
+
 def assert_same_end(out: Path, whole: Path) -> None:
     assert without_speed(read_metrics(out)) == without_speed(read_metrics(whole))
     assert (out / "samples.txt").read_text() == (whole / "samples.txt").read_text()
@@ -163,13 +174,7 @@ def assert_whole(out: Path) -> None:
 def test_killed_at_twenty_random_moments(processes: Any, whole: Path, tmp_path: Path) -> None:
     """Whenever SIGKILL comes, the last complete checkpoint is usable and the end is the same."""
     rng = random.Random(0)
-    for out in (tmp_path / "first", tmp_path / "timed"):  # the first waits for the fork server
-        start = time.perf_counter()
-        timed = processes.Process(target=train, args=(out,))
-        timed.start()
-        timed.join()
-        assert timed.exitcode == 0
-        duration = time.perf_counter() - start
+    duration = duration_of_a_run(processes, tmp_path)
     kills, out, runs = 0, tmp_path / "run-0", 0
     while kills < 20:
         process = processes.Process(target=train, args=(out,))
@@ -250,9 +255,7 @@ def test_killed_with_a_file_half_written(
 def test_terminated_at_random_moments(processes: Any, whole: Path, tmp_path: Path) -> None:
     """SIGTERM: the step is finished and saved, the exit is clean, and the end is the same."""
     rng = random.Random(1)
-    start = time.perf_counter()
-    train(tmp_path / "timed")
-    duration = time.perf_counter() - start
+    duration = duration_of_a_run(processes, tmp_path)
     out, stops = tmp_path / "run", 0
     for _ in range(60):
         after = rng.uniform(0.0, duration)
