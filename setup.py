@@ -92,6 +92,7 @@ setup(
         "gptfast.weights",
         "gptfast.kernels",
         "gptfast.kernels.reference",
+        "gptfast.kernels.triton",
     ],
     package_dir={"gptfast": "gptfast", "gptfast.kernels": "kernels"},
     package_data={"gptfast": ["py.typed"]},

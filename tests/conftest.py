@@ -1,11 +1,29 @@
-"""Fixtures shared by the tests of the operations."""
+"""Fixtures shared by the tests of the operations.
 
+The Triton kernels are tested by the tests of the others: on a GPU where there is one, with every
+tensor made there; else on the CPU in Triton's interpreter, which has no bf16 (its casts truncate,
+its products are garbage).
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from gptfast.ops.library import EXTENSION, MISSING, use_backend
+GPU = torch.cuda.is_available()
+if not GPU:
+    # Before Triton is imported by anything: it decides then.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# cuBLAS is deterministic with this; read when its first handle is made.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from gptfast.ops.library import (  # noqa: E402
+    EXTENSION,
+    MISSING,
+    TRITON_MISSING,
+    use_backend,
+)
 
 LEVELS = EXTENSION.build_info()["isa_supported"] if EXTENSION else []
 _SKIPPED = pytest.param("cpp", marks=pytest.mark.skip(f"the C++ extension is not built: {MISSING}"))
@@ -24,15 +42,37 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _at_level(request.param)
 
 
-@pytest.fixture(params=["reference", *(f"cpp-{level}" for level in LEVELS or [])])
+def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:
+    if TRITON_MISSING:
+        pytest.skip(TRITON_MISSING)
+    if GPU:
+        with torch.device("cuda"):
+            yield "triton"
+        return
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and torch.bfloat16 in callspec.params.values():
+        pytest.skip("Triton's interpreter has no bf16")
+    with use_backend("triton"):
+        yield "triton"
+
+
+@pytest.fixture(params=["reference", "triton", *(f"cpp-{level}" for level in LEVELS or [])])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The reference, then the C++ kernels at each level."""
+    """The reference, then the Triton kernels, then the C++ kernels at each level."""
     if request.param == "reference":
         with use_backend("reference"):
             yield request.param
+    elif request.param == "triton":
+        yield from _with_triton(request)
     else:
         for _ in _at_level(request.param.removeprefix("cpp-")):
             yield request.param
+
+
+@pytest.fixture
+def triton(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The Triton kernels alone: for what only they do, or what the others do not differ in."""
+    yield from _with_triton(request)
 
 
 @pytest.fixture

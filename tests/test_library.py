@@ -305,8 +305,8 @@ def test_use_backend_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(library, "MISSING", "No module named 'gptfast._C'")
     with pytest.raises(RuntimeError, match="'cpp' is not there: No module named .*install g"):
         use_backend("cpp")
-    monkeypatch.setitem(library._implementations, "triton", {})
-    with pytest.raises(RuntimeError, match="'triton' is not there"):
+    monkeypatch.setattr(library, "TRITON_MISSING", "triton is not installed")
+    with pytest.raises(RuntimeError, match="'triton' is not there: triton is not installed"):
         use_backend("triton")
 
 

@@ -1,12 +1,13 @@
 """How an operation reaches PyTorch's dispatcher, and the one switch that overrules it.
 
-`register` defines an operator from its schema with the PyTorch reference for every device; the C++
-extension, if it is there, adds its kernels for the CPU by the same names. `use_backend` is a
-dispatch mode: it sees every operator call of its thread, forward and backward, and sends ours to
-the implementation asked for.
+`register` defines an operator from its schema with the PyTorch reference for every device and the
+Triton launcher of the same name for CUDA; the C++ extension, if it is there, adds its kernels for
+the CPU by the same names. `use_backend` is a dispatch mode: it sees every operator call of its
+thread, forward and backward, and sends ours to the implementation asked for.
 """
 
 import importlib
+import importlib.util
 import logging
 import os
 import threading
@@ -45,6 +46,7 @@ def _choose_isa() -> str:
 
 
 EXTENSION, MISSING = _load_extension()
+TRITON_MISSING = "" if importlib.util.find_spec("triton") else "triton is not installed"
 # Not raised on import, where whoever called would see a traceback and could not catch it.
 _WRONG_ISA = _choose_isa()
 
@@ -56,30 +58,58 @@ def check_isa(*args: Any) -> None:
 
 
 class _Announced:
-    """A reference standing in for a C++ kernel that was not built: says so once, then just runs."""
+    """A reference standing in for a kernel that is not there: says so once, then just runs."""
 
-    said = False
+    said: set[str] = set()
 
-    def __init__(self, function: Callable) -> None:
-        self.function = function
+    def __init__(self, function: Callable, line: str) -> None:
+        self.function, self.line = function, line
 
     def __call__(self, *args: Any) -> Any:
-        if not _Announced.said:
-            _Announced.said = True
-            logging.getLogger("gptfast").warning(
-                "gptfast: no C++ kernels (%s); the CPU runs the slower PyTorch reference", MISSING
-            )
+        if self.line not in _Announced.said:
+            _Announced.said.add(self.line)
+            logging.getLogger("gptfast").warning(self.line)
         return self.function(*args)
 
 
+class _Launcher:
+    """The Triton launcher of an operator, imported when first called: not everyone has a GPU.
+
+    float64 is served by the reference, as on the CPU.
+    """
+
+    def __init__(self, reference: Callable) -> None:
+        self.reference = reference
+        self.module = reference.__module__.replace(".reference.", ".triton.")
+
+    def __call__(self, *args: Any) -> Any:
+        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        if first.dtype == torch.float64:
+            return self.reference(*args)
+        launcher = getattr(importlib.import_module(self.module), self.reference.__name__)
+        # The device of the tensors need not be the current one; on the CPU this does nothing.
+        with torch.cuda.device_of(first):
+            return launcher(*args)
+
+
 def register(schema: str, reference: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Define `gptfast::<schema>` with its reference for every device and its fake for tracing."""
+    """Define `gptfast::<schema>` with its reference for every device and its fake for tracing.
+
+    The launcher for CUDA is the function in kernels/triton that has the reference's name and file.
+    """
     LIBRARY.define(schema)
     name = schema[: schema.index("(")]
     op = getattr(torch.ops.gptfast, name).default
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if TRITON_MISSING:
+        line = f"gptfast: {TRITON_MISSING}; the GPU runs the slower PyTorch reference"
+        LIBRARY.impl(name, _Announced(reference, line), "CUDA")
+    else:
+        _implementations["triton"][op] = _Launcher(reference)
+        LIBRARY.impl(name, _implementations["triton"][op], "CUDA")
     if EXTENSION is None:
-        LIBRARY.impl(name, _Announced(reference), "CPU")
+        line = f"gptfast: no C++ kernels ({MISSING}); the CPU runs the slower PyTorch reference"
+        LIBRARY.impl(name, _Announced(reference, line), "CPU")
     elif _WRONG_ISA:
         with warnings.catch_warnings(action="ignore"):  # it overrides a kernel, on purpose
             LIBRARY.impl(name, check_isa, "CPU")
@@ -122,19 +152,27 @@ class _Switch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         implementation = _implementations.get(self.backend, {}).get(func, func)
-        if self.backend == "cpp" and func.namespace == "gptfast":
-            _require_cpu(func, args)
+        if func.namespace == "gptfast":
+            if self.backend == "cpp":
+                _require_device("cpu", func, args)
+            elif self.backend == "triton" and not _interpreted():
+                _require_device("cuda", func, args)
         return implementation(*args, **(kwargs or {}))
 
 
-def _require_cpu(func: Any, args: tuple) -> None:
-    for arg in args:
-        for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
-                raise ValueError(
-                    f"backend 'cpp' needs CPU tensors, {func} got one on {tensor.device}; "
-                    "move it with .cpu() or choose another backend"
-                )
+def _interpreted() -> bool:
+    """Whether Triton's kernels run on CPU tensors, in its interpreter."""
+    return importlib.import_module("triton").knobs.runtime.interpret
+
+
+def _require_device(device: str, func: Any, args: tuple) -> None:
+    backend, kind = {"cpu": ("cpp", "CPU"), "cuda": ("triton", "CUDA")}[device]
+    first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+    if first.device.type != device:
+        raise ValueError(
+            f"backend {backend!r} needs {kind} tensors, {func} got one on {first.device}; "
+            f"move it with .to({device!r}) or choose another backend"
+        )
 
 
 _thread = threading.local()
@@ -157,8 +195,13 @@ class use_backend:  # noqa: N801 - reads as the function it is used as
             raise RuntimeError(
                 f"backend 'cpp' is not there: {MISSING}; install g++ and reinstall gptfast"
             )
-        if name == "triton" and not _implementations["triton"]:
-            raise RuntimeError("backend 'triton' is not there: this version has no Triton kernels")
+        if name == "triton" and TRITON_MISSING:
+            raise RuntimeError(f"backend 'triton' is not there: {TRITON_MISSING}; pip install it")
+        if name == "triton" and not torch.cuda.is_available() and not _interpreted():
+            raise RuntimeError(
+                "backend 'triton' is not there: no GPU; to run its kernels on the CPU in Triton's "
+                "interpreter, set TRITON_INTERPRET=1 before Python starts"
+            )
         self.name = name
 
     def __enter__(self) -> None:
@@ -189,7 +232,7 @@ def backend_of(op: torch._ops.OpOverload, device: str) -> str:
     """The backend that serves `op` on "cpu" or "cuda" when the dispatcher decides."""
     if device == "cpu":
         return "reference" if EXTENSION is None else "cpp"
-    return "triton" if op in _implementations["triton"] else "reference"
+    return "reference" if TRITON_MISSING else "triton"
 
 
 def operators() -> list[torch._ops.OpOverload]:
