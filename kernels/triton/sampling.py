@@ -22,12 +22,12 @@ from torch import Tensor
 
 # Tokens that are compared each to each.
 SMALL = 256
-# arch: (BLOCK, num_warps) for a vocabulary of up to 2048, and for a longer one.
+# arch: (BLOCK, UNROLL, num_warps) for a vocabulary of up to 2048, and for a longer one.
 TILES = {
-    "sm_80": ((1024, 4), (4096, 16)),
-    "sm_90": ((1024, 4), (4096, 16)),
-    "sm_100": ((1024, 4), (4096, 16)),
-    "gfx942": ((1024, 4), (4096, 16)),
+    "sm_80": ((2048, 1, 8), (4096, 4, 16)),
+    "sm_90": ((2048, 1, 8), (4096, 4, 16)),
+    "sm_100": ((2048, 1, 8), (4096, 4, 16)),
+    "gfx942": ((2048, 1, 4), (4096, 4, 8)),
 }
 
 # Keys: below every logit, of -inf, and above every id.
@@ -79,9 +79,11 @@ def _load_codes(row_ptr, at, skip, V, GRANULE: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _weight(x, top, temperature):
-    """round(exp((x - top) / temperature) * 2^40) as whole fp32, in [0, 2^40] whatever comes."""
-    d = tl.div_rn(x - top, temperature)
+def _weight(x, top, scale):
+    """round(exp((x - top) / T) * 2^40) as whole fp32, in [0, 2^40] whatever comes; scale = 1 / T."""
+    # Exactly the fp32 quotient, which is never as close to the middle of two fp32 numbers as this
+    # product may be to the quotient (2^-52); without the slow path of a division in each token.
+    d = ((x - top).to(tl.float64) * scale).to(tl.float32)
     d = tl.where(d > -88.0, d, -88.0)
     d = tl.where(d < 0.0, d, 0.0)
     # exp as csrc/simd.h has it, within an ulp: tl.exp is off by more at -20.
@@ -151,10 +153,10 @@ def _fold(x, BLOCK: tl.constexpr):
 
 @triton.jit
 def _above(
-    row_ptr, skip, V, p1, p2, p3, p4, top, temperature,
-    BY_MASS: tl.constexpr, GRANULE: tl.constexpr, BLOCK: tl.constexpr,
+    row_ptr, skip, V, p1, p2, p3, p4, by_mass, top, scale,
+    GRANULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many tokens reach each pivot, and their mass."""
+    """How many tokens reach each pivot, and their mass; without by_mass the number again."""
     c1 = tl.zeros([BLOCK // 8], tl.int32)
     c2, c3, c4 = c1, c1, c1
     m1 = tl.zeros([BLOCK // 8], tl.int64)
@@ -165,18 +167,17 @@ def _above(
         c2 += _fold((code >= p2).to(tl.int32), BLOCK)
         c3 += _fold((code >= p3).to(tl.int32), BLOCK)
         c4 += _fold((code >= p4).to(tl.int32), BLOCK)
-        if BY_MASS:
-            w = _weight(x, top, temperature).to(tl.int64)
+        if by_mass:
+            w = _weight(x, top, scale).to(tl.int64)
             m1 += _fold(tl.where(code >= p1, w, 0), BLOCK)
             m2 += _fold(tl.where(code >= p2, w, 0), BLOCK)
             m3 += _fold(tl.where(code >= p3, w, 0), BLOCK)
             m4 += _fold(tl.where(code >= p4, w, 0), BLOCK)
     n1, n2, n3, n4 = tl.sum(c1, 0), tl.sum(c2, 0), tl.sum(c3, 0), tl.sum(c4, 0)
-    if BY_MASS:
-        return n1, n2, n3, n4, tl.sum(m1, 0), tl.sum(m2, 0), tl.sum(m3, 0), tl.sum(m4, 0)
-    else:
-        l1, l2, l3, l4 = n1.to(tl.int64), n2.to(tl.int64), n3.to(tl.int64), n4.to(tl.int64)
-        return n1, n2, n3, n4, l1, l2, l3, l4
+    l1, l2, l3, l4 = n1.to(tl.int64), n2.to(tl.int64), n3.to(tl.int64), n4.to(tl.int64)
+    if by_mass:
+        l1, l2, l3, l4 = tl.sum(m1, 0), tl.sum(m2, 0), tl.sum(m3, 0), tl.sum(m4, 0)
+    return n1, n2, n3, n4, l1, l2, l3, l4
 
 
 @triton.jit
@@ -197,28 +198,32 @@ def _collect(
 
 
 @triton.jit
-def _rank(list_ptr, n, top, temperature, SMALL: tl.constexpr):
-    """Of each code in the list: itself, its weight, the number and the mass of the codes above."""
+def _rank(list_ptr, n, top, scale, SMALL: tl.constexpr):
+    """Of each code in the list: itself, its weight, the number and the mass of those above it."""
     i = tl.arange(0, SMALL)
     code = tl.load(list_ptr + i, mask=i < n, other=_OUTSIDE << 32)
-    weight = _weight(_code_value(code), top, temperature).to(tl.int64)
+    weight = _weight(_code_value(code), top, scale).to(tl.int64)
     weight = tl.where(i < n, weight, 0)
+    # Through memory, or each thread would weigh every token.
+    tl.store(list_ptr + SMALL + i, weight)
+    tl.debug_barrier()
     rank = tl.zeros([SMALL], tl.int32)
     before = tl.zeros([SMALL], tl.int64)
     for start in range(0, n, 32):
         j = start + tl.arange(0, 32)
         other = tl.load(list_ptr + j, mask=j < n, other=_OUTSIDE << 32)
-        w = _weight(_code_value(other), top, temperature).to(tl.int64)
-        ahead = (other[None, :] > code[:, None]) & (j < n)[None, :]
-        rank += tl.sum(ahead.to(tl.int32), 1)
-        before += tl.sum(tl.where(ahead, w[None, :], 0), 1)
+        w = tl.load(list_ptr + SMALL + j, mask=j < n, other=0)
+        # The sums run over the first dimension, that is within threads.
+        ahead = (other[:, None] > code[None, :]) & (j < n)[:, None]
+        rank += tl.sum(ahead.to(tl.int32), 0)
+        before += tl.sum(tl.where(ahead, w[:, None], 0), 0)
     return code, weight, rank, before
 
 
 @triton.jit
 def _search(
-    row_ptr, skip, V, list_ptr, top, low, temperature, cut, n, goal,
-    BY_MASS: tl.constexpr, GRANULE: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
+    row_ptr, skip, V, list_ptr, top, low, scale, cut, n, goal, by_mass,
+    GRANULE: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """The code of the last token with less than `goal` tokens, or mass, before it.
 
@@ -239,7 +244,7 @@ def _search(
         p3 = _pivot(lo, hi, start, end, 3, turn)
         p4 = _pivot(lo, hi, start, end, 4, turn)
         c1, c2, c3, c4, m1, m2, m3, m4 = _above(
-            row_ptr, skip, V, p1, p2, p3, p4, top, temperature, BY_MASS, GRANULE, BLOCK
+            row_ptr, skip, V, p1, p2, p3, p4, by_mass, top, scale, GRANULE, BLOCK
         )
         for j in tl.static_range(4):
             p = p1 if j == 0 else p2 if j == 1 else p3 if j == 2 else p4
@@ -254,9 +259,8 @@ def _search(
             hi = tl.where(missed, p, hi)
         turn += 1
     n = _collect(row_ptr, skip, V, lo, hi, list_ptr, GRANULE, BLOCK, SMALL)
-    code, _, rank, before = _rank(list_ptr, n, top, temperature, SMALL)
-    if not BY_MASS:
-        before = rank.to(tl.int64)
+    code, _, rank, before = _rank(list_ptr, n, top, scale, SMALL)
+    before = tl.where(by_mass, before, rank.to(tl.int64))
     kept = (tl.arange(0, SMALL) < n) & (base + before < goal)
     return tl.min(tl.where(kept, code, hi), 0)
 
@@ -267,14 +271,13 @@ def _goal(top_p, total):
     limit = tl.where(top_p > 0.0, top_p, 0.0).to(tl.float64) * total.to(tl.float64)
     hi = limit.to(tl.int64)
     hi += (hi.to(tl.float64) < limit).to(tl.int64)
-    # Beyond 2^53 the fp64 of a mass is rounded, by at most 128 for 2^20 tokens.
-    lo = tl.maximum(hi - 511, 0)
-    for _ in range(10):
+    # From 2^53 on, the fp64 of a mass is rounded, by at most 256 for 2^22 tokens.
+    lo = tl.where(hi < 9007199254740992, hi, hi - 511)
+    while lo < hi:
         middle = (lo + hi) >> 1
-        if middle.to(tl.float64) >= limit:
-            hi = middle
-        else:
-            lo = tl.minimum(middle + 1, hi)
+        enough = middle.to(tl.float64) >= limit
+        hi = tl.where(enough, middle, hi)
+        lo = tl.where(enough, lo, middle + 1)
     return tl.maximum(hi, 1)
 
 
@@ -284,8 +287,8 @@ def _target(u, total):
 
 
 @triton.jit
-def _draw_from_list(list_ptr, n, k, top, temperature, top_p, min_p, u, SMALL: tl.constexpr):
-    code, weight, rank, before = _rank(list_ptr, n, top, temperature, SMALL)
+def _draw_from_list(list_ptr, n, k, top, scale, top_p, min_p, u, SMALL: tl.constexpr):
+    code, weight, rank, before = _rank(list_ptr, n, top, scale, SMALL)
     weight = tl.where(rank < k, weight, 0)
     total = tl.sum(weight, 0)
     goal = tl.where(top_p >= 1.0, total + 1, _goal(top_p, total))
@@ -298,14 +301,14 @@ def _draw_from_list(list_ptr, n, k, top, temperature, top_p, min_p, u, SMALL: tl
 
 @triton.jit
 def _masses(
-    row_ptr, skip, V, mass_ptr, cut, least, top, temperature,
+    row_ptr, skip, V, mass_ptr, cut, least, top, scale,
     GRANULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mass of the tokens with code >= cut and weight >= least; each block's goes to mass_ptr."""
     total = tl.full([], 0, tl.int64)
     for at in range(0, skip + V, BLOCK):
         x, code = _load_codes(row_ptr, at, skip, V, GRANULE, BLOCK)
-        w = _weight(x, top, temperature)
+        w = _weight(x, top, scale)
         mass = tl.sum(_fold(tl.where((code >= cut) & (w >= least), w, 0.0).to(tl.int64), BLOCK), 0)
         tl.store(mass_ptr + at // BLOCK, mass)
         total += mass
@@ -315,10 +318,10 @@ def _masses(
 
 @triton.jit
 def _draw_from_row(
-    row_ptr, skip, V, mass_ptr, cut, least, top, temperature, u,
+    row_ptr, skip, V, mass_ptr, cut, least, top, scale, u,
     GRANULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    total = _masses(row_ptr, skip, V, mass_ptr, cut, least, top, temperature, GRANULE, BLOCK)
+    total = _masses(row_ptr, skip, V, mass_ptr, cut, least, top, scale, GRANULE, BLOCK)
     rest = _target(u, total)
     at = 0
     mass = tl.load(mass_ptr)
@@ -327,7 +330,7 @@ def _draw_from_row(
         at += BLOCK
         mass = tl.load(mass_ptr + at // BLOCK)
     x, code = _load_codes(row_ptr, at, skip, V, GRANULE, BLOCK)
-    w = _weight(x, top, temperature)
+    w = _weight(x, top, scale)
     w = tl.where((code >= cut) & (w >= least), w, 0.0).to(tl.int64)
     return tl.min(tl.where(tl.cumsum(w, 0) > rest, _code_id(code), _LAST), 0), total
 
@@ -337,7 +340,7 @@ def sample_fwd_kernel(
     logits_ptr, first, stride, V,
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
     ids_ptr, list_ptr, mass_ptr, mass_stride,
-    GRANULE: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
+    GRANULE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     begin = first + row * stride
@@ -348,9 +351,9 @@ def sample_fwd_kernel(
 
     lanes = tl.full([BLOCK], float("-inf"), tl.float32)
     least = tl.full([BLOCK], float("inf"), tl.float32)
-    # Four loads in flight a thread.
-    for start in range(0, skip + V, 4 * BLOCK):
-        for j in tl.static_range(4):
+    # UNROLL loads in flight a thread.
+    for start in range(0, skip + V, UNROLL * BLOCK):
+        for j in tl.static_range(UNROLL):
             x, _, _ = _load(row_ptr, start + j * BLOCK, skip, V, GRANULE, BLOCK)
             lanes = tl.maximum(lanes, x, propagate_nan=tl.PropagateNan.ALL)
             least = tl.minimum(least, tl.where(x > float("-inf"), x, float("inf")))
@@ -365,7 +368,7 @@ def sample_fwd_kernel(
                 id = tl.where(found < _LAST, found, -1)
                 at += BLOCK
         else:
-            list_ptr += row * SMALL
+            list_ptr += row * (2 * SMALL)
             mass_ptr += row * mass_stride
             top_p = tl.load(top_p_ptr + row)
             min_p = tl.load(min_p_ptr + row)
@@ -373,40 +376,44 @@ def sample_fwd_kernel(
             word, _, _, _ = philox(position, position >> 32, position * 0, position * 0,
                                    tl.load(seed_ptr + row))  # fmt: skip
             u = uniform(word)
+            scale = 1.0 / temperature.to(tl.float64)
             k = tl.minimum(tl.maximum(tl.load(top_k_ptr + row), 1), V).to(tl.int32)
             cut = tl.full([], _LOWEST, tl.int64) << 32
             n = tl.full([], 0, tl.int32) + V
-            if (k < V) & (k <= BLOCK // 4 * 3):
+            if (V > SMALL) & (k < V) & (k <= BLOCK // 4 * 3):
                 cut = _bound(lanes, top, k, BLOCK)
             hi = (_key(top).to(tl.int64) + 1) << 32
             low = tl.min(least, 0)
-            if k <= SMALL:
+            if (k <= SMALL) | (V <= SMALL):
                 n = _collect(row_ptr, skip, V, cut, hi, list_ptr, GRANULE, BLOCK, SMALL)
-            if (k < V) & (n > SMALL):
-                cut = _search(
-                    row_ptr, skip, V, list_ptr, top, low, temperature, cut, n, k.to(tl.int64),
-                    False, GRANULE, BLOCK, SMALL,
-                )  # fmt: skip
-                n = k
-                if k <= SMALL:
-                    _collect(row_ptr, skip, V, cut, hi, list_ptr, GRANULE, BLOCK, SMALL)
             if n <= SMALL:
-                found, total = _draw_from_list(
-                    list_ptr, n, k, top, temperature, top_p, min_p, u, SMALL
-                )
+                found, total = _draw_from_list(list_ptr, n, k, top, scale, top_p, min_p, u, SMALL)
             else:
-                if top_p < 1.0:
-                    total = _masses(
-                        row_ptr, skip, V, mass_ptr, cut, 0.0, top, temperature, GRANULE, BLOCK
-                    )
-                    # Tokens further down weigh nothing.
-                    low = tl.maximum(low, top - 30.0 * temperature)
-                    cut = _search(
-                        row_ptr, skip, V, list_ptr, top, low, temperature, cut, n,
-                        _goal(top_p, total), True, GRANULE, BLOCK, SMALL,
-                    )  # fmt: skip
+                # top_k, then top_p.
+                for turn in range(2):
+                    by_mass = turn == 1
+                    wanted = k < V
+                    goal = k.to(tl.int64)
+                    if by_mass:
+                        n = k
+                        wanted = top_p < 1.0
+                        # Tokens further down weigh nothing.
+                        low = tl.maximum(low, top - 30.0 * temperature)
+                        if wanted:
+                            goal = _goal(
+                                top_p,
+                                _masses(
+                                    row_ptr, skip, V, mass_ptr, cut, 0.0, top, scale,
+                                    GRANULE, BLOCK,
+                                ),
+                            )  # fmt: skip
+                    if wanted:
+                        cut = _search(
+                            row_ptr, skip, V, list_ptr, top, low, scale, cut, n, goal,
+                            by_mass, GRANULE, BLOCK, SMALL,
+                        )  # fmt: skip
                 found, total = _draw_from_row(
-                    row_ptr, skip, V, mass_ptr, cut, min_p * 1099511627776.0, top, temperature, u,
+                    row_ptr, skip, V, mass_ptr, cut, min_p * 1099511627776.0, top, scale, u,
                     GRANULE, BLOCK,
                 )  # fmt: skip
             # Parameters out of range, unchecked on a GPU, may leave nothing to draw from.
@@ -414,8 +421,8 @@ def sample_fwd_kernel(
     tl.store(ids_ptr + row, id)
 
 
-def tile(V: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) for rows of V logits."""
+def tile(V: int) -> tuple[int, int, int]:
+    """(BLOCK, UNROLL, num_warps) for rows of V logits."""
     return TILES[arch()][V > 2048]
 
 
@@ -452,13 +459,13 @@ def sample_fwd(logits: Tensor, *parameters: Tensor) -> Tensor:
         # From the start of the memory, which is aligned, so that the kernel can align its loads.
         first = logits.storage_offset()
         logits = logits.as_strided((B, V), logits.stride(), 0)
-    BLOCK, num_warps = tile(V)
+    BLOCK, unroll, num_warps = tile(V)
     granule = 16 // logits.element_size()
     blocks = triton.cdiv(V + granule - 1, BLOCK)
-    codes = torch.empty(B, SMALL, dtype=torch.int64, device=logits.device)
+    tokens = torch.empty(B, 2, SMALL, dtype=torch.int64, device=logits.device)
     masses = torch.empty(B, blocks, dtype=torch.int64, device=logits.device)
     sample_fwd_kernel[(B,)](
-        logits, first, logits.stride(0), V, *parameters, ids, codes, masses, blocks,
-        GRANULE=granule, BLOCK=BLOCK, SMALL=SMALL, num_warps=num_warps,
+        logits, first, logits.stride(0), V, *parameters, ids, tokens, masses, blocks,
+        GRANULE=granule, BLOCK=BLOCK, UNROLL=unroll, SMALL=SMALL, num_warps=num_warps,
     )  # fmt: skip
     return ids
