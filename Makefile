@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench gpu audit clean
 
 # Trains a small GPT on real text: set-up, then about two minutes on two cores. A second call goes on
 # where the first one stopped; remove runs/train to start over.
@@ -24,6 +24,15 @@ lint: $(VENV)/ready-lint
 
 bench: $(VENV)/ready-test
 	$(BIN)/python bench/run.py --quick
+
+# On a machine with a GPU, whose torch, triton and pytest serve: no network and no compiler needed.
+gpu:
+	GPTFAST_SKIP_EXTENSION=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps --editable .
+	$(PYTHON) bench/gpu.py
+
+# What the compilers say of the Triton kernels, for four architectures; no GPU needed.
+audit: $(VENV)/ready-test
+	$(BIN)/python bench/compile_audit.py --out bench/results/compile_audit.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info gptfast/*.so

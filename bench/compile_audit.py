@@ -1,0 +1,408 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and table what the compilers report.
+
+python bench/compile_audit.py [--arch sm_90,gfx942] [--out FILE]
+
+The launchers themselves run, on tensors without storage, with every launch turned into a
+compilation for the architecture asked for: what is audited is what would run, specialised as it
+would be (alignment, integers divisible by 16). One process per architecture, as a compiler that
+aborts takes its process along. The cases reach every tile configuration of every launcher.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from cost_model import COSTS, SMS, predict
+from torch import Tensor
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+REFERENCE_CASES = (
+    "attention bf16 D=64",
+    "attention decode bf16 D=64 Tk=1024",
+    "cross_entropy bf16 V=50257",
+    "linear_cross_entropy bf16",
+    "adamw fp32",
+)
+"""The cases whose shapes are those of the cost model."""
+REPORT = Path(__file__).parent / "results" / "compile_audit.md"
+HEADING = "What Triton {} makes of the kernels"
+INTRODUCTION = """\
+Written by `make audit` on a machine without a GPU, compared by tests/test_compile_audit.py. Each
+kernel as its launcher launches it, once per set of constants, under the first case that asks for
+it.
+shared: bytes a program. spills: bytes of stack a thread (gfx942: registers), none if none spill.
+programs/SM: how many fit a multiprocessor (a compute unit). products: `tl.dot`s, and on sm_90 how
+many are wgmma. load: the widest from global memory."""
+PREDICTIONS = """\
+## What an H200 should make of them
+
+By the model of bench/cost_model.py, at GPT-2 124M's sizes: a prediction from the table above, not a
+measurement."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a program may take of a multiprocessor (AMD: compute unit) and what that one has."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    shared_limit: int  # bytes a program
+    shared: int  # bytes in all
+    registers: int  # 32-bit ones, in all
+    threads: int
+    programs: int
+    shared_reserved: int = 1024  # bytes per program that the system takes
+
+
+CHIPS = {
+    "sm_80": Chip("cuda", 80, 32, 163 << 10, 164 << 10, 65536, 2048, 32),
+    "sm_90": Chip("cuda", 90, 32, 227 << 10, 228 << 10, 65536, 2048, 32),
+    "sm_100": Chip("cuda", 100, 32, 227 << 10, 228 << 10, 65536, 2048, 32),
+    "gfx942": Chip("hip", "gfx942", 64, 64 << 10, 64 << 10, 4 * 512 * 64, 2048, 32, 0),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel; registers and spills are a thread's, the latter in bytes of stack (AMD:
+    registers)."""
+
+    case: str
+    kernel: str
+    arch: str
+    tile: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    shared: int
+    spills: int
+    # Products of 16-bit matrices, of 64 rows or more, and how many of them did not become wgmma.
+    large_dots: int
+    slow_dots: int
+    dots: int
+    # The widest load from global memory, in bits.
+    load_bits: int
+
+    @property
+    def programs(self) -> int:
+        """Programs that fit a multiprocessor at once."""
+        chip = CHIPS[self.arch]
+        threads = self.num_warps * chip.warp
+        # Registers are handed out to a warp in units of 256.
+        per_warp = -(-self.registers * chip.warp // 256) * 256
+        return min(
+            chip.programs,
+            chip.threads // threads,
+            chip.registers // (per_warp * self.num_warps),
+            chip.shared // (self.shared + chip.shared_reserved),
+        )
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _launchers(op: str):  # type: ignore[no-untyped-def]
+    return import_module(f"gptfast.kernels.triton.{op}")
+
+
+Case = tuple[str, Callable[[], object]]
+
+
+def attention_cases() -> Iterator[Case]:
+    attention = _launchers("attention")
+    seed, B, T, H = empty(dtype=torch.int64), 16, 1024, 12
+
+    def training(dtype: torch.dtype, D: int, p: float, kv_len: Tensor | None) -> None:
+        qkv, dout = empty(B, T, 3 * H * D, dtype=dtype), empty(B, T, H * D, dtype=dtype)
+        options = (D**-0.5, p, seed if p else None, kv_len)
+        out, lse = attention.attention_qkv_fwd(qkv, H, *options)
+        attention.attention_qkv_bwd(dout, qkv, out, lse, H, *options)
+
+    def decode(dtype: torch.dtype, D: int, Tk: int, kv_len: Tensor | None) -> None:
+        q, k = empty(B, H, 1, D, dtype=dtype), empty(B, H, Tk, D, dtype=dtype)
+        attention.attention_fwd(q, k, k, D**-0.5, 0.0, None, kv_len)
+
+    lengths = empty(B, dtype=torch.int64)
+    variants = [(dtype, D, 0.0, None) for dtype in (BF16, FP32) for D in (16, 32, 64, 80, 128)]
+    variants += [(FP16, 64, 0.0, None), (BF16, 64, 0.0, lengths)]
+    variants += [(dtype, D, 0.1, None) for dtype in (BF16, FP32) for D in (64, 128)]
+    for dtype, D, p, kv_len in variants:
+        name = f"attention {NAMES[dtype]} D={D}{' dropout' if p else ''}"
+        name += "" if kv_len is None else " kv_len"
+        yield name, lambda v=(dtype, D, p, kv_len): training(*v)
+    for dtype, D in ((BF16, 16), (BF16, 32), (BF16, 64), (BF16, 80), (BF16, 128), (FP32, 64)):
+        for Tk in (128, 1024):
+            name = f"attention decode {NAMES[dtype]} D={D} Tk={Tk}"
+            yield name, lambda v=(dtype, D, Tk, lengths): decode(*v)
+
+
+def cross_entropy_cases() -> Iterator[Case]:
+    cross_entropy = _launchers("cross_entropy")
+    N = 16384
+
+    def alone(dtype: torch.dtype, V: int, options: tuple) -> None:
+        logits, target = empty(N, V, dtype=dtype), empty(N, dtype=torch.int64)
+        loss, lse = cross_entropy.cross_entropy_fwd(logits, target, *options)
+        cross_entropy.cross_entropy_bwd(loss, logits, target, lse, *options)
+
+    def linear(dtype: torch.dtype, options: tuple) -> None:
+        x, w = empty(N, 768, dtype=dtype), empty(50257, 768, dtype=dtype)
+        target, dloss = empty(N, dtype=torch.int64), empty(N, dtype=FP32)
+        cross_entropy.linear_cross_entropy_fwd(x, w, target, *options)
+        _, *grads = cross_entropy.linear_cross_entropy_fwd_bwd(x, w, target, dloss, *options)
+        cross_entropy.scale_(grads, empty(dtype=FP32))
+
+    plain, every = (-100, 0.0, 0.0), (-100, 0.1, 1e-4)
+    for dtype in (BF16, FP16, FP32):
+        for V in (50257, 50304):
+            name = f"cross_entropy {NAMES[dtype]} V={V}"
+            yield name, lambda v=(dtype, V, plain): alone(*v)
+        name = f"linear_cross_entropy {NAMES[dtype]}"
+        yield name, lambda v=(dtype, plain): linear(*v)
+    yield "cross_entropy bf16 smoothing z_loss", lambda: alone(BF16, 50257, every)
+    yield "linear_cross_entropy bf16 smoothing z_loss", lambda: linear(BF16, every)
+
+
+def adamw_cases() -> Iterator[Case]:
+    adamw = _launchers("adamw")
+    shapes = ((50257, 768), (768,))
+
+    def step(dtype: torch.dtype, masters: bool, stochastic: bool, lr: Tensor) -> None:
+        params, grads = ([empty(*s, dtype=dtype) for s in shapes] for _ in range(2))
+        m, v, master = ([empty(*s, dtype=FP32) for s in shapes] for _ in range(3))
+        norm = adamw.grad_norm(grads)
+        steps = [empty(dtype=FP32) for _ in shapes]
+        numbers = (1.0, 0.9, 0.95, 1e-8, 0.1, [0, 1], stochastic, 0)
+        adamw.adamw(params, grads, m, v, master if masters else [], steps, lr, norm, *numbers)
+
+    number, tensor = torch.tensor(1e-3, dtype=torch.float64), empty(dtype=torch.float64)
+    for name, *v in (
+        ("fp32", FP32, False, False, number),
+        ("fp32 lr on device", FP32, False, False, tensor),
+        ("bf16 master", BF16, True, False, number),
+        ("fp16 master", FP16, True, False, number),
+        ("bf16 stochastic", BF16, False, True, number),
+    ):
+        yield f"adamw {name}", lambda v=v: step(*v)
+
+
+def sampling_cases() -> Iterator[Case]:
+    sampling = _launchers("sampling")
+
+    def sample(dtype: torch.dtype, V: int) -> None:
+        numbers = [empty(64, dtype=d) for d in (FP32, torch.int64, FP32, FP32)]
+        at = [empty(64, dtype=torch.int64) for _ in range(2)]
+        sampling.sample(empty(64, V, dtype=dtype), *numbers, *at)
+
+    for dtype in (BF16, FP16, FP32):
+        yield f"sampling {NAMES[dtype]}", lambda v=(dtype, 50257): sample(*v)
+
+
+def embedding_cases() -> Iterator[Case]:
+    embedding = _launchers("embedding")
+
+    def backward(dtype: torch.dtype) -> None:
+        dx, idx = empty(16, 1024, 768, dtype=dtype), empty(16, 1024, dtype=torch.int64)
+        weight = empty(50257, 768, dtype=dtype)
+        embedding.embedding_fwd(weight, idx)
+        embedding.embedding_bwd(weight, dx, idx)
+
+    for dtype in (BF16, FP16, FP32):
+        yield f"embedding {NAMES[dtype]}", lambda v=dtype: backward(v)
+
+
+def all_cases() -> Iterator[Case]:
+    yield from attention_cases()
+    yield from cross_entropy_cases()
+    yield from adamw_cases()
+    yield from sampling_cases()
+    yield from embedding_cases()
+
+
+class Compiler:
+    """The driver of a chip that is not there: Triton compiles for it and launches nothing."""
+
+    def __init__(self, chip: Chip) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget(chip.backend, chip.arch, chip.warp)
+
+    def get_current_target(self):  # type: ignore[no-untyped-def]
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def audit(arch: str, ops: Iterable[str]) -> list[Kernel]:
+    """Compile all cases for one architecture; each kernel once, under the first case it serves."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(Compiler(CHIPS[arch]))
+    launched: list[tuple[dict, object]] = []
+    real = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):  # type: ignore[no-untyped-def]
+        compiled = real(self, *args, grid=grid, warmup=True, **options)
+        launched.append((options, compiled))
+        return compiled
+
+    JITFunction.run = compile_only
+    kernels, seen = [], set()
+    for case, call in all_cases():
+        if case.split()[0] not in ops:
+            continue
+        launched.clear()
+        call()
+        for options, compiled in launched:
+            if compiled.hash not in seen:
+                seen.add(compiled.hash)
+                kernels.append(_report(case, arch, options, compiled))
+    JITFunction.run = real
+    return kernels
+
+
+def _report(case: str, arch: str, options: dict, compiled) -> Kernel:  # type: ignore[no-untyped-def]
+    metadata, asm = compiled.metadata, compiled.asm
+    tile = "x".join(str(v) for k, v in options.items() if k.startswith("BLOCK"))
+    if "ptx" in asm:
+        registers, spills = _resources(asm["cubin"])
+        loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)", asm["ptx"])
+        widths = [int(n or 1) * int(bits) for n, bits in loads]
+    else:
+        listing = asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", listing)[1])
+        spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", listing)[1])
+        loads = re.findall(
+            r"(?:global|buffer)_load_(?:dword(?:x(\d))?|([us](?:byte|short)))", listing
+        )
+        widths = [16 if small else 32 * int(n or 1) for n, small in loads]
+    # %c = tt.dot %a, %b, ... : tensor<MxKxbf16> * tensor<KxNxbf16> -> ...
+    dots = re.findall(r"tt\.dot .*?: tensor<(\d+)x\d+x(\w+)>", asm["ttir"])
+    large = [m for m, dtype in dots if dtype in ("bf16", "f16") and int(m) >= 64]
+    slow = re.findall(r" = tt\.dot .*?: tensor<(\d+)x\d+x(?:bf16|f16)", asm["ttgir"])
+    return Kernel(
+        case,
+        metadata.name,
+        arch,
+        tile,
+        metadata.num_warps,
+        metadata.num_stages,
+        registers,
+        metadata.shared,
+        spills,
+        len(large),
+        sum(int(m) >= 64 for m in slow),
+        len(dots),
+        max(widths, default=0),
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack, which is where ptxas spills to, per thread."""
+    import triton.backends.nvidia as nvidia
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [Path(nvidia.__file__).parent / "bin" / "cuobjdump", "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK"))
+
+
+OPS = ("attention", "cross_entropy", "linear_cross_entropy", "adamw", "sampling", "embedding")
+
+
+def audit_all(archs: Iterable[str], ops: Iterable[str] = OPS) -> list[Kernel]:
+    """`audit` for each architecture in a process of its own, as many at once as there are cores."""
+    # The parent may be interpreting Triton; what compiles must not.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+    def run(arch: str) -> list[Kernel]:
+        command = [sys.executable, __file__, "--json", "--arch", arch, "--ops", ",".join(ops)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"compiling for {arch} failed:\n{done.stdout}\n{done.stderr}")
+        return [Kernel(**row) for row in json.loads(done.stdout)]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [kernel for kernels in pool.map(run, archs) for kernel in kernels]
+
+
+def table(kernels: Iterable[Kernel]) -> str:
+    """The kernels as a Markdown table."""
+    head = "arch case kernel tile warps stages registers shared spills programs/SM products load"
+    lines = ["| " + " | ".join(head.split()) + " |", "|" + "---|" * 12]
+    for k in kernels:
+        dots = "" if not k.dots else str(k.dots)
+        if k.dots and k.arch == "sm_90":
+            dots += f", {k.large_dots - k.slow_dots} wgmma"
+        cells = (k.arch, k.case, k.kernel, k.tile, k.num_warps, k.num_stages, k.registers)
+        cells += (k.shared, k.spills, k.programs, dots, f"{k.load_bits} bit")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def predictions(kernels: Iterable[Kernel]) -> str:
+    """The cost model's table, for the kernels that it knows."""
+    head = ["kernel", "tile", "programs/SM", "MB", "GFLOP", "waves", "us", "of the limit"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for k in kernels:
+        if k.arch == "sm_90" and k.kernel in COSTS and k.case in REFERENCE_CASES:
+            cost, seconds, fraction = predict(k.kernel, k.tile, k.programs)
+            waves = cost.programs / (SMS * k.programs)
+            cells = (k.kernel, k.tile, k.programs, f"{cost.n_bytes / 1e6:.0f}")
+            cells += (f"{cost.flops / 1e9:.1f}", f"{waves:.1f}", f"{seconds * 1e6:.0f}")
+            lines.append("| " + " | ".join(map(str, (*cells, f"{fraction:.0%}"))) + " |")
+    return "\n".join(lines)
+
+
+def report(kernels: list[Kernel]) -> str:
+    """The whole of compile_audit.md."""
+    import triton
+
+    parts = [f"# {HEADING.format(triton.__version__)}", INTRODUCTION, table(kernels)]
+    parts += [PREDICTIONS, predictions(kernels)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default=",".join(CHIPS), help="some of " + ", ".join(CHIPS))
+    parser.add_argument("--ops", default=",".join(OPS), help="some of " + ", ".join(OPS))
+    parser.add_argument("--json", action="store_true", help="one architecture, to standard output")
+    parser.add_argument("--out", type=Path, help="where the report goes; else standard output")
+    args = parser.parse_args()
+    archs, ops = args.arch.split(","), args.ops.split(",")
+    if args.json:
+        print(json.dumps([asdict(kernel) for kernel in audit(archs[0], ops)]))
+        return
+    text = report(audit_all(archs, ops))
+    if args.out:
+        args.out.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""A model, no measurement: what each Triton kernel costs on an H200, from the compiler's report.
+
+For a reference problem of GPT-2 124M in bf16 a kernel moves `n_bytes` and does `flops` on the
+tensor cores and `exps` exponentials, in `programs` programs. It takes the longest of
+
+    bytes / (4.8 TB/s * min(1, bytes in flight on an SM / 33 KB))
+    flops / 989 TFLOP/s, with the exponentials beside them where an SM holds two programs or more,
+                         and after them where it holds one (16 an SM and cycle at 1.75 GHz)
+
+times the rounding up of its waves: programs / (132 * programs an SM holds). In flight is what every
+resident program loads in one step of its loop; 33 KB is bandwidth times 0.9 us of latency, Little's
+law. The limit it is compared with is the larger of bytes / 4.8 TB/s and flops / 989 TFLOP/s, of the
+useful ones: a tile on the causal diagonal computes more than it has to.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SMS, CLOCK = 132, 1.75e9
+BYTES_PER_S, FLOPS_PER_S, EXPS_PER_S = 4.8e12, 989e12, 16.0 * SMS * CLOCK
+LATENCY = 0.9e-6
+
+B, H, T, D = 16, 12, 1024, 64
+N, V, C = B * T, 50257, H * D
+PARAMS = 124_439_808
+ROWS = 64
+"""Rows sampled at once, and rows that decode."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a kernel does at the reference problem; step: bytes a program loads at once."""
+
+    programs: float
+    n_bytes: float
+    step: float = 0.0
+    flops: float = 0.0
+    exps: float = 0.0
+    useful_flops: float = 0.0
+
+
+def _tile(tile: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in tile.split("x")) if tile else ()
+
+
+def _attention(products: int, tensors: int, by_queries: bool) -> Callable[[str], Cost]:
+    """A kernel with so many products per score, reading or writing so many (B, H, T, D) tensors."""
+
+    def cost(tile: str) -> Cost:
+        m, n = _tile(tile)[:2]
+        # Blocks of scores that the causal mask leaves something of.
+        blocks = sum(math.ceil(min(T, i + m) / n) for i in range(0, T, m))
+        scores, useful = B * H * blocks * m * n, B * H * T * (T + 1) / 2
+        per_score = 2 * products * D
+        return Cost(
+            B * H * math.ceil(T / (m if by_queries else n)),
+            tensors * N * C * 2.0,
+            step=2.0 * D * 2 * (n if by_queries else m),
+            flops=per_score * scores,
+            exps=scores,
+            useful_flops=per_score * useful,
+        )
+
+    return cost
+
+
+def _decode(tile: str) -> Cost:
+    n_bytes = 2 * 2.0 * ROWS * H * T * D
+    block = _tile(tile)[0]
+    return Cost(ROWS * H * T / (4 * block), n_bytes, step=4.0 * block * D)
+
+
+def _rows(passes: float) -> Callable[[str], Cost]:
+    return lambda tile: Cost(N, passes * 2.0 * N * V, step=2.0 * _tile(tile)[0])
+
+
+def _dweight(tile: str) -> Cost:
+    v, c, n = _tile(tile)
+    chunk = 640
+    flops = 2.0 * chunk * V * C
+    n_bytes = 2.0 * chunk * (V + C) + 8.0 * V * C
+    programs = math.ceil(V / v) * math.ceil(C / c)
+    return Cost(programs, n_bytes, step=2.0 * n * (v + c), flops=flops, useful_flops=flops)
+
+
+def _adamw(tile: str) -> Cost:
+    block = _tile(tile)[0]
+    return Cost(PARAMS / block, 28.0 * PARAMS, step=16.0 * block)
+
+
+COSTS: dict[str, Callable[[str], Cost]] = {
+    "attention_fwd_kernel": _attention(2, 4, True),
+    "attention_bwd_dq_kernel": _attention(3, 6, True),
+    "attention_bwd_dk_dv_kernel": _attention(4, 6, False),
+    "attention_decode_kernel": _decode,
+    "cross_entropy_fwd_kernel": _rows(1),
+    "cross_entropy_bwd_kernel": _rows(2),
+    "linear_cross_entropy_rows_kernel": _rows(2),
+    "linear_cross_entropy_dweight_kernel": _dweight,
+    "adamw_kernel": _adamw,
+}
+
+
+def predict(kernel: str, tile: str, programs_per_sm: int) -> tuple[Cost, float, float]:
+    """The cost, the seconds it takes by the model, and the fraction of the H200's limit."""
+    cost = COSTS[kernel](tile)
+    in_flight = min(1.0, programs_per_sm * cost.step * SMS / (BYTES_PER_S * LATENCY))
+    memory = cost.n_bytes / (BYTES_PER_S * in_flight)
+    products, exps = cost.flops / FLOPS_PER_S, cost.exps / EXPS_PER_S
+    compute = max(products, exps) if programs_per_sm > 1 else products + exps
+    waves = cost.programs / (SMS * programs_per_sm)
+    seconds = max(memory, compute) * math.ceil(waves) / waves
+    limit = max(cost.n_bytes / BYTES_PER_S, cost.useful_flops / FLOPS_PER_S)
+    return cost, seconds, limit / seconds

@@ -1,0 +1,53 @@
+"""Every Triton kernel, in every configuration, compiled ahead of time: what the compilers say."""
+
+from pathlib import Path
+
+import pytest
+from compile_audit import CHIPS, HEADING, REPORT, Kernel, audit_all, report
+
+triton = pytest.importorskip("triton")
+
+# Kernels that read a handful of numbers: no load of theirs can be wide.
+SMALL = {"adamw_steps_kernel", "grad_norm_sum_kernel", "attention_combine_kernel"}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    return audit_all(CHIPS)
+
+
+def failing(kernels: list[Kernel], arch: str | None, fits) -> list[str]:  # type: ignore[no-untyped-def]
+    return [str(k) for k in kernels if arch in (None, k.arch) and not fits(k)]
+
+
+def test_every_kernel_compiles_everywhere(kernels: list[Kernel]) -> None:
+    names = {arch: {k.kernel for k in kernels if k.arch == arch} for arch in CHIPS}
+    assert len(names["sm_90"]) > 10
+    assert all(names[arch] == names["sm_90"] for arch in CHIPS), names
+
+
+def test_shared_memory_fits(kernels: list[Kernel]) -> None:
+    assert not failing(kernels, None, lambda k: k.shared <= CHIPS[k.arch].shared_limit)
+
+
+def test_no_spills_on_hopper(kernels: list[Kernel]) -> None:
+    assert not failing(kernels, "sm_90", lambda k: k.spills == 0)
+
+
+def test_large_products_of_16_bits_use_wgmma(kernels: list[Kernel]) -> None:
+    assert not failing(kernels, "sm_90", lambda k: k.slow_dots == 0)
+    assert sum(k.large_dots for k in kernels if k.arch == "sm_90") > 10
+
+
+def test_memory_bound_kernels_load_128_bits(kernels: list[Kernel]) -> None:
+    memory_bound = [k for k in kernels if not k.dots and k.kernel not in SMALL]
+    assert len({k.kernel for k in memory_bound}) > 5
+    assert not failing(memory_bound, "sm_90", lambda k: k.load_bits >= 128)
+
+
+def test_the_report_is_of_today(kernels: list[Kernel]) -> None:
+    """bench/results/compile_audit.md is what `python bench/compile_audit.py` writes."""
+    written = Path(REPORT).read_text()
+    if HEADING.format(triton.__version__) not in written:
+        pytest.skip(f"the report is of another Triton than {triton.__version__}")
+    assert written == report(kernels)
