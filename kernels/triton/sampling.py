@@ -59,8 +59,15 @@ def _code_id(code):
 
 
 @triton.jit
-def _load(row_ptr, at, skip, V, GRANULE: tl.constexpr, BLOCK: tl.constexpr):
+def _end(row):
+    _, skip, V = row
+    return skip + V
+
+
+@triton.jit
+def _load(row, at, GRANULE: tl.constexpr, BLOCK: tl.constexpr):
     """Logits (BLOCK,) fp32, -inf outside the row; their ids; whether they are of the row."""
+    row_ptr, skip, V = row
     # An odd V misaligns rows: row_ptr is the aligned address below, and masks are constant over the
     # 16 bytes of a load.
     offset = at + tl.arange(0, BLOCK)
@@ -72,15 +79,15 @@ def _load(row_ptr, at, skip, V, GRANULE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_codes(row_ptr, at, skip, V, GRANULE: tl.constexpr, BLOCK: tl.constexpr):
-    x, id, inside = _load(row_ptr, at, skip, V, GRANULE, BLOCK)
+def _load_codes(row, at, GRANULE: tl.constexpr, BLOCK: tl.constexpr):
+    x, id, inside = _load(row, at, GRANULE, BLOCK)
     key = tl.where(inside, _key(x), _OUTSIDE)
     return x, (key.to(tl.int64) << 32) + (id ^ _LAST).to(tl.int64)
 
 
 @triton.jit
 def _weight(x, top, scale):
-    """round(exp((x - top) / T) * 2^40) as whole fp32, in [0, 2^40] whatever comes; scale = 1 / T."""
+    """round(exp((x - top) / T) * 2^40) as fp32, in [0, 2^40] whatever comes; scale is 1 / T."""
     # Exactly the fp32 quotient, which is never as close to the middle of two fp32 numbers as this
     # product may be to the quotient (2^-52); without the slow path of a division in each token.
     d = ((x - top).to(tl.float64) * scale).to(tl.float32)
@@ -153,7 +160,7 @@ def _fold(x, BLOCK: tl.constexpr):
 
 @triton.jit
 def _above(
-    row_ptr, skip, V, p1, p2, p3, p4, by_mass, top, scale,
+    row, p1, p2, p3, p4, by_mass, top, scale,
     GRANULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """How many tokens reach each pivot, and their mass; without by_mass the number again."""
@@ -161,8 +168,8 @@ def _above(
     c2, c3, c4 = c1, c1, c1
     m1 = tl.zeros([BLOCK // 8], tl.int64)
     m2, m3, m4 = m1, m1, m1
-    for at in range(0, skip + V, BLOCK):
-        x, code = _load_codes(row_ptr, at, skip, V, GRANULE, BLOCK)
+    for at in range(0, _end(row), BLOCK):
+        x, code = _load_codes(row, at, GRANULE, BLOCK)
         c1 += _fold((code >= p1).to(tl.int32), BLOCK)
         c2 += _fold((code >= p2).to(tl.int32), BLOCK)
         c3 += _fold((code >= p3).to(tl.int32), BLOCK)
@@ -182,13 +189,13 @@ def _above(
 
 @triton.jit
 def _collect(
-    row_ptr, skip, V, lo, hi, list_ptr,
+    row, lo, hi, list_ptr,
     GRANULE: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """Write the first SMALL codes in [lo, hi) to the list, in id order; how many there are."""
     n = 0
-    for at in range(0, skip + V, BLOCK):
-        _, code = _load_codes(row_ptr, at, skip, V, GRANULE, BLOCK)
+    for at in range(0, _end(row), BLOCK):
+        _, code = _load_codes(row, at, GRANULE, BLOCK)
         found = (code >= lo) & (code < hi)
         place = n + tl.cumsum(found.to(tl.int32), 0) - 1
         tl.store(list_ptr + place, code, mask=found & (place < SMALL))
@@ -222,7 +229,7 @@ def _rank(list_ptr, n, top, scale, SMALL: tl.constexpr):
 
 @triton.jit
 def _search(
-    row_ptr, skip, V, list_ptr, top, low, scale, cut, n, goal, by_mass,
+    row, list_ptr, top, low, scale, cut, n, goal, by_mass,
     GRANULE: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """The code of the last token with less than `goal` tokens, or mass, before it.
@@ -244,7 +251,7 @@ def _search(
         p3 = _pivot(lo, hi, start, end, 3, turn)
         p4 = _pivot(lo, hi, start, end, 4, turn)
         c1, c2, c3, c4, m1, m2, m3, m4 = _above(
-            row_ptr, skip, V, p1, p2, p3, p4, by_mass, top, scale, GRANULE, BLOCK
+            row, p1, p2, p3, p4, by_mass, top, scale, GRANULE, BLOCK
         )
         for j in tl.static_range(4):
             p = p1 if j == 0 else p2 if j == 1 else p3 if j == 2 else p4
@@ -258,7 +265,7 @@ def _search(
             base = tl.where(missed, m, base)
             hi = tl.where(missed, p, hi)
         turn += 1
-    n = _collect(row_ptr, skip, V, lo, hi, list_ptr, GRANULE, BLOCK, SMALL)
+    n = _collect(row, lo, hi, list_ptr, GRANULE, BLOCK, SMALL)
     code, _, rank, before = _rank(list_ptr, n, top, scale, SMALL)
     before = tl.where(by_mass, before, rank.to(tl.int64))
     kept = (tl.arange(0, SMALL) < n) & (base + before < goal)
@@ -301,13 +308,13 @@ def _draw_from_list(list_ptr, n, k, top, scale, top_p, min_p, u, SMALL: tl.const
 
 @triton.jit
 def _masses(
-    row_ptr, skip, V, mass_ptr, cut, least, top, scale,
+    row, mass_ptr, cut, least, top, scale,
     GRANULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mass of the tokens with code >= cut and weight >= least; each block's goes to mass_ptr."""
     total = tl.full([], 0, tl.int64)
-    for at in range(0, skip + V, BLOCK):
-        x, code = _load_codes(row_ptr, at, skip, V, GRANULE, BLOCK)
+    for at in range(0, _end(row), BLOCK):
+        x, code = _load_codes(row, at, GRANULE, BLOCK)
         w = _weight(x, top, scale)
         mass = tl.sum(_fold(tl.where((code >= cut) & (w >= least), w, 0.0).to(tl.int64), BLOCK), 0)
         tl.store(mass_ptr + at // BLOCK, mass)
@@ -318,18 +325,18 @@ def _masses(
 
 @triton.jit
 def _draw_from_row(
-    row_ptr, skip, V, mass_ptr, cut, least, top, scale, u,
+    row, mass_ptr, cut, least, top, scale, u,
     GRANULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    total = _masses(row_ptr, skip, V, mass_ptr, cut, least, top, scale, GRANULE, BLOCK)
+    total = _masses(row, mass_ptr, cut, least, top, scale, GRANULE, BLOCK)
     rest = _target(u, total)
     at = 0
     mass = tl.load(mass_ptr)
-    while (mass <= rest) & (at + BLOCK < skip + V):
+    while (mass <= rest) & (at + BLOCK < _end(row)):
         rest -= mass
         at += BLOCK
         mass = tl.load(mass_ptr + at // BLOCK)
-    x, code = _load_codes(row_ptr, at, skip, V, GRANULE, BLOCK)
+    x, code = _load_codes(row, at, GRANULE, BLOCK)
     w = _weight(x, top, scale)
     w = tl.where((code >= cut) & (w >= least), w, 0.0).to(tl.int64)
     return tl.min(tl.where(tl.cumsum(w, 0) > rest, _code_id(code), _LAST), 0), total
@@ -342,50 +349,50 @@ def sample_fwd_kernel(
     ids_ptr, list_ptr, mass_ptr, mass_stride,
     GRANULE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    begin = first + row * stride
+    # int64: b * stride overflows int32 at 42,731 rows of GPT-2 logits.
+    b = tl.program_id(0).to(tl.int64)
+    begin = first + b * stride
     aligned = begin // GRANULE * GRANULE
-    row_ptr = logits_ptr + aligned
-    skip = (begin - aligned).to(tl.int32)
-    temperature = tl.load(temperature_ptr + row)
+    row = (logits_ptr + aligned, (begin - aligned).to(tl.int32), V)
+    temperature = tl.load(temperature_ptr + b)
 
     lanes = tl.full([BLOCK], float("-inf"), tl.float32)
-    least = tl.full([BLOCK], float("inf"), tl.float32)
+    lowest = tl.full([BLOCK], float("inf"), tl.float32)
     # UNROLL loads in flight a thread.
-    for start in range(0, skip + V, UNROLL * BLOCK):
+    for start in range(0, _end(row), UNROLL * BLOCK):
         for j in tl.static_range(UNROLL):
-            x, _, _ = _load(row_ptr, start + j * BLOCK, skip, V, GRANULE, BLOCK)
+            x, _, _ = _load(row, start + j * BLOCK, GRANULE, BLOCK)
             lanes = tl.maximum(lanes, x, propagate_nan=tl.PropagateNan.ALL)
-            least = tl.minimum(least, tl.where(x > float("-inf"), x, float("inf")))
+            lowest = tl.minimum(lowest, tl.where(x > float("-inf"), x, float("inf")))
     top = tl.max(tl.where(lanes == lanes, lanes, float("inf")), 0)
     id = tl.full([], -1, tl.int64)
     if (top > float("-inf")) & (top < float("inf")):
         if temperature == 0.0:
             at = 0
-            while (id < 0) & (at < skip + V):
-                x, ids, inside = _load(row_ptr, at, skip, V, GRANULE, BLOCK)
+            while (id < 0) & (at < _end(row)):
+                x, ids, inside = _load(row, at, GRANULE, BLOCK)
                 found = tl.min(tl.where(inside & (x == top), ids, _LAST), 0).to(tl.int64)
                 id = tl.where(found < _LAST, found, -1)
                 at += BLOCK
         else:
-            list_ptr += row * (2 * SMALL)
-            mass_ptr += row * mass_stride
-            top_p = tl.load(top_p_ptr + row)
-            min_p = tl.load(min_p_ptr + row)
-            position = tl.load(position_ptr + row)
+            list_ptr += b * (2 * SMALL)
+            mass_ptr += b * mass_stride
+            top_p = tl.load(top_p_ptr + b)
+            min_p = tl.load(min_p_ptr + b)
+            position = tl.load(position_ptr + b)
             word, _, _, _ = philox(position, position >> 32, position * 0, position * 0,
-                                   tl.load(seed_ptr + row))  # fmt: skip
+                                   tl.load(seed_ptr + b))  # fmt: skip
             u = uniform(word)
             scale = 1.0 / temperature.to(tl.float64)
-            k = tl.minimum(tl.maximum(tl.load(top_k_ptr + row), 1), V).to(tl.int32)
+            k = tl.minimum(tl.maximum(tl.load(top_k_ptr + b), 1), V).to(tl.int32)
             cut = tl.full([], _LOWEST, tl.int64) << 32
             n = tl.full([], 0, tl.int32) + V
             if (V > SMALL) & (k < V) & (k <= BLOCK // 4 * 3):
                 cut = _bound(lanes, top, k, BLOCK)
             hi = (_key(top).to(tl.int64) + 1) << 32
-            low = tl.min(least, 0)
+            low = tl.min(lowest, 0)
             if (k <= SMALL) | (V <= SMALL):
-                n = _collect(row_ptr, skip, V, cut, hi, list_ptr, GRANULE, BLOCK, SMALL)
+                n = _collect(row, cut, hi, list_ptr, GRANULE, BLOCK, SMALL)
             if n <= SMALL:
                 found, total = _draw_from_list(list_ptr, n, k, top, scale, top_p, min_p, u, SMALL)
             else:
@@ -400,25 +407,20 @@ def sample_fwd_kernel(
                         # Tokens further down weigh nothing.
                         low = tl.maximum(low, top - 30.0 * temperature)
                         if wanted:
-                            goal = _goal(
-                                top_p,
-                                _masses(
-                                    row_ptr, skip, V, mass_ptr, cut, 0.0, top, scale,
-                                    GRANULE, BLOCK,
-                                ),
-                            )  # fmt: skip
+                            total = _masses(row, mass_ptr, cut, 0.0, top, scale, GRANULE, BLOCK)
+                            goal = _goal(top_p, total)
                     if wanted:
                         cut = _search(
-                            row_ptr, skip, V, list_ptr, top, low, scale, cut, n, goal,
-                            by_mass, GRANULE, BLOCK, SMALL,
+                            row, list_ptr, top, low, scale, cut, n, goal, by_mass,
+                            GRANULE, BLOCK, SMALL,
                         )  # fmt: skip
+                least = min_p * 1099511627776.0
                 found, total = _draw_from_row(
-                    row_ptr, skip, V, mass_ptr, cut, min_p * 1099511627776.0, top, scale, u,
-                    GRANULE, BLOCK,
-                )  # fmt: skip
+                    row, mass_ptr, cut, least, top, scale, u, GRANULE, BLOCK
+                )
             # Parameters out of range, unchecked on a GPU, may leave nothing to draw from.
             id = tl.where(total > 0, found.to(tl.int64), -1)
-    tl.store(ids_ptr + row, id)
+    tl.store(ids_ptr + b, id)
 
 
 def tile(V: int) -> tuple[int, int, int]:
