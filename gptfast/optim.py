@@ -59,6 +59,8 @@ class AdamW(torch.optim.Optimizer):
     `grad_norm` then holds the last norm, 0-d on the parameters' device (None before the first step
     or without max_norm; `max_norm=float("inf")` measures without clipping). With max_norm, a step
     whose norm is not finite leaves parameters, moments and step counts as they were.
+    A step on the GPU can be captured in a CUDA graph once one has been taken: replays follow lr
+    where that is a tensor on the GPU (a number is captured as it was).
     bf16_update: for 16-bit parameters, "master" keeps an fp32 copy in the state, "stochastic"
     (bf16 only) rounds stochastically, with `seed` fixing the stream. Moments are fp32 either way.
 
@@ -132,7 +134,8 @@ class AdamW(torch.optim.Optimizer):
     def _init_master(self, param: Tensor) -> None:
         if param.dtype.itemsize == 2 and self.bf16_update == "master":
             # Also after loading torch's state, which has no master.
-            self.state[param].setdefault("master", param.detach().float())
+            if "master" not in self.state[param]:
+                self.state[param]["master"] = param.detach().float()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -167,6 +170,9 @@ class AdamW(torch.optim.Optimizer):
             params = [group["params"][i] for i in kind]
             states = [self.state[p] for p in params]
             lr = group["lr"]
+            if not isinstance(lr, Tensor):
+                # Never on the GPU: the copy there would wait, and break a CUDA graph's capture.
+                lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
             adamw(
                 params,
                 [p.grad for p in params],
@@ -174,7 +180,7 @@ class AdamW(torch.optim.Optimizer):
                 [s["exp_avg_sq"] for s in states],
                 [s["master"] for s in states if "master" in s],
                 [s["step"] for s in states],
-                lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+                lr,
                 norm if norm is None else norm.to(device),
                 self.max_norm or 0.0,
                 *group["betas"],

@@ -4,8 +4,8 @@ The launches find their tensors in a table of int64 columns on the device: where
 how many elements it has, and the first program that works on it.
 
     grad_norm: a program adds the squares of CHUNK elements in LANES running sums (fp32), then the
-    lanes in fp64, pair by pair; one more launch adds the programs' sums likewise. Which numbers
-    meet depends on shapes alone, so the bits are the same for any addresses, warps and GPU.
+    lanes in fp64; one more launch adds the programs' sums, in fp64. Which numbers meet depends on
+    shapes alone, not on addresses: what lies askew is copied first.
     adamw: a small launch takes the steps up by one and leaves each tensor's scalars, in fp64 up to
     the last rounding; then one launch updates every element with the reference's own operations.
 
@@ -15,13 +15,13 @@ lr (where it is on the device), norm and steps are only read there, so a CUDA gr
 import ctypes
 import math
 import sys
-from collections import OrderedDict
 
 import torch
 import triton
 import triton.language as tl
 from gptfast.kernels.reference import adamw as reference
 from gptfast.kernels.triton import target
+from gptfast.kernels.triton.adamw_tables import norm_plan, step_plan, table_on
 from gptfast.kernels.triton.philox import in_order, philox
 from torch import Tensor
 
@@ -39,7 +39,7 @@ SEARCH = 256
 def _row_of(first_ptr, n_rows, SEARCH: tl.constexpr):
     """The row this program works on: the last whose first program is not after it."""
     program = tl.program_id(0).to(tl.int64)
-    before = tl.zeros([SEARCH], tl.int32)
+    before = tl.full([SEARCH], 0, tl.int32)
     for i in range(0, n_rows, SEARCH):
         rows = i + tl.arange(0, SEARCH)
         first = tl.load(first_ptr + rows, mask=rows < n_rows, other=1 << 62)
@@ -52,8 +52,7 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     # bf16 as its bits: the interpreter's own conversions truncate.
     ptr = address.to(tl.pointer_type(tl.uint16 if DTYPE == tl.bfloat16 else DTYPE))
     if ALIGNED:
-        # Four elements: every tensor then has the same four to a thread, 128 bits of fp32.
-        ptr = tl.multiple_of(ptr, DTYPE.primitive_bitwidth // 2)
+        ptr = tl.multiple_of(ptr, ALIGNED * DTYPE.primitive_bitwidth // 8)
     return ptr
 
 
@@ -90,16 +89,6 @@ def _store(ptr, x, mask, DTYPE: tl.constexpr, MASKED: tl.constexpr):
         tl.store(ptr, x)
 
 
-@triton.jit
-def _tree_sum(x):
-    """The sum of a block, neighbours first: the same additions whatever the layout."""
-    for _ in tl.static_range(20):
-        if x.shape[0] > 2:
-            a, b = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
-            x = a + b
-    return tl.sum(x, axis=0)
-
-
 @triton.jit(do_not_specialize=["stride", "begin", "n_rows"])
 def grad_norm_kernel(
     table_ptr,  # int64 (4, stride): first program, numel, address, first partial
@@ -108,7 +97,6 @@ def grad_norm_kernel(
     begin,
     n_rows,
     DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
     SEARCH: tl.constexpr,
@@ -116,10 +104,11 @@ def grad_norm_kernel(
     table_ptr += begin
     table_ptr += _row_of(table_ptr, n_rows, SEARCH)
     chunk = tl.program_id(0) - tl.load(table_ptr)
-    grad_ptr = _pointer(tl.load(table_ptr + stride * 2), DTYPE, ALIGNED) + chunk * CHUNK
+    grad_ptr = _pointer(tl.load(table_ptr + stride * 2), DTYPE, 128 // DTYPE.primitive_bitwidth)
+    grad_ptr += chunk * CHUNK
     n = tl.minimum(tl.load(table_ptr + stride) - chunk * CHUNK, CHUNK).to(tl.int32)
     lanes = tl.arange(0, LANES)
-    squares = tl.zeros([LANES], tl.float32)
+    squares = tl.full([LANES], 0.0, tl.float32)
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
         g = _load(grad_ptr + i + lanes, None, DTYPE, False)
@@ -128,21 +117,21 @@ def grad_norm_kernel(
         g = _load(grad_ptr + whole + lanes, lanes < n - whole, DTYPE, True)
         squares += g * g
     partial = tl.load(table_ptr + stride * 3) + chunk
-    tl.store(partial_ptr + partial, _tree_sum(squares.to(tl.float64)))
+    tl.store(partial_ptr + partial, tl.sum(squares.to(tl.float64), axis=0))
 
 
 @triton.jit(do_not_specialize=["n"])
 def grad_norm_sum_kernel(partial_ptr, norm_ptr, n, LANES: tl.constexpr):
     lanes = tl.arange(0, LANES)
-    total = tl.zeros([LANES], tl.float64)
+    total = tl.full([LANES], 0.0, tl.float64)
     for i in range(0, n, LANES):
         total += tl.load(partial_ptr + i + lanes, mask=i + lanes < n, other=0.0)
-    tl.store(norm_ptr, tl.sqrt(_tree_sum(total)).to(tl.float32))
+    tl.store(norm_ptr, tl.sqrt(tl.sum(total, axis=0)).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["stride"])
 def adamw_steps_kernel(
-    step_ptr,  # int64 (stride,): addresses of the step counters
+    table_ptr,  # adamw_kernel's
     scalar_ptr,  # fp32 (5, stride): clip, decay, step size, root of bias 2, step
     lr_ptr,
     norm_ptr,
@@ -161,22 +150,23 @@ def adamw_steps_kernel(
     rows = tl.program_id(0) * LANES + tl.arange(0, LANES)
     mask = rows < stride
     # A float argument is fp32; two of them are a double, to 2^-48.
-    lr = tl.zeros([LANES], tl.float64) + lr_high + lr_low
+    lr = tl.full([LANES], 0.0, tl.float64) + lr_high + lr_low
     if lr_ptr is not None:
-        lr = tl.zeros([LANES], tl.float64) + tl.load(lr_ptr).to(tl.float64)
-    weight_decay = tl.zeros([LANES], tl.float64) + weight_decay_high + weight_decay_low
-    log_beta1 = tl.zeros([LANES], tl.float64) + log_beta1_high + log_beta1_low
-    log_beta2 = tl.zeros([LANES], tl.float64) + log_beta2_high + log_beta2_low
+        lr = tl.full([LANES], 0.0, tl.float64) + tl.load(lr_ptr).to(tl.float64)
+    weight_decay = tl.full([LANES], 0.0, tl.float64) + weight_decay_high + weight_decay_low
+    log_beta1 = tl.full([LANES], 0.0, tl.float64) + log_beta1_high + log_beta1_low
+    log_beta2 = tl.full([LANES], 0.0, tl.float64) + log_beta2_high + log_beta2_low
     clip = tl.full([LANES], 1.0, tl.float64)
     proceed = mask
     if norm_ptr is not None:
-        norm = tl.zeros([LANES], tl.float64) + tl.load(norm_ptr).to(tl.float64)
+        norm = tl.full([LANES], 0.0, tl.float64) + tl.load(norm_ptr).to(tl.float64)
         proceed = mask & (norm < float("inf"))
         clip = tl.minimum(max_norm / (norm + 1e-6), clip)
         # What tells the update to leave everything as it is.
         clip = tl.where(proceed, clip, float("nan"))
     # A program reads and writes its own rows' steps, before the update's programs start.
-    step_ptr = tl.load(step_ptr + rows, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    step_ptr = tl.load(table_ptr + stride * 7 + rows, mask=mask, other=0)
+    step_ptr = step_ptr.to(tl.pointer_type(tl.float32))
     step = tl.load(step_ptr, mask=mask, other=0.0) + 1.0
     tl.store(step_ptr, step, mask=proceed)
     bias1 = 1.0 - tl.exp2(step.to(tl.float64) * log_beta1)
@@ -191,7 +181,7 @@ def adamw_steps_kernel(
 
 @triton.jit(do_not_specialize=["stride", "begin", "n_rows", "seed"])
 def adamw_kernel(
-    table_ptr,  # int64 (9, stride): the columns of `_rows`
+    table_ptr,  # int64 (9, stride): first program, numel, addresses (6), param_id
     scalar_ptr,
     stride,
     begin,
@@ -222,6 +212,11 @@ def adamw_kernel(
     decay = tl.load(scalar_ptr + stride)
     step_size = tl.load(scalar_ptr + stride * 2)
     root_bias2 = tl.load(scalar_ptr + stride * 3)
+    # Ahead of the branch: one wait for all that the tensors' own loads hang on.
+    param = tl.load(table_ptr + stride * 2)
+    grad = tl.load(table_ptr + stride * 3)
+    exp_avg = tl.load(table_ptr + stride * 4)
+    exp_avg_sq = tl.load(table_ptr + stride * 5)
     elements = tl.arange(0, BLOCK)
     mask = elements < remaining
     # A mask that may end anywhere costs the wide loads: only a tensor's last block has one.
@@ -229,14 +224,10 @@ def adamw_kernel(
     part = (remaining < BLOCK) & (clip == clip)
     for MASKED in tl.static_range(2):
         if part if MASKED else whole:
-            param_ptr = _pointer(tl.load(table_ptr + stride * 2), PARAM, ALIGNED)
-            grad_ptr = _pointer(tl.load(table_ptr + stride * 3), GRAD, ALIGNED)
-            exp_avg_ptr = _pointer(tl.load(table_ptr + stride * 4), EXP_AVG, ALIGNED)
-            exp_avg_sq_ptr = _pointer(tl.load(table_ptr + stride * 5), EXP_AVG_SQ, ALIGNED)
-            param_ptr += start + elements
-            grad_ptr += start + elements
-            exp_avg_ptr += start + elements
-            exp_avg_sq_ptr += start + elements
+            param_ptr = _pointer(param, PARAM, ALIGNED) + start + elements
+            grad_ptr = _pointer(grad, GRAD, ALIGNED) + start + elements
+            exp_avg_ptr = _pointer(exp_avg, EXP_AVG, ALIGNED) + start + elements
+            exp_avg_sq_ptr = _pointer(exp_avg_sq, EXP_AVG_SQ, ALIGNED) + start + elements
             if MASTER:
                 master_ptr = _pointer(tl.load(table_ptr + stride * 6), tl.float32, ALIGNED)
                 master_ptr += start + elements
@@ -247,9 +238,9 @@ def adamw_kernel(
             m = _load(exp_avg_ptr, mask, EXP_AVG, MASKED)
             v = _load(exp_avg_sq_ptr, mask, EXP_AVG_SQ, MASKED)
             # As torch.lerp: from the nearer end, fused.
-            m = tl.fma(tl.zeros_like(m) + lerp, g - m, g if FROM_GRAD else m)
+            m = tl.fma(tl.full([BLOCK], lerp, tl.float32), g - m, g if FROM_GRAD else m)
             v = v * beta2 + g * one_minus_beta2 * g
-            denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + root_bias2) + eps
+            denominator = tl.div_rn(tl.sqrt_rn(v), root_bias2) + eps
             p = p * decay - step_size * tl.div_rn(m, denominator)
             _store(exp_avg_ptr, m, mask, EXP_AVG, MASKED)
             _store(exp_avg_sq_ptr, v, mask, EXP_AVG_SQ, MASKED)
@@ -258,9 +249,9 @@ def adamw_kernel(
             if STOCHASTIC:
                 # A counter serves four elements; start is a multiple of four.
                 counter = (start >> 2) + tl.arange(0, BLOCK // 4)
-                param_id = tl.zeros_like(counter) + tl.load(table_ptr + stride * 8)
-                step = tl.zeros_like(counter) + tl.load(scalar_ptr + stride * 4).to(tl.int64)
-                domain = tl.zeros_like(counter) + 2
+                param_id = tl.load(table_ptr + stride * 8)
+                step = tl.load(scalar_ptr + stride * 4).to(tl.int64)
+                domain = tl.full([1], 2, tl.uint32)
                 w0, w1, w2, w3 = philox(counter, param_id, step, domain, seed)
                 bits = _bf16_bits(p, in_order(w0, w1, w2, w3) >> 16)
                 _store(param_ptr, bits, mask, tl.uint16, MASKED)
@@ -268,182 +259,42 @@ def adamw_kernel(
                 _store(param_ptr, p, mask, PARAM, MASKED)
 
 
-class _Staging:
-    """Page-locked memory for the tables that CUDA graphs copy: each replay reads it again.
-
-    Taken before any capture, where allocating is not allowed, and never given back: how long a
-    graph lives is not known here. A capture costs some 10 KB.
-    """
-
-    WORDS = 1 << 17
-
-    def __init__(self) -> None:
-        self.free: Tensor | None = None
-
-    def reserve(self, device: torch.device, n: int) -> None:
-        """Have room for a few tables of n words."""
-        if self.free is None or self.free.numel() < 8 * n:
-            pin = device.type == "cuda"
-            self.free = torch.empty(
-                max(self.WORDS, 32 * n), dtype=torch.int64, device="cpu", pin_memory=pin
-            )
-
-    def take(self, values: tuple[int, ...]) -> Tensor:
-        n = len(values)
-        if self.free is None or self.free.numel() < n:
-            raise RuntimeError("run the step once before capturing it in a CUDA graph")
-        source, self.free = self.free[:n], self.free[n:]
-        _captured.append(source.copy_(torch.tensor(values, dtype=torch.int64, device="cpu")))
-        return source
-
-
-_staging = _Staging()
-_captured: list[Tensor] = []
-_tables: OrderedDict[tuple, Tensor] = OrderedDict()
-_MAX_TABLES = 64
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """The table `values`, on device: the last one of the same values, or a new copy."""
-    if _capturing(device):
-        return _staging.take(values).to(device, non_blocking=True)
-    pin = device.type == "cuda"
-    # Another stream would not wait for the copy.
-    key = (values, device, torch.cuda.current_stream(device).cuda_stream if pin else 0)
-    if key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key]
-    _staging.reserve(device, len(values))
-    source = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=pin)
-    _tables[key] = source.to(device, non_blocking=True)
-    if len(_tables) > _MAX_TABLES:
-        _tables.popitem(last=False)
-    return _tables[key]
-
-
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def _kind(tensors: list[Tensor]) -> tuple:
-    """What a launch is compiled for: the dtypes, and whether all lie on four elements' bounds."""
-    for t in tensors:
-        if t.dtype not in _DTYPES:
-            raise ValueError(f"adamw takes float32, bfloat16 and float16 tensors, got {t.dtype}")
-    aligned = not any(t.data_ptr() % (4 * t.itemsize) for t in tensors)
-    return (*(_DTYPES[t.dtype] for t in tensors), aligned)
-
-
-def _launches(rows: list[tuple], per_program: int) -> tuple[list[tuple], list[tuple]]:
-    """Rows of (kind, numel, ...) in order of their kinds, and a launch per kind.
-
-    A row becomes (first program, numel, ...), a launch (kind, first row, rows, programs).
-    """
-    kinds = dict.fromkeys(row[0] for row in rows)
-    table, launches = [], []
-    for kind in kinds:
-        begin, programs = len(table), 0
-        for row in rows:
-            if row[0] == kind:
-                table.append((programs, *row[1:]))
-                programs += -(-row[1] // per_program)
-        launches.append((kind, begin, len(table) - begin, programs))
-    return table, launches
-
-
-def _columns(table: list[tuple]) -> tuple[int, ...]:
-    return tuple(word for column in zip(*table, strict=True) for word in column)
-
-
-def _check_device(tensors: list[Tensor], device: torch.device) -> None:
-    for t in tensors:
-        if t.device != device:
-            raise ValueError(f"every tensor must be on {device}, got one on {t.device}")
-
-
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """The 2-norm over all gradients together, 0-d fp32."""
-    if any(g.dtype == torch.float64 for g in grads):
+    if torch.float64 in [g.dtype for g in grads]:
         return reference.grad_norm(grads)
     device = grads[0].device
-    _check_device(grads, device)
-    # In any order of the elements, as long as each is there once.
-    dense = [g if _is_dense(g) else g.contiguous() for g in grads]
-    rows, n_partials = [], 0
-    for g in dense:
-        rows.append((_kind([g]), g.numel(), g.data_ptr(), n_partials))
-        n_partials += -(-g.numel() // CHUNK)
-    table, launches = _launches(rows, CHUNK)
-    table_ptr = _on_device(_columns(table), device)
+    plan = norm_plan(grads, CHUNK)
+    table_ptr = table_on(plan.values, device)
+    n_partials = sum(programs for *_, programs in plan.launches)
     partials = torch.empty(n_partials, dtype=torch.float64, device=device)
     norm = torch.empty((), dtype=torch.float32, device=device)
     warps = NORM_CONFIGS[target.arch()]
-    for (dtype, aligned), begin, n_rows, programs in launches:
+    for (dtype, _), begin, n_rows, programs in plan.launches:
         if programs:
             grad_norm_kernel[(programs,)](
                 table_ptr,
                 partials,
-                len(table),
+                plan.n_rows,
                 begin,
                 n_rows,
                 DTYPE=dtype,
-                ALIGNED=aligned,
                 CHUNK=CHUNK,
                 LANES=LANES,
                 SEARCH=SEARCH,
                 num_warps=warps,
-                enable_fp_fusion=False,
             )
     grad_norm_sum_kernel[(1,)](partials, norm, n_partials, LANES=LANES, num_warps=2 * warps)
     return norm
 
 
-def _is_dense(t: Tensor) -> bool:
-    """Whether the elements fill their memory, each once, in whatever order."""
-    if t.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _same_order(a: Tensor, b: Tensor) -> bool:
-    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
-
-
-def _in_one_order(tensors: list[Tensor], in_logical_order: bool) -> list[Tensor]:
-    """Each tensor, or a copy, with the elements in the first one's memory order, if that is dense.
-
-    Stochastic rounding counts elements in their logical order.
-    """
-    param = tensors[0]
-    if in_logical_order or not _is_dense(param):
-        return [t.contiguous() for t in tensors]
-    return [
-        t if _same_order(param, t) else torch.empty_like(param, dtype=t.dtype).copy_(t)
-        for t in tensors
-    ]
-
-
-def _check_dtypes(
-    params: list[Tensor], masters: list[Tensor], steps: list[Tensor], stochastic: bool
-) -> None:
-    if any(t.dtype != torch.float32 for t in (*masters, *steps)):
-        raise ValueError("adamw: masters and steps must be float32")
-    if stochastic and any(p.dtype != torch.bfloat16 for p in params):
-        raise ValueError("adamw: stochastic rounding is for bfloat16 parameters")
-
-
 def _two_floats(x: float) -> tuple[float, float]:
     high = ctypes.c_float(x).value
     return high, ctypes.c_float(x - high).value if math.isfinite(high) else 0.0
+
+
+def _read_on_device(lr: Tensor, device: torch.device) -> bool:
+    return lr.device == device
 
 
 def adamw(
@@ -466,31 +317,23 @@ def adamw(
 ) -> None:
     """One step in place. masters: empty, or one fp32 tensor per parameter."""
     columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
-    if any(t.dtype == torch.float64 for column in columns for t in column):
+    if torch.float64 in [t.dtype for column in columns for t in column]:
         lists = (params, grads, exp_avgs, exp_avg_sqs, masters, steps)
         numbers = (max_norm, beta1, beta2, eps, weight_decay, param_ids, stochastic, seed)
         return reference.adamw(*lists, lr, grad_norm, *numbers)
     device = params[0].device
-    _check_device([*steps, *(t for column in columns for t in column)], device)
-    _check_dtypes(params, masters, steps, stochastic)
     block, warps = STEP_CONFIGS[target.arch()]
-    rows, ordered = [], []
-    for *tensors, step, param_id in zip(*columns, steps, param_ids, strict=True):
-        ordered.append(_in_one_order(tensors, stochastic))
-        addresses = [t.data_ptr() for t in ordered[-1]] + [0] * (not masters)
-        numel = tensors[0].numel()
-        rows.append((_kind(ordered[-1]), numel, *addresses, step.data_ptr(), param_id))
-    table, launches = _launches(rows, block)
-    table_ptr = _on_device(_columns(table), device)
-    scalars = torch.empty(5, len(table), dtype=torch.float32, device=device)
-    on_device = lr.device == device
-    adamw_steps_kernel[(triton.cdiv(len(table), SEARCH),)](
-        table_ptr[7 * len(table) :],
+    plan = step_plan(columns, steps, param_ids, stochastic, block)
+    table_ptr = table_on(plan.values, device)
+    scalars = torch.empty(5, plan.n_rows, dtype=torch.float32, device=device)
+    resident = _read_on_device(lr, device)
+    adamw_steps_kernel[(triton.cdiv(plan.n_rows, SEARCH),)](
+        table_ptr,
         scalars,
-        lr if on_device else None,
+        lr if resident else None,
         grad_norm,
-        len(table),
-        *_two_floats(0.0 if on_device else float(lr)),
+        plan.n_rows,
+        *_two_floats(0.0 if resident else float(lr)),
         *_two_floats(weight_decay),
         # beta = 0: the smallest double stands for it, and 1 - beta^step is 1 all the same.
         *_two_floats(math.log2(beta1 or sys.float_info.min)),
@@ -500,14 +343,15 @@ def adamw(
         num_warps=4,
     )
     # torch.lerp starts from the end that is nearer.
-    from_grad = 1 - beta1 >= 0.5
-    numbers = (-beta1 if from_grad else 1 - beta1, beta2, 1 - beta2, eps)
-    for (*dtypes, aligned), begin, n_rows, programs in launches:
+    weight = _two_floats(1 - beta1)[0]
+    from_grad = weight >= 0.5
+    numbers = (weight - 1 if from_grad else weight, beta2, 1 - beta2, eps)
+    for (*dtypes, aligned), begin, n_rows, programs in plan.launches:
         if programs:
             adamw_kernel[(programs,)](
                 table_ptr,
                 scalars,
-                len(table),
+                plan.n_rows,
                 begin,
                 n_rows,
                 *(_two_floats(x)[0] for x in numbers),
@@ -523,7 +367,8 @@ def adamw(
                 # Each operation rounds as the reference's does; the kernel waits for memory anyway.
                 enable_fp_fusion=False,
             )
-    for i, tensors in enumerate(zip(*columns, strict=True)):
-        for j, t in enumerate(tensors):
-            if j != 1 and ordered[i][j] is not t:
-                t.copy_(ordered[i][j])
+    for tensors, used in zip(zip(*columns, strict=True), plan.used or [], strict=False):
+        for i, (tensor, copy) in enumerate(zip(tensors, used, strict=True)):
+            # All but the gradient, which only was read.
+            if copy is not tensor and i != 1:
+                tensor.copy_(copy)
