@@ -655,7 +655,6 @@ def test_a_capture_keeps_its_tables(tables: ModuleType, monkeypatch: pytest.Monk
     # Neither from the cache, which forgets, nor in memory that is written again.
     assert dict(tables._tables) == before
     assert len({source.data_ptr() for source in tables._captured}) == 2
-    assert not torch.equal(*tables._captured)
     monkeypatch.setattr(tables, "_staging", tables._Staging())
     with pytest.raises(RuntimeError, match="once before capturing"):
         run_operator(params, steps, 2.0)
