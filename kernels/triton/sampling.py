@@ -90,8 +90,8 @@ def _weight(x, top, scale):
     """round(exp((x - top) / T) * 2^40) as fp32, in [0, 2^40] whatever comes; scale is 1 / T."""
     # Exactly the fp32 quotient, which is never as close to the middle of two fp32 numbers as this
     # product may be to the quotient (2^-52); without the slow path of a division in each token.
-    d = ((x - top).to(tl.float64) * scale).to(tl.float32)
-    d = tl.where(d > -88.0, d, -88.0)
+    d = (x - top).to(tl.float64) * scale
+    d = tl.where(d > -88.0, d, -88.0).to(tl.float32)
     d = tl.where(d < 0.0, d, 0.0)
     # exp as csrc/simd.h has it, within an ulp: tl.exp is off by more at -20.
     z = tl.fma(d, 1.44269504088896341, 12582912.0)
@@ -409,6 +409,7 @@ def sample_fwd_kernel(
                         if wanted:
                             total = _masses(row, mass_ptr, cut, 0.0, top, scale, GRANULE, BLOCK)
                             goal = _goal(top_p, total)
+                            wanted = total > 0
                     if wanted:
                         cut = _search(
                             row, list_ptr, top, low, scale, cut, n, goal, by_mass,
