@@ -85,8 +85,7 @@ int64_t chunk_rows(int64_t N, int64_t V, int64_t itemsize) {
 }
 
 void check_linear(const Tensor& input, const Tensor& weight) {
-  TORCH_CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0 && input.size(1) == weight.size(1) &&
-                        input.scalar_type() == weight.scalar_type(),
+  TORCH_CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0 && input.size(1) == weight.size(1),
                     "linear_cross_entropy: input ", input.sizes(), " and linear_weight ", weight.sizes(),
                     " do not fit");
 }
@@ -113,13 +112,14 @@ void each_chunk(const Tensor& input, const Tensor& weight, F f) {
   }
 }
 
-Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight, const Tensor& target_in,
+Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight_in, const Tensor& target_in,
                                 int64_t ignore_index, double label_smoothing, double z_loss) {
   if (input.scalar_type() == at::kDouble)
-    return reference<decltype(linear_cross_entropy_fwd)>("gptfast::linear_cross_entropy_fwd", input, weight, target_in,
-                                                         ignore_index, label_smoothing, z_loss);
-  check_linear(input, weight);
+    return reference<decltype(linear_cross_entropy_fwd)>("gptfast::linear_cross_entropy_fwd", input, weight_in,
+                                                         target_in, ignore_index, label_smoothing, z_loss);
+  check_linear(input, weight_in);
   at::AutoDispatchBelowAutograd guard;
+  const Tensor weight = weight_in.to(input.scalar_type());
   const Tensor target = target_in.contiguous();
   check_targets(target, input.size(0), weight.size(0), ignore_index);
   Tensor loss = at::empty({input.size(0)}, input.options().dtype(at::kFloat)), lse = at::empty_like(loss, at::kDouble);
@@ -133,16 +133,17 @@ Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight, const
   return loss;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& input, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& input, const Tensor& weight_in,
                                                                 const Tensor& target_in, const Tensor& dloss_in,
                                                                 int64_t ignore_index, double label_smoothing,
                                                                 double z_loss) {
   if (input.scalar_type() == at::kDouble)
-    return reference<decltype(linear_cross_entropy_fwd_bwd)>("gptfast::linear_cross_entropy_fwd_bwd", input, weight,
+    return reference<decltype(linear_cross_entropy_fwd_bwd)>("gptfast::linear_cross_entropy_fwd_bwd", input, weight_in,
                                                              target_in, dloss_in, ignore_index, label_smoothing,
                                                              z_loss);
-  check_linear(input, weight);
+  check_linear(input, weight_in);
   at::AutoDispatchBelowAutograd guard;
+  const Tensor weight = weight_in.to(input.scalar_type());
   const Tensor target = target_in.contiguous(), dloss = dloss_in.to(at::kFloat).contiguous();
   const int64_t N = input.size(0);
   check_targets(target, N, weight.size(0), ignore_index);
@@ -151,7 +152,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
   Tensor dinput = at::empty(input.sizes(), input.options());
   // Several chunks add up in fp32: a 16-bit sum would round away what each one adds.
   const bool one_chunk = N <= chunk_rows(N, weight.size(0), input.element_size());
-  const bool widens = weight.scalar_type() != at::kFloat && !one_chunk;
+  // So does the gradient of a weight that is not of the input's dtype, as under autocast.
+  const bool widens =
+      weight.scalar_type() != at::kFloat && !(one_chunk && weight_in.scalar_type() == weight.scalar_type());
   const auto options = widens ? weight.options().dtype(at::kFloat) : weight.options();
   Tensor dweight = N ? at::empty(weight.sizes(), options) : at::zeros(weight.sizes(), options);
   each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
@@ -176,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
   });
   double total = 0;
   for (int64_t i = 0; i < N; ++i) total += static_cast<double>(loss.data_ptr<float>()[i]) * dloss.data_ptr<float>()[i];
-  return {at::empty({}, loss.options()).fill_(total), dinput, dweight.to(weight.scalar_type())};
+  return {at::empty({}, loss.options()).fill_(total), dinput, dweight.to(weight_in.scalar_type())};
 }
 
 TORCH_LIBRARY_IMPL(gptfast, CPU, m) {

@@ -33,6 +33,10 @@ def _linear_fwd_bwd_fake(
     return total, input.new_empty(input.shape), linear_weight.new_empty(linear_weight.shape)
 
 
+def _scale_fake(x, factor):  # type: ignore[no-untyped-def]
+    return None
+
+
 _fwd = register(
     f"cross_entropy_fwd(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor loss, Tensor lse)",
     reference.cross_entropy_fwd,
@@ -56,6 +60,7 @@ _linear_fwd_bwd = register(
     reference.linear_cross_entropy_fwd_bwd,
     _linear_fwd_bwd_fake,
 )
+_scale = register("scale_(Tensor(a!)[] x, Tensor factor) -> ()", reference.scale_, _scale_fake)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -86,30 +91,31 @@ def _fused_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _fused_backward(ctx, dtotal, _, __):  # type: ignore[no-untyped-def]
     # The forward computed both gradients for dtotal = 1.
-    dinput, dweight = ctx.saved_tensors
-    if not _is_last_and_one(dtotal):
-        factor = dtotal.to(dinput.dtype)
-        dinput, dweight = dinput * factor, dweight * factor
-    return dinput, dweight, None, None, None, None, None
+    grads = list(ctx.saved_tensors)
+    if _owned(dtotal):
+        _scale(grads, dtotal)
+    else:
+        grads = [grad * dtotal.to(grad.dtype) for grad in grads]
+    return *grads, None, None, None, None, None
 
 
-def _is_last_and_one(dtotal: Tensor) -> bool:
-    """Whether the saved gradients may be handed out as they are, without a (V, C) copy.
+def _owned(dtotal: Tensor) -> bool:
+    """Whether the saved gradients may be changed and handed out, without a (V, C) copy.
 
-    That is what loss.backward() asks for: a factor of 1 and a graph that is freed afterwards. Not
-    known while tracing; elsewhere than on the CPU, asking would synchronise.
+    Not while tracing, where only functional code is allowed, nor where the graph will be asked
+    again, by another backward or for a second derivative.
     """
-    if type(dtotal) is not Tensor or dtotal.device.type != "cpu":
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph() and dtotal.item() == 1.0
+    kept = torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled()
+    return type(dtotal) is Tensor and not kept
 
 
 register_autograd(_fwd, _backward, _setup)
 register_autograd(_linear_fwd, _linear_backward, _linear_setup)
 register_autograd(_linear_fwd_bwd, _fused_backward, _fused_setup)
 # The kernels accumulate in fp32 whatever the logits' dtype, so `_fwd` has nothing to cast.
-register_autocast(_linear_fwd, n_tensors=2)
-register_autocast(_linear_fwd_bwd, n_tensors=2)
+# The weight is cast inside the operator, so that its gradient can be added up in its own dtype.
+register_autocast(_linear_fwd, n_tensors=1)
+register_autocast(_linear_fwd_bwd, n_tensors=1)
 
 
 def _check(

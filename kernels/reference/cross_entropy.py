@@ -77,8 +77,11 @@ def linear_cross_entropy_fwd(
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor:
-    """input (N, C), linear_weight (V, C), target (N,) -> loss (N,), fp32 (fp64 for fp64 input)."""
-    logits = input @ linear_weight.T
+    """input (N, C), linear_weight (V, C), target (N,) -> loss (N,), fp32 (fp64 for fp64 input).
+
+    linear_weight is rounded to the input's dtype.
+    """
+    logits = input @ linear_weight.to(input.dtype).T
     return cross_entropy_fwd(logits, target, ignore_index, label_smoothing, z_loss)[0]
 
 
@@ -91,9 +94,23 @@ def linear_cross_entropy_fwd_bwd(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sum(loss * dloss), dinput (N, C) and dlinear_weight (V, C) for a given dloss (N,)."""
-    logits = input @ linear_weight.T
+    """sum(loss * dloss), dinput (N, C) and dlinear_weight (V, C) for a given dloss (N,).
+
+    linear_weight is rounded to the input's dtype; its gradient has its own.
+    """
+    weight = linear_weight.to(input.dtype)
+    logits = input @ weight.T
     options = (ignore_index, label_smoothing, z_loss)
     loss, lse = cross_entropy_fwd(logits, target, *options)
     dlogits = cross_entropy_bwd(dloss, logits, target, lse, *options)
-    return (loss * dloss).sum(), dlogits @ linear_weight, dlogits.T @ input
+    dtype = linear_weight.dtype
+    return (loss * dloss).sum(), dlogits @ weight, dlogits.to(dtype).T @ input.to(dtype)
+
+
+def scale_(x: list[Tensor], factor: Tensor) -> None:
+    """Multiply every x by a scalar, in place; nothing is written where the factor is 1."""
+    # Elsewhere than on the CPU, asking would synchronise.
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return
+    for t in x:
+        t.mul_(factor.to(t.dtype))
