@@ -129,14 +129,13 @@ class GPT(nn.Module):
         k, v = ([like.new_zeros(shape) for _ in range(config.n_layer)] for _ in "kv")
         return KVCache(k, v, torch.zeros(B, dtype=torch.int64, device=like.device), 0, False)
 
-    def _embed(self, idx: Tensor) -> Tensor:
-        try:
-            return self.wte(idx)  # (B, T, C)
-        except IndexError:
-            raise IndexError(
-                f"token ids must lie in [0, {self.config.vocab_size}), "
-                f"got {idx.min().item()} to {idx.max().item()}"
-            ) from None
+    def _embed(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of wte (B, T, C), and the weight (V, C) for the head.
+
+        Given to the head, the weight gets its gradient in one piece, if it is tied to wte's.
+        """
+        x, head_weight = ops.embedding(idx, self.wte.weight)
+        return x, head_weight if self.config.tie_weights else self.lm_head.weight
 
     def hidden(
         self, idx: Tensor, *, seed: Tensor | int = 0, cache: KVCache | None = None
@@ -146,12 +145,16 @@ class GPT(nn.Module):
         With a cache, the tokens follow those it holds: their keys and values are written there,
         row b's from cache.length[b] on. The caller then moves length and longest on.
         """
-        T = idx.shape[1]
+        return self._stream(self._embed(idx)[0], seed, cache)
+
+    def _stream(self, x: Tensor, seed: Tensor | int, cache: KVCache | None = None) -> Tensor:
+        """The rows of wte (B, T, C) -> what `hidden` returns."""
+        T = x.shape[1]
         start = cache.longest if cache else 0
-        time = torch.arange(start, start + T, device=idx.device)  # (T,)
+        time = torch.arange(start, start + T, device=x.device)  # (T,)
         if cache and cache.ragged:
             time = cache.length[:, None] + time - start  # (B, T)
-        x = self.drop(self._embed(idx) + self.wpe(time))  # (B, T, C)
+        x = self.drop(x + self.wpe(time))  # (B, T, C)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, seed + layer, cache, layer, use_reentrant=False)
@@ -177,10 +180,11 @@ class GPT(nn.Module):
         if seed is None:
             draws = self.training and self.config.dropout > 0
             seed = torch.randint(2**62, (), device=idx.device) if draws else 0
-        x = self.hidden(idx, seed=seed)
+        x, head_weight = self._embed(idx)
+        x = self._stream(x, seed)
         if target is None:
-            return F.linear(x, self.head_weight)  # (B, T, V)
-        return ops.linear_cross_entropy(x, self.head_weight, target)
+            return F.linear(x, head_weight)  # (B, T, V)
+        return ops.linear_cross_entropy(x, head_weight, target)
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike) -> Self:

@@ -88,6 +88,15 @@ def linear_bwd_samples() -> list[tuple]:
     return [(x, w, target, dloss, *options) for x, w, target, *options in linear_samples()]
 
 
+def embedding_samples(gradient: bool) -> list[tuple]:
+    idx = [TARGET.abs() % 7, torch.tensor([[1, 1], [6, 0]]).T, torch.zeros(2, 0, dtype=torch.int64)]
+    weights = [randn(7, 4), randn(7, 5, dtype=torch.bfloat16), randn(7, 3, dtype=torch.float64)]
+    if not gradient:
+        return [*zip([*weights, randn(4, 7).T], [*idx, idx[0]], strict=True)]
+    rows = [w.new_ones(()).expand(*i.shape, w.shape[1]) for w, i in zip(weights, idx, strict=True)]
+    return [*zip(weights, rows, idx, strict=True), (weights[0], randn(4, 3).T, idx[0])]
+
+
 def adamw_samples() -> list[tuple]:
     def state(dtype: torch.dtype) -> tuple:
         params = [randn(3, 4, dtype=dtype), randn(5, 2, dtype=dtype).T]
@@ -132,6 +141,8 @@ def samples(name: str) -> list[tuple]:
         "cross_entropy_bwd": cross_entropy_bwd_samples,
         "linear_cross_entropy_fwd": linear_samples,
         "linear_cross_entropy_fwd_bwd": linear_bwd_samples,
+        "embedding_fwd": lambda: embedding_samples(gradient=False),
+        "embedding_bwd": lambda: embedding_samples(gradient=True),
         "grad_norm": lambda: [([randn(3, 4), randn(5, 6).T, torch.ones(()).expand(3)],)],
         "adamw": adamw_samples,
         "sample": sample_samples,

@@ -16,6 +16,8 @@ from helpers import (
     tiny_config,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gptfast import GPT, GPTConfig, ops, use_backend
 from gptfast.ops.library import EXTENSION
@@ -216,6 +218,62 @@ def test_dropout_on_embedding_and_both_residual_branches() -> None:
     assert len(dropped) == 1 + 2 * 3
     # Five standard errors for 8 * 16 * 64 draws.
     assert max(abs(share - 0.25) for share in dropped) < 5 * math.sqrt(0.25 * 0.75 / 8192)
+
+
+class HeadSized(TorchDispatchMode):
+    """The places in memory where operators put something as large as the head's weight."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.numel = model.wte.weight.numel()
+        self.places = {model.wte.weight.data_ptr()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage().nbytes() >= 4 * self.numel:
+                self.places.add(t.untyped_storage().data_ptr())
+        return out
+
+
+def test_a_step_makes_one_gradient_of_the_size_of_the_head() -> None:
+    model = random_model(vocab_size=3001)
+    idx, target = random_ids(2, 16), random_ids(2, 16, seed=2)
+    with HeadSized(model) as seen:
+        model(idx, target).backward()
+    assert seen.places == {model.wte.weight.data_ptr(), model.wte.weight.grad.data_ptr()}
+    # Into the gradient that is there, the next batch's is added.
+    with HeadSized(model) as seen:
+        model(idx, target).backward()
+    assert len(seen.places - {model.wte.weight.grad.data_ptr()}) == 2
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gradients_are_those_of_plain_embedding(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tied: bool
+) -> None:
+    model = random_model(tie_weights=tied).to(dtype)
+    _, grads = step(model, 0)
+    monkeypatch.setattr(ops, "embedding", lambda idx, weight: (F.embedding(idx, weight), weight))
+    _, plain = step(model, 0)
+    for name in grads:
+        if not tied or name != "wte.weight":
+            assert torch.equal(grads[name], plain[name]), name
+    # A rounding of the rows' sum, and one of the result, apart.
+    largest = plain["wte.weight"].abs().max().item()
+    atol = 2 * torch.finfo(dtype).eps * largest
+    torch.testing.assert_close(grads["wte.weight"], plain["wte.weight"], rtol=0, atol=atol)
+
+
+def test_hidden_gives_the_same_gradients_as_forward() -> None:
+    model, idx, target = random_model(), random_ids(2, 16), random_ids(2, 16, seed=2)
+    _, grads = step(model, 0)
+    model.zero_grad()
+    x = model.hidden(idx)
+    ops.linear_cross_entropy(x, model.head_weight, target).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")

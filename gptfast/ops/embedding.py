@@ -1,0 +1,130 @@
+"""The token embedding of a tied head: schema, fake, autograd, public function."""
+
+import functools
+import sys
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gptfast.kernels.reference import embedding as reference
+from gptfast.ops.library import register
+
+
+def _fwd_fake(weight: Tensor, idx: Tensor) -> Tensor:
+    return weight.new_empty((*idx.shape, weight.shape[1]))
+
+
+def _bwd_fake(dweight: Tensor, dx: Tensor, idx: Tensor) -> None:
+    return None
+
+
+_fwd = register(
+    "embedding_fwd(Tensor weight, Tensor idx) -> Tensor x", reference.embedding_fwd, _fwd_fake
+)
+_bwd = register(
+    "embedding_bwd(Tensor(a!) dweight, Tensor dx, Tensor idx) -> ()",
+    reference.embedding_bwd,
+    _bwd_fake,
+)
+
+
+class _Embedding(torch.autograd.Function):
+    """(idx, weight) -> (x, weight again): both gradients of weight then meet in one backward."""
+
+    @staticmethod
+    def forward(idx, weight):  # type: ignore[no-untyped-def]
+        return _fwd(weight, idx), weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        idx, weight = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(idx)
+        ctx.V = weight.shape[0]
+
+    @staticmethod
+    def backward(ctx, dx, dhead):  # type: ignore[no-untyped-def]
+        (idx,) = ctx.saved_tensors
+        if dx is None:
+            return None, dhead
+        if torch.is_grad_enabled():  # create_graph: this backward will be differentiated
+            in_range = (idx >= 0) & (idx < ctx.V)
+            rows = torch.ops.aten.embedding_dense_backward(
+                dx, idx.where(in_range, -1), ctx.V, -1, False
+            )
+            return None, rows if dhead is None else dhead + rows
+        if dhead is None:
+            dweight = dx.new_zeros(ctx.V, dx.shape[-1])
+        elif torch.compiler.is_compiling():
+            # The compiler sees whether anything else reads dhead, and leaves the copy out.
+            dweight = dhead.clone(memory_format=torch.contiguous_format)
+        elif type(dhead) is Tensor and dhead.is_contiguous() and _holders(dhead) == _alone():
+            dweight = dhead
+        else:
+            dweight = dhead.clone(memory_format=torch.contiguous_format)
+        _bwd(dweight, dx, idx)
+        return None, dweight
+
+
+def _holders(tensor: Tensor) -> tuple[int, ...]:
+    """How many refer to a tensor and to its memory, in C++ and in Python."""
+    storage = tensor.untyped_storage()
+    return (
+        tensor._use_count(),
+        sys.getrefcount(tensor),
+        torch._C._storage_Use_Count(storage._cdata),
+        sys.getrefcount(storage),
+    )
+
+
+class _Probe(torch.autograd.Function):
+    """Its backward asks who holds its gradient, from where `_Embedding` asks."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):  # type: ignore[no-untyped-def]
+        _Probe.holders = _holders(dx)
+        return dx
+
+
+@functools.cache
+def _alone() -> tuple[int, ...]:
+    """`_holders` of a gradient that no hook, caller or other node can see or will read again.
+
+    Only such a gradient may be written to: that is how autograd itself decides whether to add in
+    place. The counts depend on the versions of Python and PyTorch, so they are measured, once.
+    """
+    with _disable_current_modes(), torch.enable_grad(), torch.device("cpu"):
+        x = torch.ones(2).requires_grad_()
+        _Probe.apply(x).square().sum().backward()
+    return _Probe.holders
+
+
+def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of weight, and the weight for a head tied to it: (weight[idx], weight).
+
+    idx: (...) int64 in [0, V); weight: (V, C) floating. Returns x (..., C) and head_weight (V, C),
+    which is weight itself in the same memory. Give head_weight to `linear_cross_entropy` or
+    F.linear: the backward then adds the rows of the tokens into the head's gradient instead of
+    making a second (V, C) gradient and adding the two. Gradients are deterministic; the rows of
+    a token are summed in fp32.
+
+    Raises ValueError for inputs that do not fit and, on the CPU, IndexError for an id out of range;
+    on a GPU its row is NaN, and its gradient left out.
+    """
+    if weight.dim() != 2 or weight.shape[0] < 1 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight must be (V, C) floating with V >= 1, got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}"
+        )
+    if idx.dtype != torch.int64:
+        raise ValueError(f"idx must be int64, got {idx.dtype}")
+    if idx.device != weight.device:
+        raise ValueError(f"idx is on {idx.device}, weight on {weight.device}; move one of them")
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _Embedding.apply(idx, weight)
+    return _fwd(weight, idx), weight
