@@ -141,6 +141,7 @@ def samples(name: str) -> list[tuple]:
         "cross_entropy_bwd": cross_entropy_bwd_samples,
         "linear_cross_entropy_fwd": linear_samples,
         "linear_cross_entropy_fwd_bwd": linear_bwd_samples,
+        "scale_": lambda: [([randn(3, 4), randn(5, 2, dtype=torch.bfloat16).T], torch.tensor(0.5))],
         "embedding_fwd": lambda: embedding_samples(gradient=False),
         "embedding_bwd": lambda: embedding_samples(gradient=True),
         "grad_norm": lambda: [([randn(3, 4), randn(5, 6).T, torch.ones(()).expand(3)],)],
