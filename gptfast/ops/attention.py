@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.reference import attention as reference
-from gptfast.ops.library import register, register_autocast, register_autograd
+from gptfast.ops.library import (
+    autocast_enabled,
+    register,
+    register_autocast,
+    register_autograd,
+)
 
 _OPTIONS = "float scale, float dropout_p, Tensor? seed, Tensor? kv_len"
 
@@ -60,6 +65,7 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     q, k, v, ctx.scale, ctx.dropout_p, seed, kv_len = inputs
     ctx.save_for_backward(q, k, v, *output, seed, kv_len)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
@@ -72,6 +78,7 @@ def _qkv_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     qkv, ctx.n_head, ctx.scale, ctx.dropout_p, seed, kv_len = inputs
     ctx.save_for_backward(qkv, *output, seed, kv_len)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _qkv_backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
@@ -107,7 +114,7 @@ def _check_floats(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dim() != first.dim() or not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor of {first.dim()} dimensions")
-        mixed = tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type)
+        mixed = tensor.dtype != first.dtype and not autocast_enabled(first)
         if mixed or tensor.device != first.device:
             listed = ", ".join(f"{n} {t.dtype} on {t.device}" for n, t in tensors.items())
             raise ValueError(f"all inputs need one dtype and one device, got {listed}")

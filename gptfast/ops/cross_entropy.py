@@ -4,7 +4,12 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.reference import cross_entropy as reference
-from gptfast.ops.library import register, register_autocast, register_autograd
+from gptfast.ops.library import (
+    autocast_enabled,
+    register,
+    register_autocast,
+    register_autograd,
+)
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss"
 
@@ -67,6 +72,7 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     logits, target, *ctx.options = inputs
     ctx.save_for_backward(logits, target, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, dlse):  # type: ignore[no-untyped-def]
@@ -85,6 +91,8 @@ def _linear_backward(ctx, dloss):  # type: ignore[no-untyped-def]
 
 
 def _fused_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    # Else autograd would fill a (V, C) gradient with zeros for each output without one.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -140,7 +148,7 @@ def _check(
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     # As F.cross_entropy: the input's dtype, fp32 under autocast.
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    autocast = autocast_enabled(x) and x.dtype != torch.float64
     return torch.float32 if autocast else x.dtype
 
 
@@ -199,7 +207,7 @@ def linear_cross_entropy(
             f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
         )
     _check(input, target, label_smoothing, z_loss, reduction)
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocast_enabled(input)
     if input.device != linear_weight.device or (
         input.dtype != linear_weight.dtype and not autocast
     ):

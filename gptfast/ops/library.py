@@ -122,6 +122,12 @@ def register_autograd(op: torch._ops.OpOverload, backward: Callable, setup: Call
     torch.library.register_autograd(op.name(), backward, setup_context=setup, lib=LIBRARY)
 
 
+def autocast_enabled(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x's device; not every device (meta) has one to ask."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def register_autocast(op: torch._ops.OpOverload, n_tensors: int) -> None:
     """Under autocast, run `op` with its first n_tensors arguments in the dtype autocast was given.
 
