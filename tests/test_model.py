@@ -2,11 +2,13 @@
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GPU
 from helpers import (
     differing,
     one_thread,  # noqa: F401 - applies to every test here
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gptfast import GPT, GPTConfig, ops, use_backend
+from gptfast import GPT, AdamW, GPTConfig, ops, use_backend
 from gptfast.ops.library import EXTENSION
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -304,6 +306,55 @@ def test_backends_agree(dropout: float) -> None:
     assert abs(loss - cpp_loss) < 1e-5
     for name in grads:
         torch.testing.assert_close(cpp_grads[name], grads[name], rtol=1e-4, atol=1e-5)
+
+
+def train(model: GPT, f: Callable[..., Tensor], steps: int = 3) -> list[float]:
+    """The losses of a few optimizer steps on one batch."""
+    optimizer = AdamW(model.parameters(), lr=1e-2, max_norm=1.0)
+    idx, target = random_ids(2, 13), random_ids(2, 13, seed=2)
+    target[0, 0] = -100
+    losses = []
+    for i in range(steps):
+        loss = f(idx, target, seed=torch.tensor(i))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU: bench/gpu.py")
+def test_triton_trains_as_the_reference_does(triton: str) -> None:
+    models = [random_model(std=0.1, dropout=0.2).train() for _ in range(2)]
+    losses = []
+    for backend, model in zip(("reference", "triton"), models, strict=True):
+        torch.manual_seed(5)
+        with use_backend(backend):
+            losses.append(train(model, model))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+    ours, theirs = (dict(model.named_parameters()) for model in reversed(models))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_with_fp32_masters_trains_compiled() -> None:
+    models = [random_model(std=0.1).bfloat16() for _ in range(2)]
+    torch._dynamo.reset()
+    compiled = torch.compile(models[0], fullgraph=True, backend="aot_eager")
+    losses = train(models[0], compiled, 20)
+    assert losses == train(models[1], models[1], 20)
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    """Reading a number off the meta device, which has none, would raise."""
+    with torch.device("meta"):
+        model = GPT(tiny_config(dropout=0.1)).bfloat16()
+        optimizer = AdamW(model.parameters(), max_norm=1.0)
+        idx, target = torch.randint(61, (2, 2, 16))
+        for _ in range(2):
+            model(idx, target).backward()
+            optimizer.step()
 
 
 def test_bf16_autocast_is_near_fp32() -> None:
