@@ -371,6 +371,23 @@ def test_every_tile(
         assert torch.equal(drawn, ops.sample(logits, **parameters, seed=5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_misaligned_rows_keep_exactly_k(triton: str, dtype: torch.dtype) -> None:
+    # Nearly equal weights: one token more or less would move the draws. V is odd: each row starts
+    # at another distance from the aligned address below; all rows are searched in blocks.
+    B, V = 9, 333
+    logits = torch.randn(B, V).mul(0.01).to(dtype)
+    options = {
+        "top_k": torch.tensor([300, 200, 100]).repeat(3),
+        "top_p": torch.tensor([1.0, 1.0, 1.0, 0.9, 0.7, 0.5, 1.0, 1.0, 1.0]),
+        "position": torch.arange(B),
+    }
+    with mock.patch.multiple(triton_sampling(), SMALL=32, tile=lambda V: (128, 1, 1)):
+        drawn = ops.sample(logits, **options)
+    with use_backend("reference"):
+        assert torch.equal(drawn, ops.sample(logits, **options))
+
+
 @pytest.mark.parametrize("small", [16, 256])
 def test_a_gpu_reports_rows_by_minus_one(triton: str, small: int) -> None:
     V = 70

@@ -81,8 +81,8 @@ def _load(row, at, GRANULE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _load_codes(row, at, GRANULE: tl.constexpr, BLOCK: tl.constexpr):
     x, id, inside = _load(row, at, GRANULE, BLOCK)
-    key = tl.where(inside, _key(x), _OUTSIDE)
-    return x, (key.to(tl.int64) << 32) + (id ^ _LAST).to(tl.int64)
+    code = (_key(x).to(tl.int64) << 32) + (id ^ _LAST).to(tl.int64)
+    return x, tl.where(inside, code, _OUTSIDE << 32)
 
 
 @triton.jit
