@@ -162,7 +162,7 @@ def test_same_tokens_with_ties(**drawn: object) -> None:
 
 # The fixture sets the backend: once for all examples is right.
 @settings(
-    max_examples=150 if GPU else 12,
+    max_examples=150 if GPU else 8,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -375,14 +375,14 @@ def test_every_tile(
 def test_misaligned_rows_keep_exactly_k(triton: str, dtype: torch.dtype) -> None:
     # Nearly equal weights: one token more or less would move the draws. V is odd: each row starts
     # at another distance from the aligned address below; all rows are searched in blocks.
-    B, V = 9, 333
+    B, V = 4, 333
     logits = torch.randn(B, V).mul(0.01).to(dtype)
     options = {
-        "top_k": torch.tensor([300, 200, 100]).repeat(3),
-        "top_p": torch.tensor([1.0, 1.0, 1.0, 0.9, 0.7, 0.5, 1.0, 1.0, 1.0]),
+        "top_k": torch.tensor([300, 200, 100, V]),
+        "top_p": torch.tensor([1.0, 1.0, 0.5, 0.9]),
         "position": torch.arange(B),
     }
-    with mock.patch.multiple(triton_sampling(), SMALL=32, tile=lambda V: (128, 1, 1)):
+    with mock.patch.multiple(triton_sampling(), SMALL=32, tile=lambda V: (256, 1, 1)):
         drawn = ops.sample(logits, **options)
     with use_backend("reference"):
         assert torch.equal(drawn, ops.sample(logits, **options))
