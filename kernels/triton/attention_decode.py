@@ -1,0 +1,152 @@
+"""Attention of one query per row over a cache of keys and values: decoding.
+
+Bound by the reading of the cache, so no tensor cores: a program takes CHUNK keys of one head in
+blocks of BLOCK_N. Every slot of the block keeps its own running maximum, sum and output, so that
+nothing is exchanged between threads but the products' sums over D; the slots are merged at the end.
+Chunks are merged by a second kernel, in order. Where a chunk begins depends on nothing but CHUNK,
+so a row's result does not depend on the other rows, nor on the length of the cache.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+BLOCK_N = 64
+CHUNK = 4 * BLOCK_N
+BLOCK_C = 16
+
+
+@triton.jit
+def _shift(peak):
+    # Of slots that have seen no key: -inf - -inf would be NaN.
+    return tl.where(peak == -float("inf"), 0.0, peak)
+
+
+@triton.jit
+def _merge(peak, total, acc):
+    """Slots to one: the maximum, the sum of P, P V."""
+    top = tl.max(peak, 0)
+    rescale = tl.exp2(peak - _shift(top))
+    return top, tl.sum(total * rescale, 0), tl.sum(acc * rescale[:, None], 0)
+
+
+@triton.jit
+def _finish(peak, total, acc, out_ptr, lse_ptr, D):
+    d = tl.arange(0, acc.shape[0])
+    total = tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + d, (acc / total).to(out_ptr.dtype.element_ty), mask=d < D)
+    tl.store(lse_ptr, peak * LN2 + tl.log(total))
+
+
+@triton.jit
+def _head(view, head, H):
+    return view[0] + (head // H).to(tl.int64) * view[1] + (head % H).to(tl.int64) * view[2]
+
+
+@triton.jit(do_not_specialize=["Tk", "H", "n_chunks"])
+def attention_decode_kernel(
+    q, k, v, out, lse_ptr, acc_ptr, peak_ptr, total_ptr, Tk, H, n_chunks, D, c, kv_len_ptr,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    head, chunk = tl.program_id(0), tl.program_id(1)
+    n_keys = Tk
+    if kv_len_ptr is not None:
+        n_keys = tl.minimum(tl.load(kv_len_ptr + head // H), Tk).to(tl.int32)
+    d = tl.arange(0, BLOCK_D)
+    query = tl.load(_head(q, head, H) + d, mask=d < D, other=0.0).to(tl.float32) * c
+    slots = tl.arange(0, BLOCK_N)
+    k_ptrs = _head(k, head, H) + slots.to(tl.int64)[:, None] * k[3] + d[None, :]
+    v_ptrs = _head(v, head, H) + slots.to(tl.int64)[:, None] * v[3] + d[None, :]
+
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    peak = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    for start in tl.range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, n_keys), BLOCK_N):
+        row = tl.cast(start, tl.int64)
+        inside = start + slots < n_keys
+        mask = inside[:, None] if EVEN_D else inside[:, None] & (d < D)[None, :]
+        key = tl.load(k_ptrs + row * k[3], mask=mask, other=0.0)
+        value = tl.load(v_ptrs + row * v[3], mask=mask, other=0.0)
+        s = tl.sum(key.to(tl.float32) * query[None, :], 1)
+        s = tl.where(inside, s, -float("inf"))
+        new_peak = tl.maximum(peak, s)
+        shift = _shift(new_peak)
+        p = tl.exp2(s - shift)
+        rescale = tl.exp2(peak - shift)
+        total = total * rescale + p
+        acc = acc * rescale[:, None] + p[:, None] * value.to(tl.float32)
+        peak = new_peak
+    peak, total, acc = _merge(peak, total, acc)
+    if acc_ptr is None:
+        _finish(peak, total, acc, _head(out, head, H), lse_ptr + head, D)
+    else:
+        at = head.to(tl.int64) * n_chunks + chunk
+        tl.store(acc_ptr + at * D + d, acc, mask=d < D)
+        tl.store(peak_ptr + at, peak)
+        tl.store(total_ptr + at, total)
+
+
+@triton.jit(do_not_specialize=["H", "n_chunks"])
+def attention_combine_kernel(
+    out, lse_ptr, acc_ptr, peak_ptr, total_ptr, H, n_chunks, D,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)
+    first = head.to(tl.int64) * n_chunks
+    acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    peak = tl.full([BLOCK_C], -float("inf"), tl.float32)
+    for start in tl.range(0, n_chunks, BLOCK_C):
+        chunks = start + tl.arange(0, BLOCK_C)
+        inside = chunks < n_chunks
+        at = first + chunks
+        mask = inside[:, None] & (d < D)[None, :]
+        more = tl.load(acc_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+        more_peak = tl.load(peak_ptr + at, mask=inside, other=-float("inf"))
+        more_total = tl.load(total_ptr + at, mask=inside, other=0.0)
+        new_peak = tl.maximum(peak, more_peak)
+        rescale = tl.exp2(peak - _shift(new_peak))
+        more_rescale = tl.exp2(more_peak - _shift(new_peak))
+        total = total * rescale + more_total * more_rescale
+        acc = acc * rescale[:, None] + more * more_rescale[:, None]
+        peak = new_peak
+    peak, total, acc = _merge(peak, total, acc)
+    _finish(peak, total, acc, _head(out, head, H), lse_ptr + head, D)
+
+
+View = tuple[Tensor, int, int, int]
+
+
+def attention_decode(
+    q: View, k: View, v: View, out: View, lse: Tensor, scale: float, kv_len: Tensor | None
+) -> None:
+    """Fill out (B, H, 1, D) and lse (B, H, 1)."""
+    B, H, _, D = q[0].shape
+    Tk = k[0].shape[2]
+    n_chunks = triton.cdiv(Tk, CHUNK)
+    acc = peak = total = None
+    if n_chunks > 1:
+        acc = lse.new_empty(B * H, n_chunks, D)
+        peak, total = lse.new_empty(2, B * H, n_chunks)
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    attention_decode_kernel[(B * H, n_chunks)](
+        q, k, v, out, lse, acc, peak, total, Tk, H, n_chunks, D, scale * LOG2E.value, kv_len,
+        CHUNK=CHUNK, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=BLOCK_D == D, num_warps=4,
+    )  # fmt: skip
+    if n_chunks > 1:
+        attention_combine_kernel[(B * H,)](
+            out,
+            lse,
+            acc,
+            peak,
+            total,
+            H,
+            n_chunks,
+            D,
+            BLOCK_C=BLOCK_C,
+            BLOCK_D=BLOCK_D,
+            num_warps=4,
+        )
