@@ -1,13 +1,15 @@
 """Cross entropy and linear cross entropy: parity, PyTorch's semantics, chunks, errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GPU
 from gptfast.kernels.reference import cross_entropy as reference
 from parity import DTYPES, assert_parity, check, forward_backward, poisoned
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptfast import ops
 
@@ -19,6 +21,20 @@ OPTIONS = {
     "smoothing and z_loss": {"label_smoothing": 0.3, "z_loss": 1e-3},
     "ignore_index": {"ignore_index": 2},
 }
+
+
+def fewer(backend: str, N: int, cases: int) -> tuple[int, int]:
+    """Rows and cases; less in Triton's interpreter, where a row takes 20 ms."""
+    return (max(4, N // 10), max(2, cases // 4)) if interpreted(backend) else (N, cases)
+
+
+def interpreted(backend: str) -> bool:
+    return backend == "triton" and not GPU
+
+
+def skip_if_slow(backend: str, reduction: str, special: bool) -> None:
+    if interpreted(backend) and reduction != "none" and special:
+        pytest.skip("to the kernels a reduction is a dloss, and this takes a second")
 
 
 def targets(N: int, V: int, ignore_index: int = -100) -> Tensor:
@@ -69,8 +85,9 @@ def check_cross_entropy(
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_parity(backend: str, dtype: torch.dtype, reduction: str, options: dict) -> None:
-    N, V = 40, 1009
-    logits = [torch.randn(N, V).mul(4).to(dtype) for _ in range(8)]
+    skip_if_slow(backend, reduction, bool(options))
+    (N, cases), V = fewer(backend, 40, 8), 1009
+    logits = [torch.randn(N, V).mul(4).to(dtype) for _ in range(cases)]
     target = targets(N, V, options.get("ignore_index", -100))
     check_cross_entropy(logits, target, reduction, options)
 
@@ -83,9 +100,13 @@ def test_parity_odd_sizes(backend: str, N: int, V: int, dtype: torch.dtype) -> N
     options = {"label_smoothing": 0.1, "z_loss": 1e-3}
     target = torch.randint(V, (N,))
     target[-1] = V - 1
-    logits = [torch.randn(N, V).mul(3).to(dtype) for _ in range(16)]
+    cases = max(2, 16 // N) if interpreted(backend) else 16
+    if interpreted(backend) and V > 10_000:
+        cases = 1
+    logits = [torch.randn(N, V).mul(3).to(dtype) for _ in range(cases)]
     check_cross_entropy(logits, target, "none", options)
-    check_cross_entropy(logits, target, "mean")
+    if not interpreted(backend):
+        check_cross_entropy(logits, target, "mean")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -95,22 +116,34 @@ def test_parity_gpt2_vocabulary(dtype: torch.dtype) -> None:
     check_cross_entropy(logits, targets(N, V), "none")
 
 
-def strided(kind: str) -> Tensor:
-    N, V = 12, 331
+def strided(kind: str, N: int) -> Tensor:
+    V = 331
+    padding = torch.full((N, 53), torch.nan)
+    padding[::2] = torch.inf
     return {
         "transposed": torch.randn(V, N).T,
         "every other column": torch.randn(N, 2 * V)[:, ::2],
         "rows of a wider matrix": torch.randn(N, V + 9)[:, 3 : V + 3],
         "expanded": torch.randn(1, V).expand(N, V),
+        "padded vocabulary": torch.cat([torch.randn(N, V), padding], 1)[:, :V],
     }[kind]
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(
-    "kind", ["transposed", "every other column", "rows of a wider matrix", "expanded"]
+    "kind",
+    [
+        "transposed",
+        "every other column",
+        "rows of a wider matrix",
+        "expanded",
+        "padded vocabulary",
+    ],
 )
 def test_layouts(backend: str, kind: str, reduction: str) -> None:
-    logits = [strided(kind) for _ in range(8)]
+    skip_if_slow(backend, reduction, True)
+    N, cases = fewer(backend, 12, 8)
+    logits = [strided(kind, N) for _ in range(cases)]
     check_cross_entropy(logits, targets(*logits[0].shape), reduction)
 
 
@@ -210,7 +243,11 @@ def test_same_bits_twice_and_with_any_threads(isa: str, restore_threads: None) -
 
 
 def check_linear(
-    make: Callable[[], tuple[Tensor, Tensor]], target: Tensor, reduction: str, options: dict
+    make: Callable[[], tuple[Tensor, Tensor]],
+    target: Tensor,
+    reduction: str,
+    options: dict,
+    cases: int = 8,
 ) -> None:
     flat = target.reshape(-1)
     dout = {"mean": torch.tensor(-1.7 * len(flat)), "sum": torch.tensor(0.7)}.get(reduction)
@@ -227,7 +264,7 @@ def check_linear(
         lambda x, w: ops.linear_cross_entropy(x, w, target, reduction=reduction, **options),
         head(defined),
         head(plain),
-        *((dict(zip(("input", "linear_weight"), make(), strict=True)), dout) for _ in range(8)),
+        *((dict(zip(("input", "linear_weight"), make(), strict=True)), dout) for _ in range(cases)),
     )
 
 
@@ -235,20 +272,23 @@ def check_linear(
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_linear_parity(backend: str, dtype: torch.dtype, reduction: str, options: dict) -> None:
-    N, C, V = 50, 24, 211
-    target = targets(N, V, options.get("ignore_index", -100)).view(5, 10)
+    skip_if_slow(backend, reduction, bool(options))
+    (N, cases), C, V = fewer(backend, 50, 8), 24, 211
+    target = targets(N, V, options.get("ignore_index", -100)).view(1, N)
 
     def make() -> tuple[Tensor, Tensor]:
-        return torch.randn(5, 10, C).to(dtype), torch.randn(V, C).mul(0.3).to(dtype)
+        return torch.randn(1, N, C).to(dtype), torch.randn(V, C).mul(0.3).to(dtype)
 
-    check_linear(make, target, reduction, options)
+    check_linear(make, target, reduction, options, cases)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("N", "C", "V"), [(1, 1, 1), (1, 16, 17), (2, 5, 63), (3, 8, 50257)])
-def test_linear_parity_odd_sizes(isa: str, N: int, C: int, V: int, reduction: str) -> None:
+def test_linear_parity_odd_sizes(backend: str, N: int, C: int, V: int, reduction: str) -> None:
     target = torch.randint(V, (N,))
-    check_linear(lambda: (torch.randn(N, C), torch.randn(V, C)), target, reduction, {})
+    skip_if_slow(backend, reduction, V > 10_000)
+    cases = (4 if V < 10_000 else 1) if interpreted(backend) else 8
+    check_linear(lambda: (torch.randn(N, C), torch.randn(V, C)), target, reduction, {}, cases)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -285,15 +325,15 @@ def test_linear_parity_in_chunks(reduction: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["transposed", "every other", "expanded"])
-def test_linear_layouts(isa: str, kind: str) -> None:
-    N, C, V = 12, 10, 33
+def test_linear_layouts(backend: str, kind: str) -> None:
+    (N, cases), C, V = fewer(backend, 12, 8), 10, 33
     make = {
         "transposed": lambda: (torch.randn(C, N).T, torch.randn(C, V).T),
         "every other": lambda: (torch.randn(N, 2 * C)[:, ::2], torch.randn(V, 2 * C)[:, ::2]),
         "expanded": lambda: (torch.randn(1, C).expand(N, C), torch.randn(V, 1).expand(V, C)),
     }[kind]
-    for reduction in REDUCTIONS:
-        check_linear(make, targets(N, V), reduction, {})
+    for reduction in ["none"] if interpreted(backend) else REDUCTIONS:
+        check_linear(make, targets(N, V), reduction, {}, cases)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -309,7 +349,7 @@ def test_linear_without_gradient_is_the_same_loss(backend: str, reduction: str) 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("which", ["input", "linear_weight"])
 def test_linear_with_one_gradient(backend: str, which: str, reduction: str) -> None:
-    x, w, target = torch.randn(20, 8), torch.randn(50, 8), targets(20, 50)
+    x, w, target = torch.randn(5, 8), torch.randn(50, 8), targets(5, 50)
     wanted = {"input": x, "linear_weight": w}[which].requires_grad_()
     ops.linear_cross_entropy(x, w, target, reduction=reduction).sum().backward()
     alone, wanted.grad = wanted.grad, None
@@ -329,9 +369,70 @@ def test_linear_backward_twice(backend: str, reduction: str) -> None:
         torch.testing.assert_close(b, a * -3.0, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+def test_linear_gradient_times_a_factor(backend: str, factor: float) -> None:
+    # The gradients the forward computed are scaled in place where nobody else can see them.
+    x, w, target = torch.randn(6, 8), torch.randn(50, 8), targets(6, 50)
+    with poisoned():
+        _, grads = forward_backward(
+            lambda x, w: ops.linear_cross_entropy(x, w, target) * factor, [x, w], None
+        )
+    _, once = forward_backward(lambda x, w: ops.linear_cross_entropy(x, w, target), [x, w], None)
+    for grad, one in zip(grads, once, strict=True):
+        torch.testing.assert_close(grad, one * factor, rtol=1e-6, atol=0)
+
+
+def test_scale(backend: str) -> None:
+    x = [torch.randn(9001), torch.randn(3, 7).half(), torch.empty(0)]
+    for factor in (1.0, 0.3, torch.nan):
+        scaled = [t.clone() for t in x]
+        torch.ops.gptfast.scale_(scaled, torch.tensor(factor))
+        for t, before in zip(scaled, x, strict=True):
+            rtol = 2 * torch.finfo(t.dtype).eps if factor == 0.3 else 0
+            torch.testing.assert_close(t, before * factor, rtol=rtol, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_linear_parity_under_autocast(backend: str, dtype: torch.dtype, reduction: str) -> None:
+    (N, cases), C, V = fewer(backend, 48, 8), 24, 211
+    target = targets(N, V)
+
+    def cast(f: Callable) -> Callable:
+        def run(x: Tensor, w: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, dtype):
+                return f(x, w)
+
+        return run
+
+    dout = None if reduction == "none" else torch.tensor(float(N))
+    inputs = [
+        {"input": torch.randn(N, C), "linear_weight": torch.randn(V, C).mul(0.3)}
+        for _ in range(cases)
+    ]
+    check(
+        cast(lambda x, w: ops.linear_cross_entropy(x, w, target, reduction=reduction)),
+        lambda x, w: defined(x @ w.T, target, reduction, {}),
+        cast(lambda x, w: plain(F.linear(x, w), target, reduction, {})),
+        *((case, dout) for case in inputs),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_linear_gradient_has_the_weight_s_dtype(backend: str, dtype: torch.dtype) -> None:
+    x, w, target = torch.randn(6, 24).to(dtype), torch.randn(211, 24), targets(6, 211)
+    dloss = torch.rand(6)
+    op = torch.ops.gptfast.linear_cross_entropy_fwd_bwd
+    total, dx, dw = op(x, w, target, dloss, -100, 0.0, 0.0)
+    low_total, low_dx, low_dw = op(x, w.to(dtype), target, dloss, -100, 0.0, 0.0)
+    assert dw.dtype == torch.float32 and low_dw.dtype == dtype
+    assert torch.equal(total, low_total) and torch.equal(dx, low_dx)
+    torch.testing.assert_close(dw, low_dw.float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 def test_linear_fp16_gradient_survives_a_loss_scale(backend: str) -> None:
     # What a GradScaler does: gradients below fp16's 6e-8 are scaled up before they are rounded.
-    N, C, V = 64, 16, 5003
+    (N, _), C, V = fewer(backend, 64, 1), 16, 5003
     x, w = torch.randn(N, C).half(), torch.randn(V, C).mul(0.01).half()
     target = torch.randint(V, (N,))
     scale = torch.tensor(2.0**14)
@@ -343,8 +444,8 @@ def test_linear_fp16_gradient_survives_a_loss_scale(backend: str) -> None:
     check(*functions, ({"input": x, "linear_weight": w}, scale))
 
 
-def test_linear_equals_the_two_steps(isa: str) -> None:
-    x, w, target = torch.randn(30, 16), torch.randn(77, 16), targets(30, 77)
+def test_linear_equals_the_two_steps(backend: str) -> None:
+    x, w, target = torch.randn(7, 16), torch.randn(77, 16), targets(7, 77)
     loss, (dx, dw) = forward_backward(
         lambda x, w: ops.linear_cross_entropy(x, w, target), [x, w], None
     )
@@ -414,7 +515,7 @@ def test_inputs_unchanged(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (x, w, target), strict=True))
 
 
-def test_lse_of_a_long_row(isa: str) -> None:
+def check_lse_of_a_long_row() -> None:
     # One fp32 sum over 50,257 terms would cost 4e-6.
     logits = torch.randn(4, 50257)
     with poisoned():
@@ -430,9 +531,244 @@ def test_lse_of_a_long_row(isa: str) -> None:
     )
 
 
+def test_lse_of_a_long_row(isa: str) -> None:
+    check_lse_of_a_long_row()
+
+
+def test_triton_lse_of_a_long_row(triton: str) -> None:
+    check_lse_of_a_long_row()
+
+
 def test_an_empty_vocabulary_is_refused() -> None:
     target = torch.full((2,), -100)
     with pytest.raises(ValueError, match="V >= 1"):
         ops.linear_cross_entropy(torch.randn(2, 4), torch.randn(0, 4), target)
     with pytest.raises(ValueError, match="V >= 1"):
         ops.cross_entropy(torch.randn(2, 0), target)
+
+
+# What only the Triton kernels have: tiles, chunks of their own, int64 offsets, a GPU's semantics.
+
+
+def on_arch(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
+    """Use the tiles of that architecture."""
+    from gptfast.kernels.triton import target
+
+    monkeypatch.setattr(target, "arch", lambda: arch)
+
+
+def in_chunks(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
+    from gptfast.kernels.triton import cross_entropy
+
+    monkeypatch.setattr(cross_entropy, "CHUNK", n_bytes)
+
+
+def each_tile(table: dict, sizes: int) -> list[str]:
+    """Architectures that have all tiles between them.
+
+    In the interpreter only the first numbers count, the sizes: warps and stages do not exist there.
+    """
+    found: dict[str, str] = {}
+    for arch, tiles in table.items():
+        found.setdefault(str([tile if GPU else tile[:sizes] for tile in tiles.values()]), arch)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_triton_row_tiles(triton: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    from gptfast.kernels.triton import cross_entropy_rows
+
+    # More than one step of the longest, whole and ragged.
+    N, V = 2, 9001
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    target = torch.randint(V, (N,))
+    for arch in each_tile(cross_entropy_rows.ROW_TILES, 1):
+        on_arch(monkeypatch, arch)
+        check_cross_entropy([torch.randn(N, V).to(dtype)], target, "none", options)
+        check_linear(
+            lambda: (torch.randn(N, 7).to(dtype), torch.randn(V, 7).to(dtype)),
+            target,
+            "sum",
+            options,
+            4,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_triton_weight_tiles(
+    triton: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    from gptfast.kernels.triton import cross_entropy
+
+    # Three chunks of two steps of rows; tiles that fill, and do not fill, both dimensions.
+    N, V, C = 200, 140, 260
+    x = torch.randn(N, C).to(dtype)
+    dlogits = torch.randn(N, 256).to(dtype)
+    dlogits[:, V:] = torch.nan  # the padding
+    expected = dlogits[:, :V].double().T @ x.double()
+    plain = dlogits[:, :V].T @ x
+    for arch in each_tile(cross_entropy.WEIGHT_TILES, 3):
+        on_arch(monkeypatch, arch)
+        for kind in (dtype, torch.float32):
+            with poisoned():
+                dweight = torch.empty(V, C, dtype=kind)
+                low = torch.empty(V, C, dtype=torch.int16) if kind == dtype else None
+            for rows in (slice(0, 80), slice(80, 160), slice(160, N)):
+                cross_entropy._add_dweight(
+                    dweight, low, dlogits[rows, :V], x[rows], rows.start == 0, rows.stop == N
+                )
+            assert_parity("dweight", dweight, expected, plain.to(kind))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_triton_rows_off_16_bytes(triton: str, dtype: torch.dtype) -> None:
+    A = 16 // dtype.itemsize
+    for V in (1, 5, A, 2 * A + 3):
+        for shift in (0, 1, A - 1):
+            # A row stride that keeps the rows' alignment, and one that does not.
+            for stride in (V + 2 * A, V + A + 1):
+                memory = torch.full((3 * stride + A,), torch.nan, dtype=dtype)
+                logits = memory.as_strided((2, V), (stride, 1), shift)
+                logits.copy_(torch.randn(2, V))
+                target = torch.randint(V, (2,))
+                check_cross_entropy([logits], target, "none", {"label_smoothing": 0.1})
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("N", "C", "chunk"), [(7, 24, 3), (5, 7, 1), (4, 130, 4)], ids=["3,3,1", "1 each", "one"]
+)
+def test_triton_chunks(
+    triton: str, monkeypatch: pytest.MonkeyPatch, N: int, C: int, chunk: int, dtype: torch.dtype
+) -> None:
+    V = 211
+    in_chunks(monkeypatch, chunk * 256 * dtype.itemsize)
+    target = targets(N, V)
+
+    def make() -> tuple[Tensor, Tensor]:
+        return torch.randn(N, C).to(dtype), torch.randn(V, C).mul(0.3).to(dtype)
+
+    check_linear(make, target, "none", {}, 1)
+
+
+def test_triton_chunk_rows() -> None:
+    pytest.importorskip("triton")
+    from gptfast.kernels.triton.cross_entropy import CHUNK, chunk_rows
+
+    for V, itemsize in ((50257, 2), (50257, 4), (65, 2), (128_256, 2), (2**30, 2)):
+        row = (V + 127) // 128 * 128 * itemsize
+        for N in (1, 63, 1000, 16384, 10**6):
+            rows = chunk_rows(N, V, itemsize)
+            assert rows == 1 or rows * row <= CHUNK
+            # The matrix products like whole tiles, and as few chunks as there can be.
+            assert rows % 64 == 0 or 64 * row > CHUNK
+            unit = 64 if rows % 64 == 0 else 1
+            assert -(-N // rows) <= -(-N // max(1, CHUNK // row // unit * unit))
+    assert chunk_rows(0, 50257, 2) > 0
+    assert chunk_rows(16384, 50257, 2) * 50304 * 2 < 0.05 * 16384 * 50257 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_triton_sums_in_halves_are_fp32_sums(
+    triton: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    # A weight of fp32 gets its sums as they are; here the tiles of both are the same.
+    on_arch(monkeypatch, "sm_100")
+    N, V, C = 8, 211, 24
+    in_chunks(monkeypatch, 3 * 256 * dtype.itemsize)
+    x, w, target = torch.randn(N, C).to(dtype), torch.randn(V, C).to(dtype), targets(N, V)
+    op, dloss = torch.ops.gptfast.linear_cross_entropy_fwd_bwd, torch.rand(N)
+    low = op(x, w, target, dloss, -100, 0.0, 0.0)
+    high = op(x, w.float(), target, dloss, -100, 0.0, 0.0)
+    assert low[2].dtype == dtype and high[2].dtype == torch.float32
+    for a, b in zip(low, high, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
+def far_rows(N: int, width: int) -> Tensor:
+    """(N, width) fp16, the last rows past 2^31 elements; few pages of it are ever touched."""
+    stride = 2**30 + 5
+    memory = torch.empty((N - 1) * stride + width, dtype=torch.float16)
+    return memory.as_strided((N, width), (stride, 1)).copy_(torch.randn(N, width))
+
+
+def test_triton_offsets_are_int64(triton: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    N, V, C = 4, 37, 16
+    logits, target = far_rows(N, V), torch.randint(V, (N,))
+    near = logits.clone(memory_format=torch.contiguous_format)
+    op = torch.ops.gptfast
+    loss, lse = op.cross_entropy_fwd(logits, target, -100, 0.0, 0.0)
+    expected = op.cross_entropy_fwd(near, target, -100, 0.0, 0.0)
+    torch.testing.assert_close((loss, lse), expected, rtol=1e-6, atol=0)
+    dlogits = op.cross_entropy_bwd(torch.ones(N), logits, target, lse, -100, 0.0, 0.0)
+    expected = op.cross_entropy_bwd(torch.ones(N), near, target, lse, -100, 0.0, 0.0)
+    assert torch.equal(dlogits, expected)
+    in_chunks(monkeypatch, 2 * 128 * 2)
+    x, w, dloss = far_rows(N, C), torch.randn(V, C).half(), torch.rand(N)
+    near = x.clone(memory_format=torch.contiguous_format)
+    options = (target, dloss, -100, 0.0, 0.0)
+    for a, b in zip(
+        op.linear_cross_entropy_fwd_bwd(x, w, *options),
+        op.linear_cross_entropy_fwd_bwd(near, w, *options),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-6)
+
+
+def test_triton_same_bits_twice(triton: str) -> None:
+    logits, target, weight = torch.randn(5, 5003), targets(5, 5003), torch.randn(5003, 16)
+    functions: list[tuple[Callable, Sequence[Tensor]]] = [
+        (lambda x: ops.cross_entropy(x, target), [logits]),
+        (lambda x, w: ops.linear_cross_entropy(x, w, target), [logits[:, :16], weight]),
+    ]
+    for f, inputs in functions:
+        first, second = (forward_backward(f, inputs, None) for _ in range(2))
+        assert torch.equal(first[0], second[0])
+        assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_triton_target_out_of_range_is_nan_on_a_gpu(
+    triton: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # There, asking would synchronise; the interpreter runs on the CPU, so it must be told not to.
+    from gptfast.kernels.triton import cross_entropy
+
+    monkeypatch.setattr(cross_entropy, "check_targets", lambda *args: None)
+    logits, target = torch.randn(6, 9), torch.tensor([0, -1, 9, 2**40, -7, 8])
+    loss, lse = cross_entropy.cross_entropy_fwd(logits, target, -7, 0.1, 0.1)
+    spoiled = [False, True, True, True, False, False]
+    assert loss.isnan().tolist() == spoiled and loss[4] == 0
+    assert lse.isfinite().all()
+    dlogits = cross_entropy.cross_entropy_bwd(torch.ones(6), logits, target, lse, -7, 0.1, 0.1)
+    # As in the reference, the others' gradients are right, and no other memory is touched.
+    expected = reference.cross_entropy_bwd(torch.ones(6), logits, target, lse, -7, 0.1, 0.1)
+    torch.testing.assert_close(dlogits, expected, rtol=1e-5, atol=1e-6)
+    weight = torch.randn(9, 9)
+    linear = cross_entropy.linear_cross_entropy_fwd(logits, weight, target, -7, 0.0, 0.0)
+    assert linear.isnan().tolist() == spoiled
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest memory any operation returned."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, Tensor):
+                self.n_bytes = max(self.n_bytes, t.untyped_storage().nbytes())
+        return out
+
+
+def test_triton_logits_never_exist_at_once(triton: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptfast.kernels.triton import cross_entropy
+
+    N, V, C = 12, 1009, 2
+    chunk = 4 * 1024 * 2
+    in_chunks(monkeypatch, chunk)
+    x, w, target = torch.randn(N, C).half(), torch.randn(V, C).half(), targets(N, V)
+    with Largest() as largest:
+        cross_entropy.linear_cross_entropy_fwd(x, w, target, -100, 0.0, 0.0)
+        cross_entropy.linear_cross_entropy_fwd_bwd(x, w, target, torch.ones(N), -100, 0.0, 0.0)
+    assert largest.n_bytes == chunk > V * C * 2

@@ -1,0 +1,272 @@
+"""The row kernels of cross entropy: loss, gradient, and both at once.
+
+One program a row. Forward: each thread keeps the largest logit it saw and the sum of exponentials
+relative to it, rescaled once in 16 bytes of the row; only the last step joins the threads.
+Backward: dx_j = exp(x_j - lse) * factor - offset, and at the target what is left of 1.
+A row of odd V starts anywhere within 16 bytes (a granule of A values): whole granules move by
+128-bit instructions, the values of the row's two ragged ends, if any, by one vector of 2 A.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from gptfast.kernels.triton import target as compiled_for
+
+# Logits of 16 bits a step, and warps. "in place" reads a row twice: with few rows at work at once
+# the second time is from the L2.
+ROW_TILES = {
+    "sm_80": {"fwd": (4096, 8), "bwd": (4096, 8), "in place": (8192, 16)},
+    "sm_90": {"fwd": (4096, 8), "bwd": (4096, 8), "in place": (8192, 16)},
+    "sm_100": {"fwd": (4096, 8), "bwd": (4096, 8), "in place": (8192, 16)},
+    "gfx942": {"fwd": (4096, 4), "bwd": (4096, 4), "in place": (8192, 8)},
+}
+
+
+def row_tile(kind: str, dtype: torch.dtype) -> dict[str, int]:
+    block, num_warps = ROW_TILES[compiled_for.arch()][kind]
+    # As many bytes a step in every dtype.
+    return {"BLOCK": block * 2 // dtype.itemsize, "A": 16 // dtype.itemsize, "num_warps": num_warps}
+
+
+@triton.jit
+def _row(row, x_ptr, shift, stride, A: tl.constexpr):
+    """The granule in which a row starts, and where in it."""
+    # int64: row * V overflows int32 at 42,731 rows of GPT-2 logits.
+    start = row * stride + shift
+    granule = start // A * A
+    return x_ptr + granule, (start - granule).to(tl.int32)
+
+
+@triton.jit
+def _ragged(lo, hi, A: tl.constexpr):
+    """Positions in the first and the last granule, and which are the row's, not in a whole one."""
+    i = tl.arange(0, 2 * A)
+    last = hi // A * A
+    at = tl.where(i < A, i, last + i - A)
+    inside = tl.where(i < A, (lo > 0) & (i >= lo), (lo == 0) | (last > 0)) & (at < hi)
+    return at, inside
+
+
+@triton.jit
+def _row_loss(
+    x_ptr,
+    lo,
+    V,
+    target,
+    in_range,
+    wanted,
+    label_smoothing,
+    z_loss,
+    SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    A: tl.constexpr,
+):
+    """A row's loss, were it not ignored, its lse and its target's logit, all fp64."""
+    picked = tl.load(x_ptr + lo + tl.where(in_range, target, 0)).to(tl.float32)
+    # The mean is taken relative to one logit: sums of large numbers would round.
+    finite = (picked > float("-inf")) & (picked < float("inf"))
+    pivot = tl.where(finite, picked, 0.0)
+    hi = lo + V
+    at_ragged, inside = _ragged(lo, hi, A)
+    ragged = tl.load(x_ptr + at_ragged, mask=inside & wanted, other=float("-inf")).to(tl.float32)
+    top = tl.full([BLOCK // A], float("-inf"), tl.float32)
+    exps = tl.full([BLOCK // A], 0.0, tl.float32)
+    values = tl.full([BLOCK // A], 0.0, tl.float32)
+    for begin in range(0, hi, BLOCK):
+        granule = begin + tl.arange(0, BLOCK // A) * A
+        whole = ((granule >= lo) & (granule + A <= hi) & wanted)[:, None]
+        at = granule[:, None] + tl.arange(0, A)[None, :]
+        x = tl.load(x_ptr + at, mask=whole, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(top, tl.max(x, 1))
+        # -inf - -inf would be NaN; relative to any finite number, exp(-inf) is 0.
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        exps = exps * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
+        top = new
+        if SMOOTHING:
+            values += tl.sum(tl.where(whole, x - pivot, 0.0), 1)
+    highest = tl.maximum(tl.max(top, 0), tl.max(ragged, 0))
+    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    exp_sum = tl.sum(exps * tl.exp(top - safe), 0) + tl.sum(tl.exp(ragged - safe), 0)
+    # fp64 once a row: in fp32 a logit of 1e4 would cost the loss 5e-4.
+    lse = highest.to(tl.float64) + tl.log(exp_sum.to(tl.float64))
+    picked = picked.to(tl.float64)
+    loss = (1.0 - label_smoothing) * (lse - picked)
+    if SMOOTHING:
+        value_sum = tl.sum(values, 0) + tl.sum(tl.where(inside, ragged - pivot, 0.0), 0)
+        loss += label_smoothing * (lse - pivot.to(tl.float64) - value_sum.to(tl.float64) / V)
+    loss += z_loss * lse * lse
+    # Out of range can only be seen on a GPU: on the CPU it raised.
+    return tl.where(in_range, loss, float("nan")), lse, picked
+
+
+@triton.jit
+def _store_gradient(
+    dx_ptr,
+    x_ptr,
+    lo,
+    V,
+    target,
+    in_range,
+    ignored,
+    dloss,
+    lse,
+    picked,
+    label_smoothing,
+    z_loss,
+    BLOCK: tl.constexpr,
+    A: tl.constexpr,
+):
+    """The row's gradient at dx_ptr + lo, from its logits at x_ptr + lo; zeros if ignored."""
+    # lse in two parts: its fp32 rounding alone is 5e-4 at 1e4, a relative error of every p.
+    high = lse.to(tl.float32)
+    low = (lse - high.to(tl.float64)).to(tl.float32)
+    dloss = dloss.to(tl.float64)
+    z = 2.0 * z_loss * lse
+    share = dloss * label_smoothing / V
+    # In fp64, for it cancels when the target is nearly certain.
+    p = tl.exp(picked - lse)
+    dtarget = dloss * ((p - 1.0) + z * p + label_smoothing) - share
+    # An ignored row reads -inf for its logits: exp(-inf - 0) * 0 - 0, whatever dloss and lse are.
+    high = tl.where(ignored, 0.0, high)
+    factor = tl.where(ignored, 0.0, (dloss * (1.0 + z) * tl.exp(-low)).to(tl.float32))
+    offset = tl.where(ignored, 0.0, share.to(tl.float32))
+    dtarget = dtarget.to(tl.float32)
+    target_at = tl.where(in_range & (ignored == 0), lo + target, -1)
+    hi = lo + V
+    dtype = dx_ptr.dtype.element_ty
+    for begin in range(0, hi, BLOCK):
+        granule = begin + tl.arange(0, BLOCK // A) * A
+        whole = ((granule >= lo) & (granule + A <= hi))[:, None]
+        at = granule[:, None] + tl.arange(0, A)[None, :]
+        x = tl.load(x_ptr + at, mask=whole & (ignored == 0), other=float("-inf")).to(tl.float32)
+        dx = tl.where(at == target_at, dtarget, tl.exp(x - high) * factor - offset)
+        tl.store(dx_ptr + at, dx.to(dtype), mask=whole)
+    at, inside = _ragged(lo, hi, A)
+    x = tl.load(x_ptr + at, mask=inside & (ignored == 0), other=float("-inf")).to(tl.float32)
+    dx = tl.where(at == target_at, dtarget, tl.exp(x - high) * factor - offset)
+    tl.store(dx_ptr + at, dx.to(dtype), mask=inside)
+
+
+@triton.jit
+def cross_entropy_fwd_kernel(
+    logits_ptr,
+    target_ptr,
+    loss_ptr,
+    lse_ptr,
+    V,
+    shift,
+    stride,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    A: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    ignored = target == ignore_index
+    in_range = (target >= 0) & (target < V)
+    x_ptr, lo = _row(row, logits_ptr, shift, stride, A)
+    # Without lse to be stored, nobody asks for an ignored row's logits.
+    wanted = (ignored == 0) | (lse_ptr is not None)
+    loss, lse, _ = _row_loss(
+        x_ptr, lo, V, target, in_range, wanted, label_smoothing, z_loss, SMOOTHING, BLOCK, A
+    )
+    tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss).to(tl.float32))
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, lse)
+
+
+@triton.jit
+def cross_entropy_bwd_kernel(
+    dloss_ptr,
+    logits_ptr,
+    target_ptr,
+    lse_ptr,
+    dlogits_ptr,
+    V,
+    shift,
+    stride,
+    dloss_stride,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    SAME_RAGGED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    A: tl.constexpr,
+):
+    # Last rows first: the forward read them last, so the L2 still has some.
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    ignored = target == ignore_index
+    in_range = (target >= 0) & (target < V)
+    dx_ptr, lo = _row(row, dlogits_ptr, 0, V, A)
+    if SAME_RAGGED:
+        x_ptr, lo = _row(row, logits_ptr, shift, stride, A)
+    else:
+        x_ptr = logits_ptr + (row * stride + shift - lo)
+    picked = tl.load(x_ptr + lo + tl.where(in_range, target, 0)).to(tl.float64)
+    _store_gradient(
+        dx_ptr,
+        x_ptr,
+        lo,
+        V,
+        target,
+        in_range,
+        ignored,
+        tl.load(dloss_ptr + row * dloss_stride).to(tl.float32),
+        tl.load(lse_ptr + row),
+        picked,
+        label_smoothing,
+        z_loss,
+        BLOCK,
+        A,
+    )
+
+
+@triton.jit
+def linear_cross_entropy_rows_kernel(
+    logits_ptr,
+    target_ptr,
+    dloss_ptr,
+    loss_ptr,
+    V,
+    stride,
+    dloss_stride,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    A: tl.constexpr,
+):
+    """A chunk's loss; its logits become dlogits."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    ignored = target == ignore_index
+    in_range = (target >= 0) & (target < V)
+    x_ptr, lo = _row(row, logits_ptr, 0, stride, A)
+    loss, lse, picked = _row_loss(
+        x_ptr, lo, V, target, in_range, ignored == 0, label_smoothing, z_loss, SMOOTHING, BLOCK, A
+    )
+    tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss).to(tl.float32))
+    dloss = tl.load(dloss_ptr + row * dloss_stride).to(tl.float32)
+    # Every thread has read the target's logit, and its part of the row, before one is overwritten.
+    tl.debug_barrier()
+    _store_gradient(
+        x_ptr,
+        x_ptr,
+        lo,
+        V,
+        target,
+        in_range,
+        ignored,
+        dloss,
+        lse,
+        picked,
+        label_smoothing,
+        z_loss,
+        BLOCK,
+        A,
+    )
