@@ -192,7 +192,7 @@ def test_bad_logits_spoil_their_row_only(backend: str, poison: float) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}], ids=["", "all"])
-@pytest.mark.parametrize("N", [0, 1, 7])
+@pytest.mark.parametrize("N", [0, 1, 3])
 def test_nothing_counts(backend: str, N: int, options: dict) -> None:
     target = torch.full((N,), -100)
     weight = torch.randn(11, 4)
@@ -338,7 +338,7 @@ def test_linear_layouts(backend: str, kind: str) -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_linear_without_gradient_is_the_same_loss(backend: str, reduction: str) -> None:
-    x, w, target = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8), targets(20, 50)
+    x, w, target = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8), targets(6, 50)
     with_gradient = ops.linear_cross_entropy(x, w, target, reduction=reduction)
     with torch.no_grad():
         without = ops.linear_cross_entropy(x, w, target, reduction=reduction)
@@ -361,8 +361,8 @@ def test_linear_with_one_gradient(backend: str, which: str, reduction: str) -> N
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_linear_backward_twice(backend: str, reduction: str) -> None:
-    x, w = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    loss = ops.linear_cross_entropy(x, w, targets(20, 50), reduction=reduction).sum()
+    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    loss = ops.linear_cross_entropy(x, w, targets(6, 50), reduction=reduction).sum()
     once = torch.autograd.grad(loss, (x, w), retain_graph=True)
     twice = torch.autograd.grad(loss * -3.0, (x, w))
     for a, b in zip(once, twice, strict=True):
