@@ -100,13 +100,13 @@ class Kernel:
         """Programs that fit a multiprocessor at once."""
         chip = CHIPS[self.arch]
         threads = self.num_warps * chip.warp
-        # Registers are handed out to a warp in units of 256.
-        per_warp = -(-self.registers * chip.warp // 256) * 256
+        # Registers are handed out to the threads of a warp by eights.
+        per_warp = max(8, -(-self.registers // 8) * 8) * chip.warp
         return min(
             chip.programs,
             chip.threads // threads,
             chip.registers // (per_warp * self.num_warps),
-            chip.shared // (self.shared + chip.shared_reserved),
+            chip.shared // max(1, self.shared + chip.shared_reserved),
         )
 
 
@@ -136,14 +136,16 @@ def attention_cases() -> Iterator[Case]:
         attention.attention_fwd(q, k, k, D**-0.5, 0.0, None, kv_len)
 
     lengths = empty(B, dtype=torch.int64)
-    variants = [(dtype, D, 0.0, None) for dtype in (BF16, FP32) for D in (16, 32, 64, 80, 128)]
-    variants += [(FP16, 64, 0.0, None), (BF16, 64, 0.0, lengths)]
-    variants += [(dtype, D, 0.1, None) for dtype in (BF16, FP32) for D in (64, 128)]
+    dims = (16, 32, 64, 128, 256)
+    variants = [(dtype, D, 0.0, None) for dtype in (BF16, FP32) for D in dims]
+    variants += [(BF16, D, 0.1, None) for D in dims]
+    variants += [(BF16, 80, 0.0, None), (FP16, 64, 0.0, None), (BF16, 64, 0.0, lengths)]
+    variants += [(FP32, 64, 0.1, None)]
     for dtype, D, p, kv_len in variants:
         name = f"attention {NAMES[dtype]} D={D}{' dropout' if p else ''}"
         name += "" if kv_len is None else " kv_len"
         yield name, lambda v=(dtype, D, p, kv_len): training(*v)
-    for dtype, D in ((BF16, 16), (BF16, 32), (BF16, 64), (BF16, 80), (BF16, 128), (FP32, 64)):
+    for dtype, D in (*((BF16, D) for D in (*dims, 80)), (FP32, 64)):
         for Tk in (128, 1024):
             name = f"attention decode {NAMES[dtype]} D={D} Tk={Tk}"
             yield name, lambda v=(dtype, D, Tk, lengths): decode(*v)
@@ -367,13 +369,13 @@ def predictions(kernels: Iterable[Kernel]) -> str:
     """The cost model's table, for the kernels that it knows."""
     head = ["kernel", "tile", "programs/SM", "MB", "GFLOP", "waves", "us", "of the limit"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for k in kernels:
-        if k.arch == "sm_90" and k.kernel in COSTS and k.case in REFERENCE_CASES:
-            cost, seconds, fraction = predict(k.kernel, k.tile, k.programs)
-            waves = cost.programs / (SMS * k.programs)
-            cells = (k.kernel, k.tile, k.programs, f"{cost.n_bytes / 1e6:.0f}")
-            cells += (f"{cost.flops / 1e9:.1f}", f"{waves:.1f}", f"{seconds * 1e6:.0f}")
-            lines.append("| " + " | ".join(map(str, (*cells, f"{fraction:.0%}"))) + " |")
+    known = [k for k in kernels if k.kernel in COSTS and k.case in REFERENCE_CASES]
+    for k in {(k.kernel, k.tile): k for k in known if k.arch == "sm_90"}.values():
+        cost, seconds, fraction = predict(k.kernel, k.tile, k.programs)
+        waves = cost.programs / (SMS * k.programs)
+        cells = (k.kernel, k.tile, k.programs, f"{cost.n_bytes / 1e6:.0f}")
+        cells += (f"{cost.flops / 1e9:.1f}", f"{waves:.1f}", f"{seconds * 1e6:.0f}")
+        lines.append("| " + " | ".join(map(str, (*cells, f"{fraction:.0%}"))) + " |")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen before pyplot loads
 from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
-BENCHMARKS = ("attention", "cross_entropy", "adamw", "sampling", "train", "generate")
+BENCHMARKS = ("attention", "cross_entropy", "adamw", "sampling", "embedding", "train", "generate")
 
 
 @dataclass(frozen=True)
