@@ -210,20 +210,22 @@ def sampling_cases() -> Iterator[Case]:
         sampling.sample(empty(64, V, dtype=dtype), *numbers, *at)
 
     for dtype in (BF16, FP16, FP32):
-        yield f"sampling {NAMES[dtype]}", lambda v=(dtype, 50257): sample(*v)
+        for V in (50257, 1009):
+            yield f"sampling {NAMES[dtype]} V={V}", lambda v=(dtype, V): sample(*v)
 
 
 def embedding_cases() -> Iterator[Case]:
     embedding = _launchers("embedding")
 
-    def backward(dtype: torch.dtype) -> None:
-        dx, idx = empty(16, 1024, 768, dtype=dtype), empty(16, 1024, dtype=torch.int64)
-        weight = empty(50257, 768, dtype=dtype)
+    def backward(dtype: torch.dtype, C: int) -> None:
+        dx, idx = empty(16, 1024, C, dtype=dtype), empty(16, 1024, dtype=torch.int64)
+        weight = empty(50257, C, dtype=dtype)
         embedding.embedding_fwd(weight, idx)
         embedding.embedding_bwd(weight, dx, idx)
 
     for dtype in (BF16, FP16, FP32):
-        yield f"embedding {NAMES[dtype]}", lambda v=dtype: backward(v)
+        for C in (64, 128, 768):
+            yield f"embedding {NAMES[dtype]} C={C}", lambda v=(dtype, C): backward(*v)
 
 
 def all_cases() -> Iterator[Case]:
