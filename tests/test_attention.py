@@ -1,23 +1,26 @@
 """Attention: parity of output and gradients, masks, dropout, layouts, errors."""
 
+import importlib
+
 import pytest
 import torch
+from conftest import GPU
 from gptfast.kernels.reference import attention as reference
-from parity import DTYPES, check, forward_backward, poisoned
+from parity import DTYPES, assert_parity, check, forward_backward, poisoned
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.ops.library import use_backend
+from gptfast.ops.library import TRITON_MISSING, use_backend
 
 # (B, H, Tq, Tk, D)
 SMALL = [
     (1, 1, 1, 1, 16),
-    (2, 3, 2, 2, 16),
+    (2, 2, 2, 2, 16),
     (1, 2, 63, 63, 64),
     (2, 1, 100, 100, 80),
     (1, 2, 129, 129, 128),
     (1, 2, 33, 33, 7),
-    (3, 2, 1, 65, 64),
+    (2, 2, 1, 65, 64),
     (1, 2, 8, 77, 80),
     (1, 2, 9, 300, 20),
     (1, 2, 63, 129, 64),
@@ -57,17 +60,36 @@ def make(shape: tuple, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
     return {"q": q, "k": k, "v": v}, dout
 
 
+def interpreted(backend: str) -> bool:
+    """Whether kernels run in Triton's interpreter, and cases are better few and small."""
+    return backend == "triton" and not GPU
+
+
+def repeats(backend: str, Tq: int, Tk: int) -> range:
+    """How many cases to take together."""
+    return range(1 if interpreted(backend) and Tq * Tk > 100 else 4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SMALL, ids=shape_id)
 def test_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
-    check(ops.attention, defined, plain, *(make(shape, dtype) for _ in range(4)))
+    check(
+        ops.attention, defined, plain, *(make(shape, dtype) for _ in repeats(backend, *shape[2:4]))
+    )
+
+
+LONG = [(1, 2, 1000, 1000, 64), (1, 1, 200, 1000, 128), (1, 1, 1, 1000, 64)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "shape", [(1, 2, 1000, 1000, 64), (1, 1, 200, 1000, 128), (1, 1, 1, 1000, 64)], ids=shape_id
-)
+@pytest.mark.parametrize("shape", LONG, ids=shape_id)
 def test_parity_long(shape: tuple, dtype: torch.dtype) -> None:
+    check(ops.attention, defined, plain, make(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", LONG if GPU else [(1, 1, 280, 300, 64)], ids=shape_id)
+def test_triton_over_many_blocks(triton: str, shape: tuple, dtype: torch.dtype) -> None:
     check(ops.attention, defined, plain, make(shape, dtype))
 
 
@@ -88,7 +110,7 @@ def test_scale(backend: str, scale: float) -> None:
         lambda q, k, v: ops.attention(q, k, v, scale=scale),
         lambda q, k, v: defined(q, k, v, scale),
         lambda q, k, v: plain(q, k, v, scale),
-        *(make((1, 2, 37, 70, 20), torch.float32) for _ in range(4)),
+        *(make((1, 2, 37, 70, 20), torch.float32) for _ in repeats(backend, 37, 70)),
     )
 
 
@@ -96,7 +118,7 @@ def test_scale(backend: str, scale: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_kv_len(backend: str, Tq: int, dtype: torch.dtype) -> None:
     # Rows with no key, fewer keys than queries, some keys, all of them.
-    inputs, dout = make((4, 2, Tq, 130, 16), dtype)
+    inputs, dout = make((4, 1 if interpreted(backend) else 2, Tq, 130, 16), dtype)
     kv_len = torch.tensor([0, 3, 77, 130])
     functions = [
         lambda q, k, v: ops.attention(q, k, v, kv_len=kv_len),
@@ -123,7 +145,8 @@ def test_keys_past_kv_len_are_never_read(backend: str, Tq: int) -> None:
 @pytest.mark.parametrize("T", [20, 129], ids=lambda T: f"T{T}")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_dropout(backend: str, T: int, dtype: torch.dtype) -> None:
-    cases = [make((2, 2, T, T + 6, 16), dtype) for _ in range(4)]
+    B = 2 if T < 100 else 1
+    cases = [make((B, 2, T, T + 6, 16), dtype) for _ in repeats(backend, T, T)]
     p, seed = 0.25, 2**35 + 3
     keep = reference.dropout_scale(cases[0][0]["q"], cases[0][0]["k"], p, torch.tensor(seed))
     check(
@@ -134,7 +157,7 @@ def test_dropout(backend: str, T: int, dtype: torch.dtype) -> None:
     )
 
 
-def test_dropout_seed() -> None:
+def test_dropout_seed(backend: str) -> None:
     inputs, _ = make((1, 2, 40, 40, 16), torch.float32)
     first = ops.attention(*inputs.values(), dropout_p=0.5, seed=3)
     assert torch.equal(ops.attention(*inputs.values(), dropout_p=0.5, seed=torch.tensor(3)), first)
@@ -146,8 +169,8 @@ def packed(B: int, H: int, T: int, D: int, dtype: torch.dtype) -> list[Tensor]:
     return [x.unflatten(-1, (H, D)).transpose(1, 2) for x in qkv.chunk(3, -1)]
 
 
-def layout(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    B, H, T, D = 2, 3, 70, 16
+def layout(kind: str, dtype: torch.dtype, T: int = 70) -> dict[str, Tensor]:
+    B, H, D = 2, 3, 16
     if kind == "packed":
         tensors = packed(B, H, T, D, dtype)
     elif kind == "last dimension strided":
@@ -167,8 +190,8 @@ def layout(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
 )
 def test_layouts(backend: str, kind: str, gradient: str) -> None:
     cases = []
-    for _ in range(2):
-        inputs = layout(kind, torch.float32)
+    for _ in range(1 if interpreted(backend) else 2):
+        inputs = layout(kind, torch.float32, 20 if interpreted(backend) else 70)
         shape = inputs["q"].shape
         dout = {
             "dense": torch.randn(shape),
@@ -188,7 +211,7 @@ def test_layouts_in_16_bits(isa: str, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 8), (2, 63, 3, 16), (1, 129, 2, 80)],
+    [(1, 1, 1, 8), (2, 33, 3, 16), (1, 129, 2, 80)],
     ids=lambda s: "B{}-T{}-H{}-D{}".format(*s),
 )
 def test_packed_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
@@ -203,14 +226,14 @@ def test_packed_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
 
     cases = [
         ({"qkv": torch.randn(B, T, 3 * H * D).to(dtype)}, torch.randn(B, T, H * D).to(dtype))
-        for _ in range(4)
+        for _ in repeats(backend, T, T)
     ]
     check(lambda qkv: ops.attention_qkv(qkv, H), through(defined), through(plain), *cases)
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2, "seed": 9}, {"scale": 0.3}], ids=str)
 def test_packed_equals_unpacked(backend: str, options: dict) -> None:
-    B, T, H, D = 2, 70, 3, 16
+    B, T, H, D = 2, 20 if interpreted(backend) else 70, 3, 16
     qkv = torch.randn(T, B, 3 * H * D).transpose(0, 1)
     dout = torch.randn(B, T, H * D)
 
@@ -269,6 +292,14 @@ def test_empty(backend: str, shape: tuple) -> None:
     assert not dk.any() and not dv.any()
 
 
+@pytest.mark.parametrize("Tq", [1, 70, 129], ids=lambda Tq: f"Tq{Tq}")
+def test_triton_same_bits_twice(triton: str, Tq: int) -> None:
+    inputs, dout = make((2, 1, Tq, 129, 64), torch.float16)
+    first, second = (forward_backward(ops.attention, list(inputs.values()), dout) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
 def test_same_bits_twice_and_with_any_threads(isa: str, restore_threads: None) -> None:
     inputs, dout = make((2, 3, 129, 129, 64), torch.float32)
     runs = []
@@ -280,8 +311,9 @@ def test_same_bits_twice_and_with_any_threads(isa: str, restore_threads: None) -
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-def test_a_row_does_not_depend_on_its_batch(isa: str) -> None:
-    inputs, _ = make((3, 2, 40, 70, 16), torch.float32)
+@pytest.mark.parametrize("Tq", [1, 40], ids=lambda Tq: f"Tq{Tq}")
+def test_a_row_does_not_depend_on_its_batch(backend: str, Tq: int) -> None:
+    inputs, _ = make((3, 2, Tq, 70, 16), torch.float32)
     alone = ops.attention(*(x[1:2] for x in inputs.values()))
     assert torch.equal(ops.attention(*inputs.values())[1:2], alone)
 
@@ -331,12 +363,149 @@ def test_bad_packed_input(shape: tuple, n_head: int) -> None:
         ops.attention_qkv(torch.zeros(shape), n_head)
 
 
-def test_cpp_saves_what_the_reference_saves(isa: str) -> None:
-    inputs, dout = make((1, 2, 70, 90, 16), torch.float32)
-    kv_len = torch.tensor([80])
+@pytest.mark.parametrize("Tq", [1, 70], ids=lambda Tq: f"Tq{Tq}")
+def test_saves_what_the_reference_saves(backend: str, Tq: int) -> None:
+    # The first queries see no key: out 0, lse -inf.
+    inputs, _ = make((2, 2, Tq, 90, 16), torch.float32)
+    kv_len = torch.tensor([80, 60 if Tq > 1 else 0])
     arguments = (*inputs.values(), 0.25, 0.0, None, kv_len)
     out, lse = torch.ops.gptfast.attention_fwd(*arguments)
     with use_backend("reference"):
         out_reference, lse_reference = torch.ops.gptfast.attention_fwd(*arguments)
     torch.testing.assert_close(out, out_reference, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, lse_reference, rtol=1e-6, atol=1e-6)
+
+
+# What follows only the Triton kernels have: tiles, chunks of keys, groups of heads.
+
+
+def load(name: str):  # type: ignore[no-untyped-def]
+    """A module of kernels/triton; not at the top, as Triton need not be installed."""
+    return importlib.import_module(f"gptfast.kernels.triton.{name}")
+
+
+def configurations() -> list[tuple[str, str, int]]:
+    """(architecture, kind, head dim) for each shape of the three kernels' tiles, once."""
+    if TRITON_MISSING:
+        return []
+    tiles, seen = load("attention_tiles"), {}
+    for arch in tiles.FWD:
+        for kind, rows in tiles.FWD[arch].items():
+            for D in rows:
+                tables = (tiles.FWD, tiles.BWD_DQ, tiles.BWD_DK_DV)
+                blocks = tuple(table[arch][kind][D][:2] for table in tables)
+                # Padded head dims of one tile differ in nothing but D: the longest stands for them.
+                seen[kind, blocks, max(D, 64)] = arch, kind, max(D, 64)
+    return list(seen.values())
+
+
+@pytest.mark.parametrize(("arch", "kind", "BLOCK_D"), configurations())
+def test_triton_every_tile(
+    triton: str, monkeypatch: pytest.MonkeyPatch, arch: str, kind: str, BLOCK_D: int
+) -> None:
+    tiles = load("attention_tiles")
+    if GPU and tiles.target.arch() != arch:
+        pytest.skip("tiles of another GPU")
+    monkeypatch.setattr(tiles.target, "arch", lambda: arch)
+    # Two blocks of queries and of keys, the last of each not whole.
+    rows = [t[arch][kind][BLOCK_D] for t in (tiles.FWD, tiles.BWD_DQ, tiles.BWD_DK_DV)]
+    Tq = max(row[0] for row in rows) + 3
+    Tk = Tq + 5
+    dtype = torch.float32 if kind == "fp32" else torch.float16
+    case = make((1, 1, Tq, Tk, BLOCK_D - 2), dtype)
+    p = 0.2 if "dropout" in kind else 0.0
+    keep = reference.dropout_scale(case[0]["q"], case[0]["k"], p, torch.tensor(5))
+    check(
+        lambda q, k, v: ops.attention(q, k, v, dropout_p=p, seed=5),
+        lambda q, k, v: defined(q, k, v, None, p, 5),
+        lambda q, k, v: plain(q, k, v, None, keep),
+        case,
+    )
+
+
+@pytest.mark.parametrize(("Tq", "Tk"), [(64, 64), (37, 51)])
+def test_triton_dropout_mask_is_the_references(triton: str, Tq: int, Tk: int) -> None:
+    # Equal scores and the unit matrix for V: out is the mask, over how many keys a query sees.
+    shape, p, seed = (2, 2, Tq, 64), 0.3, -7
+    q, k = torch.zeros(shape), torch.zeros(2, 2, Tk, 64)
+    v = torch.eye(Tk, 64).expand(2, 2, Tk, 64)
+    expected = (reference.dropout_scale(q, k, p, torch.tensor(seed)) > 0) & visible(Tq, Tk, None)
+    out = ops.attention(q, k, v, dropout_p=p, seed=seed)
+    assert torch.equal(out[..., :Tk] > 0, expected)
+    # In the backward of V: dV = P^T dO, with the unit matrix for dO.
+    dout = torch.eye(Tq, 64).expand(shape)
+    _, (_, _, dv) = forward_backward(
+        lambda *x: ops.attention(*x, dropout_p=p, seed=seed), [q, k, v], dout
+    )
+    assert torch.equal(dv[..., :Tq].mT > 0, expected)
+
+
+# (size, strides) such that the last element is past 2^31: by batch, head, row of a tile, tile.
+WIDE = {
+    "batch": ((3, 1, 20), (2**30, 0, 128)),
+    "head": ((1, 3, 20), (0, 2**30, 128)),
+    "row": ((1, 1, 34), (0, 0, 2**26)),
+    "block": ((1, 1, 70), (0, 0, 2**25)),
+}
+
+
+@pytest.mark.parametrize(("size", "strides"), WIDE.values(), ids=WIDE)
+def test_triton_offsets_past_2_to_the_31(triton: str, size: tuple, strides: tuple) -> None:
+    # 5 GB of address space, of which one page a row is ever touched.
+    T, D = size[2], 16
+    numel = sum((n - 1) * s for n, s in zip(size, strides, strict=True)) + 8 * D
+    store = torch.empty(numel, dtype=torch.float16)
+    q, k, v, dout, out, dq, dk, dv = (
+        store[i * D :].as_strided((*size, D), (*strides, 1)) for i in range(8)
+    )
+    for x in (q, k, v, dout):
+        x.copy_(torch.randn(*size, D))
+    attention, options = load("attention"), (0.25, 0.0, None, None)
+    dense = [x.contiguous() for x in (q, k, v, dout)]
+    expected, lse = attention.attention_fwd(*dense[:3], *options)
+    attention._fwd(q, k, v, out, torch.empty_like(lse), *options)
+    assert torch.equal(out, expected)
+    grads = attention.attention_bwd(dense[3], *dense[:3], expected, lse, *options)
+    attention._bwd(dout, q, k, v, out, lse, (dq, dk, dv), *options)
+    assert all(torch.equal(a, b) for a, b in zip((dq, dk, dv), grads, strict=True))
+    one = attention.attention_fwd(q[:, :, T - 1 :], k, v, *options)[0]
+    assert torch.equal(
+        one, attention.attention_fwd(dense[0][:, :, T - 1 :], *dense[1:3], *options)[0]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_triton_decoding_in_chunks_of_keys(triton: str, dtype: torch.dtype) -> None:
+    chunk = load("attention_decode").CHUNK
+    inputs, _ = make((5, 2, 1, 2 * chunk + 70, 20), dtype)
+    q, k, v = inputs.values()
+    lengths = [0, 1, chunk, chunk + 1, 2 * chunk + 70]
+    kv_len = torch.tensor(lengths)
+    out = ops.attention(q, k, v, kv_len=kv_len)
+    ref = defined(*(x.double() for x in (q, k, v)), kv_len=kv_len)
+    assert_parity("out", out, ref, plain(q, k, v, kv_len=kv_len))
+    for b, length in enumerate(lengths):
+        if length:
+            # The same bits alone, and from a cache no longer than need be.
+            alone = [x[b : b + 1] for x in (q, k[:, :, :length], v[:, :, :length])]
+            assert torch.equal(ops.attention(*alone), out[b : b + 1])
+
+
+def test_triton_decoding_over_many_chunks(triton: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # More chunks than the combining kernel takes at a time.
+    monkeypatch.setattr(load("attention_decode"), "CHUNK", 64)
+    inputs, _ = make((1, 1, 1, 64 * 18 + 5, 16), torch.float32)
+    q, k, v = inputs.values()
+    out = ops.attention(q, k, v)
+    assert_parity("out", out, defined(*(x.double() for x in (q, k, v))), plain(q, k, v))
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_triton_groups_of_heads(triton: str, monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    inputs, dout = make((1, 3, 130, 130, 16), torch.float16)
+    expected, grads = forward_backward(ops.attention, list(inputs.values()), dout)
+    monkeypatch.setattr(load("attention"), "GROUP_BYTES", group * 2 * 130 * 16 * 2)
+    with poisoned():
+        out, regrouped = forward_backward(ops.attention, list(inputs.values()), dout)
+    assert torch.equal(out, expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, regrouped, strict=True))

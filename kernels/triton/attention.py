@@ -52,12 +52,6 @@ def _rows(view, head, H, rows, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _mask(rows, n_rows, D, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
-    mask = (rows < n_rows)[:, None]
-    return mask if EVEN_D else mask & (tl.arange(0, BLOCK_D) < D)[None, :]
-
-
-@triton.jit
 def _length(kv_len_ptr, head, H, Tk):
     """The length that aligns the queries, and how many keys there are."""
     if kv_len_ptr is None:
@@ -97,7 +91,8 @@ def attention_fwd_kernel(
     queries = first + tl.arange(0, BLOCK_M)
     length, n_keys = _length(kv_len_ptr, head, H, Tk)
     last, full, end = _key_range(first, length, n_keys, Tq, BLOCK_M)
-    q_mask = _mask(queries, Tq, D, BLOCK_D, EVEN_D)
+    in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    q_mask = (queries < Tq)[:, None] & in_d
     q_tile = tl.load(_rows(q, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
     if NEGATIVE:
         q_tile = -q_tile
@@ -110,7 +105,7 @@ def attention_fwd_kernel(
     for start in tl.range(0, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         row = tl.cast(start, tl.int64)
-        mask = _mask(keys, n_keys, D, BLOCK_D, EVEN_D)
+        mask = (keys < n_keys)[:, None] if EVEN_D else (keys < n_keys)[:, None] & in_d
         k_tile = tl.load(k_ptrs + row * k[3], mask=mask, other=0.0)
         v_tile = tl.load(v_ptrs + row * v[3], mask=mask, other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
@@ -142,10 +137,11 @@ def _dq_blocks(
     dropout, head, position, BLOCK_N: tl.constexpr, EVEN_D: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Over the keys: add to total = sum P and delta = sum P dP if SUMS, else to dq = dS K."""
+    in_d = (tl.arange(0, q_tile.shape[1]) < D)[None, :]
     for start in tl.range(0, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         row = tl.cast(start, tl.int64)
-        mask = _mask(keys, n_keys, D, q_tile.shape[1], EVEN_D)
+        mask = (keys < n_keys)[:, None] if EVEN_D else (keys < n_keys)[:, None] & in_d
         k_tile = tl.load(k_ptrs + row * k[3], mask=mask, other=0.0)
         v_tile = tl.load(v_ptrs + row * v[3], mask=mask, other=0.0)
         if q_tile.dtype == tl.float32:
@@ -181,7 +177,8 @@ def attention_bwd_dq_kernel(
     queries = first + tl.arange(0, BLOCK_M)
     length, n_keys = _length(kv_len_ptr, head, H, Tk)
     last, full, end = _key_range(first, length, n_keys, Tq, BLOCK_M)
-    q_mask = _mask(queries, Tq, D, BLOCK_D, EVEN_D)
+    in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    q_mask = (queries < Tq)[:, None] & in_d
     q_tile = tl.load(_rows(q, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
     dout_tile = tl.load(_rows(dout, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
     rows = head.to(tl.int64) * Tq + queries
@@ -231,7 +228,8 @@ def attention_bwd_dk_dv_kernel(
     key = block * BLOCK_N
     keys = key + tl.arange(0, BLOCK_N)
     length, n_keys = _length(kv_len_ptr, head, H, Tk)
-    k_mask = _mask(keys, n_keys, D, BLOCK_D, EVEN_D)
+    in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    k_mask = (keys < n_keys)[:, None] & in_d
     k_tile = tl.load(_rows(k, head, H, keys, BLOCK_D), mask=k_mask, other=0.0)
     v_tile = tl.load(_rows(v, head, H, keys, BLOCK_D), mask=k_mask, other=0.0)
     # Queries before `first` see none of the keys, those from `full` on all that are there.
@@ -251,7 +249,7 @@ def attention_bwd_dk_dv_kernel(
     for start in tl.range(first, Tq, BLOCK_M):
         queries = start + tl.arange(0, BLOCK_M)
         row = tl.cast(start, tl.int64)
-        mask = _mask(queries, Tq, D, BLOCK_D, EVEN_D)
+        mask = (queries < Tq)[:, None] if EVEN_D else (queries < Tq)[:, None] & in_d
         q_tile = tl.load(q_ptrs + row * q[3], mask=mask, other=0.0)
         dout_tile = tl.load(dout_ptrs + row * dout[3], mask=mask, other=0.0)
         # Of a query past the last, P = exp2(-inf).
@@ -278,7 +276,7 @@ def attention_bwd_dk_dv_kernel(
             ds = tl.where(last[None, :] > 0, ds, 0.0)
         dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
 
-    k_mask = _mask(keys, Tk, D, BLOCK_D, EVEN_D)
+    k_mask = (keys < Tk)[:, None] & in_d
     seen = (keys < n_keys)[:, None]
     dv_scale = 1.0 if dropout is None else dropout[2]
     dk_tile = tl.where(seen, dk_acc * scale, 0.0).to(k_tile.dtype)
@@ -319,7 +317,7 @@ def _fwd(
     if Tq == 1 and dropout_p == 0:
         attention_decode(_view(q), _view(k), _view(v), _view(out), lse, scale, kv_len)
         return
-    blocks, options = tile(FWD, q.dtype, D)
+    blocks, options = tile(FWD, q.dtype, D, dropout_p > 0)
     # exp2(c S - max) takes c > 0: the sign is q's, and 2^-120 makes every P 1 but -inf's.
     c = max(abs(scale) * LOG2E.value, 2.0**-120)
     attention_fwd_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
@@ -365,12 +363,12 @@ def _bwd(
     delta = torch.empty_like(lse)
     total = torch.empty_like(lse) if q.dtype == torch.float32 else None
     common = (Tq, Tk, H, B * H, _group(k), D, scale, _dropout(dropout_p, seed), kv_len)
-    blocks, options = tile(BWD_DQ, q.dtype, D)
+    blocks, options = tile(BWD_DQ, q.dtype, D, dropout_p > 0)
     attention_bwd_dq_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
         dout_view, q_view, k_view, v_view, _view(out), lse, dq, delta, total, *common,
         **blocks, **options,
     )  # fmt: skip
-    blocks, options = tile(BWD_DK_DV, q.dtype, D)
+    blocks, options = tile(BWD_DK_DV, q.dtype, D, dropout_p > 0)
     attention_bwd_dk_dv_kernel[(triton.cdiv(Tk, blocks["BLOCK_N"]) * B * H,)](
         dout_view, q_view, k_view, v_view, lse, delta, total, dk, dv, *common, **blocks, **options
     )
