@@ -226,6 +226,35 @@ def test_float64_is_served_by_the_reference(isa: str) -> None:
         assert torch.equal(drawn, ops.sample(logits, top_k=5, seed=1))
 
 
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):  # type: ignore[no-untyped-def]
+        return None
+
+
+def test_an_undefined_gradient_is_none_at_all() -> None:
+    x, w = randn(2, 12, 24, grad=True), randn(40, 8, grad=True)
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in x.chunk(3, -1))
+    head, target = randn(24, 8, grad=True), torch.arange(24)
+    outputs = [
+        ops.attention(q, k, v),
+        ops.attention_qkv(x, 2),
+        ops.cross_entropy(head @ w.T, target),
+        ops.linear_cross_entropy(head, w, target),
+        ops.linear_cross_entropy(head, w, target, reduction="none"),
+        ops.embedding(target, w)[0],
+        ops.embedding(target, w)[1],
+    ]
+    for out in outputs:
+        (NoGradient.apply(out).sum() + x.sum() + w.sum() + head.sum()).backward()
+    assert torch.equal(x.grad, torch.full_like(x, len(outputs)))
+    assert torch.equal(w.grad, torch.full_like(w, len(outputs)))
+
+
 class Recorder:
     """Counts calls of the reference by replacing what `use_backend` finds there."""
 

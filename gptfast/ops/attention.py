@@ -69,6 +69,8 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+    if dout is None:
+        return (None,) * 7
     q, k, v, out, lse, seed, kv_len = ctx.saved_tensors
     grads = _bwd(dout, q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed, kv_len)
     return *grads, None, None, None, None
@@ -82,6 +84,8 @@ def _qkv_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _qkv_backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+    if dout is None:
+        return (None,) * 6
     qkv, out, lse, seed, kv_len = ctx.saved_tensors
     dqkv = _qkv_bwd(dout, qkv, out, lse, ctx.n_head, ctx.scale, ctx.dropout_p, seed, kv_len)
     return dqkv, None, None, None, None, None

@@ -76,6 +76,8 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dloss, dlse):  # type: ignore[no-untyped-def]
+    if dloss is None:
+        return (None,) * 5
     logits, target, lse = ctx.saved_tensors
     return _bwd(dloss, logits, target, lse, *ctx.options), None, None, None, None
 
@@ -98,6 +100,8 @@ def _fused_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _fused_backward(ctx, dtotal, _, __):  # type: ignore[no-untyped-def]
+    if dtotal is None:
+        return (None,) * 7
     # The forward computed both gradients for dtotal = 1.
     grads = list(ctx.saved_tensors)
     if _owned(dtotal):
