@@ -25,7 +25,8 @@ lint: $(VENV)/ready-lint
 bench: $(VENV)/ready-test
 	$(BIN)/python bench/run.py --quick
 
-# On a machine with a GPU, whose torch, triton and pytest serve: no network and no compiler needed.
+# On a machine with a GPU, whose torch, triton, pytest, hypothesis, scipy and C compiler (Triton's)
+# serve: neither the network nor the C++ extension is needed.
 gpu:
 	GPTFAST_SKIP_EXTENSION=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps --editable .
 	$(PYTHON) bench/gpu.py

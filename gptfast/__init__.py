@@ -1,4 +1,4 @@
-"""GPT-2 training and generation in PyTorch, its hot core in hand-written C++ kernels."""
+"""GPT-2 training and generation in PyTorch, its hot core in hand-written C++ and Triton kernels."""
 
 from gptfast import ops
 from gptfast.config import GPTConfig, TrainConfig

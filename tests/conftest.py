@@ -42,6 +42,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _at_level(request.param)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on the Triton kernels: `pytest -m triton` is what a GPU is needed for."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        on_backend = callspec is not None and callspec.params.get("backend") == "triton"
+        if on_backend or "triton" in getattr(item, "fixturenames", ()):
+            item.add_marker("triton")
+
+
 def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:
     if TRITON_MISSING:
         pytest.skip(TRITON_MISSING)

@@ -511,6 +511,10 @@ def test_rows_that_cannot_be_sampled(backend: str, bad: str, V: int, temperature
             logits[1, column] = float(bad.split()[1])
         else:
             logits[1] = float(bad.split()[1])
+        if logits.is_cuda:  # asking would synchronise
+            drawn = ops.sample(logits, temperature=temperature)
+            assert drawn[1] == -1 and drawn[0] >= 0 and drawn[2] >= 0
+            continue
         with pytest.raises(ValueError, match="row 1 has NaN"):
             ops.sample(logits, temperature=temperature)
 
