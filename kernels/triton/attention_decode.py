@@ -13,8 +13,9 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-BLOCK_N = 64
-CHUNK = 4 * BLOCK_N
+# Keys a program takes, and elements of K and of V in a block of them.
+CHUNK = 256
+BLOCK_SIZE = 4096
 BLOCK_C = 16
 
 
@@ -132,6 +133,7 @@ def attention_decode(
         acc = lse.new_empty(B * H, n_chunks, D)
         peak, total = lse.new_empty(2, B * H, n_chunks)
     BLOCK_D = max(16, triton.next_power_of_2(D))
+    BLOCK_N = min(64, BLOCK_SIZE // BLOCK_D)
     attention_decode_kernel[(B * H, n_chunks)](
         q, k, v, out, lse, acc, peak, total, Tk, H, n_chunks, D, scale * LOG2E.value, kv_len,
         CHUNK=CHUNK, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=BLOCK_D == D, num_warps=4,

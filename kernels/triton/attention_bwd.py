@@ -1,0 +1,204 @@
+"""Attention, backward: one kernel for dQ, one for dK and dV. The maths: attention.py."""
+
+import torch
+import triton
+import triton.language as tl
+from gptfast.kernels.triton.attention_fwd import (
+    LOG2E,
+    dropout_of,
+    group_of,
+    keep,
+    key_range,
+    length_of,
+    program,
+    rows_of,
+    view_of,
+)
+from gptfast.kernels.triton.attention_tiles import BWD_DK_DV, BWD_DQ, tile
+from torch import Tensor
+
+
+@triton.jit
+def _dq_blocks(
+    dq, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, lse, last, full, end, n_keys, D, c,
+    dropout, head, position, BLOCK_N: tl.constexpr, EVEN_D: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Over the keys: add to total = sum P and delta = sum P dP if SUMS, else to dq = dS K."""
+    in_d = (tl.arange(0, q_tile.shape[1]) < D)[None, :]
+    for start in tl.range(0, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        row = tl.cast(start, tl.int64)
+        mask = (keys < n_keys)[:, None] if EVEN_D else (keys < n_keys)[:, None] & in_d
+        k_tile = tl.load(k_ptrs + row * k[3], mask=mask, other=0.0)
+        v_tile = tl.load(v_ptrs + row * v[3], mask=mask, other=0.0)
+        if q_tile.dtype == tl.float32:
+            # The products of the other kernel, to the bit; and these shapes need fewer registers.
+            s = tl.trans(tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"))
+            dp = tl.trans(tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee"))
+        else:
+            s = tl.dot(q_tile, tl.trans(k_tile))
+            dp = tl.dot(dout_tile, tl.trans(v_tile))
+        p = tl.exp2(s * c - lse[:, None])
+        if start + BLOCK_N > full:
+            p = tl.where(keys[None, :] <= last[:, None], p, 0.0)
+        if dropout is not None:
+            dp = tl.where(keep(dropout, head, position, start, BLOCK_N), dp * dropout[2], 0.0)
+        if SUMS:
+            total += tl.sum(p, 1)
+            delta += tl.sum(p * dp, 1)
+        else:
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+    return dq, total, delta
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "n_heads", "group"])
+def attention_bwd_dq_kernel(
+    dout, q, k, v, out, lse_ptr, dq, delta_ptr, total_ptr, Tq, Tk, H, n_heads, group, D, scale, c,
+    dropout, kv_len_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(Tq, BLOCK_M)
+    head, block = program(n_blocks, n_heads, group)
+    first = (n_blocks - 1 - block) * BLOCK_M
+    queries = first + tl.arange(0, BLOCK_M)
+    length, n_keys = length_of(kv_len_ptr, head, H, Tk)
+    last, full, end = key_range(first, length, n_keys, Tq, BLOCK_M)
+    in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    q_mask = (queries < Tq)[:, None] & in_d
+    q_tile = tl.load(rows_of(q, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
+    dout_tile = tl.load(rows_of(dout, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
+    rows = head.to(tl.int64) * Tq + queries
+    lse = tl.load(lse_ptr + rows, mask=queries < Tq, other=0.0) * LOG2E
+    k_ptrs = rows_of(k, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
+    v_ptrs = rows_of(v, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    if total_ptr is None:
+        out_tile = tl.load(rows_of(out, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
+        delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    else:
+        # lse rounded to fp32 is off by |lse| * 6e-8, and every P of the query with it: up to 8
+        # times the error of PyTorch's own gradients. So the sums of P and P dP are taken anew.
+        acc, total, delta = _dq_blocks(
+            acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, lse, last, full, end,
+            n_keys, D, c, dropout, head, Tk - Tq + queries, BLOCK_N, EVEN_D, True,
+        )  # fmt: skip
+        total = tl.where(total == 0.0, 1.0, total)
+        delta /= total
+        tl.store(total_ptr + rows, total, mask=queries < Tq)
+    tl.store(delta_ptr + rows, delta, mask=queries < Tq)
+
+    # A query that sees one key has dS = 0, to the bit, so P may be 0 here. dP - delta would be the
+    # difference of two roundings.
+    lse = tl.where(last > 0, lse, float("inf"))
+    acc, _, _ = _dq_blocks(
+        acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, lse, last, full, end,
+        n_keys, D, c, dropout, head, Tk - Tq + queries, BLOCK_N, EVEN_D, False,
+    )  # fmt: skip
+    if total_ptr is not None:
+        acc /= total[:, None]
+    dq_tile = (acc * scale).to(q_tile.dtype)
+    tl.store(rows_of(dq, head, H, queries, BLOCK_D), dq_tile, mask=q_mask)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "n_heads", "group"])
+def attention_bwd_dk_dv_kernel(
+    dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dk, dv, Tq, Tk, H, n_heads, group, D, scale, c,
+    dropout, kv_len_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):  # fmt: skip
+    head, block = program(tl.cdiv(Tk, BLOCK_N), n_heads, group)
+    key = block * BLOCK_N
+    keys = key + tl.arange(0, BLOCK_N)
+    length, n_keys = length_of(kv_len_ptr, head, H, Tk)
+    in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    k_mask = (keys < n_keys)[:, None] & in_d
+    k_tile = tl.load(rows_of(k, head, H, keys, BLOCK_D), mask=k_mask, other=0.0)
+    v_tile = tl.load(rows_of(v, head, H, keys, BLOCK_D), mask=k_mask, other=0.0)
+    # Queries before `first` see none of the keys, those from `full` on all that are there.
+    first = tl.maximum(key - (length - Tq), 0) // BLOCK_M * BLOCK_M
+    first = tl.where(key < n_keys, first, Tq)
+    full = tl.minimum(key + BLOCK_N, n_keys) - 1 - (length - Tq)
+    q_ptrs = rows_of(q, head, H, tl.arange(0, BLOCK_M), BLOCK_D)
+    dout_ptrs = rows_of(dout, head, H, tl.arange(0, BLOCK_M), BLOCK_D)
+    lse_ptr += head.to(tl.int64) * Tq
+    delta_ptr += head.to(tl.int64) * Tq
+    if total_ptr is not None:
+        total_ptr += head.to(tl.int64) * Tq
+
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in tl.range(first, Tq, BLOCK_M):
+        queries = start + tl.arange(0, BLOCK_M)
+        row = tl.cast(start, tl.int64)
+        mask = (queries < Tq)[:, None] if EVEN_D else (queries < Tq)[:, None] & in_d
+        q_tile = tl.load(q_ptrs + row * q[3], mask=mask, other=0.0)
+        dout_tile = tl.load(dout_ptrs + row * dout[3], mask=mask, other=0.0)
+        # Of a query past the last, P = exp2(-inf).
+        lse = tl.load(lse_ptr + queries, mask=queries < Tq, other=float("inf")) * LOG2E
+        delta = tl.load(delta_ptr + queries, mask=queries < Tq, other=0.0)
+        # (keys, queries), as is all below, so that P and dS need not pass through shared memory.
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+        dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+        p = tl.exp2(s * c - lse[None, :])
+        last = tl.minimum(length - Tq + queries, n_keys - 1)
+        if start < full:
+            p = tl.where(keys[:, None] <= last[None, :], p, 0.0)
+        if total_ptr is not None:
+            p /= tl.load(total_ptr + queries, mask=queries < Tq, other=1.0)[None, :]
+        kept = p
+        if dropout is not None:
+            kept_at = tl.trans(keep(dropout, head, Tk - Tq + queries, key, BLOCK_N))
+            kept = tl.where(kept_at, p, 0.0)
+            dp = tl.where(kept_at, dp * dropout[2], 0.0)
+        dv_acc = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        if start == first:
+            # Queries that see one key: dS is 0 to the bit, as above.
+            ds = tl.where(last[None, :] > 0, ds, 0.0)
+        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
+
+    k_mask = (keys < Tk)[:, None] & in_d
+    seen = (keys < n_keys)[:, None]
+    dv_scale = 1.0 if dropout is None else dropout[2]
+    dk_tile = tl.where(seen, dk_acc * scale, 0.0).to(k_tile.dtype)
+    dv_tile = tl.where(seen, dv_acc * dv_scale, 0.0).to(v_tile.dtype)
+    tl.store(rows_of(dk, head, H, keys, BLOCK_D), dk_tile, mask=k_mask)
+    tl.store(rows_of(dv, head, H, keys, BLOCK_D), dv_tile, mask=k_mask)
+
+
+def fill_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    kv_len: Tensor | None,
+) -> None:
+    """Fill grads: dq (B, H, Tq, D), dk and dv (B, H, Tk, D)."""
+    B, H, Tq, D = q.shape
+    Tk = k.shape[2]
+    dout_view, q_view, k_view, v_view = (view_of(x) for x in (dout, q, k, v))
+    dq, dk, dv = (view_of(x) for x in grads)
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    total = torch.empty_like(lse) if q.dtype == torch.float32 else None
+    c = scale * LOG2E.value
+    common = (Tq, Tk, H, B * H, group_of(k), D, scale, c, dropout_of(dropout_p, seed), kv_len)
+    blocks, options = tile(BWD_DQ, q.dtype, D, dropout_p > 0)
+    attention_bwd_dq_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
+        dout_view, q_view, k_view, v_view, view_of(out), lse, dq, delta, total, *common,
+        **blocks, **options,
+    )  # fmt: skip
+    blocks, options = tile(BWD_DK_DV, q.dtype, D, dropout_p > 0)
+    attention_bwd_dk_dv_kernel[(triton.cdiv(Tk, blocks["BLOCK_N"]) * B * H,)](
+        dout_view, q_view, k_view, v_view, lse, delta, total, dk, dv, *common, **blocks, **options
+    )

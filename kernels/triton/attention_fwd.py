@@ -1,0 +1,170 @@
+"""Attention, forward: the kernel, and what it shares with the backward. The maths: attention.py."""
+
+import triton
+import triton.language as tl
+from gptfast.kernels.triton.attention_decode import attention_decode
+from gptfast.kernels.triton.attention_tiles import FWD, tile
+from gptfast.kernels.triton.philox import in_order, philox, uniform
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# What the heads of one group may read again and again: a third of an H100's L2 cache.
+GROUP_BYTES = 16 << 20
+
+# In what follows a view is (pointer, stride of b, stride of h, stride of t) of (B, H, T, D), and
+# dropout is None or (pointer to the seed, p, 1 / (1 - p)).
+
+
+@triton.jit
+def program(n_blocks, n_heads, group):
+    """The head and the block of this program: group by group of heads, block by block."""
+    pid = tl.program_id(0)
+    first = pid // (group * n_blocks) * group
+    rest = pid - first * n_blocks
+    size = tl.minimum(group, n_heads - first)
+    return first + rest % size, rest // size
+
+
+@triton.jit
+def rows_of(view, head, H, rows, BLOCK_D: tl.constexpr):
+    """Pointers to (rows, BLOCK_D) of one head."""
+    # int64: long sequences, packed ones above all, pass 2^31 elements.
+    start = view[0] + (head // H).to(tl.int64) * view[1] + (head % H).to(tl.int64) * view[2]
+    return start + rows.to(tl.int64)[:, None] * view[3] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def length_of(kv_len_ptr, head, H, Tk):
+    """The length that aligns the queries, and how many keys there are."""
+    if kv_len_ptr is None:
+        return Tk, Tk
+    else:
+        length = tl.load(kv_len_ptr + head // H).to(tl.int32)
+        return length, tl.minimum(length, Tk)
+
+
+@triton.jit
+def key_range(first, length, n_keys, Tq, BLOCK_M: tl.constexpr):
+    """The last key each query of a block sees, how many all of them see, how many any sees."""
+    last = tl.minimum(length - Tq + first + tl.arange(0, BLOCK_M), n_keys - 1)
+    full = tl.minimum(length - Tq + first + 1, n_keys)
+    return last, full, tl.minimum(length - Tq + tl.minimum(first + BLOCK_M, Tq), n_keys)
+
+
+@triton.jit
+def keep(dropout, head, position, key, BLOCK_N: tl.constexpr):
+    """Whether dropout keeps the probabilities of the queries at `position`, keys from `key` on."""
+    counters = (key // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+    zeros = tl.zeros([position.shape[0], BLOCK_N // 4], tl.int32)
+    seed = tl.load(dropout[0])
+    words = philox(zeros + counters, zeros + position[:, None], zeros + head, zeros + 1, seed)
+    return uniform(in_order(words[0], words[1], words[2], words[3])) >= dropout[1]
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "n_heads", "group"])
+def attention_fwd_kernel(
+    q, k, v, out, lse_ptr, Tq, Tk, H, n_heads, group, D, c, dropout, kv_len_ptr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(Tq, BLOCK_M)
+    head, block = program(n_blocks, n_heads, group)
+    first = (n_blocks - 1 - block) * BLOCK_M
+    queries = first + tl.arange(0, BLOCK_M)
+    length, n_keys = length_of(kv_len_ptr, head, H, Tk)
+    last, full, end = key_range(first, length, n_keys, Tq, BLOCK_M)
+    in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    q_mask = (queries < Tq)[:, None] & in_d
+    q_tile = tl.load(rows_of(q, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
+    if NEGATIVE:
+        q_tile = -q_tile
+    k_ptrs = rows_of(k, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
+    v_ptrs = rows_of(v, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    for start in tl.range(0, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        row = tl.cast(start, tl.int64)
+        mask = (keys < n_keys)[:, None] if EVEN_D else (keys < n_keys)[:, None] & in_d
+        k_tile = tl.load(k_ptrs + row * k[3], mask=mask, other=0.0)
+        v_tile = tl.load(v_ptrs + row * v[3], mask=mask, other=0.0)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        if start + BLOCK_N > full:
+            s = tl.where(keys[None, :] <= last[:, None], s, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1) * c)
+        # Of a query that has seen no key yet, -inf - -inf would be NaN.
+        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        p = tl.exp2(s * c - shift[:, None])
+        rescale = tl.exp2(peak - shift)
+        total = total * rescale + tl.sum(p, 1)
+        if dropout is not None:
+            p = tl.where(keep(dropout, head, Tk - Tq + queries, start, BLOCK_N), p, 0.0)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
+        peak = new_peak
+
+    # A query that sees no key: out is 0, lse -inf.
+    total = tl.where(total == 0.0, 1.0, total)
+    scale = 1.0 / total if dropout is None else dropout[2] / total
+    out_tile = (acc * scale[:, None]).to(q_tile.dtype)
+    tl.store(rows_of(out, head, H, queries, BLOCK_D), out_tile, mask=q_mask)
+    lse_ptrs = lse_ptr + head.to(tl.int64) * Tq + queries
+    tl.store(lse_ptrs, peak * LN2 + tl.log(total), mask=queries < Tq)
+
+
+def view_of(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """A (B, H, T, D) tensor as kernels take it, copied if its last dimension is not contiguous."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, *x.stride()[:3]
+
+
+def group_of(k: Tensor) -> int:
+    """How many heads' keys and values, or queries and gradients, share the L2 cache."""
+    return max(1, GROUP_BYTES // max(1, 2 * k.shape[2] * k.shape[3] * k.element_size()))
+
+
+def dropout_of(dropout_p: float, seed: Tensor | None) -> tuple[Tensor, float, float] | None:
+    return (seed, dropout_p, 1.0 / (1.0 - dropout_p)) if dropout_p > 0 else None
+
+
+def fill_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    kv_len: Tensor | None,
+) -> None:
+    """Fill out (B, H, Tq, D) and lse (B, H, Tq)."""
+    B, H, Tq, D = q.shape
+    Tk = k.shape[2]
+    if Tq == 1 and dropout_p == 0:
+        attention_decode(view_of(q), view_of(k), view_of(v), view_of(out), lse, scale, kv_len)
+        return
+    blocks, options = tile(FWD, q.dtype, D, dropout_p > 0)
+    # exp2(c S - max) takes c > 0: the sign is q's, and 2^-120 makes every P 1 but -inf's.
+    c = max(abs(scale) * LOG2E.value, 2.0**-120)
+    attention_fwd_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
+        view_of(q),
+        view_of(k),
+        view_of(v),
+        view_of(out),
+        lse,
+        Tq,
+        Tk,
+        H,
+        B * H,
+        group_of(k),
+        D,
+        c,
+        dropout_of(dropout_p, seed),
+        kv_len,
+        **blocks,
+        NEGATIVE=scale < 0,
+        **options,
+    )
