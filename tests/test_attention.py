@@ -293,7 +293,7 @@ def test_empty(backend: str, shape: tuple) -> None:
     assert not dk.any() and not dv.any()
 
 
-@pytest.mark.parametrize("Tq", [1, 70, 129], ids=lambda Tq: f"Tq{Tq}")
+@pytest.mark.parametrize("Tq", [1, 129], ids=lambda Tq: f"Tq{Tq}")
 def test_triton_same_bits_twice(triton: str, Tq: int) -> None:
     inputs, dout = make((2, 1, Tq, 129, 64), torch.float16)
     first, second = (forward_backward(ops.attention, list(inputs.values()), dout) for _ in range(2))
