@@ -6,7 +6,9 @@
 #include <fstream>
 #include <set>
 
+#include "arena.h"
 #include "common.h"
+#include "matmul.h"
 
 namespace gptfast {
 namespace {
@@ -68,6 +70,7 @@ pybind11::dict build_info() {
   info["openmp"] = false;
 #endif
   info["openmp_runtimes"] = openmp_runtimes();
+  info["matmul"] = matmul_provider();
   info["threads"] = at::get_num_threads();
   return info;
 }
@@ -82,4 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "gptfast's C++ kernels; the operators register themselves with PyTorch on import.";
   m.def("build_info", &gptfast::build_info, "Level, compiler, OpenMP and threads of this build.");
   m.def("set_isa", &gptfast::set_isa, "Choose the instruction-set level: default, avx2 or avx512.");
+  m.def("set_matmul_provider", &gptfast::set_matmul_provider,
+        "Who multiplies fp32 matrices: 'gptfast', 'library', or '' to let the CPU decide.");
+  m.def("empty_cache", &gptfast::empty_cache, "Give the memory of tensors that are gone back to the system.");
 }

@@ -53,6 +53,9 @@ struct CrossEntropyLoops {
   void (*fwd)(const CrossEntropyArgs&, int64_t begin, int64_t end);      // rows
   void (*bwd)(const CrossEntropyArgs&, int64_t begin, int64_t end);      // rows
   void (*fwd_bwd)(const CrossEntropyArgs&, int64_t begin, int64_t end);  // each row while it is in cache
+  // marks[j] = whether a row of x (N, V) has an entry |x_j| above its limit, columns begin .. end
+  void (*mark)(Dtype, const void* x, int64_t N, int64_t V, const float* limits, uint8_t* marks, int64_t begin,
+               int64_t end);
 };
 
 struct AdamWTensor {
@@ -88,6 +91,48 @@ struct SamplingLoops {
   void (*sample)(const SamplingArgs&, int64_t begin, int64_t end);  // rows
 };
 
+// c (M x N) = a (M x K) b (K x N), strides in elements; then + bias (N,), or added to c.
+struct MatmulArgs {
+  int64_t M, N, K;
+  const float* a;
+  int64_t a_row, a_col;
+  const float* b;
+  int64_t b_row, b_col;
+  float* c;
+  int64_t ldc;
+  const float* bias;  // or null
+  bool accumulate;
+};
+struct MatmulLoops {
+  int64_t tile_rows, tile_columns;
+  void (*run)(const MatmulArgs&, int64_t m0, int64_t m1, int64_t n0, int64_t n1);  // a rectangle of c
+};
+
+// Layer norm of x (N, C) to y (N, C). Backward, y is the gradient of the output.
+struct NormArgs {
+  Dtype x_dtype, y_dtype;  // the same, or x is fp32
+  int64_t N, C;
+  float eps;
+  bool fresh;  // whether stats are to be computed
+  const void* x;
+  const float *weight, *bias;  // (C,)
+  float* stats;                // (N, 2): mean, 1 / standard deviation
+  void* y;
+  void* dx;
+  float *dweight, *dbias;
+};
+struct NormLoops {
+  void (*normalize)(const NormArgs&, int64_t begin, int64_t end);    // rows
+  void (*bwd_columns)(const NormArgs&, int64_t begin, int64_t end);  // columns from a multiple of 64 on
+  void (*bwd_rows)(const NormArgs&, int64_t begin, int64_t end);     // rows; dx may be y
+  void (*sum_columns)(Dtype, const void* x, int64_t N, int64_t C, float* to, int64_t begin, int64_t end);
+};
+
+struct MlpLoops {
+  void (*gelu_fwd)(Dtype, const void* x, void* y, int64_t begin, int64_t end);            // elements
+  void (*gelu_bwd)(Dtype, const void* x, void* y, void* dy, int64_t begin, int64_t end);  // elements
+};
+
 // Each level's loops, by the name of the operation; without x86's levels every name is the generic one.
 namespace generic {
 extern const AttentionFwdLoops attention_fwd;
@@ -95,6 +140,9 @@ extern const AttentionBwdLoops attention_bwd;
 extern const CrossEntropyLoops cross_entropy;
 extern const AdamWLoops adamw;
 extern const SamplingLoops sampling;
+extern const MatmulLoops matmul;
+extern const NormLoops norm;
+extern const MlpLoops mlp;
 }  // namespace generic
 #ifdef __x86_64__
 namespace avx2 {
@@ -103,6 +151,9 @@ extern const AttentionBwdLoops attention_bwd;
 extern const CrossEntropyLoops cross_entropy;
 extern const AdamWLoops adamw;
 extern const SamplingLoops sampling;
+extern const MatmulLoops matmul;
+extern const NormLoops norm;
+extern const MlpLoops mlp;
 }  // namespace avx2
 namespace avx512 {
 extern const AttentionFwdLoops attention_fwd;
@@ -110,6 +161,9 @@ extern const AttentionBwdLoops attention_bwd;
 extern const CrossEntropyLoops cross_entropy;
 extern const AdamWLoops adamw;
 extern const SamplingLoops sampling;
+extern const MatmulLoops matmul;
+extern const NormLoops norm;
+extern const MlpLoops mlp;
 }  // namespace avx512
 #else
 namespace avx2 = generic;

@@ -78,6 +78,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield request.param
 
 
+@pytest.fixture(params=["library", "gptfast"])
+def products(request: pytest.FixtureRequest, isa: str) -> Iterator[str]:
+    """Who multiplies fp32 matrices, at each instruction-set level."""
+    EXTENSION.set_matmul_provider(request.param)
+    yield request.param
+    EXTENSION.set_matmul_provider("")
+
+
 @pytest.fixture
 def triton(request: pytest.FixtureRequest) -> Iterator[str]:
     """The Triton kernels alone: for what only they do, or what the others do not differ in."""

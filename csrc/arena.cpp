@@ -1,0 +1,111 @@
+#include "arena.h"
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <map>
+#include <mutex>
+
+namespace gptfast {
+namespace {
+
+constexpr size_t PAGE = 4096;
+constexpr size_t SMALLEST = size_t{1} << 20;
+
+// First fit by address: what a step frees, the next one finds again, and the range stays short.
+class Arena final : public c10::Allocator {
+ public:
+  Arena() {
+    const size_t size = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    void* start = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start != MAP_FAILED) free_.emplace(static_cast<char*>(start), size);
+  }
+
+  // Null where no block is large enough, as where the system lends no such range.
+  char* find(size_t bytes) {
+    const std::lock_guard lock(mutex_);
+    for (auto block = free_.begin(); block != free_.end(); ++block) {
+      const auto [start, size] = *block;
+      if (size < bytes) continue;
+      free_.erase(block);
+      if (size > bytes) free_.emplace(start + bytes, size - bytes);
+      used_.emplace(start, bytes);
+      return start;
+    }
+    return nullptr;
+  }
+
+  at::DataPtr allocate(size_t n) override {
+    const size_t bytes = (std::max(n, size_t{1}) + PAGE - 1) / PAGE * PAGE;
+    if (char* start = find(bytes)) return {start, start, &give_back, at::kCPU};
+    return c10::GetAllocator(at::kCPU)->allocate(n);
+  }
+  at::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, size_t n) const override { default_copy_data(to, from, n); }
+
+  void empty_cache() {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [start, size] : free_) madvise(start, size, MADV_DONTNEED);
+  }
+
+ private:
+  static void give_back(void* start);
+
+  void insert(char* start) {
+    const std::lock_guard lock(mutex_);
+    const auto used = used_.find(start);
+    size_t size = used->second;
+    used_.erase(used);
+    auto next = free_.lower_bound(start);
+    if (next != free_.end() && start + size == next->first) {
+      size += next->second;
+      next = free_.erase(next);
+    }
+    if (next != free_.begin()) {
+      const auto before = std::prev(next);
+      if (before->first + before->second == start) {
+        before->second += size;
+        return;
+      }
+    }
+    free_.emplace(start, size);
+  }
+
+  std::mutex mutex_;
+  std::map<char*, size_t> free_, used_;  // start and bytes of each block
+};
+
+Arena& arena() {
+  static Arena* const one = new Arena;  // never destroyed: tensors may outlive every static
+  return *one;
+}
+
+void Arena::give_back(void* start) { arena().insert(static_cast<char*>(start)); }
+
+bool by_torch(int64_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  return true;  // which sees past the end of a malloc's block, but not of ours
+#else
+  const auto& context = at::globalContext();
+  // Where new memory is to be filled with NaN, torch does it.
+  return bytes < static_cast<int64_t>(SMALLEST) ||
+         (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory());
+#endif
+}
+
+}  // namespace
+
+at::Tensor make_tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const auto dtype = c10::typeMetaToScalarType(options.dtype());
+  const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
+  if (by_torch(bytes)) return at::empty(sizes, at::TensorOptions().dtype(dtype));
+  return at::detail::empty_generic(sizes, &arena(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
+}
+
+void empty_cache() { arena().empty_cache(); }
+
+}  // namespace gptfast

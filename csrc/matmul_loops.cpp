@@ -1,0 +1,163 @@
+// A matrix product in the manner of GotoBLAS (Goto and van de Geijn, 2008): operands are repacked into
+// panels that a register tile of MR x NR reads in order. KC terms of a panel of B stay in the first
+// cache, a block of A in the second, and C is met once per block of K while it is near.
+//
+// Every element of C is the sum of the same chains of KC terms whatever the split of the work, so that
+// the number of threads changes no bit.
+#include <utility>
+
+#include "simd.h"
+
+namespace gptfast::GPTFAST_LEVEL {
+namespace {
+
+constexpr int64_t NV = 3;                // with MR: 24 of 32 or 12 of 16 registers hold the tile
+constexpr int64_t MR = W == 16 ? 8 : 4;  // 8 x 48 divides every width of GPT-2's layers
+constexpr int64_t NR = NV * W;
+constexpr int64_t KC = 256;
+constexpr int64_t MC = 96;
+constexpr int64_t LONGEST = 4 * KC;             // terms of B packed at once,
+constexpr int64_t B_FLOATS = int64_t{1} << 20;  // and floats: a share of the last cache
+
+template <size_t... I>
+inline vf interleave_low(vf a, vf b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * W)...);
+}
+template <size_t... I>
+inline vf interleave_high(vf a, vf b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + W / 2 + I % 2 * W)...);
+}
+// W x W in registers: interleaving the halves log2(W) times.
+inline void transpose(vf* x) {
+  constexpr auto lanes = std::make_index_sequence<W>();
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+    vf y[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      y[2 * i] = interleave_low(x[i], x[i + W / 2], lanes);
+      y[2 * i + 1] = interleave_high(x[i], x[i + W / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) x[i] = y[i];
+  }
+}
+
+// to[k * P + p] = x[p * x_p + k * x_k] for p < n, else 0. May write W floats past the panel.
+template <int64_t P>
+void pack(const float* x, int64_t x_p, int64_t x_k, int64_t n, int64_t K, float* to) {
+  int64_t k = 0;
+  if (n == P && x_p == 1)
+    for (; k < K; ++k) memcpy(to + k * P, x + k * x_k, sizeof(float) * P);
+  if (n == P && x_k == 1)
+    for (; k + W <= K; k += W)
+      for (int64_t p = 0; p < P; p += W) {
+        vf block[W];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < W; ++i) block[i] = p + i < P ? load(x + (p + i) * x_p + k) : vf{};
+        transpose(block);
+    // In order: where P < W, a store's surplus is what the next one overwrites.
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < W; ++i) store(to + (k + i) * P + p, block[i]);
+      }
+  for (; k < K; ++k)
+    for (int64_t p = 0; p < P; ++p) to[k * P + p] = p < n ? x[p * x_p + k * x_k] : 0.0f;
+}
+
+// C (MR x NR) = or += the product of two panels of K terms, or that and the bias.
+void tile(int64_t K, const float* a, const float* b, float* c, int64_t ldc, bool accumulate, const float* bias) {
+  vf acc[MR][NV];
+#pragma GCC unroll 8
+  for (int64_t m = 0; m < MR; ++m) {
+#pragma GCC unroll 3
+    for (int64_t n = 0; n < NV; ++n) {
+      acc[m][n] = vf{};
+      __builtin_prefetch(c + m * ldc + n * W, 1);
+    }
+  }
+  for (int64_t k = 0; k < K; ++k, a += MR, b += NR) {
+    vf row[NV];
+#pragma GCC unroll 3
+    for (int64_t n = 0; n < NV; ++n) row[n] = load(b + n * W);
+#pragma GCC unroll 8
+    for (int64_t m = 0; m < MR; ++m) {
+      const vf x = splat(a[m]);
+#pragma GCC unroll 3
+      for (int64_t n = 0; n < NV; ++n) acc[m][n] += x * row[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t m = 0; m < MR; ++m)
+#pragma GCC unroll 3
+    for (int64_t n = 0; n < NV; ++n) {
+      float* to = c + m * ldc + n * W;
+      vf sum = acc[m][n];
+      if (accumulate) sum += load(to);
+      if (bias) sum += load(bias + n * W);
+      store(to, sum);
+    }
+}
+
+// The same for the rows x columns that are left at C's border.
+void border(int64_t rows, int64_t columns, int64_t K, const float* a, const float* b, float* c, int64_t ldc,
+            bool accumulate, const float* bias) {
+  float sums[MR * NR];
+  tile(K, a, b, sums, NR, false, nullptr);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < columns; ++n) {
+      float sum = sums[m * NR + n];
+      if (accumulate) sum += c[m * ldc + n];
+      if (bias) sum += bias[n];
+      c[m * ldc + n] = sum;
+    }
+}
+
+// A block of at most MC rows of C, for K terms whose panels of B are packed.
+void block(const MatmulArgs& args, int64_t m, int64_t rows, int64_t n, int64_t columns, int64_t k, int64_t K, float* a,
+           const float* b) {
+  for (int64_t i = 0; i < rows; i += MR)
+    pack<MR>(args.a + (m + i) * args.a_row + k * args.a_col, args.a_row, args.a_col, smaller(MR, rows - i), K,
+             a + i * K);
+  const bool accumulate = args.accumulate || k > 0;
+  for (int64_t j = 0; j < columns; j += NR) {
+    const float* bias = args.bias && k == 0 ? args.bias + n + j : nullptr;
+    for (int64_t i = 0; i < rows; i += MR) {
+      float* c = args.c + (m + i) * args.ldc + n + j;
+      if (columns - j >= NR && rows - i >= MR)
+        tile(K, a + i * K, b + j * K, c, args.ldc, accumulate, bias);
+      else
+        border(smaller(MR, rows - i), smaller(NR, columns - j), K, a + i * K, b + j * K, c, args.ldc, accumulate, bias);
+    }
+  }
+}
+
+// Rows m0 .. m1 and columns n0 .. n1 of C.
+void run(const MatmulArgs& args, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+  if (m0 >= m1 || n0 >= n1) return;
+  const int64_t blocks = (args.K + KC - 1) / KC, terms = (args.K + blocks - 1) / blocks;
+  const int64_t longest = smaller(blocks, LONGEST / KC) * terms;
+  const int64_t widest = smaller(B_FLOATS / longest / NR * NR, round_up(n1 - n0, NR));
+  Scratch scratch(longest * widest + MC * terms + 4 * W);
+  float *b = scratch.take(longest * widest + W), *a = scratch.take(MC * terms + W);
+  for (int64_t n = n0; n < n1; n += widest) {
+    const int64_t columns = smaller(widest, n1 - n), padded = round_up(columns, NR);
+    for (int64_t k0 = 0; k0 < args.K; k0 += longest) {
+      const int64_t k1 = smaller(args.K, k0 + longest);
+      for (int64_t k = k0; k < k1; k += terms)
+        for (int64_t j = 0; j < columns; j += NR) {
+          const int64_t K = smaller(terms, k1 - k);
+          pack<NR>(args.b + (n + j) * args.b_col + k * args.b_row, args.b_col, args.b_row, smaller(NR, columns - j), K,
+                   b + (k - k0) * padded + j * K);
+        }
+      for (int64_t m = m0; m < m1; m += MC)
+        for (int64_t k = k0; k < k1; k += terms)
+          block(args, m, smaller(MC, m1 - m), n, columns, k, smaller(terms, k1 - k), a, b + (k - k0) * padded);
+    }
+  }
+}
+
+}  // namespace
+
+const MatmulLoops matmul = {MR, NR, run};
+
+}  // namespace gptfast::GPTFAST_LEVEL

@@ -1,0 +1,77 @@
+"""The memory that tensors of the C++ kernels come from: reused, given back, never shared."""
+
+import threading
+
+import pytest
+import torch
+
+from gptfast import ops
+from gptfast.ops.library import EXTENSION
+
+pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
+
+MB = 2**18  # floats
+
+
+def tensor(megabytes: int, value: float) -> torch.Tensor:
+    """An output of an operation of so many MB, and of one value."""
+    x = torch.full((256, 1), value)
+    return ops.linear(x, torch.ones(megabytes * MB // 256, 1))
+
+
+def test_memory_is_reused_and_never_shared() -> None:
+    first = tensor(4, 1.0)
+    address = first.data_ptr()
+    view = first[1:]
+    del first
+    second = tensor(4, 2.0)
+    assert second.data_ptr() != address and (view == 1).all()  # the view keeps it
+    del view
+    third = tensor(3, 3.0)
+    assert third.data_ptr() == address
+    fourth = tensor(1, 4.0)  # the rest of the first
+    assert address < fourth.data_ptr() < address + 4 * MB * 4
+    for t, value in ((second, 2), (third, 3), (fourth, 4)):
+        assert (t == value).all()
+
+
+def test_neighbours_that_are_free_become_one() -> None:
+    blocks = [tensor(2, float(i)) for i in range(3)]
+    address = min(t.data_ptr() for t in blocks)
+    whole = {t.data_ptr() - address for t in blocks}
+    for i in (1, 0, 2):
+        blocks[i] = None
+    if whole == {0, 2 * MB * 4, 4 * MB * 4}:
+        assert tensor(6, 1.0).data_ptr() == address
+
+
+def test_tensors_outlive_the_cache() -> None:
+    kept, gone = tensor(3, 5.0), tensor(3, 6.0)
+    del gone
+    EXTENSION.empty_cache()
+    assert (kept == 5).all()
+    assert (tensor(3, 7.0) == 7).all()
+
+
+def test_storage_can_be_resized_and_shared() -> None:
+    x = tensor(2, 3.0)
+    x.untyped_storage().resize_(16)
+    assert x.untyped_storage().nbytes() == 16
+    y = tensor(2, 4.0).share_memory_()
+    assert y.is_shared() and (y == 4).all()
+
+
+def test_threads() -> None:
+    wrong = []
+
+    def work(value: float) -> None:
+        for size in (1, 3, 2, 4) * 5:
+            if not (tensor(size, value) == value).all():
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
