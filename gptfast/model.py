@@ -41,6 +41,10 @@ class KVCache:
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
+def _parts(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    return norm.weight, norm.bias, norm.eps
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -48,18 +52,24 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, seed: Tensor | int, cache: KVCache | None, layer: int) -> Tensor:
-        qkv = self.c_attn(x)  # (B, T, 3C)
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, seed: Tensor | int, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        qkv = ops.linear(x, self.c_attn.weight, self.c_attn.bias, norm=_parts(norm))  # (B, T, 3C)
+        out = self._attend(qkv, seed, cache, layer)  # (B, T, C)
+        return ops.linear(out, self.c_proj.weight, self.c_proj.bias)
+
+    def _attend(self, qkv: Tensor, seed: Tensor | int, cache: KVCache | None, layer: int) -> Tensor:
         if cache is None:
             p = self.dropout if self.training else 0.0
-            return self.c_proj(ops.attention_qkv(qkv, self.n_head, dropout_p=p, seed=seed))
-        B, T, C = x.shape
+            return ops.attention_qkv(qkv, self.n_head, dropout_p=p, seed=seed)
+        B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
         q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(
             2, 0, 3, 1, 4
         )  # (B, H, T, D)
         kv_len = cache.length + T if cache.ragged else None
         out = ops.attention(q, *cache.append(layer, k, v), kv_len=kv_len)  # (B, H, T, D)
-        return self.c_proj(out.transpose(1, 2).reshape(B, T, C))
+        return out.transpose(1, 2).reshape(B, T, C)
 
 
 class MLP(nn.Module):
@@ -68,8 +78,9 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
+        return ops.mlp(x, *layers, norm=_parts(norm))
 
 
 class Block(nn.Module):
@@ -82,8 +93,8 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, seed: Tensor | int, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x), seed, cache, layer))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        x = x + self.drop(self.attn(x, self.ln_1, seed, cache, layer))
+        return x + self.drop(self.mlp(x, self.ln_2))
 
 
 class GPT(nn.Module):

@@ -97,6 +97,49 @@ def embedding_samples(gradient: bool) -> list[tuple]:
     return [*zip(weights, rows, idx, strict=True), (weights[0], randn(4, 3).T, idx[0])]
 
 
+def layer_samples(shapes: list[tuple[int, ...]]) -> list[tuple]:
+    """Arguments of layers of these shapes with a norm, without one, and in two dtypes."""
+    layers = [randn(*shape, grad=True) for shape in shapes]
+    norm = randn(4, grad=True), randn(4, grad=True), 1e-5
+    low = [t.detach().bfloat16() for t in layers]
+    return [
+        (randn(3, 4, grad=True), *norm, *layers),
+        (randn(4, 3, grad=True).T, None, None, 0.0, *layers),
+        (randn(1, 4).expand(3, 4), *norm, *low),
+    ]
+
+
+def linear_layer_samples() -> list[tuple]:
+    return [*layer_samples([(7, 4), (7,)]), (randn(3, 4), None, None, 0.0, randn(7, 4), None)]
+
+
+def linear_layer_bwd_samples() -> list[tuple]:
+    result = []
+    for x, *norm, weight, bias in linear_layer_samples():
+        y, stats = gptfast_ops.linear_fwd(x.detach(), *norm, weight, bias)
+        for needs in ((True, True), (True, False), (False, True)):
+            result.append(detached(torch.ones_like(y), x, *norm, weight, bias, stats, *needs))
+    return result
+
+
+def mlp_samples() -> list[tuple]:
+    return layer_samples([(6, 4), (6,), (4, 6), (4,)])
+
+
+def mlp_bwd_samples() -> list[tuple]:
+    result = []
+    for x, *norm_and_layers in mlp_samples():
+        y, h, stats = gptfast_ops.mlp_fwd(x, *norm_and_layers)
+        for needs in ((True, True, True), (False, True, False), (True, False, True)):
+            dy = torch.ones_like(y)
+            result.append(detached(dy, x, h, stats, *norm_and_layers, *needs))
+    return result
+
+
+def detached(*arguments: object) -> tuple:
+    return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+
+
 def adamw_samples() -> list[tuple]:
     def state(dtype: torch.dtype) -> tuple:
         params = [randn(3, 4, dtype=dtype), randn(5, 2, dtype=dtype).T]
@@ -141,6 +184,10 @@ def samples(name: str) -> list[tuple]:
         "cross_entropy_bwd": cross_entropy_bwd_samples,
         "linear_cross_entropy_fwd": linear_samples,
         "linear_cross_entropy_fwd_bwd": linear_bwd_samples,
+        "linear_fwd": linear_layer_samples,
+        "linear_bwd": linear_layer_bwd_samples,
+        "mlp_fwd": mlp_samples,
+        "mlp_bwd": mlp_bwd_samples,
         "scale_": lambda: [([randn(3, 4), randn(5, 2, dtype=torch.bfloat16).T], torch.tensor(0.5))],
         "embedding_fwd": lambda: embedding_samples(gradient=False),
         "embedding_bwd": lambda: embedding_samples(gradient=True),

@@ -1,8 +1,10 @@
-"""The operations: attention, cross entropy, embedding, AdamW, sampling. One file, one word each."""
+"""The operations, one file and one word each; AdamW's public face is `gptfast.AdamW`."""
 
 from gptfast.ops.attention import attention, attention_qkv
 from gptfast.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from gptfast.ops.embedding import embedding
+from gptfast.ops.linear import linear
+from gptfast.ops.mlp import mlp
 from gptfast.ops.sampling import sample
 
 __all__ = [
@@ -10,6 +12,8 @@ __all__ = [
     "attention_qkv",
     "cross_entropy",
     "embedding",
+    "linear",
     "linear_cross_entropy",
+    "mlp",
     "sample",
 ]

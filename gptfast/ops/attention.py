@@ -93,8 +93,8 @@ def _qkv_backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
 
 register_autograd(_fwd, _backward, _setup)
 register_autograd(_qkv_fwd, _qkv_backward, _qkv_setup)
-register_autocast(_fwd, n_tensors=3)
-register_autocast(_qkv_fwd, n_tensors=1)
+register_autocast(_fwd, tensors=range(3))
+register_autocast(_qkv_fwd, tensors=range(1))
 
 
 def _check_options(dropout_p: float, kv_len: Tensor | None, B: int, device: torch.device) -> None:

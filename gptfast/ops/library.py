@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -92,16 +92,21 @@ class _Launcher:
             return launcher(*args)
 
 
-def register(schema: str, reference: Callable, fake: Callable) -> torch._ops.OpOverload:
+def register(
+    schema: str, reference: Callable, fake: Callable, *, triton: bool = True
+) -> torch._ops.OpOverload:
     """Define `gptfast::<schema>` with its reference for every device and its fake for tracing.
 
-    The launcher for CUDA is the function in kernels/triton that has the reference's name and file.
+    The launcher for CUDA is the function in kernels/triton that has the reference's name and file;
+    without triton, the reference serves the GPU too, where PyTorch's own kernels are the fast ones.
     """
     LIBRARY.define(schema)
     name = schema[: schema.index("(")]
     op = getattr(torch.ops.gptfast, name).default
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    if TRITON_MISSING:
+    if not triton:
+        _implementations["triton"][op] = reference
+    elif TRITON_MISSING:
         line = f"gptfast: {TRITON_MISSING}; the GPU runs the slower PyTorch reference"
         LIBRARY.impl(name, _Announced(reference, line), "CUDA")
     else:
@@ -128,23 +133,25 @@ def autocast_enabled(x: torch.Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def register_autocast(op: torch._ops.OpOverload, n_tensors: int) -> None:
-    """Under autocast, run `op` with its first n_tensors arguments in the dtype autocast was given.
+def register_autocast(op: torch._ops.OpOverload, tensors: Collection[int]) -> None:
+    """Under autocast, run `op` with the arguments at these places in the dtype autocast was given.
 
     `torch.library.register_autocast` fixes one dtype per device when it is called; a user may ask
     for bf16 or fp16, so the dtype is read here at each call.
     """
     name = op.name().removeprefix("gptfast::").removesuffix(".default")
 
-    def cast(arg: torch.Tensor, device: str) -> torch.Tensor:
-        return arg if arg.dtype == torch.float64 else arg.to(torch.get_autocast_dtype(device))
+    def cast(arg: torch.Tensor | None, device: str) -> torch.Tensor | None:
+        if arg is None or arg.dtype == torch.float64:
+            return arg
+        return arg.to(torch.get_autocast_dtype(device))
 
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def autocast(keyset: Any, *args: Any, device: str = device, key: str = key) -> Any:
             autocast_key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
             with torch._C._ExcludeDispatchKeyGuard(autocast_key):
-                return op(*(cast(arg, device) for arg in args[:n_tensors]), *args[n_tensors:])
+                return op(*(cast(a, device) if i in tensors else a for i, a in enumerate(args)))
 
         LIBRARY.impl(name, autocast, key, with_keyset=True)
 

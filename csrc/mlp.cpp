@@ -1,0 +1,105 @@
+// The perceptron of a block: norm, linear, GELU, linear. Only the input and the GELU's input are kept for the
+// backward; what is cheap is made again.
+#include "arena.h"
+#include "matmul.h"
+#include "norm.h"
+
+namespace gptfast {
+namespace {
+
+using at::Tensor;
+
+const MlpLoops& loops() { return pick(generic::mlp, avx2::mlp, avx512::mlp); }
+
+constexpr int64_t GRAIN = 1 << 12;  // elements, a multiple of every vector
+
+template <class F>
+void each_part(int64_t size, F f) {
+  at::parallel_for(0, (size + GRAIN - 1) / GRAIN, 1,
+                   [&](int64_t begin, int64_t end) { f(begin * GRAIN, std::min(size, end * GRAIN)); });
+}
+
+void check(const Tensor& x, const Tensor& fc_weight, const Tensor& fc_bias, const Tensor& proj_weight,
+           const Tensor& proj_bias) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && fc_weight.dim() == 2 && proj_weight.dim() == 2 && x.size(1) == fc_weight.size(1) &&
+                        proj_weight.size(1) == fc_weight.size(0) && fc_bias.numel() == fc_weight.size(0) &&
+                        proj_bias.numel() == proj_weight.size(0),
+                    "mlp: x ", x.sizes(), ", fc_weight ", fc_weight.sizes(), " and proj_weight ", proj_weight.sizes(),
+                    " do not fit, or not their biases");
+  for (const Tensor& t : {fc_bias, proj_weight, proj_bias})
+    TORCH_CHECK_VALUE(t.scalar_type() == fc_weight.scalar_type(), "mlp: weights and biases need one dtype");
+  dtype_of(x);
+  dtype_of(fc_weight);
+}
+
+std::tuple<Tensor, Tensor, Tensor> mlp_fwd(const Tensor& x, const OptionalTensor& norm_weight,
+                                           const OptionalTensor& norm_bias, double eps, const Tensor& fc_weight,
+                                           const Tensor& fc_bias, const Tensor& proj_weight, const Tensor& proj_bias) {
+  if (fc_weight.scalar_type() == at::kDouble)
+    return reference<decltype(mlp_fwd)>("gptfast::mlp_fwd", x, norm_weight, norm_bias, eps, fc_weight, fc_bias,
+                                        proj_weight, proj_bias);
+  check(x, fc_weight, fc_bias, proj_weight, proj_bias);
+  const Norm norm = make_norm(x, norm_weight, norm_bias, eps, fc_weight.scalar_type());
+  Tensor stats = new_stats(norm, x), h = make_tensor({x.size(0), fc_weight.size(0)}, fc_weight.options());
+  Tensor y = make_tensor({x.size(0), proj_weight.size(0)}, fc_weight.options());
+  matmul(h, norm_fwd(norm, x, stats, true), fc_weight.t(), fc_bias);
+  const Tensor gelu = make_tensor(h.sizes(), h.options());
+  each_part(h.numel(), [&](int64_t begin, int64_t end) {
+    loops().gelu_fwd(dtype_of(h), h.const_data_ptr(), gelu.data_ptr(), begin, end);
+  });
+  matmul(y, gelu, proj_weight.t(), proj_bias);
+  return {y, h, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
+    const Tensor& dy_in, const Tensor& x, const Tensor& h, const Tensor& stats, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, double eps, const Tensor& fc_weight, const Tensor& fc_bias,
+    const Tensor& proj_weight, const Tensor& proj_bias, bool need_dx, bool need_dfc, bool need_dproj) {
+  if (fc_weight.scalar_type() == at::kDouble)
+    return reference<decltype(mlp_bwd)>("gptfast::mlp_bwd", dy_in, x, h, stats, norm_weight, norm_bias, eps, fc_weight,
+                                        fc_bias, proj_weight, proj_bias, need_dx, need_dfc, need_dproj);
+  check(x, fc_weight, fc_bias, proj_weight, proj_bias);
+  const Norm norm = make_norm(x, norm_weight, norm_bias, eps, fc_weight.scalar_type());
+  const Tensor dy = dy_in.to(fc_weight.scalar_type()).contiguous();
+  TORCH_CHECK_VALUE(dy.dim() == 2 && dy.size(0) == x.size(0) && dy.size(1) == proj_weight.size(0) &&
+                        h.size(0) == x.size(0) && h.size(1) == fc_weight.size(0) && h.is_contiguous() &&
+                        h.scalar_type() == dy.scalar_type() && (!norm_weight || stats.numel() == 2 * x.size(0)),
+                    "mlp: dy ", dy.sizes(), " or h ", h.sizes(), " does not fit");
+  Tensor dx, dnorm_weight, dnorm_bias, dfc, dfc_bias, dproj, dproj_bias;
+  Tensor dh = make_tensor(h.sizes(), h.options());
+  matmul(dh, dy, proj_weight);
+  {
+    const Tensor gelu = make_tensor(h.sizes(), h.options());
+    each_part(h.numel(), [&](int64_t begin, int64_t end) {
+      loops().gelu_bwd(dtype_of(h), h.const_data_ptr(), gelu.data_ptr(), dh.data_ptr(), begin, end);
+    });
+    if (need_dproj) {
+      dproj = make_tensor(proj_weight.sizes(), proj_weight.options());
+      matmul(dproj, dy.t(), gelu);
+      dproj_bias = sum_rows(dy);
+    }
+  }
+  if (need_dfc) {
+    dfc = make_tensor(fc_weight.sizes(), fc_weight.options());
+    matmul(dfc, dh.t(), norm_fwd(norm, x, stats, false));
+    dfc_bias = sum_rows(dh);
+  }
+  if (need_dx) {
+    Tensor dnormal = make_tensor(x.sizes(), dh.options());
+    matmul(dnormal, dh, fc_weight);
+    std::tie(dx, dnorm_weight, dnorm_bias) = norm_bwd(norm, dnormal, x, stats);
+    if (norm_weight) dnorm_weight = dnorm_weight.to(norm_weight->scalar_type());
+    if (norm_weight) dnorm_bias = dnorm_bias.to(norm_bias->scalar_type());
+  }
+  const auto given = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, dy.options()); };
+  return {given(dx),       given(dnorm_weight), given(dnorm_bias), given(dfc),
+          given(dfc_bias), given(dproj),        given(dproj_bias)};
+}
+
+TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+  m.impl("mlp_fwd", mlp_fwd);
+  m.impl("mlp_bwd", mlp_bwd);
+}
+
+}  // namespace
+}  // namespace gptfast

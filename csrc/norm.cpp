@@ -1,0 +1,87 @@
+#include "norm.h"
+
+#include "arena.h"
+
+namespace gptfast {
+namespace {
+
+using at::Tensor;
+
+const NormLoops& loops() { return pick(generic::norm, avx2::norm, avx512::norm); }
+
+constexpr int64_t COLUMNS = 64;  // a share of work: whole vectors at every level
+constexpr int64_t ROWS = 16;
+
+template <class F>
+void each_strip(int64_t C, F f) {
+  at::parallel_for(0, (C + COLUMNS - 1) / COLUMNS, 1,
+                   [&](int64_t begin, int64_t end) { f(begin * COLUMNS, std::min(C, end * COLUMNS)); });
+}
+
+// The loops' x: of the result's dtype or fp32.
+Tensor operand(const Norm& norm, const Tensor& x) {
+  return (x.scalar_type() == norm.dtype ? x : x.to(at::kFloat)).contiguous();
+}
+
+NormArgs arguments(const Norm& norm, const Tensor& x, const Tensor& y, const Tensor& stats) {
+  NormArgs args{};
+  args.x_dtype = dtype_of(x);
+  args.y_dtype = dtype_of(y);
+  args.N = x.size(0);
+  args.C = x.size(1);
+  args.eps = static_cast<float>(norm.eps);
+  args.x = x.const_data_ptr();
+  args.weight = norm.weight.const_data_ptr<float>();
+  args.bias = norm.bias.const_data_ptr<float>();
+  args.stats = stats.data_ptr<float>();
+  args.y = y.data_ptr();
+  return args;
+}
+
+}  // namespace
+
+Norm make_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+               at::ScalarType dtype) {
+  if (!weight) return {{}, {}, eps, dtype};
+  TORCH_CHECK_VALUE(bias && weight->dim() == 1 && bias->sizes() == weight->sizes() && weight->size(0) == x.size(1),
+                    "norm's weight and bias must be (", x.size(1), ",)");
+  return {weight->to(at::kFloat).contiguous(), bias->to(at::kFloat).contiguous(), eps, dtype};
+}
+
+Tensor new_stats(const Norm& norm, const Tensor& x) {
+  return at::empty({norm.weight.defined() ? x.size(0) : 0, 2}, x.options().dtype(at::kFloat));
+}
+
+Tensor norm_fwd(const Norm& norm, const Tensor& x_in, const Tensor& stats, bool fresh) {
+  if (!norm.weight.defined()) return x_in.to(norm.dtype);
+  const Tensor x = operand(norm, x_in), y = make_tensor(x.sizes(), x.options().dtype(norm.dtype));
+  NormArgs args = arguments(norm, x, y, stats);
+  args.fresh = fresh;
+  at::parallel_for(0, args.N, ROWS, [&](int64_t begin, int64_t end) { loops().normalize(args, begin, end); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Norm& norm, const Tensor& dy, const Tensor& x_in,
+                                            const Tensor& stats) {
+  if (!norm.weight.defined()) return {dy.to(x_in.scalar_type()), Tensor(), Tensor()};
+  const Tensor x = operand(norm, x_in);
+  const Tensor dx = dy.scalar_type() == x.scalar_type() ? dy : make_tensor(x.sizes(), x.options());
+  const Tensor dweight = at::empty_like(norm.weight), dbias = at::empty_like(norm.weight);
+  NormArgs args = arguments(norm, x, dy, stats);
+  args.dx = dx.data_ptr();
+  args.dweight = dweight.data_ptr<float>();
+  args.dbias = dbias.data_ptr<float>();
+  each_strip(args.C, [&](int64_t begin, int64_t end) { loops().bwd_columns(args, begin, end); });
+  at::parallel_for(0, args.N, ROWS, [&](int64_t begin, int64_t end) { loops().bwd_rows(args, begin, end); });
+  return {dx.to(x_in.scalar_type()), dweight, dbias};
+}
+
+Tensor sum_rows(const Tensor& x) {
+  const Tensor sums = at::empty({x.size(1)}, x.options().dtype(at::kFloat));
+  each_strip(x.size(1), [&](int64_t begin, int64_t end) {
+    loops().sum_columns(dtype_of(x), x.const_data_ptr(), x.size(0), x.size(1), sums.data_ptr<float>(), begin, end);
+  });
+  return sums.to(x.scalar_type());
+}
+
+}  // namespace gptfast

@@ -1,0 +1,132 @@
+"""A linear layer, behind a layer norm or not: schema, fake, autograd, public function."""
+
+import torch
+from torch import Tensor
+
+from gptfast.kernels.reference import linear as reference
+from gptfast.ops.library import autocast_enabled, register, register_autocast, register_autograd
+
+Norm = tuple[Tensor, Tensor, float]
+"""weight (C,), bias (C,) and eps of a layer norm."""
+
+_NORM = "Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps"
+
+
+def stats_fake(x: Tensor, norm_weight: Tensor | None) -> Tensor:
+    rows = 0 if norm_weight is None else x.shape[0]
+    return x.new_empty(rows, 2, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def like_if(given: bool, x: Tensor | None, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape) if given and x is not None else weight.new_empty(0)
+
+
+def _fwd_fake(x, norm_weight, norm_bias, eps, weight, bias):  # type: ignore[no-untyped-def]
+    return weight.new_empty(x.shape[0], weight.shape[0]), stats_fake(x, norm_weight)
+
+
+def _bwd_fake(dy, x, norm_weight, norm_bias, eps, weight, bias, stats, need_dx, need_dweight):  # type: ignore[no-untyped-def]
+    gradients = [
+        (need_dx, x),
+        (need_dx, norm_weight),
+        (need_dx, norm_bias),
+        (need_dweight, weight),
+        (need_dweight, bias),
+    ]
+    return tuple(like_if(*pair, weight) for pair in gradients)
+
+
+_fwd = register(
+    f"linear_fwd({_NORM}, Tensor weight, Tensor? bias) -> (Tensor y, Tensor stats)",
+    reference.linear_fwd,
+    _fwd_fake,
+    triton=False,
+)
+_bwd = register(
+    f"linear_bwd(Tensor dy, {_NORM}, Tensor weight, Tensor? bias, Tensor stats, bool need_dx, "
+    "bool need_dweight) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, "
+    "Tensor dbias)",
+    reference.linear_bwd,
+    _bwd_fake,
+    triton=False,
+)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, norm_weight, norm_bias, ctx.eps, weight, bias = inputs
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dstats):  # type: ignore[no-untyped-def]
+    if dy is None:
+        return (None,) * 6
+    x, norm_weight, norm_bias, weight, bias, stats = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    need_dx, need_dweight = any(needs[:3]), any(needs[4:])
+    grads = _bwd(dy, x, norm_weight, norm_bias, ctx.eps, weight, bias, stats, need_dx, need_dweight)
+    dx, dnorm_weight, dnorm_bias, dweight, dbias = grads
+    return tuple(
+        grad if need else None
+        for grad, need in zip(
+            (dx, dnorm_weight, dnorm_bias, None, dweight, dbias), needs, strict=True
+        )
+    )
+
+
+register_autograd(_fwd, _backward, _setup)
+# The norm stays in fp32, as F.layer_norm does under autocast; x takes the weight's dtype behind it.
+register_autocast(_fwd, tensors=(4, 5))
+
+
+def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
+    """ValueError unless x (..., C), weight (O, C) and bias (O,) make a linear layer."""
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name} needs x (..., C) and weights (O, C), got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}'s bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for other in (weight, bias):
+        if other is not None and (
+            other.device != x.device or (other.dtype != x.dtype and not autocast_enabled(x))
+        ):
+            raise ValueError(
+                f"{name}'s inputs need one dtype and one device, got {x.dtype} on {x.device} and "
+                f"{other.dtype} on {other.device}"
+            )
+    if not x.is_floating_point():
+        raise ValueError(f"{name} needs floating-point tensors, got {x.dtype}")
+
+
+def norm_arguments(x: Tensor, norm: Norm | None, name: str) -> tuple:
+    """norm as an operator takes it, checked."""
+    if norm is None:
+        return None, None, 0.0
+    weight, bias, eps = norm
+    for part in (weight, bias):
+        if part.shape != x.shape[-1:] or part.device != x.device:
+            raise ValueError(
+                f"{name}'s norm must be weight and bias of shape ({x.shape[-1]},) on {x.device}, "
+                f"got {tuple(part.shape)} on {part.device}"
+            )
+    return weight, bias, float(eps)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None
+) -> Tensor:
+    """F.linear(x, weight, bias), or, with a norm, F.linear(F.layer_norm(x, ...), weight, bias).
+
+    x: (..., C); weight: (O, C); bias: (O,); norm: (weight (C,), bias (C,), eps). One floating
+    dtype, any under autocast, which gives the result its dtype; the norm is computed in fp32.
+    Returns (..., O). The normalised input is not kept for the backward but computed again.
+
+    Raises ValueError for inputs that do not fit.
+    """
+    check_layer(x, weight, bias, "linear")
+    rows = x.reshape(-1, x.shape[-1])  # (N, C)
+    y = _fwd(rows, *norm_arguments(x, norm, "linear"), weight, bias)[0]
+    return y.view(*x.shape[:-1], weight.shape[0])

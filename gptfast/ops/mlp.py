@@ -1,0 +1,103 @@
+"""The perceptron of a GPT-2 block: schema, fake, autograd, public function."""
+
+from torch import Tensor
+
+from gptfast.kernels.reference import mlp as reference
+from gptfast.ops.library import register, register_autocast, register_autograd
+from gptfast.ops.linear import Norm, check_layer, like_if, norm_arguments, stats_fake
+
+_NORM = "Tensor? norm_weight, Tensor? norm_bias, float eps"
+_LAYERS = "Tensor fc_weight, Tensor fc_bias, Tensor proj_weight, Tensor proj_bias"
+
+
+def _fwd_fake(x, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, proj_bias):  # type: ignore[no-untyped-def]
+    N = x.shape[0]
+    y, h = (weight.new_empty(N, weight.shape[0]) for weight in (proj_weight, fc_weight))
+    return y, h, stats_fake(x, norm_weight)
+
+
+def _bwd_fake(
+    dy, x, h, stats, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, proj_bias,
+    need_dx, need_dfc, need_dproj,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    gradients = [
+        (need_dx, x),
+        (need_dx, norm_weight),
+        (need_dx, norm_bias),
+        (need_dfc, fc_weight),
+        (need_dfc, fc_bias),
+        (need_dproj, proj_weight),
+        (need_dproj, proj_bias),
+    ]
+    return tuple(like_if(*pair, fc_weight) for pair in gradients)
+
+
+_fwd = register(
+    f"mlp_fwd(Tensor x, {_NORM}, {_LAYERS}) -> (Tensor y, Tensor h, Tensor stats)",
+    reference.mlp_fwd,
+    _fwd_fake,
+    triton=False,
+)
+_bwd = register(
+    f"mlp_bwd(Tensor dy, Tensor x, Tensor h, Tensor stats, {_NORM}, {_LAYERS}, bool need_dx, "
+    "bool need_dfc, bool need_dproj) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, "
+    "Tensor dfc_weight, Tensor dfc_bias, Tensor dproj_weight, Tensor dproj_bias)",
+    reference.mlp_bwd,
+    _bwd_fake,
+    triton=False,
+)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, norm_weight, norm_bias, ctx.eps, *layers = inputs
+    _, h, stats = output
+    ctx.save_for_backward(x, h, stats, norm_weight, norm_bias, *layers)
+    ctx.mark_non_differentiable(h, stats)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dh, dstats):  # type: ignore[no-untyped-def]
+    if dy is None:
+        return (None,) * 8
+    x, h, stats, norm_weight, norm_bias, *layers = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    needed = any(needs[:3]), any(needs[4:6]), any(needs[6:])
+    grads = _bwd(dy, x, h, stats, norm_weight, norm_bias, ctx.eps, *layers, *needed)
+    places = (*grads[:3], None, *grads[3:])
+    return tuple(grad if need else None for grad, need in zip(places, needs, strict=True))
+
+
+register_autograd(_fwd, _backward, _setup)
+# The norm stays in fp32, as F.layer_norm does under autocast; x takes the weights' dtype behind it.
+register_autocast(_fwd, tensors=range(4, 8))
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    *,
+    norm: Norm | None = None,
+) -> Tensor:
+    """gelu(norm(x) fc_weight^T + fc_bias) proj_weight^T + proj_bias, GELU in its tanh form.
+
+    x: (..., C); fc_weight: (F, C), fc_bias: (F,); proj_weight: (O, F), proj_bias: (O,); norm:
+    (weight (C,), bias (C,), eps) or None. One floating dtype, any under autocast, which gives the
+    result its dtype; the norm is computed in fp32. Returns (..., O). Of what lies between, only the
+    GELU's input (N, F) is kept for the backward.
+
+    Raises ValueError for inputs that do not fit.
+    """
+    check_layer(x, fc_weight, fc_bias, "mlp")
+    if proj_weight.dim() != 2 or proj_weight.shape[1] != fc_weight.shape[0]:
+        raise ValueError(
+            f"mlp needs fc_weight (F, C) and proj_weight (O, F), got {tuple(fc_weight.shape)} and "
+            f"{tuple(proj_weight.shape)}"
+        )
+    check_layer(fc_weight.T, proj_weight, proj_bias, "mlp")
+    rows = x.reshape(-1, x.shape[-1])  # (N, C)
+    layers = fc_weight, fc_bias, proj_weight, proj_bias
+    y = _fwd(rows, *norm_arguments(x, norm, "mlp"), *layers)[0]
+    return y.view(*x.shape[:-1], proj_weight.shape[0])

@@ -1,0 +1,88 @@
+"""A linear layer, behind a layer norm or not, as plain PyTorch.
+
+    a = norm_weight * (x - mean(x)) / sqrt(var(x) + eps) + norm_bias
+    y = a weight^T + bias
+The mean and the variance are over the channels; a is computed in fp32 and rounded to weight's
+dtype. Without a norm, a is x in weight's dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x (N, C) normalised, in dtype, and stats (N, 2): mean, 1 / standard deviation."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if weight is None:
+        return x.to(dtype), x.new_empty(0, 2, dtype=wide)
+    y, mean, inverse = torch.native_layer_norm(
+        x.to(wide), x.shape[1:], weight.to(wide), bias.to(wide), eps
+    )
+    return y.to(dtype), torch.cat((mean, inverse), -1)
+
+
+def norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias; without a weight dy itself and empty tensors."""
+    if weight is None:
+        return dy.to(x.dtype), dy.new_empty(0), dy.new_empty(0)
+    # PyTorch's backward reads both as if they were contiguous.
+    mean, inverse = (part.contiguous() for part in stats.split(1, -1))
+    wide = stats.dtype
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dy.to(wide),
+        x.to(wide),
+        x.shape[1:],
+        mean,
+        inverse,
+        weight.to(wide),
+        bias.to(wide),
+        [True, True, True],
+    )
+    return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """(N, C) -> (C,), summed in fp32."""
+    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
+def linear_fwd(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """x (N, C), weight (O, C), bias (O,) -> y (N, O) in weight's dtype, stats (N, 2) or (0, 2)."""
+    a, stats = norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)
+    return F.linear(a, weight, bias), stats
+
+
+def linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    stats: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dnorm_weight, dnorm_bias, dweight, dbias; empty where not needed or not there."""
+    dy = dy.to(weight.dtype)
+    dx, dnorm_weight, dnorm_bias, dweight, dbias = (dy.new_empty(0) for _ in range(5))
+    if need_dweight:
+        dweight = dy.T @ norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)[0]
+        if bias is not None:
+            dbias = column_sums(dy)
+    if need_dx:
+        dx, dnorm_weight, dnorm_bias = norm_bwd(dy @ weight, x, norm_weight, norm_bias, stats)
+    return dx, dnorm_weight, dnorm_bias, dweight, dbias

@@ -1,0 +1,60 @@
+"""The perceptron of a GPT-2 block, as plain PyTorch.
+
+    h = norm(x) fc_weight^T + fc_bias;  y = gelu(h) proj_weight^T + proj_bias
+with norm as in linear.py and GELU in its tanh form (Hendrycks & Gimpel, 2016).
+"""
+
+import torch
+import torch.nn.functional as F
+from gptfast.kernels.reference.linear import column_sums, norm_bwd, norm_fwd
+from torch import Tensor
+
+
+def mlp_fwd(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, C), fc_weight (F, C), proj_weight (O, F) -> y (N, O), h (N, F), stats (N, 2)."""
+    a, stats = norm_fwd(x, norm_weight, norm_bias, eps, fc_weight.dtype)
+    h = F.linear(a, fc_weight, fc_bias)
+    return F.linear(F.gelu(h, approximate="tanh"), proj_weight, proj_bias), h, stats
+
+
+def mlp_bwd(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    stats: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    need_dx: bool,
+    need_dfc: bool,
+    need_dproj: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dnorm_weight, dnorm_bias, dfc_weight, dfc_bias, dproj_weight, dproj_bias.
+
+    Empty where not needed or not there.
+    """
+    dy = dy.to(fc_weight.dtype)
+    dh = torch.ops.aten.gelu_backward(dy @ proj_weight, h, approximate="tanh")
+    dx, dnorm_weight, dnorm_bias = (dy.new_empty(0) for _ in range(3))
+    dfc, dfc_bias, dproj, dproj_bias = (dy.new_empty(0) for _ in range(4))
+    if need_dproj:
+        dproj, dproj_bias = dy.T @ F.gelu(h, approximate="tanh"), column_sums(dy)
+    if need_dfc:
+        dfc = dh.T @ norm_fwd(x, norm_weight, norm_bias, eps, fc_weight.dtype)[0]
+        dfc_bias = column_sums(dh)
+    if need_dx:
+        dx, dnorm_weight, dnorm_bias = norm_bwd(dh @ fc_weight, x, norm_weight, norm_bias, stats)
+    return dx, dnorm_weight, dnorm_bias, dfc, dfc_bias, dproj, dproj_bias

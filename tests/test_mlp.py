@@ -1,0 +1,123 @@
+"""The block's perceptron: parity, both providers of products, what is kept, autocast, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gptfast.kernels.reference import mlp as reference
+from parity import DTYPES, check
+from torch import Tensor
+
+from gptfast import ops
+
+EPS = 1e-5
+
+
+def defined(x: Tensor, *rest: Tensor) -> Tensor:
+    layers, norm = rest[:4], rest[4:] or (None, None)
+    return reference.mlp_fwd(x, *norm, EPS, *layers)[0]
+
+
+def plain(x: Tensor, *rest: Tensor) -> Tensor:
+    fc_weight, fc_bias, proj_weight, proj_bias, *norm = rest
+    a = F.layer_norm(x, x.shape[-1:], *norm, EPS) if norm else x
+    h = F.gelu(F.linear(a, fc_weight, fc_bias), approximate="tanh")
+    return F.linear(h, proj_weight, proj_bias)
+
+
+def ours(x: Tensor, *rest: Tensor) -> Tensor:
+    return ops.mlp(x, *rest[:4], norm=(*rest[4:], EPS) if rest[4:] else None)
+
+
+def inputs(
+    N: int, C: int, n_hidden: int, n_out: int, dtype: torch.dtype, norm: bool = True
+) -> dict[str, Tensor]:
+    tensors = {
+        "x": torch.randn(N, C) - 0.5,
+        # Wide enough for both tails of the GELU.
+        "fc_weight": 3 * torch.randn(n_hidden, C) / C**0.5,
+        "fc_bias": torch.randn(n_hidden),
+        "proj_weight": torch.randn(n_out, n_hidden) / n_hidden**0.5,
+        "proj_bias": torch.randn(n_out),
+    }
+    if norm:
+        tensors |= {"norm_weight": 1 + 0.1 * torch.randn(C), "norm_bias": 0.1 * torch.randn(C)}
+    return {name: t.to(dtype) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1, 1), (5, 24, 96, 24), (37, 48, 192, 50), (130, 100, 257, 33)], ids=str
+)
+def test_parity(products: str, size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    cases = [(inputs(*size, dtype), torch.randn(size[0], size[3])) for _ in range(4)]
+    check(ours, defined, plain, *cases)
+
+
+def test_parity_without_norm(products: str) -> None:
+    cases = [(inputs(40, 36, 80, 36, torch.float32, norm=False), None) for _ in range(4)]
+    check(ours, defined, plain, *cases)
+
+
+@pytest.mark.parametrize("value", [-1e30, -60.0, -12.0, 0.0, 12.0, 60.0, 1e30], ids=str)
+def test_gelu_far_out(products: str, value: float) -> None:
+    """Through weights of one number each, GELU and its slope: no NaN, no overflow."""
+    one, zero = torch.ones(1, 1), torch.zeros(1)
+    x = torch.full((40, 1), value, requires_grad=True)
+    y = ops.mlp(x, one, zero, one, zero)
+    y.sum().backward()
+    expected = torch.full((40, 1), max(value, 0.0))
+    if abs(value) >= 12:
+        assert torch.equal(y, expected)
+        assert torch.equal(x.grad, torch.full((40, 1), float(value > 0)))
+    else:
+        assert torch.equal(y, expected) and torch.equal(x.grad, torch.full((40, 1), 0.5))
+
+
+@pytest.mark.parametrize("wanted", range(7), ids=str)
+def test_one_gradient_is_as_with_all(products: str, wanted: int) -> None:
+    case, dy = list(inputs(40, 48, 96, 48, torch.float32).values()), torch.randn(40, 48)
+    every = [t.clone().requires_grad_() for t in case]
+    ours(*every).backward(dy)
+    case[wanted].requires_grad_()
+    ours(*case).backward(dy)
+    assert [t.grad is not None for t in case] == [i == wanted for i in range(7)]
+    assert torch.equal(case[wanted].grad, every[wanted].grad)
+
+
+def test_second_backward_gives_the_same(products: str) -> None:
+    """Nothing that is kept is written to."""
+    case = [t.requires_grad_() for t in inputs(40, 48, 96, 48, torch.float32).values()]
+    y = ours(*case)
+    first = torch.autograd.grad(y.square().sum(), case, retain_graph=True)
+    second = torch.autograd.grad(y.square().sum(), case)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_is_torchs(products: str, dtype: torch.dtype) -> None:
+    results = []
+    for f in (ours, plain):
+        torch.manual_seed(1)
+        case = [t.requires_grad_() for t in inputs(64, 48, 96, 48, torch.float32).values()]
+        with torch.autocast("cpu", dtype):
+            y = f(*case)
+        y.float().square().sum().backward()
+        results.append([y, *(t.grad for t in case)])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        # A few roundings to 16 bits lie between the two, at most one a layer and direction.
+        assert (a - b).abs().max() <= 8 * torch.finfo(dtype).eps * b.abs().max()
+
+
+def test_errors() -> None:
+    case = list(inputs(4, 6, 8, 6, torch.float32).values())
+    with pytest.raises(
+        ValueError, match=r"fc_weight \(F, C\) and proj_weight \(O, F\), got \(8, 6\)"
+    ):
+        ops.mlp(*case[:3], torch.randn(6, 7), case[4])
+    with pytest.raises(ValueError, match=r"weights \(O, C\), got \(4, 5\)"):
+        ops.mlp(torch.randn(4, 5), *case[1:5])
+    with pytest.raises(ValueError, match=r"bias must be \(8,\)"):
+        ops.mlp(case[0], case[1], torch.randn(6), *case[3:5])
+    with pytest.raises(ValueError, match="one dtype and one device"):
+        ops.mlp(*case[:3], case[3].double(), case[4].double())
