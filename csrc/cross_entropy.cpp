@@ -1,8 +1,10 @@
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
 
+#include "arena.h"
 #include "common.h"
+#include "matmul.h"
 
 namespace gptfast {
 namespace {
@@ -67,7 +69,7 @@ Tensor cross_entropy_bwd(const Tensor& dloss_in, const Tensor& logits_in, const 
   check_targets(target, N, logits.size(1), ignore_index);
   TORCH_CHECK_VALUE(dloss.numel() == N && lse.numel() == N && lse.scalar_type() == at::kDouble,
                     "cross_entropy: dloss and lse must hold one number per row");
-  Tensor dlogits = at::empty(logits.sizes(), logits.options());
+  Tensor dlogits = make_tensor(logits.sizes(), logits.options());
   CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
   args.dloss = dloss.const_data_ptr<float>();
   args.lse = lse.data_ptr<double>();
@@ -90,33 +92,24 @@ void check_linear(const Tensor& input, const Tensor& weight) {
                     " do not fit");
 }
 
-// The logits' memory, kept from call to call: a fresh 100 MB is page-faulted anew each time (30 ms).
-Tensor workspace(int64_t rows, int64_t V, const at::TensorOptions& options) {
-  thread_local Tensor kept;
-  const c10::InferenceMode normal(false);  // else a first call under inference_mode bars later training
-  const int64_t bytes = rows * V * static_cast<int64_t>(options.dtype().itemsize());
-  if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, options.dtype(at::kByte));
-  return kept.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype())).view({rows, V});
-}
-
 // f(first row, rows, logits of those rows) for each chunk, the logits in one reused buffer.
 template <class F>
 void each_chunk(const Tensor& input, const Tensor& weight, F f) {
   const int64_t N = input.size(0), V = weight.size(0), step = chunk_rows(N, V, input.element_size());
-  const Tensor buffer = workspace(std::min(step, N), V, input.options());
+  const Tensor buffer = make_tensor({std::min(step, N), V}, input.options());
   for (int64_t row = 0; row < N; row += step) {
     const int64_t n = std::min(step, N - row);
     Tensor logits = buffer.narrow(0, 0, n);
-    at::mm_out(logits, input.narrow(0, row, n), weight.t());
+    matmul(logits, input.narrow(0, row, n), weight.t());
     f(row, n, logits);
   }
 }
 
 Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight_in, const Tensor& target_in,
-                                int64_t ignore_index, double label_smoothing, double z_loss) {
+                                int64_t ignore_index, double label_smoothing, double z_loss, double skip_below) {
   if (input.scalar_type() == at::kDouble)
     return reference<decltype(linear_cross_entropy_fwd)>("gptfast::linear_cross_entropy_fwd", input, weight_in,
-                                                         target_in, ignore_index, label_smoothing, z_loss);
+                                                         target_in, ignore_index, label_smoothing, z_loss, skip_below);
   check_linear(input, weight_in);
   at::AutoDispatchBelowAutograd guard;
   const Tensor weight = weight_in.to(input.scalar_type());
@@ -133,14 +126,72 @@ Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight_in, co
   return loss;
 }
 
+// The gradients of a chunk: dinput of its rows, and its share of dweight.
+struct HeadGradients {
+  const Tensor &weight, &dinput, &dweight;
+  bool first;  // whether dweight holds nothing yet
+
+  void add(const Tensor& dlogits, const Tensor& input) const {
+    matmul(dinput, dlogits, weight);
+    if (dweight.scalar_type() == dlogits.scalar_type()) return matmul(dweight, dlogits.t(), input, {}, !first);
+    Tensor share = make_tensor(weight.sizes(), dlogits.options());
+    matmul(share, dlogits.t(), input);
+    first ? dweight.copy_(share) : dweight.add_(share);
+  }
+
+  // The same for some columns of dlogits, which now stand at its front; the other columns count as 0.
+  void add(const Tensor& dlogits, const Tensor& input, const Tensor& columns) const {
+    constexpr int64_t SLAB = 2048;  // columns whose rows of weight are copied out at a time
+    if (first) dweight.zero_();
+    if (!columns.numel()) dinput.zero_();
+    for (int64_t begin = 0; begin < columns.numel(); begin += SLAB) {
+      const Tensor some = columns.narrow(0, begin, std::min(SLAB, columns.numel() - begin));
+      const Tensor part = dlogits.narrow(1, begin, some.numel());
+      matmul(dinput, part, at::index_select(weight, 0, some), {}, begin > 0);
+      Tensor share = make_tensor({some.numel(), weight.size(1)}, dlogits.options());
+      matmul(share, part.t(), input);
+      dweight.index_add_(0, some, share.to(dweight.scalar_type()));
+    }
+  }
+};
+
+// The columns with an entry above skip_below of its row's dloss, moved to the front of dlogits; undefined where
+// nearly all are.
+Tensor keep_columns(const Tensor& dlogits, const float* dloss, double skip_below) {
+  const int64_t N = dlogits.size(0), V = dlogits.size(1);
+  std::vector<float> limits(N);
+  for (int64_t i = 0; i < N; ++i) limits[i] = static_cast<float>(skip_below * std::abs(dloss[i]));
+  std::vector<uint8_t> marks(V);
+  constexpr int64_t STRIP = 256;
+  at::parallel_for(0, (V + STRIP - 1) / STRIP, 1, [&](int64_t begin, int64_t end) {
+    loops().mark(dtype_of(dlogits), dlogits.const_data_ptr(), N, V, limits.data(), marks.data(), begin * STRIP,
+                 std::min(V, end * STRIP));
+  });
+  std::vector<int64_t> kept;
+  for (int64_t j = 0; j < V; ++j)
+    if (marks[j]) kept.push_back(j);
+  if (static_cast<double>(kept.size()) > 0.9 * static_cast<double>(V)) return {};
+  const auto move = [&](auto* rows) {
+    at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (size_t j = 0; j < kept.size(); ++j) rows[i * V + j] = rows[i * V + kept[j]];
+    });
+  };
+  if (dlogits.element_size() == 4)
+    move(static_cast<uint32_t*>(dlogits.data_ptr()));
+  else
+    move(static_cast<uint16_t*>(dlogits.data_ptr()));
+  return at::from_blob(kept.data(), {static_cast<int64_t>(kept.size())}, at::kLong).clone();
+}
+
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& input, const Tensor& weight_in,
                                                                 const Tensor& target_in, const Tensor& dloss_in,
                                                                 int64_t ignore_index, double label_smoothing,
-                                                                double z_loss) {
+                                                                double z_loss, double skip_below) {
   if (input.scalar_type() == at::kDouble)
     return reference<decltype(linear_cross_entropy_fwd_bwd)>("gptfast::linear_cross_entropy_fwd_bwd", input, weight_in,
-                                                             target_in, dloss_in, ignore_index, label_smoothing,
-                                                             z_loss);
+                                                             target_in, dloss_in, ignore_index, label_smoothing, z_loss,
+                                                             skip_below);
   check_linear(input, weight_in);
   at::AutoDispatchBelowAutograd guard;
   const Tensor weight = weight_in.to(input.scalar_type());
@@ -149,14 +200,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
   check_targets(target, N, weight.size(0), ignore_index);
   TORCH_CHECK_VALUE(dloss.dim() == 1 && dloss.size(0) == N, "linear_cross_entropy: dloss must be (", N, ",)");
   Tensor loss = at::empty({N}, input.options().dtype(at::kFloat)), lse = at::empty_like(loss, at::kDouble);
-  Tensor dinput = at::empty(input.sizes(), input.options());
-  // Several chunks add up in fp32: a 16-bit sum would round away what each one adds.
+  Tensor dinput = make_tensor(input.sizes(), input.options());
+  // Several chunks add up in fp32: a 16-bit sum would round away what each one adds. So does the gradient of a
+  // weight that is not of the input's dtype, as under autocast.
   const bool one_chunk = N <= chunk_rows(N, weight.size(0), input.element_size());
-  // So does the gradient of a weight that is not of the input's dtype, as under autocast.
-  const bool widens =
-      weight.scalar_type() != at::kFloat && !(one_chunk && weight_in.scalar_type() == weight.scalar_type());
-  const auto options = widens ? weight.options().dtype(at::kFloat) : weight.options();
-  Tensor dweight = N ? at::empty(weight.sizes(), options) : at::zeros(weight.sizes(), options);
+  const auto dtype = one_chunk && skip_below == 0 ? weight_in.scalar_type() : at::kFloat;
+  Tensor dweight = make_tensor(weight.sizes(), weight.options().dtype(dtype));
+  if (N == 0) dweight.zero_();
   each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
     CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
     args.target += row;
@@ -165,17 +215,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
     args.dloss = dloss.const_data_ptr<float>() + row;
     args.dlogits = logits.data_ptr();
     each_row(loops().fwd_bwd, args, n);
-    Tensor dx = dinput.narrow(0, row, n);
-    at::mm_out(dx, logits, weight);
-    const Tensor x = input.narrow(0, row, n);
-    if (widens && row)
-      dweight.add_(at::mm(logits.t(), x));
-    else if (widens)
-      dweight.copy_(at::mm(logits.t(), x));
-    else if (row)
-      at::addmm_out(dweight, dweight, logits.t(), x);
-    else
-      at::mm_out(dweight, logits.t(), x);
+    const Tensor dx = dinput.narrow(0, row, n), x = input.narrow(0, row, n);
+    const Tensor columns = skip_below > 0 ? keep_columns(logits, args.dloss, skip_below) : Tensor();
+    const HeadGradients gradients{weight, dx, dweight, row == 0};
+    columns.defined() ? gradients.add(logits, x, columns) : gradients.add(logits, x);
   });
   double total = 0;
   for (int64_t i = 0; i < N; ++i) total += static_cast<double>(loss.data_ptr<float>()[i]) * dloss.data_ptr<float>()[i];

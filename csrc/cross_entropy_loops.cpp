@@ -105,6 +105,22 @@ void fwd_bwd_rows(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+// marks[j] = whether a row has |x_j| above its limit, or NaN; columns begin .. end
+template <class T>
+void mark_columns(const T* x, int64_t N, int64_t V, const float* limits, uint8_t* marks, int64_t begin, int64_t end) {
+  constexpr int64_t STRIP = 4;
+  for (int64_t j = begin; j < end; j += STRIP * W) {
+    vi above[STRIP] = {};
+    const int64_t vectors = smaller(STRIP, (end - j + W - 1) / W);
+    for (int64_t row = 0; row < N; ++row)
+      for (int64_t i = 0; i < vectors; ++i) {
+        const vf value = load_n(x + row * V + j + i * W, smaller<int64_t>(W, end - j - i * W));
+        above[i] |= ~((value <= splat(limits[row])) & (value >= splat(-limits[row])));
+      }
+    for (int64_t i = 0; i < smaller(STRIP * W, end - j); ++i) marks[j + i] = above[i / W][i % W] != 0;
+  }
+}
+
 using Rows = void (*)(const CrossEntropyArgs&, int64_t, int64_t);
 void run(Rows fp32, Rows bf16, Rows fp16, const CrossEntropyArgs& args, int64_t begin, int64_t end) {
   const Rows rows[] = {fp32, bf16, fp16};
@@ -120,8 +136,15 @@ void fwd_bwd(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
   run(fwd_bwd_rows<float>, fwd_bwd_rows<bf16>, fwd_bwd_rows<fp16>, args, begin, end);
 }
 
+void mark(Dtype dtype, const void* x, int64_t N, int64_t V, const float* limits, uint8_t* marks, int64_t begin,
+          int64_t end) {
+  if (dtype == Dtype::fp32) return mark_columns((const float*)x, N, V, limits, marks, begin, end);
+  if (dtype == Dtype::bf16) return mark_columns((const bf16*)x, N, V, limits, marks, begin, end);
+  return mark_columns((const fp16*)x, N, V, limits, marks, begin, end);
+}
+
 }  // namespace
 
-const CrossEntropyLoops cross_entropy = {fwd, bwd, fwd_bwd};
+const CrossEntropyLoops cross_entropy = {fwd, bwd, fwd_bwd, mark};
 
 }  // namespace gptfast::GPTFAST_LEVEL

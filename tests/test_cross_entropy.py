@@ -1,5 +1,6 @@
 """Cross entropy and linear cross entropy: parity, PyTorch's semantics, chunks, errors."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -330,7 +331,8 @@ def test_linear_layouts(backend: str, kind: str) -> None:
     make = {
         "transposed": lambda: (torch.randn(C, N).T, torch.randn(C, V).T),
         "every other": lambda: (torch.randn(N, 2 * C)[:, ::2], torch.randn(V, 2 * C)[:, ::2]),
-        "expanded": lambda: (torch.randn(1, C).expand(N, C), torch.randn(V, 1).expand(V, C)),
+        # Rows that differ: the error of equal ones is one number, and luck.
+        "expanded": lambda: (torch.randn(N, 1).expand(N, C), torch.randn(V, 1).expand(V, C)),
     }[kind]
     for reduction in ["none"] if interpreted(backend) else REDUCTIONS:
         check_linear(make, targets(N, V), reduction, {}, cases)
@@ -776,3 +778,70 @@ def test_triton_logits_never_exist_at_once(triton: str, monkeypatch: pytest.Monk
         cross_entropy.linear_cross_entropy_fwd(x, w, target, -100, 0.0, 0.0)
         cross_entropy.linear_cross_entropy_fwd_bwd(x, w, target, torch.ones(N), -100, 0.0, 0.0)
     assert largest.n_bytes == chunk > V * C * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("skip_below", [1e-12, 2.0**-24, 1e-3])
+def test_linear_skip_below_keeps_its_bound(
+    backend: str, skip_below: float, dtype: torch.dtype
+) -> None:
+    """As late in training: every row all but certain, most tokens improbable everywhere."""
+    N, C, V = 40, 32, 500
+    w = torch.randn(V, C)
+    target = torch.randint(0, 60, (N,))
+    target[3] = -100
+    x = (w[target.clamp(min=0)] * 0.7 + 0.1 * torch.randn(N, C)).to(dtype)
+    w = w.to(dtype)
+
+    def run(x: Tensor, w: Tensor, skip: float) -> tuple[Tensor, Tensor]:
+        x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+        ops.linear_cross_entropy(x, w, target, skip_below=skip, reduction="sum").backward()
+        return x.grad.double(), w.grad.double()
+
+    dx, dw = run(x, w, skip_below)
+    exact_dx, exact_dw = run(x.double(), w.double(), 0.0)
+    near_dx, near_dw = run(x, w, 0.0)
+    x_sum = x.double()[target != -100].abs().sum(0)
+    for error, plain, bound in (
+        (dx - exact_dx, near_dx - exact_dx, skip_below * w.double().abs().sum(0)),
+        (dw - exact_dw, near_dw - exact_dw, skip_below * x_sum),
+    ):
+        # Beside the bound, the rounding that is there without skipping.
+        assert (error.abs() <= bound + 2 * plain.abs().max() + 1e-12).all()
+
+
+@pytest.mark.usefixtures("cpp")
+def test_linear_skip_below_leaves_out_what_is_improbable_everywhere(isa: str) -> None:
+    N, C, V = 64, 16, 300
+    w = torch.randn(V, C)
+    target = torch.arange(N) % 7
+    x = w[target] * 3
+    grads = []
+    for skip in (0.0, 1e-4):
+        leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+        ops.linear_cross_entropy(*leaves, target, skip_below=skip).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    p = (x @ w.T).softmax(-1)
+    p[torch.arange(N), target] -= 1
+    left_out = (p.abs() <= 0.9e-4).all(0)
+    kept = (p.abs() > 1.1e-4).any(0)
+    assert left_out.sum() > V / 2 and kept.any()
+    (_, plain), (_, skipped) = grads
+    assert not skipped[left_out].any() and plain[left_out].any()
+    torch.testing.assert_close(skipped[kept], plain[kept], rtol=1e-4, atol=1e-6)
+
+
+def test_linear_skip_below_all(backend: str) -> None:
+    """No entry above the bound: both gradients are zero, or what they are without skipping."""
+    x, w = torch.randn(5, 4, requires_grad=True), torch.zeros(900, 4, requires_grad=True)
+    target = torch.full((5,), -100)
+    ops.linear_cross_entropy(x, w, target, skip_below=0.5, reduction="sum").backward()
+    assert not x.grad.any() and not w.grad.any()
+
+
+@pytest.mark.parametrize("value", [-1e-3, 1.0, math.nan])
+def test_linear_skip_below_out_of_range(value: float) -> None:
+    with pytest.raises(ValueError, match=r"skip_below must be in \[0, 1\), got"):
+        ops.linear_cross_entropy(
+            torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]), skip_below=value
+        )

@@ -76,10 +76,11 @@ def linear_cross_entropy_fwd(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    skip_below: float = 0.0,
 ) -> Tensor:
     """input (N, C), linear_weight (V, C), target (N,) -> loss (N,), fp32 (fp64 for fp64 input).
 
-    linear_weight is rounded to the input's dtype.
+    linear_weight is rounded to the input's dtype. skip_below is for the gradient.
     """
     logits = input @ linear_weight.to(input.dtype).T
     return cross_entropy_fwd(logits, target, ignore_index, label_smoothing, z_loss)[0]
@@ -93,10 +94,12 @@ def linear_cross_entropy_fwd_bwd(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    skip_below: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum(loss * dloss), dinput (N, C) and dlinear_weight (V, C) for a given dloss (N,).
 
-    linear_weight is rounded to the input's dtype; its gradient has its own.
+    linear_weight is rounded to the input's dtype; its gradient has its own. A kernel may take an
+    entry of dlogits for 0 that is at most skip_below * |dloss|, to save products; here all count.
     """
     weight = linear_weight.to(input.dtype)
     logits = input @ weight.T

@@ -241,6 +241,7 @@ def linear_cross_entropy_fwd(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    skip_below: float = 0.0,
 ) -> Tensor:
     check_targets(target, len(linear_weight), ignore_index)
     weight, target = _rows(linear_weight.to(input.dtype)), target.contiguous()
@@ -258,6 +259,7 @@ def linear_cross_entropy_fwd_bwd(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    skip_below: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_targets(target, len(linear_weight), ignore_index)
     weight, target = _rows(linear_weight.to(input.dtype)), target.contiguous()
