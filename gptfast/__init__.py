@@ -5,7 +5,7 @@ from gptfast.config import GPTConfig, TrainConfig
 from gptfast.data import create_dataloader
 from gptfast.generate import generate
 from gptfast.model import GPT
-from gptfast.ops.library import use_backend
+from gptfast.ops.library import empty_cache, use_backend
 from gptfast.optim import AdamW
 from gptfast.tokenizer import get_tokenizer
 from gptfast.trainer import Trainer
@@ -18,6 +18,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "create_dataloader",
+    "empty_cache",
     "generate",
     "get_tokenizer",
     "ops",

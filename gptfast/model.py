@@ -107,6 +107,8 @@ class GPT(nn.Module):
         self.config = config
         # Whether the backward computes each block's activations again instead of keeping them.
         self.activation_checkpointing = False
+        # See ops.linear_cross_entropy; 0 leaves out nothing of the head's gradient.
+        self.skip_below = 0.0
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -195,7 +197,7 @@ class GPT(nn.Module):
         x = self._stream(x, seed)
         if target is None:
             return F.linear(x, head_weight)  # (B, T, V)
-        return ops.linear_cross_entropy(x, head_weight, target)
+        return ops.linear_cross_entropy(x, head_weight, target, skip_below=self.skip_below)
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike) -> Self:

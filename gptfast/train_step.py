@@ -40,6 +40,7 @@ class TrainStep:
         self.model, self.config, self.device = model, config, device
         freeze(model, config.freeze)
         model.activation_checkpointing = config.activation_checkpointing
+        model.skip_below = config.skip_below
         compiled = torch.compile(model, fullgraph=True) if config.compile else model
         self.loss = partial(batch_loss, compiled)
         self.optimizer = AdamW(

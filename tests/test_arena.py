@@ -1,11 +1,13 @@
 """The memory that tensors of the C++ kernels come from: reused, given back, never shared."""
 
+import resource
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from gptfast import ops
+from gptfast import empty_cache, ops
 from gptfast.ops.library import EXTENSION
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
@@ -48,9 +50,20 @@ def test_neighbours_that_are_free_become_one() -> None:
 def test_tensors_outlive_the_cache() -> None:
     kept, gone = tensor(3, 5.0), tensor(3, 6.0)
     del gone
-    EXTENSION.empty_cache()
+    empty_cache()
     assert (kept == 5).all()
     assert (tensor(3, 7.0) == 7).all()
+
+
+def test_the_cache_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    x = tensor(256, 1.0)
+    del x
+    before = resident()
+    empty_cache()
+    assert before - resident() > 200 * 2**20
 
 
 def test_storage_can_be_resized_and_shared() -> None:

@@ -79,6 +79,8 @@ def test_dropout_range(dropout: float) -> None:
         ("beta1", 1.0),
         ("beta2", -0.1),
         ("max_norm", 0.0),
+        ("skip_below", 1.0),
+        ("skip_below", -1e-9),
         ("max_norm", float("nan")),
         ("min_lr", float("inf")),
         ("weight_decay", float("inf")),

@@ -14,6 +14,7 @@ from helpers import (
 from torch import Tensor
 
 from gptfast import GPT, TrainConfig
+from gptfast.ops.library import EXTENSION
 from gptfast.optim import freeze
 from gptfast.train_step import RefusedStep, TrainStep
 
@@ -108,6 +109,18 @@ def test_activation_checkpointing_changes_memory_only(dropout: float) -> None:
     assert row == other
     assert differing(gradients(plain), gradients(recomputed)) == []
     assert differing(parameters(plain), parameters(recomputed)) == []
+
+
+def test_skip_below_reaches_the_head() -> None:
+    """At 0.999 the head's gradient is all but gone, and with it everybody's; at 0 it is whole."""
+    batches = [batch(2, 16, 1)]
+    plain, row = stepped(batches)
+    none, _ = stepped(batches, skip_below=0.0)
+    skipped, other = stepped(batches, skip_below=0.999)
+    assert row["loss"] == other["loss"]
+    assert differing(gradients(plain), gradients(none)) == []
+    if EXTENSION is not None:
+        assert other["grad_norm"] < 1e-3 * row["grad_norm"]
 
 
 def test_activation_checkpointing_saves_memory() -> None:

@@ -92,6 +92,15 @@ class _Launcher:
             return launcher(*args)
 
 
+def empty_cache() -> None:
+    """Give the memory that the C++ kernels keep from step to step back to the system.
+
+    Only what no tensor holds; the next step takes it anew. Without the extension nothing is kept.
+    """
+    if EXTENSION is not None:
+        EXTENSION.empty_cache()
+
+
 def register(
     schema: str, reference: Callable, fake: Callable, *, triton: bool = True
 ) -> torch._ops.OpOverload:
