@@ -1,5 +1,7 @@
 // A linear layer, behind a layer norm or not. The normalised input is not kept for the backward, which makes it
 // again from the input and two numbers a row.
+#include <ATen/ops/add.h>
+
 #include "arena.h"
 #include "matmul.h"
 #include "norm.h"
@@ -8,6 +10,14 @@ namespace gptfast {
 namespace {
 
 using at::Tensor;
+
+// residual + bias, to which the product is then added.
+void begin(Tensor& y, const Tensor& residual, const OptionalTensor& bias) {
+  if (bias)
+    at::add_out(y, residual, *bias);
+  else
+    y.copy_(residual);
+}
 
 void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&
@@ -20,13 +30,19 @@ void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
 
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const OptionalTensor& norm_weight,
                                       const OptionalTensor& norm_bias, double eps, const Tensor& weight,
-                                      const OptionalTensor& bias) {
+                                      const OptionalTensor& bias, const OptionalTensor& residual) {
   if (weight.scalar_type() == at::kDouble)
-    return reference<decltype(linear_fwd)>("gptfast::linear_fwd", x, norm_weight, norm_bias, eps, weight, bias);
+    return reference<decltype(linear_fwd)>("gptfast::linear_fwd", x, norm_weight, norm_bias, eps, weight, bias,
+                                           residual);
   check(x, weight, bias);
   const Norm norm = make_norm(x, norm_weight, norm_bias, eps, weight.scalar_type());
   Tensor stats = new_stats(norm, x), y = make_tensor({x.size(0), weight.size(0)}, weight.options());
-  matmul(y, norm_fwd(norm, x, stats, true), weight.t(), bias.value_or(Tensor()));
+  TORCH_CHECK_VALUE(!residual || (residual->sizes() == y.sizes() && residual->scalar_type() == y.scalar_type()),
+                    "linear: residual must be ", y.sizes(), " in the weight's dtype");
+  const at::AutoDispatchBelowAutograd guard;
+  if (residual) begin(y, *residual, bias);
+  matmul(y, norm_fwd(norm, x, stats, true), weight.t(), residual ? Tensor() : bias.value_or(Tensor()),
+         residual.has_value());
   return {y, stats};
 }
 

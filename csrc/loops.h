@@ -119,6 +119,7 @@ struct NormArgs {
   float* stats;                // (N, 2): mean, 1 / standard deviation
   void* y;
   void* dx;
+  const void* residual;  // (N, C) as x, added to dx; or null
   float *dweight, *dbias;
 };
 struct NormLoops {

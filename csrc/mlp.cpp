@@ -1,5 +1,7 @@
 // The perceptron of a block: norm, linear, GELU, linear. Only the input and the GELU's input are kept for the
 // backward; what is cheap is made again.
+#include <ATen/ops/add.h>
+
 #include "arena.h"
 #include "matmul.h"
 #include "norm.h"
@@ -32,12 +34,19 @@ void check(const Tensor& x, const Tensor& fc_weight, const Tensor& fc_bias, cons
   dtype_of(fc_weight);
 }
 
+void check_residual(bool residual, const Tensor& x, const Tensor& proj_weight) {
+  TORCH_CHECK_VALUE(!residual || (x.size(1) == proj_weight.size(0) && x.scalar_type() == proj_weight.scalar_type()),
+                    "mlp: a residual needs x in the shape and dtype of the result, got ", x.sizes(), " ",
+                    x.scalar_type());
+}
+
 std::tuple<Tensor, Tensor, Tensor> mlp_fwd(const Tensor& x, const OptionalTensor& norm_weight,
                                            const OptionalTensor& norm_bias, double eps, const Tensor& fc_weight,
-                                           const Tensor& fc_bias, const Tensor& proj_weight, const Tensor& proj_bias) {
+                                           const Tensor& fc_bias, const Tensor& proj_weight, const Tensor& proj_bias,
+                                           bool residual) {
   if (fc_weight.scalar_type() == at::kDouble)
     return reference<decltype(mlp_fwd)>("gptfast::mlp_fwd", x, norm_weight, norm_bias, eps, fc_weight, fc_bias,
-                                        proj_weight, proj_bias);
+                                        proj_weight, proj_bias, residual);
   check(x, fc_weight, fc_bias, proj_weight, proj_bias);
   const Norm norm = make_norm(x, norm_weight, norm_bias, eps, fc_weight.scalar_type());
   Tensor stats = new_stats(norm, x), h = make_tensor({x.size(0), fc_weight.size(0)}, fc_weight.options());
@@ -47,17 +56,21 @@ std::tuple<Tensor, Tensor, Tensor> mlp_fwd(const Tensor& x, const OptionalTensor
   each_part(h.numel(), [&](int64_t begin, int64_t end) {
     loops().gelu_fwd(dtype_of(h), h.const_data_ptr(), gelu.data_ptr(), begin, end);
   });
-  matmul(y, gelu, proj_weight.t(), proj_bias);
+  check_residual(residual, x, proj_weight);
+  const at::AutoDispatchBelowAutograd guard;
+  if (residual) at::add_out(y, x, proj_bias);
+  matmul(y, gelu, proj_weight.t(), residual ? Tensor() : proj_bias, residual);
   return {y, h, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
     const Tensor& dy_in, const Tensor& x, const Tensor& h, const Tensor& stats, const OptionalTensor& norm_weight,
     const OptionalTensor& norm_bias, double eps, const Tensor& fc_weight, const Tensor& fc_bias,
-    const Tensor& proj_weight, const Tensor& proj_bias, bool need_dx, bool need_dfc, bool need_dproj) {
+    const Tensor& proj_weight, const Tensor& proj_bias, bool residual, bool need_dx, bool need_dfc, bool need_dproj) {
   if (fc_weight.scalar_type() == at::kDouble)
     return reference<decltype(mlp_bwd)>("gptfast::mlp_bwd", dy_in, x, h, stats, norm_weight, norm_bias, eps, fc_weight,
-                                        fc_bias, proj_weight, proj_bias, need_dx, need_dfc, need_dproj);
+                                        fc_bias, proj_weight, proj_bias, residual, need_dx, need_dfc, need_dproj);
+  check_residual(residual, x, proj_weight);
   check(x, fc_weight, fc_bias, proj_weight, proj_bias);
   const Norm norm = make_norm(x, norm_weight, norm_bias, eps, fc_weight.scalar_type());
   const Tensor dy = dy_in.to(fc_weight.scalar_type()).contiguous();
@@ -87,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
   if (need_dx) {
     Tensor dnormal = make_tensor(x.sizes(), dh.options());
     matmul(dnormal, dh, fc_weight);
-    std::tie(dx, dnorm_weight, dnorm_bias) = norm_bwd(norm, dnormal, x, stats);
+    std::tie(dx, dnorm_weight, dnorm_bias) = norm_bwd(norm, dnormal, x, stats, residual ? dy : Tensor());
     if (norm_weight) dnorm_weight = dnorm_weight.to(norm_weight->scalar_type());
     if (norm_weight) dnorm_bias = dnorm_bias.to(norm_bias->scalar_type());
   }

@@ -61,14 +61,18 @@ Tensor norm_fwd(const Norm& norm, const Tensor& x_in, const Tensor& stats, bool 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Norm& norm, const Tensor& dy, const Tensor& x_in,
-                                            const Tensor& stats) {
-  if (!norm.weight.defined()) return {dy.to(x_in.scalar_type()), Tensor(), Tensor()};
+std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Norm& norm, const Tensor& dy, const Tensor& x_in, const Tensor& stats,
+                                            const Tensor& residual) {
+  if (!norm.weight.defined()) {
+    const Tensor dx = dy.to(x_in.scalar_type());
+    return {residual.defined() ? dx.add_(residual) : dx, Tensor(), Tensor()};
+  }
   const Tensor x = operand(norm, x_in);
   const Tensor dx = dy.scalar_type() == x.scalar_type() ? dy : make_tensor(x.sizes(), x.options());
   const Tensor dweight = at::empty_like(norm.weight), dbias = at::empty_like(norm.weight);
   NormArgs args = arguments(norm, x, dy, stats);
   args.dx = dx.data_ptr();
+  args.residual = residual.defined() ? residual.const_data_ptr() : nullptr;
   args.dweight = dweight.data_ptr<float>();
   args.dbias = dbias.data_ptr<float>();
   each_strip(args.C, [&](int64_t begin, int64_t end) { loops().bwd_columns(args, begin, end); });

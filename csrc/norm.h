@@ -20,9 +20,9 @@ Norm make_norm(const at::Tensor& x, const OptionalTensor& weight, const Optional
 
 // x normalised and scaled, in norm.dtype; stats (N, 2) fp32 are written if fresh, else read.
 at::Tensor norm_fwd(const Norm& norm, const at::Tensor& x, const at::Tensor& stats, bool fresh);
-// dx in x's dtype, dweight, dbias; may write dx over dy.
+// dx + residual in x's dtype, dweight, dbias; may write dx over dy. residual is of x's shape and dtype, or undefined.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd(const Norm& norm, const at::Tensor& dy, const at::Tensor& x,
-                                                        const at::Tensor& stats);
+                                                        const at::Tensor& stats, const at::Tensor& residual = {});
 at::Tensor new_stats(const Norm& norm, const at::Tensor& x);
 
 at::Tensor sum_rows(const at::Tensor& x);  // (N, C) -> (C,), fp32 sums in x's dtype

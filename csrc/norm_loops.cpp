@@ -80,7 +80,7 @@ void bwd_columns(const NormArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// dx = (g - mean(g) - x' mean(g x')) / std, where g = dy weight and x' is x normalised
+// dx = (g - mean(g) - x' mean(g x')) / std + residual, where g = dy weight and x' is x normalised
 template <class X, class Y>
 void bwd_rows(const NormArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
@@ -96,10 +96,12 @@ void bwd_rows(const NormArgs& args, int64_t begin, int64_t end) {
     }
     const float shift = sum(plain) / args.C, slope = sum(weighted) / args.C;
     X* dx = (X*)args.dx + row * args.C;
+    const X* residual = args.residual ? (const X*)args.residual + row * args.C : nullptr;
     for (int64_t c = 0; c < args.C; c += W) {
       const int64_t n = smaller<int64_t>(W, args.C - c);
       const vf g = load_n(dy + c, n) * load_n(args.weight + c, n), normal = (load_n(x + c, n) - mean) * inverse;
-      store_n(dx + c, (g - shift - normal * slope) * inverse, n);
+      const vf passed = residual ? load_n(residual + c, n) : vf{};
+      store_n(dx + c, (g - shift - normal * slope) * inverse + passed, n);
     }
   }
 }

@@ -129,7 +129,7 @@ class TrainConfig:
     a third more time."""
     skip_below: float = 0.0
     """Leave out entries of the logits' gradient up to this times their row's share of the loss,
-    which saves products late in training; 6e-8 is what fp32 rounds to nothing beside a sure token."""
+    saving products late in training; 6e-8 is what fp32 rounds to nothing beside a sure token."""
     compile: bool = False
     """Compile the training step's forward and backward with torch.compile."""
     eval_interval: int = 100

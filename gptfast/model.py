@@ -48,20 +48,24 @@ def _parts(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, norm: nn.LayerNorm, seed: Tensor | int, cache: KVCache | None, layer: int
     ) -> Tensor:
+        """x (B, T, C) plus what attention adds to it."""
         qkv = ops.linear(x, self.c_attn.weight, self.c_attn.bias, norm=_parts(norm))  # (B, T, 3C)
         out = self._attend(qkv, seed, cache, layer)  # (B, T, C)
-        return ops.linear(out, self.c_proj.weight, self.c_proj.bias)
+        if self.training and self.drop.p > 0:
+            return x + self.drop(ops.linear(out, self.c_proj.weight, self.c_proj.bias))
+        return ops.linear(out, self.c_proj.weight, self.c_proj.bias, residual=x)
 
     def _attend(self, qkv: Tensor, seed: Tensor | int, cache: KVCache | None, layer: int) -> Tensor:
         if cache is None:
-            p = self.dropout if self.training else 0.0
+            p = self.drop.p if self.training else 0.0
             return ops.attention_qkv(qkv, self.n_head, dropout_p=p, seed=seed)
         B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
         q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(
@@ -77,10 +81,14 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """x (B, T, C) plus what the perceptron adds to it."""
         layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
-        return ops.mlp(x, *layers, norm=_parts(norm))
+        if self.training and self.drop.p > 0:
+            return x + self.drop(ops.mlp(x, *layers, norm=_parts(norm)))
+        return ops.mlp(x, *layers, norm=_parts(norm), residual=True)
 
 
 class Block(nn.Module):
@@ -90,11 +98,10 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, seed: Tensor | int, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.drop(self.attn(x, self.ln_1, seed, cache, layer))
-        return x + self.drop(self.mlp(x, self.ln_2))
+        x = self.attn(x, self.ln_1, seed, cache, layer)
+        return self.mlp(x, self.ln_2)
 
 
 class GPT(nn.Module):

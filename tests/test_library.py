@@ -110,20 +110,23 @@ def layer_samples(shapes: list[tuple[int, ...]]) -> list[tuple]:
 
 
 def linear_layer_samples() -> list[tuple]:
-    return [*layer_samples([(7, 4), (7,)]), (randn(3, 4), None, None, 0.0, randn(7, 4), None)]
+    samples = [(*sample, None) for sample in layer_samples([(7, 4), (7,)])]
+    no_bias = randn(3, 4), None, None, 0.0, randn(7, 4), None
+    return [*samples, (*no_bias, None), (*no_bias, randn(3, 7, grad=True))]
 
 
 def linear_layer_bwd_samples() -> list[tuple]:
     result = []
-    for x, *norm, weight, bias in linear_layer_samples():
-        y, stats = gptfast_ops.linear_fwd(x.detach(), *norm, weight, bias)
+    for x, *norm, weight, bias, _ in linear_layer_samples():
+        y, stats = gptfast_ops.linear_fwd(x.detach(), *norm, weight, bias, None)
         for needs in ((True, True), (True, False), (False, True)):
             result.append(detached(torch.ones_like(y), x, *norm, weight, bias, stats, *needs))
     return result
 
 
 def mlp_samples() -> list[tuple]:
-    return layer_samples([(6, 4), (6,), (4, 6), (4,)])
+    samples = layer_samples([(6, 4), (6,), (4, 6), (4,)])
+    return [(*sample, False) for sample in samples] + [(*samples[0], True)]
 
 
 def mlp_bwd_samples() -> list[tuple]:

@@ -26,7 +26,7 @@ SIZES = [
 def defined(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
     bias, *norm = rest if len(rest) % 2 else (None, *rest)
     norm_weight, norm_bias = norm or (None, None)
-    return reference.linear_fwd(x, norm_weight, norm_bias, EPS, weight, bias)[0]
+    return reference.linear_fwd(x, norm_weight, norm_bias, EPS, weight, bias, None)[0]
 
 
 def plain(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
@@ -65,6 +65,24 @@ def test_parity_without_parts(products: str, bias: bool, norm: bool) -> None:
         for _ in range(4)
     ]
     check(ours, defined, plain, *cases)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_residual(products: str, bias: bool, dtype: torch.dtype) -> None:
+    def case() -> dict[str, Tensor]:
+        return {"residual": torch.randn(70, 60).to(dtype), **inputs(70, 48, 60, dtype, bias=bias)}
+
+    def fused(residual: Tensor, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+        bias, *norm = rest if len(rest) % 2 else (None, *rest)
+        return ops.linear(x, weight, bias, norm=(*norm, EPS), residual=residual)
+
+    check(
+        fused,
+        lambda residual, *rest: residual + defined(*rest),
+        lambda residual, *rest: residual + plain(*rest),
+        *((case(), torch.randn(70, 60)) for _ in range(4)),
+    )
 
 
 @pytest.mark.parametrize("kind", ["transposed", "every other", "expanded"])
@@ -130,5 +148,7 @@ def test_errors() -> None:
         ops.linear(x, weight.double(), bias.double())
     with pytest.raises(ValueError, match=r"norm must be weight and bias of shape \(6,\)"):
         ops.linear(x, weight, norm=(torch.ones(5), torch.zeros(5), EPS))
+    with pytest.raises(ValueError, match=r"residual must be \(4, 5\), got \(5,\)"):
+        ops.linear(x, weight, residual=bias)
     with pytest.raises(ValueError, match="floating-point"):
         ops.linear(torch.ones(4, 6, dtype=torch.int64), torch.ones(5, 6, dtype=torch.int64))

@@ -14,7 +14,7 @@ EPS = 1e-5
 
 def defined(x: Tensor, *rest: Tensor) -> Tensor:
     layers, norm = rest[:4], rest[4:] or (None, None)
-    return reference.mlp_fwd(x, *norm, EPS, *layers)[0]
+    return reference.mlp_fwd(x, *norm, EPS, *layers, False)[0]
 
 
 def plain(x: Tensor, *rest: Tensor) -> Tensor:
@@ -51,6 +51,20 @@ def inputs(
 def test_parity(products: str, size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     cases = [(inputs(*size, dtype), torch.randn(size[0], size[3])) for _ in range(4)]
     check(ours, defined, plain, *cases)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
+def test_residual(products: str, norm: bool, dtype: torch.dtype) -> None:
+    def fused(x: Tensor, *rest: Tensor) -> Tensor:
+        return ops.mlp(x, *rest[:4], norm=(*rest[4:], EPS) if rest[4:] else None, residual=True)
+
+    check(
+        fused,
+        lambda x, *rest: x + defined(x, *rest),
+        lambda x, *rest: x + plain(x, *rest),
+        *((inputs(50, 40, 70, 40, dtype, norm), torch.randn(50, 40)) for _ in range(4)),
+    )
 
 
 def test_parity_without_norm(products: str) -> None:
@@ -119,5 +133,7 @@ def test_errors() -> None:
         ops.mlp(torch.randn(4, 5), *case[1:5])
     with pytest.raises(ValueError, match=r"bias must be \(8,\)"):
         ops.mlp(case[0], case[1], torch.randn(6), *case[3:5])
+    with pytest.raises(ValueError, match=r"residual needs proj_weight \(6, F\), got \(5, 8\)"):
+        ops.mlp(*case[:3], torch.randn(5, 8), torch.randn(5), residual=True)
     with pytest.raises(ValueError, match="one dtype and one device"):
         ops.mlp(*case[:3], case[3].double(), case[4].double())

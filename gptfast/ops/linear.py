@@ -21,7 +21,7 @@ def like_if(given: bool, x: Tensor | None, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape) if given and x is not None else weight.new_empty(0)
 
 
-def _fwd_fake(x, norm_weight, norm_bias, eps, weight, bias):  # type: ignore[no-untyped-def]
+def _fwd_fake(x, norm_weight, norm_bias, eps, weight, bias, residual):  # type: ignore[no-untyped-def]
     return weight.new_empty(x.shape[0], weight.shape[0]), stats_fake(x, norm_weight)
 
 
@@ -37,7 +37,8 @@ def _bwd_fake(dy, x, norm_weight, norm_bias, eps, weight, bias, stats, need_dx, 
 
 
 _fwd = register(
-    f"linear_fwd({_NORM}, Tensor weight, Tensor? bias) -> (Tensor y, Tensor stats)",
+    f"linear_fwd({_NORM}, Tensor weight, Tensor? bias, Tensor? residual) "
+    "-> (Tensor y, Tensor stats)",
     reference.linear_fwd,
     _fwd_fake,
     triton=False,
@@ -53,7 +54,7 @@ _bwd = register(
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, norm_weight, norm_bias, ctx.eps, weight, bias = inputs
+    x, norm_weight, norm_bias, ctx.eps, weight, bias, _ = inputs
     ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -61,16 +62,16 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dy, dstats):  # type: ignore[no-untyped-def]
     if dy is None:
-        return (None,) * 6
+        return (None,) * 7
     x, norm_weight, norm_bias, weight, bias, stats = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    need_dx, need_dweight = any(needs[:3]), any(needs[4:])
+    need_dx, need_dweight = any(needs[:3]), any(needs[4:6])
     grads = _bwd(dy, x, norm_weight, norm_bias, ctx.eps, weight, bias, stats, need_dx, need_dweight)
     dx, dnorm_weight, dnorm_bias, dweight, dbias = grads
     return tuple(
         grad if need else None
         for grad, need in zip(
-            (dx, dnorm_weight, dnorm_bias, None, dweight, dbias), needs, strict=True
+            (dx, dnorm_weight, dnorm_bias, None, dweight, dbias, dy), needs, strict=True
         )
     )
 
@@ -116,17 +117,30 @@ def norm_arguments(x: Tensor, norm: Norm | None, name: str) -> tuple:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """F.linear(x, weight, bias), or, with a norm, F.linear(F.layer_norm(x, ...), weight, bias).
+    """F.linear(x, weight, bias), behind a layer norm if one is given, plus a residual if one is.
 
-    x: (..., C); weight: (O, C); bias: (O,); norm: (weight (C,), bias (C,), eps). One floating
-    dtype, any under autocast, which gives the result its dtype; the norm is computed in fp32.
-    Returns (..., O). The normalised input is not kept for the backward but computed again.
+    x: (..., C); weight: (O, C); bias: (O,); norm: (weight (C,), bias (C,), eps), applied to x as
+    F.layer_norm; residual: (..., O). One floating dtype, any under autocast, which gives the
+    product its dtype; the norm is computed in fp32. Returns (..., O). The normalised input is not
+    kept for the backward but computed again.
 
     Raises ValueError for inputs that do not fit.
     """
     check_layer(x, weight, bias, "linear")
-    rows = x.reshape(-1, x.shape[-1])  # (N, C)
-    y = _fwd(rows, *norm_arguments(x, norm, "linear"), weight, bias)[0]
-    return y.view(*x.shape[:-1], weight.shape[0])
+    n_out, rows = weight.shape[0], x.reshape(-1, x.shape[-1])  # (N, C)
+    if residual is not None and residual.shape != (*x.shape[:-1], n_out):
+        raise ValueError(
+            f"linear's residual must be {(*x.shape[:-1], n_out)}, got {tuple(residual.shape)}"
+        )
+    fused = residual is not None and residual.dtype == weight.dtype and not autocast_enabled(x)
+    passed = residual.reshape(-1, n_out) if fused else None
+    y = _fwd(rows, *norm_arguments(x, norm, "linear"), weight, bias, passed)[0]
+    y = y.view(*x.shape[:-1], n_out)
+    return y if fused or residual is None else residual + y

@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from gptfast.kernels.reference import mlp as reference
-from gptfast.ops.library import register, register_autocast, register_autograd
+from gptfast.ops.library import autocast_enabled, register, register_autocast, register_autograd
 from gptfast.ops.linear import Norm, check_layer, like_if, norm_arguments, stats_fake
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias, float eps"
 _LAYERS = "Tensor fc_weight, Tensor fc_bias, Tensor proj_weight, Tensor proj_bias"
 
 
-def _fwd_fake(x, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, proj_bias):  # type: ignore[no-untyped-def]
+def _fwd_fake(x, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, proj_bias, residual):  # type: ignore[no-untyped-def]
     N = x.shape[0]
     y, h = (weight.new_empty(N, weight.shape[0]) for weight in (proj_weight, fc_weight))
     return y, h, stats_fake(x, norm_weight)
@@ -18,7 +18,7 @@ def _fwd_fake(x, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, p
 
 def _bwd_fake(
     dy, x, h, stats, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, proj_bias,
-    need_dx, need_dfc, need_dproj,
+    residual, need_dx, need_dfc, need_dproj,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     gradients = [
         (need_dx, x),
@@ -33,14 +33,15 @@ def _bwd_fake(
 
 
 _fwd = register(
-    f"mlp_fwd(Tensor x, {_NORM}, {_LAYERS}) -> (Tensor y, Tensor h, Tensor stats)",
+    f"mlp_fwd(Tensor x, {_NORM}, {_LAYERS}, bool residual) -> (Tensor y, Tensor h, Tensor stats)",
     reference.mlp_fwd,
     _fwd_fake,
     triton=False,
 )
 _bwd = register(
-    f"mlp_bwd(Tensor dy, Tensor x, Tensor h, Tensor stats, {_NORM}, {_LAYERS}, bool need_dx, "
-    "bool need_dfc, bool need_dproj) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, "
+    f"mlp_bwd(Tensor dy, Tensor x, Tensor h, Tensor stats, {_NORM}, {_LAYERS}, "
+    "bool residual, bool need_dx, bool need_dfc, bool need_dproj) "
+    "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, "
     "Tensor dfc_weight, Tensor dfc_bias, Tensor dproj_weight, Tensor dproj_bias)",
     reference.mlp_bwd,
     _bwd_fake,
@@ -49,7 +50,7 @@ _bwd = register(
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, norm_weight, norm_bias, ctx.eps, *layers = inputs
+    x, norm_weight, norm_bias, ctx.eps, *layers, ctx.residual = inputs
     _, h, stats = output
     ctx.save_for_backward(x, h, stats, norm_weight, norm_bias, *layers)
     ctx.mark_non_differentiable(h, stats)
@@ -58,12 +59,12 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dy, dh, dstats):  # type: ignore[no-untyped-def]
     if dy is None:
-        return (None,) * 8
+        return (None,) * 9
     x, h, stats, norm_weight, norm_bias, *layers = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    needed = any(needs[:3]), any(needs[4:6]), any(needs[6:])
-    grads = _bwd(dy, x, h, stats, norm_weight, norm_bias, ctx.eps, *layers, *needed)
-    places = (*grads[:3], None, *grads[3:])
+    needed = any(needs[:3]), any(needs[4:6]), any(needs[6:8])
+    grads = _bwd(dy, x, h, stats, norm_weight, norm_bias, ctx.eps, *layers, ctx.residual, *needed)
+    places = (*grads[:3], None, *grads[3:], None)
     return tuple(grad if need else None for grad, need in zip(places, needs, strict=True))
 
 
@@ -80,8 +81,11 @@ def mlp(
     proj_bias: Tensor,
     *,
     norm: Norm | None = None,
+    residual: bool = False,
 ) -> Tensor:
     """gelu(norm(x) fc_weight^T + fc_bias) proj_weight^T + proj_bias, GELU in its tanh form.
+
+    With residual, x is added, which then needs the width of the result.
 
     x: (..., C); fc_weight: (F, C), fc_bias: (F,); proj_weight: (O, F), proj_bias: (O,); norm:
     (weight (C,), bias (C,), eps) or None. One floating dtype, any under autocast, which gives the
@@ -99,5 +103,11 @@ def mlp(
     check_layer(fc_weight.T, proj_weight, proj_bias, "mlp")
     rows = x.reshape(-1, x.shape[-1])  # (N, C)
     layers = fc_weight, fc_bias, proj_weight, proj_bias
-    y = _fwd(rows, *norm_arguments(x, norm, "mlp"), *layers)[0]
-    return y.view(*x.shape[:-1], proj_weight.shape[0])
+    if residual and proj_weight.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"mlp's residual needs proj_weight ({x.shape[-1]}, F), got {tuple(proj_weight.shape)}"
+        )
+    fused = residual and x.dtype == proj_weight.dtype and not autocast_enabled(x)
+    y = _fwd(rows, *norm_arguments(x, norm, "mlp"), *layers, fused)[0]
+    y = y.view(*x.shape[:-1], proj_weight.shape[0])
+    return x + y if residual and not fused else y

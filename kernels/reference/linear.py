@@ -1,7 +1,7 @@
 """A linear layer, behind a layer norm or not, as plain PyTorch.
 
     a = norm_weight * (x - mean(x)) / sqrt(var(x) + eps) + norm_bias
-    y = a weight^T + bias
+    y = a weight^T + bias + residual
 The mean and the variance are over the channels; a is computed in fp32 and rounded to weight's
 dtype. Without a norm, a is x in weight's dtype.
 """
@@ -58,10 +58,12 @@ def linear_fwd(
     eps: float,
     weight: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x (N, C), weight (O, C), bias (O,) -> y (N, O) in weight's dtype, stats (N, 2) or (0, 2)."""
+    """x (N, C), weight (O, C), bias (O,), residual (N, O) -> y (N, O) in weight's dtype, stats."""
     a, stats = norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)
-    return F.linear(a, weight, bias), stats
+    y = F.linear(a, weight, bias)
+    return (y if residual is None else residual + y), stats
 
 
 def linear_bwd(

@@ -1,6 +1,6 @@
 """The perceptron of a GPT-2 block, as plain PyTorch.
 
-    h = norm(x) fc_weight^T + fc_bias;  y = gelu(h) proj_weight^T + proj_bias
+    h = norm(x) fc_weight^T + fc_bias;  y = gelu(h) proj_weight^T + proj_bias [+ x]
 with norm as in linear.py and GELU in its tanh form (Hendrycks & Gimpel, 2016).
 """
 
@@ -19,11 +19,13 @@ def mlp_fwd(
     fc_bias: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
+    residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, C), fc_weight (F, C), proj_weight (O, F) -> y (N, O), h (N, F), stats (N, 2)."""
     a, stats = norm_fwd(x, norm_weight, norm_bias, eps, fc_weight.dtype)
     h = F.linear(a, fc_weight, fc_bias)
-    return F.linear(F.gelu(h, approximate="tanh"), proj_weight, proj_bias), h, stats
+    y = F.linear(F.gelu(h, approximate="tanh"), proj_weight, proj_bias)
+    return (x + y if residual else y), h, stats
 
 
 def mlp_bwd(
@@ -38,6 +40,7 @@ def mlp_bwd(
     fc_bias: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
+    residual: bool,
     need_dx: bool,
     need_dfc: bool,
     need_dproj: bool,
@@ -57,4 +60,5 @@ def mlp_bwd(
         dfc_bias = column_sums(dh)
     if need_dx:
         dx, dnorm_weight, dnorm_bias = norm_bwd(dh @ fc_weight, x, norm_weight, norm_bias, stats)
+        dx = dx + dy if residual else dx
     return dx, dnorm_weight, dnorm_bias, dfc, dfc_bias, dproj, dproj_bias
