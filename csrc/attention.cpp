@@ -1,3 +1,4 @@
+#include "arena.h"
 #include "common.h"
 
 namespace gptfast {
@@ -71,7 +72,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in,
                                               kv_len);
   const Tensor q = rows(q_in), k = rows(k_in), v = rows(v_in);
   AttentionArgs args = arguments(q, k, v, scale, dropout_p, seed, kv_len);
-  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor out = make_tensor(q.sizes(), q.options());
   Tensor lse = at::empty({args.B, args.H, args.Tq}, q.options().dtype(at::kFloat));
   run_fwd(args, out, lse);
   return {out, lse};
@@ -86,8 +87,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
                                               dropout_p, seed, kv_len);
   const Tensor q = rows(q_in), k = rows(k_in), v = rows(v_in);
   AttentionArgs args = arguments(q, k, v, scale, dropout_p, seed, kv_len);
-  Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
-  Tensor dv = at::empty(v.sizes(), v.options());
+  Tensor dq = make_tensor(q.sizes(), q.options()), dk = make_tensor(k.sizes(), k.options());
+  Tensor dv = make_tensor(v.sizes(), v.options());
   run_bwd(args, rows(dout), out, lse, dq, dk, dv);
   return {dq, dk, dv};
 }
@@ -114,7 +115,7 @@ std::tuple<Tensor, Tensor> attention_qkv_fwd(const Tensor& qkv_in, int64_t n_hea
   const Tensor qkv = rows(qkv_in);
   AttentionArgs args = packed_arguments(qkv, n_head, scale, dropout_p, seed, kv_len);
   const int64_t C = args.H * args.D;
-  Tensor out = at::empty({args.B, args.Tq, C}, qkv.options());
+  Tensor out = make_tensor({args.B, args.Tq, C}, qkv.options());
   Tensor lse = at::empty({args.B, args.H, args.Tq}, qkv.options().dtype(at::kFloat));
   run_fwd(args, split_heads(out, 0, n_head, C), lse);
   return {out, lse};
@@ -128,7 +129,7 @@ Tensor attention_qkv_bwd(const Tensor& dout, const Tensor& qkv_in, const Tensor&
   const Tensor qkv = rows(qkv_in);
   AttentionArgs args = packed_arguments(qkv, n_head, scale, dropout_p, seed, kv_len);
   const int64_t C = args.H * args.D;
-  Tensor dqkv = at::empty(qkv.sizes(), qkv.options());
+  Tensor dqkv = make_tensor(qkv.sizes(), qkv.options());
   run_bwd(args, split_heads(rows(dout), 0, n_head, C), split_heads(out, 0, n_head, C), lse,
           split_heads(dqkv, 0, n_head, C), split_heads(dqkv, 1, n_head, C), split_heads(dqkv, 2, n_head, C));
   return dqkv;

@@ -12,20 +12,31 @@ namespace {
 
 constexpr int64_t EXACT = 4096;
 
-// Stores the lanes of x that mask (0 or -1 each) selects, in order; may write W floats. Returns their count.
-inline int64_t compress(float* to, vf x, vi mask) {
+// Lane i of the mask (0 or -1 each) as bit i.
+inline uint32_t bits_of(vi mask) {
 #if defined(__AVX512F__)
-  const __mmask16 bits = _mm512_movepi32_mask((__m512i)mask);
-  store(to, (vf)_mm512_maskz_compress_ps(bits, (__m512)x));
-  return __builtin_popcount(bits);
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < W; ++i) bits |= (mask[i] & 1u) << i;
+  return bits;
+#endif
+}
+
+// Stores the lanes of x that bits select, in order; may write W floats. Returns their count.
+inline int64_t compress(float* to, vf x, uint32_t bits) {
+#if defined(__AVX512F__)
+  store(to, (vf)_mm512_maskz_compress_ps((__mmask16)bits, (__m512)x));
 #else
   int64_t n = 0;
   for (int i = 0; i < W; ++i) {
     to[n] = x[i];
-    n -= mask[i];
+    n += bits >> i & 1;
   }
-  return n;
 #endif
+  return __builtin_popcount(bits);
 }
 
 inline vf round_weight(vf x) {  // to nearest even; from 2^23 on, fp32 is whole anyway
@@ -36,10 +47,15 @@ inline vf round_weight(vf x) {  // to nearest even; from 2^23 on, fp32 is whole 
 int64_t mass(const float* w, int64_t n) {  // n a multiple of W
   int64_t total = 0;
   for (int64_t begin = 0; begin < n; begin += EXACT) {
-    vd part = {};
-    for (int64_t j = begin; j < smaller(n, begin + EXACT); j += W) part += __builtin_convertvector(load(w + j), vd);
+    const int64_t end = smaller(n, begin + EXACT);
+    vd part[2] = {};
+    int64_t j = begin;
+    for (; j + 2 * W <= end; j += 2 * W)
+      for (int i = 0; i < 2; ++i) part[i] += __builtin_convertvector(load(w + j + i * W), vd);
+    if (j < end) part[0] += __builtin_convertvector(load(w + j), vd);
+    part[0] += part[1];
     double block = 0;
-    for (int i = 0; i < W; ++i) block += part[i];
+    for (int i = 0; i < W; ++i) block += part[0][i];
     total += (int64_t)block;
   }
   return total;
@@ -89,30 +105,57 @@ void pad(float* x, int64_t n) {
   for (int64_t j = n; j < round_up(n, W); ++j) x[j] = -INFINITY;
 }
 
-float top_k_bound(const float* x, int64_t V, int64_t k) {
-  constexpr int64_t GROUPS = 16;
-  if (k > GROUPS * W / 2 || V < 2 * GROUPS * W) return -INFINITY;
+constexpr int64_t GROUPS = 16;
+
+// What one pass over a row of logits finds: the largest of each of GROUPS * W strided parts, and whether all is finite.
+struct Maxima {
   vf best[GROUPS];
-  for (auto& lane : best) lane = splat(-INFINITY);
-  int64_t j = 0;
-  for (; j + GROUPS * W <= V; j += GROUPS * W)
-    for (int64_t g = 0; g < GROUPS; ++g) best[g] = max(load(x + j + g * W), best[g]);
-  float lanes[GROUPS * W];
-  memcpy(lanes, best, sizeof lanes);
-  return kth_largest(lanes, GROUPS * W, k);
-}
+  float top;
+  bool bad;
+
+  template <class T>
+  Maxima(const T* logits, int64_t V) {
+    vi nan[2] = {};
+    for (auto& lanes : best) lanes = splat(-INFINITY);
+    int64_t j = 0;
+    for (; j + GROUPS * W <= V; j += GROUPS * W)
+#pragma GCC unroll 16
+      for (int64_t g = 0; g < GROUPS; ++g) {
+        const vf x = load(logits + j + g * W);
+        best[g] = max(x, best[g]);
+        nan[g % 2] |= x != x;
+      }
+    for (int64_t g = 0; j < V; j += W, ++g) {
+      const vf x = j + W <= V ? load(logits + j) : load_part(logits + j, V - j, -INFINITY);
+      best[g] = max(x, best[g]);
+      nan[0] |= x != x;
+    }
+    vf all = best[0];
+    for (const vf& lanes : best) all = max(lanes, all);
+    top = max(all);
+    bad = top == INFINITY || top == -INFINITY || bits_of(nan[0] | nan[1]);
+  }
+
+  // At least k logits are as large as this.
+  float bound(int64_t k) const {
+    if (k > GROUPS * W / 2) return -INFINITY;
+    float lanes[GROUPS * W];
+    memcpy(lanes, best, sizeof lanes);
+    return kth_largest(lanes, GROUPS * W, k);
+  }
+};
 
 // Exactly k tokens, ties at the k-th logit by the lower id. `to` has room for every token.
-Tokens keep_top_k(const Tokens& from, int64_t k, Tokens to, float* space) {
-  const float bound = top_k_bound(from.x, from.n, k);
+template <class T>
+Tokens keep_top_k(const T* logits, int64_t V, int64_t k, float bound, Tokens to, float* space) {
   int64_t n = 0;
-  for (int64_t j = 0; j < from.n; j += W) {
-    const vf x = load(from.x + j);
-    vi mask = x >= splat(bound);
-    if (j + W > from.n)
-      for (int64_t i = from.n - j; i < W; ++i) mask[i] = 0;
-    compress((float*)to.id + n, (vf)id_lanes(j), mask);
-    n += compress(to.x + n, x, mask);
+  for (int64_t j = 0; j < V; j += W) {
+    const int64_t lanes = smaller<int64_t>(W, V - j);
+    const vf x = load_n(logits + j, lanes);
+    const uint32_t bits = bits_of(x >= splat(bound)) & (uint32_t)((uint64_t{1} << lanes) - 1);
+    if (!bits) continue;
+    compress((float*)to.id + n, (vf)id_lanes(j), bits);
+    n += compress(to.x + n, x, bits);
   }
   memcpy(space, to.x, sizeof(float) * n);
   const float kth = kth_largest(space, n, k);
@@ -129,8 +172,18 @@ Tokens keep_top_k(const Tokens& from, int64_t k, Tokens to, float* space) {
   return to;
 }
 
-void weigh(const Tokens& t, float top, float temperature) {
-  for (int64_t j = 0; j < t.n; j += W) store(t.w + j, round_weight(exp((load(t.x + j) - top) / temperature) * 0x1p40f));
+inline vf weight_of(vf x, float top, float temperature) { return round_weight(exp((x - top) / temperature) * 0x1p40f); }
+inline vf weight_of(vf x, float top) { return round_weight(exp(x - top) * 0x1p40f); }
+
+// The weights of all tokens; their logits too, where a later step asks for them.
+template <class T>
+void weigh(const T* logits, const Tokens& t, float top, float temperature, bool keep_logits) {
+  for (int64_t j = 0; j < t.n; j += W) {
+    const vf x = j + W <= t.n ? load(logits + j) : load_part(logits + j, t.n - j, -INFINITY);
+    // A division by 1 changes nothing and costs as much as all the rest.
+    store(t.w + j, temperature == 1.0f ? weight_of(x, top) : weight_of(x, top, temperature));
+    if (keep_logits) store(t.x + j, x);
+  }
 }
 
 struct Threshold {
@@ -153,11 +206,13 @@ Threshold find_top_p(const Tokens& t, double limit, float* space) {
     float tie = 0;
     for (int64_t j = 0; j < n; j += W) {
       const vf value = load(x + j), weight = load(w + j);
-      compress(to_w + more, weight, value > splat(pivot));
-      more += compress(to_x + more, value, value > splat(pivot));
-      const vi same = value == splat(pivot);
-      for (int i = 0; i < W; ++i)
-        if (same[i]) ++equal, tie = weight[i];
+      const uint32_t over = bits_of(value > splat(pivot)), same = bits_of(value == splat(pivot));
+      compress(to_w + more, weight, over);
+      more += compress(to_x + more, value, over);
+      if (same) {
+        equal += __builtin_popcount(same);
+        tie = weight[__builtin_ctz(same)];
+      }
     }
     pad(to_x, more);
     for (int64_t j = more; j < round_up(more, W); ++j) to_w[j] = 0;
@@ -171,11 +226,10 @@ Threshold find_top_p(const Tokens& t, double limit, float* space) {
     if ((double)(front + equal * each) < limit) {
       for (int64_t j = 0; j < n; j += W) {
         const vf value = load(x + j), weight = load(w + j);
-        vi mask = value < splat(pivot);
-        if (j + W > n)
-          for (int64_t i = n - j; i < W; ++i) mask[i] = 0;
-        compress(to_w + less, weight, mask);
-        less += compress(to_x + less, value, mask);
+        const uint32_t inside = (uint32_t)((uint64_t{1} << smaller<int64_t>(W, n - j)) - 1);
+        const uint32_t under = bits_of(value < splat(pivot)) & inside;
+        compress(to_w + less, weight, under);
+        less += compress(to_x + less, value, under);
       }
     }
     if (less == 0) {
@@ -193,10 +247,11 @@ void keep_top_p(const Tokens& t, double limit, float* space) {
   Threshold cut = find_top_p(t, limit, space);
   for (int64_t j = 0; j < t.n; j += W) {
     const vf x = load(t.x + j);
-    const vi equal = x == splat(cut.x);
     vf w = x > splat(cut.x) ? load(t.w + j) : vf{};
-    for (int i = 0; i < W; ++i)
-      if (equal[i] && cut.ties-- > 0) w[i] = t.w[j + i];
+    for (uint32_t equal = bits_of(x == splat(cut.x)); equal && cut.ties > 0; equal &= equal - 1, --cut.ties) {
+      const int i = __builtin_ctz(equal);
+      w[i] = t.w[j + i];
+    }
     store(t.w + j, w);
   }
 }
@@ -212,20 +267,28 @@ float draw_uniform(int64_t seed, int64_t position) {
   return uniform(philox(low, high, vu{}, vu{}, (uint64_t)seed).word[0])[0];
 }
 
-// The first token, in id order, whose running mass exceeds u times the whole.
-int64_t draw(const Tokens& t, float u) {
+// The first token, in id order, whose running mass exceeds u times the whole. space: round_up(n, W) floats.
+int64_t draw(const Tokens& t, float u, float* space) {
   constexpr int64_t STRIDE = 512;
-  const int64_t padded = round_up(t.n, W), target = (int64_t)((double)u * (double)mass(t.w, padded));
+  int64_t* parts = (int64_t*)space;
+  const int64_t padded = round_up(t.n, W);
+  int64_t total = 0;
+  for (int64_t j = 0; j < padded; j += STRIDE) total += parts[j / STRIDE] = mass(t.w + j, smaller(STRIDE, padded - j));
+  const int64_t target = (int64_t)((double)u * (double)total);
   int64_t before = 0, j = 0;
-  for (; j < padded; j += STRIDE) {
-    const int64_t next = before + mass(t.w + j, smaller(STRIDE, padded - j));
-    if (next > target) break;
-    before = next;
-  }
+  for (; j < padded && before + parts[j / STRIDE] <= target; j += STRIDE) before += parts[j / STRIDE];
   for (;; ++j) {
     before += (int64_t)t.w[j];
     if (before > target) return t.id ? t.id[j] : j;
   }
+}
+
+// The first index of the largest logit.
+template <class T>
+int64_t first_of(const T* logits, int64_t V, float top) {
+  for (int64_t j = 0;; j += W)
+    if (const uint32_t same = bits_of(load_n(logits + j, smaller<int64_t>(W, V - j)) == splat(top)))
+      return j + __builtin_ctz(same);
 }
 
 template <class T>
@@ -237,32 +300,25 @@ void sample_row(const SamplingArgs& args, int64_t row, Scratch& scratch) {
   float* space = base + 4 * size;
 
   const T* logits = (const T*)args.logits + row * args.row_stride;
-  vf best = splat(-INFINITY);
-  vi nan = {};
-  pad(tokens.x, V);
-  for (int64_t j = 0; j < V; j += W) {
-    const vf x = j + W <= V ? load(logits + j) : load_part(logits + j, V - j, -INFINITY);
-    store(tokens.x + j, x);
-    best = max(x, best);
-    nan |= x != x;
-  }
-  const float top = max(best);
-  bool bad = top == INFINITY || top == -INFINITY;
-  for (int i = 0; i < W; ++i) bad |= nan[i] != 0;
+  const Maxima maxima(logits, V);
+  const float top = maxima.top, temperature = args.temperature[row];
   args.ids[row] = -1;
-  if (bad) return;
-  if (args.temperature[row] == 0) {
-    int64_t j = 0;
-    while (tokens.x[j] != top) ++j;
-    args.ids[row] = j;
+  if (maxima.bad) return;
+  if (temperature == 0) {
+    args.ids[row] = first_of(logits, V, top);
     return;
   }
-  if (args.top_k[row] < V) tokens = keep_top_k(tokens, args.top_k[row], survivors, space);
-  weigh(tokens, top, args.temperature[row]);
+  if (args.top_k[row] < V) {
+    const int64_t k = args.top_k[row];
+    tokens = keep_top_k(logits, V, k, maxima.bound(k), survivors, space);
+    weigh(tokens.x, tokens, top, temperature, false);
+  } else {
+    weigh(logits, tokens, top, temperature, args.top_p[row] < 1);
+  }
   if (args.top_p[row] < 1)
     keep_top_p(tokens, (double)args.top_p[row] * (double)mass(tokens.w, round_up(tokens.n, W)), space);
   if (args.min_p[row] > 0) keep_min_p(tokens, args.min_p[row]);
-  args.ids[row] = draw(tokens, draw_uniform(args.seed[row], args.position[row]));
+  args.ids[row] = draw(tokens, draw_uniform(args.seed[row], args.position[row]), space);
 }
 
 template <class T>
