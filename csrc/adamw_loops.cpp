@@ -4,6 +4,7 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
+constexpr int64_t AHEAD = 2048;   // bytes
 constexpr int64_t QUADS = 4 * W;  // elements that W Philox counters serve
 
 // fp32 bits to the bf16 above or below, chosen by 16 random bits; inf and NaN stay.
@@ -42,6 +43,16 @@ inline vf update(const AdamWTensor& t, const AdamWArgs& args, vf p, vf g, M* exp
   return p * args.decay - t.step_size * (m / (square_root(v) * t.inv_sqrt_bias2 + args.eps));
 }
 
+// The hardware's prefetchers stop at the end of each page, and there are four streams.
+template <class T>
+inline void prefetch(T* p) {
+  __builtin_prefetch((const char*)p + AHEAD, 1);
+}
+template <class T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch((const char*)p + AHEAD);
+}
+
 // begin is a multiple of QUADS
 template <class T, class M>
 void run(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
@@ -51,6 +62,10 @@ void run(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end
   uint32_t random[QUADS];
   for (int64_t j = begin; j < end; j += W) {
     const int64_t n = smaller<int64_t>(W, end - j);
+    prefetch(param + j);
+    prefetch(grad + j);
+    prefetch(exp_avg + j);
+    prefetch(exp_avg_sq + j);
     vf p = t.master ? load_n(t.master + j, n) : load_n(param + j, n);
     p = update(t, args, p, load_n(grad + j, n), exp_avg + j, exp_avg_sq + j, n);
     if (t.master) store_n(t.master + j, p, n);

@@ -62,7 +62,9 @@ class AdamW(torch.optim.Optimizer):
     A step on the GPU can be captured in a CUDA graph once one has been taken: replays follow lr
     where that is a tensor on the GPU (a number is captured as it was).
     bf16_update: for 16-bit parameters, "master" keeps an fp32 copy in the state, "stochastic"
-    (bf16 only) rounds stochastically, with `seed` fixing the stream. Moments are fp32 either way.
+    (bf16 only) rounds stochastically, with `seed` fixing the stream.
+    moment_dtype: of the moments; None is fp32 (fp64 for fp64 parameters). torch.bfloat16, for
+    bfloat16 parameters only, halves their memory.
 
     Raises ValueError for values out of range and for amsgrad, maximize and differentiable.
     """
@@ -77,6 +79,7 @@ class AdamW(torch.optim.Optimizer):
         *,
         max_norm: float | None = None,
         bf16_update: str = "master",
+        moment_dtype: torch.dtype | None = None,
         seed: int = 0,
         **torch_options: Any,
     ) -> None:
@@ -88,7 +91,12 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
         if bf16_update not in ("master", "stochastic"):
             raise ValueError(f"bf16_update must be 'master' or 'stochastic', got {bf16_update!r}")
+        if moment_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"moment_dtype must be None, torch.float32 or torch.bfloat16, got {moment_dtype}"
+            )
         self.max_norm, self.bf16_update, self.seed = max_norm, bf16_update, seed
+        self.moment_dtype = moment_dtype
         self.grad_norm: Tensor | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         # decoupled_weight_decay marks AdamW among torch's Adams in a shared state_dict.
@@ -114,6 +122,10 @@ class AdamW(torch.optim.Optimizer):
         for param in self.param_groups[-1]["params"]:
             if param.is_complex():
                 raise ValueError("gptfast.AdamW takes real parameters, got a complex one")
+            if self.moment_dtype == torch.bfloat16 and param.dtype != torch.bfloat16:
+                raise ValueError(
+                    f"moment_dtype=torch.bfloat16 needs bfloat16 parameters, got {param.dtype}"
+                )
             if self.bf16_update == "stochastic" and param.dtype == torch.float16:
                 raise ValueError(
                     "bf16_update='stochastic' is for bfloat16; use 'master' for float16"
@@ -121,12 +133,13 @@ class AdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class would leave out what is not in the groups, and copies could not step.
-        own = ("max_norm", "bf16_update", "seed", "grad_norm")
+        own = ("max_norm", "bf16_update", "moment_dtype", "seed", "grad_norm")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def _init_state(self, param: Tensor) -> None:
         state = self.state[param]
-        dtype = torch.promote_types(param.dtype, torch.float32)
+        widest = torch.promote_types(param.dtype, torch.float32)
+        dtype = torch.bfloat16 if self.moment_dtype == torch.bfloat16 else widest
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)

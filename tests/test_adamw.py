@@ -365,6 +365,41 @@ def test_loading_keeps_fp32_state_of_bf16_parameters(update: str) -> None:
         assert all(a[name].dtype == torch.float32 and torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("update", ["master", "stochastic"])
+def test_bf16_moments(update: str, backend: str) -> None:
+    """Moments rounded to bf16 at each step, from the first on, and kept so by copies and states."""
+    options = {"bf16_update": update, "moment_dtype": torch.bfloat16}
+    net, optimizer, history = bf16_run(**options)
+    other = copy.deepcopy(net)
+    resumed = gptfast.AdamW(other.parameters(), lr=1e-3, **options)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for o, n in ((optimizer, net), (resumed, other)):
+        for p, g in zip(n.parameters(), history[0], strict=True):
+            p.grad = g
+        o.step()
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert optimizer.state[p][name].dtype == torch.bfloat16
+            assert torch.equal(optimizer.state[p][name], resumed.state[q][name])
+    assert pickle.loads(pickle.dumps(optimizer)).moment_dtype == torch.bfloat16
+
+    # Two bf16 roundings a step away from what fp32 moments give.
+    plain, wide, _ = bf16_run(bf16_update=update)
+    start, _ = model_and_data(torch.bfloat16)
+    net, narrow, _ = bf16_run(**options)
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        a, b = narrow.state[p]["exp_avg"].float(), wide.state[q]["exp_avg"]
+        assert (a - b).abs().max() <= 2 * 2**-8 * b.abs().max()
+    moved = (values(plain) - values(start)).abs().max()
+    assert (values(net) - values(plain)).abs().max() <= 0.1 * moved + 2**-7
+
+
+def test_bf16_moments_need_bf16_parameters() -> None:
+    with pytest.raises(ValueError, match="needs bfloat16 parameters, got torch.float32"):
+        gptfast.AdamW([torch.zeros(3, requires_grad=True)], moment_dtype=torch.bfloat16)
+
+
 def test_bf16_moments_of_torch_are_taken(backend: str) -> None:
     net, _ = model_and_data(torch.bfloat16)
     optimizer = torch.optim.AdamW(net.parameters())
@@ -399,6 +434,7 @@ def test_float64_parameters_use_the_reference() -> None:
         {"max_norm": -1.0},
         {"max_norm": float("nan")},
         {"bf16_update": "nearest"},
+        {"moment_dtype": torch.float16},
         {"amsgrad": True},
         {"maximize": True},
         {"differentiable": True},
