@@ -1,5 +1,6 @@
 // The Python module: what was built, and the instruction-set level in use. Tensors never cross it.
 #include <ATen/Parallel.h>
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -75,6 +76,10 @@ pybind11::dict build_info() {
   return info;
 }
 
+// GNU OpenMP's threads do not survive a fork: a child that opened a parallel region would wait for them
+// forever, MKL's products and PyTorch's own operators included. So a child has one thread.
+void serial_after_fork() { at::set_num_threads(1); }
+
 }  // namespace
 
 Level level() { return current(); }
@@ -83,6 +88,7 @@ Level level() { return current(); }
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "gptfast's C++ kernels; the operators register themselves with PyTorch on import.";
+  pthread_atfork(nullptr, nullptr, gptfast::serial_after_fork);
   m.def("build_info", &gptfast::build_info, "Level, compiler, OpenMP and threads of this build.");
   m.def("set_isa", &gptfast::set_isa, "Choose the instruction-set level: default, avx2 or avx512.");
   m.def("set_matmul_provider", &gptfast::set_matmul_provider,
