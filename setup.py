@@ -3,7 +3,8 @@
 The wrappers (<op>.cpp) include ATen and are compiled once. The loops (<op>_loops.cpp) include none
 of it and are compiled in a second each, once per instruction-set level; which level runs is decided
 when the module is loaded. Without a compiler the package installs all the same and runs on the
-PyTorch reference. GPTFAST_SKIP_EXTENSION=1 leaves the extension out.
+PyTorch reference. GPTFAST_SKIP_EXTENSION=1 leaves the extension out, GPTFAST_SANITIZE=1 builds it
+for `make sanitize`.
 """
 
 import os
@@ -22,6 +23,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512"] = [*LEVELS["avx2"], *avx512]
 WRAPPERS = [path for path in Path("csrc").glob("*.cpp") if not path.match("*_loops.cpp")]
 FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-fPIC", "-g0"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
+if os.environ.get("GPTFAST_SANITIZE") != "1":
+    SANITIZE = []
+FLAGS += SANITIZE
 
 
 def extension() -> Extension:
@@ -37,7 +42,7 @@ def extension() -> Extension:
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu", "torch_python"],
         define_macros=[("_GLIBCXX_USE_CXX11_ABI", str(int(torch._C._GLIBCXX_USE_CXX11_ABI)))],
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", *SANITIZE],
         language="c++",
     )
 

@@ -84,6 +84,35 @@ def _peer(config: GPTConfig, dtype: torch.dtype) -> _Side:
     return _Side(params, step, checked_step)
 
 
+def _narrow_pair(config: GPTConfig, moment_dtype: torch.dtype | None) -> Callable[[], Pair]:
+    """bf16 parameters without masters, on our side rounded stochastically."""
+
+    def build() -> Pair:
+        model, plain = (_parameters(config, torch.bfloat16) for _ in range(2))
+        optimizer = AdamW(
+            decay_groups(model),
+            lr=LR,
+            max_norm=MAX_NORM,
+            bf16_update="stochastic",
+            moment_dtype=moment_dtype,
+        )
+        plain_optimizer = torch.optim.AdamW(decay_groups(plain), lr=LR, fused=True)
+        params, plain_params = list(model.parameters()), list(plain.parameters())
+
+        def peer() -> None:
+            clip_grad_norm_(plain_params, MAX_NORM)
+            plain_optimizer.step()
+
+        def check() -> None:
+            optimizer.step()
+            peer()
+            assert_close(params, plain_params, tolerance_of(torch.bfloat16))
+
+        return Pair(optimizer.step, peer, check)
+
+    return build
+
+
 def _pair(config: GPTConfig, dtype: torch.dtype) -> Callable[[], Pair]:
     def build() -> Pair:
         ours, peer = _ours(config, dtype), _peer(config, dtype)
@@ -104,14 +133,26 @@ def cases(quick: bool) -> Iterator[Case]:
     with torch.device("meta"):
         shapes = [p.shape for p in PlainGPT(config).parameters()]
     n_params = sum(shape.numel() for shape in shapes)
+    shape = f"{n_params / 1e6:.0f}M in {len(shapes)} tensors"
     for dtype, bytes_each in ((torch.float32, 32), (torch.bfloat16, 30)):
         yield Case(
             "adamw",
             f"step, max_norm {dtype_name(dtype)}",
-            f"{n_params / 1e6:.0f}M in {len(shapes)} tensors",
+            shape,
             "AdamW(fused) + clip_grad_norm_",
             _pair(config, dtype),
             n_bytes=bytes_each * n_params,
+            target=1.7 if dtype == torch.float32 else 2.0,
+        )
+    for moment_dtype, name, bytes_each in ((None, "fp32", 24), (torch.bfloat16, "bf16", 16)):
+        yield Case(
+            "adamw",
+            f"step, max_norm bf16 stochastic, {name} moments",
+            shape,
+            "AdamW(fused) on bf16 + clip_grad_norm_",
+            _narrow_pair(config, moment_dtype),
+            n_bytes=bytes_each * n_params,
+            target=2.0,
         )
 
 

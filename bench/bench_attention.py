@@ -95,10 +95,18 @@ def _decode(shape: Shape, dtype: torch.dtype) -> Callable[[], Pair]:
     return build
 
 
-def _case(name: str, shape: Shape, dtype: torch.dtype, build: Callable[[], Pair]) -> Case:
+def _case(
+    name: str, shape: Shape, dtype: torch.dtype, build: Callable[[], Pair], target: float = 0.0
+) -> Case:
     B, H, T, D = shape
     flops = 14 * D * B * H * T * (T + 1) / 2
-    return Case("attention", f"{name} {dtype_name(dtype)}", str(shape), "SDPA", build, flops=flops)
+    label = f"{name} {dtype_name(dtype)}"
+    return Case("attention", label, str(shape), "SDPA", build, flops=flops, target=target)
+
+
+# By time, in fp32: what is asked of forward and backward against SDPA.
+TARGETS = {256: 2.4, 1024: 1.8, 2048: 1.6}
+BF16, DROPOUT = 2.0, 3.0
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -110,10 +118,11 @@ def cases(quick: bool) -> Iterator[Case]:
     if not quick:
         plain = [(main, fp32), *plain, (main, bf16), (long, bf16)]
     for shape, dtype in plain:
-        yield _case("fwd+bwd", shape, dtype, _training(shape, dtype, 0.0))
-    yield _case("packed fwd+bwd", main, fp32, _packed(main, fp32))
+        target = TARGETS[shape[2]] if dtype == fp32 else BF16
+        yield _case("fwd+bwd", shape, dtype, _training(shape, dtype, 0.0), target)
+    yield _case("packed fwd+bwd", main, fp32, _packed(main, fp32), TARGETS[main[2]])
     for shape in [batch] if quick else [main, batch]:
-        yield _case("dropout 0.1 fwd+bwd", shape, fp32, _training(shape, fp32, 0.1))
+        yield _case("dropout 0.1 fwd+bwd", shape, fp32, _training(shape, fp32, 0.1), DROPOUT)
     for dtype in (fp32, bf16):
         B, H, T, D = shape = (1, 12, 1024, 64)
         n_bytes = 2 * B * H * T * D * dtype.itemsize

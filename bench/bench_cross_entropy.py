@@ -5,6 +5,8 @@ Bytes counted for cross_entropy: the logits read forward, read backward and the 
 The gradient is new memory on each call, as in a training step.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -41,6 +43,92 @@ def _logits_pair(N: int, dtype: torch.dtype) -> Callable[[], Pair]:
     return build
 
 
+def _warm_pair(N: int, dtype: torch.dtype) -> Callable[[], Pair]:
+    """The operators alone, the gradient's memory kept by each side from call to call."""
+
+    def build() -> Pair:
+        torch.manual_seed(0)
+        logits, target = torch.randn(N, V).to(dtype), torch.randint(V, (N,))
+        log_p, dlogits = torch.empty_like(logits), torch.empty_like(logits)
+        per_row = torch.full((N,), 1 / N)
+        one, weight = torch.ones((), dtype=dtype), torch.tensor(float(N), dtype=dtype)
+        options = (-100, 0.0, 0.0)
+        fwd, bwd = torch.ops.gptfast.cross_entropy_fwd, torch.ops.gptfast.cross_entropy_bwd
+
+        def ours() -> tuple[Tensor, ...]:
+            loss, lse = fwd(logits, target, *options)
+            return loss.mean(), bwd(per_row, logits, target, lse, *options)
+
+        def peer() -> tuple[Tensor, ...]:
+            torch.ops.aten._log_softmax.out(logits, 1, False, out=log_p)
+            loss, _ = torch.ops.aten.nll_loss_forward(log_p, target, None, 1, -100)
+            grad = torch.ops.aten.nll_loss_backward(one, log_p, target, None, 1, -100, weight)
+            torch.ops.aten._log_softmax_backward_data.out(grad, log_p, 1, dtype, out=dlogits)
+            return loss, dlogits
+
+        return pair_of(ours, peer, tolerance_of(dtype))
+
+    return build
+
+
+def _bare_products(N: int) -> Callable[[], Pair]:
+    """The three products that the head cannot do without, into memory that is there."""
+
+    def build() -> Pair:
+        torch.manual_seed(0)
+        x, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C) * 0.02
+        weight.requires_grad_()
+        target = torch.randint(V, (N,))
+        logits, dx, dweight = torch.empty(N, V), torch.empty(N, C), torch.empty(V, C)
+
+        def ours() -> None:
+            torch.autograd.grad(ops.linear_cross_entropy(x, weight, target), (x, weight))
+
+        @torch.no_grad()
+        def peer() -> None:
+            torch.mm(x, weight.T, out=logits)
+            torch.mm(logits, weight, out=dx)
+            torch.mm(logits.T, x, out=dweight)
+
+        return Pair(ours, peer, lambda: None)
+
+    return build
+
+
+_CHILD = """
+import sys, torch, torch.nn.functional as F
+from gptfast import empty_cache, ops
+N, V, C, side = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+x, w = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+target = torch.randint(V, (N,))
+def loss(x, w, target):
+    if side == "ours":
+        return ops.linear_cross_entropy(x, w, target)
+    return F.cross_entropy(F.linear(x, w), target)
+loss(x[:64], w, target[:64]).backward()  # what libraries set up once
+x.grad.zero_(); w.grad = None
+empty_cache()
+open("/proc/self/clear_refs", "w").write("5")
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(s for s in lines if s.startswith("VmHWM")).split()[1]) * 1024
+before = peak()
+x.grad = None
+loss(x, w, target).backward()
+print(peak() - before - 4 * (N * C + V * C))
+"""
+
+
+def _memory_pair(N: int) -> Callable[[], Pair]:
+    """Peak resident bytes beyond inputs and gradients, each side in a process of its own."""
+
+    def side(name: str) -> float:
+        command = [sys.executable, "-c", _CHILD, str(N), str(V), str(C), name]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    return lambda: Pair(lambda: side("ours"), lambda: side("plain"), lambda: None)
+
+
 def _linear_pair(N: int, dtype: torch.dtype, peer: Loss) -> Callable[[], Pair]:
     def build() -> Pair:
         torch.manual_seed(0)
@@ -70,7 +158,18 @@ def cases(quick: bool) -> Iterator[Case]:
             "F.cross_entropy",
             _logits_pair(N, dtype),
             n_bytes=3 * N * V * dtype.itemsize,
+            target=2.7 if dtype == torch.float32 else 2.0,
         )
+    N = 512 if quick else 4096
+    yield Case(
+        "cross_entropy",
+        "fwd+bwd fp32, warm memory",
+        f"({N}, {V})",
+        "log_softmax + nll_loss",
+        _warm_pair(N, torch.float32),
+        n_bytes=3 * N * V * 4,
+        target=2.7,
+    )
     peers: dict[str, Loss] = {"linear + cross_entropy": _linear_then_cross_entropy}
     if not quick:
         peers["F.linear_cross_entropy"] = F.linear_cross_entropy
@@ -79,7 +178,7 @@ def cases(quick: bool) -> Iterator[Case]:
         *([] if quick else [(4096, torch.float32)]),
         (512 if quick else 2048, torch.bfloat16),
     ]:
-        for peer_name, peer in peers.items():
+        for peer_name, peer in list(peers.items())[: 1 if N > 2048 else None]:
             yield Case(
                 "linear_cross_entropy",
                 f"fwd+bwd {dtype_name(dtype)}",
@@ -87,7 +186,19 @@ def cases(quick: bool) -> Iterator[Case]:
                 peer_name,
                 _linear_pair(N, dtype, peer),
                 flops=6 * N * C * V,
+                target=1.28 if dtype == torch.float32 else 0.0,
             )
+    for N in [512] if quick else [2048, 4096]:
+        shape = f"({N}, {C})x({V}, {C})"
+        name, peer_name = "fwd+bwd fp32", "three bare torch.mm"
+        build, flops = _bare_products(N), 6 * N * C * V
+        op, target = "linear_cross_entropy", 1 / 1.08
+        yield Case(op, name, shape, peer_name, build, flops=flops, target=target)
+        logits = 4 * N * V
+        # 128 MB, as a ratio to logits and their gradient, which the plain way holds at once.
+        name, peer_name = "memory beyond inputs and gradients", "linear + cross_entropy"
+        target = 0.0 if quick else 2 * logits / 2**20 / 128
+        yield Case(op, name, shape, peer_name, _memory_pair(N), target=target, unit="bytes")
 
 
 @pytest.mark.parametrize(("case", "side"), both_sides(cases(quick=False)))

@@ -5,13 +5,19 @@ FLOPs counted: 6 per parameter of a matrix (the head's included, the embeddings'
 the same batch; the losses before and after an update must agree.
 """
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from book_gpt import BookGPT
 from harness import Case, Pair, both_sides
 from plain_gpt import PlainGPT, decay_groups
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from gptfast import GPT, AdamW, GPTConfig
@@ -19,39 +25,101 @@ from gptfast import GPT, AdamW, GPTConfig
 LR, MAX_NORM = 1e-4, 1.0
 
 
-def _pair(config: GPTConfig, B: int, T: int) -> Callable[[], Pair]:
+Step = Callable[[], Tensor]
+
+
+def _stepper(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Step, clip: bool) -> Step:
+    params = list(model.parameters())
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        if clip:
+            clip_grad_norm_(params, MAX_NORM)
+        optimizer.step()
+        return value.detach()
+
+    return step
+
+
+def _ours(config: GPTConfig, idx: Tensor, target: Tensor) -> tuple[GPT, Step]:
+    model = GPT(config)
+    optimizer = AdamW(decay_groups(model), lr=LR, max_norm=MAX_NORM)
+    return model, _stepper(model, optimizer, lambda: model(idx, target), clip=False)
+
+
+def _plain(model: GPT, idx: Tensor, target: Tensor, compiled: bool = False) -> Step:
+    plain = PlainGPT(model.config)
+    plain.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(decay_groups(plain), lr=LR, fused=True)
+    run = torch.compile(plain) if compiled else plain
+    return _stepper(plain, optimizer, lambda: run(idx, target), clip=True)
+
+
+def _transformers(model: GPT, idx: Tensor, target: Tensor) -> Step:
+    """GPT2LMHeadModel as it comes, its loss by its labels, which it shifts itself."""
+    from transformers import GPT2LMHeadModel
+
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        theirs = GPT2LMHeadModel.from_pretrained(directory).train()
+    optimizer = torch.optim.AdamW(decay_groups(theirs), lr=LR, fused=True)
+    labels = torch.cat((idx[:, :1], target[:, :-1]), 1)  # shifted by one: idx's own successors
+    return _stepper(theirs, optimizer, lambda: theirs(idx, labels=labels).loss, clip=True)
+
+
+def _book(model: GPT, idx: Tensor, target: Tensor) -> Step:
+    book = BookGPT(model.config)
+    optimizer = torch.optim.AdamW(book.parameters(), lr=LR, weight_decay=0.1)
+    return _stepper(book, optimizer, lambda: book(idx, target), clip=True)
+
+
+def _pair(config: GPTConfig, B: int, T: int, peer_of: Callable[..., Step]) -> Callable[[], Pair]:
     def build() -> Pair:
         torch.manual_seed(0)
-        model = GPT(config)
-        plain = PlainGPT(config)
-        plain.load_state_dict(model.state_dict())
-        optimizer = AdamW(decay_groups(model), lr=LR, max_norm=MAX_NORM)
-        plain_params = list(plain.parameters())
-        plain_optimizer = torch.optim.AdamW(decay_groups(plain), lr=LR, fused=True)
         idx, target = torch.randint(config.vocab_size, (2, B, T))
-
-        def ours() -> Tensor:
-            optimizer.zero_grad()
-            loss = model(idx, target)
-            loss.backward()
-            optimizer.step()
-            return loss
-
-        def peer() -> Tensor:
-            plain_optimizer.zero_grad()
-            loss = plain(idx, target)
-            loss.backward()
-            clip_grad_norm_(plain_params, MAX_NORM)
-            plain_optimizer.step()
-            return loss
+        model, ours = _ours(config, idx, target)
+        peer = peer_of(model, idx, target)
+        comparable = peer_of not in (_book, _transformers)
 
         def check() -> None:
-            for _ in range(2):
+            # The others differ: an untied head, or labels that are shifted inside.
+            for _ in range(2 if comparable else 0):
                 torch.testing.assert_close(ours(), peer(), rtol=0, atol=1e-4)
 
         return Pair(ours, peer, check)
 
     return build
+
+
+_CHILD = """
+import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+import bench_train
+config = bench_train.GPTConfig(**eval(sys.argv[2]))
+torch.manual_seed(0)
+idx, target = torch.randint(config.vocab_size, (2, int(sys.argv[3]), int(sys.argv[4])))
+model, step = bench_train._ours(config, idx, target)
+if sys.argv[5] == "plain":
+    plain = bench_train._plain(model, idx, target)
+    del model, step
+    step = plain
+for _ in range(4):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def _memory_pair(config: GPTConfig, B: int, T: int) -> Callable[[], Pair]:
+    """Peak resident bytes of four steps, each side in a process of its own."""
+
+    def side(name: str) -> float:
+        here, shape = str(Path(__file__).parent), repr(vars(config))
+        command = [sys.executable, "-c", _CHILD, here, shape, str(B), str(T), name]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    return lambda: Pair(lambda: side("ours"), lambda: side("plain"), lambda: None)
 
 
 def _flops(config: GPTConfig, B: int, T: int) -> float:
@@ -61,19 +129,28 @@ def _flops(config: GPTConfig, B: int, T: int) -> float:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """GPT-2 124M at two batch shapes, or a model of 4 layers and width 256."""
+    """GPT-2 124M against every peer, or a model of 4 layers and width 256 against the first."""
     config, name = GPTConfig(), "GPT-2 124M"
+    peers = [
+        ("plain PyTorch", _plain, 1.6),
+        ("plain PyTorch, torch.compile", partial(_plain, compiled=True), 1.35),
+        ("transformers", _transformers, 1.6),
+        ("the book's model", _book, 3.2),
+    ]
+    shapes = [(2, 1024, peers), (4, 256, [("plain PyTorch", _plain, 1.3)])]
     if quick:
         config, name = GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256), "4 layers of 256"
-    for B, T in [(4, 256)] if quick else [(2, 1024), (4, 256)]:
-        yield Case(
-            "train",
-            f"step {name} fp32",
-            f"B={B} T={T}",
-            "plain PyTorch",
-            _pair(config, B, T),
-            flops=_flops(config, B, T),
-        )
+        shapes = [(4, 256, [("plain PyTorch", _plain, 0.0)])]
+    for B, T, of_shape in shapes:
+        label, shape, flops = f"step {name} fp32", f"B={B} T={T}", _flops(config, B, T)
+        for peer_name, peer, target in of_shape:
+            build = _pair(config, B, T, peer)
+            yield Case("train", label, shape, peer_name, build, flops=flops, target=target)
+    if not quick:
+        build, label = _memory_pair(config, 2, 1024), f"peak memory {name} fp32"
+        target = 1 / 0.7
+        shape = "B=2 T=1024"
+        yield Case("train", label, shape, "plain PyTorch", build, target=target, unit="bytes")
 
 
 @pytest.mark.parametrize(("case", "side"), both_sides(cases(quick=False)))

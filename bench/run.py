@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from harness import Case, LimitMeter, Limits, Timing, time_pair
+from harness import Case, LimitMeter, Limits, Timing, measured_bytes, time_pair
 
 from gptfast.ops.library import EXTENSION
 
@@ -48,7 +48,7 @@ def machine() -> dict[str, object]:
 def measure(names: list[str], quick: bool) -> tuple[list[Row], Limits]:
     """Check and time every case of the named benchmarks; raises where the two sides differ."""
     meter, rows = LimitMeter(), []
-    budget = (1.0, 1.0) if quick else (8.0, 60.0)
+    budget = (1.0, 1.0) if quick else (3.0, 10.0)
     for name in names:
         for case in import_module(f"bench_{name}").cases(quick):
             label = f"{case.op}: {case.name} {case.shape}, {case.peer_name}"
@@ -56,10 +56,10 @@ def measure(names: list[str], quick: bool) -> tuple[list[Row], Limits]:
             meter.sample()
             pair = case.build()
             pair.check()
-            timing = time_pair(pair, *budget)
+            timing = time_pair(pair, *budget) if case.unit == "s" else measured_bytes(pair)
             rows.append(Row(case, timing))
             print(
-                f"{_duration(timing.ours_s)}, {_duration(timing.peer_s)}, {timing.ratio:.2f}x, "
+                f"{_cost(case, timing.ours_s)}, {_cost(case, timing.peer_s)}, {timing.ratio:.2f}x, "
                 f"others {timing.others:.1%}",
                 file=sys.stderr,
                 flush=True,
@@ -75,9 +75,26 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
+def _cost(case: Case, value: float) -> str:
+    return _duration(value) if case.unit == "s" else f"{value / 2**20:.0f} MB"
+
+
+def _verdict(row: Row) -> str:
+    if not row.case.target:
+        return ""
+    return f"{row.case.target:g}x {'met' if row.timing.ratio >= row.case.target else 'missed'}"
+
+
+def _of_limit(row: Row, limits: Limits) -> str:
+    fraction = limits.floor(row.case) / row.timing.ours_s
+    return f"{fraction:.0%}" if row.case.unit == "s" and fraction else ""
+
+
 def table(rows: list[Row], limits: Limits) -> str:
     """A Markdown table, one line per case."""
-    lines = [("op", "case", "shape", "peer", "ours", "peer takes", "ratio", "of the limit")]
+    lines = [
+        ("op", "case", "shape", "peer", "ours", "peer takes", "ratio", "target", "of the limit")
+    ]
     for row in rows:
         case, timing = row.case, row.timing
         lines.append(
@@ -86,10 +103,11 @@ def table(rows: list[Row], limits: Limits) -> str:
                 case.name,
                 case.shape,
                 case.peer_name,
-                _duration(timing.ours_s),
-                _duration(timing.peer_s),
+                _cost(case, timing.ours_s),
+                _cost(case, timing.peer_s),
                 f"{timing.ratio:.2f}x{' (disturbed)' if timing.disturbed else ''}",
-                f"{limits.floor(case) / timing.ours_s:.0%}",
+                _verdict(row),
+                _of_limit(row, limits),
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -107,6 +125,8 @@ def write_json(path: Path, rows: list[Row], limits: Limits) -> None:
             "peer": row.case.peer_name,
             "bytes": row.case.n_bytes,
             "flops": row.case.flops,
+            "target": row.case.target,
+            "unit": row.case.unit,
             **vars(row.timing),
             "disturbed": row.timing.disturbed,
             "fraction_of_limit": limits.floor(row.case) / row.timing.ours_s,

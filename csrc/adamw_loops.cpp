@@ -1,4 +1,6 @@
 // One AdamW step over a run of elements of one tensor, and a run's share of the gradient norm.
+#include <utility>
+
 #include "philox.h"
 
 namespace gptfast::GPTFAST_LEVEL {
@@ -13,13 +15,29 @@ inline vf round_stochastic(vf x, vu random) {
   return finite ? (vf)((bits + (random >> 16)) & 0xFFFF0000u) : x;
 }
 
+// Interleaves the lower or upper halves of a and b, by groups of SIZE lanes.
+template <int SIZE, size_t... I>
+inline vu pairs(vu a, vu b, bool upper, std::index_sequence<I...>) {
+  const vu low = __builtin_shufflevector(a, b, (I / (2 * SIZE) * SIZE + I % SIZE + I / SIZE % 2 * W)...);
+  const vu high = __builtin_shufflevector(a, b, (W / 2 + I / (2 * SIZE) * SIZE + I % SIZE + I / SIZE % 2 * W)...);
+  return upper ? high : low;
+}
+
 // Random words of elements [index, index + QUADS): word e & 3 of counter e >> 2.
 inline void random_words(int64_t index, const AdamWTensor& t, uint64_t seed, uint32_t* out) {
   vu quad;
   for (int i = 0; i < W; ++i) quad[i] = (uint32_t)((index >> 2) + i);
   const Words words = philox(quad, splat(t.param_id), splat(t.step), splat(2u), seed);
-  for (int i = 0; i < W; ++i)
-    for (int w = 0; w < 4; ++w) out[4 * i + w] = words.word[w][i];
+  // out[4 * i + w] = word w of counter i: words in pairs, then pairs of pairs.
+  constexpr auto lanes = std::make_index_sequence<W>();
+  for (int half = 0; half < 2; ++half) {
+    const vu first = pairs<1>(words.word[0], words.word[1], half, lanes);
+    const vu second = pairs<1>(words.word[2], words.word[3], half, lanes);
+    for (int quarter = 0; quarter < 2; ++quarter) {
+      const vu four = pairs<2>(first, second, quarter, lanes);
+      memcpy(out + (2 * half + quarter) * W, &four, sizeof four);
+    }
+  }
 }
 
 inline vf square_root(vf x) {

@@ -1,0 +1,82 @@
+"""The peer that teaches: GPT-2 of Raschka's *Build a Large Language Model (From Scratch)*.
+
+Queries, keys and values by three layers, the attention matrix in full under a mask that is kept as
+a buffer, normalisation and GELU written out, the head a layer of its own (untied, as in the book).
+Written anew for comparison; trained with `torch.optim.AdamW` as in its chapter 5.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptfast import GPTConfig
+
+
+class Norm(nn.Module):
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(n_embd)), nn.Parameter(torch.zeros(n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = x.var(-1, keepdim=True, unbiased=False)
+        return self.scale * ((x - mean) / torch.sqrt(variance + 1e-5)) + self.shift
+
+
+class Gelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))
+        return 0.5 * x * (1 + torch.tanh(inner))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        C, T = config.n_embd, config.block_size
+        self.n_head = config.n_head
+        self.query, self.key, self.value = (nn.Linear(C, C) for _ in range(3))
+        self.out = nn.Linear(C, C)
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("mask", torch.triu(torch.ones(T, T), diagonal=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            layer(x).view(B, T, self.n_head, -1).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )  # (B, H, T, D)
+        scores = q @ k.transpose(2, 3)  # (B, H, T, T)
+        scores.masked_fill_(self.mask.bool()[:T, :T], -torch.inf)
+        weights = self.dropout(torch.softmax(scores / k.shape[-1] ** 0.5, dim=-1))
+        return self.out((weights @ v).transpose(1, 2).contiguous().view(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        C = config.n_embd
+        self.attention, self.norm1, self.norm2 = Attention(config), Norm(C), Norm(C)
+        self.feed_forward = nn.Sequential(nn.Linear(C, 4 * C), Gelu(), nn.Linear(4 * C, C))
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.attention(self.norm1(x)))
+        return x + self.drop(self.feed_forward(self.norm2(x)))
+
+
+class BookGPT(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.n_layer)))
+        self.norm = Norm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, idx: Tensor, target: Tensor) -> Tensor:
+        x = self.drop(self.tokens(idx) + self.positions(torch.arange(idx.shape[1])))
+        logits = self.head(self.norm(self.blocks(x)))  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
