@@ -25,9 +25,9 @@ inline vu pairs(vu a, vu b, bool upper, std::index_sequence<I...>) {
 
 // Random words of elements [index, index + QUADS): word e & 3 of counter e >> 2.
 inline void random_words(int64_t index, const AdamWTensor& t, uint64_t seed, uint32_t* out) {
-  vu quad;
-  for (int i = 0; i < W; ++i) quad[i] = (uint32_t)((index >> 2) + i);
-  const Words words = philox(quad, splat(t.param_id), splat(t.step), splat(2u), seed);
+  vu lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  const Words words = philox(lane + (uint32_t)(index >> 2), splat(t.param_id), splat(t.step), splat(2u), seed);
   // out[4 * i + w] = word w of counter i: words in pairs, then pairs of pairs.
   constexpr auto lanes = std::make_index_sequence<W>();
   for (int half = 0; half < 2; ++half) {

@@ -4,6 +4,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -23,6 +24,8 @@ class Arena final : public c10::Allocator {
     const size_t size = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
     void* start = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start != MAP_FAILED) free_.emplace(static_cast<char*>(start), size);
+    // A child must not inherit a mutex that a thread held which it does not have.
+    pthread_atfork(lock, unlock, unlock);
   }
 
   // Null where no block is large enough, as where the system lends no such range.
@@ -54,6 +57,8 @@ class Arena final : public c10::Allocator {
 
  private:
   static void give_back(void* start);
+  static void lock();
+  static void unlock();
 
   void insert(char* start) {
     const std::lock_guard lock(mutex_);
@@ -85,6 +90,8 @@ Arena& arena() {
 }
 
 void Arena::give_back(void* start) { arena().insert(static_cast<char*>(start)); }
+void Arena::lock() { arena().mutex_.lock(); }
+void Arena::unlock() { arena().mutex_.unlock(); }
 
 bool by_torch(int64_t bytes) {
 #ifdef __SANITIZE_ADDRESS__

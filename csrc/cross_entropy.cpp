@@ -141,11 +141,12 @@ struct HeadGradients {
 
   // The same for some columns of dlogits, which now stand at its front; the other columns count as 0.
   void add(const Tensor& dlogits, const Tensor& input, const Tensor& columns) const {
-    constexpr int64_t SLAB = 2048;  // columns whose rows of weight are copied out at a time
+    // Columns whose rows of weight are copied out at a time; in 16 bits dinput is to be rounded once.
+    const int64_t slab = dlogits.scalar_type() == at::kFloat ? 2048 : columns.numel();
     if (first) dweight.zero_();
     if (!columns.numel()) dinput.zero_();
-    for (int64_t begin = 0; begin < columns.numel(); begin += SLAB) {
-      const Tensor some = columns.narrow(0, begin, std::min(SLAB, columns.numel() - begin));
+    for (int64_t begin = 0; begin < columns.numel(); begin += slab) {
+      const Tensor some = columns.narrow(0, begin, std::min(slab, columns.numel() - begin));
       const Tensor part = dlogits.narrow(1, begin, some.numel());
       matmul(dinput, part, at::index_select(weight, 0, some), {}, begin > 0);
       Tensor share = make_tensor({some.numel(), weight.size(1)}, dlogits.options());

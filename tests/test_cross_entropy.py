@@ -327,12 +327,11 @@ def test_linear_parity_in_chunks(reduction: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["transposed", "every other", "expanded"])
 def test_linear_layouts(backend: str, kind: str) -> None:
-    (N, cases), C, V = fewer(backend, 12, 8), 10, 33
+    N, cases, C, V = 12, 8, 10, 33
     make = {
         "transposed": lambda: (torch.randn(C, N).T, torch.randn(C, V).T),
         "every other": lambda: (torch.randn(N, 2 * C)[:, ::2], torch.randn(V, 2 * C)[:, ::2]),
-        # Rows that differ: the error of equal ones is one number, and luck.
-        "expanded": lambda: (torch.randn(N, 1).expand(N, C), torch.randn(V, 1).expand(V, C)),
+        "expanded": lambda: (torch.randn(N, 1).expand(N, C), torch.randn(V, C)),
     }[kind]
     for reduction in ["none"] if interpreted(backend) else REDUCTIONS:
         check_linear(make, targets(N, V), reduction, {}, cases)

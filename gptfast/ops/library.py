@@ -254,7 +254,7 @@ def backend_of(op: torch._ops.OpOverload, device: str) -> str:
     """The backend that serves `op` on "cpu" or "cuda" when the dispatcher decides."""
     if device == "cpu":
         return "reference" if EXTENSION is None else "cpp"
-    return "reference" if TRITON_MISSING else "triton"
+    return "triton" if isinstance(_implementations["triton"].get(op), _Launcher) else "reference"
 
 
 def operators() -> list[torch._ops.OpOverload]:

@@ -1,0 +1,156 @@
+"""How cost grows with size, and what a second thread gains: a table, JSON and a picture.
+
+python bench/curves.py [--out DIR]
+
+For each operation the slope of log time over log size, between the larger sizes, stands beside the
+one to expect: attention quadratic in T and linear in B * H, the rest linear. Speed-ups are those of
+all threads over one, at the largest size.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from run import machine
+
+from gptfast import AdamW, ops
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen before pyplot loads
+
+Run = Callable[[], object]
+SECONDS, REPEATS = 0.1, 5
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A family of calls by size, and the power of the size that their cost should grow with."""
+
+    name: str
+    sizes: tuple[int, ...]
+    expected: float
+    build: Callable[[int], Run]
+
+
+def _attention(B: int, H: int, T: int) -> Run:
+    qkv = torch.randn(B, T, 3 * H * 64, requires_grad=True)
+    dout = torch.randn(B, T, H * 64)
+    return lambda: torch.autograd.grad(ops.attention_qkv(qkv, H), qkv, dout)
+
+
+def _cross_entropy(N: int) -> Run:
+    logits, target = torch.randn(N, 50257, requires_grad=True), torch.randint(50257, (N,))
+    return lambda: torch.autograd.grad(ops.cross_entropy(logits, target), logits)
+
+
+def _linear_cross_entropy(N: int) -> Run:
+    x, weight = (torch.randn(n, 768, requires_grad=True) for n in (N, 50257))
+    target = torch.randint(50257, (N,))
+    return lambda: torch.autograd.grad(ops.linear_cross_entropy(x, weight, target), (x, weight))
+
+
+def _mlp(N: int) -> Run:
+    shapes = (N, 768), (3072, 768), (3072,), (768, 3072), (768,)
+    x, *layers = leaves = [torch.randn(*shape).mul_(0.02).requires_grad_() for shape in shapes]
+    dout = torch.randn(N, 768)
+    return lambda: torch.autograd.grad(ops.mlp(x, *layers), leaves, dout)
+
+
+def _sample(B: int, V: int) -> Run:
+    logits = torch.randn(B, V) * 3
+    return lambda: ops.sample(logits, top_k=50, top_p=0.9)
+
+
+def _adamw(n: int) -> Run:
+    param = torch.randn(n, requires_grad=True)
+    param.grad = torch.randn(n)
+    return AdamW([param], max_norm=1.0).step
+
+
+CURVES = [
+    Curve("attention over T", (256, 512, 1024, 2048, 4096), 2.0, lambda T: _attention(1, 4, T)),
+    Curve("attention over B * H", (4, 8, 16, 32), 1.0, lambda n: _attention(n // 4, 4, 512)),
+    Curve("cross_entropy over N", (64, 128, 256, 512, 1024), 1.0, _cross_entropy),
+    Curve("linear_cross_entropy over N", (256, 512, 1024), 1.0, _linear_cross_entropy),
+    Curve("mlp over N", (128, 256, 512, 1024), 1.0, _mlp),
+    Curve("sampling over V", (2**13, 2**15, 2**17, 2**19), 1.0, lambda V: _sample(1, V)),
+    Curve("sampling over B", (8, 32, 128), 1.0, lambda B: _sample(B, 50257)),
+    Curve("adamw over parameters", (2**22, 2**24, 2**26), 1.0, _adamw),
+]
+
+
+def seconds(run: Run) -> float:
+    """The median of REPEATS samples, each of as many calls as fill SECONDS / REPEATS."""
+    run()
+    start = time.perf_counter()
+    run()
+    calls = max(1, round(SECONDS / REPEATS / (time.perf_counter() - start)))
+    samples = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        samples.append((time.perf_counter() - start) / calls)
+    return statistics.median(samples)
+
+
+def measure(curve: Curve) -> dict[str, object]:
+    costs = [seconds(curve.build(size)) for size in curve.sizes]
+    (n0, t0), (n1, t1) = (curve.sizes[-2], costs[-2]), (curve.sizes[-1], costs[-1])
+    run, threads = curve.build(curve.sizes[-1]), torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = seconds(run)
+    torch.set_num_threads(threads)
+    together = seconds(run)
+    return {
+        "name": curve.name,
+        "sizes": curve.sizes,
+        "seconds": costs,
+        "slope": math.log(t1 / t0) / math.log(n1 / n0),
+        "expected": curve.expected,
+        "speed_up": alone / together,
+    }
+
+
+def draw(path: Path, curves: list[dict], title: str) -> None:
+    figure, axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    for ax, curve in zip(axes.flat, curves, strict=True):
+        ax.loglog(curve["sizes"], curve["seconds"], marker="o")
+        ax.set_title(f"{curve['name']}: slope {curve['slope']:.2f}", fontsize=9)
+        ax.set_ylabel("seconds", fontsize=8)
+    figure.suptitle(title, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    title = ", ".join(f"{key} {value}" for key, value in machine().items())
+    print(f"{title}\n\n| curve | slope | expected | {torch.get_num_threads()} threads over 1 |")
+    print("|---|---|---|---|")
+    curves = []
+    for curve in CURVES:
+        result = measure(curve)
+        curves.append(result)
+        print(
+            f"| {result['name']} | {result['slope']:.2f} | {result['expected']:g} | "
+            f"{result['speed_up']:.2f}x |",
+            flush=True,
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine(), "curves": curves}
+    (args.out / "cpu-curves.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(args.out / "cpu-curves.png", curves, title)
+
+
+if __name__ == "__main__":
+    main()
