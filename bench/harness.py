@@ -135,21 +135,21 @@ def _seconds(run: Run, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _calls(run: Run) -> int:
-    """How many calls fill a sample; warms up on the way."""
-    run()
-    return max(1, math.ceil(SAMPLE_SECONDS / _seconds(run, 1)))
+def _calls(run: Run) -> tuple[int, float]:
+    """How many calls fill a sample, and what one takes; warms up on the way."""
+    seconds = _seconds(run, 1)
+    if seconds < 1:
+        seconds = _seconds(run, 1)
+    return max(1, math.ceil(SAMPLE_SECONDS / seconds)), seconds
 
 
 def _time_once(pair: Pair, seconds: float) -> Timing:
     gc.collect()
-    start = time.perf_counter()
-    ours_calls, peer_calls = _calls(pair.ours), _calls(pair.peer)
-    seconds_of_one = (time.perf_counter() - start) / 4
+    (ours_calls, ours_s), (peer_calls, peer_s) = _calls(pair.ours), _calls(pair.peer)
     ours: list[float] = []
     peer: list[float] = []
     others, end = _Others(), time.perf_counter() + seconds
-    fewest = 3 if seconds_of_one > 2 else MIN_PAIRS  # of calls that take seconds, fewer will do
+    fewest = 3 if max(ours_s, peer_s) > 2 else MIN_PAIRS  # of calls that take long, fewer will do
     while len(ours) < fewest or (time.perf_counter() < end and len(ours) < MAX_PAIRS):
         ours.append(_seconds(pair.ours, ours_calls))
         peer.append(_seconds(pair.peer, peer_calls))
