@@ -1,6 +1,4 @@
 // One AdamW step over a run of elements of one tensor, and a run's share of the gradient norm.
-#include <utility>
-
 #include "philox.h"
 
 namespace gptfast::GPTFAST_LEVEL {
@@ -15,29 +13,16 @@ inline vf round_stochastic(vf x, vu random) {
   return finite ? (vf)((bits + (random >> 16)) & 0xFFFF0000u) : x;
 }
 
-// Interleaves the lower or upper halves of a and b, by groups of SIZE lanes.
-template <int SIZE, size_t... I>
-inline vu pairs(vu a, vu b, bool upper, std::index_sequence<I...>) {
-  const vu low = __builtin_shufflevector(a, b, (I / (2 * SIZE) * SIZE + I % SIZE + I / SIZE % 2 * W)...);
-  const vu high = __builtin_shufflevector(a, b, (W / 2 + I / (2 * SIZE) * SIZE + I % SIZE + I / SIZE % 2 * W)...);
-  return upper ? high : low;
-}
-
 // Random words of elements [index, index + QUADS): word e & 3 of counter e >> 2.
 inline void random_words(int64_t index, const AdamWTensor& t, uint64_t seed, uint32_t* out) {
-  vu lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  const Words words = philox(lane + (uint32_t)(index >> 2), splat(t.param_id), splat(t.step), splat(2u), seed);
+  const Words words = philox(iota() + (uint32_t)(index >> 2), splat(t.param_id), splat(t.step), splat(2u), seed);
   // out[4 * i + w] = word w of counter i: words in pairs, then pairs of pairs.
-  constexpr auto lanes = std::make_index_sequence<W>();
-  for (int half = 0; half < 2; ++half) {
-    const vu first = pairs<1>(words.word[0], words.word[1], half, lanes);
-    const vu second = pairs<1>(words.word[2], words.word[3], half, lanes);
-    for (int quarter = 0; quarter < 2; ++quarter) {
-      const vu four = pairs<2>(first, second, quarter, lanes);
-      memcpy(out + (2 * half + quarter) * W, &four, sizeof four);
-    }
-  }
+  const vu* w = words.word;
+  const vu low01 = interleave<1, false>(w[0], w[1]), low23 = interleave<1, false>(w[2], w[3]);
+  const vu high01 = interleave<1, true>(w[0], w[1]), high23 = interleave<1, true>(w[2], w[3]);
+  const vu fours[4] = {interleave<2, false>(low01, low23), interleave<2, true>(low01, low23),
+                       interleave<2, false>(high01, high23), interleave<2, true>(high01, high23)};
+  memcpy(out, fours, sizeof fours);
 }
 
 inline vf square_root(vf x) {
@@ -99,15 +84,8 @@ void run(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end
 }
 
 void step(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
-  const bool narrow = t.moment_dtype == Dtype::bf16;
-  switch (t.dtype) {
-    case Dtype::fp32:
-      return run<float, float>(t, args, begin, end);
-    case Dtype::bf16:
-      return narrow ? run<bf16, bf16>(t, args, begin, end) : run<bf16, float>(t, args, begin, end);
-    case Dtype::fp16:
-      return run<fp16, float>(t, args, begin, end);
-  }
+  if (t.moment_dtype == Dtype::bf16) return run<bf16, bf16>(t, args, begin, end);
+  by_dtype(t.dtype, [&](auto type) { run<decltype(type), float>(t, args, begin, end); });
 }
 
 template <class T>
@@ -133,15 +111,7 @@ double squares(const T* grad, int64_t begin, int64_t end) {
 }
 
 double square_sum(Dtype dtype, const void* grad, int64_t begin, int64_t end) {
-  switch (dtype) {
-    case Dtype::fp32:
-      return squares((const float*)grad, begin, end);
-    case Dtype::bf16:
-      return squares((const bf16*)grad, begin, end);
-    case Dtype::fp16:
-      return squares((const fp16*)grad, begin, end);
-  }
-  return 0;
+  return by_dtype(dtype, [&](auto type) { return squares((const decltype(type)*)grad, begin, end); });
 }
 
 }  // namespace

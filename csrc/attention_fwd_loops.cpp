@@ -1,6 +1,4 @@
 // Attention forward: blocks of queries with an online softmax, or dot products for a few queries.
-#include <utility>
-
 #include "attention_tiles.h"
 
 namespace gptfast::GPTFAST_LEVEL {

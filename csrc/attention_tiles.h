@@ -161,11 +161,9 @@ inline void mask_diagonal(float* s, const Span& span, int64_t key, int64_t keys,
 inline void apply_dropout(float* s, const AttentionArgs& args, int64_t head, int64_t query, int64_t key, int64_t keys,
                           int64_t column, int64_t end) {
   const float keep = 1.0f / (1.0f - args.dropout_p);
-  vu lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
   for (int64_t quad = key >> 2; quad <= (key + keys - 1) >> 2; ++quad)
     for (int64_t i = column; i < end; i += W) {
-      const vu position = lane + (uint32_t)(query + i);
+      const vu position = iota() + (uint32_t)(query + i);
       const Words words = philox(splat((uint32_t)quad), position, splat((uint32_t)head), splat(1u), args.seed);
       for (int64_t w = 0; w < 4; ++w) {
         const int64_t j = quad * 4 + w - key;
@@ -174,19 +172,6 @@ inline void apply_dropout(float* s, const AttentionArgs& args, int64_t head, int
         store(s + j * BQ + i, load(s + j * BQ + i) * factor);
       }
     }
-}
-
-// f(element type) for the dtype of the arguments
-template <class F>
-void by_dtype(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::fp32:
-      return f(float{});
-    case Dtype::bf16:
-      return f(bf16{});
-    case Dtype::fp16:
-      return f(fp16{});
-  }
 }
 
 }  // namespace

@@ -121,26 +121,18 @@ void mark_columns(const T* x, int64_t N, int64_t V, const float* limits, uint8_t
   }
 }
 
-using Rows = void (*)(const CrossEntropyArgs&, int64_t, int64_t);
-void run(Rows fp32, Rows bf16, Rows fp16, const CrossEntropyArgs& args, int64_t begin, int64_t end) {
-  const Rows rows[] = {fp32, bf16, fp16};
-  rows[(int)args.dtype](args, begin, end);
-}
 void fwd(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
-  run(fwd_rows<float>, fwd_rows<bf16>, fwd_rows<fp16>, args, begin, end);
+  by_dtype(args.dtype, [&](auto type) { fwd_rows<decltype(type)>(args, begin, end); });
 }
 void bwd(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
-  run(bwd_rows<float>, bwd_rows<bf16>, bwd_rows<fp16>, args, begin, end);
+  by_dtype(args.dtype, [&](auto type) { bwd_rows<decltype(type)>(args, begin, end); });
 }
 void fwd_bwd(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
-  run(fwd_bwd_rows<float>, fwd_bwd_rows<bf16>, fwd_bwd_rows<fp16>, args, begin, end);
+  by_dtype(args.dtype, [&](auto type) { fwd_bwd_rows<decltype(type)>(args, begin, end); });
 }
-
 void mark(Dtype dtype, const void* x, int64_t N, int64_t V, const float* limits, uint8_t* marks, int64_t begin,
           int64_t end) {
-  if (dtype == Dtype::fp32) return mark_columns((const float*)x, N, V, limits, marks, begin, end);
-  if (dtype == Dtype::bf16) return mark_columns((const bf16*)x, N, V, limits, marks, begin, end);
-  return mark_columns((const fp16*)x, N, V, limits, marks, begin, end);
+  by_dtype(dtype, [&](auto type) { mark_columns((const decltype(type)*)x, N, V, limits, marks, begin, end); });
 }
 
 }  // namespace

@@ -4,8 +4,6 @@
 //
 // Every element of C is the sum of the same chains of KC terms whatever the split of the work, so that
 // the number of threads changes no bit.
-#include <utility>
-
 #include "simd.h"
 
 namespace gptfast::GPTFAST_LEVEL {
@@ -19,31 +17,23 @@ constexpr int64_t MC = 96;
 constexpr int64_t LONGEST = 4 * KC;             // terms of B packed at once,
 constexpr int64_t B_FLOATS = int64_t{1} << 20;  // and floats: a share of the last cache
 
-template <size_t... I>
-inline vf interleave_low(vf a, vf b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * W)...);
-}
-template <size_t... I>
-inline vf interleave_high(vf a, vf b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, (I / 2 + W / 2 + I % 2 * W)...);
-}
 // W x W in registers: interleaving the halves log2(W) times.
 inline void transpose(vf* x) {
-  constexpr auto lanes = std::make_index_sequence<W>();
 #pragma GCC unroll 4
   for (int step = 1; step < W; step *= 2) {
     vf y[W];
 #pragma GCC unroll 8
     for (int i = 0; i < W / 2; ++i) {
-      y[2 * i] = interleave_low(x[i], x[i + W / 2], lanes);
-      y[2 * i + 1] = interleave_high(x[i], x[i + W / 2], lanes);
+      y[2 * i] = interleave<1, false>(x[i], x[i + W / 2]);
+      y[2 * i + 1] = interleave<1, true>(x[i], x[i + W / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) x[i] = y[i];
   }
 }
 
-// to[k * P + p] = x[p * x_p + k * x_k] for p < n, else 0. May write W floats past the panel.
+// to[k * P + p] = x[p * x_p + k * x_k] for p < n, else 0. May write W floats past the panel: where P < W, whole
+// vectors are stored in order, and the next one overwrites a store's surplus.
 template <int64_t P>
 void pack(const float* x, int64_t x_p, int64_t x_k, int64_t n, int64_t K, float* to) {
   int64_t k = 0;
@@ -56,7 +46,6 @@ void pack(const float* x, int64_t x_p, int64_t x_k, int64_t n, int64_t K, float*
 #pragma GCC unroll 16
         for (int64_t i = 0; i < W; ++i) block[i] = p + i < P ? load(x + (p + i) * x_p + k) : vf{};
         transpose(block);
-    // In order: where P < W, a store's surplus is what the next one overwrites.
 #pragma GCC unroll 16
         for (int64_t i = 0; i < W; ++i) store(to + (k + i) * P + p, block[i]);
       }

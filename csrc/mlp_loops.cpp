@@ -45,14 +45,10 @@ void bwd(const void* from, void* y, void* dy, int64_t begin, int64_t end) {
 }
 
 void gelu_fwd(Dtype dtype, const void* x, void* y, int64_t begin, int64_t end) {
-  if (dtype == Dtype::fp32) return fwd<float>(x, y, begin, end);
-  if (dtype == Dtype::bf16) return fwd<bf16>(x, y, begin, end);
-  return fwd<fp16>(x, y, begin, end);
+  by_dtype(dtype, [&](auto type) { fwd<decltype(type)>(x, y, begin, end); });
 }
 void gelu_bwd(Dtype dtype, const void* x, void* y, void* dy, int64_t begin, int64_t end) {
-  if (dtype == Dtype::fp32) return bwd<float>(x, y, dy, begin, end);
-  if (dtype == Dtype::bf16) return bwd<bf16>(x, y, dy, begin, end);
-  return bwd<fp16>(x, y, dy, begin, end);
+  by_dtype(dtype, [&](auto type) { bwd<decltype(type)>(x, y, dy, begin, end); });
 }
 
 }  // namespace

@@ -128,9 +128,7 @@ void sum_columns(const void* from, int64_t N, int64_t C, float* to, int64_t begi
 // f(x's element type, y's element type): the same, or fp32 beside one of 16 bits
 template <class F>
 void by_dtypes(const NormArgs& args, F f) {
-  if (args.y_dtype == Dtype::fp32) return f(float{}, float{});
-  if (args.y_dtype == Dtype::bf16) return args.x_dtype == Dtype::fp32 ? f(float{}, bf16{}) : f(bf16{}, bf16{});
-  return args.x_dtype == Dtype::fp32 ? f(float{}, fp16{}) : f(fp16{}, fp16{});
+  by_dtype(args.y_dtype, [&](auto y) { args.x_dtype == Dtype::fp32 ? f(float{}, y) : f(y, y); });
 }
 
 void normalize(const NormArgs& args, int64_t begin, int64_t end) {
@@ -143,9 +141,7 @@ void rows(const NormArgs& args, int64_t begin, int64_t end) {
   by_dtypes(args, [&](auto x, auto y) { bwd_rows<decltype(x), decltype(y)>(args, begin, end); });
 }
 void sums(Dtype dtype, const void* x, int64_t N, int64_t C, float* to, int64_t begin, int64_t end) {
-  if (dtype == Dtype::fp32) return sum_columns<float>(x, N, C, to, begin, end);
-  if (dtype == Dtype::bf16) return sum_columns<bf16>(x, N, C, to, begin, end);
-  return sum_columns<fp16>(x, N, C, to, begin, end);
+  by_dtype(dtype, [&](auto type) { sum_columns<decltype(type)>(x, N, C, to, begin, end); });
 }
 
 }  // namespace

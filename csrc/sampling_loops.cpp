@@ -95,11 +95,7 @@ struct Tokens {
   int64_t n;
 };
 
-inline vi id_lanes(int64_t first) {
-  vi id;
-  for (int i = 0; i < W; ++i) id[i] = (int32_t)first + i;
-  return id;
-}
+inline vi id_lanes(int64_t first) { return (vi)(iota() + (uint32_t)first); }
 
 void pad(float* x, int64_t n) {
   for (int64_t j = n; j < round_up(n, W); ++j) x[j] = -INFINITY;
@@ -328,14 +324,7 @@ void sample_rows(const SamplingArgs& args, int64_t begin, int64_t end) {
 }
 
 void sample(const SamplingArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case Dtype::fp32:
-      return sample_rows<float>(args, begin, end);
-    case Dtype::bf16:
-      return sample_rows<bf16>(args, begin, end);
-    case Dtype::fp16:
-      return sample_rows<fp16>(args, begin, end);
-  }
+  by_dtype(args.dtype, [&](auto type) { sample_rows<decltype(type)>(args, begin, end); });
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <utility>
+
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -42,6 +44,22 @@ static inline T larger(T a, T b) {
   return a > b ? a : b;
 }
 static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+static inline vu iota() {  // 0, 1, 2, ...
+  vu lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return lane;
+}
+
+// Interleaves the lower or the upper halves of a and b, by groups of SIZE lanes.
+template <int SIZE, bool UPPER, class V, size_t... I>
+static inline V interleave(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, ((UPPER ? W / 2 : 0) + I / (2 * SIZE) * SIZE + I % SIZE + I / SIZE % 2 * W)...);
+}
+template <int SIZE, bool UPPER, class V>
+static inline V interleave(V a, V b) {
+  return interleave<SIZE, UPPER>(a, b, std::make_index_sequence<W>());
+}
 
 static inline vf splat(float x) { return x - vf{}; }
 static inline vu splat(uint32_t x) { return x - vu{}; }
@@ -181,6 +199,20 @@ static inline vf exp2(vf x) {
   p = p * f + 6.9314720286e-01f;
   p = p * f + 1.0f;
   return x < splat(-126.0f) ? vf{} : scale_by_power(p, z);
+}
+
+// f(element type) for a dtype
+template <class F>
+static inline auto by_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::fp32:
+      return f(float{});
+    case Dtype::bf16:
+      return f(bf16{});
+    case Dtype::fp16:
+      return f(fp16{});
+  }
+  __builtin_unreachable();
 }
 
 struct Block {
