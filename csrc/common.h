@@ -43,6 +43,11 @@ inline Dtype dtype_of(const at::Tensor& t) {
 // Rows a kernel can walk: the last dimension contiguous.
 inline at::Tensor rows(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
 
+// An operator's outputs are defined: where there is nothing to give, an empty tensor.
+inline at::Tensor or_empty(const at::Tensor& t, const at::TensorOptions& options) {
+  return t.defined() ? t : at::empty({0}, options);
+}
+
 // Calls the PyTorch reference, registered for every backend as CompositeExplicitAutograd: under a
 // backend key that has no kernel of its own, that is what the dispatcher finds.
 template <class Signature, class... Args>

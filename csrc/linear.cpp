@@ -1,7 +1,5 @@
 // A linear layer, behind a layer norm or not. The normalised input is not kept for the backward, which makes it
 // again from the input and two numbers a row.
-#include <ATen/ops/add.h>
-
 #include "arena.h"
 #include "matmul.h"
 #include "norm.h"
@@ -10,14 +8,6 @@ namespace gptfast {
 namespace {
 
 using at::Tensor;
-
-// residual + bias, to which the product is then added.
-void begin(Tensor& y, const Tensor& residual, const OptionalTensor& bias) {
-  if (bias)
-    at::add_out(y, residual, *bias);
-  else
-    y.copy_(residual);
-}
 
 void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&
@@ -39,10 +29,7 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const OptionalTensor& nor
   Tensor stats = new_stats(norm, x), y = make_tensor({x.size(0), weight.size(0)}, weight.options());
   TORCH_CHECK_VALUE(!residual || (residual->sizes() == y.sizes() && residual->scalar_type() == y.scalar_type()),
                     "linear: residual must be ", y.sizes(), " in the weight's dtype");
-  const at::AutoDispatchBelowAutograd guard;
-  if (residual) begin(y, *residual, bias);
-  matmul(y, norm_fwd(norm, x, stats, true), weight.t(), residual ? Tensor() : bias.value_or(Tensor()),
-         residual.has_value());
+  affine(y, norm_fwd(norm, x, stats, true), weight.t(), bias.value_or(Tensor()), residual.value_or(Tensor()));
   return {y, stats};
 }
 
@@ -70,10 +57,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy_i
     Tensor dnormal = make_tensor(x.sizes(), weight.options());
     matmul(dnormal, dy, weight);
     std::tie(dx, dnorm_weight, dnorm_bias) = norm_bwd(norm, dnormal, x, stats);
-    if (norm_weight) dnorm_weight = dnorm_weight.to(norm_weight->scalar_type());
-    if (norm_weight) dnorm_bias = dnorm_bias.to(norm_bias->scalar_type());
   }
-  const auto given = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, weight.options()); };
+  const auto given = [&](const Tensor& t) { return or_empty(t, weight.options()); };
   return {given(dx), given(dnorm_weight), given(dnorm_bias), given(dweight), given(dbias)};
 }
 

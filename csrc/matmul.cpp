@@ -3,6 +3,7 @@
 // CPU and the level alone, so that runs repeat bit for bit.
 #include "matmul.h"
 
+#include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 
@@ -84,6 +85,17 @@ void matmul(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& b
     at::addmm_out(to, bias, a, b);
   else
     at::mm_out(to, a, b);
+}
+
+void affine(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& residual) {
+  if (!residual.defined()) return matmul(out, a, b, bias);
+  const at::AutoDispatchBelowAutograd guard;
+  Tensor to = out;
+  if (bias.defined())
+    at::add_out(to, residual, bias);
+  else
+    to.copy_(residual);
+  matmul(out, a, b, {}, true);
 }
 
 }  // namespace gptfast

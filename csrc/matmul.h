@@ -12,6 +12,10 @@ namespace gptfast {
 void matmul(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {},
             bool accumulate = false);
 
+// out (M, N) = a b + bias (N,) + residual (M, N), the latter two where defined.
+void affine(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias,
+            const at::Tensor& residual);
+
 const char* matmul_provider();  // "gptfast" or "library", for fp32
 void set_matmul_provider(const std::string& name);
 

@@ -1,7 +1,5 @@
 // The perceptron of a block: norm, linear, GELU, linear. Only the input and the GELU's input are kept for the
 // backward; what is cheap is made again.
-#include <ATen/ops/add.h>
-
 #include "arena.h"
 #include "matmul.h"
 #include "norm.h"
@@ -57,9 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> mlp_fwd(const Tensor& x, const OptionalTensor
     loops().gelu_fwd(dtype_of(h), h.const_data_ptr(), gelu.data_ptr(), begin, end);
   });
   check_residual(residual, x, proj_weight);
-  const at::AutoDispatchBelowAutograd guard;
-  if (residual) at::add_out(y, x, proj_bias);
-  matmul(y, gelu, proj_weight.t(), residual ? Tensor() : proj_bias, residual);
+  affine(y, gelu, proj_weight.t(), proj_bias, residual ? x : Tensor());
   return {y, h, stats};
 }
 
@@ -101,10 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
     Tensor dnormal = make_tensor(x.sizes(), dh.options());
     matmul(dnormal, dh, fc_weight);
     std::tie(dx, dnorm_weight, dnorm_bias) = norm_bwd(norm, dnormal, x, stats, residual ? dy : Tensor());
-    if (norm_weight) dnorm_weight = dnorm_weight.to(norm_weight->scalar_type());
-    if (norm_weight) dnorm_bias = dnorm_bias.to(norm_bias->scalar_type());
   }
-  const auto given = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, dy.options()); };
+  const auto given = [&](const Tensor& t) { return or_empty(t, dy.options()); };
   return {given(dx),       given(dnorm_weight), given(dnorm_bias), given(dfc),
           given(dfc_bias), given(dproj),        given(dproj_bias)};
 }

@@ -45,7 +45,12 @@ Norm make_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTens
   if (!weight) return {{}, {}, eps, dtype};
   TORCH_CHECK_VALUE(bias && weight->dim() == 1 && bias->sizes() == weight->sizes() && weight->size(0) == x.size(1),
                     "norm's weight and bias must be (", x.size(1), ",)");
-  return {weight->to(at::kFloat).contiguous(), bias->to(at::kFloat).contiguous(), eps, dtype};
+  return {weight->to(at::kFloat).contiguous(),
+          bias->to(at::kFloat).contiguous(),
+          eps,
+          dtype,
+          weight->scalar_type(),
+          bias->scalar_type()};
 }
 
 Tensor new_stats(const Norm& norm, const Tensor& x) {
@@ -77,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Norm& norm, const Tensor& dy, 
   args.dbias = dbias.data_ptr<float>();
   each_strip(args.C, [&](int64_t begin, int64_t end) { loops().bwd_columns(args, begin, end); });
   at::parallel_for(0, args.N, ROWS, [&](int64_t begin, int64_t end) { loops().bwd_rows(args, begin, end); });
-  return {dx.to(x_in.scalar_type()), dweight, dbias};
+  return {dx.to(x_in.scalar_type()), dweight.to(norm.weight_dtype), dbias.to(norm.bias_dtype)};
 }
 
 Tensor sum_rows(const Tensor& x) {

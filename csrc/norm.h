@@ -13,14 +13,16 @@ using OptionalTensor = std::optional<at::Tensor>;
 struct Norm {
   at::Tensor weight, bias;  // (C,)
   double eps = 0;
-  at::ScalarType dtype;  // of the result
+  at::ScalarType dtype;                                               // of the result
+  at::ScalarType weight_dtype = at::kFloat, bias_dtype = at::kFloat;  // of the gradients
 };
 Norm make_norm(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                at::ScalarType dtype);
 
 // x normalised and scaled, in norm.dtype; stats (N, 2) fp32 are written if fresh, else read.
 at::Tensor norm_fwd(const Norm& norm, const at::Tensor& x, const at::Tensor& stats, bool fresh);
-// dx + residual in x's dtype, dweight, dbias; may write dx over dy. residual is of x's shape and dtype, or undefined.
+// dx + residual in x's dtype, dweight and dbias in their own; may write dx over dy. residual is of x's shape and dtype,
+// or undefined.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd(const Norm& norm, const at::Tensor& dy, const at::Tensor& x,
                                                         const at::Tensor& stats, const at::Tensor& residual = {});
 at::Tensor new_stats(const Norm& norm, const at::Tensor& x);
