@@ -9,6 +9,7 @@
 #pragma once
 
 #include "philox.h"
+#include "tile.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
@@ -25,21 +26,7 @@ template <int MR, int NV>
 void tile(int64_t K, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c, int64_t ldc,
           bool accumulate) {
   vf acc[MR][NV];
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[m][n] = vf{};
-  for (int64_t k = 0; k < K; ++k, a += a_col, b += ldb) {
-    vf row[NV];
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) row[n] = load(b + n * W);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const vf x = splat(a[m * a_row]);
-#pragma GCC unroll 4
-      for (int n = 0; n < NV; ++n) acc[m][n] += x * row[n];
-    }
-  }
+  sum_products(acc, K, a, a_row, a_col, b, ldb);
   // C is added last, not first: sums of sums of K terms round less than one long sum.
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)

@@ -4,13 +4,13 @@
 //
 // Every element of C is the sum of the same chains of KC terms whatever the split of the work, so that
 // the number of threads changes no bit.
-#include "simd.h"
+#include "tile.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-constexpr int64_t NV = 3;                // with MR: 24 of 32 or 12 of 16 registers hold the tile
-constexpr int64_t MR = W == 16 ? 8 : 4;  // 8 x 48 divides every width of GPT-2's layers
+constexpr int NV = 3;                // with MR: 24 of 32 or 12 of 16 registers hold the tile
+constexpr int MR = W == 16 ? 8 : 4;  // 8 x 48 divides every width of GPT-2's layers
 constexpr int64_t NR = NV * W;
 constexpr int64_t KC = 256;
 constexpr int64_t MC = 96;
@@ -55,26 +55,12 @@ void pack(const float* x, int64_t x_p, int64_t x_k, int64_t n, int64_t K, float*
 
 // C (MR x NR) = or += the product of two panels of K terms, or that and the bias.
 void tile(int64_t K, const float* a, const float* b, float* c, int64_t ldc, bool accumulate, const float* bias) {
+#pragma GCC unroll 8
+  for (int64_t m = 0; m < MR; ++m)
+#pragma GCC unroll 3
+    for (int64_t n = 0; n < NV; ++n) __builtin_prefetch(c + m * ldc + n * W, 1);
   vf acc[MR][NV];
-#pragma GCC unroll 8
-  for (int64_t m = 0; m < MR; ++m) {
-#pragma GCC unroll 3
-    for (int64_t n = 0; n < NV; ++n) {
-      acc[m][n] = vf{};
-      __builtin_prefetch(c + m * ldc + n * W, 1);
-    }
-  }
-  for (int64_t k = 0; k < K; ++k, a += MR, b += NR) {
-    vf row[NV];
-#pragma GCC unroll 3
-    for (int64_t n = 0; n < NV; ++n) row[n] = load(b + n * W);
-#pragma GCC unroll 8
-    for (int64_t m = 0; m < MR; ++m) {
-      const vf x = splat(a[m]);
-#pragma GCC unroll 3
-      for (int64_t n = 0; n < NV; ++n) acc[m][n] += x * row[n];
-    }
-  }
+  sum_products(acc, K, a, 1, MR, b, NR);
 #pragma GCC unroll 8
   for (int64_t m = 0; m < MR; ++m)
 #pragma GCC unroll 3
@@ -105,7 +91,7 @@ void border(int64_t rows, int64_t columns, int64_t K, const float* a, const floa
 void block(const MatmulArgs& args, int64_t m, int64_t rows, int64_t n, int64_t columns, int64_t k, int64_t K, float* a,
            const float* b) {
   for (int64_t i = 0; i < rows; i += MR)
-    pack<MR>(args.a + (m + i) * args.a_row + k * args.a_col, args.a_row, args.a_col, smaller(MR, rows - i), K,
+    pack<MR>(args.a + (m + i) * args.a_row + k * args.a_col, args.a_row, args.a_col, smaller<int64_t>(MR, rows - i), K,
              a + i * K);
   const bool accumulate = args.accumulate || k > 0;
   for (int64_t j = 0; j < columns; j += NR) {
@@ -115,7 +101,8 @@ void block(const MatmulArgs& args, int64_t m, int64_t rows, int64_t n, int64_t c
       if (columns - j >= NR && rows - i >= MR)
         tile(K, a + i * K, b + j * K, c, args.ldc, accumulate, bias);
       else
-        border(smaller(MR, rows - i), smaller(NR, columns - j), K, a + i * K, b + j * K, c, args.ldc, accumulate, bias);
+        border(smaller<int64_t>(MR, rows - i), smaller<int64_t>(NR, columns - j), K, a + i * K, b + j * K, c, args.ldc,
+               accumulate, bias);
     }
   }
 }
@@ -135,8 +122,8 @@ void run(const MatmulArgs& args, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
       for (int64_t k = k0; k < k1; k += terms)
         for (int64_t j = 0; j < columns; j += NR) {
           const int64_t K = smaller(terms, k1 - k);
-          pack<NR>(args.b + (n + j) * args.b_col + k * args.b_row, args.b_col, args.b_row, smaller(NR, columns - j), K,
-                   b + (k - k0) * padded + j * K);
+          pack<NR>(args.b + (n + j) * args.b_col + k * args.b_row, args.b_col, args.b_row,
+                   smaller<int64_t>(NR, columns - j), K, b + (k - k0) * padded + j * K);
         }
       for (int64_t m = m0; m < m1; m += MC)
         for (int64_t k = k0; k < k1; k += terms)
