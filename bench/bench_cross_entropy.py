@@ -5,14 +5,12 @@ Bytes counted for cross_entropy: the logits read forward, read backward and the 
 The gradient is new memory on each call for PyTorch; ours comes from memory that gptfast keeps.
 """
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Case, Pair, both_sides, dtype_name, pair_of, tolerance_of
+from harness import Case, Pair, both_sides, child_bytes, dtype_name, pair_of, tolerance_of
 from torch import Tensor
 
 from gptfast import ops
@@ -100,6 +98,7 @@ def _bare_products(N: int) -> Callable[[], Pair]:
 _CHILD = """
 import sys, torch, torch.nn.functional as F
 from gptfast import empty_cache, ops
+from gptfast.flops import peak_memory
 N, V, C, side = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 x, w = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
 target = torch.randint(V, (N,))
@@ -111,23 +110,19 @@ loss(x[:64], w, target[:64]).backward()  # what libraries set up once
 x.grad = w.grad = None
 empty_cache()
 open("/proc/self/clear_refs", "w").write("5")
-def peak():
-    lines = open("/proc/self/status").read().splitlines()
-    return int(next(s for s in lines if s.startswith("VmHWM")).split()[1]) * 1024
-before = peak()
+before = peak_memory('cpu')
 loss(x, w, target).backward()
-print(peak() - before - 4 * (N * C + V * C))
+print(peak_memory('cpu') - before - 4 * (N * C + V * C))
 """
 
 
 def _memory_pair(N: int) -> Callable[[], Pair]:
     """Peak resident bytes beyond inputs and gradients, each side in a process of its own."""
 
-    def side(name: str) -> float:
-        command = [sys.executable, "-c", _CHILD, str(N), str(V), str(C), name]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    def side(name: str) -> Callable[[], float]:
+        return lambda: child_bytes(_CHILD, N, V, C, name)
 
-    return lambda: Pair(lambda: side("ours"), lambda: side("plain"), lambda: None)
+    return lambda: Pair(side("ours"), side("plain"), lambda: None)
 
 
 def _linear_pair(N: int, dtype: torch.dtype, peer: Loss) -> Callable[[], Pair]:

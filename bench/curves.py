@@ -11,13 +11,13 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import torch
+from harness import Run, calls_per_sample, seconds_per_call
 from run import machine
 
 from gptfast import AdamW, ops
@@ -25,8 +25,7 @@ from gptfast import AdamW, ops
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen before pyplot loads
 
-Run = Callable[[], object]
-SECONDS, REPEATS = 0.1, 5
+REPEATS = 9
 
 
 @dataclass(frozen=True)
@@ -87,18 +86,9 @@ CURVES = [
 
 
 def seconds(run: Run) -> float:
-    """The median of REPEATS samples, each of as many calls as fill SECONDS / REPEATS."""
-    run()
-    start = time.perf_counter()
-    run()
-    calls = max(1, round(SECONDS / REPEATS / (time.perf_counter() - start)))
-    samples = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        samples.append((time.perf_counter() - start) / calls)
-    return statistics.median(samples)
+    """The median of REPEATS samples."""
+    calls, _ = calls_per_sample(run)
+    return statistics.median(seconds_per_call(run, calls) for _ in range(REPEATS))
 
 
 def measure(curve: Curve) -> dict[str, object]:

@@ -16,6 +16,8 @@ import gc
 import math
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ Run = Callable[[], object]
 SAMPLE_SECONDS = 4e-3
 MIN_PAIRS = 5
 MAX_PAIRS = 200
+LONG_SECONDS, FEWEST_PAIRS = 2.0, 3
+"""Of calls that take so long, so few pairs will do."""
 ATTEMPTS = 2
 DISTURBED = 0.03
 """Share of all cores used by others from which a timing is not to be trusted."""
@@ -128,31 +132,31 @@ def _wait_for_quiet(seconds: float) -> None:
             return
 
 
-def _seconds(run: Run, calls: int) -> float:
+def seconds_per_call(run: Run, calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         run()
     return (time.perf_counter() - start) / calls
 
 
-def _calls(run: Run) -> tuple[int, float]:
+def calls_per_sample(run: Run) -> tuple[int, float]:
     """How many calls fill a sample, and what one takes; warms up on the way."""
-    seconds = _seconds(run, 1)
+    seconds = seconds_per_call(run, 1)
     if seconds < 1:
-        seconds = _seconds(run, 1)
+        seconds = seconds_per_call(run, 1)
     return max(1, math.ceil(SAMPLE_SECONDS / seconds)), seconds
 
 
 def _time_once(pair: Pair, seconds: float) -> Timing:
     gc.collect()
-    (ours_calls, ours_s), (peer_calls, peer_s) = _calls(pair.ours), _calls(pair.peer)
+    (ours_calls, ours_s), (peer_calls, peer_s) = map(calls_per_sample, (pair.ours, pair.peer))
     ours: list[float] = []
     peer: list[float] = []
     others, end = _Others(), time.perf_counter() + seconds
-    fewest = 3 if max(ours_s, peer_s) > 2 else MIN_PAIRS  # of calls that take long, fewer will do
+    fewest = FEWEST_PAIRS if max(ours_s, peer_s) > LONG_SECONDS else MIN_PAIRS
     while len(ours) < fewest or (time.perf_counter() < end and len(ours) < MAX_PAIRS):
-        ours.append(_seconds(pair.ours, ours_calls))
-        peer.append(_seconds(pair.peer, peer_calls))
+        ours.append(seconds_per_call(pair.ours, ours_calls))
+        peer.append(seconds_per_call(pair.peer, peer_calls))
     low, ratio, high = statistics.quantiles([p / o for o, p in zip(ours, peer, strict=True)], n=4)
     return Timing(
         statistics.median(ours),
@@ -164,6 +168,20 @@ def _time_once(pair: Pair, seconds: float) -> Timing:
     )
 
 
+def format_cost(value: float, unit: str) -> str:
+    """Seconds or bytes (`unit` of a Case) as a reader takes them in."""
+    if unit == "bytes":
+        return f"{value / 2**20:,.0f} MB"
+    name, scale = next((x for x in (("s", 1.0), ("ms", 1e-3)) if value >= x[1]), ("µs", 1e-6))
+    return f"{value / scale:.3g} {name}"
+
+
+def child_bytes(code: str, *args: object) -> float:
+    """The number that Python code prints in a process of its own, where memory is nobody else's."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def measured_bytes(pair: Pair) -> Timing:
     """The bytes that both sides say they take, as a Timing."""
     ours, peer = pair.ours(), pair.peer()
@@ -172,7 +190,8 @@ def measured_bytes(pair: Pair) -> Timing:
 
 
 def time_pair(pair: Pair, seconds: float, patience: float) -> Timing:
-    """Time ours and the peer in turn for about `seconds`, but at least MIN_PAIRS times.
+    """Time ours and the peer in turn for about `seconds`, but at least MIN_PAIRS times (long calls
+    FEWEST_PAIRS times).
 
     A disturbed timing is repeated, each time after at most `patience` seconds of waiting for quiet;
     the least disturbed one is returned, whichever side it favours.
@@ -200,8 +219,9 @@ class LimitMeter:
             lambda: torch.mm(self.a, self.b, out=self.product),
             lambda: layer(self.a, self.b, None, "none", [], ""),
         ):
-            self.gemm_s = min(self.gemm_s, _seconds(gemm, 3))
-        self.copy_s = min(self.copy_s, _seconds(lambda: self.copy.copy_(self.source), 2))
+            self.gemm_s = min(self.gemm_s, seconds_per_call(gemm, 3))
+        copy_s = seconds_per_call(lambda: self.copy.copy_(self.source), 2)
+        self.copy_s = min(self.copy_s, copy_s)
 
     def limits(self) -> Limits:
         flops = 2.0 * self.a.shape[0] ** 3

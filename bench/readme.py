@@ -7,16 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+from harness import format_cost
+
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
-
-
-def _cost(result: dict, side: str) -> str:
-    value = result[f"{side}_s"]
-    if result["unit"] == "bytes":
-        return f"{value / 2**20:,.0f} MB"
-    unit, scale = next(x for x in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)) if value >= x[1])
-    return f"{value / scale:.3g} {unit}"
 
 
 def _line(result: dict) -> str:
@@ -24,8 +18,8 @@ def _line(result: dict) -> str:
     cells = (
         result["op"],
         f"{result['case']}, {result['shape']}, against {result['peer']}",
-        _cost(result, "peer"),
-        _cost(result, "ours"),
+        format_cost(result["peer_s"], result["unit"]),
+        format_cost(result["ours_s"], result["unit"]),
         f"{result['ratio']:.2f}x{' (disturbed)' if result['disturbed'] else ''}",
         f"{result['target']:.3g}x" if result["target"] else "",
         f"{limit:.0%}" if result["unit"] == "s" and limit else "",

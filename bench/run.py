@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from harness import Case, LimitMeter, Limits, Timing, measured_bytes, time_pair
+from harness import Case, LimitMeter, Limits, Timing, format_cost, measured_bytes, time_pair
 
 from gptfast.ops.library import EXTENSION
 
@@ -58,25 +58,14 @@ def measure(names: list[str], quick: bool) -> tuple[list[Row], Limits]:
             pair.check()
             timing = time_pair(pair, *budget) if case.unit == "s" else measured_bytes(pair)
             rows.append(Row(case, timing))
+            costs = [format_cost(cost, case.unit) for cost in (timing.ours_s, timing.peer_s)]
             print(
-                f"{_cost(case, timing.ours_s)}, {_cost(case, timing.peer_s)}, {timing.ratio:.2f}x, "
-                f"others {timing.others:.1%}",
+                f"{', '.join(costs)}, {timing.ratio:.2f}x, others {timing.others:.1%}",
                 file=sys.stderr,
                 flush=True,
             )
     meter.sample()
     return rows, meter.limits()
-
-
-def _duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} us"
-
-
-def _cost(case: Case, value: float) -> str:
-    return _duration(value) if case.unit == "s" else f"{value / 2**20:.0f} MB"
 
 
 def _verdict(row: Row) -> str:
@@ -103,8 +92,8 @@ def table(rows: list[Row], limits: Limits) -> str:
                 case.name,
                 case.shape,
                 case.peer_name,
-                _cost(case, timing.ours_s),
-                _cost(case, timing.peer_s),
+                format_cost(timing.ours_s, case.unit),
+                format_cost(timing.peer_s, case.unit),
                 f"{timing.ratio:.2f}x{' (disturbed)' if timing.disturbed else ''}",
                 _verdict(row),
                 _of_limit(row, limits),

@@ -1,5 +1,7 @@
 """FLOPs against torch's counter, and measurements against what they must exceed."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -95,6 +97,13 @@ def test_measured_peak_is_what_a_product_takes(dtype: torch.dtype) -> None:
     for _ in range(5):
         F.linear(a, a)
     assert 0.1 < peak / (5 * 2 * n**3 / (time.perf_counter() - start)) < 10
+
+
+def test_peak_memory_is_not_the_parents() -> None:
+    block = torch.ones(2**28)  # 1 GB
+    code = "from gptfast.flops import peak_memory; print(peak_memory('cpu'))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert peak_memory("cpu") >= 4 * block.numel() > int(child.stdout)
 
 
 def test_peak_memory_grows_by_what_is_touched() -> None:
