@@ -24,21 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptfast.config import GPTConfig
 from gptfast.model import GPT
 from gptfast.token_files import fsync
-from gptfast.weights.transformers import from_hf, gpt_config, hf_config, hf_tensors
+from gptfast.tokenizer import BPETokenizer, Tokenizer
+from gptfast.weights.stored import CheckpointError, parse_json, read_safetensors, read_text
+from gptfast.weights.transformers import hf_config, hf_tensors, open_directory
 
 FORMAT = 2
 _LOGGER = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete or of another format."""
 
 
 def _write_files(
@@ -70,63 +67,29 @@ def _temporary(path: Path) -> Path:
     return temporary
 
 
-def _model_files(model: GPT) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    config = hf_config(model.config, model.wte.weight.dtype)
+def _model_files(
+    model: GPT, eot: int | None = None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    config = hf_config(model.config, model.wte.weight.dtype, eot)
     return {"model.safetensors": hf_tensors(model)}, {"config.json": _json(config)}
 
 
-def save_model(model: GPT, directory: str | PathLike) -> None:
-    """Write config.json and model.safetensors into `directory`, each replaced whole."""
+def save_model(model: GPT, directory: str | PathLike, tokenizer: Tokenizer | None = None) -> None:
+    """Write config.json, model.safetensors and the tokenizer's files, if it has such, into
+    `directory`, each replaced whole."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(directory / "model")
     try:
-        _write_files(temporary, *_model_files(model))
+        tensors, texts = _model_files(model, tokenizer and tokenizer.eot)
+        if isinstance(tokenizer, BPETokenizer):
+            texts |= tokenizer.transformers_files()
+        _write_files(temporary, tensors, texts)
         for file in temporary.iterdir():
             file.replace(directory / file.name)
         fsync(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-
-
-def _parse_json(text: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
-    return value
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-
-
-def _check_state(state: dict[str, Tensor], model: GPT, source: str) -> None:
-    """ValueError naming the first tensor of `state` that does not fit the model."""
-    wanted = model.state_dict()
-    for name, tensor in wanted.items():
-        if name not in state:
-            raise ValueError(f"{source} has no tensor {name!r}; is it of another architecture?")
-        if state[name].shape != tensor.shape:
-            raise ValueError(
-                f"{source}: {name} has shape {tuple(state[name].shape)}, the model needs "
-                f"{tuple(tensor.shape)}"
-            )
-    if extra := sorted(state.keys() - wanted.keys()):
-        raise ValueError(f"{source} has a tensor the model does not know: {extra[0]!r}")
 
 
 def find_model(path: str | PathLike) -> Path:
@@ -137,46 +100,9 @@ def find_model(path: str | PathLike) -> Path:
     return directory
 
 
-def read_config(directory: Path) -> GPTConfig:
-    """The GPTConfig of a model directory's config.json."""
-    file = directory / "config.json"
-    return gpt_config(_parse_json(_read_text(file), file), file)
-
-
-def load_model(path: str | PathLike) -> GPT:
-    """The model of a directory with config.json and model.safetensors, in evaluation mode.
-
-    `path` may be such a directory, a checkpoint, or the output directory of a training run, whose
-    latest checkpoint is taken. Raises ValueError for anything else, naming what is wrong.
-    """
-    directory = find_model(path)
-    config = read_config(directory)
-    with torch.device("meta"):
-        model = GPT(config)
-    state = from_hf(_read_tensors(directory / "model.safetensors"), config)
-    _check_state(state, model, str(directory / "model.safetensors"))
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def load_weights(model: GPT, path: str | PathLike) -> None:
-    """Copy the weights of another model's directory into `model`; ValueError if they do not fit."""
-    _copy_weights(model, find_model(path))
-
-
-def _copy_weights(model: GPT, directory: Path) -> None:
-    config = read_config(directory)
-    shape = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "tie_weights", "qkv_bias")
-    for name in shape:
-        theirs, ours = getattr(config, name), getattr(model.config, name)
-        if theirs != ours:
-            shorter = "; --max-length makes windows shorter" if name == "block_size" else ""
-            raise ValueError(
-                f"{directory} is another architecture: its {name} is {theirs}, not {ours}{shorter}"
-            )
-    state = from_hf(_read_tensors(directory / "model.safetensors"), config)
-    _check_state(state, model, str(directory / "model.safetensors"))
-    model.load_state_dict(state)
+def is_run(path: Path) -> bool:
+    """Whether a directory is a checkpoint or a run's, which keep their settings."""
+    return (path / "state.json").is_file() or bool(checkpoints(path))
 
 
 def checkpoints(out: str | PathLike) -> list[Path]:
@@ -324,8 +250,8 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    text = _read_text(path / "state.json")
-    state = _parse_json(text, path / "state.json")
+    text = read_text(path / "state.json")
+    state = parse_json(text, path / "state.json")
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{path / 'state.json'} has checkpoint format {state.get('format')!r}, "
@@ -383,15 +309,15 @@ def load_checkpoint(
         raise ValueError(
             f"{path} holds the model only and cannot be resumed; start from its weights (--init)"
         )
-    _copy_weights(model, path)
+    open_directory(path).copy_to(model)
     names = dict(model.named_parameters())
-    for key, tensor in _read_tensors(path / "optimizer.safetensors").items():
+    for key, stored in read_safetensors(path / "optimizer.safetensors").items():
         name, _, field = key.rpartition(".")
         if name not in names:
             raise ValueError(
                 f"{path} has optimizer state for {name!r}, which the model does not have"
             )
-        optimizer.state[names[name]][field] = tensor.to(names[name].device)
+        optimizer.state[names[name]][field] = stored.load().to(names[name].device)
     restore_random_state([_tensor_of_bytes(text) for text in state["rng"]])
     return state
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops
 from gptfast.config import GPTConfig
+from gptfast.tokenizer import Tokenizer, get_tokenizer
 
 
 @dataclass
@@ -116,6 +117,8 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         # See ops.linear_cross_entropy; 0 leaves out nothing of the head's gradient.
         self.skip_below = 0.0
+        # Of the files it was loaded from, for save_pretrained.
+        self.tokenizer_name: str | None = None
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -207,14 +210,31 @@ class GPT(nn.Module):
         return ops.linear_cross_entropy(x, head_weight, target, skip_below=self.skip_below)
 
     @classmethod
-    def from_pretrained(cls, path: str | PathLike) -> Self:
-        """A model from a directory that `save_pretrained`, a checkpoint or transformers wrote."""
-        from gptfast.checkpoint import load_model
+    def from_pretrained(cls, path: str | PathLike, *, n_head: int | None = None) -> Self:
+        """A model in evaluation mode from GPT-2's weights in any of their forms, told by content.
 
-        return load_model(path)
+        path: a run or a checkpoint of `gptfast train`; OpenAI's directory; a directory or file of
+        transformers (safetensors or .bin, in shards or not); nanoGPT's ckpt.pt; llm.c's .bin; the
+        .pth of Raschka's book; or a name, "gpt2" say, that `gptfast download` has fetched.
+        n_head: for a file that does not tell, the book's say; None takes heads of 64 channels.
 
-    def save_pretrained(self, directory: str | PathLike) -> None:
-        """Write config.json and model.safetensors as transformers' GPT2LMHeadModel reads them."""
+        Tensors keep their dtype. Nothing is unpickled but tensors. Raises CheckpointError, a
+        ValueError, for what is none of these, damaged or incomplete.
+        """
+        from gptfast.weights.load import load_model
+
+        return load_model(path, n_head)
+
+    def save_pretrained(
+        self, directory: str | PathLike, *, tokenizer: Tokenizer | None = None
+    ) -> None:
+        """Write config.json and model.safetensors as transformers' GPT2LMHeadModel reads them, and
+        vocab.json, merges.txt and tokenizer_config.json for its tokenizer.
+
+        tokenizer: None takes the one in the files that the model was loaded from, if any.
+        """
         from gptfast.checkpoint import save_model
 
-        save_model(self, directory)
+        if tokenizer is None and self.tokenizer_name is not None:
+            tokenizer = get_tokenizer(self.tokenizer_name)
+        save_model(self, directory, tokenizer)

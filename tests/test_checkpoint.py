@@ -22,11 +22,10 @@ from gptfast.checkpoint import (
     checkpoints,
     find_checkpoint,
     load_checkpoint,
-    load_model,
-    load_weights,
     read_state,
     save_checkpoint,
 )
+from gptfast.weights.load import load_model, load_weights
 
 FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 

@@ -22,12 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptfast import GPT, create_dataloader, get_tokenizer
-from gptfast.checkpoint import checkpoints, load_model
+from gptfast.checkpoint import checkpoints
 from gptfast.cli import main
 from gptfast.data import embedded_text
 from gptfast.evaluate import loader_loss, perplexity
 from gptfast.ops.library import EXTENSION
 from gptfast.sources import load_data
+from gptfast.weights.load import load_model
 
 BYTE = get_tokenizer("byte")
 NO_LOOK = ["--sample-tokens", "0", "--log-interval", "1"]

@@ -5,8 +5,6 @@ from typing import Any, Literal
 
 import tyro
 
-from gptfast.checkpoint import load_model
-from gptfast.cli.train import tokenizer_of
 from gptfast.data import create_dataloader
 from gptfast.evaluate import loader_loss, perplexity
 from gptfast.generate import generate, generate_text, stream_text
@@ -14,6 +12,7 @@ from gptfast.model import GPT
 from gptfast.sources import load_part
 from gptfast.tokenizer import Tokenizer, get_tokenizer
 from gptfast.trainer import choose_device
+from gptfast.weights.load import load_model, tokenizer_of
 
 
 def _load(checkpoint: str, tokenizer: str | None, device: str) -> tuple[GPT, Tokenizer]:
@@ -36,7 +35,7 @@ class Generate:
     """
 
     checkpoint: tyro.conf.Positional[str]
-    """A run directory, a checkpoint in it, or a directory save_pretrained wrote."""
+    """A run, a checkpoint in it, a model in any form that `gptfast convert` reads, or gpt2."""
     prompt: str
     """The text to continue."""
     max_new_tokens: int = 100
@@ -105,7 +104,7 @@ class Eval:
     """
 
     checkpoint: tyro.conf.Positional[str]
-    """A run directory, a checkpoint in it, or a directory save_pretrained wrote."""
+    """A run, a checkpoint in it, a model in any form that `gptfast convert` reads, or gpt2."""
     data: tuple[str, ...]
     """Text, .jsonl or token files, directories or globs; of prepared data, the part --part."""
     part: Literal["train", "val", "test"] = "val"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import tyro
 
-from gptfast.checkpoint import checkpoints, find_model, load_weights, read_config, read_settings
+from gptfast.checkpoint import checkpoints, read_settings
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.data import Source, create_dataloader, fingerprint
@@ -19,6 +19,7 @@ from gptfast.sources import load_data, prepared_tokenizer
 from gptfast.token_files import Documents
 from gptfast.tokenizer import get_tokenizer
 from gptfast.trainer import Trainer
+from gptfast.weights.load import load_weights, open_weights, tokenizer_of
 
 # Learns English from the embedded text in two or three minutes on two cores.
 SMALL_MODEL = GPTConfig(vocab_size=1, block_size=128, n_layer=4, n_head=4, n_embd=128)
@@ -61,7 +62,7 @@ class Train:
     """Continue the run in --out from its latest whole checkpoint, with its settings but for those
     given here; start it if there is none."""
     init: str | None = None
-    """Start from the weights of this checkpoint, run or model directory; its architecture and
+    """Start from these weights, in any form that `gptfast convert` reads; their architecture and
     tokenizer are the default."""
     config: str | None = None
     """A TOML file of these settings, by name with underscores (n_layer = 6; "none" for what is not
@@ -138,12 +139,6 @@ class Train:
         )
 
 
-def tokenizer_of(path: str) -> str | None:
-    """The name of the tokenizer that a checkpoint or run was trained with, if it is on record."""
-    settings = read_settings(find_model(path))
-    return settings["tokenizer"] if settings else None
-
-
 def train_defaults(argv: Sequence[str]) -> Train:
     """What `gptfast train` takes for what argv does not say.
 
@@ -165,7 +160,7 @@ def train_defaults(argv: Sequence[str]) -> Train:
     if given.resume or file.get("resume"):
         saved = next(filter(None, map(read_settings, reversed(checkpoints(out)))), None)
     if init not in (None, "none") and not saved:
-        command = dataclasses.replace(command, model=read_config(find_model(init)))
+        command = dataclasses.replace(command, model=open_weights(init).config)
     if saved:
         command = apply(command, {**saved, "out": out}, f"the settings of {out}")
     elif (given.lr or "lr" in file) and not (given.min_lr or "min_lr" in file):

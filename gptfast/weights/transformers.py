@@ -1,5 +1,6 @@
-"""transformers' layout of GPT-2: config.json and the tensors of model.safetensors."""
+"""transformers' layout of GPT-2: config.json, and safetensors or a pickle, whole or in shards."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,20 @@ from torch import Tensor
 
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
+from gptfast.weights.stored import CheckpointError, Stored, read_json, read_pickle, read_safetensors
+from gptfast.weights.weights import Weights, infer_config, tokenizer_in, unwrapped
 
 # transformers keeps these four as Conv1D: (in, out) where nn.Linear has (out, in).
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# In the order in which transformers looks for them.
+FILES = ("model.safetensors", "model.safetensors.index.json")
+FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def hf_config(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
-    eot = 50256 if config.vocab_size == 50257 else None
+def hf_config(config: GPTConfig, dtype: torch.dtype, eot: int | None = None) -> dict[str, Any]:
+    """config.json of a model; eot is its tokenizer's end of text, if that is known."""
+    if eot is None and config.vocab_size == 50257:
+        eot = 50256
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -41,8 +49,9 @@ def hf_config(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
+    """The GPTConfig of a config.json; CheckpointError for what gptfast's GPT is not."""
     if raw.get("model_type") != "gpt2":
-        raise ValueError(
+        raise CheckpointError(
             f"{path} describes a model of type {raw.get('model_type')!r}, not GPT-2's architecture"
         )
     try:
@@ -57,23 +66,27 @@ def gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
             tie_weights=raw.get("tie_word_embeddings", True),
         )
     except KeyError as error:
-        raise ValueError(f"{path} has no {error.args[0]!r}") from None
+        raise CheckpointError(f"{path} has no {error.args[0]!r}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: {error}") from None
     fixed = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "layer_norm_epsilon": (1e-5,),
         "n_inner": (None, 4 * config.n_embd),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
     }
     for name, allowed in fixed.items():
         if name in raw and raw[name] not in allowed:
-            raise ValueError(f"{path}: {name} is {raw[name]!r}, gptfast's GPT has {allowed[0]!r}")
+            raise CheckpointError(
+                f"{path}: {name} is {raw[name]!r}, gptfast's GPT has {allowed[0]!r}"
+            )
     return config
 
 
 def hf_tensors(model: GPT) -> dict[str, Tensor]:
+    """The tensors of model.safetensors."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().cpu()
@@ -88,15 +101,78 @@ def hf_tensors(model: GPT) -> dict[str, Tensor]:
     return tensors
 
 
-def from_hf(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    state = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")):  # old files' causal masks
-            continue
-        if name == "lm_head.weight" and config.tie_weights:
-            continue
-        if name.endswith("c_attn.bias") and not config.qkv_bias:
-            continue
-        state[name] = tensor.t().contiguous() if name.endswith(_CONV1D) else tensor
-    return state
+def gpt_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Tensors in GPT's names and layout, of those in transformers' or nanoGPT's: these are told
+    apart by the orientation of c_attn. Old files' causal masks are left out."""
+    tensors = {name.removeprefix("transformer."): s for name, s in unwrapped(tensors).items()}
+    shape = tensors["h.0.attn.c_attn.weight"].shape if "h.0.attn.c_attn.weight" in tensors else ()
+    conv1d = len(shape) == 2 and shape[0] < shape[1]
+    return {
+        name: stored.t() if conv1d and name.endswith(_CONV1D) and len(stored.shape) == 2 else stored
+        for name, stored in tensors.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+
+
+def fitted(tensors: dict[str, Stored], config: GPTConfig) -> dict[str, Stored]:
+    """The tensors without what the model does not keep: a tied head's copy, a zero bias."""
+    left_out = {"lm_head.weight"} if config.tie_weights else set()
+    if not config.qkv_bias:
+        left_out |= {f"h.{i}.attn.c_attn.bias" for i in range(config.n_layer)}
+    return {name: stored for name, stored in tensors.items() if name not in left_out}
+
+
+def with_head(source: str, tensors: dict[str, Stored], n_head: int | None) -> Weights:
+    """Weights of tensors whose configuration no file tells: the head is tied if it is absent or
+    the token embedding once more."""
+    tied = "lm_head.weight" not in tensors or _same(tensors, "lm_head.weight", "wte.weight")
+    config = infer_config(source, tensors, n_head, tie_weights=tied)
+    return Weights(source, config, fitted(tensors, config))
+
+
+def _same(tensors: Mapping[str, Stored], a: str, b: str) -> bool:
+    if b not in tensors or tensors[a].shape != tensors[b].shape:
+        return False
+    return torch.equal(tensors[a].read(), tensors[b].read())
+
+
+def _read_file(path: Path) -> dict[str, Stored]:
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)[0]
+
+
+def _read_shards(index: Path) -> dict[str, Stored]:
+    """The tensors of every file that an index.json lists."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise CheckpointError(f"{index} is damaged: it has no weight_map of names and files")
+    tensors: dict[str, Stored] = {}
+    for file in sorted(set(where.values())):
+        path = index.parent / file
+        if Path(file).name != file or not path.is_file():
+            raise CheckpointError(f"{index} names {file!r}, which is no file beside it")
+        tensors |= _read_file(path)
+    for name in where:
+        if name not in tensors:
+            raise CheckpointError(f"{index} names {name!r}, which {where[name]!r} has not")
+    return tensors
+
+
+def open_tensors(path: Path, raw: dict[str, Stored], n_head: int | None) -> Weights:
+    """The weights among the tensors of a single file, whose config.json, if any, is beside it."""
+    tensors = gpt_tensors(raw)
+    config_json = path.with_name("config.json")
+    if not config_json.is_file():
+        return with_head(str(path), tensors, n_head)
+    config = gpt_config(read_json(config_json), config_json)
+    return Weights(str(path), config, fitted(tensors, config), tokenizer_in(path.parent))
+
+
+def open_directory(directory: Path) -> Weights:
+    """The weights of a directory with config.json and one of FILES."""
+    config = gpt_config(read_json(directory / "config.json"), directory / "config.json")
+    path = next((directory / name for name in FILES if (directory / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{directory} has no weights; it needs one of {', '.join(FILES)}")
+    raw = _read_shards(path) if path.suffix == ".json" else _read_file(path)
+    tensors = fitted(gpt_tensors(raw), config)
+    return Weights(str(path), config, tensors, tokenizer_in(directory))

@@ -1,0 +1,219 @@
+"""`gptfast download`: GPT-2 from OpenAI's public address, or transformers' files, into the cache.
+
+Files arrive under a hidden name and go on where a cut left them. Their lengths, the hashes that the
+server or we know, and every tensor's CRC-32C are checked before the directory gets its name.
+"""
+
+import base64
+import hashlib
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import requests
+from tqdm import tqdm
+
+from gptfast.config import PRESETS
+from gptfast.tokenizer import SHA256
+from gptfast.weights import openai
+from gptfast.weights.stored import CheckpointError
+
+OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+_DIRECTORIES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+# Small ones first: what is wrong with a mirror shows early.
+FILES = ("checkpoint", "hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index")
+FILES += ("model.ckpt.meta", "model.ckpt.data-00000-of-00001")
+_HUB_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
+_CHUNK = 2**20
+_TIMEOUT = (10, 60)  # seconds to connect, and between two packets
+
+
+def cache_directory() -> Path:
+    """Where downloads lie: $GPTFAST_CACHE, else $XDG_CACHE_HOME/gptfast, else ~/.cache/gptfast."""
+    if own := os.environ.get("GPTFAST_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptfast"
+
+
+class _Cut(Exception):
+    """A transfer that ended early and may be taken up again."""
+
+
+def download(
+    name: str, *, url: str = OPENAI, attempts: int = 5, pause: float = 1.0, quiet: bool = False
+) -> Path:
+    """Fetch a GPT-2 into the cache directory, unless it is there; its directory.
+
+    name: gpt2, gpt2-medium, gpt2-large or gpt2-xl. url: OpenAI's address, or a mirror's with the
+    same directories. attempts: how often a file may be cut off with nothing gained, waiting `pause`
+    seconds longer each time. Where that fails, transformers' files are taken through
+    huggingface_hub, if it is installed. Proxies are taken from the environment.
+    Raises ValueError for an unknown name, OSError for what could not be fetched or is damaged.
+    """
+    if name not in _DIRECTORIES:
+        raise ValueError(f"there is no model {name!r}; choose from {', '.join(_DIRECTORIES)}")
+    target = cache_directory() / name
+    if target.is_dir():
+        return target
+    part = target.with_name(f".{name}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        for file in FILES:
+            address = f"{url.rstrip('/')}/{_DIRECTORIES[name]}/{file}"
+            _fetch(address, part / file, attempts, pause, quiet)
+        _check(part, name)
+    except (requests.RequestException, _Cut) as error:
+        return _from_hub(name, target, f"{_reason(error)} ({url})")
+    part.rename(target)
+    return target
+
+
+def _reason(error: BaseException) -> str:
+    return "no answer" if isinstance(error, requests.ConnectionError) else str(error)
+
+
+def _fetch(address: str, path: Path, attempts: int, pause: float, quiet: bool) -> None:
+    """A whole file, checked as far as the server says how; goes on with what is there of it."""
+    if path.exists():
+        return
+    part = path.with_name(f"{path.name}.part")
+    left = attempts
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            md5 = _transfer(address, part, quiet)
+            break
+        except (_Cut, requests.ConnectionError, requests.Timeout) as error:
+            gained = part.exists() and part.stat().st_size > before
+            left = attempts if gained else left - 1
+            if not left:
+                raise _Cut(f"{path.name}: {_reason(error)}") from None
+            time.sleep(pause * (attempts - left))
+    if md5 and md5 != _digest(part, "md5").digest():
+        part.unlink()
+        raise OSError(f"{path.name} is damaged: its MD5 is not the server's; try again")
+    expected = SHA256.get(path.name)
+    if expected and _digest(part, "sha256").hexdigest() != expected:
+        part.unlink()
+        raise OSError(f"{path.name} is damaged: its SHA-256 is not {expected}; try again")
+    part.replace(path)
+
+
+def _digest(path: Path, kind: str) -> "hashlib._Hash":
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind)
+
+
+def _transfer(address: str, part: Path, quiet: bool) -> bytes | None:
+    """Append to `part` what the server has beyond it; the MD5 of the whole, if it is told.
+
+    Raises _Cut where fewer bytes came than were announced.
+    """
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    with requests.get(address, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+        if response.status_code == 416:  # nothing beyond: whole, or longer than the server's
+            total = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
+            if total and int(total[1]) == start:
+                return None
+            part.unlink()
+            raise _Cut("what had come is no part of the server's file")
+        if response.status_code >= 500:
+            raise _Cut(f"the server answered {response.status_code}")
+        response.raise_for_status()
+        if response.status_code != 206:
+            start = 0  # the server sends all of it
+        total = _total(response, start)
+        _append(response, part, start, total, quiet)
+        if total is not None and part.stat().st_size != total:
+            size = part.stat().st_size
+            if size > total:
+                part.unlink()
+            raise _Cut(f"{size:,} of {total:,} bytes came")
+        # Content-MD5 is of the part that was asked for, Azure's other header of the whole.
+        md5 = response.headers.get("x-ms-blob-content-md5") or (
+            response.headers.get("Content-MD5") if start == 0 else None
+        )
+        return base64.b64decode(md5) if md5 else None
+
+
+def _total(response: requests.Response, start: int) -> int | None:
+    """The length of the whole file, as the server announces it."""
+    if response.status_code == 206:
+        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        if not span or int(span[1]) != start:
+            raise OSError(f"the server answered another range than the one from {start}")
+        return int(span[2])
+    length = response.headers.get("Content-Length")
+    return int(length) if length else None
+
+
+def _append(
+    response: requests.Response, part: Path, start: int, total: int | None, quiet: bool
+) -> None:
+    name = part.name.removesuffix(".part")
+    with (
+        part.open("r+b" if start else "wb") as file,
+        tqdm(
+            total=total, initial=start, desc=name, unit="B", unit_scale=True, disable=quiet
+        ) as bar,
+    ):
+        file.seek(start)
+        try:
+            for chunk in response.iter_content(_CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+        except requests.RequestException:
+            raise _Cut(f"cut off after {file.tell():,} bytes") from None
+        finally:
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _check(part: Path, name: str) -> None:
+    """OSError, and the files in question removed, unless `part` holds the whole of this model."""
+    try:
+        weights = openai.open_directory(part)
+        wrong = [k for k, v in PRESETS[name].items() if getattr(weights.config, k) != v]
+        if wrong:
+            raise CheckpointError(f"hparams.json is not {name}'s: {wrong[0]} differs")
+        for stored in weights.tensors.values():
+            stored.read()
+    except CheckpointError as error:
+        for file in FILES:
+            if file not in SHA256:
+                (part / file).unlink(missing_ok=True)
+        raise OSError(f"what came for {name} is damaged: {error}; try again") from None
+
+
+def _from_hub(name: str, target: Path, why: str) -> Path:
+    """transformers' files of a model, through huggingface_hub."""
+    by_hand = (
+        f"put the files {', '.join(FILES)} of GPT-2 {_DIRECTORIES[name]} into {target} by hand"
+    )
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise OSError(
+            f"{name} could not be fetched: {why}. Go on later with the same command, install "
+            f"huggingface_hub to try Hugging Face, or {by_hand}"
+        ) from None
+    part = target.with_name(f".{name}.hub")
+    try:
+        snapshot_download(
+            f"openai-community/{name}", allow_patterns=list(_HUB_FILES), local_dir=part
+        )
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, requests.RequestException) as error:
+        raise OSError(
+            f"{name} could not be fetched: {why}, nor from Hugging Face ({type(error).__name__}). "
+            f"Go on later with the same command, or {by_hand}"
+        ) from None
+    shutil.rmtree(part / ".cache", ignore_errors=True)
+    part.rename(target)
+    return target

@@ -1,0 +1,94 @@
+"""A model from whatever form its weights are in, told by the content of the files."""
+
+from os import PathLike
+from pathlib import Path
+
+from gptfast.checkpoint import find_model, is_run, read_settings
+from gptfast.config import PRESETS
+from gptfast.model import GPT
+from gptfast.weights import book, llmc, nanogpt, openai, transformers
+from gptfast.weights.download import cache_directory
+from gptfast.weights.stored import CheckpointError, read_pickle, read_safetensors
+from gptfast.weights.weights import Weights, tokenizer_in
+
+
+def open_weights(path: str | PathLike, n_head: int | None = None) -> Weights:
+    """The weights at `path`, none of them read yet: see `GPT.from_pretrained` for what it may be.
+
+    n_head: of a file that does not tell, the book's say; None takes heads of 64 channels.
+    Raises CheckpointError for anything else, naming what is wrong.
+    """
+    path = _find(path)
+    weights = _open_directory(path) if path.is_dir() else _open_file(path, n_head)
+    if n_head not in (None, weights.config.n_head):
+        raise CheckpointError(
+            f"{weights.source} has {weights.config.n_head} heads, not n_head={n_head}"
+        )
+    return weights
+
+
+def load_model(path: str | PathLike, n_head: int | None = None) -> GPT:
+    """The model of `open_weights`, in evaluation mode."""
+    return open_weights(path, n_head).build()
+
+
+def load_weights(model: GPT, path: str | PathLike) -> None:
+    """Copy the weights of `open_weights` into `model`; ValueError if they do not fit."""
+    open_weights(path).copy_to(model)
+
+
+def tokenizer_of(path: str | PathLike) -> str | None:
+    """The tokenizer of the model at `path`, a name or a directory, if it is on record."""
+    path = _find(path)
+    if is_run(path) and (settings := read_settings(find_model(path))):
+        return settings["tokenizer"]
+    return tokenizer_in(path if path.is_dir() else path.parent)
+
+
+def _find(path: str | PathLike) -> Path:
+    """The path, or the place in the cache of the name that it is."""
+    found = Path(path)
+    if str(path) not in PRESETS or found.exists():
+        return found
+    cached = cache_directory() / str(path)
+    if not cached.is_dir():
+        raise CheckpointError(
+            f"{path} is not in {cache_directory()}; run `gptfast download {path}`, or give a path"
+        )
+    return cached
+
+
+def _open_directory(path: Path) -> Weights:
+    if (path / "hparams.json").is_file():
+        return openai.open_directory(path)
+    if (path / "config.json").is_file() and not (path / "model.safetensors").is_file():
+        if any((path / name).is_file() for name in transformers.FILES):
+            return transformers.open_directory(path)
+    if (path / "ckpt.pt").is_file():  # nanoGPT's output directory
+        return _open_file(path / "ckpt.pt", None)
+    return transformers.open_directory(find_model(path))
+
+
+def _open_file(path: Path, n_head: int | None) -> Weights:
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        why = error.strerror if path.exists() else "there is no such directory"
+        raise CheckpointError(f"{path} is no checkpoint: {why}") from None
+    if start[:4] == llmc.MAGIC.to_bytes(4, "little"):
+        return llmc.open_file(path)
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # a zip file, a pickle
+        raw, beside = read_pickle(path)
+        if nanogpt.recognise(beside):
+            return nanogpt.open_tensors(path, raw, beside)
+    elif start[8:9] == b"{":  # after the length of the header
+        raw = read_safetensors(path)
+    else:
+        raise CheckpointError(
+            f"{path} is no checkpoint: it begins neither as safetensors nor as what torch.save or "
+            "llm.c writes; of OpenAI's and transformers' models give the directory"
+        )
+    if book.recognise(raw):
+        return book.open_tensors(path, raw, n_head)
+    return transformers.open_tensors(path, raw, n_head)

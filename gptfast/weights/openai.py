@@ -1,0 +1,76 @@
+"""OpenAI's directory: hparams.json, a TensorFlow checkpoint, encoder.json and vocab.bpe."""
+
+import re
+from pathlib import Path
+
+from gptfast.config import GPTConfig
+from gptfast.weights.stored import CheckpointError, Stored, read_json
+from gptfast.weights.tensor_bundle import read_bundle
+from gptfast.weights.weights import Weights, tokenizer_in
+
+_SIZES = {
+    "vocab_size": "n_vocab",
+    "block_size": "n_ctx",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+_NAME = re.compile(
+    r"model/(wte|wpe|ln_f/[gb]|h\d{1,5}/(ln_[12]/[gb]|attn/c_(attn|proj)/[wb]|mlp/c_(fc|proj)/[wb]))"
+)
+_LEAVES = {"g": "weight", "w": "weight", "b": "bias"}
+
+
+def _prefix(directory: Path) -> Path:
+    """Of a directory's TensorFlow checkpoint: the one that the file `checkpoint` names, if any."""
+    file = directory / "checkpoint"
+    if file.is_file() and file.stat().st_size < 2**20:
+        text = file.read_text("utf-8", errors="replace")
+        if named := re.search(r'^model_checkpoint_path: "([^"\n]+)"', text, re.M):
+            # Its own directory's, wherever that was when it was written.
+            prefix = directory / Path(named[1]).name
+            if prefix.with_name(f"{prefix.name}.index").is_file():
+                return prefix
+    found = sorted(directory.glob("*.index"))
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{directory} has {len(found)} TensorFlow checkpoints (*.index) and no file "
+            "'checkpoint' that names one"
+        )
+    return found[0].with_suffix("")
+
+
+def _gpt_name(name: str) -> str:
+    """model/h0/attn/c_attn/w -> h.0.attn.c_attn.weight"""
+    *path, leaf = re.sub(r"^model/h(\d+)/", r"h/\1/", name).removeprefix("model/").split("/")
+    return ".".join([*path, _LEAVES[leaf]] if leaf in _LEAVES else [*path, leaf, "weight"])
+
+
+def _gpt_tensor(name: str, stored: Stored) -> Stored:
+    """A convolution's (1, in, out) as a linear layer's (out, in)."""
+    if not name.endswith("/w"):
+        return stored
+    if len(stored.shape) != 3 or stored.shape[0] != 1:
+        raise CheckpointError(f"{name} has shape {stored.shape}, not (1, in, out)")
+    shape = stored.shape[1:]
+    return Stored(shape, stored.dtype, lambda: stored.read()[0]).t()
+
+
+def open_directory(directory: Path) -> Weights:
+    """The weights of a directory that OpenAI's download gives; variables beside them, those of an
+    optimizer say, are left out."""
+    hparams = read_json(directory / "hparams.json")
+    for theirs in _SIZES.values():
+        if theirs not in hparams:
+            raise CheckpointError(f"{directory / 'hparams.json'} has no {theirs!r}")
+    try:
+        config = GPTConfig(**{ours: hparams[theirs] for ours, theirs in _SIZES.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{directory / 'hparams.json'}: {error}") from None
+    prefix = _prefix(directory)
+    tensors = {
+        _gpt_name(name): _gpt_tensor(name, stored)
+        for name, stored in read_bundle(prefix).items()
+        if _NAME.fullmatch(name)
+    }
+    return Weights(str(prefix), config, tensors, tokenizer_in(directory))

@@ -1,0 +1,173 @@
+"""Tensors in files: what they are is known at once, their values are read when they are asked for.
+
+Files are mapped into memory and tensors copied out one at a time, so that loading a model takes
+little more memory than the model has. Of pickles, torch's restricted reader takes tensors and plain
+containers; nothing is executed.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Bytes read from a mapping before it is made anew, which gives its resident pages back.
+_RESIDENT = 2**24
+
+
+class CheckpointError(ValueError):
+    """Files that hold no model or run of ours or no GPT-2, not all of it, or a damaged one."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file. `read` gives its values, as a view of a mapped file or, if not mapped, as
+    memory of their own."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    mapped: bool = True
+
+    def t(self) -> "Stored":
+        """The transpose of a matrix."""
+        return Stored(self.shape[::-1], self.dtype, lambda: self.read().t(), self.mapped)
+
+    def load(self) -> Tensor:
+        """The values in memory of their own, contiguous."""
+        values = self.read()
+        if not self.mapped:
+            return values.contiguous()
+        return torch.empty(self.shape, dtype=self.dtype).copy_(values)
+
+
+class Mapped:
+    """Named tensors over mapped files; mapped anew before many of their pages are resident."""
+
+    def __init__(self, open: Callable[[], Mapping[Any, Tensor]]) -> None:
+        self._open, self.tensors, self._resident = open, open(), 0
+
+    def read(self, name: Any, part: slice = slice(None)) -> Tensor:
+        """A tensor, or of a vector a part. Views given before stay valid as long as they live."""
+        if self._resident > _RESIDENT:
+            self.tensors, self._resident = {}, 0
+            self.tensors = self._open()
+        tensor = self.tensors[name][part] if part != slice(None) else self.tensors[name]
+        self._resident += tensor.nbytes
+        return tensor
+
+    def stored(self) -> dict[str, Stored]:
+        def one(name: str, tensor: Tensor) -> Stored:
+            return Stored(tuple(tensor.shape), tensor.dtype, lambda: self.read(name))
+
+        return {name: one(name, tensor) for name, tensor in self.tensors.items()}
+
+
+def map_file(path: Path) -> Tensor:
+    """A file's bytes, (n,) uint8, mapped; what is written there stays in memory."""
+    try:
+        return torch.from_file(str(path), False, path.stat().st_size, dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read {path}: {one_line(error)}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def parse_json(text: str, path: Path) -> dict[str, Any]:
+    """The JSON object in a file's text; CheckpointError naming the file if there is none."""
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """A file's text."""
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    return parse_json(read_text(path), path)
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a .safetensors file."""
+
+    def open() -> dict[str, Tensor]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
+
+    return Mapped(open).stored()
+
+
+def read_pickle(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """The named tensors of a file that torch.save wrote, and what stands beside them.
+
+    Only tensors and plain containers are taken: a pickle that asks for anything else is refused.
+    """
+    mapped = zipfile.is_zipfile(path)  # else the format before torch 1.6
+    content = _unpickle(path, mapped)
+    key = next((key for key in _STATE if isinstance(content.get(key), dict)), None)
+
+    def tensors(content: dict[str, Any]) -> dict[str, Tensor]:
+        state = content if key is None else content[key]
+        return {name: _plain(state[name], path) for name in state if _named(name, state[name])}
+
+    beside = {} if key is None else {k: v for k, v in content.items() if k != key}
+    if mapped:
+        del content
+        return Mapped(lambda: tensors(_unpickle(path, mapped))).stored(), beside
+
+    def one(tensor: Tensor) -> Stored:
+        return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor, mapped=False)
+
+    return {name: one(tensor) for name, tensor in tensors(content).items()}, beside
+
+
+# Where nanoGPT, the book and others keep the weights beside the optimizer's state.
+_STATE = ("model", "model_state_dict", "state_dict")
+
+
+def _unpickle(path: Path, mapped: bool) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whatever a damaged or hostile pickle makes torch raise
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than tensors, which is not read: {one_line(error)}"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors")
+    return content
+
+
+def _named(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _plain(tensor: Tensor, path: Path) -> Tensor:
+    """The tensor, if it is dense, on the CPU and no larger than what is stored of it."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not dense or tensor.is_quantized or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{path} holds a tensor that is not dense, {tuple(tensor.shape)}")
+    return tensor.detach()
