@@ -18,7 +18,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Bytes read from a mapping before it is made anew, which gives its resident pages back.
-_RESIDENT = 2**24
+_RESIDENT = 2**25
 
 
 class CheckpointError(ValueError):
@@ -59,7 +59,8 @@ class Mapped:
             self.tensors, self._resident = {}, 0
             self.tensors = self._open()
         tensor = self.tensors[name][part] if part != slice(None) else self.tensors[name]
-        self._resident += tensor.nbytes
+        # The kernel maps what lies around too, up to a large page.
+        self._resident += tensor.nbytes + 2**21
         return tensor
 
     def stored(self) -> dict[str, Stored]:
