@@ -2,7 +2,7 @@
 
 Queries, keys and values by three layers, the attention matrix in full under a mask that is kept as
 a buffer, normalisation and GELU written out, the head a layer of its own (untied, as in the book).
-Written anew for comparison; trained with `torch.optim.AdamW` as in its chapter 5.
+Written anew for comparison, under the book's names, so that its files are this model's; trained with `torch.optim.AdamW` as in its chapter 5.
 """
 
 import math
@@ -36,8 +36,9 @@ class Attention(nn.Module):
         super().__init__()
         C, T = config.n_embd, config.block_size
         self.n_head = config.n_head
-        self.query, self.key, self.value = (nn.Linear(C, C) for _ in range(3))
-        self.out = nn.Linear(C, C)
+        bias = config.qkv_bias
+        self.W_query, self.W_key, self.W_value = (nn.Linear(C, C, bias) for _ in range(3))
+        self.out_proj = nn.Linear(C, C)
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("mask", torch.triu(torch.ones(T, T), diagonal=1))
 
@@ -45,38 +46,49 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = (
             layer(x).view(B, T, self.n_head, -1).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
+            for layer in (self.W_query, self.W_key, self.W_value)
         )  # (B, H, T, D)
         scores = q @ k.transpose(2, 3)  # (B, H, T, T)
         scores.masked_fill_(self.mask.bool()[:T, :T], -torch.inf)
         weights = self.dropout(torch.softmax(scores / k.shape[-1] ** 0.5, dim=-1))
-        return self.out((weights @ v).transpose(1, 2).contiguous().view(B, T, C))
+        return self.out_proj((weights @ v).transpose(1, 2).contiguous().view(B, T, C))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(C, 4 * C), Gelu(), nn.Linear(4 * C, C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         C = config.n_embd
-        self.attention, self.norm1, self.norm2 = Attention(config), Norm(C), Norm(C)
-        self.feed_forward = nn.Sequential(nn.Linear(C, 4 * C), Gelu(), nn.Linear(4 * C, C))
+        self.att, self.norm1, self.norm2 = Attention(config), Norm(C), Norm(C)
+        self.ff = FeedForward(C)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attention(self.norm1(x)))
-        return x + self.drop(self.feed_forward(self.norm2(x)))
+        x = x + self.drop(self.att(self.norm1(x)))
+        return x + self.drop(self.ff(self.norm2(x)))
 
 
 class BookGPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.positions = nn.Embedding(config.block_size, config.n_embd)
+        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.pos_emb = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.n_layer)))
-        self.norm = Norm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.trf_blocks = nn.Sequential(*(Block(config) for _ in range(config.n_layer)))
+        self.final_norm = Norm(config.n_embd)
+        self.out_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, idx: Tensor, target: Tensor) -> Tensor:
-        x = self.drop(self.tokens(idx) + self.positions(torch.arange(idx.shape[1])))
-        logits = self.head(self.norm(self.blocks(x)))  # (B, T, V)
+    def forward(self, idx: Tensor, target: Tensor | None = None) -> Tensor:
+        x = self.drop(self.tok_emb(idx) + self.pos_emb(torch.arange(idx.shape[1])))
+        logits = self.out_head(self.final_norm(self.trf_blocks(x)))  # (B, T, V)
+        if target is None:
+            return logits
         return F.cross_entropy(logits.flatten(0, 1), target.flatten())

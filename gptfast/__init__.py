@@ -1,5 +1,7 @@
 """GPT-2 training and generation in PyTorch, its hot core in hand-written C++ and Triton kernels."""
 
+from typing import Any
+
 from gptfast import ops
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.data import create_dataloader
@@ -17,10 +19,20 @@ __all__ = [
     "GPTConfig",
     "TrainConfig",
     "Trainer",
+    "accelerate",
     "create_dataloader",
     "empty_cache",
     "generate",
     "get_tokenizer",
     "ops",
+    "restore",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("accelerate", "restore"):  # transformers is imported for those who ask for them
+        from gptfast import drop_in
+
+        return getattr(drop_in, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,16 +1,22 @@
-"""Loss and perplexity of a model on batches."""
+"""Loss, perplexity and bits per byte of a model, on batches and on text by a sliding window."""
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
+from gptfast import ops
 from gptfast.model import GPT
 from gptfast.sequences import evaluating
+from gptfast.token_files import TokenFiles
+from gptfast.tokenizer import Tokenizer
 
 
 def batch_loss(model: GPT, x: Tensor, y: Tensor) -> Tensor:
@@ -37,6 +43,123 @@ def loader_loss(
     if not count:
         raise ValueError("no tokens to evaluate: the loader is empty or every target is ignored")
     return total / count
+
+
+Row = tuple[Tensor, Tensor]
+"""Input and targets, each (T,) int64; -100 where a target does not count."""
+
+
+def padded(model: GPT, rows: list[Row]) -> tuple[Tensor, Tensor]:
+    """Rows of any lengths as a batch (B, longest), on the model's device; -100 past a row's end."""
+    device = model.wte.weight.device
+    x = pad_sequence([x for x, _ in rows], batch_first=True).to(device)
+    y = pad_sequence([y for _, y in rows], batch_first=True, padding_value=-100).to(device)
+    return x, y
+
+
+@torch.no_grad()
+def target_losses(model: GPT, hidden: Tensor, y: Tensor) -> Tensor:
+    """The loss of every target y (B, T) from model.hidden's (B, T, C): fp32 nats, 0 where it is
+    -100."""
+    device = hidden.device
+    # In fp32, of 16-bit models too.
+    half = hidden.dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(device.type, dtype=hidden.dtype) if half else nullcontext():
+        loss = ops.linear_cross_entropy(hidden, model.head_weight, y, reduction="none")
+    return loss.float()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text."""
+
+    loss: float
+    """Nats per token."""
+    nats: float
+    """Of all tokens that were predicted."""
+    n_bytes: int
+    """Of them as text; end-of-text is none."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.n_bytes if self.n_bytes else math.nan
+
+
+def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """The bytes of each token, (vocab_size,) int64; 0 for end-of-text and ids without a token."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    for i in range(tokenizer.n_vocab):
+        if i != tokenizer.eot:
+            lengths[i] = len(tokenizer.decode_bytes([i]))
+    return lengths
+
+
+def loader_score(
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: Tokenizer
+) -> Score:
+    """`loader_loss` of batches that can be gone through twice, with what bits per byte need."""
+    loss = loader_loss(model, batches)
+    lengths = byte_lengths(tokenizer, model.config.vocab_size)
+    targets = [y[y != -100] for _, y in batches]
+    n_bytes = sum(int(lengths[y].sum()) for y in targets)
+    return Score(loss, loss * sum(map(len, targets)), n_bytes)
+
+
+def _windows(n: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Windows over n tokens: where each begins and ends, and how many of its tokens are new."""
+    before = 0
+    for begin in range(0, n, stride):
+        end = min(begin + max_length, n)
+        yield begin, end, end - before
+        before = end
+        if end == n:
+            return
+
+
+def sliding_score(
+    model: GPT,
+    tokens: Tensor | TokenFiles,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    stride: int,
+    batch_size: int = 8,
+) -> Score:
+    """A long text's score by a sliding window: each window of max_length tokens predicts those that
+    the one before has not, stride many, with what stands before them in it as context.
+
+    The loss is that of transformers' documented recipe ("Perplexity of fixed-length models"), which
+    weights a window's mean by the number of its new tokens less one. tokens: (n,) int64.
+    Raises ValueError for a stride outside [1, max_length], a window longer than block_size and
+    fewer than two tokens.
+    """
+    if not 2 <= max_length <= model.config.block_size:
+        raise ValueError(
+            f"max_length must be from 2 to block_size={model.config.block_size}, got {max_length}"
+        )
+    if not 1 <= stride <= max_length:
+        raise ValueError(f"stride must be from 1 to max_length={max_length}, got {stride}")
+    if len(tokens) < 2:
+        raise ValueError(f"no tokens to evaluate: {len(tokens)} are there, two are needed")
+    lengths = byte_lengths(tokenizer, model.config.vocab_size)
+    windows = [w for w in _windows(len(tokens), max_length, stride) if w[1] - w[0] > 1]
+    weighted, weights, nats, n_bytes = 0.0, 0, 0.0, 0
+    with torch.no_grad(), evaluating(model):
+        for i in range(0, len(windows), batch_size):
+            rows = []
+            for begin, end, new in windows[i : i + batch_size]:
+                window = tokens[begin:end]
+                y = window[1:].clone()
+                y[: max(0, len(y) - new)] = -100
+                rows.append((window[:-1], y))
+                n_bytes += int(lengths[y[y != -100]].sum())
+            x, y = padded(model, rows)
+            sums = target_losses(model, model.hidden(x), y).double().sum(1).tolist()
+            for total, (_, y), (_, _, new) in zip(sums, rows, windows[i:], strict=False):
+                nats += total
+                weighted += total / int((y != -100).sum()) * (new - 1)
+                weights += new - 1
+    return Score(weighted / weights, nats, n_bytes)
 
 
 def perplexity(loss: float) -> float:

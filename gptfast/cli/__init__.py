@@ -10,10 +10,12 @@ from typing import Annotated, Any, Union
 import tyro
 
 from gptfast.cli.data import Prepare, TrainTokenizer
-from gptfast.cli.generate import Eval, Generate
+from gptfast.cli.evaluate import Eval
+from gptfast.cli.generate import Generate
 from gptfast.cli.info import Info
 from gptfast.cli.search import Plot, Search, search_defaults
 from gptfast.cli.train import Train, train_defaults
+from gptfast.cli.weights import Convert, Download
 from gptfast.ops.library import check_isa
 
 COMMANDS = {
@@ -24,6 +26,8 @@ COMMANDS = {
     "tokenizer": TrainTokenizer,
     "search": Search,
     "plot": Plot,
+    "convert": Convert,
+    "download": Download,
     "info": Info,
 }
 # What a command's defaults are where files that argv names have a say in them.

@@ -1,21 +1,19 @@
-"""`gptfast generate` and `gptfast eval`: what a trained model writes, and how well it predicts."""
+"""`gptfast generate`: what a trained model writes."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
-from gptfast.data import create_dataloader
-from gptfast.evaluate import loader_loss, perplexity
 from gptfast.generate import generate, generate_text, stream_text
 from gptfast.model import GPT
-from gptfast.sources import load_part
 from gptfast.tokenizer import Tokenizer, get_tokenizer
 from gptfast.trainer import choose_device
 from gptfast.weights.load import load_model, tokenizer_of
 
 
-def _load(checkpoint: str, tokenizer: str | None, device: str) -> tuple[GPT, Tokenizer]:
+def load(checkpoint: str, tokenizer: str | None, device: str) -> tuple[GPT, Tokenizer]:
+    """The model on its device, and the tokenizer asked for, or else its own."""
     model = load_model(checkpoint).to(choose_device(device))
     loaded = get_tokenizer(tokenizer or tokenizer_of(checkpoint) or "gpt2")
     if loaded.n_vocab > model.config.vocab_size:
@@ -68,7 +66,7 @@ class Generate:
     """cpu, cuda or auto."""
 
     def run(self) -> None:
-        model, tokenizer = _load(self.checkpoint, self.tokenizer, self.device)
+        model, tokenizer = load(self.checkpoint, self.tokenizer, self.device)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         names += ("num_beams", "length_penalty", "seed")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
@@ -94,47 +92,3 @@ class Generate:
         for token, logprob in zip(rows[0][len(ids) :], logprobs[0], strict=True):
             text = tokenizer.decode([token]) if token < tokenizer.n_vocab else f"<{token}>"
             print(f"{logprob:10.4f}  {text!r}")
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Measure a model's loss and perplexity on text.
-
-    gptfast eval runs/book --data other.txt
-    """
-
-    checkpoint: tyro.conf.Positional[str]
-    """A run, a checkpoint in it, a model in any form that `gptfast convert` reads, or gpt2."""
-    data: tuple[str, ...]
-    """Text, .jsonl or token files, directories or globs; of prepared data, the part --part."""
-    part: Literal["train", "val", "test"] = "val"
-    """Which part of prepared data: train, val or test."""
-    batch_size: int = 8
-    """Windows per batch."""
-    max_length: int | None = None
-    """Tokens per window (default the model's block_size)."""
-    tokenizer: str | None = None
-    """gpt2, byte or a directory (default: the checkpoint's own)."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-
-    def run(self) -> None:
-        model, tokenizer = _load(self.checkpoint, self.tokenizer, self.device)
-        if not self.data:
-            raise ValueError("--data names no files to measure the loss on")
-        T = model.config.block_size if self.max_length is None else self.max_length
-        if not 1 <= T <= model.config.block_size:
-            raise ValueError(
-                f"max_length must be from 1 to block_size={model.config.block_size}, got {T}"
-            )
-        loader = create_dataloader(
-            load_part(self.data, tokenizer, self.part),
-            self.batch_size,
-            T,
-            T,
-            shuffle=False,
-            drop_last=False,
-            tokenizer=tokenizer,
-        )
-        loss = loader_loss(model, loader)
-        print(f"loss {loss:.4f} nats per token, perplexity {perplexity(loss):.2f}")

@@ -30,16 +30,21 @@ def format_of(path: str | PathLike) -> str:
     return _SUFFIXES.get(Path(path).suffix, "transformers")
 
 
+def check(path: str | PathLike, form: str | None = None) -> None:
+    """ValueError for a form that there is not and for a path that exists."""
+    if form not in (None, *FORMATS):
+        raise ValueError(f"there is no form {form!r}; choose from {', '.join(FORMATS)}")
+    if Path(path).exists():
+        raise ValueError(f"{path} exists; name another or delete it")
+
+
 def save(model: GPT, path: str | PathLike, form: str | None = None) -> None:
     """Write a model in one of FORMATS (None: `format_of` the path), whole or not at all.
 
     Raises ValueError for a form that cannot hold the model and for a path that exists.
     """
+    check(path, form)
     path, form = Path(path), form or format_of(path)
-    if form not in FORMATS:
-        raise ValueError(f"there is no form {form!r}; choose from {', '.join(FORMATS)}")
-    if path.exists():
-        raise ValueError(f"{path} exists; name another or delete it")
     if form == "transformers":
         return model.save_pretrained(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from gptfast.config import PRESETS
 from gptfast.tokenizer import SHA256
 from gptfast.weights import openai
+from gptfast.weights.load import cache_directory
 from gptfast.weights.stored import CheckpointError
 
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/models"
@@ -28,13 +29,6 @@ FILES += ("model.ckpt.meta", "model.ckpt.data-00000-of-00001")
 _HUB_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
 _CHUNK = 2**20
 _TIMEOUT = (10, 60)  # seconds to connect, and between two packets
-
-
-def cache_directory() -> Path:
-    """Where downloads lie: $GPTFAST_CACHE, else $XDG_CACHE_HOME/gptfast, else ~/.cache/gptfast."""
-    if own := os.environ.get("GPTFAST_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptfast"
 
 
 class _Cut(Exception):

@@ -1,5 +1,6 @@
 """A model from whatever form its weights are in, told by the content of the files."""
 
+import os
 from os import PathLike
 from pathlib import Path
 
@@ -7,9 +8,15 @@ from gptfast.checkpoint import find_model, is_run, read_settings
 from gptfast.config import PRESETS
 from gptfast.model import GPT
 from gptfast.weights import book, llmc, nanogpt, openai, transformers
-from gptfast.weights.download import cache_directory
 from gptfast.weights.stored import CheckpointError, read_pickle, read_safetensors
 from gptfast.weights.weights import Weights, tokenizer_in
+
+
+def cache_directory() -> Path:
+    """Where downloads lie: $GPTFAST_CACHE, else $XDG_CACHE_HOME/gptfast, else ~/.cache/gptfast."""
+    if own := os.environ.get("GPTFAST_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptfast"
 
 
 def open_weights(path: str | PathLike, n_head: int | None = None) -> Weights:

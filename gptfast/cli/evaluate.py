@@ -1,0 +1,103 @@
+"""`gptfast eval`: how well a model predicts text, and how it does on tasks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from gptfast.cli.generate import load
+from gptfast.data import create_dataloader
+from gptfast.evaluate import Score, loader_score, perplexity, sliding_score
+from gptfast.hellaswag import hellaswag
+from gptfast.model import GPT
+from gptfast.sources import load_part
+from gptfast.token_files import Documents
+from gptfast.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure a model's loss, perplexity and bits per byte on text, or its accuracy on tasks.
+
+    gptfast eval runs/book --data other.txt
+
+    gptfast eval gpt2 --data wikitext.txt --stride 512
+
+    gptfast eval gpt2 --hellaswag hellaswag_val.jsonl
+
+    gptfast eval gpt2 --tasks lambada_openai arc_easy
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run, a checkpoint in it, a model in any form that `gptfast convert` reads, or gpt2."""
+    data: tuple[str, ...] = ()
+    """Text, .jsonl or token files, directories or globs; of prepared data, the part --part."""
+    stride: int | None = None
+    """Slide a window of --max-length by so many tokens, for a text as a whole, as transformers'
+    recipe does (default: windows side by side, as training sees them)."""
+    hellaswag: str | None = None
+    """A .jsonl of contexts, endings and labels, as HellaSwag's."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness (needs pip install 'gptfast[lm-eval]')."""
+    limit: int | None = None
+    """Of each task the first so many examples."""
+    part: Literal["train", "val", "test"] = "val"
+    """Which part of prepared data: train, val or test."""
+    batch_size: int = 8
+    """Windows or examples per batch."""
+    max_length: int | None = None
+    """Tokens per window (default the model's block_size)."""
+    tokenizer: str | None = None
+    """gpt2, byte or a directory (default: the checkpoint's own)."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+
+    def run(self) -> None:
+        if not (self.data or self.hellaswag or self.tasks):
+            raise ValueError("nothing to measure: name files (--data), --hellaswag or --tasks")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        model, tokenizer = load(self.checkpoint, self.tokenizer, self.device)
+        if self.data:
+            score = self._score(model, tokenizer)
+            print(
+                f"loss {score.loss:.4f} nats per token, perplexity {perplexity(score.loss):.3f}, "
+                f"{score.bits_per_byte:.4f} bits per byte"
+            )
+        if self.hellaswag:
+            found = hellaswag(model, tokenizer, self.hellaswag, batch_size=self.batch_size)
+            print(
+                f"hellaswag: acc {found.acc:.4f}, acc_norm {found.acc_norm:.4f} "
+                f"({found.examples:,} examples)"
+            )
+        if self.tasks:
+            self._run_tasks(model, tokenizer)
+
+    def _score(self, model: GPT, tokenizer: Tokenizer) -> Score:
+        T = model.config.block_size if self.max_length is None else self.max_length
+        if not 1 <= T <= model.config.block_size:
+            raise ValueError(
+                f"max_length must be from 1 to block_size={model.config.block_size}, got {T}"
+            )
+        source = load_part(self.data, tokenizer, self.part)
+        if self.stride is None:
+            options = {"shuffle": False, "drop_last": False, "tokenizer": tokenizer}
+            loader = create_dataloader(source, self.batch_size, T, T, **options)
+            return loader_score(model, loader, tokenizer)
+        if isinstance(source, Documents):
+            raise ValueError("--stride slides over one text; prompts with completions are many")
+        options = {"max_length": T, "stride": self.stride, "batch_size": self.batch_size}
+        return sliding_score(model, source, tokenizer, **options)
+
+    def _run_tasks(self, model: GPT, tokenizer: Tokenizer) -> None:
+        try:
+            from lm_eval import simple_evaluate
+            from lm_eval.utils import make_table
+
+            from gptfast.lm_eval import GPTFastLM
+        except ImportError as error:
+            raise ValueError(
+                f"--tasks needs lm-evaluation-harness ({error}): pip install 'gptfast[lm-eval]'"
+            ) from None
+        harness = GPTFastLM(model, tokenizer, batch_size=self.batch_size)
+        print(make_table(simple_evaluate(harness, tasks=list(self.tasks), limit=self.limit)))

@@ -1,0 +1,107 @@
+"""HellaSwag (Zellers et al., 2019) and tasks of its form: which ending follows a context?
+
+A line of JSON has "ctx", "endings" and "label", the index of the true one. As llm.c counts: acc
+takes the ending with the least loss, acc_norm that with the least loss per token.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptfast.evaluate import Row, padded, target_losses
+from gptfast.model import GPT
+from gptfast.sequences import evaluating
+from gptfast.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    examples: int
+    acc: float
+    acc_norm: float
+
+
+def _examples(path: Path) -> Iterator[tuple[str, list[str], int]]:
+    """Context, endings, label; ValueError naming the line that is none."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                example = json.loads(line)
+                context, endings, label = (example[k] for k in ("ctx", "endings", "label"))
+            except (ValueError, LookupError, TypeError, RecursionError):
+                example = None
+            if example is None or not _fits(context, endings, label):
+                raise ValueError(
+                    f'{path}, line {number}: not {{"ctx": text, "endings": [text, ...], '
+                    '"label": index of one}'
+                )
+            yield context, endings, int(label)
+
+
+def _fits(context: Any, endings: Any, label: Any) -> bool:
+    if not isinstance(context, str) or not isinstance(endings, list) or len(endings) < 2:
+        return False
+    # Some copies have the label as text.
+    index = int(label) if isinstance(label, str) and label.isdecimal() else label
+    labelled = type(index) is int and 0 <= index < len(endings)
+    return labelled and all(isinstance(ending, str) for ending in endings)
+
+
+def _row(context: list[int], ending: list[int], block_size: int) -> Row:
+    """Input and targets, -100 but for the ending's; of what is too long the beginning is cut."""
+    ids = torch.tensor((context + ending)[-(block_size + 1) :])
+    y = ids[1:].clone()
+    y[: max(0, len(y) - len(ending))] = -100
+    return ids[:-1], y
+
+
+def hellaswag(
+    model: GPT, tokenizer: Tokenizer, path: str | PathLike, *, batch_size: int = 8
+) -> Accuracy:
+    """Accuracy on a .jsonl of examples; batch_size of them at a time.
+
+    Raises ValueError for a line that is no example, an empty file, an empty context or ending.
+    """
+    examples, losses, norms = [], [], []
+
+    def measure(rows: list[Row]) -> None:
+        x, y = padded(model, rows)
+        sums = target_losses(model, model.hidden(x), y).sum(1).tolist()
+        losses.extend(sums)
+        norms.extend(s / int((y != -100).sum()) for s, (_, y) in zip(sums, rows, strict=True))
+
+    with torch.no_grad(), evaluating(model):
+        rows: list[Row] = []
+        for context, endings, label in _examples(Path(path)):
+            ids = tokenizer.encode(context)
+            if not ids:
+                raise ValueError(f"{path}: an example has an empty context")
+            for ending in endings:
+                ending_ids = tokenizer.encode(f" {ending}")
+                rows.append(_row(ids, ending_ids, model.config.block_size))
+            examples.append((len(endings), label))
+            if len(examples) % batch_size == 0:
+                measure(rows)
+                rows = []
+        if rows:
+            measure(rows)
+    if not examples:
+        raise ValueError(f"{path} has no examples")
+    return _accuracy(examples, losses, norms)
+
+
+def _accuracy(examples: list[tuple[int, int]], losses: list[float], norms: list[float]) -> Accuracy:
+    at, right = 0, [0, 0]
+    for n, label in examples:
+        for i, values in enumerate((losses, norms)):
+            here = values[at : at + n]
+            right[i] += here.index(min(here)) == label
+        at += n
+    return Accuracy(len(examples), right[0] / len(examples), right[1] / len(examples))

@@ -1,0 +1,585 @@
+"""Every form of GPT-2's weights: read as its own library reads it, written so that it does, and
+refused with one error where it is not whole."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    differing,
+    one_thread,  # noqa: F401 - applies to every test here
+    parameters,
+    random_ids,
+    random_model,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gptfast import GPT, GPTConfig
+from gptfast.flops import peak_memory
+from gptfast.weights.convert import FORMATS, save
+from gptfast.weights.load import load_model, load_weights, open_weights
+from gptfast.weights.stored import CheckpointError
+from gptfast.weights.transformers import hf_tensors
+
+FIXTURES = Path(__file__).parent / "fixtures"
+sys.path.insert(0, str(FIXTURES))
+from make_openai import HPARAMS, values  # noqa: E402
+
+# 64 channels a head, so that the book's form is whole.
+SIZES: dict[str, Any] = {"n_embd": 128, "n_head": 2, "block_size": 16}
+NAMES = {"transformers": "hf", "llm.c": "m.bin", "nanogpt": "ckpt.pt", "book": "m.pth"}
+
+
+def wide_model(seed: int = 0, **changes: Any) -> GPT:
+    return random_model(seed, std=0.1, **{**SIZES, **changes})
+
+
+def hf_model(model: GPT) -> nn.Module:
+    """transformers' own model with the same weights, by its own state_dict."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    config = GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    result = theirs.load_state_dict(hf_tensors(model), strict=False)
+    assert result.missing_keys == ["lm_head.weight"] and not result.unexpected_keys
+    return theirs
+
+
+def assert_same_logits(model: GPT, theirs: nn.Module) -> None:
+    idx = random_ids(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx), theirs(idx).logits, rtol=0, atol=2e-5)
+
+
+# OpenAI's
+
+
+def openai_in_transformers() -> nn.Module:
+    """transformers' model with the values of the fixture, carried over by hand."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=HPARAMS["n_vocab"],
+        n_positions=HPARAMS["n_ctx"],
+        n_embd=HPARAMS["n_embd"],
+        n_layer=HPARAMS["n_layer"],
+        n_head=HPARAMS["n_head"],
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    state = theirs.transformer.state_dict()
+    for name, value in values().items():
+        path = name.removeprefix("model/").replace("h0/", "h/0/").replace("h1/", "h/1/").split("/")
+        leaf = {"g": "weight", "w": "weight", "b": "bias"}.get(path[-1])
+        key = ".".join([*path[:-1], leaf] if leaf else [*path, "weight"])
+        state[key] = torch.tensor(value).reshape(state.pop(key).shape)
+    theirs.transformer.load_state_dict(state)
+    theirs.tie_weights()
+    return theirs
+
+
+@pytest.mark.parametrize("name", ["openai", "openai_sharded"])
+def test_tensorflows_checkpoint(name: str) -> None:
+    """Files that TensorFlow wrote (see fixtures/make_openai.py), whole and in shards."""
+    model = load_model(FIXTURES / name)
+    assert (model.config.n_layer, model.config.vocab_size) == (2, 120)
+    assert_same_logits(model, openai_in_transformers())
+    c_attn = values()["model/h1/attn/c_attn/w"]
+    assert np.array_equal(model.h[1].attn.c_attn.weight.detach().numpy(), c_attn[0].T)
+
+
+@pytest.fixture
+def openai(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "openai", tmp_path / "124M"))
+
+
+def test_openai_without_the_file_checkpoint(openai: Path) -> None:
+    (openai / "checkpoint").unlink()
+    assert (
+        differing(parameters(load_model(openai)), parameters(load_model(FIXTURES / "openai"))) == []
+    )
+    shutil.copy(openai / "model.ckpt.index", openai / "other.index")
+    with pytest.raises(CheckpointError, match="2 TensorFlow checkpoints"):
+        load_model(openai)
+
+
+def test_a_name_in_checkpoint_is_looked_up_beside_it(openai: Path) -> None:
+    (openai / "checkpoint").write_text('model_checkpoint_path: "/elsewhere/../x/model.ckpt"\n')
+    assert load_model(openai).config.n_embd == 24
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("hparams.json", lambda b: b.replace(b"n_ctx", b"n_tcx"), "has no 'n_ctx'"),
+        (
+            "hparams.json",
+            lambda b: b.replace(b'"n_layer": 2', b'"n_layer": 3'),
+            "'h.2.ln_1.weight'",
+        ),
+        ("hparams.json", lambda b: b.replace(b'"n_layer": 2', b'"n_layer": 1'), "does not know"),
+        ("hparams.json", lambda b: b.replace(b"120", b"121"), r"shape \(120, 24\), .*\(121, 24\)"),
+        ("hparams.json", lambda b: b[:-1], "hparams.json is damaged"),
+        ("model.ckpt.index", lambda b: b[:-1], "does not end as a table does"),
+        ("model.ckpt.index", lambda b: b[:100] + b"!" + b[101:], "checksum of the block at 0"),
+        ("model.ckpt.index", lambda b: b"", "does not end"),
+        ("model.ckpt.data-00000-of-00001", lambda b: b[:5000], "truncated"),
+        ("model.ckpt.data-00000-of-00001", lambda b: b[:999] + b"!" + b[1000:], "the checksum of"),
+        ("model.ckpt.data-00000-of-00001", lambda b: b"", "cannot read|truncated"),
+        ("model.ckpt.data-00000-of-00001", None, "cannot read .*data-00000"),
+        ("model.ckpt.index", None, "0 TensorFlow checkpoints"),
+    ],
+)
+def test_damaged_openai(
+    openai: Path, file: str, change: Callable[[bytes], bytes] | None, message: str
+) -> None:
+    content = (openai / file).read_bytes()
+    (openai / file).unlink()
+    if change is not None:
+        (openai / file).write_bytes(change(content))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(openai)
+
+
+# transformers'
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""], ids=["prefix", "no-prefix"])
+@pytest.mark.parametrize("kind", ["safetensors", "shards", "bin", "bin-shards", "legacy"])
+def test_transformers_files(kind: str, prefix: str, tmp_path: Path) -> None:
+    model = wide_model()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    tensors = {prefix + name.removeprefix("transformer."): t for name, t in tensors.items()}
+    # As older writers had it: the causal mask of each layer, the tied head once more.
+    tensors |= {f"{prefix}h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
+    tensors |= {f"{prefix}h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    tensors["lm_head.weight"] = tensors[f"{prefix}wte.weight"].clone()
+    parts = [dict(list(tensors.items())[i::3]) for i in range(3)]
+    weight_map = {}
+    if kind == "safetensors":
+        save_file(tensors, tmp_path / "model.safetensors")
+    elif kind == "shards":
+        for i, part in enumerate(parts):
+            save_file(part, tmp_path / f"model-{i}.safetensors")
+            weight_map |= dict.fromkeys(part, f"model-{i}.safetensors")
+    elif kind == "bin-shards":
+        for i, part in enumerate(parts):
+            torch.save(part, tmp_path / f"part-{i}.bin")
+            weight_map |= dict.fromkeys(part, f"part-{i}.bin")
+    else:
+        torch.save(
+            tensors,
+            tmp_path / "pytorch_model.bin",
+            _use_new_zipfile_serialization=kind == "bin",
+        )
+    if weight_map:
+        stem = "model.safetensors" if kind == "shards" else "pytorch_model.bin"
+        (tmp_path / f"{stem}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    loaded = load_model(tmp_path)
+    assert differing(parameters(loaded), parameters(model)) == []
+    assert loaded.head_weight is loaded.wte.weight
+
+
+def test_transformers_own_shards(tmp_path: Path) -> None:
+    model = wide_model()
+    hf_model(model).save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert differing(parameters(load_model(tmp_path)), parameters(model)) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"x": "../model.safetensors"}, "which is no file beside it"),
+        ({"x": "absent.safetensors"}, "which is no file beside it"),
+        ({"x": "a.safetensors"}, "names 'x', which 'a.safetensors' has not"),
+        ({"x": 1}, "no weight_map"),
+        ([], "no weight_map"),
+    ],
+    ids=["outside", "absent", "not-in-it", "number", "list"],
+)
+def test_damaged_index(where: Any, message: str, tmp_path: Path) -> None:
+    wide_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("config", [True, False], ids=["config.json", "alone"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_single_file(config: bool, tied: bool, tmp_path: Path) -> None:
+    model = wide_model(tie_weights=tied)
+    model.save_pretrained(tmp_path)
+    if not config:
+        (tmp_path / "config.json").unlink()
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert loaded.config == model.config
+    assert differing(parameters(loaded), parameters(model)) == []
+
+
+def test_saved_for_transformers_with_its_tokenizer(tmp_path: Path) -> None:
+    """Text to text: what transformers writes for a directory is what gptfast writes for it."""
+    pytest.importorskip("tokenizers")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gptfast.data import embedded_text
+    from gptfast.generate import generate_text
+    from gptfast.tokenizer import get_tokenizer, train_tokenizer
+
+    text = embedded_text()[:20000]
+    tokenizer = train_tokenizer([text], 400, tmp_path / "vocabulary")
+    model = wide_model(vocab_size=tokenizer.n_vocab, block_size=64)
+    model.save_pretrained(tmp_path / "hf", tokenizer=tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for sample in (text[:500], "naïve  \n\n\tß 12345's<|endoftext|>"):
+        ids = tokenizer.encode(sample, allowed_special={"<|endoftext|>"})
+        assert their_tokenizer(sample)["input_ids"] == ids
+    assert their_tokenizer.eos_token_id == theirs.config.eos_token_id == tokenizer.eot
+    loaded = GPT.from_pretrained(tmp_path / "hf")
+    own = get_tokenizer(loaded.tokenizer_name)
+    assert own.sha256 == tokenizer.sha256
+    for prompt in ("The value of", "import"):
+        ours = generate_text(loaded, own, prompt, 20, temperature=0.0)
+        inputs = their_tokenizer(prompt, return_tensors="pt")
+        ids = theirs.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
+        assert ours == their_tokenizer.decode(ids, skip_special_tokens=True)
+    # And once more through, by transformers' hand: its tokenizer.json is read too.
+    their_tokenizer.save_pretrained(tmp_path / "again")
+    assert get_tokenizer(str(tmp_path / "again")).sha256 == tokenizer.sha256
+    loaded.save_pretrained(tmp_path / "third")
+    assert (tmp_path / "third/merges.txt").read_text() == (tmp_path / "hf/merges.txt").read_text()
+
+
+# All forms
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_weights": False}, {"qkv_bias": False}], ids=["plain", "untied", "no-bias"]
+)
+def test_round_trip_is_exact(form: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model, path = wide_model(**changes), tmp_path / NAMES[form]
+    if form in ("llm.c", "nanogpt") and "tie_weights" in changes:
+        with pytest.raises(ValueError, match="ties the head"):
+            save(model, path, form)
+        return
+    save(model, path)  # the form by its suffix
+    loaded = load_model(path)
+    idx = random_ids(2, 16)
+    assert torch.equal(loaded(idx), model.eval()(idx))
+    added = {f"h.{i}.attn.c_attn.bias" for i in range(2)} if "qkv_bias" in changes else set()
+    assert set(parameters(loaded)) - set(parameters(model)) <= added
+    same = {name: p for name, p in parameters(loaded).items() if name not in added}
+    assert differing(same, parameters(model)) == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_all_ways_lead_to_all(form: str, tmp_path: Path) -> None:
+    """From OpenAI's through this form into each other, and every one is the same model."""
+    first = load_model(FIXTURES / "openai")
+    save(first, tmp_path / NAMES[form], form)
+    n_head = HPARAMS["n_head"] if form == "book" else None
+    second = load_model(tmp_path / NAMES[form], n_head)
+    for other in FORMATS:
+        path = tmp_path / "others" / NAMES[other]
+        save(second, path, other)
+        third = load_model(path, HPARAMS["n_head"])
+        assert third.config == first.config
+        assert differing(parameters(third), parameters(first)) == []
+
+
+def test_heads_that_no_file_tells(tmp_path: Path) -> None:
+    save(load_model(FIXTURES / "openai"), tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"how many heads .* n_head \(24 channels\)"):
+        GPT.from_pretrained(tmp_path / "m.pth")
+    assert GPT.from_pretrained(tmp_path / "m.pth", n_head=3).config.n_head == 3
+    with pytest.raises(CheckpointError, match="has 2 heads, not n_head=3"):
+        GPT.from_pretrained(FIXTURES / "openai", n_head=3)
+
+
+@pytest.mark.parametrize("form", ["transformers", "llm.c", "nanogpt", "book"])
+def test_bf16(form: str, tmp_path: Path) -> None:
+    model = wide_model().bfloat16()
+    save(model, tmp_path / NAMES[form], form)
+    loaded = load_model(tmp_path / NAMES[form])
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert differing(parameters(loaded), parameters(model)) == []
+
+
+def test_llmc_has_no_fp16(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fp32 and bf16, the model is torch.float16"):
+        save(wide_model().half(), tmp_path / "m.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_llmc_by_hand(tmp_path: Path) -> None:
+    """The file's layout, written here once more from llm.c's description of it."""
+    model = wide_model(vocab_size=61)
+    state = model.state_dict()
+    header = np.zeros(256, "<i4")
+    header[:8] = 20240326, 3, 16, 61, 2, 2, 128, 128
+    wte = np.zeros((128, 128), "f4")
+    wte[:61] = state["wte.weight"].numpy()
+    parts = [wte, state["wpe.weight"].numpy()]
+    for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+        for leaf in ("weight", "bias"):
+            parts += [state[f"h.{i}.{name}.{leaf}"].numpy() for i in range(2)]
+    parts += [state["ln_f.weight"].numpy(), state["ln_f.bias"].numpy()]
+    content = header.tobytes() + b"".join(part.tobytes() for part in parts)
+    (tmp_path / "hand.bin").write_bytes(content)
+    assert differing(parameters(load_model(tmp_path / "hand.bin")), parameters(model)) == []
+    save(model, tmp_path / "ours.bin")
+    assert (tmp_path / "ours.bin").read_bytes() == content
+
+
+def change_header(index: int, value: int) -> Callable[[bytes], bytes]:
+    def change(content: bytes) -> bytes:
+        header = np.frombuffer(content[:1024], "<i4").copy()
+        header[index] = value
+        return header.tobytes() + content[1024:]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b[:-4], "bytes, its header asks for"),
+        (lambda b: b + b"1234", "bytes, its header asks for"),
+        (lambda b: b[:500], "is truncated"),
+        (change_header(1, 4), "version 4; 3 .fp32. and 5 .bf16."),
+        (change_header(1, 5), "bytes, its header asks for"),
+        (change_header(3, 2**31 - 1), "the embedding has 128 rows"),
+        (change_header(4, -1), "n_layer must be an integer >= 1"),
+        (change_header(5, 3), "divisible by n_head"),
+        (change_header(0, 7), "is no checkpoint"),
+    ],
+)
+def test_damaged_llmc(change: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:
+    save(wide_model(), tmp_path / "m.bin")
+    content = (tmp_path / "m.bin").read_bytes()
+    (tmp_path / "m.bin").write_bytes(change(content))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "m.bin")
+
+
+def nanogpt_content(model: GPT, prefix: str = "", bias: bool = True) -> dict[str, Any]:
+    """A ckpt.pt as nanoGPT's train.py writes it, by its own layout: (out, in) everywhere."""
+    state = {f"{prefix}transformer.{name}": t for name, t in model.state_dict().items()}
+    state[f"{prefix}lm_head.weight"] = model.wte.weight.detach()
+    if not bias:
+        state = {name: t for name, t in state.items() if not name.endswith("bias")}
+    c = model.config
+    args = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "dropout": 0.0}
+    args |= {"block_size": c.block_size, "bias": bias, "vocab_size": c.vocab_size}
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    return {
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+        "model_args": args,
+        "iter_num": 2000,
+        "best_val_loss": torch.tensor(3.1),
+        "config": {"out_dir": "out", "learning_rate": 6e-4, "decay_lr": True},
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+def test_nanogpt(prefix: str, tmp_path: Path) -> None:
+    model = wide_model(n_embd=24, n_head=3)
+    torch.save(nanogpt_content(model, prefix), tmp_path / "ckpt.pt")
+    for path in (tmp_path, tmp_path / "ckpt.pt"):
+        loaded = load_model(path)
+        assert loaded.config == model.config
+        assert differing(parameters(loaded), parameters(model)) == []
+
+
+def test_nanogpt_without_biases(tmp_path: Path) -> None:
+    model = wide_model()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+    torch.save(nanogpt_content(model, bias=False), tmp_path / "ckpt.pt")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p)
+    loaded = load_model(tmp_path / "ckpt.pt")
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    assert all(torch.equal(loaded.state_dict()[n.removeprefix("transformer.")], t)
+               for n, t in saved.items() if n.startswith("transformer."))  # fmt: skip
+    assert not any(p.any() for n, p in loaded.named_parameters() if n.endswith("bias"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}], ids=["qkv-bias", "no-qkv-bias"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["state_dict", "with-optimizer"])
+def test_the_books_model(changes: dict[str, Any], wrapped: bool, tmp_path: Path) -> None:
+    """Files of a model in the book's names, with buffers and all; and it takes ours, strictly."""
+    from book_gpt import BookGPT
+
+    model = wide_model(tie_weights=False, **changes)
+    theirs = BookGPT(model.config).eval()
+    save(model, tmp_path / "ours.pth")
+    state = torch.load(tmp_path / "ours.pth", weights_only=True)
+    theirs.load_state_dict(state, strict=True)
+    idx = random_ids(2, 16)
+    torch.testing.assert_close(theirs(idx), model.eval()(idx), rtol=0, atol=2e-5)
+    content = {"model_state_dict": theirs.state_dict(), "optimizer_state_dict": {}}
+    torch.save(content if wrapped else theirs.state_dict(), tmp_path / "theirs.pth")
+    loaded = load_model(tmp_path / "theirs.pth")
+    assert loaded.config == model.config
+    assert differing(parameters(loaded), parameters(model)) == []
+
+
+def test_the_books_missing_key(tmp_path: Path) -> None:
+    save(wide_model(), tmp_path / "m.pth")
+    state = torch.load(tmp_path / "m.pth", weights_only=True)
+    del state["trf_blocks.1.att.W_key.bias"]
+    torch.save(state, tmp_path / "less.pth")
+    with pytest.raises(CheckpointError, match="no tensor 'trf_blocks.1.att.W_key.bias'"):
+        load_model(tmp_path / "less.pth")
+    state["trf_blocks.0.att.W_extra.weight"] = torch.zeros(2)
+    state["trf_blocks.1.att.W_key.bias"] = torch.zeros(128)
+    torch.save(state, tmp_path / "more.pth")
+    with pytest.raises(CheckpointError, match="does not know: 'trf_blocks.0.att.W_extra.weight'"):
+        load_model(tmp_path / "more.pth")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_start_from_any_form(form: str, tmp_path: Path) -> None:
+    """--init: the weights go into a model of the same shape, and into no other."""
+    source, path = wide_model(), tmp_path / NAMES[form]
+    save(source, path, form)
+    model = wide_model(seed=1)
+    load_weights(model, path)
+    assert differing(parameters(model), parameters(source)) == []
+    other = wide_model(seed=1, n_layer=3)
+    before = parameters(other)
+    with pytest.raises(ValueError, match="its n_layer is 2, not 3"):
+        load_weights(other, path)
+    assert differing(parameters(other), before) == []
+
+
+def test_nothing_is_overwritten_or_left_half(tmp_path: Path) -> None:
+    (tmp_path / "m.bin").write_bytes(b"precious")
+    with pytest.raises(ValueError, match="m.bin exists; name another or delete it"):
+        save(wide_model(), tmp_path / "m.bin")
+    assert (tmp_path / "m.bin").read_bytes() == b"precious"
+    with pytest.raises(ValueError, match="no form 'gguf'; choose from transformers, llm.c"):
+        save(wide_model(), tmp_path / "m.gguf", "gguf")
+
+
+# Names
+
+
+def test_a_name_is_looked_up_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTFAST_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(
+        CheckpointError, match="gpt2 is not in .*cache; run `gptfast download gpt2`"
+    ):
+        GPT.from_pretrained("gpt2")
+    shutil.copytree(FIXTURES / "openai", tmp_path / "cache" / "gpt2")
+    assert GPT.from_pretrained("gpt2").config.n_embd == 24
+    # What is here comes first.
+    monkeypatch.chdir(tmp_path)
+    wide_model().save_pretrained("gpt2")
+    assert GPT.from_pretrained("gpt2").config.n_embd == 128
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF\x03", b"\x00" * 100, b"text\n" * 9])
+def test_a_file_of_no_known_form(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m").write_bytes(content)
+    with pytest.raises(CheckpointError, match="m is no checkpoint"):
+        load_model(tmp_path / "m")
+
+
+# Memory
+
+
+@pytest.mark.parametrize("form", ["openai", *FORMATS, "legacy"])
+def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
+    """At most 1.15 times the model, measured in a process of its own that loads and no more."""
+    import subprocess
+
+    config = GPTConfig(50257, 64, 8, 8, 512)  # 51 million parameters
+    model = GPT(config)
+    if form == "openai":
+        pytest.importorskip("google_crc32c")
+        path = write_bundle(tmp_path, model)
+    elif form == "legacy":
+        path = tmp_path / "pytorch_model.bin"
+        torch.save(hf_tensors(model), path, _use_new_zipfile_serialization=False)
+    else:
+        path = tmp_path / NAMES[form]
+        save(model, path, form)
+    size = sum(p.nbytes for p in model.parameters())
+    code = (
+        "import sys, torch, gptfast, gptfast.weights.load\n"
+        "from gptfast.flops import peak_memory\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        "before = peak_memory('cpu')\n"
+        "model = gptfast.GPT.from_pretrained(sys.argv[1])\n"
+        "print(peak_memory('cpu') - before)\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert size * 0.9 < int(child.stdout) < 1.15 * size
+    assert peak_memory("cpu") > size
+
+
+def write_bundle(directory: Path, model: GPT) -> Path:
+    """OpenAI's directory of a model: a writer of TensorBundles, for tests only."""
+    from bundle import write
+
+    c = model.config
+    sizes = {"n_vocab": c.vocab_size, "n_ctx": c.block_size, "n_embd": c.n_embd}
+    sizes |= {"n_head": c.n_head, "n_layer": c.n_layer}
+    (directory / "hparams.json").write_text(json.dumps(sizes))
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in hf_tensors(model).items():
+        path = name.removeprefix("transformer.").replace("h.", "h", 1).split(".")
+        leaf = path.pop()
+        if path[-1] in ("wte", "wpe"):
+            tensors[f"model/{path[-1]}"] = tensor
+            continue
+        norm = path[-1].startswith("ln")
+        kind = "b" if leaf == "bias" else "g" if norm else "w"
+        if kind == "w":
+            tensor = tensor[None]
+        tensors["/".join(["model", *path, kind])] = tensor
+    write(directory / "model.ckpt", {name: t.numpy() for name, t in tensors.items()})
+    return directory
+
+
+def test_open_weights_reads_no_tensor(tmp_path: Path) -> None:
+    """Shape and names are known at once: of a file whose tensors are damaged too."""
+    path = shutil.copytree(FIXTURES / "openai", tmp_path / "x")
+    data = path / "model.ckpt.data-00000-of-00001"
+    data.write_bytes(bytes(data.stat().st_size))
+    assert open_weights(path).config.n_embd == 24
+    with pytest.raises(CheckpointError, match="the checksum of .* is wrong"):
+        load_model(path)
