@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test sanitize lint bench gpu audit clean
+.PHONY: train test fuzz sanitize lint bench gpu audit clean
 
 # Trains a small GPT on real text: set-up, then about two minutes on two cores. A second call goes on
 # where the first one stopped; remove runs/train to start over.
@@ -25,6 +25,11 @@ sanitize: $(VENV)/ready-test
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
 	$(BIN)/python -P -m pytest -q -p no:cacheprovider -m "not triton" -k "not reference" $(SANITIZED:%=tests/test_%.py)
+
+# Mutated files of every form of weights; tests/test_hostile.py runs a few of them.
+N ?= 100000
+fuzz: $(VENV)/ready-test
+	PYTHONPATH=bench $(BIN)/python tests/fuzz_weights.py --n $(N)
 
 lint: $(VENV)/ready-lint
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 Queries, keys and values by three layers, the attention matrix in full under a mask that is kept as
 a buffer, normalisation and GELU written out, the head a layer of its own (untied, as in the book).
-Written anew for comparison, under the book's names, so that its files are this model's; trained with `torch.optim.AdamW` as in its chapter 5.
+Written anew for comparison, under the book's names, so that its files are this model's; trained
+with `torch.optim.AdamW` as in its chapter 5.
 """
 
 import math

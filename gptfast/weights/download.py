@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import requests
+import urllib3
 from tqdm import tqdm
 
 from gptfast.config import PRESETS
@@ -158,10 +159,11 @@ def _append(
     ):
         file.seek(start)
         try:
-            for chunk in response.iter_content(_CHUNK):
+            # Not iter_content, which loses the last part of a chunk that was cut.
+            while chunk := response.raw.read1(_CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
-        except requests.RequestException:
+        except (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError):
             raise _Cut(f"cut off after {file.tell():,} bytes") from None
         finally:
             file.truncate()

@@ -6,6 +6,8 @@ containers; nothing is executed.
 """
 
 import json
+import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -87,7 +89,7 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
     """The JSON object in a file's text; CheckpointError naming the file if there is none."""
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or a number of 5,000 digits
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: it holds no JSON object")
@@ -152,10 +154,13 @@ _STATE = ("model", "model_state_dict", "state_dict")
 
 def _unpickle(path: Path, mapped: bool) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):  # of protocols that damaged files name
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a damaged or hostile pickle makes torch raise
+        asked = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
+        why = f"it asks for {asked[1] or asked[2]}" if asked else type(error).__name__
         raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors, which is not read: {one_line(error)}"
+            f"{path} is damaged or holds more than tensors, and is not read: {why}"
         ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors")

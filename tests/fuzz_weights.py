@@ -1,0 +1,223 @@
+"""Damaged files of every form: each is refused with CheckpointError or loads, and nothing else.
+
+    make fuzz          # 100,000 mutated files; as many as you like: N=1000000 make fuzz
+
+Files are mutated as bytes, and inside their checksums: a TensorFlow index and a safetensors header
+are mutated and put together anew, so that what reads them is reached. test_hostile.py runs some in
+CI.
+"""
+
+import argparse
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from bundle import table, trailer, varint
+from test_weights import FIXTURES, write_bundle
+
+from gptfast import GPT, GPTConfig
+from gptfast.weights.convert import save
+from gptfast.weights.load import load_model
+from gptfast.weights.stored import CheckpointError
+
+SECONDS = 10  # that one file may take
+EXTRA_BYTES = 2**31  # that the process may grow by, address space and all
+
+
+def tiny_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(11, 4, 1, 1, 8))
+
+
+class Form:
+    """A directory with a whole model in it, and the files of it that are mutated."""
+
+    def __init__(self, path: Path, load: Path, files: list[str]) -> None:
+        self.path, self.load = path, load
+        self.contents = {name: (path / name).read_bytes() for name in files}
+        load_model(load)
+
+
+def forms(directory: Path) -> dict[str, Form]:
+    """The forms that are not pickles (of these torch's reader is in charge)."""
+    model, made = tiny_model(), {}
+    for name in ("openai", "hf", "shards", "llmc"):
+        (directory / name).mkdir()
+    write_bundle(directory / "openai", model)
+    data = "model.ckpt.data-00000-of-00001"
+    files = ["model.ckpt.index", data, "hparams.json"]
+    made["openai"] = Form(directory / "openai", directory / "openai", files)
+    sharded = directory / "sharded"
+    shutil.copytree(FIXTURES / "openai_sharded", sharded)
+    made["sharded"] = Form(sharded, sharded, ["model.ckpt.index", "hparams.json", "checkpoint"])
+    model.save_pretrained(directory / "hf")
+    made["hf"] = Form(directory / "hf", directory / "hf", ["model.safetensors", "config.json"])
+    shards = directory / "shards"
+    model.save_pretrained(shards)
+    (shards / "model.safetensors").rename(shards / "a.safetensors")
+    names = ",".join(f'"{n}":"a.safetensors"' for n in ["transformer.wte.weight"])
+    (shards / "model.safetensors.index.json").write_text(f'{{"weight_map":{{{names}}}}}')
+    made["shards"] = Form(shards, shards, ["model.safetensors.index.json", "a.safetensors"])
+    save(model, directory / "llmc" / "m.bin")
+    made["llmc"] = Form(directory / "llmc", directory / "llmc" / "m.bin", ["m.bin"])
+    return made
+
+
+_NUMBERS = [0, 1, 2, 7, 127, 128, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1]
+_WORDS = [
+    b"0",
+    b"-1",
+    b"1e999",
+    b"99999999999999999999",
+    b"null",
+    b'"',
+    b"[",
+    b"{",
+    b"}",
+    b"\\u0000",
+]
+_WORDS += [b"F64", b"BF16", b"I8", b"F8_E4M3", b"BOOL", b"U64", b"transformer.", b"h.0.", b"\xff"]
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """One to eight changes: bits, numbers, words, pieces cut, doubled or moved."""
+    out = bytearray(content)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 8))):
+        # Headers are where most of the meaning is.
+        at = rng.randrange(min(len(out), rng.choice((16, 1200, len(out) + 1))) + 1)
+        kind = rng.randrange(8)
+        if kind == 0 and at < len(out):
+            out[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            size = rng.choice((1, 2, 4, 8))
+            number = rng.choice(_NUMBERS) % 2 ** (8 * size)
+            out[at : at + size] = number.to_bytes(size, "little")
+        elif kind == 2:
+            out[at : at + rng.randrange(8)] = rng.choice(_WORDS)
+        elif kind == 3:
+            del out[at:]
+        elif kind == 4:
+            del out[at : at + rng.randrange(1, 64)]
+        elif kind == 5:
+            out[at:at] = out[at : at + rng.randrange(1, 200)]
+        elif kind == 6:
+            out[at:at] = rng.randbytes(rng.randrange(1, 16))
+        else:
+            out[at:at] = varint(rng.choice(_NUMBERS))
+    return bytes(out)
+
+
+def mutate_index(content: bytes, rng: random.Random) -> bytes:
+    """A TensorFlow index whose block is mutated, its checksums and handles right all the same."""
+    payload = mutate(content[: _first_block(content)], rng)
+    block = payload + trailer(payload)
+    handle = varint(0) + varint(len(payload))
+    rest = table([])  # for its empty blocks and its footer
+    index_payload = varint(0) + varint(1) + varint(len(handle)) + b"z" + handle
+    index_payload += struct.pack("<II", 0, 1)
+    if rng.random() < 0.2:
+        index_payload = mutate(index_payload, rng)
+    index = index_payload + trailer(index_payload)
+    footer = varint(0) + varint(0) + varint(len(block)) + varint(len(index_payload))
+    return block + index + footer.ljust(40, b"\0") + rest[-8:]
+
+
+@cache
+def _first_block(table_bytes: bytes) -> int:
+    """The length of a table's first block: the one whose trailer is right."""
+    for size in range(8, len(table_bytes) - 5):
+        if table_bytes[size : size + 5] == trailer(table_bytes[:size]):
+            return size
+    raise AssertionError("no block")
+
+
+def mutate_safetensors(content: bytes, rng: random.Random) -> bytes:
+    """A header that is mutated, and its length right all the same."""
+    n = int.from_bytes(content[:8], "little")
+    header = mutate(content[8 : 8 + n], rng)
+    return len(header).to_bytes(8, "little") + header + content[8 + n :]
+
+
+class Fuzzer:
+    """Mutates files one after the other, in a directory of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.forms = forms(directory)
+        self.names = list(self.forms)
+
+    def one(self, seed: int) -> str:
+        """Mutate a file as the seed says and load its model: "loaded" or "refused"."""
+        rng = random.Random(seed)
+        form = self.forms[self.names[seed % len(self.names)]]
+        file = rng.choice(list(form.contents))
+        change = mutate
+        if rng.random() < 0.7 and file.endswith(".index"):
+            change = mutate_index
+        if rng.random() < 0.7 and file.endswith(".safetensors"):
+            change = mutate_safetensors
+        path = form.path / file
+        path.write_bytes(change(form.contents[file], rng))
+        try:
+            model = load_model(form.load)
+            assert all(p.device.type == "cpu" for p in model.parameters())
+            return "loaded"
+        except CheckpointError as error:
+            assert str(error) and "\n" not in str(error)
+            return "refused"
+        finally:
+            path.write_bytes(form.contents[file])
+
+
+def limit_memory() -> None:
+    """What one file may make the process take; MemoryError beyond."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + EXTRA_BYTES, hard))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+    def hang(*_: Any) -> None:
+        raise TimeoutError(f"a file took more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, hang)
+    counts: Counter[str] = Counter()
+    slowest, start = 0.0, time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=shared) as directory:
+        fuzzer = Fuzzer(Path(directory))
+        limit_memory()
+        for seed in range(args.seed, args.seed + args.n):
+            signal.alarm(SECONDS)
+            begin = time.perf_counter()
+            try:
+                counts[fuzzer.one(seed)] += 1
+            except BaseException:
+                print(f"seed {seed}: neither loaded nor refused", file=sys.stderr)
+                raise
+            slowest = max(slowest, time.perf_counter() - begin)
+        signal.alarm(0)
+    seconds = time.perf_counter() - start
+    found = ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()))
+    print(f"{args.n:,} files in {seconds:.0f} s: {found}; the slowest took {slowest * 1e3:.0f} ms")
+
+
+if __name__ == "__main__":
+    main()

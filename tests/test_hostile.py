@@ -1,0 +1,312 @@
+"""Files that mean harm: no pickle is ever executed, whatever its name, and none of many mutated
+files gives anything but a model or CheckpointError."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bundle import block, entry, field, masked, table, varint
+from fuzz_weights import Fuzzer
+from helpers import (
+    one_thread,  # noqa: F401 - applies to every test here
+    random_model,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptfast import GPT, AdamW, get_tokenizer
+from gptfast.checkpoint import load_checkpoint, save_checkpoint
+from gptfast.hellaswag import hellaswag
+from gptfast.weights.stored import CheckpointError
+from gptfast.weights.tensor_bundle import read_bundle
+
+FIXTURE = Path(__file__).parent / "fixtures" / "openai"
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def plain_pickle(marker: Path) -> bytes:
+    return pickle.dumps({"wte.weight": Hostile(marker)})
+
+
+def torch_file(marker: Path) -> bytes:
+    out = io.BytesIO()
+    torch.save({"wte.weight": Hostile(marker), "model": Hostile(marker)}, out)
+    return out.getvalue()
+
+
+def legacy_file(marker: Path) -> bytes:
+    out = io.BytesIO()
+    torch.save({"x": Hostile(marker)}, out, _use_new_zipfile_serialization=False)
+    return out.getvalue()
+
+
+def behind_the_state(marker: Path) -> bytes:
+    """Whole weights, and beside them what nanoGPT keeps its settings in."""
+    out = io.BytesIO()
+    state = {f"transformer.{k}": v for k, v in random_model().state_dict().items()}
+    torch.save({"model": state, "model_args": {}, "config": Hostile(marker)}, out)
+    return out.getvalue()
+
+
+def as_npy(marker: Path) -> bytes:
+    out = io.BytesIO()
+    np.save(out, np.array([Hostile(marker)], object), allow_pickle=True)
+    return out.getvalue()
+
+
+KINDS = [plain_pickle, torch_file, legacy_file, behind_the_state, as_npy]
+
+
+def test_these_pickles_do_harm(tmp_path: Path) -> None:
+    """Unpickled, each of them would make the file: so that its absence means something."""
+    for i, kind in enumerate(KINDS):
+        marker = tmp_path / f"marker{i}"
+        content = io.BytesIO(kind(marker))
+        if kind is plain_pickle:
+            pickle.load(content)
+        elif kind is as_npy:
+            np.load(content, allow_pickle=True)
+        else:
+            torch.load(content, weights_only=False)
+        assert marker.exists()
+
+
+def model_directory(path: Path) -> Path:
+    random_model().save_pretrained(path)
+    return path
+
+
+def sharded_directory(path: Path) -> Path:
+    model_directory(path)
+    (path / "model.safetensors").rename(path / "part.safetensors")
+    shutil.copy(path / "part.safetensors", path / "part.bin")
+    for stem, part in (
+        ("model.safetensors", "part.safetensors"),
+        ("pytorch_model.bin", "part.bin"),
+    ):
+        index = {"weight_map": {"transformer.wte.weight": part}}
+        (path / f"{stem}.index.json").write_text(json.dumps(index))
+    return path
+
+
+def openai_directory(path: Path) -> Path:
+    return Path(shutil.copytree(FIXTURE, path))
+
+
+def empty_directory(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def only_pickles(path: Path) -> Path:
+    model_directory(path)
+    (path / "model.safetensors").unlink()
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("make", "file"),
+    [
+        (model_directory, "model.safetensors"),
+        (model_directory, "config.json"),
+        (only_pickles, "pytorch_model.bin"),
+        (sharded_directory, "part.safetensors"),
+        (sharded_directory, "model.safetensors.index.json"),
+        (openai_directory, "hparams.json"),
+        (openai_directory, "model.ckpt.index"),
+        (openai_directory, "model.ckpt.data-00000-of-00001"),
+        (empty_directory, "ckpt.pt"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_no_pickle_is_executed_in_a_directory(
+    kind: Callable[[Path], bytes], make: Callable[[Path], Path], file: str, tmp_path: Path
+) -> None:
+    path, marker = make(tmp_path / "model"), tmp_path / "marker"
+    (path / file).write_bytes(kind(marker))
+    with pytest.raises(CheckpointError):
+        GPT.from_pretrained(path)
+    assert not marker.exists()
+
+
+def test_no_pickle_is_executed_in_a_shard(tmp_path: Path) -> None:
+    path, marker = sharded_directory(tmp_path / "model"), tmp_path / "marker"
+    (path / "model.safetensors.index.json").unlink()
+    (path / "part.bin").write_bytes(torch_file(marker))
+    with pytest.raises(CheckpointError, match="part.bin .* is not read: it asks for"):
+        GPT.from_pretrained(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["m.pth", "m.pt", "m.bin", "m.safetensors", "m.npz", "m"])
+def test_no_pickle_is_executed_as_a_file(
+    kind: Callable[[Path], bytes], name: str, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker"
+    (tmp_path / name).write_bytes(kind(marker))
+    with pytest.raises(CheckpointError):
+        GPT.from_pretrained(tmp_path / name)
+    assert not marker.exists()
+
+
+def test_no_pickle_is_executed_in_a_checkpoint(tmp_path: Path) -> None:
+    model, marker = random_model(), tmp_path / "marker"
+    optimizer = AdamW(model.parameters())
+    for file in ("optimizer.safetensors", "state.json", "model.safetensors", "config.json"):
+        path = save_checkpoint(tmp_path / file, model, optimizer, {"step": 1}, keep=1)
+        (path / file).write_bytes(torch_file(marker))
+        with pytest.raises(CheckpointError):
+            load_checkpoint(path, model, optimizer)
+    assert not marker.exists()
+
+
+def test_no_pickle_is_executed_as_vocabulary_or_data(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    for names in (["vocab.bpe", "encoder.json"], ["merges.txt", "vocab.json"], ["tokenizer.json"]):
+        directory = tmp_path / names[0]
+        directory.mkdir()
+        for name in names:
+            (directory / name).write_bytes(plain_pickle(marker))
+        with pytest.raises(ValueError):
+            get_tokenizer(str(directory))
+    (tmp_path / "tasks.jsonl").write_bytes(plain_pickle(marker))
+    with pytest.raises(ValueError):
+        hellaswag(random_model(), get_tokenizer("byte"), tmp_path / "tasks.jsonl")
+    assert not marker.exists()
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
+    return Fuzzer(tmp_path_factory.mktemp("fuzz"))
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=2000, deadline=2000)
+def test_mutated_files(fuzzer: Fuzzer, seed: int) -> None:
+    """`make fuzz` does the same many times over, with memory limited."""
+    assert fuzzer.one(seed) in ("loaded", "refused")
+
+
+# What a mutation is not likely to hit: an index whose checksums are right and whose sizes lie.
+
+
+def bundle_of(tmp_path: Path, entries: list[tuple[bytes, bytes]]) -> Path:
+    (tmp_path / "m.index").write_bytes(table([(b"", field(1, 1)), *entries]))
+    (tmp_path / "m.data-00000-of-00001").write_bytes(bytes(64))
+    return tmp_path / "m"
+
+
+ARRAY = np.zeros(16, "f4")
+LYING = {
+    "far offset": (entry(ARRAY, 2**62), "truncated"),
+    "huge shape": (
+        field(1, 1) + field(2, field(2, field(1, 2**40))) + field(5, 2**42),
+        "truncated",
+    ),
+    "overflowing shape": (
+        field(1, 1) + field(2, field(2, field(1, 2**40)) * 200) + field(5, 64),
+        "cannot have 64 bytes",
+    ),
+    "many dimensions": (field(1, 1) + field(2, field(2, b"") * 300), "more than 254 dimensions"),
+    "other size": (entry(ARRAY, 0)[:-5] + field(5, 60), "cannot have 60 bytes"),
+    "a shard that is not there": (entry(ARRAY, 0, shard=7), "cannot read .*data-00007-of-00001"),
+    "slices": (entry(ARRAY, 0) + field(7, b""), "is saved in slices"),
+    "wrong wire type": (field(1, b"\1"), "of another type"),
+    "group": (varint(1 << 3 | 3), "a field is of kind 3"),
+    "long number": (varint(1 << 3) + b"\xff" * 11, "more than ten bytes"),
+}
+
+
+@pytest.mark.parametrize("what", LYING)
+def test_an_index_that_lies(what: str, tmp_path: Path) -> None:
+    value, message = LYING[what]
+    with pytest.raises(CheckpointError, match=message):
+        stored = read_bundle(bundle_of(tmp_path, [(b"x", value)]))
+        stored["x"].load()
+
+
+def test_an_index_that_would_grow(tmp_path: Path) -> None:
+    """Blocks named again and again, names made of names: small files that unpack to large ones."""
+    prefix = bundle_of(tmp_path, [])
+    first = block([(b"", field(1, 1)), (b"k" * 900, b"")])
+    again = block([(bytes([i]), varint(0) + varint(len(first) - 5)) for i in range(200)], 1)
+    content = first + again
+    footer = (varint(0) * 2 + varint(len(first)) + varint(len(again) - 5)).ljust(40, b"\0")
+    (tmp_path / "m.index").write_bytes(
+        content + footer + (0xDB4775248B80FB57).to_bytes(8, "little")
+    )
+    with pytest.raises(CheckpointError, match="its blocks overlap"):
+        read_bundle(prefix)
+    bundle_of(tmp_path, [(b"k" * 2000, b"")])
+    with pytest.raises(CheckpointError, match="a name has 2000 bytes"):
+        read_bundle(prefix)
+    with (tmp_path / "m.index").open("r+b") as file:
+        file.truncate(2**27)
+    with pytest.raises(CheckpointError, match="it has 134217728 bytes"):
+        read_bundle(prefix)
+
+
+def test_a_compressed_or_big_endian_index(tmp_path: Path) -> None:
+    prefix = bundle_of(tmp_path, [(b"x", entry(ARRAY, 0))])
+    assert read_bundle(prefix)["x"].load().equal(torch.zeros(16))
+    content = (tmp_path / "m.index").read_bytes()
+    part = block([(b"", field(1, 1)), (b"x", entry(ARRAY, 0))])
+    compressed = part[:-5] + b"\1" + masked(part[:-5] + b"\1").to_bytes(4, "little")
+    assert content.startswith(part)
+    (tmp_path / "m.index").write_bytes(compressed + content[len(part) :])
+    with pytest.raises(CheckpointError, match="blocks are compressed"):
+        read_bundle(prefix)
+    (tmp_path / "m.index").write_bytes(table([(b"", field(1, 1) + field(2, 1))]))
+    with pytest.raises(CheckpointError, match="big-endian"):
+        read_bundle(prefix)
+
+
+@pytest.mark.parametrize("n", [1, 100])
+def test_many_blocks(n: int, tmp_path: Path) -> None:
+    """As large models have: an entry per block, and all in one."""
+    rng = np.random.default_rng(0)
+    from bundle import write
+
+    arrays = {f"a/{i:03}": rng.standard_normal((3, i)).astype("f4") for i in range(60)}
+    arrays["half"] = rng.standard_normal(7).astype("f2")
+    arrays["step"] = np.array(5)
+    write(tmp_path / "m", arrays, per_block=n)
+    stored = read_bundle(tmp_path / "m")
+    assert set(stored) == arrays.keys() - {"step"}
+    assert all(np.array_equal(stored[k].load().numpy(), arrays[k]) for k in stored)
+
+
+def test_tensors_that_are_not_plain(tmp_path: Path) -> None:
+    """A tensor that claims more than is stored of it, and a sparse one."""
+    state = {k: v for k, v in random_model().state_dict().items()}
+    for odd in (torch.zeros(1).expand(10**6, 10**6), torch.eye(3).to_sparse()):
+        torch.save({**state, "wte.weight": odd}, tmp_path / "m.pth")
+        with pytest.raises(CheckpointError, match="not dense|is not read"):
+            GPT.from_pretrained(tmp_path / "m.pth")
+
+
+def test_a_zip_file_that_is_none_of_torchs(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.pth", "w") as file:
+        file.writestr("archive/data.pkl", b"not a pickle")
+    with pytest.raises(CheckpointError, match="damaged or holds more than tensors"):
+        GPT.from_pretrained(tmp_path / "m.pth")
