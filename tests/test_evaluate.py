@@ -13,7 +13,15 @@ from helpers import (
 from torch import Tensor
 
 from gptfast import GPT, create_dataloader
-from gptfast.evaluate import batch_loss, loader_loss, perplexity
+from gptfast.evaluate import (
+    batch_loss,
+    loader_loss,
+    loader_score,
+    padded,
+    perplexity,
+    sliding_score,
+    target_losses,
+)
 
 
 def by_hand(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> float:
@@ -112,3 +120,101 @@ def test_every_module_keeps_its_own_mode() -> None:
         assert loader_loss(model, batch) == loader_loss(calm, batch)
         assert generate(model, [[1, 2]], 9, seed=1) == generate(calm, [[1, 2]], 9, seed=1)
         assert [module.training for module in model.modules()] == modes
+
+
+# By a sliding window
+
+
+def by_the_recipe(model: GPT, tokens: Tensor, max_length: int, stride: int) -> tuple[float, float]:
+    """transformers' "Perplexity of fixed-length models", on transformers' model: the loss that its
+    perplexity is of; and all that was lost, a token once each."""
+    from test_weights import hf_model
+
+    theirs = hf_model(model)
+    nll_sum, n_tokens, before, nats = 0.0, 0, 0, 0.0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + max_length, len(tokens))
+        new = end - before
+        ids = tokens[None, begin:end]
+        labels = ids.clone()
+        labels[:, :-new] = -100
+        with torch.no_grad():
+            loss = theirs(ids, labels=labels).loss.item()
+        nll_sum += loss * (new - 1) if new > 1 else 0.0
+        n_tokens += new - 1
+        nats += loss * int((labels[:, 1:] != -100).sum()) if end - begin > 1 else 0.0
+        before = end
+        if end == len(tokens):
+            break
+    return nll_sum / n_tokens, nats
+
+
+@pytest.mark.parametrize("n", [16, 17, 100, 131])
+@pytest.mark.parametrize(("max_length", "stride"), [(16, 8), (16, 16), (16, 1), (16, 5), (10, 7)])
+def test_sliding_window_is_transformers_recipe(n: int, max_length: int, stride: int) -> None:
+    pytest.importorskip("transformers")
+    model, tokens = random_model(n_embd=128, block_size=16), random_ids(n)
+    score = sliding_score(
+        model, tokens, BYTE_61, max_length=max_length, stride=stride, batch_size=3
+    )
+    loss, nats = by_the_recipe(model, tokens, max_length, stride)
+    assert abs(score.loss - loss) < 1e-5
+    assert abs(score.nats - nats) < 1e-3
+
+
+class Bytes61:
+    """61 tokens of i % 4 bytes each, the last of them end-of-text."""
+
+    name, n_vocab, eot = "61", 61, 60
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b"".join(b"x" * (i % 4) for i in ids)
+
+
+BYTE_61 = Bytes61()
+
+
+def test_bits_per_byte_by_hand() -> None:
+    model, tokens = random_model().eval(), random_ids(40)
+    tokens[7] = 60
+    score = sliding_score(model, tokens, BYTE_61, max_length=16, stride=16)
+    rows = [(tokens[i : i + 16][None, :-1], tokens[i : i + 16][None, 1:]) for i in (0, 16, 32)]
+    predicted = torch.cat([y[0] for _, y in rows]).tolist()
+    n_bytes = sum(i % 4 for i in predicted if i != 60)
+    nats = by_hand(model, rows) * len(predicted)
+    assert score.n_bytes == n_bytes
+    assert abs(score.bits_per_byte - nats / math.log(2) / n_bytes) < 1e-5
+    loader = create_dataloader(tokens, 2, 13, 13, shuffle=False, drop_last=False)
+    score = loader_score(model, loader, BYTE_61)
+    assert score.loss == loader_loss(model, loader)
+    targets = torch.cat([y.flatten() for _, y in loader]).tolist()
+    assert score.n_bytes == sum(i % 4 for i in targets if i not in (60, -100))
+    assert abs(score.nats - score.loss * 39) < 1e-6
+
+
+def test_a_bf16_model_is_measured_in_fp32() -> None:
+    model, tokens = random_model(std=0.5).bfloat16(), random_ids(300)
+    score = sliding_score(model, tokens, BYTE_61, max_length=16, stride=8)
+    fp32 = sliding_score(model.float(), tokens, BYTE_61, max_length=16, stride=8)
+    # Losses rounded to bf16 would be off by about 0.4 % each, in one direction or the other.
+    assert 0 < abs(score.loss - fp32.loss) < 0.02 * fp32.loss
+    rows = [(tokens[:16], tokens[1:17])]
+    x, y = padded(model.bfloat16(), rows)
+    losses = target_losses(model, model.hidden(x), y)
+    assert losses.dtype == torch.float32
+    assert not torch.equal(losses, losses.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "message"),
+    [
+        ({"max_length": 16, "stride": 0}, 40, "stride must be from 1 to max_length=16, got 0"),
+        ({"max_length": 16, "stride": 17}, 40, "stride must be from 1 to max_length=16, got 17"),
+        ({"max_length": 17, "stride": 4}, 40, "max_length must be from 2 to block_size=16, got 17"),
+        ({"max_length": 1, "stride": 1}, 40, "max_length must be from 2"),
+        ({"max_length": 16, "stride": 4}, 1, "1 are there, two are needed"),
+    ],
+)
+def test_bad_windows(options: dict[str, int], n: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sliding_score(random_model(), random_ids(n), BYTE_61, **options)

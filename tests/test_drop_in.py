@@ -1,0 +1,343 @@
+"""gptfast inside transformers' GPT2LMHeadModel: the same logits, losses, gradients, texts, files;
+undone without a trace; and a real run of transformers' Trainer."""
+
+import copy
+import filecmp
+import inspect
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    one_thread,  # noqa: F401 - applies to every test here
+    random_ids,
+)
+from parity import assert_parity
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model  # noqa: E402
+
+import gptfast  # noqa: E402
+from gptfast import accelerate, drop_in, ops, restore  # noqa: E402
+
+V, T = 211, 33
+
+
+def make(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": V, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 3}
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(
+        **{**sizes, **drops, "bos_token_id": 0, "eos_token_id": None, "initializer_range": 0.2}
+        | changes
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def batch(seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Ids and labels, some of these ignored."""
+    ids = random_ids(2, T, vocab_size=V, seed=seed)
+    labels = ids.clone()
+    labels[0, :9] = -100
+    return ids, labels
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often gptfast's operations are called."""
+    counts = {"attention": 0, "linear_cross_entropy": 0}
+
+    def counting(name: str) -> Callable[..., Tensor]:
+        op = getattr(ops, name)
+
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            counts[name] += 1
+            return op(*args, **kwargs)
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(ops, name, counting(name))
+    return counts
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_parity(dtype: torch.dtype, training: bool, calls: dict[str, int]) -> None:
+    found: dict[str, list[list[Tensor]]] = {}
+    for seed in range(12):  # of a loss, a single number, the maximum of several is compared
+        theirs = make(seed).to(dtype).train(training)
+        ours = accelerate(copy.deepcopy(theirs))
+        ref = copy.deepcopy(theirs).double()
+        ids, labels = batch(seed)
+        rows = []
+        for model in (ours, ref, theirs):
+            model.zero_grad()
+            out = model(input_ids=ids, labels=labels)
+            loss, logits = out.loss, out.logits
+            if model is ref:  # theirs would be rounded to fp32
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            loss.backward()
+            grads = {f"d{name}": p.grad.clone() for name, p in model.named_parameters()}
+            rows.append({"loss": loss.detach(), "logits": logits.detach(), **grads})
+        for name in rows[0]:
+            found.setdefault(name, []).append([row[name] for row in rows])
+    assert calls == {"attention": 2 * 12, "linear_cross_entropy": 12}
+    for name, cases in found.items():
+        out, ref_values, pt = (torch.stack(kind) for kind in zip(*cases, strict=True))
+        wide = name.startswith("d") and dtype == torch.bfloat16
+        assert_parity(name, out, ref_values.double(), pt, 3.0 if wide else 2.0)
+
+
+def test_no_logits_in_training() -> None:
+    """The head is not called, and the output holds no logits, until they are asked for."""
+    model = accelerate(make()).train()
+    heads = []
+    model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    ids, labels = batch()
+    out = model(input_ids=ids, labels=labels)
+    out.loss.backward()
+    assert not heads and list(out.keys())[0] == "loss" and "logits" not in out.keys()
+    assert torch.equal(out.logits, model(input_ids=ids).logits)
+    assert out.logits is out.logits and len(heads) == 2
+    out = model.eval()(input_ids=ids, labels=labels)
+    assert torch.equal(out["logits"], model(input_ids=ids).logits) and len(out) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_items_in_batch": 37},
+        {"num_items_in_batch": torch.tensor(37)},
+        {"ignore_index": 5, "labels": batch()[0]},
+        {"shift_labels": random_ids(2, T, vocab_size=V, seed=9)},
+        {"logits_to_keep": 4, "labels": batch()[1][:, -4:]},
+        {"return_dict": False},
+        {"use_cache": False},
+        {"output_hidden_states": True},
+        {"attention_mask": torch.ones(2, T, dtype=torch.int64)},
+        {"attention_mask": torch.arange(T).lt(torch.tensor([[T], [20]])).long()},
+        {"attention_mask": torch.arange(T).ge(torch.tensor([[0], [7]])).long()},
+        {"position_ids": torch.arange(T).flip(0)[None]},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_what_forward_takes(options: dict[str, Any]) -> None:
+    ids, labels = batch()
+    for training in (True, False):
+        theirs = make().train(training)
+        ours = accelerate(copy.deepcopy(theirs))
+        given = {"labels": labels, **options}
+        a, b = ours(input_ids=ids, **given), theirs(input_ids=ids, **given)
+        if options.get("return_dict") is False:
+            torch.testing.assert_close(a[:2], b[:2], rtol=0, atol=1e-5)
+            continue
+        torch.testing.assert_close(a.loss, b.loss, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-5)
+        if options.get("output_hidden_states"):
+            torch.testing.assert_close(a.hidden_states, b.hidden_states, rtol=0, atol=1e-5)
+        assert (a.loss.dtype, a.logits.dtype) == (b.loss.dtype, b.logits.dtype)
+
+
+def test_embeddings_instead_of_ids() -> None:
+    theirs, (ids, labels) = make(), batch()
+    ours = accelerate(copy.deepcopy(theirs))
+    x = theirs.transformer.wte(ids).detach()
+    a, b = (m(inputs_embeds=x, labels=labels) for m in (ours, theirs))
+    torch.testing.assert_close((a.loss, a.logits), (b.loss, b.logits), rtol=0, atol=1e-5)
+
+
+def test_another_loss_or_head_is_left_alone() -> None:
+    ids, labels = batch()
+    model = accelerate(make()).train()
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+    assert torch.equal(model(input_ids=ids, labels=labels).loss, model(input_ids=ids).logits.sum())
+    theirs = make()
+    theirs.lm_head = nn.Sequential(nn.Linear(48, V))
+    ours = accelerate(copy.deepcopy(theirs))
+    a, b = (m(input_ids=ids, labels=labels).loss for m in (ours, theirs))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+        {"left": True},
+    ],
+    ids=str,
+)
+def test_generate(options: dict[str, Any], calls: dict[str, int]) -> None:
+    theirs = make()
+    ours = accelerate(copy.deepcopy(theirs))
+    ids, mask = batch()[0][:1, :8], torch.ones(1, 8, dtype=torch.int64)
+    if options.pop("left", False):
+        ids, mask = batch()[0][:, :8], torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
+    fixed = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    expected = theirs.generate(ids, **fixed, **options)
+    assert torch.equal(ours.generate(ids, **fixed, **options), expected)
+    if not options and mask.all():
+        assert calls["attention"] == 2 * 20
+
+
+def test_dropout_is_drawn_from_torchs_generator(calls: dict[str, int]) -> None:
+    model = accelerate(make(attn_pdrop=0.3)).train()
+    ids, labels = batch()
+
+    def loss(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return model(input_ids=ids, labels=labels).loss
+
+    assert torch.equal(loss(1), loss(1)) and not torch.equal(loss(1), loss(2))
+    without = model.eval()(input_ids=ids, labels=labels).loss
+    model.train()
+    drawn = torch.stack([loss(s) for s in range(3)])
+    assert 0 < (drawn - without).abs().max() < without
+    # Checkpointing runs the forward twice and must draw the same.
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        loss(3).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("before", ["sdpa", "eager"])
+def test_restore_leaves_no_trace(before: str, tmp_path: Path) -> None:
+    theirs = make(attn_implementation=before)
+    ours = accelerate(copy.deepcopy(theirs))
+    assert accelerate(ours) is ours
+    assert isinstance(ours, GPT2LMHeadModel)
+    assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    files = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    same, *others = filecmp.cmpfiles(tmp_path / "theirs", tmp_path / "ours", files, False)
+    assert (same, others) == (files, [[], []])
+    back = restore(ours)
+    assert back is ours and restore(back) is back
+    assert type(back) is GPT2LMHeadModel and back.__dict__.keys() == theirs.__dict__.keys()
+    assert back.config._attn_implementation == theirs.config._attn_implementation == before
+    ids, labels = batch()
+    a, b = (m(input_ids=ids, labels=labels) for m in (back, theirs))
+    assert torch.equal(a.loss, b.loss) and torch.equal(a.logits, b.logits)
+
+
+def test_copies_and_pickles() -> None:
+    model = accelerate(make())
+    ids, labels = batch()
+    wanted = model(input_ids=ids, labels=labels).loss
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is drop_in.GPT2LMHeadModel
+        assert torch.equal(other(input_ids=ids, labels=labels).loss, wanted)
+        assert type(restore(other)) is GPT2LMHeadModel
+
+
+def test_compiled() -> None:
+    theirs, (ids, labels) = make().train(), batch()
+    ours = accelerate(copy.deepcopy(theirs))
+    compiled = torch.compile(ours, backend="aot_eager")
+    a, b = (m(input_ids=ids, labels=labels) for m in (compiled, theirs))
+    a.loss.backward()
+    b.loss.backward()
+    torch.testing.assert_close(a.loss, b.loss, rtol=0, atol=1e-5)
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    assert max((p.grad - q.grad).abs().max() for p, q in pairs) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [GPT2Model, nn.Linear, "subclass"])
+def test_other_models_are_refused(bad: Any) -> None:
+    class Mine(GPT2LMHeadModel):
+        pass
+
+    config = make().config
+    model = (
+        Mine(config) if bad == "subclass" else nn.Linear(1, 1) if bad is nn.Linear else bad(config)
+    )
+    with pytest.raises(
+        ValueError, match=f"takes transformers' GPT2LMHeadModel, got {type(model).__name__}"
+    ):
+        gptfast.accelerate(model)
+
+
+class Windows(torch.utils.data.Dataset):
+    """Text of a pattern, so that it can be learnt in a few steps."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids = (torch.arange(i, i + 24) * 7) % V
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_a_run_of_trainer(tmp_path: Path, calls: dict[str, int]) -> None:
+    """transformers' Trainer with an accelerated model and gptfast.AdamW, beside the plain pair: the
+    same losses; saved, resumed, evaluated."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    def run(name: str, ours: bool, resume: bool = False) -> tuple[list[float], float, Trainer]:
+        model = make(initializer_range=0.02).train()
+        if ours:
+            accelerate(model)
+        kind = gptfast.AdamW if ours else torch.optim.AdamW
+        optimizer = kind(model.parameters(), lr=3e-3, weight_decay=0.01)
+        args = TrainingArguments(
+            output_dir=str(tmp_path / name),
+            max_steps=12,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_steps=6,
+            lr_scheduler_type="linear",
+            warmup_steps=2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=3,
+        )
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=Windows(),
+            eval_dataset=Windows(),
+            optimizers=(optimizer, None),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        return losses, trainer.evaluate()["eval_loss"], trainer
+
+    ours, our_eval, trainer = run("ours", True)
+    assert calls["attention"] > 2 * 24 and calls["linear_cross_entropy"] >= 24
+    theirs, their_eval, _ = run("theirs", False)
+    assert len(ours) == 12 and ours[-1] < 0.85 * ours[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+    assert abs(our_eval - their_eval) < 2e-3
+    assert type(trainer.model) is drop_in.GPT2LMHeadModel
+    # From its checkpoint at step 6 to the same end.
+    final = [p.clone() for p in trainer.model.parameters()]
+    import shutil
+
+    shutil.rmtree(tmp_path / "ours" / "checkpoint-12")
+    resumed, _, again = run("ours", True, resume=True)
+    torch.testing.assert_close(resumed[-6:], ours[-6:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(list(again.model.parameters()), final, rtol=0, atol=1e-5)
+    # What Trainer saved is transformers' and ours to load.
+    plain = GPT2LMHeadModel.from_pretrained(tmp_path / "ours" / "checkpoint-12").eval()
+    gpt = gptfast.GPT.from_pretrained(tmp_path / "ours" / "checkpoint-12")
+    ids = batch()[0]
+    torch.testing.assert_close(gpt(ids), plain(ids).logits, rtol=0, atol=1e-5)
