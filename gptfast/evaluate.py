@@ -149,6 +149,8 @@ def sliding_score(
             rows = []
             for begin, end, new in windows[i : i + batch_size]:
                 window = tokens[begin:end]
+                if isinstance(window, TokenFiles):
+                    window = window.tensor()
                 y = window[1:].clone()
                 y[: max(0, len(y) - new)] = -100
                 rows.append((window[:-1], y))

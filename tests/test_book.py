@@ -12,7 +12,8 @@ import tyro
 
 import gptfast
 from gptfast.cli.data import Prepare, TrainTokenizer
-from gptfast.cli.generate import Eval, Generate
+from gptfast.cli.evaluate import Eval
+from gptfast.cli.generate import Generate
 from gptfast.cli.search import Plot, Search
 from gptfast.cli.settings import flat
 from gptfast.cli.train import Train

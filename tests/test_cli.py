@@ -152,7 +152,7 @@ def test_help_names_every_flag(command: str, capsys: Capture) -> None:
     fields = {field.name for field in dataclasses.fields(COMMANDS[command])}
     if command in ("train", "search"):
         fields |= flat(Train()).keys()
-    for name in fields - {"model", "train", "checkpoint", "runs"}:
+    for name in fields - {"model", "train", "checkpoint", "runs", "src", "dst", "name"}:
         assert f"--{name.replace('_', '-')}" in out
     if command != "info":
         assert f"\ngptfast {command} " in out, "no example"
@@ -297,7 +297,10 @@ def test_no_checkpoint(kind: str, tmp_path: Path, capsys: Capture) -> None:
 
 @pytest.mark.parametrize(
     ("args", "words"),
-    [([], "{train, generate, eval, prepare, tokenizer, search, plot, info}"), (["tran"], "tran")],
+    [
+        ([], "{train, generate, eval, prepare, tokenizer, search, plot, convert, download, info}"),
+        (["tran"], "tran"),
+    ],
     ids=["none", "unknown"],
 )
 def test_no_command(args: list[str], words: str, capsys: Capture) -> None:

@@ -1,6 +1,7 @@
 """Every command from end to end at toy size, stopped, out of room, diverging, and misused."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -127,7 +128,12 @@ def test_eval_is_the_loaders_loss(trained: Path, text: Path, capsys: Capture) ->
             source, batch_size, T, T, shuffle=False, drop_last=False, tokenizer=BYTE
         )
         loss = loader_loss(model, loader)
-        return f"loss {loss:.4f} nats per token, perplexity {perplexity(loss):.2f}"
+        targets = torch.cat([y.flatten() for _, y in loader])
+        bits = loss / math.log(2) * len(targets) / int((targets < 256).sum())
+        return (
+            f"loss {loss:.4f} nats per token, perplexity {perplexity(loss):.2f}, "
+            f"{bits:.4f} bits per byte"
+        )
 
     assert measured("--data", text) == expected(tokens)
     assert measured("--data", text, "--max-length", 5, "--batch-size", 3) == expected(tokens, 3, 5)
@@ -478,7 +484,7 @@ BAD_COMMANDS = {
     "tokenizer --data text.txt --out out --vocab-size 100": ["vocab_size must be", "got 100"],
     "eval nowhere --data text.txt": ["nowhere is no checkpoint"],
     "eval RUN": ["--data"],
-    "eval RUN --data": ["--data names no files"],
+    "eval RUN --data": ["nothing to measure: name files (--data)"],
     "eval RUN --data nowhere": ["cannot read nowhere"],
     "eval RUN --data text.txt --max-length 17": ["from 1 to block_size=16, got 17"],
     "eval RUN --data text.txt --max-length 0": ["from 1 to block_size=16, got 0"],

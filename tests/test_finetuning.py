@@ -51,7 +51,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def loss_of(outputs: dict[str, str], beginning: str) -> float:
     """What `gptfast eval` said."""
     found = [text for command, text in outputs.items() if command.startswith(beginning)]
-    return float(re.fullmatch(r"loss ([\d.]+) nats per token, perplexity [\d.]+\n", found[0])[1])
+    form = r"loss ([\d.]+) nats per token, perplexity [\d.]+, [\d.]+ bits per byte\n"
+    return float(re.fullmatch(form, found[0])[1])
 
 
 def held_back() -> list[dict[str, str]]:

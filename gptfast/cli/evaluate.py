@@ -56,12 +56,12 @@ class Eval:
         if not (self.data or self.hellaswag or self.tasks):
             raise ValueError("nothing to measure: name files (--data), --hellaswag or --tasks")
         if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
         model, tokenizer = load(self.checkpoint, self.tokenizer, self.device)
         if self.data:
             score = self._score(model, tokenizer)
             print(
-                f"loss {score.loss:.4f} nats per token, perplexity {perplexity(score.loss):.3f}, "
+                f"loss {score.loss:.4f} nats per token, perplexity {perplexity(score.loss):.2f}, "
                 f"{score.bits_per_byte:.4f} bits per byte"
             )
         if self.hellaswag:
