@@ -19,7 +19,7 @@ from plain_gpt import PlainGPT, decay_groups
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from gptfast import GPT, AdamW, GPTConfig
+from gptfast import GPT, AdamW, GPTConfig, accelerate
 from gptfast.weights.book import to_content
 
 LR, MAX_NORM = 1e-4, 1.0
@@ -56,16 +56,21 @@ def _plain(model: GPT, idx: Tensor, target: Tensor, compiled: bool = False) -> S
     return _stepper(plain, optimizer, lambda: run(idx, target), clip=True)
 
 
-def _transformers(model: GPT, idx: Tensor, target: Tensor) -> Step:
-    """GPT2LMHeadModel as it comes, its loss by its labels, which it shifts itself."""
+def transformers_step(model: GPT, idx: Tensor, target: Tensor, accelerated: bool = False) -> Step:
+    """GPT2LMHeadModel as it comes, its loss by its labels, which it shifts itself; or after
+    `accelerate` and with gptfast.AdamW."""
     from transformers import GPT2LMHeadModel
 
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         theirs = GPT2LMHeadModel.from_pretrained(directory).train()
-    optimizer = torch.optim.AdamW(decay_groups(theirs), lr=LR, fused=True)
     labels = torch.cat((idx[:, :1], target[:, :-1]), 1)  # labels[t + 1] is what follows t
-    return _stepper(theirs, optimizer, lambda: theirs(idx, labels=labels).loss, clip=True)
+    if accelerated:
+        accelerate(theirs)
+        optimizer = AdamW(decay_groups(theirs), lr=LR, max_norm=MAX_NORM)
+    else:
+        optimizer = torch.optim.AdamW(decay_groups(theirs), lr=LR, fused=True)
+    return _stepper(theirs, optimizer, lambda: theirs(idx, labels=labels).loss, not accelerated)
 
 
 def _book(model: GPT, idx: Tensor, target: Tensor) -> Step:
@@ -79,7 +84,7 @@ def _pair(config: GPTConfig, B: int, T: int, peer_of: Callable[..., Step]) -> Ca
     def build() -> Pair:
         torch.manual_seed(0)
         idx, target = torch.randint(config.vocab_size, (2, B, T))
-        if peer_of is _transformers:
+        if peer_of is transformers_step:
             target[:, -1] = -100  # its labels cannot name what follows the last token
         model, ours = _ours(config, idx, target)
         peer = peer_of(model, idx, target)
@@ -124,7 +129,7 @@ def _memory_pair(config: GPTConfig, B: int, T: int) -> Callable[[], Pair]:
     return lambda: Pair(side("ours"), side("plain"), lambda: None)
 
 
-def _flops(config: GPTConfig, B: int, T: int) -> float:
+def flops(config: GPTConfig, B: int, T: int) -> float:
     C = config.n_embd
     in_matrices = config.n_layer * 12 * C * C + config.vocab_size * C
     return B * T * (6 * in_matrices + 14 * config.n_layer * C * (T + 1) / 2)
@@ -136,7 +141,7 @@ def cases(quick: bool) -> Iterator[Case]:
     peers = [
         ("plain PyTorch", _plain, 1.6),
         ("plain PyTorch, torch.compile", partial(_plain, compiled=True), 1.35),
-        ("transformers", _transformers, 1.6),
+        ("transformers", transformers_step, 1.6),
         ("the book's model", _book, 3.2),
     ]
     shapes = [(2, 1024, peers), (4, 256, [("plain PyTorch", _plain, 1.3)])]
@@ -144,10 +149,10 @@ def cases(quick: bool) -> Iterator[Case]:
         config, name = GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256), "4 layers of 256"
         shapes = [(4, 256, [("plain PyTorch", _plain, 0.0)])]
     for B, T, of_shape in shapes:
-        label, shape, flops = f"step {name} fp32", f"B={B} T={T}", _flops(config, B, T)
+        label, shape, count = f"step {name} fp32", f"B={B} T={T}", flops(config, B, T)
         for peer_name, peer, target in of_shape:
             build = _pair(config, B, T, peer)
-            yield Case("train", label, shape, peer_name, build, flops=flops, target=target)
+            yield Case("train", label, shape, peer_name, build, flops=count, target=target)
     if not quick:
         build, label = _memory_pair(config, 2, 1024), f"peak memory {name} fp32"
         target = 1 / 0.7

@@ -21,7 +21,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen before pyplot loads
 from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
-BENCHMARKS = ("attention", "cross_entropy", "adamw", "sampling", "embedding", "train", "generate")
+QUICK = ("attention", "cross_entropy", "adamw", "sampling", "embedding", "train", "generate")
+BENCHMARKS = (*QUICK, "weights", "drop_in")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help=f"some of {','.join(BENCHMARKS)}")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    names = args.only.split(",") if args.only else list(BENCHMARKS)
+    names = args.only.split(",") if args.only else list(QUICK if args.quick else BENCHMARKS)
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark named {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bundle import table, trailer, varint
-from test_weights import FIXTURES, write_bundle
+from bundle import table, trailer, varint, write_openai
 
 from gptfast import GPT, GPTConfig
 from gptfast.weights.convert import save
 from gptfast.weights.load import load_model
 from gptfast.weights.stored import CheckpointError
 
+SHARDED = Path(__file__).parent / "fixtures" / "openai_sharded"
 SECONDS = 10  # that one file may take
 EXTRA_BYTES = 2**31  # that the process may grow by, address space and all
 
@@ -54,12 +54,12 @@ def forms(directory: Path) -> dict[str, Form]:
     model, made = tiny_model(), {}
     for name in ("openai", "hf", "shards", "llmc"):
         (directory / name).mkdir()
-    write_bundle(directory / "openai", model)
+    write_openai(directory / "openai", model)
     data = "model.ckpt.data-00000-of-00001"
     files = ["model.ckpt.index", data, "hparams.json"]
     made["openai"] = Form(directory / "openai", directory / "openai", files)
     sharded = directory / "sharded"
-    shutil.copytree(FIXTURES / "openai_sharded", sharded)
+    shutil.copytree(SHARDED, sharded)
     made["sharded"] = Form(sharded, sharded, ["model.ckpt.index", "hparams.json", "checkpoint"])
     model.save_pretrained(directory / "hf")
     made["hf"] = Form(directory / "hf", directory / "hf", ["model.safetensors", "config.json"])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bundle import write_openai
 from helpers import (
     differing,
     one_thread,  # noqa: F401 - applies to every test here
@@ -19,7 +20,7 @@ from helpers import (
     random_model,
 )
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from gptfast import GPT, GPTConfig
 from gptfast.flops import peak_memory
@@ -528,7 +529,7 @@ def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
     model = GPT(config)
     if form == "openai":
         pytest.importorskip("google_crc32c")
-        path = write_bundle(tmp_path, model)
+        path = write_openai(tmp_path, model)
     elif form == "legacy":
         path = tmp_path / "pytorch_model.bin"
         torch.save(hf_tensors(model), path, _use_new_zipfile_serialization=False)
@@ -549,30 +550,6 @@ def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
     )
     assert size * 0.9 < int(child.stdout) < 1.15 * size
     assert peak_memory("cpu") > size
-
-
-def write_bundle(directory: Path, model: GPT) -> Path:
-    """OpenAI's directory of a model: a writer of TensorBundles, for tests only."""
-    from bundle import write
-
-    c = model.config
-    sizes = {"n_vocab": c.vocab_size, "n_ctx": c.block_size, "n_embd": c.n_embd}
-    sizes |= {"n_head": c.n_head, "n_layer": c.n_layer}
-    (directory / "hparams.json").write_text(json.dumps(sizes))
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in hf_tensors(model).items():
-        path = name.removeprefix("transformer.").replace("h.", "h", 1).split(".")
-        leaf = path.pop()
-        if path[-1] in ("wte", "wpe"):
-            tensors[f"model/{path[-1]}"] = tensor
-            continue
-        norm = path[-1].startswith("ln")
-        kind = "b" if leaf == "bias" else "g" if norm else "w"
-        if kind == "w":
-            tensor = tensor[None]
-        tensors["/".join(["model", *path, kind])] = tensor
-    write(directory / "model.ckpt", {name: t.numpy() for name, t in tensors.items()})
-    return directory
 
 
 def test_open_weights_reads_no_tensor(tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
-"""A writer of TensorFlow's TensorBundle format, for tests: as TensorFlow writes it, or damaged."""
+"""A writer of TensorFlow's TensorBundle format, in parts that tests can damage."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
+
+from gptfast import GPT
+from gptfast.weights.transformers import hf_tensors
 
 _DTYPES = {"float32": 1, "float64": 2, "int64": 9, "float16": 19}
 
@@ -81,3 +85,21 @@ def write(prefix: Path, arrays: Mapping[str, np.ndarray], per_block: int = 64) -
             entries.append((name.encode(), entry(arrays[name], at)))
             at += file.write(arrays[name].tobytes())
     prefix.with_name(f"{prefix.name}.index").write_bytes(table(entries, per_block))
+
+
+def write_openai(directory: Path, model: GPT) -> Path:
+    """A model as OpenAI's directory: hparams.json and a checkpoint under OpenAI's names."""
+    c = model.config
+    sizes = {"n_vocab": c.vocab_size, "n_ctx": c.block_size, "n_embd": c.n_embd}
+    sizes |= {"n_head": c.n_head, "n_layer": c.n_layer}
+    (directory / "hparams.json").write_text(json.dumps(sizes))
+    arrays = {}
+    for name, tensor in hf_tensors(model).items():
+        *path, leaf = name.removeprefix("transformer.").replace("h.", "h", 1).split(".")
+        if path[-1] in ("wte", "wpe"):
+            arrays[f"model/{path[-1]}"] = tensor.numpy()
+            continue
+        kind = "b" if leaf == "bias" else "g" if path[-1].startswith("ln") else "w"
+        arrays["/".join(["model", *path, kind])] = (tensor[None] if kind == "w" else tensor).numpy()
+    write(directory / "model.ckpt", arrays)
+    return directory
