@@ -11,11 +11,13 @@ from gptfast.ops.library import empty_cache, use_backend
 from gptfast.optim import AdamW
 from gptfast.tokenizer import get_tokenizer
 from gptfast.trainer import Trainer
+from gptfast.weights.stored import CheckpointError
 
 __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "AdamW",
+    "CheckpointError",
     "GPTConfig",
     "TrainConfig",
     "Trainer",

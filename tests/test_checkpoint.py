@@ -267,8 +267,15 @@ def test_config_that_does_not_fit(changes: dict[str, Any], message: str, tmp_pat
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "damaged"), ("{", "damaged"), ("[1]", "no JSON object"), ("\xff", "damaged")],
-    ids=["empty", "open", "list", "not-utf-8"],
+    [
+        ("", "damaged"),
+        ("{", "damaged"),
+        ("[1]", "no JSON object"),
+        ("\xff", "damaged"),
+        ("[" * 10**5, "damaged"),
+        ("9" * 5000, "damaged"),
+    ],
+    ids=["empty", "open", "list", "not-utf-8", "deep", "digits"],
 )
 def test_config_that_is_no_json(text: str, message: str, tmp_path: Path) -> None:
     random_model().save_pretrained(tmp_path)

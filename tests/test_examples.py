@@ -1,0 +1,69 @@
+"""examples/plain.py and docs/drop_in.md: each replacement alone and all together give the losses of
+the plain script, and the page says what is tested."""
+
+import re
+from pathlib import Path
+
+import pytest
+from bench_drop_in import ALL, REPLACEMENTS, script
+from helpers import one_thread  # noqa: F401 - applies to every test here
+
+import gptfast
+from gptfast import ops
+
+ROOT = Path(__file__).parents[1]
+SIZES = {"batch_size": 4, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32}
+CALLED = {"attention": 2, "cross_entropy": 1, "linear_cross_entropy": 1}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("attention",), ("cross_entropy",), ("linear_cross_entropy",), ("AdamW",), ALL[2:], ALL],
+    ids="+".join,
+)
+def test_same_losses(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = dict.fromkeys(CALLED, 0)
+    for name in CALLED:
+
+        def call(*args: object, name: str = name, op: object = getattr(ops, name)) -> object:
+            counts[name] += 1
+            return op(*args)
+
+        monkeypatch.setattr(ops, name, call)
+    steps = []
+
+    class Counted(gptfast.AdamW):
+        def step(self) -> None:
+            steps.append(self.param_groups[0].get("lr"))
+            super().step()
+
+    monkeypatch.setattr(gptfast, "AdamW", Counted)
+    plain = list(script(())(12, **SIZES))
+    assert not any(counts.values()) and not steps
+    swapped = list(script(names)(12, **SIZES))
+    # Each step's rounding is the next one's data.
+    assert swapped == pytest.approx(plain, abs=2e-4)
+    assert plain[-1] < plain[0] - 0.2
+    assert counts == {name: 12 * CALLED[name] if name in names else 0 for name in CALLED}
+    assert len(steps) == (12 if "AdamW" in names else 0)
+
+
+def test_clipping_is_on() -> None:
+    """So that max_norm in its place is seen to do something."""
+    unclipped = (
+        (ROOT / "examples/plain.py").read_text().replace("clip_grad_norm_", "get_total_norm")
+    )
+    namespace: dict = {"__name__": "x"}
+    exec(unclipped.replace("(model.parameters(), 1.0)", "([])"), namespace)
+    losses = [list(train(5, **SIZES)) for train in (namespace["train"], script(ALL))]
+    assert losses[0] != pytest.approx(losses[1], abs=2e-4)
+
+
+def test_the_page_says_what_is_tested() -> None:
+    page = (ROOT / "docs/drop_in.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| `(.+?)`", page, re.M)
+    before = [row[0].strip("`") for row in rows]
+    assert [row[1] for row in rows] == [after for _, after in REPLACEMENTS.values()]
+    assert before[:2] == [REPLACEMENTS["attention"][0], REPLACEMENTS["cross_entropy"][0]]
+    assert before[3] == REPLACEMENTS["AdamW"][0]
+    assert len((ROOT / "examples/plain.py").read_text().splitlines()) <= 90
