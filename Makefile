@@ -19,12 +19,13 @@ test: $(VENV)/ready-test
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build beside the usual one. Python
 # itself never frees much of what it holds, so leaks are not looked for.
-SANITIZED := attention cross_entropy linear mlp embedding adamw sampling threads
+SANITIZED := attention cross_entropy linear mlp embedding adamw sampling philox library threads
 sanitize: $(VENV)/ready-test
 	GPTFAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
-	$(BIN)/python -P -m pytest -q -p no:cacheprovider -m "not triton" -k "not reference" $(SANITIZED:%=tests/test_%.py)
+	GPTFAST_SANITIZE=1 \
+	$(BIN)/python -P -m pytest -q --capture=sys -p no:cacheprovider -m "not triton and not reference" $(SANITIZED:%=tests/test_%.py)
 
 # Mutated files of every form of weights; tests/test_hostile.py runs a few of them.
 N ?= 100000

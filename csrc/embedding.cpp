@@ -37,6 +37,7 @@ Tensor embedding_fwd(const Tensor& weight_in, const Tensor& idx_in) {
   shape.push_back(weight.size(1));
   Tensor x = at::empty(shape, weight.options());
   const int64_t row_bytes = weight.size(1) * weight.element_size();
+  if (row_bytes == 0) return x;  // memcpy must not be given null pointers, even for no bytes
   const int64_t* id = idx.const_data_ptr<int64_t>();
   const char* from = static_cast<const char*>(weight.const_data_ptr());
   char* to = static_cast<char*>(x.data_ptr());

@@ -174,7 +174,8 @@ static inline float load_one(const T* p) {
 
 // 2^(bits of z) times p, where z = 1.5 * 2^23 + n holds the integer n in its low bits.
 constexpr float MAGIC = 12582912.0f;
-static inline vf scale_by_power(vf p, vf z) { return (vf)((vi)p + ((vi)z << 23)); }
+// Unsigned: where exp gives 0 in the end, the sum of the bits may pass 2^31.
+static inline vf scale_by_power(vf p, vf z) { return (vf)((vu)p + ((vu)z << 23)); }
 
 // exp(x) for x <= 88; 0 below -87.3; NaN stays. Cephes' reduction, error about 1 ulp.
 static inline vf exp(vf x) {

@@ -21,19 +21,24 @@ __all__ = [
     "GPTConfig",
     "TrainConfig",
     "Trainer",
-    "accelerate",
     "create_dataloader",
     "empty_cache",
     "generate",
     "get_tokenizer",
     "ops",
-    "restore",
     "use_backend",
 ]
 
 
+_LAZY = ("accelerate", "restore")  # transformers is imported for those who ask for them
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_LAZY]
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("accelerate", "restore"):  # transformers is imported for those who ask for them
+    if name in _LAZY:
         from gptfast import drop_in
 
         return getattr(drop_in, name)

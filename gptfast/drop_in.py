@@ -4,6 +4,7 @@ Attention goes through transformers' own attention interface, under the name "gp
 computed by `ops.linear_cross_entropy` from the last hidden states; logits are made when asked for.
 """
 
+import copy
 import functools
 from contextlib import nullcontext
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.models.gpt2 import modeling_gpt2 as theirs
 from gptfast import ops
 
 _NAME = "gptfast"
-# Of sdpa_attention_forward's: with any of these it serves.
+# With any of these it is sdpa_attention_forward's to serve or to refuse.
 _BEYOND = ("position_bias", "softcap")
 
 
@@ -42,7 +43,7 @@ def attention(
     """
     Tq, Tk = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    beyond = any(kwargs.get(name) is not None for name in _BEYOND)
+    beyond = any(kwargs.get(name) is not None for name in _BEYOND) or key.shape[1] != query.shape[1]
     if attention_mask is not None or beyond or not (causal or Tq == 1):
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(
@@ -80,7 +81,7 @@ def causal_loss(
         loss = ops.linear_cross_entropy(
             hidden,
             weight,
-            shift_labels.to(device),
+            shift_labels.to(device).reshape(hidden.shape[:-1]),
             ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",
         )
@@ -89,16 +90,54 @@ def causal_loss(
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
+class _Pending:
+    """Logits (B, T, V) that have not been computed; `read` does it as the forward would have."""
+
+    def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
+        self.head, self.hidden, self.version = head, hidden, head.weight._version
+        self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        kind = hidden.device.type
+        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+    def read(self) -> Tensor:
+        if self.head.weight._version != self.version:
+            raise RuntimeError(
+                "output.logits are computed when first read, and the head has changed since the "
+                "forward; read them before optimizer.step()"
+            )
+        kind, dtype, enabled = self.autocast
+        with (
+            torch.inference_mode(self.inference),
+            torch.set_grad_enabled(self.grad),
+            torch.autocast(kind, dtype=dtype, enabled=enabled),
+        ):
+            return self.head(self.hidden)
+
+
 class LazyLogits(CausalLMOutputWithCrossAttentions):
-    """An output whose logits (B, T, V) are computed when they are first looked at, by name."""
+    """An output whose logits are computed when they are first read, by name or by number.
+
+    items() and values() leave them alone: it is by these that Accelerator copies an output.
+    """
+
+    def _read(self) -> None:
+        pending = self.__dict__.get("logits")
+        if isinstance(pending, _Pending):
+            self["logits"] = pending.read()  # the attribute too
 
     def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name == "logits" and value is None and "head" in self.__dict__:
-            head, hidden = self.__dict__.pop("head")
-            value = head(hidden)
-            self.__dict__["logits"] = value
-        return value
+        if name == "logits":
+            self._read()
+        return super().__getattribute__(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        if key in ("loss", 0):
+            return self.loss
+        self._read()
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
 
 
 class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
@@ -106,58 +145,79 @@ class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
 
     @functools.wraps(theirs.GPT2LMHeadModel.forward)
     def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.get("labels")
-        head = self.lm_head
-        plain = type(head) is nn.Linear and head.bias is None
-        plain = plain and self.loss_function is ForCausalLMLoss
-        as_dict = kwargs.get("return_dict")
-        as_dict = self.config.return_dict if as_dict is None else as_dict
-        part = "logits_to_keep" in kwargs
-        if labels is None or args or part or not (plain and as_dict):
-            return super().forward(input_ids, *args, **kwargs)
+        # A method bound before `restore` comes here too; and what is asked may be beyond us.
+        if type(self) is not GPT2LMHeadModel or args or not _is_ours(self, kwargs):
+            return theirs.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)
+        labels = kwargs["labels"]
         kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "return_dict")}
         outputs = self.transformer(input_ids, return_dict=True, **kwargs)
         hidden = outputs.last_hidden_state  # (B, T, C)
-        loss = causal_loss(hidden, head.weight, labels, **kwargs)
+        loss = causal_loss(hidden, self.lm_head.weight, labels, **kwargs)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         if not self.training:
-            return CausalLMOutputWithCrossAttentions(loss=loss, logits=head(hidden), **rest)
+            logits = self.lm_head(hidden)
+            return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **rest)
         if torch.compiler.is_compiling():
             return CausalLMOutputWithCrossAttentions(loss=loss, **rest)
-        output = LazyLogits(loss=loss, **rest)
-        output.__dict__["head"] = head, hidden
-        return output
+        return LazyLogits(loss=loss, logits=_Pending(self.lm_head, hidden), **rest)
+
+
+def _is_ours(model: GPT2LMHeadModel, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward asks for transformers' own loss of a plain head, in a dictionary."""
+    head = model.lm_head
+    hooked = any((head._forward_hooks, head._forward_pre_hooks, head._backward_hooks))
+    plain = type(head) is nn.Linear and head.bias is None and not hooked
+    plain = plain and "forward" not in head.__dict__ and model.loss_function is ForCausalLMLoss
+    as_dict = kwargs.get("return_dict")
+    as_dict = model.config.return_dict if as_dict is None else as_dict
+    return plain and as_dict and kwargs.get("labels") is not None and "logits_to_keep" not in kwargs
 
 
 def accelerate(model: nn.Module) -> nn.Module:
     """Make transformers' GPT2LMHeadModel compute with gptfast, in place; returns it.
 
     Attention without a mask (no padding) is `ops.attention`, its dropout drawn from torch's
-    generator. With labels the loss is `ops.linear_cross_entropy`: in training no logits are made
-    unless output.logits is looked at (compiled: None); in evaluation they are. Logits, loss and
+    generator. With labels the loss is `ops.linear_cross_entropy`: in training logits are made only
+    when they are read from the output (compiled: never), in evaluation always. Logits, loss and
     gradients are the same up to rounding; generate, save_pretrained, Trainer work as before. As
-    with SDPA, attention weights (output_attentions) are not there.
+    with SDPA, there are no attention weights. A head with hooks or a loss of one's own is left to
+    transformers. The model gets a config of its own.
 
-    Raises ValueError for any other model; `restore` undoes it.
+    Raises ValueError for any other model, for one whose forward was replaced, and for one that is
+    to return attention weights; `restore` undoes it.
     """
-    if type(model) is GPT2LMHeadModel:
-        return model
-    if type(model) is not theirs.GPT2LMHeadModel:
+    if type(model) not in (theirs.GPT2LMHeadModel, GPT2LMHeadModel):
         raise ValueError(
             f"accelerate takes transformers' GPT2LMHeadModel, got {type(model).__name__}; of a "
             "wrapped model give the one inside, before it is wrapped"
         )
+    if type(model) is GPT2LMHeadModel and model.config._attn_implementation == _NAME:
+        return model
+    if "forward" in model.__dict__:
+        raise ValueError(
+            "the model's forward was replaced, by Accelerator or Trainer say; accelerate it before"
+        )
+    if model.config.output_attentions:
+        raise ValueError("config.output_attentions asks for weights that are never made; unset it")
     before = model.config._attn_implementation
+    _own_config(model)
     model.set_attn_implementation(_NAME)
     model.__class__ = GPT2LMHeadModel
-    model._attention_before_gptfast = before
+    model._attention_before_gptfast = "sdpa" if before == _NAME else before
     return model
+
+
+def _own_config(model: nn.Module) -> None:
+    """Give a model a copy of its config: another may share it."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate`, in place; returns the model. Another model is left as it is."""
     if type(model) is GPT2LMHeadModel:
         model.__class__ = theirs.GPT2LMHeadModel
-        model.set_attn_implementation(model._attention_before_gptfast)
-        del model._attention_before_gptfast
+        model.set_attn_implementation(model.__dict__.pop("_attention_before_gptfast", "sdpa"))
     return model

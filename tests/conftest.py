@@ -25,6 +25,9 @@ from gptfast.ops.library import (  # noqa: E402
     use_backend,
 )
 
+if os.environ.get("GPTFAST_SANITIZE") == "1":
+    # What `make sanitize` means to test, and not the usual build.
+    assert EXTENSION and "build/sanitize/lib" in EXTENSION.__file__, EXTENSION
 LEVELS = EXTENSION.build_info()["isa_supported"] if EXTENSION else []
 _SKIPPED = pytest.param("cpp", marks=pytest.mark.skip(f"the C++ extension is not built: {MISSING}"))
 
@@ -43,12 +46,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on the Triton kernels: `pytest -m triton` is what a GPU is needed for."""
+    """Mark what runs on the Triton kernels (`pytest -m triton` is what a GPU is needed for) and on
+    the reference, where a sanitizer has nothing to find."""
     for item in items:
         callspec = getattr(item, "callspec", None)
-        on_backend = callspec is not None and callspec.params.get("backend") == "triton"
-        if on_backend or "triton" in getattr(item, "fixturenames", ()):
+        backend = callspec.params.get("backend") if callspec is not None else None
+        if backend == "triton" or "triton" in getattr(item, "fixturenames", ()):
             item.add_marker("triton")
+        if backend == "reference":
+            item.add_marker("reference")
 
 
 def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:

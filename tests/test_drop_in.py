@@ -95,19 +95,77 @@ def test_parity(dtype: torch.dtype, training: bool, calls: dict[str, int]) -> No
         assert_parity(name, out, ref_values.double(), pt, 3.0 if wide else 2.0)
 
 
-def test_no_logits_in_training() -> None:
-    """The head is not called, and the output holds no logits, until they are asked for."""
+@pytest.fixture
+def heads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The calls of a layer as large as the head."""
+    calls, forward = [], nn.Linear.forward
+
+    def counting(self: nn.Linear, x: Tensor) -> Tensor:
+        calls.extend([1] * (self.out_features == V))
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counting)
+    return calls
+
+
+def test_no_logits_in_training(heads: list[int]) -> None:
+    """The head is not called until the logits are read, in whatever way; then once."""
     model = accelerate(make()).train()
-    heads = []
-    model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    ids, labels = batch()
+    wanted = model(input_ids=ids).logits
+    reads = [
+        lambda out: out.logits,
+        lambda out: out["logits"],
+        lambda out: out[1],
+        lambda out: out[:2][1],
+        lambda out: out.to_tuple()[1],
+        lambda out: out.get("logits"),
+    ]
+    for read in reads:
+        out = model(input_ids=ids, labels=labels)
+        heads.clear()
+        out.loss.backward()
+        assert "loss" in out and list(out)[:2] == ["loss", "logits"] and len(out) == 3
+        assert out["loss"] is out.loss is out[0] and not heads
+        assert torch.equal(read(out), wanted) and out.logits is out["logits"] and len(heads) == 1
+    out = model.eval()(input_ids=ids, labels=labels)
+    assert torch.equal(out["logits"], wanted) and type(out) is not drop_in.LazyLogits
+
+
+def test_logits_are_those_of_the_forward() -> None:
+    """Read later, under other modes, they are what they would have been."""
+    model, (ids, labels) = accelerate(make()).train(), batch()
+    out = model(input_ids=ids, labels=labels)
+    with torch.no_grad():
+        assert out.logits.requires_grad
+    with torch.no_grad():
+        out = model(input_ids=ids, labels=labels)
+    assert not out.logits.requires_grad
+    with torch.inference_mode():
+        out = model(input_ids=ids, labels=labels)
+    assert out.logits.is_inference()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(input_ids=ids, labels=labels)
+    assert out.logits.dtype == torch.bfloat16
+    out = model(input_ids=ids, labels=labels)
+    out.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="read them before optimizer.step"):
+        out.logits  # noqa: B018
+
+
+def test_what_accelerator_makes_of_an_output(heads: list[int]) -> None:
+    """It copies outputs by their items; the logits stay unread, and can be read."""
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, mixed_precision="bf16")
+    inner = accelerate(make()).train()
+    model = accelerator.prepare(inner)
     ids, labels = batch()
     out = model(input_ids=ids, labels=labels)
     out.loss.backward()
-    assert not heads and list(out.keys())[0] == "loss" and "logits" not in out.keys()
-    assert torch.equal(out.logits, model(input_ids=ids).logits)
-    assert out.logits is out.logits and len(heads) == 2
-    out = model.eval()(input_ids=ids, labels=labels)
-    assert torch.equal(out["logits"], model(input_ids=ids).logits) and len(out) == 3
+    assert not heads and out.logits.shape == (2, T, V)
+    restore(inner)
+    a, b = model(input_ids=ids, labels=labels), inner(input_ids=ids)
+    assert "logits" in a and not isinstance(a, drop_in.LazyLogits) and b.logits.shape == (2, T, V)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +175,7 @@ def test_no_logits_in_training() -> None:
         {"num_items_in_batch": torch.tensor(37)},
         {"ignore_index": 5, "labels": batch()[0]},
         {"shift_labels": random_ids(2, T, vocab_size=V, seed=9)},
+        {"shift_labels": random_ids(2 * T, vocab_size=V, seed=9)},
         {"logits_to_keep": 4, "labels": batch()[1][:, -4:]},
         {"return_dict": False},
         {"use_cache": False},
@@ -263,13 +322,68 @@ def test_other_models_are_refused(bad: Any) -> None:
         pass
 
     config = make().config
-    model = (
-        Mine(config) if bad == "subclass" else nn.Linear(1, 1) if bad is nn.Linear else bad(config)
-    )
-    with pytest.raises(
-        ValueError, match=f"takes transformers' GPT2LMHeadModel, got {type(model).__name__}"
-    ):
+    kinds = {"subclass": lambda: Mine(config), nn.Linear: lambda: nn.Linear(1, 1)}
+    model = kinds.get(bad, lambda: bad(config))()
+    with pytest.raises(ValueError, match=f"GPT2LMHeadModel, got {type(model).__name__}"):
         gptfast.accelerate(model)
+
+
+def test_models_that_cannot_be_accelerated() -> None:
+    model = make()
+    model.forward = model.forward
+    with pytest.raises(ValueError, match="forward was replaced"):
+        accelerate(model)
+    model = make(attn_implementation="eager")
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions"):
+        accelerate(model)
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "norm"])
+def test_a_head_with_hooks_is_left_alone(kind: str) -> None:
+    theirs, (ids, labels) = make().train(), batch()
+    ours = accelerate(copy.deepcopy(theirs))
+    for model in (theirs, ours):
+        if kind == "hook":
+            model.lm_head.register_forward_hook(lambda _, __, out: 3 * torch.tanh(out / 3))
+        elif kind == "pre-hook":
+            model.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 0.5,))
+        else:
+            nn.utils.parametrizations.weight_norm(model.lm_head)
+    for _ in range(2):
+        a, b = (m(input_ids=ids, labels=labels).loss for m in (ours, theirs))
+        a.backward()
+        b.backward()
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_models_that_share_a_config() -> None:
+    config = make().config
+    a, b = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
+    accelerate(a)
+    assert b.config._attn_implementation == "sdpa"
+    accelerate(b)
+    for model in (a, b):
+        assert restore(model).config._attn_implementation == "sdpa"
+        assert model.transformer.h[0].attn.config is model.config
+
+
+def test_its_own_class_makes_models_too(tmp_path: Path) -> None:
+    model = accelerate(make())
+    model.save_pretrained(tmp_path)
+    other = accelerate(type(model).from_pretrained(tmp_path))
+    assert other.config._attn_implementation == "gptfast"
+    assert restore(other).config._attn_implementation == "sdpa"
+    assert type(other) is GPT2LMHeadModel
+
+
+def test_only_who_asks_needs_transformers() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys; sys.modules['transformers'] = None; from gptfast import *; import gptfast"
+    code += "; assert 'accelerate' in dir(gptfast)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Windows(torch.utils.data.Dataset):
