@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -77,6 +77,8 @@ class Score:
     """Nats per token."""
     nats: float
     """Of all tokens that were predicted."""
+    n_tokens: int
+    """That were predicted."""
     n_bytes: int
     """Of them as text; end-of-text is none."""
 
@@ -88,7 +90,7 @@ class Score:
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
     """The bytes of each token, (vocab_size,) int64; 0 for end-of-text and ids without a token."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
-    for i in range(tokenizer.n_vocab):
+    for i in range(min(tokenizer.n_vocab, vocab_size)):
         if i != tokenizer.eot:
             lengths[i] = len(tokenizer.decode_bytes([i]))
     return lengths
@@ -101,8 +103,8 @@ def loader_score(
     loss = loader_loss(model, batches)
     lengths = byte_lengths(tokenizer, model.config.vocab_size)
     targets = [y[y != -100] for _, y in batches]
-    n_bytes = sum(int(lengths[y].sum()) for y in targets)
-    return Score(loss, loss * sum(map(len, targets)), n_bytes)
+    n_bytes, n = sum(int(lengths[y].sum()) for y in targets), sum(map(len, targets))
+    return Score(loss, loss * n, n, n_bytes)
 
 
 def _windows(n: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -139,29 +141,69 @@ def sliding_score(
         )
     if not 1 <= stride <= max_length:
         raise ValueError(f"stride must be from 1 to max_length={max_length}, got {stride}")
+    windows = list(_windows(len(tokens), max_length, stride))
+    found, score = _measure(model, tokens, tokenizer, windows, batch_size)
+    new = [new - 1 for begin, end, new in windows if end - begin > 1]
+    weighted = sum(nats / n * weight for (nats, n), weight in zip(found, new, strict=True))
+    return replace(score, loss=weighted / sum(new))
+
+
+def text_score(
+    model: GPT,
+    tokens: Tensor | TokenFiles,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    batch_size: int = 8,
+) -> Score:
+    """A text's score by windows side by side, as training sees it: max_length inputs each, the last
+    as many as are left, so that every token but the first is predicted once. tokens: (n,) int64.
+
+    Raises ValueError for a max_length outside [1, block_size] and fewer than two tokens.
+    """
+    if not 1 <= max_length <= model.config.block_size:
+        raise ValueError(
+            f"max_length must be from 1 to block_size={model.config.block_size}, got {max_length}"
+        )
+    # A window shares its first token, an input only, with the end of the one before.
+    windows = list(_windows(len(tokens), max_length + 1, max_length))
+    return _measure(model, tokens, tokenizer, windows, batch_size)[1]
+
+
+def _measure(
+    model: GPT,
+    tokens: Tensor | TokenFiles,
+    tokenizer: Tokenizer,
+    windows: list[tuple[int, int, int]],
+    batch_size: int,
+) -> tuple[list[tuple[float, int]], Score]:
+    """Of each window that predicts something the nats and the number of its predictions; and the
+    score of all."""
     if len(tokens) < 2:
         raise ValueError(f"no tokens to evaluate: {len(tokens)} are there, two are needed")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     lengths = byte_lengths(tokenizer, model.config.vocab_size)
-    windows = [w for w in _windows(len(tokens), max_length, stride) if w[1] - w[0] > 1]
-    weighted, weights, nats, n_bytes = 0.0, 0, 0.0, 0
+    windows = [window for window in windows if window[1] - window[0] > 1]
+    found, n_bytes = [], 0
     with torch.no_grad(), evaluating(model):
         for i in range(0, len(windows), batch_size):
-            rows = []
-            for begin, end, new in windows[i : i + batch_size]:
-                window = tokens[begin:end]
-                if isinstance(window, TokenFiles):
-                    window = window.tensor()
-                y = window[1:].clone()
-                y[: max(0, len(y) - new)] = -100
-                rows.append((window[:-1], y))
-                n_bytes += int(lengths[y[y != -100]].sum())
+            rows = [_row(tokens, *window) for window in windows[i : i + batch_size]]
             x, y = padded(model, rows)
             sums = target_losses(model, model.hidden(x), y).double().sum(1).tolist()
-            for total, (_, y), (_, _, new) in zip(sums, rows, windows[i:], strict=False):
-                nats += total
-                weighted += total / int((y != -100).sum()) * (new - 1)
-                weights += new - 1
-    return Score(weighted / weights, nats, n_bytes)
+            found += zip(sums, (y != -100).sum(1).tolist(), strict=True)
+            n_bytes += int(lengths[y[y != -100].cpu()].sum())
+    nats, n = (sum(column) for column in zip(*found, strict=True))
+    return found, Score(nats / n, nats, n, n_bytes)
+
+
+def _row(tokens: Tensor | TokenFiles, begin: int, end: int, new: int) -> Row:
+    window = tokens[begin:end]
+    if isinstance(window, TokenFiles):
+        window = window.tensor()
+    y = window[1:].clone()
+    y[: max(0, len(y) - new)] = -100
+    return window[:-1], y
 
 
 def perplexity(loss: float) -> float:

@@ -271,9 +271,16 @@ def stream_text(
     A piece is whole characters, and never any part of a stop string.
     """
     ids = _encode(tokenizer, prompt, allowed_special, options)
+    return text_pieces(model, tokenizer, ids, max_new_tokens, **options)
+
+
+def text_pieces(
+    model: GPT, tokenizer: Tokenizer, prompt_ids: Sequence[int], max_new_tokens: int, **options: Any
+) -> Iterator[str]:
+    """`stream_text` for a prompt that is ids already."""
     checked = _streamed({**options, "tokenizer": tokenizer}, model.config.vocab_size)
     text = TextStream(tokenizer, checked.stops(model.config.vocab_size))
-    raw = _raw_stream(model, ids, max_new_tokens, checked)
+    raw = _raw_stream(model, prompt_ids, max_new_tokens, checked)
 
     def pieces() -> Iterator[str]:
         for i, _ in raw:

@@ -5,8 +5,10 @@ takes the ending with the least loss, acc_norm that with the least loss per toke
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,12 @@ class Accuracy:
 
 def _examples(path: Path) -> Iterator[tuple[str, list[str], int]]:
     """Context, endings, label; ValueError naming the line that is none."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
                 continue
             try:
-                example = json.loads(line)
+                example = json.loads(raw.decode("utf-8-sig"))
                 context, endings, label = (example[k] for k in ("ctx", "endings", "label"))
             except (ValueError, LookupError, TypeError, RecursionError):
                 example = None
@@ -51,7 +53,7 @@ def _fits(context: Any, endings: Any, label: Any) -> bool:
     # Some copies have the label as text.
     index = int(label) if isinstance(label, str) and label.isdecimal() else label
     labelled = type(index) is int and 0 <= index < len(endings)
-    return labelled and all(isinstance(ending, str) for ending in endings)
+    return labelled and all(isinstance(ending, str) and ending.strip() for ending in endings)
 
 
 def _row(context: list[int], ending: list[int], block_size: int) -> Row:
@@ -63,12 +65,20 @@ def _row(context: list[int], ending: list[int], block_size: int) -> Row:
 
 
 def hellaswag(
-    model: GPT, tokenizer: Tokenizer, path: str | PathLike, *, batch_size: int = 8
+    model: GPT,
+    tokenizer: Tokenizer,
+    path: str | PathLike,
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
 ) -> Accuracy:
-    """Accuracy on a .jsonl of examples; batch_size of them at a time.
+    """Accuracy on a .jsonl of examples, the first `limit` of them; batch_size at a time.
 
-    Raises ValueError for a line that is no example, an empty file, an empty context or ending.
+    Raises ValueError for a line that is no example, an empty file, an empty context or ending, and
+    a model whose losses are not finite.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     examples, losses, norms = [], [], []
 
     def measure(rows: list[Row]) -> None:
@@ -79,7 +89,7 @@ def hellaswag(
 
     with torch.no_grad(), evaluating(model):
         rows: list[Row] = []
-        for context, endings, label in _examples(Path(path)):
+        for context, endings, label in islice(_examples(Path(path)), limit):
             ids = tokenizer.encode(context)
             if not ids:
                 raise ValueError(f"{path}: an example has an empty context")
@@ -98,6 +108,8 @@ def hellaswag(
 
 
 def _accuracy(examples: list[tuple[int, int]], losses: list[float], norms: list[float]) -> Accuracy:
+    if not all(map(math.isfinite, losses)):
+        raise ValueError("the model's losses are not finite; check its weights")
     at, right = 0, [0, 0]
     for n, label in examples:
         for i, values in enumerate((losses, norms)):

@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from gptfast.evaluate import Row, padded, target_losses
-from gptfast.generate import generate_text
+from gptfast.generate import text_pieces
 from gptfast.model import GPT
 from gptfast.sequences import evaluating
-from gptfast.tokenizer import Tokenizer, get_tokenizer
+from gptfast.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
 
 _Request = tuple[Any, list[int], list[int]]
 
@@ -42,8 +43,12 @@ class GPTFastLM(TemplateLM):
         self.model = model.to(device or model.wte.weight.device)
         name = tokenizer if isinstance(tokenizer, str) else model.tokenizer_name or "gpt2"
         self.tokens = get_tokenizer(name) if tokenizer is None or tokenizer is name else tokenizer
-        self.batch_size = 8 if batch_size == "auto" else int(batch_size)
-        self.max_length = max_length or model.config.block_size
+        self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
+        T = model.config.block_size
+        self.max_length = T if max_length is None else int(max_length)
+        if not 1 <= self.max_length <= T:
+            raise ValueError(f"max_length must be from 1 to block_size={T}, got {max_length}")
+        self._draws = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -54,7 +59,8 @@ class GPTFastLM(TemplateLM):
         return self.tokens.name
 
     def tok_encode(self, string: str, **_: Any) -> list[int]:
-        return self.tokens.encode(string)
+        # As the harness's own models read it: end-of-text where its name stands.
+        return self.tokens.encode(string, allowed_special={END_OF_TEXT})
 
     def _loglikelihood_tokens(
         self, requests: Sequence[_Request], disable_tqdm: bool = False, **_: Any
@@ -83,9 +89,16 @@ class GPTFastLM(TemplateLM):
         return results
 
     def _row(self, context: list[int], continuation: list[int]) -> Row:
-        ids = torch.tensor((context + continuation)[-(self.max_length + 1) :])
+        if not 1 <= len(continuation) <= self.max_length:
+            raise ValueError(
+                f"a continuation has {len(continuation)} tokens; 1 to {self.max_length} can be "
+                "scored"
+            )
+        # The harness moves white space from a context's end to the continuation: all of it, maybe.
+        whole = (context or [self.prefix_token_id]) + continuation
+        ids = torch.tensor(whole[-(self.max_length + 1) :])
         y = ids[1:].clone()
-        y[: max(0, len(y) - len(continuation))] = -100
+        y[: len(y) - len(continuation)] = -100
         return ids[:-1], y
 
     def loglikelihood_rolling(
@@ -108,24 +121,31 @@ class GPTFastLM(TemplateLM):
         return [sum(next(scores)[0] for _ in range(n)) for n in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, or drawn with the temperature asked for, up to a stop string."""
+        """Greedy continuations, or drawn, each from a seed of its own, if that is asked for; up to
+        a stop string. A context too long for what is to follow loses its beginning."""
         texts = []
         for request in tqdm(requests, disable=disable_tqdm, desc="generate_until"):
-            context, options = request.args[0], dict(request.args[1])
-            until = options.get("until") or []
-            stop = [until] if isinstance(until, str) else list(until)
-            n = int(options.get("max_gen_toks") or options.get("max_new_tokens") or 256)
-            sampled = options.get("do_sample", False)
-            text = generate_text(
+            context, given = request.args
+            options = normalize_gen_kwargs(dict(given), default_max_gen_toks=256)
+            n = options["max_gen_toks"]
+            ids = self.tok_encode(context) or [self.prefix_token_id]
+            if n < self.max_length:
+                ids = ids[-(self.max_length - n) :]
+            stop, sampled = [s for s in options["until"] if s], options["do_sample"]
+            drawn = {name: options.get(name) for name in ("top_p", "top_k")} if sampled else {}
+            self._draws += 1
+            pieces = text_pieces(
                 self.model,
                 self.tokens,
-                context,
+                ids,
                 n,
-                temperature=float(options.get("temperature") or 1.0) if sampled else 0.0,
-                top_p=options.get("top_p") if sampled else None,
-                top_k=options.get("top_k") if sampled else None,
-                stop=[s for s in stop if s] or None,
+                eos_id=self.tokens.eot,
+                temperature=float(options["temperature"]) if sampled else 0.0,
+                seed=self._draws if sampled else 0,
+                stop=stop or None,
+                **drawn,
             )
-            texts.append(text[len(context) :])
-            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+            text = "".join(pieces)
+            texts.append(text)
+            self.cache_hook.add_partial("generate_until", request.args, text)
         return texts

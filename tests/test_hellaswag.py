@@ -89,11 +89,16 @@ def test_a_long_context_loses_its_beginning(tmp_path: Path) -> None:
         '{"ctx": "a", "endings": ["b"], "label": 0}',
         '{"ctx": "a", "endings": ["b", 3], "label": 0}',
         '{"ctx": null, "endings": ["b", "c"], "label": 0}',
+        '{"ctx": "a", "endings": ["", "c"], "label": 0}',
+        "\udcff",
         "[" * 100_000,
     ],
 )
 def test_a_line_that_is_no_example(line: str, tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text(json.dumps(examples(1)[0]) + "\n" + line)
+    text = (
+        "\ufeff" + json.dumps(examples(1)[0]) + "\n" + line
+    )  # the mark of some editors is no fault
+    (tmp_path / "x.jsonl").write_text(text, "utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match="x.jsonl, line 2: not"):
         hellaswag(random_model(vocab_size=257), BYTE, tmp_path / "x.jsonl")
 
@@ -106,3 +111,13 @@ def test_nothing_to_measure(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps(line))
     with pytest.raises(ValueError, match="empty context"):
         hellaswag(random_model(vocab_size=257), BYTE, tmp_path / "x.jsonl")
+    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+        hellaswag(random_model(vocab_size=257), BYTE, tmp_path / "x.jsonl", batch_size=0)
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, examples(3))))
+    assert (
+        hellaswag(random_model(vocab_size=257), BYTE, tmp_path / "x.jsonl", limit=2).examples == 2
+    )
+    broken = random_model(vocab_size=257)
+    broken.ln_f.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="losses are not finite"):
+        hellaswag(broken, BYTE, tmp_path / "x.jsonl")

@@ -20,13 +20,8 @@ from gptfast import GPT, get_tokenizer  # noqa: E402
 from gptfast.lm_eval import GPTFastLM  # noqa: E402
 
 BYTE = get_tokenizer("byte")
-PAIRS = [
-    ("the value of", " a name"),
-    ("", "x"),
-    ("ab ", "c"),
-    ("a" * 50, " tail"),
-    ("q", "zz" * 20),
-]
+PAIRS = [("the value of", " a name"), ("", "x"), ("ab ", "c"), ("a" * 50, " tail")]
+PAIRS += [(" ", "b"), ("q", "z" * 31)]
 
 
 def request(kind: str, *args: Any) -> Instance:
@@ -57,7 +52,7 @@ def test_loglikelihood_by_hand(model: GPT, batch_size: int | str) -> None:
     for (context, continuation), (value, is_greedy) in zip(pairs, got, strict=True):
         kept = context.rstrip()
         moved = context[len(kept) :] + continuation
-        ids = BYTE.encode(kept) if context else [BYTE.eot]
+        ids = BYTE.encode(kept) or [BYTE.eot]
         wanted = log_likelihood(model, ids, BYTE.encode(moved))
         assert abs(value - wanted[0]) < 1e-4 * abs(wanted[0])
         assert is_greedy == wanted[1]
@@ -86,9 +81,35 @@ def test_generate_until(model: GPT) -> None:
     harness = GPTFastLM(model, BYTE)
     whole = generate_text(model, BYTE, "the v", 12, temperature=0.0)[5:]
     stop = whole[4:6]
-    options = [{"max_gen_toks": 12}, {"until": [stop], "max_gen_toks": 12}, {"until": stop}]
+    limit = {"max_gen_toks": 12}
+    options = [limit, {"until": [stop], **limit}, {"until": stop, **limit}]
     got = harness.generate_until([request("generate_until", "the v", o) for o in options], True)
     assert got == [whole, whole[: whole.index(stop)], whole[: whole.index(stop)]]
+
+
+def test_generate_until_draws(model: GPT) -> None:
+    """Each draw from a seed of its own; a temperature of 0 draws nothing; no room for it all."""
+    harness = GPTFastLM(model, BYTE)
+
+    def got(context: str, **options: Any) -> list[str]:
+        return harness.generate_until([request("generate_until", context, options)] * 3, True)
+
+    assert len(set(got("the v", do_sample=True, temperature=1.0, max_gen_toks=12))) == 3
+    assert len(set(got("the v", temperature=0.0, max_gen_toks=12))) == 1
+    assert got("the v", max_gen_toks=0) == [""] * 3
+    # As the harness's own models do: the context loses its beginning, so that all of it fits.
+    assert got("x" * 90 + "the value", max_gen_toks=23) == got("the value", max_gen_toks=23)
+    assert got("", max_new_tokens=3) == got("<|endoftext|>", max_gen_toks=3)
+
+
+def test_end_of_text_and_what_cannot_be_scored(model: GPT) -> None:
+    harness = GPTFastLM(model, BYTE)
+    assert harness.tok_encode("a<|endoftext|>b") == [97, 256, 98]
+    for continuation, n in (("", 0), ("c" * 33, 33)):
+        with pytest.raises(ValueError, match=f"has {n} tokens; 1 to 32 can be scored"):
+            harness.loglikelihood([request("loglikelihood", "ab", continuation)], True)
+    with pytest.raises(ValueError, match="max_length must be from 1 to block_size=32, got 33"):
+        GPTFastLM(model, BYTE, max_length=33)
 
 
 def test_as_the_harnesss_own_model(tmp_path: Path) -> None:
@@ -104,7 +125,7 @@ def test_as_the_harnesss_own_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "hf", tokenizer=tokenizer)
     theirs = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", batch_size=2, dtype="float32")
     ours = GPTFastLM(str(tmp_path / "hf"))
-    requests = [request("loglikelihood", *pair) for pair in PAIRS if len(pair[1]) < 20]
+    requests = [request("loglikelihood", *pair) for pair in PAIRS if pair[0] != " "]
     for a, b in zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True):
         assert abs(a[0] - b[0]) < 1e-3 and a[1] == b[1]
     rolling = [request("loglikelihood_rolling", embedded_text()[i : i + 200]) for i in (0, 777)]

@@ -7,7 +7,7 @@ import tyro
 
 from gptfast.cli.generate import load
 from gptfast.data import create_dataloader
-from gptfast.evaluate import Score, loader_score, perplexity, sliding_score
+from gptfast.evaluate import Score, loader_score, perplexity, sliding_score, text_score
 from gptfast.hellaswag import hellaswag
 from gptfast.model import GPT
 from gptfast.sources import load_part
@@ -65,7 +65,8 @@ class Eval:
                 f"{score.bits_per_byte:.4f} bits per byte"
             )
         if self.hellaswag:
-            found = hellaswag(model, tokenizer, self.hellaswag, batch_size=self.batch_size)
+            options = {"batch_size": self.batch_size, "limit": self.limit}
+            found = hellaswag(model, tokenizer, self.hellaswag, **options)
             print(
                 f"hellaswag: acc {found.acc:.4f}, acc_norm {found.acc_norm:.4f} "
                 f"({found.examples:,} examples)"
@@ -80,14 +81,16 @@ class Eval:
                 f"max_length must be from 1 to block_size={model.config.block_size}, got {T}"
             )
         source = load_part(self.data, tokenizer, self.part)
-        if self.stride is None:
-            options = {"shuffle": False, "drop_last": False, "tokenizer": tokenizer}
-            loader = create_dataloader(source, self.batch_size, T, T, **options)
-            return loader_score(model, loader, tokenizer)
-        if isinstance(source, Documents):
+        sizes = {"max_length": T, "batch_size": self.batch_size}
+        if not isinstance(source, Documents):
+            if self.stride is None:
+                return text_score(model, source, tokenizer, **sizes)
+            return sliding_score(model, source, tokenizer, stride=self.stride, **sizes)
+        if self.stride is not None:
             raise ValueError("--stride slides over one text; prompts with completions are many")
-        options = {"max_length": T, "stride": self.stride, "batch_size": self.batch_size}
-        return sliding_score(model, source, tokenizer, **options)
+        options = {"shuffle": False, "drop_last": False, "tokenizer": tokenizer}
+        loader = create_dataloader(source, self.batch_size, T, T, **options)
+        return loader_score(model, loader, tokenizer)
 
     def _run_tasks(self, model: GPT, tokenizer: Tokenizer) -> None:
         try:
@@ -99,5 +102,6 @@ class Eval:
             raise ValueError(
                 f"--tasks needs lm-evaluation-harness ({error}): pip install 'gptfast[lm-eval]'"
             ) from None
-        harness = GPTFastLM(model, tokenizer, batch_size=self.batch_size)
+        options = {"batch_size": self.batch_size, "max_length": self.max_length}
+        harness = GPTFastLM(model, tokenizer, **options)
         print(make_table(simple_evaluate(harness, tasks=list(self.tasks), limit=self.limit)))
