@@ -121,12 +121,12 @@ def find_checkpoint(path: str | PathLike) -> Path:
     path = Path(path)
     if not path.is_dir():
         why = "it is not a directory" if path.exists() else "there is no such directory"
-        raise ValueError(f"{path} is no checkpoint: {why}")
+        raise CheckpointError(f"{path} is no checkpoint: {why}")
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return path
     if found := checkpoints(path):
         return found[-1]
-    raise ValueError(
+    raise CheckpointError(
         f"{path} is no checkpoint: it has no config.json and model.safetensors, and no checkpoints/"
     )
 
@@ -257,6 +257,9 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"{path / 'state.json'} has checkpoint format {state.get('format')!r}, "
             f"expected {FORMAT}"
         )
+    sums = state.get("sha256")
+    if not isinstance(sums, dict) or not {"config.json", "model.safetensors"} <= sums.keys():
+        raise CheckpointError(f"{path / 'state.json'} is damaged: it names no files and sums")
     # The text too: another spelling of a number has its value.
     if state.get("digest") != _digest(state) or text != _json(state):
         raise CheckpointError(
@@ -291,7 +294,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     try:
         _verify(path, _read_state(path), ("train.toml",))
         return tomllib.loads((path / "train.toml").read_text("utf-8"))
-    except (CheckpointError, KeyError, FileNotFoundError):
+    except (CheckpointError, KeyError, FileNotFoundError, tomllib.TOMLDecodeError):
         return None
 
 

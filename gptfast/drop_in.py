@@ -180,8 +180,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     generator. With labels the loss is `ops.linear_cross_entropy`: in training logits are made only
     when they are read from the output (compiled: never), in evaluation always. Logits, loss and
     gradients are the same up to rounding; generate, save_pretrained, Trainer work as before. As
-    with SDPA, there are no attention weights, and there are no second derivatives. A head with hooks or a loss of one's own is left to
-    transformers. The model gets a config of its own.
+    with SDPA, there are no attention weights; nor are there second derivatives. A head with hooks
+    or a loss of one's own is left to transformers. The model gets a config of its own.
 
     Raises ValueError for any other model, for one whose forward was replaced, and for one that is
     to return attention weights; `restore` undoes it.

@@ -8,7 +8,7 @@ from gptfast.checkpoint import find_model, is_run, read_settings
 from gptfast.config import PRESETS
 from gptfast.model import GPT
 from gptfast.weights import book, llmc, nanogpt, openai, transformers
-from gptfast.weights.stored import CheckpointError, read_pickle, read_safetensors
+from gptfast.weights.stored import CheckpointError, one_line, read_pickles, read_safetensors
 from gptfast.weights.weights import Weights, tokenizer_in
 
 
@@ -25,8 +25,13 @@ def open_weights(path: str | PathLike, n_head: int | None = None) -> Weights:
     n_head: of a file that does not tell, the book's say; None takes heads of 64 channels.
     Raises CheckpointError for anything else, naming what is wrong.
     """
-    path = _find(path)
-    weights = _open_directory(path) if path.is_dir() else _open_file(path, n_head)
+    try:
+        path = _find(path)
+        weights = _open_directory(path) if path.is_dir() else _open_file(path, n_head)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:  # a name that no file can have, say
+        raise CheckpointError(f"{str(path)!r:.200} cannot be read: {one_line(error)}") from None
     if n_head not in (None, weights.config.n_head):
         raise CheckpointError(
             f"{weights.source} has {weights.config.n_head} heads, not n_head={n_head}"
@@ -36,7 +41,9 @@ def open_weights(path: str | PathLike, n_head: int | None = None) -> Weights:
 
 def load_model(path: str | PathLike, n_head: int | None = None) -> GPT:
     """The model of `open_weights`, in evaluation mode."""
-    return open_weights(path, n_head).build()
+    model = open_weights(path, n_head).build()
+    model.tokenizer_name = model.tokenizer_name or tokenizer_of(path)
+    return model
 
 
 def load_weights(model: GPT, path: str | PathLike) -> None:
@@ -48,7 +55,7 @@ def tokenizer_of(path: str | PathLike) -> str | None:
     """The tokenizer of the model at `path`, a name or a directory, if it is on record."""
     path = _find(path)
     if is_run(path) and (settings := read_settings(find_model(path))):
-        return settings["tokenizer"]
+        return settings.get("tokenizer")
     return tokenizer_in(path if path.is_dir() else path.parent)
 
 
@@ -66,9 +73,10 @@ def _find(path: str | PathLike) -> Path:
 
 
 def _open_directory(path: Path) -> Weights:
-    if (path / "hparams.json").is_file():
+    ours = (path / "config.json").is_file() and (path / "model.safetensors").is_file()
+    if (path / "hparams.json").is_file() and not ours:
         return openai.open_directory(path)
-    if (path / "config.json").is_file() and not (path / "model.safetensors").is_file():
+    if (path / "config.json").is_file() and not ours:
         if any((path / name).is_file() for name in transformers.FILES):
             return transformers.open_directory(path)
     if (path / "ckpt.pt").is_file():  # nanoGPT's output directory
@@ -77,20 +85,19 @@ def _open_directory(path: Path) -> Weights:
 
 
 def _open_file(path: Path, n_head: int | None) -> Weights:
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except OSError as error:
-        why = error.strerror if path.exists() else "there is no such directory"
-        raise CheckpointError(f"{path} is no checkpoint: {why}") from None
+    if not path.is_file():
+        why = "it is no file" if path.exists() else "there is no such directory"
+        raise CheckpointError(f"{path} is no checkpoint: {why}")
+    with path.open("rb") as file:
+        start = file.read(16)
     if start[:4] == llmc.MAGIC.to_bytes(4, "little"):
         return llmc.open_file(path)
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # a zip file, a pickle
-        raw, beside = read_pickle(path)
+    if start[8:9] == b"{" and start[:4] != b"PK\x03\x04":  # after the length of the header
+        raw = read_safetensors(path)
+    elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # a zip file, a pickle
+        raw, beside = read_pickles(path)
         if nanogpt.recognise(beside):
             return nanogpt.open_tensors(path, raw, beside)
-    elif start[8:9] == b"{":  # after the length of the header
-        raw = read_safetensors(path)
     else:
         raise CheckpointError(
             f"{path} is no checkpoint: it begins neither as safetensors nor as what torch.save or "

@@ -39,7 +39,7 @@ def open_tensors(path: Path, raw: dict[str, Stored], beside: dict[str, Any]) -> 
     tensors = gpt_tensors(raw)
     if args.get("bias") is False:
         tensors |= _zero_biases(tensors)
-    return Weights(str(path), config, fitted(tensors, config))
+    return fitted(str(path), tensors, config)
 
 
 def _zero_biases(tensors: dict[str, Stored]) -> dict[str, Stored]:

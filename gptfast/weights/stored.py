@@ -6,6 +6,7 @@ containers; nothing is executed.
 """
 
 import json
+import mmap
 import re
 import warnings
 import zipfile
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Bytes read from a mapping before it is made anew, which gives its resident pages back.
-_RESIDENT = 2**25
+_RESIDENT = 2**24
 
 
 class CheckpointError(ValueError):
@@ -111,50 +113,88 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(read_text(path), path)
 
 
-def read_safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of a .safetensors file."""
+def read_safetensors(*paths: Path) -> dict[str, Stored]:
+    """The tensors of .safetensors files."""
 
     def open() -> dict[str, Tensor]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
+        tensors = {}
+        for path in paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
+        return tensors
 
     return Mapped(open).stored()
 
 
-def read_pickle(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """The named tensors of a file that torch.save wrote, and what stands beside them.
+# Where nanoGPT, the book and others keep the weights beside the optimizer's state.
+_STATE = ("model", "model_state_dict", "state_dict")
+# A scalar of numpy's, a loss say, may stand beside the weights; by its names of old and new.
+_NUMPY = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np._core.multiarray.scalar,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4")),
+]
+
+
+def read_pickles(*paths: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """The named tensors of files that torch.save wrote, and nanoGPT's model_args if the first has
+    them.
 
     Only tensors and plain containers are taken: a pickle that asks for anything else is refused.
     """
-    mapped = zipfile.is_zipfile(path)  # else the format before torch 1.6
-    content = _unpickle(path, mapped)
-    key = next((key for key in _STATE if isinstance(content.get(key), dict)), None)
+    mapped = all(zipfile.is_zipfile(path) for path in paths)  # else the format before torch 1.6
+    for path in paths:
+        _check_pickle(path)
+    args: dict[str, Any] = {}
 
-    def tensors(content: dict[str, Any]) -> dict[str, Tensor]:
-        state = content if key is None else content[key]
-        return {name: _plain(state[name], path) for name in state if _named(name, state[name])}
+    def open() -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for i, path in enumerate(paths):
+            content = _unpickle(path, mapped)
+            if i == 0 and isinstance(content.get("model_args"), dict):
+                args["model_args"] = content["model_args"]
+            key = next((key for key in _STATE if isinstance(content.get(key), dict)), None)
+            state = content if key is None else content[key]
+            own = {k: _plain(v, path) for k, v in state.items() if _named(k, v)}
+            # A head may be the embedding once more; further tensors over the same bytes are none.
+            if sum(tensor.nbytes for tensor in own.values()) > 2 * path.stat().st_size:
+                raise CheckpointError(f"{path} is damaged: its tensors are more than its bytes")
+            tensors |= own
+        return tensors
 
-    beside = {} if key is None else {k: v for k, v in content.items() if k != key}
     if mapped:
-        del content
-        return Mapped(lambda: tensors(_unpickle(path, mapped))).stored(), beside
+        return Mapped(open).stored(), args
 
     def one(tensor: Tensor) -> Stored:
         return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor, mapped=False)
 
-    return {name: one(tensor) for name, tensor in tensors(content).items()}, beside
+    return {name: one(tensor) for name, tensor in open().items()}, args
 
 
-# Where nanoGPT, the book and others keep the weights beside the optimizer's state.
-_STATE = ("model", "model_state_dict", "state_dict")
+def _check_pickle(path: Path) -> None:
+    """CheckpointError for what small files can make large in torch's reader."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            large = data.find(b"bytearray") >= 0  # of any length, all zeros; no tensor needs it
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                large = large or any(x.compress_type for x in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
+    if large:
+        raise CheckpointError(f"{path} is not read: it is compressed or asks for a bytearray")
 
 
 def _unpickle(path: Path, mapped: bool) -> dict[str, Any]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of protocols that damaged files name
+        with (
+            warnings.catch_warnings(action="ignore"),  # of protocols that damaged files name
+            torch.serialization.safe_globals(_NUMPY),
+        ):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a damaged or hostile pickle makes torch raise
         asked = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))

@@ -22,7 +22,7 @@ from gptfast.weights.stored import CheckpointError, Mapped, Stored, map_file
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER, _TRAILER = 48, 5
 # What an index says of one tensor is some 30 bytes; GPT-2 XL's has 582 of them.
-_MAX_INDEX = 2**26
+_MAX_INDEX, _MAX_ENTRIES = 2**22, 20_000
 _MAX_KEY, _MAX_DIMS = 1024, 254
 # tensorflow/core/framework/types.proto
 _DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}
@@ -169,6 +169,8 @@ def _read_index(table: bytes) -> tuple[int, dict[str, _Entry]]:
         if left < 0:  # one block a thousand times over, say
             raise _Damaged("its blocks overlap")
         for key, value in _block(table, handle):
+            if len(entries) > _MAX_ENTRIES:
+                raise _Damaged(f"it has more than {_MAX_ENTRIES} entries")
             if key:
                 entries[key.decode("utf-8")] = _entry(value)
             else:

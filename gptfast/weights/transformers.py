@@ -1,6 +1,7 @@
 """transformers' layout of GPT-2: config.json, and safetensors or a pickle, whole or in shards."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,14 @@ from torch import Tensor
 
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
-from gptfast.weights.stored import CheckpointError, Stored, read_json, read_pickle, read_safetensors
-from gptfast.weights.weights import Weights, infer_config, tokenizer_in, unwrapped
+from gptfast.weights.stored import (
+    CheckpointError,
+    Stored,
+    read_json,
+    read_pickles,
+    read_safetensors,
+)
+from gptfast.weights.weights import Weights, infer_config, renamed, tokenizer_in, unwrapped
 
 # transformers keeps these four as Conv1D: (in, out) where nn.Linear has (out, in).
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -104,7 +111,7 @@ def hf_tensors(model: GPT) -> dict[str, Tensor]:
 def gpt_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """Tensors in GPT's names and layout, of those in transformers' or nanoGPT's: these are told
     apart by the orientation of c_attn. Old files' causal masks are left out."""
-    tensors = {name.removeprefix("transformer."): s for name, s in unwrapped(tensors).items()}
+    tensors = renamed(unwrapped(tensors), lambda name: name.removeprefix("transformer."))
     shape = tensors["h.0.attn.c_attn.weight"].shape if "h.0.attn.c_attn.weight" in tensors else ()
     conv1d = len(shape) == 2 and shape[0] < shape[1]
     return {
@@ -114,20 +121,31 @@ def gpt_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     }
 
 
-def fitted(tensors: dict[str, Stored], config: GPTConfig) -> dict[str, Stored]:
-    """The tensors without what the model does not keep: a tied head's copy, a zero bias."""
-    left_out = {"lm_head.weight"} if config.tie_weights else set()
-    if not config.qkv_bias:
-        left_out |= {f"h.{i}.attn.c_attn.bias" for i in range(config.n_layer)}
-    return {name: stored for name, stored in tensors.items() if name not in left_out}
+def fitted(
+    source: str, tensors: dict[str, Stored], config: GPTConfig, tokenizer: str | None = None
+) -> Weights:
+    """Weights without what the model does not keep: a tied head's copy, a zero bias. Where the
+    values say that the head is not tied, or that the bias counts, they are believed."""
+    head = "lm_head.weight"
+    if config.tie_weights and head in tensors:
+        if _same(tensors, head, "wte.weight"):
+            del tensors[head]
+        else:
+            config = replace(config, tie_weights=False)
+    biases = [name for name in tensors if name.endswith("attn.c_attn.bias")]
+    if not config.qkv_bias and biases:
+        if any(tensors[name].read().any() for name in biases):
+            config = replace(config, qkv_bias=True)
+        else:
+            tensors = {name: s for name, s in tensors.items() if name not in biases}
+    return Weights(source, config, tensors, tokenizer)
 
 
 def with_head(source: str, tensors: dict[str, Stored], n_head: int | None) -> Weights:
     """Weights of tensors whose configuration no file tells: the head is tied if it is absent or
     the token embedding once more."""
     tied = "lm_head.weight" not in tensors or _same(tensors, "lm_head.weight", "wte.weight")
-    config = infer_config(source, tensors, n_head, tie_weights=tied)
-    return Weights(source, config, fitted(tensors, config))
+    return fitted(source, tensors, infer_config(source, tensors, n_head, tie_weights=tied))
 
 
 def _same(tensors: Mapping[str, Stored], a: str, b: str) -> bool:
@@ -136,21 +154,23 @@ def _same(tensors: Mapping[str, Stored], a: str, b: str) -> bool:
     return torch.equal(tensors[a].read(), tensors[b].read())
 
 
-def _read_file(path: Path) -> dict[str, Stored]:
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)[0]
+def _read_files(paths: list[Path]) -> dict[str, Stored]:
+    safe = paths[0].suffix == ".safetensors"
+    return read_safetensors(*paths) if safe else read_pickles(*paths)[0]
 
 
 def _read_shards(index: Path) -> dict[str, Stored]:
     """The tensors of every file that an index.json lists."""
     where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+    named = isinstance(where, dict) and all(isinstance(file, str) for file in where.values())
+    if not named or not where:
         raise CheckpointError(f"{index} is damaged: it has no weight_map of names and files")
-    tensors: dict[str, Stored] = {}
-    for file in sorted(set(where.values())):
+    files = sorted(set(where.values()))
+    for file in files:
         path = index.parent / file
-        if Path(file).name != file or not path.is_file():
-            raise CheckpointError(f"{index} names {file!r}, which is no file beside it")
-        tensors |= _read_file(path)
+        if Path(file).name != file or not path.is_file() or path.suffix != Path(files[0]).suffix:
+            raise CheckpointError(f"{index} names {file!r:.200}, which is no file beside it")
+    tensors = _read_files([index.parent / file for file in files])
     for name in where:
         if name not in tensors:
             raise CheckpointError(f"{index} names {name!r}, which {where[name]!r} has not")
@@ -164,7 +184,7 @@ def open_tensors(path: Path, raw: dict[str, Stored], n_head: int | None) -> Weig
     if not config_json.is_file():
         return with_head(str(path), tensors, n_head)
     config = gpt_config(read_json(config_json), config_json)
-    return Weights(str(path), config, fitted(tensors, config), tokenizer_in(path.parent))
+    return fitted(str(path), tensors, config, tokenizer_in(path.parent))
 
 
 def open_directory(directory: Path) -> Weights:
@@ -173,6 +193,5 @@ def open_directory(directory: Path) -> Weights:
     path = next((directory / name for name in FILES if (directory / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{directory} has no weights; it needs one of {', '.join(FILES)}")
-    raw = _read_shards(path) if path.suffix == ".json" else _read_file(path)
-    tensors = fitted(gpt_tensors(raw), config)
-    return Weights(str(path), config, tensors, tokenizer_in(directory))
+    raw = _read_shards(path) if path.suffix == ".json" else _read_files([path])
+    return fitted(str(path), gpt_tensors(raw), config, tokenizer_in(directory))

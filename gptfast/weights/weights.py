@@ -31,16 +31,18 @@ class Weights:
     """A name or directory for `get_tokenizer`, if one is on record."""
 
     def build(self) -> GPT:
-        """A model in evaluation mode, in the dtype of the files. Raises CheckpointError.
+        """A model in evaluation mode, in the dtype of its embedding. Raises CheckpointError.
 
         Called once: what has been read is let go of, so that no more is held than the model.
         """
         self._check_size()
         with torch.device("meta"), _NothingDrawn():
             model = GPT(self.config)
+        dtype = self.tensors["wte.weight"].dtype
         for name in self._names(model):
             module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(self.tensors.pop(name).load()))
+            parameter = nn.Parameter(self.tensors.pop(name).load().to(dtype))
+            setattr(model.get_submodule(module), leaf, parameter)
         model.tokenizer_name = self.tokenizer
         return model.eval()
 
@@ -66,7 +68,8 @@ class Weights:
         sizes = {"wte.weight": config.vocab_size, "wpe.weight": config.block_size}
         for name, rows in sizes.items():
             self._check(name, (rows, config.n_embd))
-        self._check(f"h.{config.n_layer - 1}.ln_1.weight", (config.n_embd,))
+        for i in range(config.n_layer):  # not the last alone: ten thousand layers take a while
+            self._check(f"h.{i}.ln_1.weight", (config.n_embd,))
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.tensors:
@@ -111,7 +114,17 @@ def tokenizer_in(directory: Path) -> str | None:
 
 def unwrapped(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors without the prefixes that wrappers of the model gave them."""
-    return {_WRAPPERS.sub("", name): stored for name, stored in tensors.items()}
+    return renamed(tensors, lambda name: _WRAPPERS.sub("", name))
+
+
+def renamed(tensors: Mapping[str, Stored], rename: Callable[[str], str]) -> dict[str, Stored]:
+    """The tensors under other names; CheckpointError if two get the same."""
+    result: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        if rename(name) in result:
+            raise CheckpointError(f"there are two tensors for {rename(name)!r}, {name!r} for one")
+        result[rename(name)] = stored
+    return result
 
 
 def infer_config(
