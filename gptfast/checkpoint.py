@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gptfast.model import GPT
 from gptfast.token_files import fsync
-from gptfast.tokenizer import BPETokenizer, Tokenizer
+from gptfast.tokenizer import BPETokenizer, Tokenizer, get_tokenizer
 from gptfast.weights.stored import CheckpointError, parse_json, read_safetensors, read_text
 from gptfast.weights.transformers import hf_config, hf_tensors, open_directory
 
@@ -74,19 +74,45 @@ def _model_files(
     return {"model.safetensors": hf_tensors(model)}, {"config.json": _json(config)}
 
 
-def save_model(model: GPT, directory: str | PathLike, tokenizer: Tokenizer | None = None) -> None:
+# What transformers may make a tokenizer of.
+_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+_TOKENIZER += ("special_tokens_map.json", "added_tokens.json")
+
+
+def _tokenizer_texts(tokenizer: Tokenizer | str | None) -> tuple[dict[str, str], int | None]:
+    """transformers' files for a tokenizer, and its end of text; of a name those that are there."""
+    texts: dict[str, str] = {}
+    if isinstance(tokenizer, str):
+        files = (Path(tokenizer) / name for name in _TOKENIZER)
+        texts = {path.name: read_text(path) for path in files if path.is_file()}
+        try:
+            tokenizer = get_tokenizer(tokenizer)
+        except (OSError, ValueError) as error:
+            _LOGGER.warning("the model is saved without a tokenizer of ours: %s", error)
+            return texts, None
+    if isinstance(tokenizer, BPETokenizer) and not texts:
+        texts = tokenizer.transformers_files()
+    return texts, None if tokenizer is None else tokenizer.eot
+
+
+def save_model(
+    model: GPT, directory: str | PathLike, tokenizer: Tokenizer | str | None = None
+) -> None:
     """Write config.json, model.safetensors and the tokenizer's files, if it has such, into
-    `directory`, each replaced whole."""
+    `directory`, each replaced whole. tokenizer: one, or a name for `get_tokenizer`, whose files are
+    copied where they are transformers'."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(directory / "model")
     try:
-        tensors, texts = _model_files(model, tokenizer and tokenizer.eot)
-        if isinstance(tokenizer, BPETokenizer):
-            texts |= tokenizer.transformers_files()
-        _write_files(temporary, tensors, texts)
+        vocabulary, eot = _tokenizer_texts(tokenizer)
+        tensors, texts = _model_files(model, eot)
+        _write_files(temporary, tensors, texts | vocabulary)
         for file in temporary.iterdir():
             file.replace(directory / file.name)
+        # Another tokenizer's, which transformers would take before ours.
+        for name in set(_TOKENIZER) - vocabulary.keys() if vocabulary else ():
+            (directory / name).unlink(missing_ok=True)
         fsync(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops
 from gptfast.config import GPTConfig
-from gptfast.tokenizer import Tokenizer, get_tokenizer
+from gptfast.tokenizer import Tokenizer
 
 
 @dataclass
@@ -235,6 +235,4 @@ class GPT(nn.Module):
         """
         from gptfast.checkpoint import save_model
 
-        if tokenizer is None and self.tokenizer_name is not None:
-            tokenizer = get_tokenizer(self.tokenizer_name)
-        save_model(self, directory, tokenizer)
+        save_model(self, directory, tokenizer or self.tokenizer_name)

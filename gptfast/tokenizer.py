@@ -97,8 +97,9 @@ class BPETokenizer:
 
     def transformers_files(self) -> dict[str, str]:
         """The files, by name, that transformers makes its GPT2Tokenizer of this vocabulary from."""
-        tokens = [self._encoding.decode_single_token_bytes(i) for i in range(self.n_vocab)]
-        ranks = {token: i for i, token in enumerate(tokens) if i != self.eot}
+        tokens = self._encoding.token_byte_values()
+        ranks = {token: self._encoding.encode_single_token(token) for token in tokens}
+        ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         written = {token: "".join(_CHARACTERS[b] for b in token) for token in ranks}
         vocab = {END_OF_TEXT: self.eot} | {text: ranks[token] for token, text in written.items()}
         merges = [_merge(token, ranks) for token in ranks if len(token) > 1]
@@ -227,26 +228,43 @@ def _from_tokenizer_json(path: Path) -> tiktoken.Encoding:
     """The encoding in the one file that transformers' tokenizers are saved in today."""
     try:
         raw = json.loads(path.read_text("utf-8"))
-        if raw["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(raw["pre_tokenizer"]):
-            raise ValueError("it is no byte-level BPE")
+        if (
+            raw["model"]["type"] != "BPE"
+            or raw["normalizer"]
+            or not _is_gpt2s(raw["pre_tokenizer"])
+        ):
+            raise ValueError("it is no byte-level BPE with GPT-2's split of text")
         added = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        ranks = _read_encoder(json.dumps({**raw["model"]["vocab"], **added}).encode())
+        ids = _read_encoder(json.dumps({**raw["model"]["vocab"], **added}).encode())
+        ordinary = {token: i for token, i in ids.items() if token not in added}
         merges = (m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"])
-        _check_merges("\n".join((BPE_HEADER, *merges)).encode(), ranks)
+        _check_merges("\n".join((BPE_HEADER, *merges)).encode(), ordinary)
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} does not fit: {why}") from None
-    return _encoding(str(path.parent), ranks)
+    return _encoding(str(path.parent), ids, set(added))
 
 
-def _encoding(name: str, ids: dict[str, int]) -> tiktoken.Encoding:
+def _is_gpt2s(pre_tokenizer: dict[str, Any]) -> bool:
+    """Whether tokenizers' description of a split is GPT-2's: its own, or as `train_tokenizer` has
+    it."""
+    *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
+    own = not before and last.get("use_regex", True)
+    ours = before == [split] and not last.get("use_regex", True)
+    return last["type"] == "ByteLevel" and not last["add_prefix_space"] and (own or ours)
+
+
+def _encoding(
+    name: str, ids: dict[str, int], special: Collection[str] = (END_OF_TEXT,)
+) -> tiktoken.Encoding:
     byte_of = {character: b for b, character in enumerate(_CHARACTERS)}
-    ordinary = {token: i for token, i in ids.items() if token != END_OF_TEXT}
+    ordinary = {token: i for token, i in ids.items() if token not in special}
     return tiktoken.Encoding(
         name,
         pat_str=SPLIT,
         mergeable_ranks={bytes(byte_of[c] for c in token): i for token, i in ordinary.items()},
-        special_tokens={END_OF_TEXT: ids[END_OF_TEXT]},
+        special_tokens={token: ids[token] for token in special},
     )
 
 

@@ -67,6 +67,7 @@ def test_convert_refuses(capsys: Capture) -> None:
     refused(run(capsys, "convert", FIXTURE, "x", "--to", "gguf"), "gguf")
     refused(run(capsys, "convert", FIXTURE, "x.bin", "--dtype", "fp16"), "llm.c has fp32 and bf16")
     refused(run(capsys, "convert", "gpt2", "x"), "gptfast download gpt2")
+    refused(run(capsys, "convert", FIXTURE, "x.safetensors"), "form is a directory")
     assert sorted(path.name for path in Path().iterdir()) == ["there"]
 
 

@@ -242,6 +242,45 @@ def test_hugging_face_where_openai_fails(
     assert GPT.from_pretrained("gpt2").config.n_embd == 24
 
 
+def test_an_error_page_in_the_place_of_files(server: Server, cache: Path) -> None:
+    """As a network's sign-in page: seen at once, and nothing good is fetched twice later."""
+    whole = dict(server.files)
+    server.files = dict.fromkeys(whole, b"<html>sign in</html>")
+    with pytest.raises(OSError, match="what came for gpt2 is damaged: checkpoint names no"):
+        fetch(server)
+    server.files = whole | {"hparams.json": b"<html>sign in</html>"}
+    with pytest.raises(OSError, match="hparams.json is damaged"):
+        fetch(server)
+    server.files = whole
+    before = len(server.requests)
+    assert_whole(fetch(server), server)
+    assert len(server.requests) - before == 6  # all but `checkpoint`
+
+
+def test_hugging_face_fails_too(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "huggingface_hub")
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    class Transport(Exception):
+        pass
+
+    def broken(*_: Any, local_dir: Path, **__: Any) -> None:
+        local_dir.mkdir(exist_ok=True)
+        if not list(local_dir.iterdir()):
+            (local_dir / "config.json").write_text("{}")
+            return
+        raise Transport
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    server.status = {"checkpoint": 404}
+    for kind in ("CheckpointError", "Transport"):
+        with pytest.raises(OSError, match=rf"nor from Hugging Face \({kind}\)"):
+            fetch(server)
+        assert not (cache / "gpt2").exists()
+
+
 def test_an_unknown_name() -> None:
     with pytest.raises(ValueError, match="no model 'gpt3'; choose from gpt2, gpt2-medium"):
         download("gpt3")

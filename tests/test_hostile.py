@@ -310,3 +310,93 @@ def test_a_zip_file_that_is_none_of_torchs(tmp_path: Path) -> None:
         file.writestr("archive/data.pkl", b"not a pickle")
     with pytest.raises(CheckpointError, match="damaged or holds more than tensors"):
         GPT.from_pretrained(tmp_path / "m.pth")
+
+
+def zipped_pickle(path: Path, content: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("archive/data.pkl", content)
+        file.writestr("archive/version", "3")
+        file.writestr("archive/byteorder", "little")
+    return path
+
+
+class Large:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytearray, (2**36,)
+
+
+def test_small_files_that_ask_for_much(tmp_path: Path) -> None:
+    """Nothing is allocated, inflated or built before it is seen that it is not there."""
+    asking = zipped_pickle(tmp_path / "a.pth", pickle.dumps({"a": Large()}, 2))
+    with pytest.raises(CheckpointError, match="asks for a bytearray"):
+        GPT.from_pretrained(asking)
+    (tmp_path / "b.pth").write_bytes(pickle.dumps({"a": Large()}, 2))
+    with pytest.raises(CheckpointError, match="asks for a bytearray"):
+        GPT.from_pretrained(tmp_path / "b.pth")
+    bomb = zipped_pickle(tmp_path / "c.pth", bytes(10**7), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="it is compressed"):
+        GPT.from_pretrained(bomb)
+    one = torch.zeros(10**5)
+    torch.save({f"h.{i}.ln_1.weight": one for i in range(100)}, tmp_path / "d.pth")
+    with pytest.raises(CheckpointError, match="its tensors are more than its bytes"):
+        GPT.from_pretrained(tmp_path / "d.pth")
+
+
+def test_many_layers_that_are_not_there(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"wte.weight": torch.zeros(1, 1), "wpe.weight": torch.zeros(1, 1)}
+    tensors |= {f"h.{i}.ln_1.weight": torch.zeros(1) for i in (0, 9999)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="no tensor 'h.1.ln_1.weight'"):
+        GPT.from_pretrained(tmp_path / "m.safetensors", n_head=1)
+
+
+def test_an_index_of_many_entries(tmp_path: Path) -> None:
+    prefix = bundle_of(tmp_path, [(f"{i:06}".encode(), b"") for i in range(21_000)])
+    with pytest.raises(CheckpointError, match="more than 20000 entries"):
+        read_bundle(prefix)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a" * 5000, "", "a\0b", "a\ud800", "gpt3", "."],
+    ids=["long", "", "nul", "lone", "gpt3", "."],
+)
+def test_names_that_no_file_has(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError):
+        GPT.from_pretrained(name)
+
+
+@pytest.mark.parametrize("named", ["a" * 5000, "/", "..", "/../", "x/y"], ids=lambda x: x[:5])
+def test_names_in_files(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = openai_directory(tmp_path / "model")
+    (path / "checkpoint").write_text(f'model_checkpoint_path: "{named}"\n')
+    shutil.copy(path / "model.ckpt.index", path / "other.index")
+    monkeypatch.chdir(path)
+    with pytest.raises(CheckpointError):
+        GPT.from_pretrained(".")
+    sharded = sharded_directory(tmp_path / "sharded")
+    index = {"weight_map": {"transformer.wte.weight": named}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError):
+        GPT.from_pretrained(sharded)
+
+
+def test_a_pipe_in_the_place_of_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.bin")
+    with pytest.raises(CheckpointError, match="it is no file"):
+        GPT.from_pretrained(tmp_path / "m.bin")
+
+
+@pytest.mark.parametrize("sums", [{}, None, [], {"config.json": 1}], ids=str)
+def test_a_state_that_names_no_sums(sums: Any, tmp_path: Path) -> None:
+    from gptfast.checkpoint import _digest, _json
+
+    path = save_checkpoint(tmp_path, random_model(), None, {"step": 1}, keep=1)
+    state = json.loads((path / "state.json").read_text()) | {"sha256": sums}
+    state["digest"] = _digest(state)
+    (path / "state.json").write_text(_json(state))
+    with pytest.raises(CheckpointError, match="state.json is damaged: it names no files"):
+        GPT.from_pretrained(path)

@@ -273,6 +273,160 @@ def test_saved_for_transformers_with_its_tokenizer(tmp_path: Path) -> None:
     assert (tmp_path / "third/merges.txt").read_text() == (tmp_path / "hf/merges.txt").read_text()
 
 
+# What the values say
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_bias_that_config_json_denies(trained: bool, tmp_path: Path) -> None:
+    """transformers keeps our qkv_bias=false through its own training, which moves the biases."""
+    model = wide_model(qkv_bias=False)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["transformer.h.1.attn.c_attn.bias"] += 0.5 * trained
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path)
+    assert loaded.config.qkv_bias == trained
+    from transformers import GPT2LMHeadModel
+
+    assert_same_logits(loaded, GPT2LMHeadModel.from_pretrained(tmp_path).eval())
+
+
+@pytest.mark.parametrize("form", ["transformers", "nanogpt"])
+def test_a_head_of_its_own_that_is_said_to_be_tied(form: str, tmp_path: Path) -> None:
+    model, head = wide_model(), torch.randn(61, 128)
+    if form == "nanogpt":
+        content = nanogpt_content(model)
+        content["model"]["lm_head.weight"] = head
+        torch.save(content, tmp_path / "ckpt.pt")
+    else:
+        model.save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path)
+    assert torch.equal(loaded.head_weight, head)
+    assert not torch.equal(loaded.wte.weight, head)
+
+
+def test_one_dtype(tmp_path: Path) -> None:
+    model = wide_model()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["transformer.ln_f.weight"] = tensors["transformer.ln_f.weight"].half()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
+
+
+def test_safetensors_whose_first_byte_is_a_pickles(tmp_path: Path) -> None:
+    """The header's length comes first, and may begin with 0x80, as pickles do."""
+    model = wide_model(tie_weights=False)
+    for pad in range(0, 400, 8):
+        save_file(hf_tensors(model), tmp_path / "blob", metadata={"p": "x" * pad})
+        if (tmp_path / "blob").read_bytes()[0] == 0x80:
+            break
+    assert (tmp_path / "blob").read_bytes()[0] == 0x80
+    assert differing(parameters(load_model(tmp_path / "blob")), parameters(model)) == []
+
+
+def test_saved_into_openais_directory(openai: Path) -> None:
+    model = load_model(openai)
+    with torch.no_grad():
+        model.wte.weight += 1
+    model.save_pretrained(openai)
+    assert torch.equal(load_model(openai).wte.weight, model.wte.weight)
+
+
+def test_two_tensors_of_a_name(tmp_path: Path) -> None:
+    tensors = hf_tensors(wide_model())
+    tensors["wte.weight"] = torch.zeros(61, 128)
+    torch.save(tensors, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match="two tensors for 'wte.weight'"):
+        load_model(tmp_path / "m.pth")
+
+
+def test_numbers_of_numpy_beside_the_weights(tmp_path: Path) -> None:
+    content = nanogpt_content(wide_model()) | {"loss": np.float64(3.5), "step": np.int64(7)}
+    torch.save(content, tmp_path / "ckpt.pt")
+    assert load_model(tmp_path).config.n_layer == 2
+
+
+# Vocabularies
+
+
+def test_an_added_token_goes_along(tmp_path: Path) -> None:
+    """GPT-2 with a [PAD] of one's own: loaded, saved and converted without losing it."""
+    pytest.importorskip("tokenizers")
+    from transformers import AutoTokenizer
+
+    from gptfast.tokenizer import get_tokenizer, train_tokenizer
+
+    own = train_tokenizer(["the value of the name of the value"] * 3, 280, tmp_path / "words")
+    model = wide_model(vocab_size=own.n_vocab + 1)
+    model.save_pretrained(tmp_path / "a", tokenizer=own)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "a")
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    theirs.save_pretrained(tmp_path / "b")
+    model.save_pretrained(tmp_path / "b")
+    loaded = GPT.from_pretrained(tmp_path / "b")
+    ours = get_tokenizer(loaded.tokenizer_name)
+    assert (ours.n_vocab, ours.eot) == (own.n_vocab + 1, own.eot)
+    assert ours.encode("the value [PAD]") == own.encode("the value [PAD]")
+    loaded.save_pretrained(tmp_path / "c")
+    again = AutoTokenizer.from_pretrained(tmp_path / "c")
+    assert again.pad_token_id == own.n_vocab
+    assert again("the value")["input_ids"] == ours.encode("the value")
+
+
+def test_another_tokenizers_files_do_not_stay(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    from transformers import AutoTokenizer
+
+    from gptfast.tokenizer import train_tokenizer
+
+    texts = ("abcabc abd", "the the")
+    words = [train_tokenizer([text] * 3, 280, tmp_path / text[:3]) for text in texts]
+    model = wide_model(vocab_size=280)
+    model.save_pretrained(tmp_path / "m", tokenizer=words[0])
+    AutoTokenizer.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m/tokenizer.json").is_file()
+    model.save_pretrained(tmp_path / "m", tokenizer=words[1])
+    ids = AutoTokenizer.from_pretrained(tmp_path / "m")("the the abc")["input_ids"]
+    assert ids == words[1].encode("the the abc")
+
+
+@pytest.mark.parametrize("change", ["normalizer", "digits", "space"])
+def test_a_tokenizer_that_splits_in_another_way(change: str, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    from transformers import AutoTokenizer
+
+    from gptfast.tokenizer import get_tokenizer, train_tokenizer
+
+    own = train_tokenizer(["the value of the name"] * 3, 270, tmp_path / "words")
+    wide_model(vocab_size=270).save_pretrained(tmp_path / "m", tokenizer=own)
+    AutoTokenizer.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "n")
+    path = tmp_path / "n" / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    assert get_tokenizer(str(tmp_path / "n")).sha256 == own.sha256
+    level = raw["pre_tokenizer"]
+    digits = {"type": "Digits", "individual_digits": True}
+    raw |= {
+        "normalizer": {"normalizer": {"type": "Lowercase"}},
+        "digits": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, level]}},
+        "space": {"pre_tokenizer": {**level, "add_prefix_space": True}},
+    }[change]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="no byte-level BPE with GPT-2's split"):
+        get_tokenizer(str(tmp_path / "n"))
+
+
+def test_a_vocabulary_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The weights are saved all the same."""
+    model = wide_model()
+    model.tokenizer_name = str(tmp_path / "gone")
+    model.save_pretrained(tmp_path / "m")
+    assert "saved without a tokenizer" in caplog.text
+    assert differing(parameters(load_model(tmp_path / "m")), parameters(model)) == []
+
+
 # All forms
 
 
@@ -520,7 +674,7 @@ def test_a_file_of_no_known_form(content: bytes, tmp_path: Path) -> None:
 # Memory
 
 
-@pytest.mark.parametrize("form", ["openai", *FORMATS, "legacy"])
+@pytest.mark.parametrize("form", ["openai", *FORMATS, "legacy", "shards", "bin-shards"])
 def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
     """At most 1.15 times the model, measured in a process of its own that loads and no more."""
     import subprocess
@@ -530,6 +684,17 @@ def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
     if form == "openai":
         pytest.importorskip("google_crc32c")
         path = write_openai(tmp_path, model)
+    elif form.endswith("shards"):
+        model.save_pretrained(path := tmp_path / "hf")
+        (path / "model.safetensors").unlink()
+        items, weight_map = list(hf_tensors(model).items()), {}
+        stem = "model.safetensors" if form == "shards" else "pytorch_model.bin"
+        for i in range(12):
+            part = dict(items[i::12])
+            name = f"part{i}{Path(stem).suffix}"
+            save_file(part, path / name) if form == "shards" else torch.save(part, path / name)
+            weight_map |= dict.fromkeys(part, name)
+        (path / f"{stem}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     elif form == "legacy":
         path = tmp_path / "pytorch_model.bin"
         torch.save(hf_tensors(model), path, _use_new_zipfile_serialization=False)

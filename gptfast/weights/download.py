@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from gptfast.config import PRESETS
 from gptfast.tokenizer import SHA256
-from gptfast.weights import openai
+from gptfast.weights import openai, transformers
 from gptfast.weights.load import cache_directory
-from gptfast.weights.stored import CheckpointError
+from gptfast.weights.stored import CheckpointError, read_json
 
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 _DIRECTORIES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
@@ -58,11 +58,27 @@ def download(
         for file in FILES:
             address = f"{url.rstrip('/')}/{_DIRECTORIES[name]}/{file}"
             _fetch(address, part / file, attempts, pause, quiet)
+            _check_small(part / file, name)
         _check(part, name)
     except (requests.RequestException, _Cut) as error:
         return _from_hub(name, target, f"{_reason(error)} ({url})")
     part.rename(target)
     return target
+
+
+def _check_small(path: Path, name: str) -> None:
+    """OSError, and the file removed, if it is another than a model's first files: an error page."""
+    try:
+        if path.name == "checkpoint" and b"model_checkpoint_path" not in path.read_bytes():
+            raise CheckpointError("checkpoint names no checkpoint")
+        if path.name == "hparams.json":
+            hparams = read_json(path)
+            wrong = [k for k, v in PRESETS[name].items() if hparams.get(k) != v]
+            if wrong:
+                raise CheckpointError(f"hparams.json is not {name}'s: {wrong[0]} differs")
+    except CheckpointError as error:
+        path.unlink()
+        raise OSError(f"what came for {name} is damaged: {error}; try again") from None
 
 
 def _reason(error: BaseException) -> str:
@@ -174,11 +190,7 @@ def _append(
 def _check(part: Path, name: str) -> None:
     """OSError, and the files in question removed, unless `part` holds the whole of this model."""
     try:
-        weights = openai.open_directory(part)
-        wrong = [k for k, v in PRESETS[name].items() if getattr(weights.config, k) != v]
-        if wrong:
-            raise CheckpointError(f"hparams.json is not {name}'s: {wrong[0]} differs")
-        for stored in weights.tensors.values():
+        for stored in openai.open_directory(part).tensors.values():
             stored.read()
     except CheckpointError as error:
         for file in FILES:
@@ -194,7 +206,6 @@ def _from_hub(name: str, target: Path, why: str) -> Path:
     )
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise OSError(
             f"{name} could not be fetched: {why}. Go on later with the same command, install "
@@ -205,11 +216,15 @@ def _from_hub(name: str, target: Path, why: str) -> Path:
         snapshot_download(
             f"openai-community/{name}", allow_patterns=list(_HUB_FILES), local_dir=part
         )
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, requests.RequestException) as error:
+        config = transformers.open_directory(part).config
+        if PRESETS[name].items() - vars(config).items():
+            raise CheckpointError("it is of another size")
+    except Exception as error:  # those of whatever transport huggingface_hub uses today
         raise OSError(
             f"{name} could not be fetched: {why}, nor from Hugging Face ({type(error).__name__}). "
             f"Go on later with the same command, or {by_hand}"
         ) from None
     shutil.rmtree(part / ".cache", ignore_errors=True)
     part.rename(target)
+    shutil.rmtree(target.with_name(f".{name}.part"), ignore_errors=True)
     return target
