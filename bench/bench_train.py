@@ -19,7 +19,7 @@ from plain_gpt import PlainGPT, decay_groups
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from gptfast import GPT, AdamW, GPTConfig, accelerate
+from gptfast import GPT, AdamW, GPTConfig
 from gptfast.weights.book import to_content
 
 LR, MAX_NORM = 1e-4, 1.0
@@ -60,6 +60,8 @@ def transformers_step(model: GPT, idx: Tensor, target: Tensor, accelerated: bool
     """GPT2LMHeadModel as it comes, its loss by its labels, which it shifts itself; or after
     `accelerate` and with gptfast.AdamW."""
     from transformers import GPT2LMHeadModel
+
+    from gptfast import accelerate
 
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
