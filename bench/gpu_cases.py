@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from bench_train import _flops as step_flops
+from bench_train import flops as step_flops
 from plain_gpt import PlainGPT, decay_groups
 from torch import Tensor
 
