@@ -240,7 +240,7 @@ def edit_config(path: Path, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "type 'llama', not GPT-2's architecture"),
-        ({"model_type": "delete"}, "type None"),
+        ({"model_type": None}, "type None"),
         ({"n_embd": "delete"}, "has no 'n_embd'"),
         ({"n_embd": None}, "n_embd"),
         ({"n_layer": 2.0}, "n_layer must be an integer >= 1, got 2.0"),

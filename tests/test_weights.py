@@ -307,6 +307,15 @@ def test_a_head_of_its_own_that_is_said_to_be_tied(form: str, tmp_path: Path) ->
     assert not torch.equal(loaded.wte.weight, head)
 
 
+def test_an_old_config_without_model_type(tmp_path: Path) -> None:
+    model = wide_model()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path).config == model.config
+
+
 def test_one_dtype(tmp_path: Path) -> None:
     model = wide_model()
     model.save_pretrained(tmp_path)

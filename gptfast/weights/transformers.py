@@ -57,9 +57,9 @@ def hf_config(config: GPTConfig, dtype: torch.dtype, eot: int | None = None) -> 
 
 def gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
     """The GPTConfig of a config.json; CheckpointError for what gptfast's GPT is not."""
-    if raw.get("model_type") != "gpt2":
+    if raw.get("model_type", "gpt2") != "gpt2":  # the oldest have none
         raise CheckpointError(
-            f"{path} describes a model of type {raw.get('model_type')!r}, not GPT-2's architecture"
+            f"{path} describes a model of type {raw['model_type']!r}, not GPT-2's architecture"
         )
     try:
         config = GPTConfig(
