@@ -49,6 +49,13 @@ Row = tuple[Tensor, Tensor]
 """Input and targets, each (T,) int64; -100 where a target does not count."""
 
 
+def row(ids: Tensor, n: int) -> Row:
+    """Ids (T + 1,) as input and targets, of which the last n count."""
+    y = ids[1:].clone()
+    y[: max(0, len(y) - n)] = -100
+    return ids[:-1], y
+
+
 def padded(model: GPT, rows: list[Row]) -> tuple[Tensor, Tensor]:
     """Rows of any lengths as a batch (B, longest), on the model's device; -100 past a row's end."""
     device = model.wte.weight.device
@@ -199,11 +206,7 @@ def _measure(
 
 def _row(tokens: Tensor | TokenFiles, begin: int, end: int, new: int) -> Row:
     window = tokens[begin:end]
-    if isinstance(window, TokenFiles):
-        window = window.tensor()
-    y = window[1:].clone()
-    y[: max(0, len(y) - new)] = -100
-    return window[:-1], y
+    return row(window.tensor() if isinstance(window, TokenFiles) else window, new)
 
 
 def perplexity(loss: float) -> float:

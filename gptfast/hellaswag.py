@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gptfast.evaluate import Row, padded, target_losses
+from gptfast.evaluate import Row, padded, row, target_losses
 from gptfast.model import GPT
 from gptfast.sequences import evaluating
 from gptfast.tokenizer import Tokenizer
@@ -56,14 +56,6 @@ def _fits(context: Any, endings: Any, label: Any) -> bool:
     return labelled and all(isinstance(ending, str) and ending.strip() for ending in endings)
 
 
-def _row(context: list[int], ending: list[int], block_size: int) -> Row:
-    """Input and targets, -100 but for the ending's; of what is too long the beginning is cut."""
-    ids = torch.tensor((context + ending)[-(block_size + 1) :])
-    y = ids[1:].clone()
-    y[: max(0, len(y) - len(ending))] = -100
-    return ids[:-1], y
-
-
 def hellaswag(
     model: GPT,
     tokenizer: Tokenizer,
@@ -95,7 +87,9 @@ def hellaswag(
                 raise ValueError(f"{path}: an example has an empty context")
             for ending in endings:
                 ending_ids = tokenizer.encode(f" {ending}")
-                rows.append(_row(ids, ending_ids, model.config.block_size))
+                # Of what is too long the beginning is cut.
+                whole = torch.tensor((ids + ending_ids)[-(model.config.block_size + 1) :])
+                rows.append(row(whole, len(ending_ids)))
             examples.append((len(endings), label))
             if len(examples) % batch_size == 0:
                 measure(rows)

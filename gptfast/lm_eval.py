@@ -12,7 +12,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from gptfast.evaluate import Row, padded, target_losses
+from gptfast.evaluate import Row, padded, row, target_losses
 from gptfast.generate import text_pieces
 from gptfast.model import GPT
 from gptfast.sequences import evaluating
@@ -96,10 +96,7 @@ class GPTFastLM(TemplateLM):
             )
         # The harness moves white space from a context's end to the continuation: all of it, maybe.
         whole = (context or [self.prefix_token_id]) + continuation
-        ids = torch.tensor(whole[-(self.max_length + 1) :])
-        y = ids[1:].clone()
-        y[: len(y) - len(continuation)] = -100
-        return ids[:-1], y
+        return row(torch.tensor(whole[-(self.max_length + 1) :]), len(continuation))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
