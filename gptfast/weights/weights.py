@@ -140,7 +140,8 @@ def infer_config(
     layers = [int(found[1]) for name in tensors if (found := re.match(r"h\.(\d{1,5})\.", name))]
     if n_head is None and C % 64:
         raise CheckpointError(
-            f"{source} does not say how many heads it has; n_head ({C} channels) must be given"
+            f"{source} does not say how many heads it has; n_head ({C} channels) must be given "
+            "(gptfast convert --n-head)"
         )
     qkv_bias = "h.0.attn.c_attn.bias" in tensors
     sizes = (V, T, max(layers, default=0) + 1, C // 64 if n_head is None else n_head, C)
