@@ -59,7 +59,12 @@ class Options:
             raise ValueError("repetition_penalty must be a finite number > 0, got None; 1 is off")
         if not isinstance(penalty, Tensor):
             # In float64 first: what float32 cannot hold becomes infinite there, and is refused.
-            penalty = like.new_full((len(like),), penalty, dtype=torch.float64)
+            try:
+                penalty = like.new_full((len(like),), float(penalty), dtype=torch.float64)
+            except OverflowError:
+                raise ValueError(
+                    f"repetition_penalty must be a finite number > 0, got {penalty}"
+                ) from None
         if penalty.shape != (len(like),) or penalty.device != like.device:
             raise ValueError(
                 f"repetition_penalty must be a number or a tensor of shape ({len(like)},) on "
@@ -101,7 +106,7 @@ def _number(name: str, value: Any, like: Tensor) -> Any:
         if isinstance(value, str):
             raise ValueError
         return torch.tensor(value, device=like.device)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(
             f"{name} must be a number, or one for each of {len(like)} rows, got {value!r}"
         ) from None

@@ -349,6 +349,16 @@ def test_room_doubles() -> None:
     assert generate(model, [[1, 2], [3]], 310, seed=2) == wanted
 
 
+@pytest.mark.parametrize("size", [2**70, 2**2000])
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "top_k", "top_p", "seed"])
+def test_numbers_beyond_64_bits(name: str, size: int) -> None:
+    if size == 2**70 and name in ("temperature", "repetition_penalty"):
+        assert len(generate(lively_model(), [[1]], 2, **{name: size})[0]) == 3
+        return
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        generate(lively_model(), [[1]], 2, **{name: size})
+
+
 NUMBERS = [-1, 0, 1, 2.5, 2**70, float("nan"), float("inf")]
 JUNK = st.sampled_from([None, True, *NUMBERS, "a", b"a"])
 JUNK |= st.lists(st.sampled_from([None, 0, 1, -1, 0.5, "a", [1]]), max_size=2) | st.just({})

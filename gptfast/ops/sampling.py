@@ -50,7 +50,11 @@ def _one_per_row(name: str, value: float | Tensor | None, logits: Tensor) -> Ten
         value = off if value is None else value
         if not fits(value):
             raise ValueError(f"{name} must be {must}, got {value}")
-        return torch.full((B,), value, dtype=dtype, device=logits.device)
+        try:
+            value = float(value) if dtype.is_floating_point else value
+            return torch.full((B,), value, dtype=dtype, device=logits.device)
+        except OverflowError:  # an integer of more than 64 bits
+            raise ValueError(f"{name} must be {must}, got {value}") from None
     if value.shape != (B,) or value.device != logits.device:
         raise ValueError(
             f"{name} must be a number or a tensor of shape ({B},) on {logits.device}, "
