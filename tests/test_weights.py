@@ -683,7 +683,9 @@ def test_a_file_of_no_known_form(content: bytes, tmp_path: Path) -> None:
 # Memory
 
 
-@pytest.mark.parametrize("form", ["openai", *FORMATS, "legacy", "shards", "bin-shards"])
+@pytest.mark.parametrize(
+    "form", ["openai", *FORMATS, "legacy", "shards", "bin-shards", "with-optimizer"]
+)
 def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
     """At most 1.15 times the model, measured in a process of its own that loads and no more."""
     import subprocess
@@ -704,6 +706,8 @@ def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
             save_file(part, path / name) if form == "shards" else torch.save(part, path / name)
             weight_map |= dict.fromkeys(part, name)
         (path / f"{stem}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    elif form == "with-optimizer":
+        torch.save(nanogpt_content(model), path := tmp_path / "ckpt.pt")
     elif form == "legacy":
         path = tmp_path / "pytorch_model.bin"
         torch.save(hf_tensors(model), path, _use_new_zipfile_serialization=False)

@@ -6,14 +6,13 @@ containers; nothing is executed.
 """
 
 import json
-import mmap
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -178,15 +177,28 @@ def read_pickles(*paths: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
 def _check_pickle(path: Path) -> None:
     """CheckpointError for what small files can make large in torch's reader."""
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            large = data.find(b"bytearray") >= 0  # of any length, all zeros; no tensor needs it
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                large = large or any(x.compress_type for x in archive.infolist())
+                large = any(x.compress_type for x in archive.infolist())
+                pickles = [x for x in archive.namelist() if x.endswith("data.pkl")]
+                large = large or any(b"bytearray" in archive.read(name) for name in pickles)
+        else:
+            with path.open("rb") as file:
+                large = _holds(file, b"bytearray")  # of any length, all zeros; no tensor needs it
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
     if large:
         raise CheckpointError(f"{path} is not read: it is compressed or asks for a bytearray")
+
+
+def _holds(file: BinaryIO, word: bytes) -> bool:
+    """Whether a word stands in a file, which is read a piece at a time."""
+    piece = b""
+    while more := file.read(2**20):
+        piece = piece[-len(word) :] + more
+        if word in piece:
+            return True
+    return False
 
 
 def _unpickle(path: Path, mapped: bool) -> dict[str, Any]:
