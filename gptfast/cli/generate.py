@@ -9,13 +9,13 @@ from gptfast.generate import generate, generate_text, stream_text
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer, get_tokenizer
 from gptfast.trainer import choose_device
-from gptfast.weights.load import load_model, tokenizer_of
+from gptfast.weights.load import load_model
 
 
 def load(checkpoint: str, tokenizer: str | None, device: str) -> tuple[GPT, Tokenizer]:
     """The model on its device, and the tokenizer asked for, or else its own."""
     model = load_model(checkpoint).to(choose_device(device))
-    loaded = get_tokenizer(tokenizer or tokenizer_of(checkpoint) or "gpt2")
+    loaded = get_tokenizer(tokenizer or model.tokenizer_name or "gpt2")
     if loaded.n_vocab > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {loaded.n_vocab} tokens, the model {model.config.vocab_size}"

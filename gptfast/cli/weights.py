@@ -7,7 +7,7 @@ import torch
 import tyro
 
 from gptfast.weights.convert import check, format_of, save
-from gptfast.weights.load import load_model, tokenizer_of
+from gptfast.weights.load import load_model
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,7 +40,6 @@ class Convert:
         model = load_model(self.src, self.n_head)
         if self.dtype is not None:
             model.to(_DTYPES[self.dtype])
-        model.tokenizer_name = tokenizer_of(self.src)
         save(model, self.dst, self.to)
         n = sum(p.numel() for p in model.parameters())
         print(f"done: {n:,} parameters in {self.dst} ({self.to or format_of(self.dst)})")

@@ -4,7 +4,7 @@ import os
 from os import PathLike
 from pathlib import Path
 
-from gptfast.checkpoint import find_model, is_run, read_settings
+from gptfast.checkpoint import find_checkpoint, find_model, is_run, read_settings
 from gptfast.config import PRESETS
 from gptfast.model import GPT
 from gptfast.weights import book, llmc, nanogpt, openai, transformers
@@ -54,7 +54,7 @@ def load_weights(model: GPT, path: str | PathLike) -> None:
 def tokenizer_of(path: str | PathLike) -> str | None:
     """The tokenizer of the model at `path`, a name or a directory, if it is on record."""
     path = _find(path)
-    if is_run(path) and (settings := read_settings(find_model(path))):
+    if is_run(path) and (settings := read_settings(find_checkpoint(path))):
         return settings.get("tokenizer")
     return tokenizer_in(path if path.is_dir() else path.parent)
 
