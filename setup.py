@@ -21,6 +21,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = [*LEVELS["avx2"], *avx512]
+    # Of these two, dot products of bytes and of bf16, only the engine makes use.
+    LEVELS["avx512_vnni"] = [*LEVELS["avx512"], "-mavx512vnni"]
+    LEVELS["avx512_bf16"] = [*LEVELS["avx512_vnni"], "-mavx512bf16"]
 WRAPPERS = [path for path in Path("csrc").glob("*.cpp") if not path.match("*_loops.cpp")]
 FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-fPIC", "-g0"]
 SANITIZE = []
@@ -58,7 +61,8 @@ class BuildExtension(build_ext):
             # No exceptions and no inline std:: code: see csrc/simd.h.
             flags = [*FLAGS, *isa, f"-DGPTFAST_LEVEL={level}", "-fno-exceptions"]
             flags += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-            jobs += [([str(path)], flags, level) for path in Path("csrc").glob("*_loops.cpp")]
+            loops = "engine_loops.cpp" if level.startswith("avx512_") else "*_loops.cpp"
+            jobs += [([str(path)], flags, level) for path in Path("csrc").glob(loops)]
 
         def compile(job: tuple[list[str], list[str], str]) -> list[str]:
             sources, flags, folder = job

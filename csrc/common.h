@@ -11,19 +11,19 @@
 
 namespace gptfast {
 
-enum class Level { generic, avx2, avx512 };
+enum class Level { generic, avx2, avx512, avx512_vnni, avx512_bf16 };
 Level level();  // of this process: the best the CPU has, or what set_isa chose
 
 // The same loops at each level; a machine without x86's levels has the default one only.
 template <class Table>
 const Table& pick(const Table& generic, const Table& avx2, const Table& avx512) {
   switch (level()) {
-    case Level::avx512:
-      return avx512;
+    case Level::generic:
+      return generic;
     case Level::avx2:
       return avx2;
     default:
-      return generic;
+      return avx512;
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "engine.h"
+
 namespace gptfast {
 
 struct bf16 {
@@ -144,6 +146,7 @@ extern const SamplingLoops sampling;
 extern const MatmulLoops matmul;
 extern const NormLoops norm;
 extern const MlpLoops mlp;
+extern const EngineLoops engine;
 }  // namespace generic
 #ifdef __x86_64__
 namespace avx2 {
@@ -155,6 +158,7 @@ extern const SamplingLoops sampling;
 extern const MatmulLoops matmul;
 extern const NormLoops norm;
 extern const MlpLoops mlp;
+extern const EngineLoops engine;
 }  // namespace avx2
 namespace avx512 {
 extern const AttentionFwdLoops attention_fwd;
@@ -165,10 +169,20 @@ extern const SamplingLoops sampling;
 extern const MatmulLoops matmul;
 extern const NormLoops norm;
 extern const MlpLoops mlp;
+extern const EngineLoops engine;
 }  // namespace avx512
+// Of these only the engine makes use.
+namespace avx512_vnni {
+extern const EngineLoops engine;
+}
+namespace avx512_bf16 {
+extern const EngineLoops engine;
+}
 #else
 namespace avx2 = generic;
 namespace avx512 = generic;
+namespace avx512_vnni = generic;
+namespace avx512_bf16 = generic;
 #endif
 
 }  // namespace gptfast

@@ -29,7 +29,7 @@ std::optional<bool>& chosen() {
 }
 bool ours() {
   static const bool library_is_fast = intel();
-  return chosen().value_or(level() == Level::avx512 && !library_is_fast);
+  return chosen().value_or(level() >= Level::avx512 && !library_is_fast);
 }
 
 // Below, packing costs more than it gains.

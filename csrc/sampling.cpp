@@ -1,3 +1,5 @@
+#include "sampling.h"
+
 #include "common.h"
 
 namespace gptfast {
@@ -13,6 +15,8 @@ const T* column(const Tensor& t, int64_t B, const char* name) {
                     ",)");
   return t.const_data_ptr<T>();
 }
+
+}  // namespace
 
 Tensor sample(const Tensor& logits_in, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
               const Tensor& min_p, const Tensor& seed, const Tensor& position) {
@@ -51,5 +55,4 @@ Tensor sample(const Tensor& logits_in, const Tensor& temperature, const Tensor& 
 
 TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("sample", sample); }
 
-}  // namespace
 }  // namespace gptfast

@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptfast.model import GPT
-from gptfast.sequences import Sequences, evaluating
+from gptfast.sequences import Sequences
 from gptfast.stop import Stops, TextStream, id_stream
 from gptfast.tokenizer import Tokenizer
 
@@ -122,17 +121,17 @@ def _top(
 
 
 def beam_search(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
+    sequences: Sequences,
     n: int,
     *,
+    vocab_size: int,
     num_beams: int,
     length_penalty: float,
     repetition_penalty: Tensor | None,
     stops: Stops,
     tokenizer: Tokenizer | None,
 ) -> list[tuple[list[int], list[float]]]:
-    """Per prompt, the up to n new tokens of the best hypothesis and their log-probabilities.
+    """Per sequence, the up to n new tokens of the best hypothesis and their log-probabilities.
 
     repetition_penalty: (B,), applied to log-probabilities; those returned are without it. What ends
     a hypothesis, a stop too, is part of it. Asks the device once per token.
@@ -140,21 +139,19 @@ def beam_search(
     K, stream = num_beams, None
     if stops.texts or stops.ids:
         stream = id_stream(tokenizer, stops)
-    rows = [Row([Beam(0.0, 0.0, 0, None, stream)]) for _ in prompts]
-    with torch.inference_mode(), evaluating(model):
-        sequences = Sequences(model, prompts)
-        for step in range(1, n + 1):
-            running = torch.tensor([[beam.total for beam in row.running] for row in rows])
-            running = running.to(sequences.tokens.device)  # (B, beams)
-            length = _length(step, length_penalty)
-            best = _top(sequences, running, K, length, repetition_penalty)
-            for row, values in zip(rows, best, strict=True):
-                if not row.done:
-                    candidates = _candidates(row, values, model.config.vocab_size)
-                    row.advance(candidates, K, stops.eos_id, last=step == n)
-            if all(row.done for row in rows):
-                break
-            _follow(sequences, rows, running.shape[1])
+    rows = [Row([Beam(0.0, 0.0, 0, None, stream)]) for _ in range(len(sequences.tokens))]
+    for step in range(1, n + 1):
+        running = torch.tensor([[beam.total for beam in row.running] for row in rows])
+        running = running.to(sequences.tokens.device)  # (B, beams)
+        length = _length(step, length_penalty)
+        best = _top(sequences, running, K, length, repetition_penalty)
+        for row, values in zip(rows, best, strict=True):
+            if not row.done:
+                candidates = _candidates(row, values, vocab_size)
+                row.advance(candidates, K, stops.eos_id, last=step == n)
+        if all(row.done for row in rows):
+            break
+        _follow(sequences, rows, running.shape[1])
     return [row.finished[0].ids() for row in rows]
 
 

@@ -79,7 +79,7 @@ _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.js
 _TOKENIZER += ("special_tokens_map.json", "added_tokens.json")
 
 
-def _tokenizer_texts(tokenizer: Tokenizer | str | None) -> tuple[dict[str, str], int | None]:
+def tokenizer_texts(tokenizer: Tokenizer | str | None) -> tuple[dict[str, str], int | None]:
     """transformers' files for a tokenizer, and its end of text; of a name those that are there."""
     texts: dict[str, str] = {}
     if isinstance(tokenizer, str):
@@ -105,7 +105,7 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(directory / "model")
     try:
-        vocabulary, eot = _tokenizer_texts(tokenizer)
+        vocabulary, eot = tokenizer_texts(tokenizer)
         tensors, texts = _model_files(model, eot)
         _write_files(temporary, tensors, texts | vocabulary)
         for file in temporary.iterdir():

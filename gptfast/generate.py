@@ -1,6 +1,7 @@
 """Generation: whole rows or one token at a time, ids or text, drawn or searched for.
 
-One loop, `_steps`, draws every token there is; `beam_search` is the other way to go on.
+By an engine, where there is one (`engine_for`), else by the model itself (`gptfast.decode`), which
+defines what comes out. `beam_search` is the other way to go on.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -9,117 +10,95 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast import ops
 from gptfast.beam import beam_search
+from gptfast.decode import Row, Told, Top, check_drawn, draw_rows, steps_of, tops
+from gptfast.engine.engine import Engine, engine_for
 from gptfast.model import GPT
 from gptfast.options import Number, Options, check_logprobs, new_tokens, token_ids
 from gptfast.sequences import Sequences, evaluating
 from gptfast.stop import Stop, Stops, TextStream, id_stream
 from gptfast.tokenizer import Tokenizer
 
-# Of each row, the new ids and their log-probabilities, what ends the row included.
-_Rows = list[tuple[list[int], list[float]]]
 
-
-def _steps(
-    sequences: Sequences, n: int, options: Options, logprobs: bool = False
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Draw up to n tokens: after each, the ids (B,) and, if asked for, their log-probabilities.
-
-    Options are checked by the call. Between two tokens the caller and the model are in their own
-    modes, whatever those are.
-    """
-    sampling, penalty = options.sampling(sequences.tokens), options.penalty(sequences.tokens)
-
-    def step() -> tuple[Tensor, Tensor | None]:
-        logits = sequences.logits()  # (B, V)
-        scores = logits if penalty is None else sequences.penalised(logits.float(), penalty)
-        ids = ops.sample(scores, position=sequences.length, **sampling)  # (B,)
-        sequences.append(ids)
-        if not logprobs:
-            return ids, None
-        at = ids.clamp(min=0)[:, None]
-        return ids, logits.float().log_softmax(-1).gather(1, at)[:, 0]
-
-    def steps() -> Iterator[tuple[Tensor, Tensor | None]]:
-        for _ in range(n):
-            with torch.inference_mode(), evaluating(sequences.model):
-                drawn = step()
-            yield drawn
-
-    return steps()
-
-
-def _check_drawn(ids: Sequence[int]) -> None:
-    if -1 in ids:
-        raise ValueError("the model's logits had NaN, +inf or nothing but -inf; check its weights")
-
-
-def _draw(
-    model: GPT, prompts: list[list[int]], n: int, options: Options, stops: Stops, logprobs: bool
-) -> _Rows:
-    """Rows of up to n tokens; those that end early go on until all have ended."""
-    sequences = Sequences(model, prompts)
+def _draw_by_engine(
+    engine: Engine, prompts: list[list[int]], n: int, options: Options, stops: Stops, told: Told
+) -> list[Row]:
+    """Rows of up to n tokens; where one ends, the next prompt takes its place."""
+    rows = [Row([], [], []) for _ in prompts]
     ends = [id_stream(options.tokenizer, stops) for _ in prompts]
-    done = torch.zeros_like(sequences.length, dtype=torch.bool)
-    drawn, of_drawn = [], []
-    for step, (ids, of_ids) in enumerate(_steps(sequences, n, options, logprobs)):
-        drawn.append(ids)
-        of_drawn.append(of_ids)
-        if stops.texts or stops.ids:
-            on_host = ids.tolist()
-            _check_drawn(on_host)
-            for end, i in zip(ends, on_host, strict=True):
-                if not end.ended:
-                    end.feed(i)
-            if all(end.ended for end in ends):
-                break
-        elif stops.eos_id is not None:
-            done |= ids == stops.eos_id
-            # Asking the device waits for it, so not at every token.
-            if step % 8 == 7 and done.all():
-                break
-    rows = torch.stack(drawn, 1).tolist()
-    for row in rows:
-        _check_drawn(row)
-    if not logprobs:
-        return [(row, []) for row in rows]
-    return list(zip(rows, torch.stack(of_drawn, 1).tolist(), strict=True))
+    for request, i, logprob, top in engine.draw(prompts, n, options, told):
+        row, end = rows[request.index], ends[request.index]
+        row.ids.append(i)
+        row.logprobs.append(logprob)
+        row.top.append(top)
+        if stops != Stops():
+            end.feed(i)
+            request.done = end.ended
+    return rows
+
+
+def _search(
+    model: GPT | Engine, prompts: list[list[int]], n: int, options: Options, stops: Stops
+) -> list[Row]:
+    like = torch.empty(len(prompts), 0, device=_device(model))
+    settings = {
+        "vocab_size": model.config.vocab_size,
+        "num_beams": options.num_beams,
+        "length_penalty": float(options.length_penalty),
+        "repetition_penalty": options.penalty(like),
+        "stops": stops,
+        "tokenizer": options.tokenizer,
+    }
+    with torch.inference_mode():
+        if isinstance(model, Engine):
+            with model.sequences(prompts) as sequences:
+                found = beam_search(sequences, n, **settings)
+        else:
+            with evaluating(model):
+                found = beam_search(Sequences(model, prompts), n, **settings)
+    return [Row(ids, logprobs, []) for ids, logprobs in found]
+
+
+def _device(model: GPT | Engine) -> torch.device:
+    return torch.device("cpu") if isinstance(model, Engine) else model.wte.weight.device
+
+
+def _needs_engine(options: Options) -> None:
+    if options.lookup or options.draft is not None:
+        name = "lookup" if options.lookup else "draft"
+        raise ValueError(f"{name} needs an engine: generate with gptfast.Engine(model)")
 
 
 def _continue(
-    model: GPT,
+    model: GPT | Engine,
     prompts: list[list[int]],
     max_new_tokens: int,
     options: Options,
     stops: Stops,
-    logprobs: bool = False,
-) -> _Rows:
+    told: Told,
+) -> list[Row]:
     """Of each prompt the new tokens, what ends the row included."""
     n = new_tokens(max_new_tokens)
-    check_logprobs(logprobs)
+    check_logprobs(*told, model.config.vocab_size)
     options.check_beams(model.config.vocab_size)
-    like = torch.empty(len(prompts), 0, device=model.wte.weight.device)
+    if told.top and options.num_beams != 1:
+        raise ValueError("top_logprobs are of what is drawn; leave it out or take num_beams=1")
+    like = torch.empty(len(prompts), 0, device=_device(model))
     options.sampling(like), options.penalty(like)
     if not prompts or n == 0:
-        return [([], []) for _ in prompts]
-    if options.num_beams == 1:
-        with torch.inference_mode(), evaluating(model):
-            return _draw(model, prompts, n, options, stops, logprobs)
-    return beam_search(
-        model,
-        prompts,
-        n,
-        num_beams=options.num_beams,
-        length_penalty=float(options.length_penalty),
-        repetition_penalty=options.penalty(like),
-        stops=stops,
-        tokenizer=options.tokenizer,
-    )
+        return [Row([], [], []) for _ in prompts]
+    model = engine_for(model, n) or model
+    if options.num_beams != 1:
+        return _search(model, prompts, n, options, stops)
+    if isinstance(model, Engine):
+        return _draw_by_engine(model, prompts, n, options, stops, told)
+    _needs_engine(options)
+    with torch.inference_mode(), evaluating(model):
+        return draw_rows(model, prompts, n, options, stops, told)
 
 
 def generate(
-    model: GPT,
+    model: GPT | Engine,
     idx: Tensor | Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -135,8 +114,15 @@ def generate(
     seed: Number = 0,
     tokenizer: Tokenizer | None = None,
     logprobs: bool = False,
-) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
+    top_logprobs: int = 0,
+    lookup: bool = False,
+    draft: Engine | None = None,
+) -> list[list[int]] | tuple[list[list[int]], list[list[float]], *tuple[list[list[Top]], ...]]:
     """Continue prompts by up to max_new_tokens tokens each.
+
+    model: a GPT or an Engine. For a GPT on the CPU that is asked for more than a few tokens, an
+    engine is packed for the call, which takes its weights once more in memory; who generates again
+    and again keeps an Engine.
 
     idx: (B, T) int64, or a list of prompts of unequal length. Past block_size, each token comes
     from the last block_size tokens at positions from 0.
@@ -154,12 +140,18 @@ def generate(
     looked for among the new tokens. A row ends before its stop: no token that holds a part of the
     stop is returned. Strings need `tokenizer`. Of several stops the one complete first counts.
 
-    A prompt gets the same ids alone, in a batch of any prompts, streamed or without a cache, unless
-    rounding (products of matrices of other shapes) moves a logit over the very edge of a choice.
+    A prompt gets the same ids alone, in a batch of any prompts, streamed or without a cache: by an
+    Engine always, else unless rounding (products of matrices of other shapes) moves a logit over
+    the very edge of a choice.
+
+    lookup, draft: let what followed the last tokens where they stood before, or an Engine of a
+    smaller model with the same vocabulary, guess at several tokens, which the engine then checks
+    at once. The tokens are the same, drawn or greedy; it only is faster where guesses come true.
 
     Returns one list of ids per prompt, the prompt in front; with logprobs=True also, per row, one
     float for each new token returned: the log-softmax in fp32 of the model's own logits, before
-    penalty, temperature and truncation.
+    penalty, temperature and truncation. top_logprobs=k: also, per row and new token, the k
+    likeliest (id, log-probability) there, from the likeliest down.
 
     Raises ValueError for an empty prompt or a parameter out of range, IndexError for an id outside
     the vocabulary.
@@ -176,59 +168,77 @@ def generate(
         stop=stop,
         seed=seed,
         tokenizer=tokenizer,
+        lookup=lookup,
+        draft=draft,
     )
     prompts = token_ids(idx, model.config.vocab_size)
     stops = options.stops(model.config.vocab_size)
-    continued = _continue(model, prompts, max_new_tokens, options, stops, logprobs)
-    rows, of_rows = [], []
-    for prompt, (new, of_new) in zip(prompts, continued, strict=True):
+    told = Told(logprobs, top_logprobs)
+    continued = _continue(model, prompts, max_new_tokens, options, stops, told)
+    rows, of_rows, tops = [], [], []
+    for prompt, row in zip(prompts, continued, strict=True):
         end = id_stream(tokenizer, stops)
-        end.read(new)
-        rows.append(prompt + new[: end.kept])
-        of_rows.append(of_new[: end.kept])
+        end.read(row.ids)
+        rows.append(prompt + row.ids[: end.kept])
+        of_rows.append(row.logprobs[: end.kept])
+        tops.append(row.top[: end.kept])
+    if top_logprobs:
+        return rows, of_rows, tops
     return (rows, of_rows) if logprobs else rows
 
 
 def _raw_stream(
-    model: GPT, prompt: Sequence[int], max_new_tokens: int, options: Options, logprobs: bool = False
-) -> Iterator[tuple[int, float | None]]:
+    model: GPT | Engine,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    options: Options,
+    told: Told,
+) -> Iterator[tuple[int, float | None, Top | None]]:
     """The tokens of one row as they are drawn; where it ends is for the caller to see."""
     prompts, n = token_ids([prompt], model.config.vocab_size), new_tokens(max_new_tokens)
-    check_logprobs(logprobs)
-    sequences = Sequences(model, prompts)
-    steps = _steps(sequences, n, options, logprobs)
+    check_logprobs(*told, model.config.vocab_size)
+    like = torch.empty(1, 0, device=_device(model))
+    options.sampling(like), options.penalty(like)
+    if engine := engine_for(model, n):
+        return (drawn[1:] for drawn in engine.draw(prompts, n, options, told))
+    _needs_engine(options)
+    steps = steps_of(Sequences(model, prompts), n, options, told)
 
-    def tokens() -> Iterator[tuple[int, float | None]]:
+    def tokens() -> Iterator[tuple[int, float | None, Top | None]]:
         for ids, of_ids in steps:
             drawn = ids.tolist()
-            _check_drawn(drawn)
-            yield drawn[0], of_ids.item() if logprobs else None
+            check_drawn(drawn)
+            logprob = of_ids[0].item() if of_ids else None
+            yield drawn[0], logprob, tops(*of_ids[1:])[0] if told.top else None
 
     return tokens()
 
 
 def stream(
-    model: GPT,
+    model: GPT | Engine,
     prompt_ids: Sequence[int] | Tensor,
     max_new_tokens: int,
     *,
     logprobs: bool = False,
+    top_logprobs: int = 0,
     **options: Any,
-) -> Iterator[int] | Iterator[tuple[int, float]]:
-    """`generate` for one prompt, its new ids one by one; with logprobs=True, (id, logprob) pairs.
+) -> Iterator[int] | Iterator[tuple[int, float]] | Iterator[tuple[int, float, Top]]:
+    """`generate` for one prompt, its new ids one by one; with logprobs=True, (id, logprob) pairs;
+    with top_logprobs=k, (id, logprob, the k likeliest).
 
     All of `generate`'s options but beams. An id that may turn out to be part
     of a stop is held back until it is not. Bad input is refused by the call, not by the first id.
     """
     checked = _streamed(options, model.config.vocab_size)
     end = id_stream(checked.tokenizer, checked.stops(model.config.vocab_size))
-    raw = _raw_stream(model, prompt_ids, max_new_tokens, checked, logprobs)
+    told = Told(logprobs, top_logprobs)
+    raw = _raw_stream(model, prompt_ids, max_new_tokens, checked, told)
 
     def ids() -> Iterator[Any]:
         new, sent = [], 0
-        for i, of_i in raw:
-            new.append((i, of_i) if logprobs else i)
-            end.feed(i)
+        for drawn in raw:
+            new.append(drawn if told.top else drawn[:2] if logprobs else drawn[0])
+            end.feed(drawn[0])
             yield from new[sent : end.kept]
             sent = end.kept
             if end.ended:
@@ -258,7 +268,7 @@ def _encode(
 
 
 def stream_text(
-    model: GPT,
+    model: GPT | Engine,
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
@@ -275,15 +285,19 @@ def stream_text(
 
 
 def text_pieces(
-    model: GPT, tokenizer: Tokenizer, prompt_ids: Sequence[int], max_new_tokens: int, **options: Any
+    model: GPT | Engine,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    **options: Any,
 ) -> Iterator[str]:
     """`stream_text` for a prompt that is ids already."""
     checked = _streamed({**options, "tokenizer": tokenizer}, model.config.vocab_size)
     text = TextStream(tokenizer, checked.stops(model.config.vocab_size))
-    raw = _raw_stream(model, prompt_ids, max_new_tokens, checked)
+    raw = _raw_stream(model, prompt_ids, max_new_tokens, checked, Told())
 
     def pieces() -> Iterator[str]:
-        for i, _ in raw:
+        for i, *_ in raw:
             if piece := text.feed(i):
                 yield piece
             if text.ended:
@@ -295,7 +309,7 @@ def text_pieces(
 
 
 def generate_text(
-    model: GPT,
+    model: GPT | Engine,
     tokenizer: Tokenizer,
     prompt: str | Sequence[str],
     max_new_tokens: int,
@@ -317,9 +331,9 @@ def generate_text(
     checked = Options.of({**options, "tokenizer": tokenizer})
     stops = checked.stops(model.config.vocab_size)
     prompt_ids = token_ids(ids, model.config.vocab_size)
-    continued = _continue(model, prompt_ids, max_new_tokens, checked, stops)
+    continued = _continue(model, prompt_ids, max_new_tokens, checked, stops, Told())
     texts = [
-        p + TextStream(tokenizer, stops).read(new)
-        for p, (new, _) in zip(prompts, continued, strict=True)
+        p + TextStream(tokenizer, stops).read(row.ids)
+        for p, row in zip(prompts, continued, strict=True)
     ]
     return texts[0] if isinstance(prompt, str) else texts

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from gptfast.ops.sampling import per_row
 from gptfast.stop import Stop, Stops
 from gptfast.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptfast.engine import Engine
 
 Number = float | Sequence[float] | Tensor
 
@@ -32,14 +35,16 @@ class Options:
     stop: Stop | None = None
     seed: Number = 0
     tokenizer: Tokenizer | None = None
+    lookup: bool = False
+    draft: "Engine | None" = None
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> "Options":
         """TypeError naming what is no option."""
         known = [field.name for field in fields(cls)]
         for name in options:
-            if name == "logprobs":
-                raise TypeError("logprobs are of ids, not of text; use generate or stream")
+            if name in ("logprobs", "top_logprobs"):
+                raise TypeError(f"{name} are of ids, not of text; use generate or stream")
             if name not in known:
                 raise TypeError(f"there is no option {name!r}; there are {', '.join(known)}")
         return cls(**options)
@@ -88,6 +93,7 @@ class Options:
             )
         if not isinstance(self.length_penalty, Real) or not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty must be a finite number, got {self.length_penalty}")
+        self._check_guesses(vocab_size)
         if n == 1:
             return
         for name, off in (("temperature", 1.0), ("top_k", None), ("top_p", None), ("min_p", None)):
@@ -96,6 +102,24 @@ class Options:
                 raise ValueError(
                     f"beam search draws nothing: leave out {name}={value} or take num_beams=1"
                 )
+
+    def _check_guesses(self, vocab_size: int) -> None:
+        if not isinstance(self.lookup, bool):
+            raise ValueError(f"lookup must be True or False, got {self.lookup!r}")
+        asked = [name for name in ("lookup", "draft") if getattr(self, name) not in (False, None)]
+        if asked and self.num_beams != 1:
+            asked.append(f"num_beams={self.num_beams}")
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} do not go together; leave one out")
+        if self.draft is None:
+            return
+        if not hasattr(self.draft, "packed"):
+            raise ValueError(f"draft must be a gptfast.Engine, got {type(self.draft).__name__}")
+        theirs = self.draft.config.vocab_size
+        if theirs != vocab_size:
+            raise ValueError(
+                f"draft has a vocabulary of {theirs} tokens, the model one of {vocab_size}"
+            )
 
 
 def _number(name: str, value: Any, like: Tensor) -> Any:
@@ -129,7 +153,10 @@ def new_tokens(max_new_tokens: Any) -> int:
     return n
 
 
-def check_logprobs(logprobs: Any) -> None:
+def check_logprobs(logprobs: Any, top_logprobs: Any, vocab_size: int) -> None:
+    n = _integer("top_logprobs", top_logprobs)
+    if not 0 <= n <= vocab_size:
+        raise ValueError(f"top_logprobs must be from 0 to {vocab_size}, got {top_logprobs}")
     if not isinstance(logprobs, bool):
         raise ValueError(f"logprobs must be True or False, got {logprobs!r}")
 

@@ -69,16 +69,19 @@ class Sequences:
     """
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]]) -> None:
-        self.model, self._lengths = model, [len(prompt) for prompt in prompts]
+        self.model = model
+        self._hold(prompts, model.wte.weight.device)
+        size = min(self.tokens.shape[1], model.config.block_size)
+        self._cache = model.new_cache(len(prompts), size)
+
+    def _hold(self, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
+        self._lengths = [len(prompt) for prompt in prompts]
         self.longest = max(self._lengths)  # on the host, so that no step asks the device
         tokens = torch.zeros(len(prompts), self.longest + ROOM, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
-        device = model.wte.weight.device
         self.tokens = tokens.to(device)
         self.length = torch.tensor(self._lengths, device=device)  # (B,)
-        size = min(self.tokens.shape[1], model.config.block_size)
-        self._cache = model.new_cache(len(prompts), size)
 
     def logits(self) -> Tensor:
         """Next-token logits (B, V)."""

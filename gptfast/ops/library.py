@@ -250,6 +250,12 @@ class use_backend:  # noqa: N801 - reads as the function it is used as
             self.switch.__exit__(kind, error, trace)
 
 
+def overruled() -> bool:
+    """Whether this thread is inside a `use_backend` that names a backend."""
+    switch = getattr(_thread, "switch", None)
+    return switch is not None and switch.backend != "auto"
+
+
 def backend_of(op: torch._ops.OpOverload, device: str) -> str:
     """The backend that serves `op` on "cpu" or "cuda" when the dispatcher decides."""
     if device == "cpu":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gptfast.config import GPTConfig
@@ -35,16 +35,24 @@ class Weights:
 
         Called once: what has been read is let go of, so that no more is held than the model.
         """
-        self._check_size()
-        with torch.device("meta"), _NothingDrawn():
-            model = GPT(self.config)
-        dtype = self.tensors["wte.weight"].dtype
+        model, dtype = self._empty(), self.tensors["wte.weight"].dtype
         for name in self._names(model):
             module, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(self.tensors.pop(name).load().to(dtype))
             setattr(model.get_submodule(module), leaf, parameter)
         model.tokenizer_name = self.tokenizer
         return model.eval()
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter of GPT and its values, one after the other. Raises CheckpointError."""
+        for name in self._names(self._empty()):
+            yield name, self.tensors[name].read()
+
+    def _empty(self) -> GPT:
+        """A model of the shape, on the meta device."""
+        self._check_size()
+        with torch.device("meta"), _NothingDrawn():
+            return GPT(self.config)
 
     @torch.no_grad()
     def copy_to(self, model: GPT) -> None:

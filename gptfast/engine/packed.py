@@ -1,0 +1,192 @@
+"""A model packed for the C++ engine: one tensor of bytes, and the directory that keeps it.
+
+csrc/engine.h says how matrices lie in it. A packed directory holds packed.safetensors, which says
+what model it is, and the tokenizer's files.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+
+import google_crc32c
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptfast.config import GPTConfig
+from gptfast.model import GPT
+from gptfast.ops.library import EXTENSION, LIBRARY, MISSING
+from gptfast.tokenizer import Tokenizer
+from gptfast.weights.stored import CheckpointError, one_line
+from gptfast.weights.weights import Weights, tokenizer_in
+
+DTYPES = ("fp32", "bf16", "int8")  # in the order of WeightType
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float16}
+FILE = "packed.safetensors"
+FORMAT = "gptfast-packed-1"
+PIECE = 2**20
+
+LIBRARY.define("engine_new(int[] shape) -> Tensor")
+LIBRARY.define("engine_bytes(int[] shape) -> int")
+LIBRARY.define("engine_pack(Tensor(a!) packed, int[] shape, int index, Tensor weight) -> ()")
+LIBRARY.define(
+    "engine_step(Tensor packed, int[] shape, Tensor(a!) cache, Tensor slots, int[] rows, "
+    "int[] starts, int[] counts, int[] ids, int[] wanted, Tensor[] sampling, int[] positions) "
+    "-> (Tensor, Tensor)"
+)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A GPT-2 ready to run. data: (n,) uint8; shape: what the operators ask to know of it."""
+
+    config: GPTConfig
+    dtype: str
+    data: Tensor
+    tokenizer: str | None = None
+    """A name or directory for `get_tokenizer`, if one is on record."""
+
+    @property
+    def shape(self) -> list[int]:
+        return _shape(self.config, self.dtype)
+
+
+def _shape(config: GPTConfig, dtype: str) -> list[int]:
+    sizes = (config.n_layer, config.n_head, config.n_embd, config.vocab_size, config.block_size)
+    return [DTYPES.index(dtype), *sizes, int(config.tie_weights)]
+
+
+def _new(config: GPTConfig, dtype: str) -> Tensor:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if EXTENSION is None:
+        raise RuntimeError(f"the engine needs the C++ extension ({MISSING}); reinstall gptfast")
+    return torch.ops.gptfast.engine_new(_shape(config, dtype))
+
+
+def parameter_names(config: GPTConfig) -> list[str]:
+    """GPT's parameters in the order in which they are packed; c_attn.bias may be absent."""
+    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    modules = [f"h.{i}.{part}" for i in range(config.n_layer) for part in parts]
+    names = ["wte.weight", "wpe.weight"]
+    names += [f"{module}.{leaf}" for module in (*modules, "ln_f") for leaf in ("weight", "bias")]
+    return names if config.tie_weights else [*names, "lm_head.weight"]
+
+
+@torch.no_grad()
+def _pack(
+    config: GPTConfig, dtype: str, tensors: Iterable[tuple[str, Tensor]], tokenizer: str | None
+) -> Packed:
+    packed = Packed(config, dtype, _new(config, dtype), tokenizer)
+    index = {name: i for i, name in enumerate(parameter_names(config))}
+    for name, tensor in tensors:
+        torch.ops.gptfast.engine_pack(packed.data, packed.shape, index[name], tensor.detach())
+    return packed
+
+
+def pack_model(model: GPT, dtype: str) -> Packed:
+    """Of a model on the CPU; it is left as it is."""
+    return _pack(model.config, dtype, model.named_parameters(), model.tokenizer_name)
+
+
+def pack_weights(weights: Weights, dtype: str) -> Packed:
+    """Of files, one tensor after the other, so that no more is held than what is packed."""
+    return _pack(weights.config, dtype, weights.read(), weights.tokenizer)
+
+
+# ---- Files
+
+
+def is_packed(path: str | PathLike) -> bool:
+    """Whether `path` is a directory that `save` wrote."""
+    return (Path(path) / FILE).is_file()
+
+
+def _header(packed: Packed) -> bytes:
+    buffer, crc = memoryview(packed.data.numpy()), google_crc32c.Checksum()
+    for begin in range(0, len(buffer), PIECE):
+        crc.update(bytes(buffer[begin : begin + PIECE]))
+    metadata = {
+        "format": FORMAT,
+        "dtype": packed.dtype,
+        "config": json.dumps(asdict(packed.config)),
+        "crc32c": crc.hexdigest().decode(),
+    }
+    if packed.tokenizer and not Path(packed.tokenizer).is_dir():
+        metadata["tokenizer"] = packed.tokenizer
+    tensor = {"dtype": "U8", "shape": [len(packed.data)], "data_offsets": [0, len(packed.data)]}
+    text = json.dumps({"__metadata__": metadata, "packed": tensor}).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+def save(
+    packed: Packed, directory: str | PathLike, tokenizer: Tokenizer | str | None = None
+) -> None:
+    """Write a packed directory, whole or not at all. ValueError for a path that exists."""
+    path = Path(directory)
+    if path.exists():
+        raise ValueError(f"{path} exists; name another or delete it")
+    from gptfast.checkpoint import tokenizer_texts  # loading a packed model takes none of it
+
+    texts, _ = tokenizer_texts(tokenizer or packed.tokenizer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        with (temporary / FILE).open("wb") as file:
+            file.write(_header(packed))
+            file.write(memoryview(packed.data.numpy()))
+            file.flush()
+            os.fsync(file.fileno())
+        for name, text in texts.items():
+            (temporary / name).write_text(text, "utf-8")
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _metadata(path: Path) -> tuple[GPTConfig, dict[str, str]]:
+    """Shape, and what else a packed file says of itself; CheckpointError if it does not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names, size = list(file.keys()), file.get_slice("packed").get_shape()
+        if metadata.get("format") != FORMAT or names != ["packed"]:
+            raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+        config, dtype = GPTConfig(**json.loads(metadata["config"])), metadata["dtype"]
+        if dtype not in DTYPES or size != [torch.ops.gptfast.engine_bytes(_shape(config, dtype))]:
+            raise ValueError(f"{size} bytes are no model of this shape in {dtype!r}")
+        return config, metadata
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
+
+
+def _read(path: Path, data: Tensor) -> str:
+    """Fill data with what follows the header; its CRC-32C, in hexadecimal."""
+    buffer, crc = memoryview(data.numpy()), google_crc32c.Checksum()
+    with path.open("rb", buffering=0) as file:
+        file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+        for begin in range(0, len(buffer), PIECE):
+            piece = buffer[begin : begin + PIECE]
+            if file.readinto(piece) != len(piece):
+                raise CheckpointError(f"{path} is damaged: it ends too soon")
+            crc.update(bytes(piece))
+    return crc.hexdigest().decode()
+
+
+def load(directory: str | PathLike) -> Packed:
+    """Read a packed directory; its checksum is verified. Raises CheckpointError."""
+    path = Path(directory) / FILE
+    if EXTENSION is None:
+        raise RuntimeError(f"the engine needs the C++ extension ({MISSING}); reinstall gptfast")
+    config, metadata = _metadata(path)
+    data = _new(config, metadata["dtype"])
+    if _read(path, data) != metadata.get("crc32c"):
+        raise CheckpointError(f"{path} is damaged: its CRC-32C is not the one it was saved with")
+    tokenizer = tokenizer_in(Path(directory)) or metadata.get("tokenizer")
+    return Packed(config, metadata["dtype"], data, tokenizer)

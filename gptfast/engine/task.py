@@ -1,0 +1,150 @@
+"""What the requests of one call share, and how a step's logits become their tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.decode import Told, Top, tops
+from gptfast.engine.rows import Rows
+from gptfast.engine.speculate import MOST, DraftModel, Guesser, PromptLookup
+from gptfast.options import Options
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+class Drawn(NamedTuple):
+    request: "Request"
+    id: int
+    logprob: float | None
+    top: Top | None
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt on its way. Who receives its tokens sets `done` when it is to end."""
+
+    index: int
+    ids: list[int]
+    """The prompt and all that was drawn."""
+    left: int
+    """Tokens to draw yet."""
+    row: int = -1
+    seen: Tensor | None = None
+    """(V,) bool, of the tokens in ids, where there is a repetition penalty."""
+    most: int = 4
+    """Guesses to try: more after all came true, fewer after one did not."""
+    done: bool = False
+
+
+class Task:
+    """What all requests of one call share: options by row, and what is to be told of each token."""
+
+    def __init__(self, options: Options, like: Tensor, told: Told) -> None:
+        sampling = options.sampling(like)
+        self._sampling = [sampling[name] for name in SAMPLING]
+        self._penalty = options.penalty(like)
+        self._told = told
+        self._index: list[int] = []
+        self._chosen: list[Tensor] = []
+        self.guesser: Guesser | None = None
+        if options.draft is not None:
+            self.guesser = DraftModel(Rows(options.draft.packed), self._sampling)
+        elif options.lookup:
+            self.guesser = PromptLookup()
+
+    def guess(self, live: Sequence[Request], rows: Rows) -> list[list[int]]:
+        if self.guesser is None:
+            return [[] for _ in live]
+        # One fewer than may come: the last is drawn without a guess. Room is for all of them.
+        most = [
+            max(0, min(r.most, r.left - 1, rows.block_size - len(rows.ids[r.row]) - 1))
+            for r in live
+        ]
+        return self.guesser.guess(live, most)
+
+    def step(
+        self,
+        rows: Rows,
+        requests: Sequence[Request],
+        tokens: Sequence[list[int]],
+        guesses: Sequence[list[int]],
+    ) -> list[Drawn]:
+        """Append tokens, of which the last ones are guesses, and draw behind each that stands."""
+        index, positions = [], []
+        for request, guess in zip(requests, guesses, strict=True):
+            index += [request.index] * (len(guess) + 1)
+            positions += range(len(request.ids), len(request.ids) + len(guess) + 1)
+        if index != self._index:
+            self._index, self._chosen = index, [one[index] for one in self._sampling]
+        held = [len(rows.ids[request.row]) for request in requests]
+        row = [request.row for request in requests]
+        wanted = [len(guess) + 1 for guess in guesses]
+        if self._penalty is None:
+            logits, ids = rows.forward(row, tokens, wanted, self._chosen, positions)
+        else:
+            logits, _ = rows.forward(row, tokens, wanted)
+            scores = self._penalised(logits, requests, guesses)
+            ids = ops.sample(
+                scores,
+                position=torch.tensor(positions),
+                **dict(zip(SAMPLING, self._chosen, strict=True)),
+            )
+        told = self._told(logits, ids)
+        logprobs = told[0].tolist() if told else []
+        top = tops(*told[1:]) if self._told.top else []
+        drawn = self._accepted(rows, requests, guesses, held, ids.tolist())
+        return [
+            Drawn(request, i, logprobs[at] if logprobs else None, top[at] if top else None)
+            for request, i, at in drawn
+        ]
+
+    def _accepted(
+        self,
+        rows: Rows,
+        requests: Sequence[Request],
+        guesses: Sequence[list[int]],
+        held: Sequence[int],
+        ids: Sequence[int],
+    ) -> list[tuple[Request, int, int]]:
+        """Of the ids drawn behind each token those that stand, and where: up to the first that is
+        not the guess."""
+        drawn: list[tuple[Request, int, int]] = []
+        at = 0
+        for request, guess, before in zip(requests, guesses, held, strict=True):
+            n = 0
+            while n < len(guess) and guess[n] == ids[at + n]:
+                n += 1
+            new = ids[at : at + n + 1]
+            drawn += [(request, i, at + j) for j, i in enumerate(new)]
+            request.ids += new
+            request.left -= len(new)
+            if request.seen is not None:
+                request.seen[new] = True
+            if guess:
+                rows.truncate(request.row, before + n + 1)
+                request.most = min(2 * request.most, MOST) if n == len(guess) else max(1, n + 1)
+            at += len(guess) + 1
+        return drawn
+
+    def _penalised(
+        self, logits: Tensor, requests: Sequence[Request], guesses: Sequence[list[int]]
+    ) -> Tensor:
+        """Logits with those of tokens that are there already made smaller; behind a guess, as if it
+        were there."""
+        scores, row = logits.clone(), 0
+        for request, guess in zip(requests, guesses, strict=True):
+            if request.seen is None:
+                request.seen = torch.zeros(logits.shape[1], dtype=torch.bool)
+                request.seen[request.ids] = True
+            seen, penalty = request.seen.clone(), self._penalty[request.index]
+            for i in (None, *guess):
+                if i is not None:
+                    seen[i] = True
+                at = scores[row, seen]
+                scores[row, seen] = torch.where(at < 0, at * penalty, at / penalty)
+                row += 1
+        return scores
