@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t QUERIES = W == 16 ? 4 : 1;  // that attention takes at a time
 constexpr int WIDE = W == 16 ? 4 : 8;         // vectors of a head's values that are summed at a time
+constexpr int64_t WARM = 8192;
 constexpr int SPINS = 500;
 
 void meet(EngineBarrier& barrier, int64_t threads) {
@@ -71,12 +72,13 @@ class Forward {
     meet();
     for (int64_t i = 0; i < args_.n_layer; ++i) {
       const EngineLayer& layer = args_.layers[i];
-      product(layer.c_attn, args_.x, &layer.ln_1, args_.N, args_.qkv, Into::store);
+      product(layer.c_attn, args_.x, &layer.ln_1, args_.N, args_.qkv, Into::store, &layer.attn_c_proj);
       attend(i);
       meet();
-      product(layer.attn_c_proj, args_.mixed, nullptr, args_.N, args_.x, Into::add);
-      product(layer.c_fc, args_.x, &layer.ln_2, args_.N, args_.fc, Into::gelu);
-      product(layer.mlp_c_proj, args_.fc, nullptr, args_.N, args_.x, Into::add);
+      product(layer.attn_c_proj, args_.mixed, nullptr, args_.N, args_.x, Into::add, &layer.c_fc);
+      product(layer.c_fc, args_.x, &layer.ln_2, args_.N, args_.fc, Into::gelu, &layer.mlp_c_proj);
+      product(layer.mlp_c_proj, args_.fc, nullptr, args_.N, args_.x, Into::add,
+              i + 1 < args_.n_layer ? &args_.layers[i + 1].c_attn : &args_.head);
     }
     if (args_.n_wanted == 0) return;
     // The wanted rows' place is that of the attention's result, which nobody needs any more.
@@ -85,7 +87,7 @@ class Forward {
     for (int64_t m = rows.begin; m < rows.end; ++m)
       memcpy(args_.mixed + m * ld, args_.x + args_.wanted[m] * ld, sizeof(float) * C);
     meet();
-    product(args_.head, args_.mixed, &args_.ln_f, args_.n_wanted, args_.logits, Into::store);
+    product(args_.head, args_.mixed, &args_.ln_f, args_.n_wanted, args_.logits, Into::store, nullptr);
   }
 
  private:
@@ -106,7 +108,8 @@ class Forward {
   static int64_t panel_bytes(int64_t K) { return round_up(K, Type::UNIT) * PANEL * (int64_t)Type::SIZE; }
 
   // y = x W^T behind a layer norm or not, for N rows; all threads have it afterwards.
-  void product(const EngineMatrix& matrix, const float* x, const EngineNorm* norm, int64_t N, float* y, Into into) {
+  void product(const EngineMatrix& matrix, const float* x, const EngineNorm* norm, int64_t N, float* y, Into into,
+               const EngineMatrix* next) {
     const int64_t ld = round_up(matrix.K, PANEL), stride = bytes_of<Type>(matrix.K);
     Product p{&matrix, (const char*)x, ld * 4, N, y, round_up(matrix.N, PANEL), into};
     if (norm || !Type::AS_IS) {
@@ -115,7 +118,15 @@ class Forward {
     }
     const Share panels((matrix.N + PANEL - 1) / PANEL, thread_, threads_);
     multiply<Type>(p, panel_bytes(matrix.K), panels.begin, panels.end);
+    if (next) warm(*next);
     meet();
+  }
+
+  // Asks for the beginning of this thread's part of a matrix, so that it is there after the meeting.
+  void warm(const EngineMatrix& matrix) const {
+    const Share panels((matrix.N + PANEL - 1) / PANEL, thread_, threads_);
+    const char* from = matrix.panels + panels.begin * panel_bytes(matrix.K);
+    for (int64_t i = 0; i < WARM; i += 64) __builtin_prefetch(from + i);
   }
 
   const char* make_inputs(int64_t K, const float* x, int64_t ld, const EngineNorm* norm, int64_t N, int64_t stride) {
@@ -135,6 +146,9 @@ class Forward {
 
   void attend(int64_t layer) {
     const int64_t H = args_.n_head;
+    // Keys and values lie where the weights have driven them from the caches: those of the next head are asked for
+    // beside those of this one.
+    next_head_ = threads_ * args_.n_slots * D_;
     for (int64_t item = thread_; item < args_.n_segments * H; item += threads_) {
       const EngineSegment& segment = args_.segments[item / H];
       const int64_t h = item % H;
@@ -232,6 +246,7 @@ class Forward {
 #pragma GCC unroll 16
     for (int64_t d = 0; d < size; d += W) {
       const vf k = load(key + d);
+      if (d * sizeof(Cached) % 64 == 0) __builtin_prefetch(key + d + next_head_);
 #pragma GCC unroll 4
       for (int i = 0; i < Q; ++i) one[i] += k * load(q + i * size + d);
     }
@@ -245,7 +260,10 @@ class Forward {
       const Cached* value = values + slots[t] * D_;
       vf v[V];
 #pragma GCC unroll 8
-      for (int n = 0; n < V; ++n) v[n] = load(value + n * W);
+      for (int n = 0; n < V; ++n) {
+        v[n] = load(value + n * W);
+        if (n * W * sizeof(Cached) % 64 == 0) __builtin_prefetch(value + n * W + next_head_);
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < Q; ++i)
 #pragma GCC unroll 8
@@ -257,6 +275,7 @@ class Forward {
 
   const EngineArgs& args_;
   const int64_t thread_, threads_, D_;
+  int64_t next_head_ = 0;
 };
 
 int64_t input_bytes(WeightType type, int64_t K) {

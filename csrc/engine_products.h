@@ -12,7 +12,7 @@ namespace {
 
 constexpr int NV = PANEL / W;                      // vectors across a panel
 constexpr int MR = W == 16 ? 12 : W == 8 ? 3 : 1;  // rows whose sums fit the registers
-constexpr int64_t AHEAD = 2048;  // bytes from what is read to what is asked for: beyond a page's end too
+constexpr int64_t AHEAD = 4096;  // bytes from what is read to what is asked for: beyond a page's end too
 
 #if defined(__AVX512VNNI__)
 constexpr bool VNNI = true;

@@ -13,21 +13,25 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from gptfast import ops
+from gptfast.engine.engine import Engine
 from gptfast.model import GPT
 from gptfast.sequences import evaluating
 from gptfast.token_files import TokenFiles
 from gptfast.tokenizer import Tokenizer
 
 
-def batch_loss(model: GPT, x: Tensor, y: Tensor) -> Tensor:
+def batch_loss(model: GPT | Engine, x: Tensor, y: Tensor) -> Tensor:
     """Mean loss over the targets y (B, T) that count, nats per token; moves x, y to the model."""
+    if isinstance(model, Engine):
+        losses = token_losses(model, x, y)
+        return losses.sum() / (y != -100).sum()
     device = model.wte.weight.device
     return model(x.to(device), y.to(device))
 
 
 @torch.no_grad()
 def loader_loss(
-    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], max_batches: int | None = None
+    model: GPT | Engine, batches: Iterable[tuple[Tensor, Tensor]], max_batches: int | None = None
 ) -> float:
     """Mean loss per token over batches (the first max_batches if given), without dropout.
 
@@ -56,9 +60,9 @@ def row(ids: Tensor, n: int) -> Row:
     return ids[:-1], y
 
 
-def padded(model: GPT, rows: list[Row]) -> tuple[Tensor, Tensor]:
+def padded(model: GPT | Engine, rows: list[Row]) -> tuple[Tensor, Tensor]:
     """Rows of any lengths as a batch (B, longest), on the model's device; -100 past a row's end."""
-    device = model.wte.weight.device
+    device = torch.device("cpu") if isinstance(model, Engine) else model.wte.weight.device
     x = pad_sequence([x for x, _ in rows], batch_first=True).to(device)
     y = pad_sequence([y for _, y in rows], batch_first=True, padding_value=-100).to(device)
     return x, y
@@ -74,6 +78,20 @@ def target_losses(model: GPT, hidden: Tensor, y: Tensor) -> Tensor:
     with torch.autocast(device.type, dtype=hidden.dtype) if half else nullcontext():
         loss = ops.linear_cross_entropy(hidden, model.head_weight, y, reduction="none")
     return loss.float()
+
+
+@torch.no_grad()
+def token_losses(model: GPT | Engine, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of every target y (B, T) behind x (B, T): fp32 nats, 0 where it is -100."""
+    if not isinstance(model, Engine):
+        return target_losses(model, model.hidden(x), y)
+    losses = torch.zeros(y.shape)
+    for loss, ids, target in zip(losses, x, y, strict=True):
+        asked = (target != -100).nonzero()[:, 0].tolist()
+        if asked:
+            n = asked[-1] + 1  # what follows is padding
+            loss[:n] = model.losses(ids[:n].tolist(), target[:n])
+    return losses
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,7 @@ def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
 
 
 def loader_score(
-    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: Tokenizer
+    model: GPT | Engine, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: Tokenizer
 ) -> Score:
     """`loader_loss` of batches that can be gone through twice, with what bits per byte need."""
     loss = loader_loss(model, batches)
@@ -126,7 +144,7 @@ def _windows(n: int, max_length: int, stride: int) -> Iterator[tuple[int, int, i
 
 
 def sliding_score(
-    model: GPT,
+    model: GPT | Engine,
     tokens: Tensor | TokenFiles,
     tokenizer: Tokenizer,
     *,
@@ -156,7 +174,7 @@ def sliding_score(
 
 
 def text_score(
-    model: GPT,
+    model: GPT | Engine,
     tokens: Tensor | TokenFiles,
     tokenizer: Tokenizer,
     *,
@@ -178,7 +196,7 @@ def text_score(
 
 
 def _measure(
-    model: GPT,
+    model: GPT | Engine,
     tokens: Tensor | TokenFiles,
     tokenizer: Tokenizer,
     windows: list[tuple[int, int, int]],
@@ -197,7 +215,7 @@ def _measure(
         for i in range(0, len(windows), batch_size):
             rows = [_row(tokens, *window) for window in windows[i : i + batch_size]]
             x, y = padded(model, rows)
-            sums = target_losses(model, model.hidden(x), y).double().sum(1).tolist()
+            sums = token_losses(model, x, y).double().sum(1).tolist()
             found += zip(sums, (y != -100).sum(1).tolist(), strict=True)
             n_bytes += int(lengths[y[y != -100].cpu()].sum())
     nats, n = (sum(column) for column in zip(*found, strict=True))

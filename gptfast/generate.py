@@ -26,12 +26,13 @@ def _draw_by_engine(
     """Rows of up to n tokens; where one ends, the next prompt takes its place."""
     rows = [Row([], [], []) for _ in prompts]
     ends = [id_stream(options.tokenizer, stops) for _ in prompts]
+    watched = stops != Stops()
     for request, i, logprob, top in engine.draw(prompts, n, options, told):
         row, end = rows[request.index], ends[request.index]
         row.ids.append(i)
         row.logprobs.append(logprob)
         row.top.append(top)
-        if stops != Stops():
+        if watched:
             end.feed(i)
             request.done = end.ended
     return rows
@@ -175,15 +176,15 @@ def generate(
     stops = options.stops(model.config.vocab_size)
     told = Told(logprobs, top_logprobs)
     continued = _continue(model, prompts, max_new_tokens, options, stops, told)
-    rows, of_rows, tops = [], [], []
+    rows, of_rows, tops_of_rows = [], [], []
     for prompt, row in zip(prompts, continued, strict=True):
         end = id_stream(tokenizer, stops)
         end.read(row.ids)
         rows.append(prompt + row.ids[: end.kept])
         of_rows.append(row.logprobs[: end.kept])
-        tops.append(row.top[: end.kept])
+        tops_of_rows.append(row.top[: end.kept])
     if top_logprobs:
-        return rows, of_rows, tops
+        return rows, of_rows, tops_of_rows
     return (rows, of_rows) if logprobs else rows
 
 

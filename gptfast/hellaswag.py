@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from gptfast.evaluate import Row, padded, row, target_losses
+from gptfast.engine.engine import Engine
+from gptfast.evaluate import Row, padded, row, token_losses
 from gptfast.model import GPT
 from gptfast.sequences import evaluating
 from gptfast.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ def _fits(context: Any, endings: Any, label: Any) -> bool:
 
 
 def hellaswag(
-    model: GPT,
+    model: GPT | Engine,
     tokenizer: Tokenizer,
     path: str | PathLike,
     *,
@@ -75,7 +76,7 @@ def hellaswag(
 
     def measure(rows: list[Row]) -> None:
         x, y = padded(model, rows)
-        sums = target_losses(model, model.hidden(x), y).sum(1).tolist()
+        sums = token_losses(model, x, y).sum(1).tolist()
         losses.extend(sums)
         norms.extend(s / int((y != -100).sum()) for s, (_, y) in zip(sums, rows, strict=True))
 

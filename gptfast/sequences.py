@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptfast.model import GPT, KVCache
 
@@ -18,9 +18,10 @@ ROOM = 64
 
 
 @contextmanager
-def evaluating(model: GPT) -> Iterator[None]:
-    """Dropout off inside, and the mode of every module as it was behind."""
-    training = [module for module in model.modules() if module.training]
+def evaluating(model: object) -> Iterator[None]:
+    """Dropout off inside, and the mode of every module as it was behind. An engine has no modes."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

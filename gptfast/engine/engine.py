@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptfast import ops
 from gptfast.config import GPTConfig
 from gptfast.decode import Told
 from gptfast.engine import packed as packing
@@ -21,8 +22,10 @@ from gptfast.engine.sequences import EngineSequences
 from gptfast.engine.task import Drawn, Request, Task
 from gptfast.model import GPT, MLP, Attention, Block
 from gptfast.ops.library import EXTENSION, overruled
-from gptfast.options import Options
+from gptfast.options import Options, token_ids
 from gptfast.tokenizer import Tokenizer
+
+PIECE = 128
 
 
 @dataclass
@@ -121,11 +124,27 @@ class Engine:
                 sequences.close()
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """ids, up to block_size -> the logits (T, V) fp32 behind each."""
-        with self._lock, torch.inference_mode():
+        """ids, from 1 to block_size of them -> the logits (T, V) fp32 behind each."""
+        return torch.cat(list(self._logits(ids)))
+
+    def losses(self, ids: Sequence[int], target: Tensor) -> Tensor:
+        """The loss of each target (T,) int64 behind ids (T): fp32 nats, 0 where it is -100."""
+        pieces = zip(self._logits(ids), target.split(PIECE), strict=True)
+        return torch.cat([ops.cross_entropy(*piece, reduction="none") for piece in pieces])
+
+    def _logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """Of PIECE tokens at a time: their logits are 200 KB each."""
+        prompt = token_ids([ids], self.config.vocab_size)[0]
+        if len(prompt) > self.config.block_size:
+            raise ValueError(f"{len(prompt)} ids are more than block_size={self.config.block_size}")
+        with self._lock:
             row = self.rows.new()
             try:
-                return self.rows.forward([row], [list(ids)], [len(ids)])[0]
+                for i in range(0, len(prompt), PIECE):
+                    piece = prompt[i : i + PIECE]
+                    with torch.inference_mode():
+                        logits = self.rows.forward([row], [piece], [len(piece)])[0]
+                    yield logits
             finally:
                 self.rows.release(row)
 
