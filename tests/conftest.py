@@ -6,6 +6,7 @@ its products are garbage).
 """
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,7 @@ if not GPU:
 # cuBLAS is deterministic with this; read when its first handle is made.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+from gptfast.engine import Engine  # noqa: E402
 from gptfast.ops.library import (  # noqa: E402
     EXTENSION,
     MISSING,
@@ -28,7 +30,9 @@ from gptfast.ops.library import (  # noqa: E402
 if os.environ.get("GPTFAST_SANITIZE") == "1":
     # What `make sanitize` means to test, and not the usual build.
     assert EXTENSION and "build/sanitize/lib" in EXTENSION.__file__, EXTENSION
-LEVELS = EXTENSION.build_info()["isa_supported"] if EXTENSION else []
+ENGINE_LEVELS = EXTENSION.build_info()["isa_supported"] if EXTENSION else []
+# What the operations themselves differ in.
+LEVELS = [level for level in ENGINE_LEVELS if level in ("default", "avx2", "avx512")]
 _SKIPPED = pytest.param("cpp", marks=pytest.mark.skip(f"the C++ extension is not built: {MISSING}"))
 
 
@@ -43,6 +47,29 @@ def _at_level(level: str) -> Iterator[str]:
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction-set level this machine has, one after the other."""
     yield from _at_level(request.param)
+
+
+@pytest.fixture(params=ENGINE_LEVELS or [_SKIPPED])
+def engine_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each level that the engine knows and this machine has."""
+    yield from _at_level(request.param)
+
+
+@pytest.fixture(scope="module", params=["engine", "model"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Generation from a GPT by an engine packed for it, however few tokens, and by the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "engine":
+            if EXTENSION is None:
+                pytest.skip(f"the C++ extension is not built: {MISSING}")
+            patch.setattr(sys.modules["gptfast.engine.engine"], "FEWEST", 0)
+        else:
+            patch.setattr(
+                sys.modules["gptfast.generate"],  # the package's name for it is the function
+                "engine_for",
+                lambda x, n: x if isinstance(x, Engine) else None,
+            )
+        yield request.param
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptfast import GPT, generate, ops
+from gptfast.engine.rows import Rows
 from gptfast.generate import stream
 from gptfast.options import Options
 from gptfast.sequences import ROOM, Sequences
 
+pytestmark = pytest.mark.usefixtures("way")
 SAMPLING = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 1.3, "seed": 11},
@@ -179,12 +181,18 @@ def test_eos_in_the_prompt_does_not_stop(model: GPT) -> None:
     assert stopped == free[: free.index(eos, 6) + 1]
 
 
+def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by an element with every step of a generation, by an engine or by the model."""
+    calls, sample, forward = [], ops.sample, Rows.forward
+    monkeypatch.setattr(ops, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
+    monkeypatch.setattr(Rows, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    return calls
+
+
 def test_generation_ends_once_every_row_has_its_eos(
     model: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-    real = ops.sample
-    monkeypatch.setattr(ops, "sample", lambda *a, **k: calls.append(1) or real(*a, **k))
+    calls = count_steps(monkeypatch)
     first = generate(model, [prompt(4)], 1, temperature=0.0)[0][-1]
     calls.clear()
     assert len(generate(model, [prompt(4)], 500, temperature=0.0, eos_id=first)[0]) == 5

@@ -8,10 +8,12 @@ from helpers import (
     one_thread,  # noqa: F401 - applies to every test here
     random_ids,
 )
-from test_generate import SAMPLING, lively_model, naive, prompt
+from test_generate import SAMPLING, count_steps, lively_model, naive, prompt
 
-from gptfast import GPT, generate, get_tokenizer, ops
+from gptfast import GPT, generate, get_tokenizer
 from gptfast.generate import generate_text, stream, stream_text
+
+pytestmark = pytest.mark.usefixtures("way")
 
 
 @pytest.fixture
@@ -72,9 +74,7 @@ def test_a_stop_in_the_prompt_does_not_count(model: GPT) -> None:
 
 def test_generation_ends_with_its_stops(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     row = generate(model, [prompt(4)], 20, temperature=0.0)[0]
-    calls = []
-    real = ops.sample
-    monkeypatch.setattr(ops, "sample", lambda *a, **k: calls.append(1) or real(*a, **k))
+    calls = count_steps(monkeypatch)
     stop = [row[4 + 6 : 4 + 8]]
     first = min(n for n in range(20) if row[4 + n : 6 + n] == stop[0])
     cut = generate(model, [prompt(4)], 500, temperature=0.0, stop=stop)[0]

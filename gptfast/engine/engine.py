@@ -33,6 +33,7 @@ class Stats:
     """What an engine has done since it was made, or since it was given new ones."""
 
     prompt_tokens: int = 0
+    """Those that were computed: what a row shares with another is not."""
     prompt_seconds: float = 0.0
     new_tokens: int = 0
     """Those that followed the first, which the prompt's pass gives."""
@@ -191,7 +192,7 @@ class Engine:
             held = len(self.rows.ids[request.row])
             new = request.ids[-self.rows.block_size :][held:]
             drawn = task.step(self.rows, [request], [new], [[]])
-        self.stats.prompt_tokens += len(request.ids)
+        self.stats.prompt_tokens += len(new)
         self.stats.prompt_seconds += time.perf_counter() - start
         return drawn
 

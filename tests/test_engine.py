@@ -1,0 +1,475 @@
+"""The engine: the model's own logits by the parity rule, the same bits whatever a token is computed
+beside, and nothing left behind."""
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    one_thread,  # noqa: F401 - applies to every test here
+    random_ids,
+    random_model,
+)
+from parity import DTYPES as TORCH_DTYPES
+from parity import assert_parity
+from torch import Tensor
+
+from gptfast import GPT, CheckpointError, generate, get_tokenizer
+from gptfast.decode import Told
+from gptfast.engine import Engine, is_packed
+from gptfast.engine.packed import FILE, parameter_names
+from gptfast.engine.rows import CHUNK
+from gptfast.evaluate import sliding_score, text_score
+from gptfast.generate import generate_text, stream_text
+from gptfast.ops.library import EXTENSION
+from gptfast.options import Options
+
+pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
+DTYPES = ("fp32", "bf16", "int8")
+SHAPES = {
+    "D=12": {},
+    "D=16, one head": {"n_head": 1, "n_embd": 16},
+    "D=64": {"n_embd": 128, "block_size": 200},
+    "D=80": {"n_embd": 160},
+    "D=128": {"n_embd": 128, "n_head": 1},
+    "no bias, untied, V prime": {"qkv_bias": False, "tie_weights": False, "vocab_size": 257},
+    "C=50": {"n_head": 5, "n_embd": 50},
+}
+SAMPLING = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 7},
+    "penalty": {"repetition_penalty": 1.5, "seed": 3},
+}
+
+
+def logits_of(model: GPT, ids: list[int]) -> Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([ids]))[0]
+
+
+@pytest.fixture
+def model() -> GPT:
+    return random_model(block_size=64, vocab_size=211).eval()
+
+
+def prompts(*lengths: int, vocab_size: int = 211) -> list[list[int]]:
+    return [random_ids(n, vocab_size=vocab_size, seed=n).tolist() for n in lengths]
+
+
+# ---- Its numbers
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_logits_by_the_parity_rule(engine_isa: str, dtype: str, shape: str) -> None:
+    model = random_model(**SHAPES[shape]).eval()
+    ids = random_ids(model.config.block_size, vocab_size=model.config.vocab_size).tolist()
+    out, tested = Engine(model, dtype).logits(ids), TORCH_DTYPES[dtype]
+    plain = logits_of(model.to(tested), ids)
+    ref = logits_of(model.double(), ids)  # of weights rounded to the dtype, as the engine's are
+    assert_parity("logits", out.to(tested), ref, plain)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_is_near(engine_isa: str, shape: str) -> None:
+    """Rounding weights to 127 steps of a row's largest and inputs to 127 of a group's: about 1%."""
+    model = random_model(std=0.08, **SHAPES[shape]).eval()
+    ids = random_ids(model.config.block_size, vocab_size=model.config.vocab_size).tolist()
+    out, ref = Engine(model, "int8").logits(ids), logits_of(model, ids)
+    assert (out - ref).std() < 0.03 * ref.std()
+
+
+def test_int8_is_the_same_at_every_level_but_for_rounding(model: GPT) -> None:
+    """Sums of whole numbers are exact, however a level takes them."""
+    ids, engine = prompts(64)[0], Engine(model, "int8")
+    before, found = EXTENSION.build_info()["isa"], []
+    for level in EXTENSION.build_info()["isa_supported"]:
+        EXTENSION.set_isa(level)
+        found.append(engine.logits(ids))
+    EXTENSION.set_isa(before)
+    for logits in found[1:]:
+        assert (logits - found[0]).abs().max() <= 1e-2 * found[0].abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_however_computed(engine_isa: str, dtype: str, model: GPT) -> None:
+    """All at once, token by token, in pieces, beside other rows, by any number of threads."""
+    ids, others = prompts(50)[0], prompts(1, 13, 33, 7)
+    engine = Engine(model, dtype)
+    rows = engine.rows
+    whole = engine.logits(ids)
+    one, pieces, beside = rows.new(), rows.new(), rows.new()
+    with torch.inference_mode():
+        alone = torch.cat([rows.forward([one], [[i]])[0] for i in ids])
+        cuts = [0, 1, 4, 17, 19, 31, 50]
+        parts = [ids[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        cut = torch.cat([rows.forward([pieces], [part], [len(part)])[0] for part in parts])
+        more = [rows.new() for _ in others]
+        batch, _ = rows.forward([*more[:2], beside, *more[2:]], [*others[:2], ids, *others[2:]])
+    assert torch.equal(alone, whole) and torch.equal(cut, whole)
+    assert torch.equal(batch[2], whole[-1])
+    for n in (2, 3, 8):
+        torch.set_num_threads(n)
+        assert torch.equal(engine.logits(ids), whole)
+
+
+def test_prompts_longer_than_a_chunk(model: GPT) -> None:
+    model = random_model(block_size=2 * CHUNK + 100).eval()
+    ids = random_ids(2 * CHUNK + 50).tolist()
+    engine = Engine(model)
+    row = engine.rows.new()
+    with torch.inference_mode():
+        logits, _ = engine.rows.forward([row], [ids])
+    assert torch.equal(logits[0], engine.logits(ids)[-1])
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prompt_alone_in_any_batch_and_streamed(dtype: str, name: str, model: GPT) -> None:
+    """Past block_size too, where rows are computed anew at each token."""
+    asked, options = prompts(1, 2, 30, 63, 64, 70, 5, 5), SAMPLING[name]
+    engine = Engine(model, dtype, max_batch=3)
+    rows = engine.generate(asked, 20, **options)
+    for prompt, row in zip(asked, rows, strict=True):
+        assert engine.generate([prompt], 20, **options) == [row]
+        assert [*prompt, *engine.stream(prompt, 20, **options)] == row
+    if dtype == "fp32":
+        assert rows == generate(model, asked, 20, **options)
+
+
+def test_rows_that_differ_in_all_they_are_asked(model: GPT) -> None:
+    engine, asked = Engine(model, max_batch=2), prompts(3, 9, 20)
+    options = {"temperature": [0.0, 0.7, 1.5], "top_k": [3, 50, 9], "seed": [1, 2, 3]}
+    options["repetition_penalty"] = [1.0, 1.4, 2.0]
+    rows = engine.generate(asked, 15, **options)
+    for n, prompt in enumerate(asked):
+        one = {name: values[n] for name, values in options.items()}
+        assert engine.generate([prompt], 15, **one) == [rows[n]]
+
+
+# ---- Rows that come and go
+
+
+def test_100_000_tokens_leave_nothing_behind() -> None:
+    model = random_model(block_size=64, n_layer=1, vocab_size=211).eval()
+    engine = Engine(model, "int8", max_batch=16)
+    asked = prompts(*range(1, 60)) * 4
+    lengths = [1 + n * 7 % 60 for n in range(len(asked))]  # ended by the caller, each elsewhere
+    wanted = {}
+    sizes = []
+    tokens = 0
+    while tokens < 100_000:
+        rows: dict[int, list[int]] = {n: [] for n in range(len(asked))}
+        for request, i, *_ in engine.draw(asked, 60, Options(seed=5), Told()):
+            rows[request.index].append(i)
+            request.done = len(rows[request.index]) == lengths[request.index]
+            tokens += 1
+        wanted = wanted or rows
+        assert rows == wanted
+        with open("/proc/self/statm") as file:
+            sizes.append(int(file.read().split()[1]))
+    assert max(sizes[1:]) <= 1.01 * sizes[1]
+    for n in (0, 17, 58, 200):
+        alone = engine.generate([asked[n]], lengths[n], seed=5)[0]
+        assert alone == asked[n] + wanted[n]
+    held = sum(len(engine.rows.ids[row]) for row in engine._ended)
+    assert held <= 64
+    for row in engine._ended:
+        engine.rows.release(row)
+    assert len(engine.rows._free) == engine.rows._n_slots and not any(engine.rows._users)
+
+
+def test_a_common_prefix_is_computed_once(model: GPT) -> None:
+    engine = Engine(model, max_batch=8)
+    common = prompts(40)[0]
+    asked = [[*common, *p] for p in prompts(3, 5, 9, 1)]
+    rows = engine.generate(asked, 6, temperature=0.0)
+    assert rows == [Engine(model).generate([p], 6, temperature=0.0)[0] for p in asked]
+    # Once the common part, and of each row its own.
+    assert engine.rows._n_slots - len(engine.rows._free) < 40 + sum(map(len, asked)) - 4 * 40 + 30
+    assert engine.stats.prompt_tokens == 40 + 3 + 5 + 9 + 1
+
+
+def test_what_was_said_before_is_not_computed_again(model: GPT) -> None:
+    engine = Engine(model)
+    said = engine.generate(prompts(20), 6, temperature=0.0)[0]
+    before = engine.stats.prompt_tokens
+    follow_up = said + [7, 8]
+    rows = engine.generate([follow_up], 4, temperature=0.0)
+    assert rows == Engine(model).generate([follow_up], 4, temperature=0.0)
+    assert engine.stats.prompt_tokens - before == 3  # the last drawn, and what is new
+
+
+def test_beams_share_what_they_have_in_common(model: GPT) -> None:
+    engine, prompt = Engine(model), prompts(30)[0]
+    most = 0
+    real = engine.rows.forward
+
+    def forward(*args: Any, **options: Any) -> Any:
+        nonlocal most
+        result = real(*args, **options)
+        most = max(most, engine.rows._n_slots - len(engine.rows._free))
+        return result
+
+    engine.rows.forward = forward
+    found = engine.generate([prompt], 12, num_beams=4)
+    assert found == generate(model, [prompt], 12, num_beams=4)
+    assert most <= 30 + 4 * 12
+    assert engine.rows._n_slots == len(engine.rows._free)
+
+
+def test_a_stream_that_is_left_frees_its_row(model: GPT) -> None:
+    engine = Engine(model)
+    ids = engine.stream(prompts(5)[0], 50, seed=1)
+    next(ids)
+    ids.close()
+    assert sum(map(len, engine.rows.ids)) <= 64 and len(engine._ended) == 1
+    assert engine.rows.ids[engine._ended[0]][:5] == prompts(5)[0]
+
+
+def test_threads_take_turns(model: GPT) -> None:
+    engine, asked = Engine(model, max_batch=2), prompts(3, 7, 12, 20, 40, 9)
+    wanted = [engine.generate([p], 30, seed=2)[0] for p in asked]
+    found: dict[int, list[int]] = {}
+
+    def one(n: int) -> None:
+        found[n] = asked[n] + list(engine.stream(asked[n], 30, seed=2))
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[n] for n in range(len(asked))] == wanted
+
+
+# ---- Guesses
+
+
+@pytest.fixture
+def parrot() -> GPT:
+    """Repeats itself: its head likes what it has just read."""
+    model = random_model(seed=3, std=0.05, block_size=128, vocab_size=97).eval()
+    with torch.no_grad():
+        model.wte.weight.mul_(8)
+        model.wpe.weight.mul_(0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("by", ["lookup", "draft"])
+def test_guesses_change_nothing(parrot: GPT, by: str, name: str) -> None:
+    asked = prompts(4, 30, 90, 11, vocab_size=97)
+    asked[1] *= 2
+    options = {**SAMPLING[name], "logprobs": True, "top_logprobs": 2}
+    wanted = Engine(parrot, max_batch=3).generate(asked, 60, **options)
+    engine = Engine(parrot, max_batch=3)
+    guess = {"lookup": True} if by == "lookup" else {"draft": Engine(parrot, "int8")}
+    assert engine.generate(asked, 60, **options, **guess) == wanted
+    if name != "penalty" or by == "draft":
+        assert engine.stats.accepted > 20
+        assert engine.stats.steps < engine.stats.new_tokens
+
+
+def test_guesses_end_where_the_row_does(parrot: GPT) -> None:
+    engine, prompt = Engine(parrot), prompts(20, vocab_size=97)[0] * 2
+    free = engine.generate([prompt], 40, temperature=0.0)[0]
+    eos = free[60]
+    cut = engine.generate([prompt], 40, temperature=0.0, eos_id=eos, lookup=True)[0]
+    assert cut == engine.generate([prompt], 40, temperature=0.0, eos_id=eos)[0]
+    for n in range(1, 9):
+        assert engine.generate([prompt], n, temperature=0.0, lookup=True)[0] == free[: 40 + n]
+
+
+def test_a_useless_draft(model: GPT) -> None:
+    other = Engine(random_model(seed=9, n_layer=1, block_size=20, vocab_size=211), "int8")
+    engine, asked = Engine(model), prompts(5, 18, 40)
+    wanted = engine.generate(asked, 30, seed=4)
+    assert engine.generate(asked, 30, seed=4, draft=other) == wanted
+
+
+# ---- Log-probabilities
+
+
+def test_logprobs_are_the_logits(model: GPT) -> None:
+    engine, prompt = Engine(model), prompts(9)[0]
+    rows, chosen, tops = engine.generate([prompt], 12, seed=1, logprobs=True, top_logprobs=4)
+    logprobs = engine.logits(rows[0][:-1])[8:].log_softmax(-1)
+    assert chosen[0] == [logprobs[t, i].item() for t, i in enumerate(rows[0][9:])]
+    for t, top in enumerate(tops[0]):
+        values, ids = logprobs[t].topk(4)
+        assert top == list(zip(ids.tolist(), values.tolist(), strict=True))
+    streamed = list(engine.stream(prompt, 12, seed=1, top_logprobs=4))
+    assert streamed == list(zip(rows[0][9:], chosen[0], tops[0], strict=True))
+
+
+# ---- Scores
+
+
+def test_scores_are_the_models(model: GPT) -> None:
+    tokens = random_ids(1000, vocab_size=211)
+    tokenizer = get_tokenizer("byte")
+    sizes = {"max_length": 64, "batch_size": 4}
+    ours, theirs = (text_score(x, tokens, tokenizer, **sizes) for x in (Engine(model), model))
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+    assert (ours.n_tokens, ours.n_bytes) == (theirs.n_tokens, theirs.n_bytes)
+    ours, theirs = (
+        sliding_score(x, tokens, tokenizer, stride=20, **sizes) for x in (Engine(model), model)
+    )
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+
+
+# ---- Files
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_directory_is_the_engine(dtype: str, model: GPT, tmp_path: Path) -> None:
+    engine = Engine(model, dtype)
+    engine.save(tmp_path / "packed")
+    loaded = Engine(tmp_path / "packed")
+    assert is_packed(tmp_path / "packed") and loaded.dtype == dtype
+    assert loaded.config == model.config
+    assert torch.equal(loaded.packed.data, engine.packed.data)
+    assert loaded.logits(prompts(9)[0]).equal(engine.logits(prompts(9)[0]))
+    with pytest.raises(ValueError, match="exists"):
+        engine.save(tmp_path / "packed")
+    assert os.listdir(tmp_path) == ["packed"]
+
+
+def test_an_engine_of_files_is_one_of_the_model(model: GPT, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Engine(tmp_path, "int8").packed.data, Engine(model, "int8").packed.data)
+
+
+def test_the_tokenizer_goes_along(model: GPT, tmp_path: Path) -> None:
+    model.tokenizer_name = "byte"
+    Engine(model).save(tmp_path / "packed")
+    assert Engine(tmp_path / "packed").tokenizer_name == "byte"
+
+
+def _damaged(path: Path) -> Iterator[str]:
+    """Leaves another damage in the file each time."""
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    for at in (0, 8, 100, start, start + 1000, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        yield f"byte {at}"
+    for size in (0, 7, 200, start, len(whole) - 64):
+        path.write_bytes(whole[:size])
+        yield f"{size} bytes"
+    for name, value in (
+        ("dtype", "fp32"),
+        ("dtype", "int3"),
+        ("format", "x"),
+        ("crc32c", "0"),
+        ("config", "{}"),
+        ("config", json.dumps({"n_layer": 10**9})),
+    ):
+        changed = {**header, "__metadata__": {**header["__metadata__"], name: value}}
+        text = json.dumps(changed).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + whole[start:])
+        yield f"{name} {value}"
+
+
+def test_damaged_files_are_refused(model: GPT, tmp_path: Path) -> None:
+    Engine(model, "int8").save(tmp_path / "packed")
+    for _ in _damaged(tmp_path / "packed" / FILE):
+        with pytest.raises(CheckpointError, match=r"damaged|cannot"):
+            Engine(tmp_path / "packed")
+
+
+# ---- What is refused
+
+
+def test_bad_input_gets_one_clear_error(model: GPT, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, int8, got 'fp8'"):
+        Engine(model, "fp8")
+    with pytest.raises(ValueError, match="max_batch must be >= 1, got 0"):
+        Engine(model, max_batch=0)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        Engine(tmp_path / "nowhere")
+    engine, prompt = Engine(model, "bf16"), prompts(3)[0]
+    engine.save(tmp_path / "packed")
+    with pytest.raises(ValueError, match="packed as bf16, not int8"):
+        Engine(tmp_path / "packed", "int8")
+    other = Engine(random_model(vocab_size=50))
+    for options, message in (
+        ({"draft": other}, "vocabulary of 50 tokens, the model one of 211"),
+        ({"draft": model}, "draft must be a gptfast.Engine, got GPT"),
+        ({"draft": engine, "lookup": True}, "lookup and draft do not go together"),
+        ({"lookup": True, "num_beams": 2}, "lookup and num_beams=2 do not go together"),
+        ({"lookup": 3}, "lookup must be True or False, got 3"),
+        ({"top_logprobs": -1}, "top_logprobs must be from 0 to 211, got -1"),
+        ({"top_logprobs": 212}, "top_logprobs must be from 0 to 211, got 212"),
+        ({"top_logprobs": 1, "num_beams": 2}, "top_logprobs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.generate([prompt], 3, **options)
+    with pytest.raises(ValueError, match="lookup needs an engine"):
+        generate(model, [prompt], 3, lookup=True)
+    with pytest.raises(IndexError, match="211"):
+        engine.generate([[211]], 3)
+    with pytest.raises(ValueError, match="65 ids are more than block_size=64"):
+        engine.logits([1] * 65)
+    assert not sum(map(len, engine.rows.ids))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers(dtype: str, value: float, model: GPT) -> None:
+    with torch.no_grad():
+        model.h[1].mlp.c_fc.weight[5, 7] = value
+    engine = Engine(model, dtype)
+    with pytest.raises(ValueError, match="NaN"):
+        engine.generate(prompts(4), 5)
+    assert engine.generate([], 5) == []
+
+
+def test_the_operator_refuses_what_would_be_out_of_bounds(model: GPT) -> None:
+    step, packed = torch.ops.gptfast.engine_step, Engine(model).packed
+    cache = torch.zeros(2 * 2 * 2 * 16 * 10)  # 10 slots
+    slots = torch.arange(10, dtype=torch.int32)[None]
+    good = [packed.data, packed.shape, cache, slots, [0], [0], [2], [1, 2], [1], [], []]
+    logits, ids = step(*good)
+    assert logits.shape == (1, 211) and ids.shape == (0,)
+    for at, value in (
+        (0, packed.data[:-1]),
+        (1, [0] * 7),
+        (1, packed.shape[:-1]),
+        (2, cache[:-1]),
+        (2, cache.half()),
+        (3, slots + 9),
+        (3, slots.long()),
+        (4, [1]),
+        (5, [-1]),
+        (5, [9]),
+        (6, [3]),
+        (7, [1, 211]),
+        (7, [1, -1]),
+        (8, [2]),
+        (9, [torch.zeros(1)]),
+    ):
+        with pytest.raises((ValueError, IndexError), match="engine:"):
+            step(*good[:at], value, *good[at + 1 :])
+    torch.library.opcheck(step.default, tuple(good), test_utils=("test_schema",))
+
+
+def test_every_parameter_is_packed(model: GPT) -> None:
+    names = parameter_names(model.config)
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_text_from_an_engine(model: GPT) -> None:
+    tokenizer = get_tokenizer("byte")
+    model = random_model(vocab_size=tokenizer.n_vocab, block_size=64).eval()
+    engine = Engine(model)
+    whole = generate_text(engine, tokenizer, "abc", 30, temperature=0.7, seed=2)
+    assert whole == generate_text(model, tokenizer, "abc", 30, temperature=0.7, seed=2)
+    pieces = stream_text(engine, tokenizer, "abc", 30, temperature=0.7, seed=2)
+    assert "abc" + "".join(pieces) == whole
