@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test fuzz sanitize lint bench gpu audit clean
+.PHONY: train test fuzz sanitize lint bench bench-peers gpu audit clean
 
 # Trains a small GPT on real text: set-up, then about two minutes on two cores. A second call goes on
 # where the first one stopped; remove runs/train to start over.
@@ -19,7 +19,7 @@ test: $(VENV)/ready-test
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build beside the usual one. Python
 # itself never frees much of what it holds, so leaks are not looked for.
-SANITIZED := attention cross_entropy linear mlp embedding adamw sampling philox library threads
+SANITIZED := attention cross_entropy linear mlp embedding adamw sampling philox library threads engine
 sanitize: $(VENV)/ready-test
 	GPTFAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
@@ -39,6 +39,10 @@ lint: $(VENV)/ready-lint
 
 bench: $(VENV)/ready-test
 	$(BIN)/python bench/run.py --quick
+
+# llama.cpp (built here, for this very CPU, in some minutes), CTranslate2 and transformers, for
+# `python bench/run.py --generate`. torch stays as it is.
+bench-peers: $(VENV)/ready-peers
 
 # On a machine with a GPU, whose torch, triton, pytest, hypothesis, scipy and C compiler (Triton's)
 # serve: neither the network nor the C++ extension is needed.
@@ -68,6 +72,11 @@ $(VENV)/ready: $(BASE) $(SOURCES)
 
 $(VENV)/ready-test: $(VENV)/ready
 	$(PIP) --group test
+	touch $@
+
+$(VENV)/ready-peers: $(VENV)/ready pyproject.toml
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF" \
+	$(PIP) --no-binary llama-cpp-python torch==$(TORCH) --group peers
 	touch $@
 
 $(VENV)/ready-lint: $(BASE) pyproject.toml

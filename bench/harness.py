@@ -15,6 +15,7 @@ A fraction above 100% of the copy's rate means that the data stayed in a cache.
 import gc
 import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -65,21 +66,27 @@ class Case:
     """The ratio to reach; 0 for none. Below 1 where the peer is a floor."""
     unit: str = "s"
     """What both sides cost: "s", measured by time, or "bytes", which they return."""
+    reads_only: bool = False
+    """Whether n_bytes are read and none written, so that the limit is that of reading."""
+    tokens: int = 0
+    """Tokens that a call writes, for those who want tokens/s; 0 where that says nothing."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The machine's own limits: a large fp32 GEMM and a copy far beyond the caches.
+    """The machine's own limits: a large fp32 GEMM, a copy and a sum far beyond the caches.
 
     MKL, which torch.mm calls, takes AVX-512 on Intel's CPUs only; oneDNN takes it wherever it is.
     """
 
     flops_per_s: float
     bytes_per_s: float
+    read_bytes_per_s: float
 
     def floor(self, case: Case) -> float:
         """Seconds below which no implementation of `case` can go on this machine."""
-        return max(case.flops / self.flops_per_s, case.n_bytes / self.bytes_per_s)
+        bytes_per_s = self.read_bytes_per_s if case.reads_only else self.bytes_per_s
+        return max(case.flops / self.flops_per_s, case.n_bytes / bytes_per_s)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,16 @@ class Timing:
         return self.others > DISTURBED
 
 
+OWN_PROCESSES: set[int] = set()
+"""Ids of live processes that work for a benchmark, whose CPU time is not that of others."""
+
+
+def _cpu_seconds(process: int) -> float:
+    """What a process has used, its dead threads included."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class _Others:
     """How much of all cores other processes use, from its creation to the call of `share`."""
 
@@ -107,7 +124,8 @@ class _Others:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Seconds on the clock, busy seconds of all cores, CPU seconds of this process."""
+        """Seconds on the clock, busy seconds of all cores, CPU seconds of this process and of those
+        that it started."""
         stat, busy = Path("/proc/stat"), math.nan
         if stat.exists():
             user, nice, system, _, _, irq, softirq, steal = map(
@@ -115,7 +133,10 @@ class _Others:
             )
             ticks = user + nice + system + irq + softirq + steal
             busy = ticks / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy, time.process_time()
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        own = time.process_time() + ended.ru_utime + ended.ru_stime
+        own += sum(map(_cpu_seconds, OWN_PROCESSES))
+        return time.perf_counter(), busy, own
 
     def share(self) -> float:
         wall, busy, own = (b - a for a, b in zip(self.start, self._now(), strict=True))
@@ -211,7 +232,7 @@ class LimitMeter:
         self.a, self.b, self.product = (torch.rand(2048, 2048) for _ in range(3))
         # 512 MB: more than a server's last-level cache gives to one process.
         self.source, self.copy = (torch.ones(2**27) for _ in range(2))
-        self.gemm_s = self.copy_s = math.inf
+        self.gemm_s = self.copy_s = self.read_s = math.inf
 
     def sample(self) -> None:
         layer = torch.ops.mkldnn._linear_pointwise
@@ -222,11 +243,12 @@ class LimitMeter:
             self.gemm_s = min(self.gemm_s, seconds_per_call(gemm, 3))
         copy_s = seconds_per_call(lambda: self.copy.copy_(self.source), 2)
         self.copy_s = min(self.copy_s, copy_s)
+        self.read_s = min(self.read_s, *(seconds_per_call(self.source.sum, 1) for _ in range(3)))
 
     def limits(self) -> Limits:
         flops = 2.0 * self.a.shape[0] ** 3
-        n_bytes = 2.0 * self.source.numel() * self.source.element_size()
-        return Limits(flops / self.gemm_s, n_bytes / self.copy_s)
+        n_bytes = float(self.source.numel() * self.source.element_size())
+        return Limits(flops / self.gemm_s, 2 * n_bytes / self.copy_s, n_bytes / self.read_s)
 
 
 def assert_close(ours: Sequence[Tensor], peer: Sequence[Tensor], tolerance: float) -> None:

@@ -1,6 +1,6 @@
 """Measure gptfast and its peers in one process: print a table, write JSON and a picture.
 
-python bench/run.py [--quick] [--only attention,train] [--out DIR]
+python bench/run.py [--quick] [--only attention,train | --generate] [--out DIR]
 """
 
 import argparse
@@ -23,6 +23,8 @@ from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 QUICK = ("attention", "cross_entropy", "adamw", "sampling", "embedding", "train", "generate")
 BENCHMARKS = (*QUICK, "weights", "drop_in")
+GENERATE = "engine"
+"""What --generate measures; only on demand, since it needs what `make bench-peers` installs."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,23 @@ def table(rows: list[Row], limits: Limits) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
+def rates(rows: list[Row], limits: Limits) -> str:
+    """Tokens/s of both sides, a line per case that writes tokens, and how fast ours reads."""
+    lines = []
+    for row in rows:
+        case, timing = row.case, row.timing
+        if not case.tokens:
+            continue
+        line = f"{case.name} {case.shape}: {case.tokens / timing.ours_s:.1f} tokens/s, "
+        line += f"{case.peer_name} {case.tokens / timing.peer_s:.1f}"
+        if case.n_bytes and case.reads_only:
+            read = case.n_bytes / timing.ours_s
+            line += f"; reads {read / 1e9:.1f} GB/s, {read / limits.read_bytes_per_s:.0%} of "
+            line += f"{limits.read_bytes_per_s / 1e9:.1f} GB/s"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def write_json(path: Path, rows: list[Row], limits: Limits) -> None:
     results = [
         {
@@ -117,6 +136,7 @@ def write_json(path: Path, rows: list[Row], limits: Limits) -> None:
             "flops": row.case.flops,
             "target": row.case.target,
             "unit": row.case.unit,
+            "tokens": row.case.tokens,
             **vars(row.timing),
             "disturbed": row.timing.disturbed,
             "fraction_of_limit": limits.floor(row.case) / row.timing.ours_s,
@@ -139,6 +159,8 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
         text = f" {ratio:.2f}x{' disturbed' if row.timing.disturbed else ''}"
         axes.annotate(text, (max(high, 1.0), y), va="center", fontsize=8)
     labels = [f"{row.case.op}: {row.case.name} {row.case.shape}" for row in rows]
+    if len(set(labels)) < len(labels):
+        labels = [f"{x}, {row.case.peer_name}" for x, row in zip(labels, rows, strict=True)]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -147,7 +169,7 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.12, y=0.01)
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_xlabel("times as fast as plain PyTorch")
+    axes.set_xlabel("times as fast as the peer")
     figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -156,21 +178,29 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller shapes, under two minutes")
-    parser.add_argument("--only", default="", help=f"some of {','.join(BENCHMARKS)}")
+    parser.add_argument("--only", default="", help=f"some of {','.join((*BENCHMARKS, GENERATE))}")
+    parser.add_argument("--generate", action="store_true", help="the engine against other engines")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     names = args.only.split(",") if args.only else list(QUICK if args.quick else BENCHMARKS)
-    unknown = [name for name in names if name not in BENCHMARKS]
+    if args.generate and args.only:
+        parser.error("--generate and --only name different benchmarks; give one of them")
+    if args.generate:
+        names = [GENERATE]
+    known = (*BENCHMARKS, GENERATE)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        parser.error(f"no benchmark named {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
+        parser.error(f"no benchmark named {unknown[0]!r}; choose from {', '.join(known)}")
     rows, limits = measure(names, args.quick)
     title = ", ".join(f"{key} {value}" for key, value in machine().items())
     print(title)
     print(
         f"limits: fp32 GEMM {limits.flops_per_s / 1e9:.0f} GFLOP/s, "
-        f"copy {limits.bytes_per_s / 1e9:.1f} GB/s\n"
+        f"copy {limits.bytes_per_s / 1e9:.1f} GB/s, read {limits.read_bytes_per_s / 1e9:.1f} GB/s\n"
     )
     print(table(rows, limits))
+    if any(row.case.tokens for row in rows):
+        print(f"\n{rates(rows, limits)}")
     if any(row.timing.disturbed for row in rows):
         print(
             "\ndisturbed: other processes used the cores meanwhile; these rows are no measurement, "
@@ -178,6 +208,8 @@ def main() -> None:
         )
     args.out.mkdir(parents=True, exist_ok=True)
     parts = ["cpu", *(["quick"] if args.quick else []), *(names if args.only else [])]
+    if args.generate:
+        parts.append("generate")
     path = args.out / f"{'-'.join(parts)}.json"
     write_json(path, rows, limits)
     draw(path.with_suffix(".png"), rows, title)
