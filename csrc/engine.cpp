@@ -122,33 +122,40 @@ class Layout {
 
 // The scale by which a row of weights becomes whole numbers; NaN if one of them is not finite.
 float row_scale(const float* w, int64_t K) {
-  float largest = 0;
-  bool finite = true;
+  float largest = 0, nothing = 0;  // 0 times what is not finite is NaN
   for (int64_t k = 0; k < K; ++k) {
-    largest = std::max(largest, std::abs(w[k]));
-    finite &= std::isfinite(w[k]);
+    largest = std::abs(w[k]) > largest ? std::abs(w[k]) : largest;
+    nothing += w[k] * 0;
   }
-  return finite ? largest / 127.0f : NAN;
+  return largest / 127.0f + nothing;
+}
+
+// A panel's weights through f, a cache line of each row at a time: f(lane, k, weight).
+template <class F>
+void each(const float* w, int64_t rows, int64_t K, F f) {
+  constexpr int64_t LINE = 16;
+  for (int64_t begin = 0; begin < K; begin += LINE)
+    for (int64_t lane = 0; lane < rows; ++lane)
+      for (int64_t k = begin; k < std::min(K, begin + LINE); ++k) f(lane, k, w[lane * K + k]);
 }
 
 void pack_panel(WeightType type, const float* w, int64_t rows, int64_t K, char* to, float* scale) {
   if (type == WeightType::fp32) {
     auto* x = reinterpret_cast<float*>(to);
-    for (int64_t lane = 0; lane < rows; ++lane)
-      for (int64_t k = 0; k < K; ++k) x[k * PANEL + lane] = w[lane * K + k];
+    each(w, rows, K, [&](int64_t lane, int64_t k, float value) { x[k * PANEL + lane] = value; });
   } else if (type == WeightType::bf16) {
     auto* x = reinterpret_cast<c10::BFloat16*>(to);
-    for (int64_t lane = 0; lane < rows; ++lane)
-      for (int64_t k = 0; k < K; ++k) x[k / 2 * 2 * PANEL + lane * 2 + k % 2] = w[lane * K + k];
+    each(w, rows, K, [&](int64_t lane, int64_t k, float value) { x[k / 2 * 2 * PANEL + lane * 2 + k % 2] = value; });
   } else {
+    float inverse[PANEL];
     for (int64_t lane = 0; lane < rows; ++lane) {
       scale[lane] = row_scale(w + lane * K, K);
-      const float inverse = scale[lane] > 0 ? 1 / scale[lane] : 0;
-      for (int64_t k = 0; k < K; ++k) {
-        const float q = scale[lane] > 0 ? std::nearbyint(w[lane * K + k] * inverse) : 0;
-        to[k / 4 * 4 * PANEL + lane * 4 + k % 4] = static_cast<char>(static_cast<int>(q) + 128);
-      }
+      inverse[lane] = scale[lane] > 1e-30f ? 1 / scale[lane] : 0;  // for NaN too, which the scale keeps
     }
+    each(w, rows, K, [&](int64_t lane, int64_t k, float value) {
+      const float q = inverse[lane] > 0 ? value * inverse[lane] : 0;
+      to[k / 4 * 4 * PANEL + lane * 4 + k % 4] = static_cast<char>(static_cast<int>(std::nearbyint(q)) + 128);
+    });
   }
 }
 
@@ -181,12 +188,13 @@ void pack(const Tensor& packed, IntArrayRef shape_in, int64_t index, const Tenso
   });
 }
 
-// Zeros for a packed model, on large pages where the system has them: decoding reads it from end to end, and the
-// hardware's prefetching stops at a page's end.
-Tensor new_packed(IntArrayRef shape) {
-  const int64_t bytes = Layout(Shape(shape)).bytes(), mapped = padded(bytes, HUGE_PAGE) + HUGE_PAGE;
+// Zeros, on large pages where the system has them: a step reads model and cache from end to end, and the hardware's
+// prefetching stops at a page's end.
+Tensor new_bytes(int64_t bytes) {
+  TORCH_CHECK_VALUE(bytes >= 0, "engine: no memory of ", bytes, " bytes");
+  const int64_t mapped = padded(bytes, HUGE_PAGE) + HUGE_PAGE;
   void* all = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  TORCH_CHECK(all != MAP_FAILED, "engine: no memory for ", bytes, " bytes of weights");
+  TORCH_CHECK(all != MAP_FAILED, "engine: no memory for ", bytes, " bytes");
   auto* start = reinterpret_cast<char*>(padded(reinterpret_cast<int64_t>(all), HUGE_PAGE));
   madvise(start, padded(bytes, HUGE_PAGE), MADV_HUGEPAGE);
   return at::from_blob(start, {bytes}, [all, mapped](void*) { munmap(all, mapped); }, at::TensorOptions(at::kByte));
@@ -335,7 +343,7 @@ TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("engine_step", step);
 }
 TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
-  m.impl("engine_new", new_packed);
+  m.impl("engine_new", new_bytes);
   m.impl("engine_bytes", packed_bytes);
 }
 

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t QUERIES = W == 16 ? 4 : 1;  // that attention takes at a time
 constexpr int WIDE = W == 16 ? 4 : 8;         // vectors of a head's values that are summed at a time
-constexpr int64_t WARM = 8192;
 constexpr int SPINS = 500;
 
 void meet(EngineBarrier& barrier, int64_t threads) {
@@ -72,13 +71,12 @@ class Forward {
     meet();
     for (int64_t i = 0; i < args_.n_layer; ++i) {
       const EngineLayer& layer = args_.layers[i];
-      product(layer.c_attn, args_.x, &layer.ln_1, args_.N, args_.qkv, Into::store, &layer.attn_c_proj);
+      product(layer.c_attn, args_.x, &layer.ln_1, args_.N, args_.qkv, Into::store);
       attend(i);
       meet();
-      product(layer.attn_c_proj, args_.mixed, nullptr, args_.N, args_.x, Into::add, &layer.c_fc);
-      product(layer.c_fc, args_.x, &layer.ln_2, args_.N, args_.fc, Into::gelu, &layer.mlp_c_proj);
-      product(layer.mlp_c_proj, args_.fc, nullptr, args_.N, args_.x, Into::add,
-              i + 1 < args_.n_layer ? &args_.layers[i + 1].c_attn : &args_.head);
+      product(layer.attn_c_proj, args_.mixed, nullptr, args_.N, args_.x, Into::add);
+      product(layer.c_fc, args_.x, &layer.ln_2, args_.N, args_.fc, Into::gelu);
+      product(layer.mlp_c_proj, args_.fc, nullptr, args_.N, args_.x, Into::add);
     }
     if (args_.n_wanted == 0) return;
     // The wanted rows' place is that of the attention's result, which nobody needs any more.
@@ -87,7 +85,7 @@ class Forward {
     for (int64_t m = rows.begin; m < rows.end; ++m)
       memcpy(args_.mixed + m * ld, args_.x + args_.wanted[m] * ld, sizeof(float) * C);
     meet();
-    product(args_.head, args_.mixed, &args_.ln_f, args_.n_wanted, args_.logits, Into::store, nullptr);
+    product(args_.head, args_.mixed, &args_.ln_f, args_.n_wanted, args_.logits, Into::store);
   }
 
  private:
@@ -108,8 +106,7 @@ class Forward {
   static int64_t panel_bytes(int64_t K) { return round_up(K, Type::UNIT) * PANEL * (int64_t)Type::SIZE; }
 
   // y = x W^T behind a layer norm or not, for N rows; all threads have it afterwards.
-  void product(const EngineMatrix& matrix, const float* x, const EngineNorm* norm, int64_t N, float* y, Into into,
-               const EngineMatrix* next) {
+  void product(const EngineMatrix& matrix, const float* x, const EngineNorm* norm, int64_t N, float* y, Into into) {
     const int64_t ld = round_up(matrix.K, PANEL), stride = bytes_of<Type>(matrix.K);
     Product p{&matrix, (const char*)x, ld * 4, N, y, round_up(matrix.N, PANEL), into};
     if (norm || !Type::AS_IS) {
@@ -118,15 +115,7 @@ class Forward {
     }
     const Share panels((matrix.N + PANEL - 1) / PANEL, thread_, threads_);
     multiply<Type>(p, panel_bytes(matrix.K), panels.begin, panels.end);
-    if (next) warm(*next);
     meet();
-  }
-
-  // Asks for the beginning of this thread's part of a matrix, so that it is there after the meeting.
-  void warm(const EngineMatrix& matrix) const {
-    const Share panels((matrix.N + PANEL - 1) / PANEL, thread_, threads_);
-    const char* from = matrix.panels + panels.begin * panel_bytes(matrix.K);
-    for (int64_t i = 0; i < WARM; i += 64) __builtin_prefetch(from + i);
   }
 
   const char* make_inputs(int64_t K, const float* x, int64_t ld, const EngineNorm* norm, int64_t N, int64_t stride) {
@@ -135,6 +124,8 @@ class Forward {
     const Share rows = alone ? Share(N, 0, 1) : Share(N, thread_, threads_);
     float* normal = args_.scores + thread_ * args_.scores_floats;
     for (int64_t m = rows.begin; m < rows.end; ++m) {
+      // Half of it is in another core's cache.
+      for (int64_t i = 0; i < K; i += 16) __builtin_prefetch(x + m * ld + i);
       if (norm) layer_norm(x + m * ld, *norm, K, normal);
       Type::convert(norm ? normal : x + m * ld, K, to + m * stride);
     }

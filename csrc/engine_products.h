@@ -156,19 +156,15 @@ struct Int8 {
       largest = max((vf)((vu)values[i] & 0x7FFFFFFFu), largest);
       wrong |= values[i] != values[i];
     }
-    const float top = max(largest);
-    int32_t nan = 0, total = 0;
-    for (int i = 0; i < W; ++i) nan |= wrong[i];
-    const float inverse = top > 0 && top < INFINITY ? 127.0f / top : 0.0f;
+    const float top = max(largest), inverse = top > 1e-30f && top < INFINITY ? 127.0f / top : 0.0f;
     for (int64_t i = 0; i < GROUP / W; ++i) {
       const vf scaled = values[i] * inverse;
       const vi q = ((vi)(scaled + MAGIC) - (vi)splat(MAGIC)) & (scaled == scaled);
       sum += q;
       put(group.x + i * W, q);
     }
-    for (int i = 0; i < W; ++i) total += sum[i];
-    group.scale = nan ? NAN : top / 127.0f;
-    group.shift = -128 * total;
+    group.scale = any(wrong) ? NAN : top / 127.0f;
+    group.shift = -128 * total(sum);
   }
   static void convert(const float* x, int64_t K, char* row) {
     for (int64_t k = 0; k < K; k += GROUP, row += sizeof(QuantGroup)) quantize(x + k, K - k, *(QuantGroup*)row);

@@ -117,6 +117,8 @@ struct Maxima {
     for (; j + GROUPS * W <= V; j += GROUPS * W)
 #pragma GCC unroll 16
       for (int64_t g = 0; g < GROUPS; ++g) {
+        // Logits fresh from a product lie in the caches of all cores that took part.
+        __builtin_prefetch(logits + j + g * W + 2048);
         const vf x = load(logits + j + g * W);
         best[g] = max(x, best[g]);
         nan[g % 2] |= x != x;

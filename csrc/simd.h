@@ -83,9 +83,25 @@ static inline float sum(vf x) {
   return lanes[0];
 }
 static inline float max(vf x) {
-  float best = x[0];
-  for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
-  return best;
+  float lanes[W];
+  memcpy(lanes, &x, sizeof lanes);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
+static inline int32_t total(vi x) {
+  int32_t lanes[W];
+  memcpy(lanes, &x, sizeof lanes);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+static inline bool any(vi mask) {  // lanes are 0 or -1
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  return total(mask) != 0;
+#endif
 }
 
 // 16 <-> 32 bits. __builtin_convertvector goes by halves here, at three times the cost.

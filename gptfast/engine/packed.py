@@ -30,7 +30,7 @@ FILE = "packed.safetensors"
 FORMAT = "gptfast-packed-1"
 PIECE = 2**20
 
-LIBRARY.define("engine_new(int[] shape) -> Tensor")
+LIBRARY.define("engine_new(int bytes) -> Tensor")
 LIBRARY.define("engine_bytes(int[] shape) -> int")
 LIBRARY.define("engine_pack(Tensor(a!) packed, int[] shape, int index, Tensor weight) -> ()")
 LIBRARY.define(
@@ -65,7 +65,7 @@ def _new(config: GPTConfig, dtype: str) -> Tensor:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if EXTENSION is None:
         raise RuntimeError(f"the engine needs the C++ extension ({MISSING}); reinstall gptfast")
-    return torch.ops.gptfast.engine_new(_shape(config, dtype))
+    return torch.ops.gptfast.engine_new(torch.ops.gptfast.engine_bytes(_shape(config, dtype)))
 
 
 def parameter_names(config: GPTConfig) -> list[str]:

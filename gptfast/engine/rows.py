@@ -144,7 +144,9 @@ class Rows:
         config, before = self._packed.config, self._n_slots
         after = max(2 * before, before + n, min(256, self.block_size))
         heads = 2 * config.n_layer * config.n_head
-        cache = torch.empty(heads, after, self._width, dtype=self._cache.dtype)
+        dtype = self._cache.dtype
+        memory = torch.ops.gptfast.engine_new(heads * after * self._width * dtype.itemsize)
+        cache = memory.view(dtype).view(heads, after, self._width)
         cache[:, :before] = self._cache.view(heads, before, self._width)
         self._cache, self._n_slots = cache.view(-1), after
         self._users += [0] * (after - before)
