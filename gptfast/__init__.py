@@ -1,23 +1,32 @@
 """GPT-2 training and generation in PyTorch, its hot core in hand-written C++ and Triton kernels."""
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
+# At once: whoever imports gptfast has its operators in torch.ops.
 from gptfast import ops
-from gptfast.config import GPTConfig, TrainConfig
-from gptfast.data import create_dataloader
+
+# At once: imported later, the submodule would take the place of the function.
 from gptfast.generate import generate
-from gptfast.model import GPT
-from gptfast.ops.library import empty_cache, use_backend
-from gptfast.optim import AdamW
-from gptfast.tokenizer import get_tokenizer
-from gptfast.trainer import Trainer
-from gptfast.weights.stored import CheckpointError
+
+if TYPE_CHECKING:
+    from gptfast.config import GPTConfig, TrainConfig
+    from gptfast.data import create_dataloader
+    from gptfast.drop_in import accelerate, restore  # noqa: F401 - they import transformers
+    from gptfast.engine import Engine
+    from gptfast.model import GPT
+    from gptfast.ops.library import empty_cache, use_backend
+    from gptfast.optim import AdamW
+    from gptfast.tokenizer import get_tokenizer
+    from gptfast.trainer import Trainer
+    from gptfast.weights.stored import CheckpointError
 
 __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "AdamW",
     "CheckpointError",
+    "Engine",
     "GPTConfig",
     "TrainConfig",
     "Trainer",
@@ -29,17 +38,31 @@ __all__ = [
     "use_backend",
 ]
 
-
-_LAZY = ("accelerate", "restore")  # transformers is imported for those who ask for them
+# Where each name is, imported when it is first asked for: generating takes no part of training.
+_HOMES = {
+    "GPT": "model",
+    "AdamW": "optim",
+    "CheckpointError": "weights.stored",
+    "Engine": "engine",
+    "GPTConfig": "config",
+    "TrainConfig": "config",
+    "Trainer": "trainer",
+    "accelerate": "drop_in",
+    "create_dataloader": "data",
+    "empty_cache": "ops.library",
+    "get_tokenizer": "tokenizer",
+    "restore": "drop_in",
+    "use_backend": "ops.library",
+}
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_LAZY]
+    return sorted({*globals(), *_HOMES})
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from gptfast import drop_in
-
-        return getattr(drop_in, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gptfast.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

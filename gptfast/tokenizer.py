@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import tiktoken
+if TYPE_CHECKING:  # imported where there is a vocabulary to load: bytes are none
+    import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 # How a directory keeps a vocabulary: OpenAI's way, transformers' two.
@@ -61,7 +62,7 @@ def vocabulary(tokenizer: Tokenizer | None) -> str | None:
 class BPETokenizer:
     """A byte-level BPE with GPT-2's split; `eot` is <|endoftext|>, in GPT-2's 50256."""
 
-    def __init__(self, name: str, encoding: tiktoken.Encoding) -> None:
+    def __init__(self, name: str, encoding: "tiktoken.Encoding") -> None:
         self.name, self._encoding = name, encoding
         self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
 
@@ -195,7 +196,7 @@ def _printable_bytes() -> list[str]:
 _CHARACTERS = _printable_bytes()
 
 
-def _from_files(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> tiktoken.Encoding:
+def _from_files(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> "tiktoken.Encoding":
     """The encoding in two files, OpenAI's or transformers', after checking that they are GPT-2's or
     fit together."""
     paths = dict(zip(SHA256, (vocab_bpe, encoder_json), strict=True))
@@ -224,7 +225,7 @@ def _from_files(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> tiktoken.
     return _encoding("gpt2" if not others else str(vocab_bpe.parent), ranks)
 
 
-def _from_tokenizer_json(path: Path) -> tiktoken.Encoding:
+def _from_tokenizer_json(path: Path) -> "tiktoken.Encoding":
     """The encoding in the one file that transformers' tokenizers are saved in today."""
     try:
         raw = json.loads(path.read_text("utf-8"))
@@ -257,13 +258,15 @@ def _is_gpt2s(pre_tokenizer: dict[str, Any]) -> bool:
 
 def _encoding(
     name: str, ids: dict[str, int], special: Collection[str] = (END_OF_TEXT,)
-) -> tiktoken.Encoding:
-    byte_of = {character: b for b, character in enumerate(_CHARACTERS)}
+) -> "tiktoken.Encoding":
+    import tiktoken
+
+    byte_of = {ord(character): b for b, character in enumerate(_CHARACTERS)}
     ordinary = {token: i for token, i in ids.items() if token not in special}
     return tiktoken.Encoding(
         name,
         pat_str=SPLIT,
-        mergeable_ranks={bytes(byte_of[c] for c in token): i for token, i in ordinary.items()},
+        mergeable_ranks={t.translate(byte_of).encode("latin-1"): i for t, i in ordinary.items()},
         special_tokens={token: ids[token] for token in special},
     )
 
@@ -325,10 +328,12 @@ def _candidates() -> Iterator[tuple[Path, Path]]:
         yield tuple(Path(cache) / _CACHE_NAME[name] for name in ("vocab.bpe", "encoder.json"))
 
 
-def _gpt2_encoding() -> tiktoken.Encoding:
+def _gpt2_encoding() -> "tiktoken.Encoding":
     for vocab_bpe, encoder_json in _candidates():
         if vocab_bpe.is_file() and encoder_json.is_file():
             return _from_files(vocab_bpe, encoder_json, gpt2=True)
+    import tiktoken
+
     try:
         return tiktoken.get_encoding("gpt2")  # tiktoken downloads, checks and caches
     except Exception as error:  # requests, OSError, ValueError: all mean that it was not to be had
@@ -367,7 +372,7 @@ def vocabulary_in(directory: Path) -> tuple[Path, ...]:
     return ()
 
 
-def _in_directory(directory: Path) -> tiktoken.Encoding:
+def _in_directory(directory: Path) -> "tiktoken.Encoding":
     files = vocabulary_in(directory)
     if len(files) == 2:
         return _from_files(*files, gpt2=False)

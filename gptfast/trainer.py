@@ -30,6 +30,7 @@ from gptfast.checkpoint import (
 )
 from gptfast.config import TrainConfig, to_toml
 from gptfast.data import BatchOrder, describe_batch
+from gptfast.device import choose_device
 from gptfast.evaluate import from_start, loader_loss, perplexity
 from gptfast.flops import measured_peak, mfu, peak_memory
 from gptfast.generate import generate_text
@@ -46,20 +47,6 @@ _peak = functools.cache(measured_peak)
 
 class _Interrupted(Exception):
     """An evaluation was broken off because the run is to stop."""
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one, else the CPU.
-
-    Raises ValueError for a device that this machine does not have.
-    """
-    # Not every accelerator: the reference's float64 sums rule out Apple's, for one.
-    known = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    if name == "auto":
-        return torch.device(known[0])
-    if name not in known:
-        raise ValueError(f"device must be auto or one of {', '.join(known)}, got {name!r}")
-    return torch.device(name)
 
 
 class Trainer:

@@ -298,7 +298,7 @@ def test_no_checkpoint(kind: str, tmp_path: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "{train, generate, eval, prepare, tokenizer, search, plot, convert, download, info}"),
+        ([], f"{{{', '.join(COMMANDS)}}}"),
         (["tran"], "tran"),
     ],
     ids=["none", "unknown"],

@@ -1,53 +1,78 @@
 """The `gptfast` command, one file per group of subcommands. Flags come from dataclasses' fields."""
 
 import contextlib
+import gc
+import importlib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Union
 
-import tyro
-
-from gptfast.cli.data import Prepare, TrainTokenizer
-from gptfast.cli.evaluate import Eval
-from gptfast.cli.generate import Generate
-from gptfast.cli.info import Info
-from gptfast.cli.search import Plot, Search, search_defaults
-from gptfast.cli.train import Train, train_defaults
-from gptfast.cli.weights import Convert, Download
 from gptfast.ops.library import check_isa
 
-COMMANDS = {
-    "train": Train,
-    "generate": Generate,
-    "eval": Eval,
-    "prepare": Prepare,
-    "tokenizer": TrainTokenizer,
-    "search": Search,
-    "plot": Plot,
-    "convert": Convert,
-    "download": Download,
-    "info": Info,
-}
+
+class _Commands(Mapping[str, type]):
+    """Commands by name. Each is imported when it is asked for: one takes nothing of another."""
+
+    def __init__(self, **places: str) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> type:
+        return self.find(self._places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @staticmethod
+    def find(place: str) -> Any:
+        module, _, name = place.partition(".")
+        return getattr(importlib.import_module(f"gptfast.cli.{module}"), name)
+
+
+COMMANDS = _Commands(
+    train="train.Train",
+    generate="generate.Generate",
+    chat="chat.Chat",
+    eval="evaluate.Eval",
+    prepare="data.Prepare",
+    tokenizer="data.TrainTokenizer",
+    search="search.Search",
+    plot="search.Plot",
+    convert="weights.Convert",
+    download="weights.Download",
+    info="info.Info",
+)
 # What a command's defaults are where files that argv names have a say in them.
-_DEFAULTS = {"train": train_defaults, "search": search_defaults}
+_DEFAULTS = {"train": "train.train_defaults", "search": "search.search_defaults"}
+
+
+def _tyro(argv: Sequence[str]) -> Any:
+    """The command argv asks for, or SystemExit with what is wrong in a box on stderr."""
+    import tyro
+
+    if argv and argv[0] in COMMANDS:
+        name, *rest = argv
+        options: dict[str, Any] = {"args": rest, "prog": f"gptfast {name}"}
+        if name in _DEFAULTS:
+            options["default"] = _Commands.find(_DEFAULTS[name])(rest)
+        return tyro.cli(COMMANDS[name], **options)
+    kinds = []
+    for name, command in COMMANDS.items():  # a line each
+        line = (command.__doc__ or "").partition("\n")[0]
+        kinds.append(Annotated[command, tyro.conf.subcommand(name, description=line)])
+    return tyro.cli(Union[tuple(kinds)], args=argv, prog="gptfast")  # noqa: UP007
 
 
 def _parse(argv: Sequence[str]) -> Any:
     """The command argv asks for; what tyro reports in a box becomes a one-line ValueError."""
-    kinds = []
-    for name, command in COMMANDS.items():
-        options: dict[str, Any] = {}
-        if argv[:1] != [name]:  # in the list of all commands, a line each
-            options["description"] = (command.__doc__ or "").partition("\n")[0]
-        elif name in _DEFAULTS:
-            options["default"] = _DEFAULTS[name](argv[1:])
-        kinds.append(Annotated[command, tyro.conf.subcommand(name, **options)])
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Union[tuple(kinds)], args=argv, prog="gptfast")  # noqa: UP007
+            return _tyro(argv)
     except SystemExit as error:
         if not error.code:  # --help
             raise
@@ -57,7 +82,8 @@ def _parse(argv: Sequence[str]) -> Any:
     message = " ".join(line.strip("│ ") for line in body.splitlines()).split()
     if message[:2] == ["Error", "parsing"] and message[2].startswith("__tyro"):
         message = message[3:]
-    raise ValueError(f"{' '.join(message)} (see gptfast --help)")
+    prog = " ".join(["gptfast", *(name for name in argv[:1] if name in COMMANDS)])
+    raise ValueError(f"{' '.join(message)} (see {prog} --help)")
 
 
 def _check_arguments(argv: Sequence[str]) -> None:
@@ -77,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A sample may hold what the terminal cannot show; that must not end a training run.
         sys.stdout.reconfigure(errors="replace")
+    if argv is None:
+        # The process is ours. What PyTorch made on import stays: no collection need look at it.
+        gc.freeze()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         _check_arguments(argv)

@@ -1,11 +1,11 @@
 """`gptfast eval`: how well a model predicts text, and how it does on tasks."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from gptfast.cli.generate import load
+from gptfast.cli.writing import Dtype, load
 from gptfast.data import create_dataloader
 from gptfast.evaluate import Score, loader_score, perplexity, sliding_score, text_score
 from gptfast.hellaswag import hellaswag
@@ -13,6 +13,9 @@ from gptfast.model import GPT
 from gptfast.sources import load_part
 from gptfast.token_files import Documents
 from gptfast.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptfast.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class Eval:
     """Tokens per window (default the model's block_size)."""
     tokenizer: str | None = None
     """gpt2, byte or a directory (default: the checkpoint's own)."""
+    dtype: Dtype | None = None
+    """Measure the engine with weights of fp32, bf16 or int8, on the CPU (default: a packed model's
+    own, of others the model as it is)."""
     device: str = "auto"
     """cpu, cuda or auto."""
 
@@ -57,7 +63,11 @@ class Eval:
             raise ValueError("nothing to measure: name files (--data), --hellaswag or --tasks")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
-        model, tokenizer = load(self.checkpoint, self.tokenizer, self.device)
+        model, tokenizer = load(
+            self.checkpoint, self.tokenizer, self.device, self.dtype, engine=False
+        )
+        if self.tasks and not isinstance(model, GPT):
+            raise ValueError("--tasks measures a model as it is: leave out --dtype")
         if self.data:
             score = self._score(model, tokenizer)
             print(
@@ -74,7 +84,7 @@ class Eval:
         if self.tasks:
             self._run_tasks(model, tokenizer)
 
-    def _score(self, model: GPT, tokenizer: Tokenizer) -> Score:
+    def _score(self, model: "GPT | Engine", tokenizer: Tokenizer) -> Score:
         T = model.config.block_size if self.max_length is None else self.max_length
         if not 1 <= T <= model.config.block_size:
             raise ValueError(

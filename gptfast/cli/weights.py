@@ -1,5 +1,6 @@
 """`gptfast convert` and `gptfast download`: GPT-2's weights into another form, and from afar."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,23 +20,32 @@ class Convert:
     SRC may be OpenAI's directory, a directory or file of transformers, nanoGPT's ckpt.pt, llm.c's
     .bin, the .pth of Raschka's book, a run or checkpoint of gptfast, or gpt2 if it was downloaded.
 
+    Packed is the form that generates on the CPU without further ado: `generate`, `chat` and `eval`
+    take it, and nothing makes another form of it again.
+
     gptfast convert models/124M gpt2-transformers
 
     gptfast convert gpt2 gpt2_124M.bin --dtype bf16
+
+    gptfast convert gpt2 gpt2-int8 --dtype int8
     """
 
     src: tyro.conf.Positional[str]
     """The model to read."""
     dst: tyro.conf.Positional[str]
     """The file or directory to write; it must not be there yet."""
-    to: Literal["transformers", "llm.c", "nanogpt", "book"] | None = None
-    """The form (default by DST's suffix: .bin llm.c, .pt nanogpt, .pth book, else transformers)."""
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Round the weights to it (default: as they are)."""
+    to: Literal["transformers", "llm.c", "nanogpt", "book", "packed"] | None = None
+    """The form (default by DST's suffix: .bin llm.c, .pt nanogpt, .pth book, else transformers; for
+    int8 packed)."""
+    dtype: Literal["fp32", "bf16", "fp16", "int8"] | None = None
+    """Round the weights to it (default: as they are; packed, fp32)."""
     n_head: int | None = None
     """Heads per block, where SRC does not tell (the book's; default 64 channels each)."""
 
     def run(self) -> None:
+        if self.to == "packed" or self.dtype == "int8":
+            self._pack()
+            return
         check(self.dst, self.to)
         model = load_model(self.src, self.n_head)
         if self.dtype is not None:
@@ -43,6 +53,22 @@ class Convert:
         save(model, self.dst, self.to)
         n = sum(p.numel() for p in model.parameters())
         print(f"done: {n:,} parameters in {self.dst} ({self.to or format_of(self.dst)})")
+
+    def _pack(self) -> None:
+        form = self.to or format_of(self.dst)
+        if form not in ("packed", "transformers") or self.to == "transformers":
+            raise ValueError(f"{form} has no int8 weights: name a directory for packed ones")
+        if self.dtype == "fp16":
+            raise ValueError("packed weights are fp32, bf16 or int8, not fp16")
+        if os.path.lexists(self.dst):  # before the work, not after it
+            raise ValueError(f"{self.dst} exists; name another or delete it")
+        from gptfast.engine import Engine
+
+        source = self.src if self.n_head is None else load_model(self.src, self.n_head)
+        engine = Engine(source, self.dtype)
+        engine.save(self.dst)
+        size = f"{engine.weight_bytes / 1e6:,.1f} MB of {engine.dtype} weights"
+        print(f"done: {size} in {self.dst} (packed); try\n  gptfast chat {self.dst}")
 
 
 @dataclass(frozen=True)

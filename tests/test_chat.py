@@ -1,0 +1,346 @@
+"""`gptfast chat`: the text that the model sees, commands, pipes, and a terminal of its own."""
+
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Capture, refused, run
+from helpers import (
+    one_thread,  # noqa: F401 - applies to every test here
+    random_model,
+)
+
+from gptfast import Engine, get_tokenizer
+from gptfast.cli import chat, conversation
+from gptfast.cli.conversation import QUESTIONS, Conversation, Template
+from gptfast.ops.library import EXTENSION
+from gptfast.tokenizer import END_OF_TEXT
+
+BYTE = get_tokenizer("byte")
+SIZE = 96
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chat") / "model"
+    tiny = random_model(vocab_size=257, block_size=SIZE)
+    with torch.no_grad():  # it never draws end-of-text
+        tiny.ln_f.bias.fill_(2.0)
+        tiny.wte.weight[BYTE.eot] = -9.0
+    tiny.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def spoken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """What the model was given; it replies "one", "two" and so on, END_OF_TEXT behind each."""
+    given: list[tuple[str, dict[str, Any]]] = []
+    words = iter("one two three four five six".split())
+
+    def stream(model: object, ids: list[int], n: int, **options: Any) -> Iterator[int]:
+        given.append((text_of(ids), options))
+        yield from [*BYTE.encode(next(words)), BYTE.eot][:n]
+
+    monkeypatch.setattr(conversation, "stream", stream)
+    yield given
+
+
+def text_of(ids: list[int]) -> str:
+    return "".join(END_OF_TEXT if i == BYTE.eot else chr(i) for i in ids)
+
+
+def piped(
+    lines: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture, *args: object
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    return run(capsys, "chat", *args, "--tokenizer", "byte")
+
+
+@pytest.mark.parametrize(
+    ("template", "seen"),
+    [
+        (QUESTIONS, "Q: hi\nA:one\nQ: you\nA:"),
+        ("\nUser: {prompt}\nBot: ", "\nUser: hi\nBot: one\nUser: you\nBot: "),
+        ("{prompt} ", f"hi one{END_OF_TEXT}you "),
+        ("{prompt}", f"hione{END_OF_TEXT}you"),
+    ],
+    ids=["dialogue", "own-line-break", "completions", "running"],
+)
+def test_what_the_model_sees(
+    template: str, seen: str, model: Path, spoken: list, monkeypatch: Any, capsys: Capture
+) -> None:
+    args = (model, "--template", template, "--temperature", 0.5)
+    assert piped("hi\nyou\n", monkeypatch, capsys, *args) == (0, "one\ntwo\n", "")
+    assert [text for text, _ in spoken] == [template.replace("{prompt}", "hi"), seen]
+    assert spoken[0][1]["temperature"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("template", "stop"),
+    [
+        (QUESTIONS, "\nQ:"),
+        ("\n## {prompt}\n", "\n##"),
+        ("\n{prompt}\n", "\n"),
+        ("{prompt} ", None),
+        ("{prompt}", None),
+    ],
+)
+def test_a_reply_ends_where_the_next_prompt_begins(template: str, stop: str | None) -> None:
+    assert Template.parse(template).stop == stop
+
+
+@pytest.mark.parametrize("text", ["", "prompt", "{prompt} or {prompt}"])
+def test_no_template(text: str, model: Path, capsys: Capture) -> None:
+    refused(run(capsys, "chat", model, "--template", text), "--template must have {prompt} in it")
+
+
+def test_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stop is neither shown nor kept, nor is what ends a reply that is cut there."""
+    monkeypatch.setattr(conversation, "stream", lambda *_, **__: BYTE_STREAM("yes\nQ no\nQ: me"))
+    talk = Conversation(Template.parse(QUESTIONS), BYTE)
+    talk.ask("a")
+    assert "".join(talk.reply(None, 99)) == "yes\nQ no"
+    assert text_of(talk.ids) == "Q: a\nA:yes\nQ no"
+    talk.ask("b")
+    assert text_of(talk.ids) == "Q: a\nA:yes\nQ no\nQ: b\nA:"
+
+
+def BYTE_STREAM(text: str) -> Iterator[int]:  # noqa: N802 - a generator, closed as stream's is
+    yield from BYTE.encode(text)
+
+
+def test_an_interrupted_reply_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the token before it; what may be a stop's beginning was not said yet."""
+    monkeypatch.setattr(conversation, "stream", lambda *_, **__: BYTE_STREAM("so be\nQ it"))
+    talk, asked = Conversation(Template.parse(QUESTIONS), BYTE), iter(range(99))
+    talk.ask("a")
+    assert "".join(talk.reply(None, 99, lambda: next(asked) == 6)) == "so be"
+    assert (talk.turns[0].text, text_of(talk.turns[0].reply)) == ("so be", "so be")
+
+
+def test_the_oldest_turns_are_forgotten(
+    model: Path, spoken: list, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    long = "x" * 30
+    lines = f"{long}\nb\n{long}\n{long}\n" + "y" * 200 + "\n"
+    code, output, err = piped(lines, monkeypatch, capsys, model, "--max-new-tokens", 20)
+    assert (code, output) == (0, "one\ntwo\nthree\nfour\nfive\n")
+    # Room is for SIZE - 20 tokens.
+    third = f"Q: {long}\nA:one\nQ: b\nA:two\nQ: {long}\nA:"
+    assert len(third) > SIZE - 20 >= len(third) - len(f"Q: {long}\nA:one")
+    assert spoken[2][0] == f"\nQ: b\nA:two\nQ: {long}\nA:"
+    assert spoken[3][0] == f"\nQ: {long}\nA:"
+    assert spoken[4][0] == "\nQ: " + "y" * 200 + "\nA:"
+    assert err.splitlines() == [
+        f"the oldest turn does not fit into {SIZE} tokens any more: forgotten",
+        f"the oldest 2 turns do not fit into {SIZE} tokens any more: forgotten",
+        f"the oldest turn does not fit into {SIZE} tokens any more: forgotten",
+        f"of 207 tokens the model sees the last {SIZE}",
+    ]
+
+
+def test_commands(
+    model: Path, spoken: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    script = f"""\
+/help
+
+a
+/retry
+/temperature 0.1
+/top_k 7
+/top_p off
+/seed
+b
+/save {tmp_path / "talk.txt"}
+/save {tmp_path / "talk.jsonl"}
+/reset
+//c
+/quit
+never
+"""
+    code, output, err = piped(script, monkeypatch, capsys, model, "--seed", 3)
+    assert (code, output) == (0, f"{chat.HELP}\none\ntwo\nthree\nfour\n")
+    assert err.splitlines() == ["temperature is 0.1", "top_k is 7", "top_p is off", "seed is 4"]
+    texts = ["Q: a\nA:", "Q: a\nA:", "Q: a\nA:two\nQ: b\nA:", "Q: /c\nA:"]
+    assert [text for text, _ in spoken] == texts
+    assert [options["seed"] for _, options in spoken] == [3, 4, 4, 4]
+    last = {"temperature": 0.1, "top_k": 7, "top_p": None, "min_p": None}
+    assert last.items() <= spoken[3][1].items()
+    assert (tmp_path / "talk.txt").read_text() == "Q: a\nA:two\nQ: b\nA:three\n"
+    records = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text().splitlines()]
+    assert records == [
+        {"prompt": "Q: a\nA:", "completion": "two"},
+        {"prompt": "Q: b\nA:", "completion": "three"},
+    ]
+
+
+BAD_LINES = {
+    "/nope": ["there is no /nope; /help"],
+    "/quit now": ["/quit takes nothing"],
+    "/save": ["/save takes a file"],
+    "/save .": [". exists"],
+    "/save no/where/x": ["cannot write no/where/x"],
+    "/retry": ["there is no turn yet"],
+    "/seed x": ["/seed takes a whole number, got 'x'"],
+    "/seed off": ["/seed takes a whole number, got 'off'"],
+    "/temperature hot": ["/temperature takes a number, got 'hot'"],
+    "/temperature -1": ["temperature must be", "got -1.0"],
+    "/top_k 0": ["top_k must be an integer >= 1, got 0"],
+    "/max_new_tokens -1": ["max_new_tokens must be >= 0, got -1"],
+    "\ud800": ["lone surrogate"],
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=ascii)
+def test_a_bad_line_ends_a_pipe(
+    line: str, model: Path, spoken: list, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    refused(piped(f"{line}\nhi\n", monkeypatch, capsys, model), *BAD_LINES[line])
+    assert not spoken
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["nowhere"], ["nowhere is no checkpoint"]),
+        ([], ["STR"]),
+        (["MODEL", "--top-p", 4], ["top_p must be in (0, 1], got 4.0"]),
+        (["MODEL", "--max-new-tokens", -1], ["max_new_tokens must be >= 0, got -1"]),
+        (["MODEL", "--tokenizer", "gpt5"], ["got 'gpt5'"]),
+        (["MODEL", "--dtype", "fp8"], ["--dtype", "fp8"]),
+        (["MODEL", "--tokenizer", "byte", "--draft", "nowhere"], ["nowhere is no checkpoint"]),
+    ],
+    ids=["checkpoint", "none", "top_p", "tokens", "tokenizer", "dtype", "draft"],
+)
+def test_bad_flags(args: list, words: list[str], model: Path, capsys: Capture) -> None:
+    refused(run(capsys, "chat", *(model if arg == "MODEL" else arg for arg in args)), *words)
+
+
+needs_engine = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
+
+
+@needs_engine
+def test_replies_are_what_generate_writes(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """With the context so far as the prompt, though only what is new of it is computed."""
+    args = [model, "--max-new-tokens", 12, "--seed", 5, "--stats", "on", "--dtype", "int8"]
+    code, output, err = piped("ab\n/temperature 0\ncd\n", monkeypatch, capsys, *args)
+    assert code == 0
+    engine, ids, replies = Engine(model, "int8"), BYTE.encode("Q: ab\nA:"), []
+    for options in ({"temperature": 0.8, "top_p": 0.95, "seed": 5}, {"temperature": 0}):
+        whole = engine.generate([ids], 12, **options)[0]
+        assert len(whole) == len(ids) + 12
+        replies.append(BYTE.decode(whole[len(ids) :]).strip())
+        ids = whole + BYTE.encode("\nQ: cd\nA:")
+    assert output == "".join(f"{reply}\n" for reply in replies)
+    line = r"\[\d+ tokens, [\d.]+ tokens/s, [\d.e-]+ GB/s of weights; prompt \d+ tokens in .* s\]"
+    assert re.fullmatch(f"{line}\ntemperature is 0.0\n{line}\n", err)
+
+
+class Terminal:
+    """A session in a terminal of its own."""
+
+    def __init__(self, *args: object, **environment: str) -> None:
+        self.screen, (self._file, child) = "", pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gptfast", "chat", *map(str, args)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", **environment},
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that ^C is a signal
+        )
+        os.close(child)
+
+    def type(self, text: str) -> None:
+        os.write(self._file, text.encode())
+
+    def wait(self, pattern: str) -> str:
+        """What was on the screen up to the pattern; it is gone from there."""
+        end = time.monotonic() + 60
+        while not (found := re.search(pattern, self.screen)):
+            assert time.monotonic() < end and self._read(), self.screen
+        before, self.screen = self.screen[: found.end()], self.screen[found.end() :]
+        return before
+
+    def _read(self) -> bool:
+        """Whether the session has not ended."""
+        if select.select([self._file], [], [], 0.1)[0]:
+            try:
+                self.screen += os.read(self._file, 65536).decode("utf-8", "replace")
+            except OSError:  # how Linux says that nobody has the other end any more
+                return False
+        return True
+
+    def end(self) -> int:
+        """The exit code of a session that ends by itself."""
+        end = time.monotonic() + 60
+        try:
+            while self._read():
+                assert time.monotonic() < end, self.screen
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+            os.close(self._file)
+
+
+@needs_engine
+def test_a_session_in_a_terminal(model: Path, tmp_path: Path) -> None:
+    cache = {"GPTFAST_CACHE": str(tmp_path / "cache")}
+    args = [model, "--tokenizer", "byte", "--template", "{prompt} ", "--max-new-tokens", 10**6]
+    terminal = Terminal(*args, **cache)
+    begin = terminal.wait("> ")
+    assert "a context of 96 tokens. /help lists commands" in begin and "\x1b[2m" in begin
+    terminal.type("the first\r")
+    terminal.wait("the first\r\n")
+    terminal.wait(r"\S[^>]*\S")  # it writes
+    terminal.type("\x03")
+    assert "tokens/s" in terminal.wait(r"\n(\x1b\[\?2004h)?> ")
+    terminal.type("/nope\r")
+    terminal.wait("there is no /nope; /help lists what there is")
+    terminal.type(f"/max_new_tokens 5\r/save {tmp_path / 'kept.jsonl'}\r")
+    terminal.wait("max_new_tokens is 5")
+    terminal.wait(r"kept.jsonl[^\n]*\n[^\n]*> ")
+    time.sleep(0.3)  # readline shows the prompt a moment before it looks out for signals
+    terminal.type("\x03")
+    assert terminal.end() == 0
+    record = json.loads((tmp_path / "kept.jsonl").read_text())
+    assert record["prompt"] == "the first " and record["completion"]
+
+    again = Terminal(*args, "--stats", "off", **cache, NO_COLOR="1")
+    assert "\x1b[2m" not in again.wait("> ")
+    up = "\x1b[A"
+    again.type(up * 4 + "\x01again \x05 and more\r")  # Ctrl-A, Ctrl-E: to the line's ends
+    again.wait(r"and more[^\n]*\n")
+    again.wait(r"\S[^>]*\S")
+    again.type("\x03")
+    assert "tokens/s" not in again.wait("> ")
+    again.type("\x04")  # Ctrl-D
+    assert again.end() == 0
+    history = (tmp_path / "cache" / "chat_history").read_text().splitlines()
+    assert history[0] == "the first" and history[-1] == "again the first and more"
+
+
+def test_a_cache_that_cannot_be_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GPTFAST_CACHE", str(tmp_path / "file" / "cache"))
+    chat._history()()
+    assert "lines are not kept for another session" in capsys.readouterr().err

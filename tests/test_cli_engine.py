@@ -1,0 +1,125 @@
+"""Packed models on the command line, the speed that is told, and what a command imports."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import TINY, Capture, refused, run
+from helpers import one_thread  # noqa: F401 - applies to every test here
+
+from gptfast.cli import main
+from gptfast.data import embedded_text
+from gptfast.ops.library import EXTENSION
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of a finished run of 6 steps."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(embedded_text()[:1500], "utf-8")
+    args = ["--data", str(folder / "text.txt"), "--out", str(folder / "out"), "--max-steps", "6"]
+    assert main(["train", *TINY, *args]) == 0
+    return folder / "out"
+
+
+needs_engine = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
+
+
+@needs_engine
+def test_packed(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Written by convert; generate and eval find it to be what --dtype makes of the model."""
+    packed, text = tmp_path / "packed", tmp_path / "text.txt"
+    text.write_text("The value of the words. " * 20)
+
+    def told(command: str, model: Path, *args: object) -> str:
+        code, out, err = run(capsys, command, model, *args)
+        assert (code, err) == (0, "")
+        return out
+
+    assert "int8 weights in" in told("convert", trained, packed, "--dtype", "int8")
+    prompt = ["--prompt", "The ", "--seed", 7, "--max-new-tokens", 30]
+    written = told("generate", packed, *prompt)
+    assert written == told("generate", trained, *prompt, "--dtype", "int8")
+    assert written == told("generate", packed, *prompt, "--lookup")
+    assert written == told("generate", packed, *prompt, "--draft", trained)
+    measured = [
+        told("eval", *args, "--data", text)
+        for args in ((packed,), (trained, "--dtype", "int8"), (trained, "--dtype", "fp32"))
+    ]
+    assert measured[0] == measured[1]
+    plain = told("eval", trained, "--data", text)
+    losses = [float(line.split()[1]) for line in (plain, *measured[1:])]
+    assert losses[0] == pytest.approx(losses[2], abs=1e-4)
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    bf16 = tmp_path / "bf16"
+    assert "bf16 weights" in told("convert", trained, bf16, "--to", "packed", "--dtype", "bf16")
+
+
+@needs_engine
+def test_speed_is_told_where_it_is_asked_for(trained: Path, capsys: Capture) -> None:
+    args = ["generate", trained, "--prompt", "The ", "--max-new-tokens", 5, "--stats"]
+    code, out, err = run(capsys, *args, "on")
+    assert code == 0 and out.startswith("The ")
+    line = (
+        r"\[5 tokens, [\d.]+ tokens/s, [\d.e-]+ GB/s of weights; prompt \d+ tokens in [\d.]+ s\]\n"
+    )
+    assert re.fullmatch(line, err)
+    assert run(capsys, *args, "off") == run(capsys, *args, "auto") == (0, out, "")
+
+
+BAD_PACKED = {
+    "convert RUN new.bin --dtype int8": ["llm.c has no int8 weights: name a directory"],
+    "convert RUN new --to nanogpt --dtype int8": ["nanogpt has no int8 weights"],
+    "convert RUN new --to packed --dtype fp16": ["packed weights are fp32, bf16 or int8, not fp16"],
+    "convert RUN RUN --dtype int8": ["exists; name another or delete it"],
+    "convert nowhere new --dtype int8": ["nowhere is no checkpoint"],
+    "generate RUN --prompt a --dtype fp16": ["--dtype", "fp16"],
+    "generate RUN --prompt a --draft nowhere": ["nowhere is no checkpoint"],
+    "generate RUN --prompt a --lookup --num-beams 2": ["lookup and num_beams=2 do not go together"],
+    "eval RUN --data a.txt --dtype fp16": ["--dtype", "fp16"],
+    "eval RUN --tasks arc_easy --dtype int8": ["--tasks measures a model as it is"],
+}
+
+
+@needs_engine
+@pytest.mark.parametrize("command", BAD_PACKED)
+def test_bad_packed(
+    command: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [str(trained) if word == "RUN" else word for word in command.split()]
+    refused(run(capsys, *words), *BAD_PACKED[command])
+    assert not list(tmp_path.iterdir())
+
+
+def modules_after(code: str) -> set[str]:
+    """What a fresh Python has imported when it has run the code."""
+    script = f"{code}\nimport sys\nprint('modules:', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.partition("modules: ")[2].split())
+
+
+def test_what_is_not_needed_is_not_imported(trained: Path) -> None:
+    training = {"gptfast.trainer", "gptfast.data", "gptfast.checkpoint", "gptfast.evaluate"}
+    heavy = {"matplotlib", "transformers", "lm_eval", "tensorboard", "requests", "sympy"}
+    heavy |= {"torch._dynamo", "torch._inductor", "gptfast.drop_in"}
+    modules = modules_after("import gptfast")
+    assert "gptfast.ops" in modules and not modules & (training | heavy | {"tyro", "tiktoken"})
+    command = ["generate", str(trained), "--prompt", "a", "--max-new-tokens", "1"]
+    modules = modules_after(f"from gptfast.cli import main\nassert main({command}) == 0")
+    assert "gptfast.cli.generate" in modules
+    assert not modules & (heavy | {"gptfast.trainer", "gptfast.cli.train", "gptfast.cli.chat"})
+
+
+def test_public_names() -> None:
+    import gptfast.generate  # the submodule does not take the function's place
+
+    assert callable(gptfast.generate)
+    assert {*gptfast.__all__, "accelerate", "restore"} <= set(dir(gptfast))
+    for name in gptfast.__all__:
+        assert getattr(gptfast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = gptfast.nothing
