@@ -5,7 +5,8 @@ python bench/compile_audit.py [--arch sm_90,gfx942] [--out FILE]
 The launchers themselves run, on tensors without storage, with every launch turned into a
 compilation for the architecture asked for: what is audited is what would run, specialised as it
 would be (alignment, integers divisible by 16). One process per architecture, as a compiler that
-aborts takes its process along. The cases reach every tile configuration of every launcher.
+aborts takes its process along. The cases of bench/audit_cases.py reach every tile configuration of
+every launcher.
 """
 
 import argparse
@@ -15,18 +16,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 
 import torch
+from audit_cases import all_cases
 from cost_model import COSTS, SMS, predict
-from torch import Tensor
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 REFERENCE_CASES = (
     "attention bf16 D=64",
     "attention decode bf16 D=64 Tk=1024",
@@ -108,132 +106,6 @@ class Kernel:
             chip.registers // (per_warp * self.num_warps),
             chip.shared // max(1, self.shared + chip.shared_reserved),
         )
-
-
-def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _launchers(op: str):  # type: ignore[no-untyped-def]
-    return import_module(f"gptfast.kernels.triton.{op}")
-
-
-Case = tuple[str, Callable[[], object]]
-
-
-def attention_cases() -> Iterator[Case]:
-    attention = _launchers("attention")
-    seed, B, T, H = empty(dtype=torch.int64), 16, 1024, 12
-
-    def training(dtype: torch.dtype, D: int, p: float, kv_len: Tensor | None) -> None:
-        qkv, dout = empty(B, T, 3 * H * D, dtype=dtype), empty(B, T, H * D, dtype=dtype)
-        options = (D**-0.5, p, seed if p else None, kv_len)
-        out, lse = attention.attention_qkv_fwd(qkv, H, *options)
-        attention.attention_qkv_bwd(dout, qkv, out, lse, H, *options)
-
-    def decode(dtype: torch.dtype, D: int, Tk: int, kv_len: Tensor | None) -> None:
-        q, k = empty(B, H, 1, D, dtype=dtype), empty(B, H, Tk, D, dtype=dtype)
-        attention.attention_fwd(q, k, k, D**-0.5, 0.0, None, kv_len)
-
-    lengths = empty(B, dtype=torch.int64)
-    dims = (16, 32, 64, 128, 256)
-    variants = [(dtype, D, 0.0, None) for dtype in (BF16, FP32) for D in dims]
-    variants += [(BF16, D, 0.1, None) for D in dims]
-    variants += [(BF16, 80, 0.0, None), (FP16, 64, 0.0, None), (BF16, 64, 0.0, lengths)]
-    variants += [(FP32, 64, 0.1, None)]
-    for dtype, D, p, kv_len in variants:
-        name = f"attention {NAMES[dtype]} D={D}{' dropout' if p else ''}"
-        name += "" if kv_len is None else " kv_len"
-        yield name, lambda v=(dtype, D, p, kv_len): training(*v)
-    for dtype, D in (*((BF16, D) for D in (*dims, 80)), (FP32, 64)):
-        for Tk in (128, 1024):
-            name = f"attention decode {NAMES[dtype]} D={D} Tk={Tk}"
-            yield name, lambda v=(dtype, D, Tk, lengths): decode(*v)
-
-
-def cross_entropy_cases() -> Iterator[Case]:
-    cross_entropy = _launchers("cross_entropy")
-    N = 16384
-
-    def alone(dtype: torch.dtype, V: int, options: tuple) -> None:
-        logits, target = empty(N, V, dtype=dtype), empty(N, dtype=torch.int64)
-        loss, lse = cross_entropy.cross_entropy_fwd(logits, target, *options)
-        cross_entropy.cross_entropy_bwd(loss, logits, target, lse, *options)
-
-    def linear(dtype: torch.dtype, options: tuple) -> None:
-        x, w = empty(N, 768, dtype=dtype), empty(50257, 768, dtype=dtype)
-        target, dloss = empty(N, dtype=torch.int64), empty(N, dtype=FP32)
-        cross_entropy.linear_cross_entropy_fwd(x, w, target, *options)
-        _, *grads = cross_entropy.linear_cross_entropy_fwd_bwd(x, w, target, dloss, *options)
-        cross_entropy.scale_(grads, empty(dtype=FP32))
-
-    plain, every = (-100, 0.0, 0.0), (-100, 0.1, 1e-4)
-    for dtype in (BF16, FP16, FP32):
-        for V in (50257, 50304):
-            name = f"cross_entropy {NAMES[dtype]} V={V}"
-            yield name, lambda v=(dtype, V, plain): alone(*v)
-        name = f"linear_cross_entropy {NAMES[dtype]}"
-        yield name, lambda v=(dtype, plain): linear(*v)
-    yield "cross_entropy bf16 smoothing z_loss", lambda: alone(BF16, 50257, every)
-    yield "linear_cross_entropy bf16 smoothing z_loss", lambda: linear(BF16, every)
-
-
-def adamw_cases() -> Iterator[Case]:
-    adamw = _launchers("adamw")
-    shapes = ((50257, 768), (768,))
-
-    def step(dtype: torch.dtype, masters: bool, stochastic: bool, lr: Tensor) -> None:
-        params, grads = ([empty(*s, dtype=dtype) for s in shapes] for _ in range(2))
-        m, v, master = ([empty(*s, dtype=FP32) for s in shapes] for _ in range(3))
-        norm = adamw.grad_norm(grads)
-        steps = [empty(dtype=FP32) for _ in shapes]
-        numbers = (1.0, 0.9, 0.95, 1e-8, 0.1, [0, 1], stochastic, 0)
-        adamw.adamw(params, grads, m, v, master if masters else [], steps, lr, norm, *numbers)
-
-    number, tensor = torch.tensor(1e-3, dtype=torch.float64), empty(dtype=torch.float64)
-    for name, *v in (
-        ("fp32", FP32, False, False, number),
-        ("fp32 lr on device", FP32, False, False, tensor),
-        ("bf16 master", BF16, True, False, number),
-        ("fp16 master", FP16, True, False, number),
-        ("bf16 stochastic", BF16, False, True, number),
-    ):
-        yield f"adamw {name}", lambda v=v: step(*v)
-
-
-def sampling_cases() -> Iterator[Case]:
-    sampling = _launchers("sampling")
-
-    def sample(dtype: torch.dtype, V: int) -> None:
-        numbers = [empty(64, dtype=d) for d in (FP32, torch.int64, FP32, FP32)]
-        at = [empty(64, dtype=torch.int64) for _ in range(2)]
-        sampling.sample(empty(64, V, dtype=dtype), *numbers, *at)
-
-    for dtype in (BF16, FP16, FP32):
-        for V in (50257, 1009):
-            yield f"sampling {NAMES[dtype]} V={V}", lambda v=(dtype, V): sample(*v)
-
-
-def embedding_cases() -> Iterator[Case]:
-    embedding = _launchers("embedding")
-
-    def backward(dtype: torch.dtype, C: int) -> None:
-        dx, idx = empty(16, 1024, C, dtype=dtype), empty(16, 1024, dtype=torch.int64)
-        weight = empty(50257, C, dtype=dtype)
-        embedding.embedding_fwd(weight, idx)
-        embedding.embedding_bwd(weight, dx, idx)
-
-    for dtype in (BF16, FP16, FP32):
-        for C in (64, 128, 768):
-            yield f"embedding {NAMES[dtype]} C={C}", lambda v=(dtype, C): backward(*v)
-
-
-def all_cases() -> Iterator[Case]:
-    yield from attention_cases()
-    yield from cross_entropy_cases()
-    yield from adamw_cases()
-    yield from sampling_cases()
-    yield from embedding_cases()
 
 
 class Compiler:
@@ -335,6 +207,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 OPS = ("attention", "cross_entropy", "linear_cross_entropy", "adamw", "sampling", "embedding")
+OPS += ("decode_linear",)
 
 
 def audit_all(archs: Iterable[str], ops: Iterable[str] = OPS) -> list[Kernel]:

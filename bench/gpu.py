@@ -5,7 +5,8 @@ python bench/gpu.py [--only parity,determinism,graph,bench,sanitize] [--out DIR]
 parity: the tests of the operations on the GPU. determinism: the same bits in 20 runs. graph: a
 training step of GPT under torch.compile(fullgraph=True) and as a CUDA graph, against the eager one.
 sanitize: compute-sanitizer over small launches, where it runs. bench: each operation and the whole
-step beside its peers (bench/gpu_cases.py), interleaved, medians of device time.
+step beside its peers (bench/gpu_cases.py, bench/gpu_generate.py), interleaved, medians of device
+time.
 Results go to <gpu>-<date>.json and .md in bench/results, row by row, so that what was measured
 before a time limit is kept. --smoke walks the same way on a CPU, in Triton's interpreter, with tiny
 shapes: its times mean nothing.
@@ -35,12 +36,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch  # noqa: E402
 import triton  # noqa: E402
 from gpu_cases import GpuCase, cases  # noqa: E402
+from gpu_generate import generation_cases  # noqa: E402
+from gpu_operations import operations  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gptfast import GPT, AdamW, GPTConfig, ops, use_backend  # noqa: E402
 
 SECTIONS = ("parity", "determinism", "graph", "bench", "sanitize")
 TESTS = ("philox", "attention", "cross_entropy", "adamw", "sampling", "embedding")
+TESTS += ("decode_linear", "engine_gpu")
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cpu" if SMOKE else "cuda"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -105,48 +109,11 @@ def parity(report: Report) -> None:
     report.add("parity", {"passed": passed, "summary": last, "seconds": took})
 
 
-def _tensors(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-
-
-def _operations(dtype: torch.dtype, small: bool = False) -> dict[str, Callable[[], list[Tensor]]]:
-    """Every operation once, forward and backward, on fixed data."""
-    torch.manual_seed(0)
-    T, V, N = (20, 101, 20) if SMOKE or small else (500, 50257, 2000)
-    (qkv,) = _tensors((2, T, 3 * 128), dtype=dtype)
-    x, w, logits = _tensors((N, 64), (V, 64), (N, V), dtype=dtype)
-    target = torch.randint(V, (N,))
-    target[::7] = -100
-
-    def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
-        return [loss.detach(), *torch.autograd.grad(loss.float().sum(), leaves)]
-
-    def adamw() -> list[Tensor]:
-        params = [p.detach().clone().requires_grad_() for p in (qkv, w)]
-        optimizer = AdamW(params, max_norm=1.0)
-        for p in params:
-            p.grad = p.detach() * 3
-        optimizer.step()
-        return [*(p.detach() for p in params), optimizer.grad_norm]
-
-    return {
-        "attention": lambda: gradients(ops.attention_qkv(qkv, 2), qkv),
-        "attention dropout": lambda: gradients(
-            ops.attention_qkv(qkv, 2, dropout_p=0.1, seed=5), qkv
-        ),
-        "cross_entropy": lambda: gradients(ops.cross_entropy(logits, target), logits),
-        "linear_cross_entropy": lambda: gradients(ops.linear_cross_entropy(x, w, target), x, w),
-        "embedding": lambda: gradients(ops.embedding(target.clamp(0), w)[0], w),
-        "adamw": adamw,
-        "sample": lambda: [ops.sample(logits.detach(), top_k=50, top_p=0.9, seed=3)],
-    }
-
-
 def determinism(report: Report) -> None:
     """The same bits in 20 runs."""
     result = {}
     for name, dtype in DTYPES.items():
-        for op, run in _operations(dtype).items():
+        for op, run in operations(dtype, small=SMOKE).items():
             first = run()
             same = all(
                 torch.equal(a, b)
@@ -212,7 +179,7 @@ def graph(report: Report) -> None:
 def sanitize_subset() -> None:
     """What compute-sanitizer watches: every kernel, small and odd."""
     for dtype in DTYPES.values():
-        for run in _operations(dtype, small=True).values():
+        for run in operations(dtype, small=True).values():
             run()
     q, k = torch.randn(2, 2, 1, 64), torch.randn(2, 2, 333, 64)
     ops.attention(q, k, k, kv_len=torch.tensor([7, 333]))
@@ -246,14 +213,15 @@ def sanitize(report: Report) -> None:
     report.add("sanitize", result)
 
 
-def device_seconds(run: Callable[[], object]) -> float:
-    """Device time of one call, from events around it.
+def device_seconds(run: Callable[[], object], wall: bool = False) -> float:
+    """Device time of one call, from events around it; with wall, until it is done, for the host.
 
     The GPU is kept waiting meanwhile, so that what the host takes to launch is not counted.
     """
-    if SMOKE:
+    if SMOKE or wall:
         start = time.perf_counter()
         run()
+        synchronize()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(20_000_000)  # some 10 ms
@@ -328,7 +296,7 @@ def measure(case: GpuCase, limit: dict[str, float]) -> dict[str, object]:
     rounds = 1 if SMOKE else case.rounds
     for _ in range(rounds):
         for side, run in sides.items():
-            samples[side].append(device_seconds(run))
+            samples[side].append(device_seconds(run, case.wall))
     seconds = {side: statistics.median(values) for side, values in samples.items()}
     ours = seconds["gptfast"]
     peers = {side: s for side, s in seconds.items() if not side.startswith("gptfast")}
@@ -370,7 +338,7 @@ def bench(report: Report) -> None:
     )
     print(line)
     rows, lines = [], [HEAD]
-    for case in cases():
+    for case in (*cases(), *generation_cases()):
         if SMOKE and not case.smoke:
             continue
         if report.seconds_left < case.seconds and not SMOKE:

@@ -43,6 +43,8 @@ class GpuCase:
     target: str = ""
     graph: bool = False
     """Time the replay of a CUDA graph: device time without the launches."""
+    wall: bool = False
+    """Time what the host waits, launches and all."""
     rounds: int = 30
     seconds: float = 20.0
     """About what the case takes, compilation included."""
@@ -50,12 +52,12 @@ class GpuCase:
     """Whether a smoke run walks through it: not if another case runs the same lines."""
 
 
-def _dtype(smoke: bool) -> torch.dtype:
+def dtype_of(smoke: bool) -> torch.dtype:
     # The interpreter has no bf16.
     return torch.float16 if smoke else BF16
 
 
-def _close(ours: Tensor, peer: Tensor, tolerance: float = 4e-2) -> None:
+def close(ours: Tensor, peer: Tensor, tolerance: float = 4e-2) -> None:
     error = (ours.float() - peer.float()).abs().max().item()
     assert error <= tolerance * peer.float().abs().max().item(), f"off by {error:.3g}"
 
@@ -85,7 +87,7 @@ def _flex() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def _attention(shape: tuple[int, int, int, int], backward: bool) -> Callable[[bool], Built]:
     def build(smoke: bool) -> Built:
         B, H, T, D = (1, 2, 33, 16) if smoke else shape
-        qkv = torch.randn(B, T, 3, H, D).to(_dtype(smoke))
+        qkv = torch.randn(B, T, 3, H, D).to(dtype_of(smoke))
         leaves = [x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4)]  # (B, H, T, D)
         dout = torch.randn(B, T, H, D).to(qkv.dtype).transpose(1, 2)
         peers = {
@@ -116,7 +118,7 @@ def _attention(shape: tuple[int, int, int, int], backward: bool) -> Callable[[bo
             for a, b in zip(
                 (out, *torch.autograd.grad(out, leaves, dout)), (expected, *grads), strict=True
             ):
-                _close(a, b)
+                close(a, b)
 
         return Built(sides, check)
 
@@ -125,7 +127,7 @@ def _attention(shape: tuple[int, int, int, int], backward: bool) -> Callable[[bo
 
 def _cross_entropy(smoke: bool) -> Built:
     N, V = (16, 101) if smoke else (16384, 50257)
-    logits = torch.randn(N, V).to(_dtype(smoke)).requires_grad_()
+    logits = torch.randn(N, V).to(dtype_of(smoke)).requires_grad_()
     target = torch.randint(V, (N,))
 
     def through(f: Callable) -> Callable[[], Tensor]:
@@ -144,12 +146,12 @@ def _cross_entropy(smoke: bool) -> Built:
         own = logits.detach().clone().requires_grad_()
         sides["liger"] = lambda: torch.autograd.grad(liger_cross_entropy(own, target), own)[0]
     eager = through(F.cross_entropy)
-    return Built(sides, lambda: _close(sides["gptfast"](), eager()))
+    return Built(sides, lambda: close(sides["gptfast"](), eager()))
 
 
 def _linear_cross_entropy(smoke: bool) -> Built:
     N, V, C = (16, 101, 32) if smoke else (16384, 50257, 768)
-    x = torch.randn(N, C).to(_dtype(smoke)).requires_grad_()
+    x = torch.randn(N, C).to(dtype_of(smoke)).requires_grad_()
     w = (torch.randn(V, C) * 0.05).to(x.dtype).requires_grad_()
     target = torch.randint(V, (N,))
 
@@ -171,7 +173,7 @@ def _linear_cross_entropy(smoke: bool) -> Built:
 
     def check() -> None:
         for a, b in zip(sides["gptfast"](), through(two_steps)(), strict=True):
-            _close(a, b)
+            close(a, b)
 
     return Built(sides, check)
 

@@ -61,7 +61,7 @@ def _search(
 
 
 def _device(model: GPT | Engine) -> torch.device:
-    return torch.device("cpu") if isinstance(model, Engine) else model.wte.weight.device
+    return model.rows.device if isinstance(model, Engine) else model.wte.weight.device
 
 
 def _needs_engine(options: Options) -> None:

@@ -16,6 +16,6 @@ def test_smoke_run(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("smoke-*.json")
     results = json.loads(path.read_text())
     rows = results["bench"]["rows"]
-    assert len(rows) == 7 and all(row["seconds"]["gptfast"] > 0 for row in rows)
+    assert len(rows) == 9 and all(row["seconds"]["gptfast"] > 0 for row in rows)
     lines = path.with_suffix(".md").read_text().splitlines()
     assert sum(line.startswith("| ") for line in lines) == 1 + len(rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LEVELS
+from conftest import ENGINE_LEVELS
 from torch import Tensor
 
 from gptfast import ops, use_backend
@@ -139,6 +139,18 @@ def mlp_bwd_samples() -> list[tuple]:
     return result
 
 
+def decode_linear_samples() -> list[tuple]:
+    norm, weight, n_out = (randn(4), randn(4), 1e-5), randn(7, 4), 7
+    rounded, scale = torch.arange(28, dtype=torch.int8).view(7, 4), randn(7)
+    low = randn(3, 4, dtype=torch.bfloat16), None, None, 0.0, weight.bfloat16()
+    return [
+        (randn(3, 4), *norm, weight, None, randn(7), randn(3, n_out), True, False),
+        (randn(4, 3).T, None, None, 0.0, randn(4, 7).T, None, None, None, False, True),
+        (randn(1, 4).expand(12, 4), *norm, rounded, scale, randn(7), None, False, False),
+        (*low, None, None, None, False, True),
+    ]
+
+
 def detached(*arguments: object) -> tuple:
     return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
 
@@ -187,6 +199,7 @@ def samples(name: str) -> list[tuple]:
         "cross_entropy_bwd": cross_entropy_bwd_samples,
         "linear_cross_entropy_fwd": linear_samples,
         "linear_cross_entropy_fwd_bwd": linear_bwd_samples,
+        "decode_linear": decode_linear_samples,
         "linear_fwd": linear_layer_samples,
         "linear_bwd": linear_layer_bwd_samples,
         "mlp_fwd": mlp_samples,
@@ -418,12 +431,12 @@ def test_use_backend_is_refused_inside_compile() -> None:
 
 def test_isa_levels(cpp: None) -> None:
     before = EXTENSION.build_info()["isa"]
-    for level in LEVELS:
+    for level in ENGINE_LEVELS:
         EXTENSION.set_isa(level)
         assert EXTENSION.build_info()["isa"] == level
     with pytest.raises(ValueError, match="'sse9'"):
         EXTENSION.set_isa("sse9")
-    assert EXTENSION.build_info()["isa"] == LEVELS[-1]
+    assert EXTENSION.build_info()["isa"] == ENGINE_LEVELS[-1]
     EXTENSION.set_isa(before)
     assert EXTENSION.build_info()["openmp"]
 
@@ -442,9 +455,9 @@ IMPORT = "from gptfast.ops.library import EXTENSION; print(EXTENSION.build_info(
 
 
 def test_gptfast_isa(cpp: None) -> None:
-    for level in (LEVELS[0], LEVELS[-1]):
+    for level in (ENGINE_LEVELS[0], ENGINE_LEVELS[-1]):
         assert python(IMPORT, GPTFAST_ISA=level).stdout.strip() == level
-    assert python(IMPORT, GPTFAST_ISA="").stdout.strip() == LEVELS[-1]
+    assert python(IMPORT, GPTFAST_ISA="").stdout.strip() == ENGINE_LEVELS[-1]
 
 
 def test_gptfast_isa_of_another_machine(cpp: None) -> None:
@@ -500,7 +513,7 @@ def test_levels_share_no_symbol(loops: Path, tmp_path: Path) -> None:
     compiler = (sysconfig.get_config_var("CXX") or "g++").split()[0]
     if not (shutil.which(compiler) and shutil.which("nm")):
         pytest.skip("needs a C++ compiler and nm")
-    level = "avx2" if "avx2" in LEVELS else "generic"
+    level = "avx2" if "avx2" in ENGINE_LEVELS else "generic"
     flags = ["-mavx2", "-mfma", "-mf16c"] if level == "avx2" else []
     target = tmp_path / "loops.o"
     command = [compiler, "-std=c++20", "-O0", "-w", *flags, f"-DGPTFAST_LEVEL={level}", "-c"]

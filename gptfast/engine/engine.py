@@ -16,8 +16,9 @@ from gptfast import ops
 from gptfast.config import GPTConfig
 from gptfast.decode import Told
 from gptfast.engine import packed as packing
+from gptfast.engine.gpu import rows_of
+from gptfast.engine.gpu_model import GpuModel
 from gptfast.engine.packed import Packed
-from gptfast.engine.rows import Rows
 from gptfast.engine.sequences import EngineSequences
 from gptfast.engine.task import Drawn, Request, Task
 from gptfast.model import GPT, MLP, Attention, Block
@@ -68,7 +69,7 @@ class Engine:
         self.packed = _pack(model_or_path, dtype)
         self.max_batch = max_batch
         self.stats = Stats()
-        self.rows = Rows(self.packed)
+        self.rows = rows_of(self.packed, min(max_batch, 4))
         self._lock = threading.RLock()
         self._ended: deque[int] = (
             deque()
@@ -89,13 +90,15 @@ class Engine:
     @property
     def weight_bytes(self) -> int:
         """Bytes that a step reads: all but the position embeddings."""
-        return len(self.packed.data) - 4 * self.config.block_size * self.config.n_embd
+        return self.packed.weight_bytes
 
     def save(self, directory: str | PathLike, *, tokenizer: Tokenizer | str | None = None) -> None:
         """Write a directory that Engine reads without packing anything, with the tokenizer's files.
 
         Raises ValueError if it exists.
         """
+        if not isinstance(self.packed, Packed):
+            raise ValueError("what is saved is packed for the CPU: make the engine of model.cpu()")
         packing.save(self.packed, directory, tokenizer)
 
     def generate(
@@ -159,7 +162,7 @@ class Engine:
         told: Told,
     ) -> Iterator[Drawn]:
         """Up to n tokens for each prompt, each as it is drawn. Options are checked by the call."""
-        like = torch.empty(len(prompts), 0)
+        like = torch.empty(len(prompts), 0, device=self.rows.device)
         task = Task(options, like, told)
         return self._draw(task, [Request(i, list(ids), n) for i, ids in enumerate(prompts)])
 
@@ -226,13 +229,10 @@ class Engine:
                 self.rows.release(self._ended.popleft())
 
 
-def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed:
+def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | GpuModel:
     if isinstance(model_or_path, GPT):
         if model_or_path.wte.weight.device.type != "cpu":
-            raise ValueError(
-                f"the engine runs on the CPU, the model is on {model_or_path.wte.weight.device}; "
-                "move it with .cpu()"
-            )
+            return GpuModel(model_or_path, dtype or "fp32")
         return packing.pack_model(model_or_path, dtype or "fp32")
     if not packing.is_packed(model_or_path):
         from gptfast.weights.load import open_weights, tokenizer_of

@@ -51,6 +51,11 @@ class Packed:
     """A name or directory for `get_tokenizer`, if one is on record."""
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes that a step reads: all but the position embeddings."""
+        return len(self.data) - 4 * self.config.block_size * self.config.n_embd
+
+    @property
     def shape(self) -> list[int]:
         return _shape(self.config, self.dtype)
 

@@ -23,6 +23,8 @@ class Rows:
     beside, bit for bit: neither on other rows nor on how a row is cut into calls.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, packed: Packed) -> None:
         self._packed, self._shape = packed, packed.shape
         config = packed.config

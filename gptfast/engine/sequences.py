@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from gptfast.engine.rows import Rows
@@ -13,7 +12,7 @@ class EngineSequences(Sequences):
     """Prompts and their continuations; a row that others continue is shared, not copied."""
 
     def __init__(self, rows: Rows, prompts: Sequence[Sequence[int]]) -> None:
-        self._hold(prompts, torch.device("cpu"))
+        self._hold(prompts, rows.device)
         self._rows = rows
         size = rows.block_size
         self._mine = []

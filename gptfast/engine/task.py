@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.decode import Told, Top, tops
+from gptfast.decode import Told, Top, check_drawn, tops
+from gptfast.engine.gpu import rows_of
 from gptfast.engine.rows import Rows
 from gptfast.engine.speculate import MOST, DraftModel, Guesser, PromptLookup
 from gptfast.options import Options
@@ -52,7 +53,7 @@ class Task:
         self._chosen: list[Tensor] = []
         self.guesser: Guesser | None = None
         if options.draft is not None:
-            self.guesser = DraftModel(Rows(options.draft.packed), self._sampling)
+            self.guesser = DraftModel(rows_of(options.draft.packed, 1), self._sampling)
         elif options.lookup:
             self.guesser = PromptLookup()
 
@@ -90,13 +91,15 @@ class Task:
             scores = self._penalised(logits, requests, guesses)
             ids = ops.sample(
                 scores,
-                position=torch.tensor(positions),
+                position=torch.tensor(positions, device=logits.device),
                 **dict(zip(SAMPLING, self._chosen, strict=True)),
             )
-        told = self._told(logits, ids)
+        told = self._told(logits, ids.to(logits.device))
         logprobs = told[0].tolist() if told else []
         top = tops(*told[1:]) if self._told.top else []
-        drawn = self._accepted(rows, requests, guesses, held, ids.tolist())
+        on_host = ids.tolist()
+        check_drawn(on_host)
+        drawn = self._accepted(rows, requests, guesses, held, on_host)
         return [
             Drawn(request, i, logprobs[at] if logprobs else None, top[at] if top else None)
             for request, i, at in drawn
@@ -138,7 +141,7 @@ class Task:
         scores, row = logits.clone(), 0
         for request, guess in zip(requests, guesses, strict=True):
             if request.seen is None:
-                request.seen = torch.zeros(logits.shape[1], dtype=torch.bool)
+                request.seen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
                 request.seen[request.ids] = True
             seen, penalty = request.seen.clone(), self._penalty[request.index]
             for i in (None, *guess):

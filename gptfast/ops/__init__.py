@@ -2,6 +2,7 @@
 
 from gptfast.ops.attention import attention, attention_qkv
 from gptfast.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from gptfast.ops.decode_linear import decode_linear
 from gptfast.ops.embedding import embedding
 from gptfast.ops.linear import linear
 from gptfast.ops.mlp import mlp
@@ -11,6 +12,7 @@ __all__ = [
     "attention",
     "attention_qkv",
     "cross_entropy",
+    "decode_linear",
     "embedding",
     "linear",
     "linear_cross_entropy",

@@ -259,7 +259,8 @@ def overruled() -> bool:
 def backend_of(op: torch._ops.OpOverload, device: str) -> str:
     """The backend that serves `op` on "cpu" or "cuda" when the dispatcher decides."""
     if device == "cpu":
-        return "reference" if EXTENSION is None else "cpp"
+        in_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU")
+        return "cpp" if EXTENSION is not None and in_cpp else "reference"
     return "triton" if isinstance(_implementations["triton"].get(op), _Launcher) else "reference"
 
 

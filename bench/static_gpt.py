@@ -1,0 +1,78 @@
+"""The peer of generation on a GPU: plain PyTorch by gpt-fast's method.
+
+A static cache, written and masked by positions that are tensors, so that a step is one graph for
+torch.compile(mode="reduce-overhead", fullgraph=True), which fuses it and makes it a CUDA graph.
+int8 is weight-only, a scale an output, and left to the compiler. Tokens stay on the device.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from plain_gpt import PlainGPT
+from torch import Tensor, nn
+
+
+class Int8Linear(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scale = weight.float().abs().amax(1) / 127
+        self.register_buffer("weight", torch.round(weight / scale[:, None]).to(torch.int8))
+        self.register_buffer("scale", scale.to(weight.dtype))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+class StaticGPT(nn.Module):
+    """PlainGPT for B rows that have the same length. int8 rounds its layers in place."""
+
+    def __init__(self, plain: PlainGPT, B: int, int8: bool) -> None:
+        super().__init__()
+        config, weight = plain.config, plain.wte.weight
+        C, V, size = config.n_embd, config.vocab_size, config.block_size
+        self.plain, self.n_head = plain, config.n_head
+        self.head = nn.Linear(C, V, bias=False, dtype=weight.dtype)
+        self.head.weight = weight
+        shape = (config.n_layer, 2, B, config.n_head, size, C // config.n_head)
+        self.register_buffer("cache", weight.new_zeros(shape))
+        self.register_buffer("mask", torch.ones(size, size, dtype=torch.bool).tril())
+        if int8:
+            self.head = Int8Linear(self.head)
+            for block in plain.h:
+                for part in (block.attn, block.mlp):
+                    for name, linear in list(part.named_children()):
+                        setattr(part, name, Int8Linear(linear))
+
+    def logits(self, ids: Tensor, time: Tensor) -> Tensor:
+        """ids (B, T) at positions time (T,) -> logits (B, V) behind the last."""
+        B, T = ids.shape
+        x = self.plain.wte(ids) + self.plain.wpe(time)
+        for block, (k, v) in zip(self.plain.h, self.cache, strict=True):
+            qkv = block.attn.c_attn(block.ln_1(x)).view(B, T, 3, self.n_head, -1)
+            q, new_k, new_v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+            k[:, :, time], v[:, :, time] = new_k, new_v
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[time])
+            x = x + block.attn.c_proj(out.transpose(1, 2).reshape(B, T, -1))
+            x = x + block.mlp(block.ln_2(x))
+        return self.head(self.plain.ln_f(x)[:, -1])
+
+    def forward(self, ids: Tensor, time: Tensor) -> Tensor:
+        return self.logits(ids, time).argmax(-1, keepdim=True)  # (B, 1)
+
+
+@torch.no_grad()
+def generate(
+    model: StaticGPT, step: Callable[[Tensor, Tensor], Tensor], idx: Tensor, n: int
+) -> list[list[int]]:
+    """n greedy tokens behind idx (B, T); step is model.forward, compiled."""
+    time = torch.arange(idx.shape[1])
+    new = [model(idx, time)]
+    time = time[-1:] + 1
+    for _ in range(n - 1):
+        new.append(step(new[-1], time).clone())
+        time = time + 1
+    return torch.cat(new, 1).tolist()

@@ -1,0 +1,47 @@
+"""A linear layer of a model that only generates, as plain PyTorch.
+
+    a = norm(x);  y = scale * (a weight^T) + bias;  y = gelu(y) if gelu;  y = y + residual
+with norm as in linear.py, GELU in its tanh form (Hendrycks & Gimpel, 2016), and everything in fp32
+from x to y. The weight has x's dtype and no scale, or is int8 with a scale an output:
+    scale_o = max_c |w_oc| / 127, or 1 for a row of zeros;  weight_oc = round(w_oc / scale_o)
+"""
+
+import torch
+import torch.nn.functional as F
+from gptfast.kernels.reference.linear import norm_fwd
+from torch import Tensor
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (O, C) floating -> (O, C) int8 in [-127, 127] and scale (O,) fp32."""
+    wide = weight.float()
+    scale = wide.abs().amax(1) / 127
+    scale = scale.where(scale > 0, 1.0)
+    return torch.round(wide / scale[:, None]).clamp(-127, 127).to(torch.int8), scale
+
+
+def decode_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gelu: bool,
+    wide: bool,
+) -> Tensor:
+    """x (N, C), weight (O, C), scale and bias (O,), residual (N, O) -> y (N, O) in x's dtype, or
+    with wide in fp32 (fp64 if x is)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = norm_fwd(x, norm_weight, norm_bias, eps, dtype)[0] @ weight.to(dtype).T
+    if scale is not None:
+        y = y * scale
+    if bias is not None:
+        y = y + bias
+    if gelu:
+        y = F.gelu(y, approximate="tanh")
+    if residual is not None:
+        y = y + residual
+    return y if wide else y.to(x.dtype)

@@ -1,0 +1,153 @@
+"""A linear layer for few rows; kernels/reference/decode_linear.py is the definition.
+
+    y = scale * (norm(x) weight^T) + bias, then GELU, then + residual
+
+Up to FEW rows are bound by the reading of the weights: a program keeps whole rows of the weight in
+registers, all of their loads under way at once, and takes the rows of x one after the other, each
+with its norm, for which there need be no launch. So a row's result depends on no other row. More
+rows go through tensor cores, the norm before them: an int8 weight is widened tile by tile in
+registers, exactly, and is the first factor, the one that may come from there; a weight of x's dtype
+is left to the library.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from gptfast.kernels.reference import decode_linear as reference
+from torch import Tensor
+
+FEW = 8
+# Elements of the weight that a program of the first kernel holds, and the longest row it takes.
+HELD = 4096
+MAX_C = 16384
+
+
+@triton.jit
+def _gelu(y):
+    """GELU by tanh: tanh(z) = 2 sigmoid(2 z) - 1, z = sqrt(2 / pi) (y + 0.044715 y^3)."""
+    return y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+
+
+# Compiled apart for one row, which with no loop takes half the registers.
+@triton.jit
+def decode_linear_rows_kernel(
+    y_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr,
+    N, C, n_out, eps, GELU: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tl.arange(0, BLOCK_C)
+    in_o, in_c = o < n_out, c < C
+    # int64: a vocabulary times the channels may overflow int32.
+    at = o.to(tl.int64)[:, None] * C + c[None, :]
+    weight = tl.load(weight_ptr + at, mask=in_o[:, None] & in_c[None, :], other=0)
+    for n in range(N):
+        x = tl.load(x_ptr + n * C + c, mask=in_c, other=0.0).to(tl.float32)
+        if norm_weight_ptr is not None:
+            x = tl.where(in_c, x - tl.sum(x, 0) / C, 0.0)
+            x *= 1.0 / tl.sqrt(tl.sum(x * x, 0) / C + eps)
+            x *= tl.load(norm_weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+            x += tl.load(norm_bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+        y = tl.sum(weight.to(tl.float32) * x[None, :], 1)
+        if scale_ptr is not None:
+            y *= tl.load(scale_ptr + o, mask=in_o, other=0.0)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)
+        if GELU:
+            y = _gelu(y)
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + n * n_out + o, mask=in_o, other=0.0).to(tl.float32)
+        tl.store(y_ptr + n * n_out + o, y.to(y_ptr.dtype.element_ty), mask=in_o)
+
+
+@triton.jit
+def decode_linear_tiles_kernel(
+    y_ptr, x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, N, C, n_out,
+    GELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tl.arange(0, BLOCK_C)
+    in_n, in_o = n < N, o < n_out
+    x_ptrs = x_ptr + n.to(tl.int64)[:, None] * C + c[None, :]
+    weight_ptrs = weight_ptr + o.to(tl.int64)[:, None] * C + c[None, :]
+    acc = tl.zeros([BLOCK_O, BLOCK_N], tl.float32)
+    for start in tl.range(0, C, BLOCK_C):
+        in_c = (start + c < C)[None, :]
+        weight = tl.load(weight_ptrs + start, mask=in_o[:, None] & in_c, other=0)
+        x = tl.load(x_ptrs + start, mask=in_n[:, None] & in_c, other=0.0)
+        acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
+    y = acc * tl.load(scale_ptr + o, mask=in_o, other=0.0)[:, None]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)[:, None]
+    if GELU:
+        y = _gelu(y)
+    at = n.to(tl.int64)[None, :] * n_out + o[:, None]
+    inside = in_o[:, None] & in_n[None, :]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def tile(N: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+    """The constexprs that shape the second kernel, and the options of its launch."""
+    # Few rows: narrow, for as many programs as there are multiprocessors, and deep, for few turns.
+    blocks, warps, stages = (16, 16, 256), 4, 3
+    if dtype == torch.float32:
+        blocks, warps, stages = (32, 32, 32), 4, 2
+    elif N > 16:
+        blocks, warps, stages = (64, 128, 64), 4, 3
+    names = ("BLOCK_N", "BLOCK_O", "BLOCK_C")
+    return dict(zip(names, blocks, strict=True)), {"num_warps": warps, "num_stages": stages}
+
+
+def _by_library(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool
+) -> Tensor:
+    y = F.linear(x, weight, bias)
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    return y if residual is None else residual + y
+
+
+def decode_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gelu: bool,
+    wide: bool,
+) -> Tensor:
+    """x (N, C) -> y (N, O) in x's dtype, or with wide in fp32."""
+    (N, C), n_out = x.shape, weight.shape[0]
+    if C > MAX_C:
+        layer = (weight, scale, bias, residual, gelu, wide)
+        return reference.decode_linear(x, norm_weight, norm_bias, eps, *layer)
+    dtype = torch.float32 if wide else x.dtype
+    y = x.new_empty(N, n_out, dtype=dtype)
+    if not y.numel():
+        return y
+    x, weight = x.contiguous(), weight.contiguous()
+    norm = [None if t is None else t.contiguous() for t in (norm_weight, norm_bias)]
+    rest = [None if t is None else t.contiguous() for t in (scale, bias, residual)]
+    if N <= FEW:
+        BLOCK_C = triton.next_power_of_2(C)
+        BLOCK_O = min(64, max(1, HELD // BLOCK_C))
+        decode_linear_rows_kernel[(triton.cdiv(n_out, BLOCK_O),)](
+            y, x, *norm, weight, *rest, N, C, n_out, eps, GELU=gelu,
+            BLOCK_O=BLOCK_O, BLOCK_C=BLOCK_C, num_warps=max(4, BLOCK_C * BLOCK_O // 1024),
+        )  # fmt: skip
+        return y
+    if norm_weight is not None:
+        x = F.layer_norm(x, (C,), norm_weight, norm_bias, eps)
+    if scale is None:
+        return _by_library(x, weight, *rest[1:], gelu).to(dtype)
+    blocks, options = tile(N, x.dtype)
+    grid = (triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(n_out, blocks["BLOCK_O"]))
+    decode_linear_tiles_kernel[grid](
+        y, x, weight, *rest, N, C, n_out, GELU=gelu, **blocks, **options
+    )
+    return y
