@@ -19,7 +19,8 @@ from parity import DTYPES as TORCH_DTYPES
 from parity import assert_parity
 from torch import Tensor
 
-from gptfast import GPT, CheckpointError, generate, get_tokenizer
+from gptfast import GPT, AdamW, CheckpointError, generate, get_tokenizer
+from gptfast.data import as_tokens, embedded_text
 from gptfast.decode import Told
 from gptfast.engine import Engine, is_packed
 from gptfast.engine.packed import FILE, parameter_names
@@ -322,6 +323,28 @@ def test_scores_are_the_models(model: GPT) -> None:
         sliding_score(x, tokens, tokenizer, stride=20, **sizes) for x in (Engine(model), model)
     )
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+
+
+def test_int8_costs_half_a_percent_of_perplexity_at_most() -> None:
+    """Of a model that has learnt something, on text held back."""
+    tokenizer = get_tokenizer("byte")
+    tokens = as_tokens(embedded_text()[:200_000], tokenizer)
+    torch.manual_seed(0)
+    model = random_model(std=0.02, vocab_size=tokenizer.n_vocab, block_size=64, n_embd=64)
+    optimizer = AdamW(model.parameters(), lr=3e-3)
+    for step in range(150):
+        at = torch.randint(180_000, (16, 1), generator=torch.Generator().manual_seed(step))
+        window = tokens[at + torch.arange(65)]
+        model(window[:, :-1], window[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sizes = {"max_length": 64, "batch_size": 16}
+    plain, int8 = (
+        text_score(x, tokens[180_000:190_000], tokenizer, **sizes)
+        for x in (model.eval(), Engine(model, "int8"))
+    )
+    assert plain.loss < 3.0
+    assert abs(int8.loss - plain.loss) < 0.005
 
 
 # ---- Files

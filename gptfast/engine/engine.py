@@ -249,7 +249,7 @@ def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | Gp
     return packed
 
 
-FEWEST = 8
+FEWEST = 16
 """New tokens from which packing a model for one call pays."""
 _PLAIN = (
     GPT,
