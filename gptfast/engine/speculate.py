@@ -16,11 +16,15 @@ from gptfast.engine.rows import Rows
 if TYPE_CHECKING:
     from gptfast.engine.task import Request
 
-MOST = 12
+MOST = 11
 """Guesses at a time: with the token before them, few enough rows for one pass over the weights."""
 
 
 class Guesser(Protocol):
+    FIRST: int
+    """How many to try at first: twice as many after all came true, fewer after one did not."""
+    FEWEST: int
+
     def guess(self, requests: "Sequence[Request]", most: Sequence[int]) -> list[list[int]]:
         """Of each request up to so many tokens that may follow."""
 
@@ -32,7 +36,8 @@ class PromptLookup:
     """What followed the last few tokens where they stood before (Saxena, 2023): good where a text
     repeats itself, as edits of code and summaries do."""
 
-    LONGEST, SHORTEST = 4, 2
+    FIRST, FEWEST = 8, 4  # a guess costs no more than its row of the check
+    LONGEST, SHORTEST = 6, 2
 
     def __init__(self) -> None:
         # Per request, of each run of tokens where its last two ends were; and how far it was read.
@@ -61,6 +66,8 @@ class PromptLookup:
 
 class DraftModel:
     """What a smaller model with the same vocabulary draws, with the same seed at the same place."""
+
+    FIRST, FEWEST = 4, 1
 
     def __init__(self, rows: Rows, sampling: Sequence[Tensor]) -> None:
         self._rows, self._sampling = rows, sampling

@@ -36,8 +36,8 @@ class Request:
     row: int = -1
     seen: Tensor | None = None
     """(V,) bool, of the tokens in ids, where there is a repetition penalty."""
-    most: int = 4
-    """Guesses to try: more after all came true, fewer after one did not."""
+    most: int | None = None
+    """Guesses to try next."""
     done: bool = False
 
 
@@ -60,9 +60,10 @@ class Task:
     def guess(self, live: Sequence[Request], rows: Rows) -> list[list[int]]:
         if self.guesser is None:
             return [[] for _ in live]
+        first = self.guesser.FIRST
         # One fewer than may come: the last is drawn without a guess. Room is for all of them.
         most = [
-            max(0, min(r.most, r.left - 1, rows.block_size - len(rows.ids[r.row]) - 1))
+            max(0, min(r.most or first, r.left - 1, rows.block_size - len(rows.ids[r.row]) - 1))
             for r in live
         ]
         return self.guesser.guess(live, most)
@@ -129,7 +130,10 @@ class Task:
                 request.seen[new] = True
             if guess:
                 rows.truncate(request.row, before + n + 1)
-                request.most = min(2 * request.most, MOST) if n == len(guess) else max(1, n + 1)
+                if n == len(guess):
+                    request.most = min(2 * max(n, self.guesser.FIRST // 2), MOST)
+                else:
+                    request.most = max(self.guesser.FEWEST, n + 1)
             at += len(guess) + 1
         return drawn
 
