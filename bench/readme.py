@@ -61,14 +61,17 @@ def generation(records: list[dict]) -> str:
     lines = [
         _limits(records),
         "",
-        "| what | against | peer | gptfast | ratio | target |",
-        "|---|---|---|---|---|---|",
+        "| what | against | peer | gptfast | ratio | target | of memory's rate then |",
+        "|---|---|---|---|---|---|---|",
     ]
     for result in (result for record in records for result in record["results"]):
         ratio = f"{result['ratio']:.2f}x{' (disturbed)' if result['disturbed'] else ''}"
         target = f"{result['target']:.3g}x" if result["target"] else ""
         what = f"{result['op']}: {result['case']}, {result['shape']}"
-        cells = (what, result["peer"], _rate(result, "peer"), _rate(result, "ours"), ratio, target)
+        of_rate = result["bytes"] / result["ours_s"] / result["read_bytes_per_s"]
+        rate = f"{of_rate:.0%}" if result["op"] == "decode" else ""
+        rates = (_rate(result, side) for side in ("peer", "ours"))
+        cells = (what, result["peer"], *rates, ratio, target, rate)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -31,6 +31,8 @@ GENERATE = "engine"
 class Row:
     case: Case
     timing: Timing
+    read_bytes_per_s: float
+    """What memory gave before and after: on a machine shared with others it changes in minutes."""
 
 
 def machine() -> dict[str, object]:
@@ -57,10 +59,11 @@ def measure(names: list[str], quick: bool) -> tuple[list[Row], Limits]:
             label = f"{case.op}: {case.name} {case.shape}, {case.peer_name}"
             print(label, end=" ", file=sys.stderr, flush=True)
             meter.sample()
+            before = meter.read_rate()
             pair = case.build()
             pair.check()
             timing = time_pair(pair, *budget) if case.unit == "s" else measured_bytes(pair)
-            rows.append(Row(case, timing))
+            rows.append(Row(case, timing, (before + meter.read_rate()) / 2))
             costs = [format_cost(cost, case.unit) for cost in (timing.ours_s, timing.peer_s)]
             print(
                 f"{', '.join(costs)}, {timing.ratio:.2f}x, others {timing.others:.1%}",
@@ -108,7 +111,7 @@ def table(rows: list[Row], limits: Limits) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def rates(rows: list[Row], limits: Limits) -> str:
+def rates(rows: list[Row]) -> str:
     """Tokens/s of both sides, a line per case that writes tokens, and how fast ours reads."""
     lines = []
     for row in rows:
@@ -119,8 +122,8 @@ def rates(rows: list[Row], limits: Limits) -> str:
         line += f"{case.peer_name} {case.tokens / timing.peer_s:.1f}"
         if case.n_bytes and case.reads_only:
             read = case.n_bytes / timing.ours_s
-            line += f"; reads {read / 1e9:.1f} GB/s, {read / limits.read_bytes_per_s:.0%} of "
-            line += f"{limits.read_bytes_per_s / 1e9:.1f} GB/s"
+            line += f"; reads {read / 1e9:.1f} GB/s, {read / row.read_bytes_per_s:.0%} of what "
+            line += f"memory gave then, {row.read_bytes_per_s / 1e9:.1f} GB/s"
         lines.append(line)
     return "\n".join(lines)
 
@@ -139,6 +142,7 @@ def write_json(path: Path, rows: list[Row], limits: Limits) -> None:
             "tokens": row.case.tokens,
             **vars(row.timing),
             "disturbed": row.timing.disturbed,
+            "read_bytes_per_s": row.read_bytes_per_s,
             "fraction_of_limit": limits.floor(row.case) / row.timing.ours_s,
         }
         for row in rows
@@ -200,7 +204,7 @@ def main() -> None:
     )
     print(table(rows, limits))
     if any(row.case.tokens for row in rows):
-        print(f"\n{rates(rows, limits)}")
+        print(f"\n{rates(rows)}")
     if any(row.timing.disturbed for row in rows):
         print(
             "\ndisturbed: other processes used the cores meanwhile; these rows are no measurement, "
