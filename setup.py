@@ -99,6 +99,7 @@ setup(
     packages=[
         "gptfast",
         "gptfast.cli",
+        "gptfast.engine",
         "gptfast.ops",
         "gptfast.weights",
         "gptfast.kernels",

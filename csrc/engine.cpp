@@ -27,11 +27,11 @@ struct Shape {
   bool tied;
 
   explicit Shape(IntArrayRef s) {
-    TORCH_CHECK_VALUE(
-        s.size() == 7 && s[0] >= 0 && s[0] <= 2 &&
-            std::all_of(s.begin() + 1, s.end() - 1, [](int64_t n) { return n > 0 && n < (int64_t{1} << 31); }) &&
-            s[3] % s[2] == 0,
-        "engine: no such shape of a model: ", s);
+    // Bounds within which no count of bytes overflows.
+    constexpr int64_t most[] = {2, 10000, 1 << 20, 1 << 20, (int64_t{1} << 31) - 1, (int64_t{1} << 31) - 1, 1};
+    bool fits = s.size() == 7;
+    for (size_t i = 0; fits && i < 7; ++i) fits = s[i] >= (i == 0 || i == 6 ? 0 : 1) && s[i] <= most[i];
+    TORCH_CHECK_VALUE(fits && s[3] % s[2] == 0, "engine: no such shape of a model: ", s);
     type = static_cast<WeightType>(s[0]);
     n_layer = s[1], n_head = s[2], n_embd = s[3], vocab_size = s[4], block_size = s[5], tied = s[6] != 0;
   }
@@ -225,8 +225,8 @@ std::vector<EngineSegment> segments(const Tensor& slots, int64_t n_slots, IntArr
   int64_t first = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
     TORCH_CHECK_INDEX(rows[i] >= 0 && rows[i] < slots.size(0) && starts[i] >= 0 && counts[i] > 0 &&
-                          starts[i] + counts[i] <= slots.size(1),
-                      "engine: row ", rows[i], " has no tokens ", starts[i], " to ", starts[i] + counts[i]);
+                          counts[i] <= slots.size(1) && starts[i] <= slots.size(1) - counts[i],
+                      "engine: row ", rows[i], " has no ", counts[i], " tokens from ", starts[i], " on");
     const int32_t* row = slots.const_data_ptr<int32_t>() + rows[i] * slots.size(1);
     for (int64_t t = 0; t < starts[i] + counts[i]; ++t)
       TORCH_CHECK_INDEX(row[t] >= 0 && row[t] < n_slots, "engine: no slot ", row[t], " in a cache of ", n_slots);

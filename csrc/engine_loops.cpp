@@ -243,7 +243,8 @@ class Forward {
     }
   }
 
-  // out = the sum of p[t] values[t] over the keys seen, V vectors of it.
+  // out = the sum of p[t] values[t] over the keys that a query sees, V vectors of it. The last Q - 1 of `seen` some do
+  // not see: there p is 0, but the value may be no number.
   template <int Q, int V>
   void mix(const float* p, int64_t padded, const Cached* values, const int32_t* slots, int64_t seen, float* out) const {
     vf sum[Q][V] = {};
@@ -255,13 +256,21 @@ class Forward {
         v[n] = load(value + n * W);
         if (n * W * sizeof(Cached) % 64 == 0) __builtin_prefetch(value + n * W + next_head_);
       }
+      const int64_t first = t - (seen - Q);
+      if (first <= 0) {
 #pragma GCC unroll 4
-      for (int i = 0; i < Q; ++i)
-#pragma GCC unroll 8
-        for (int n = 0; n < V; ++n) sum[i][n] += p[i * padded + t] * v[n];
+        for (int i = 0; i < Q; ++i) add_value<V>(sum[i], p[i * padded + t], v);
+      } else {
+        for (int64_t i = first; i < Q; ++i) add_value<V>(sum[i], p[i * padded + t], v);
+      }
     }
     for (int i = 0; i < Q; ++i)
       for (int n = 0; n < V; ++n) store(out + i * D_ + n * W, sum[i][n]);
+  }
+  template <int V>
+  static void add_value(vf (&sum)[V], float p, const vf (&v)[V]) {
+#pragma GCC unroll 8
+    for (int n = 0; n < V; ++n) sum[n] += p * v[n];
   }
 
   const EngineArgs& args_;

@@ -88,12 +88,13 @@ def _continue(
     options.sampling(like), options.penalty(like)
     if not prompts or n == 0:
         return [Row([], [], []) for _ in prompts]
+    if not isinstance(model, Engine):
+        _needs_engine(options)
     model = engine_for(model, n) or model
     if options.num_beams != 1:
         return _search(model, prompts, n, options, stops)
     if isinstance(model, Engine):
         return _draw_by_engine(model, prompts, n, options, stops, told)
-    _needs_engine(options)
     with torch.inference_mode(), evaluating(model):
         return draw_rows(model, prompts, n, options, stops, told)
 
@@ -200,9 +201,10 @@ def _raw_stream(
     check_logprobs(*told, model.config.vocab_size)
     like = torch.empty(1, 0, device=_device(model))
     options.sampling(like), options.penalty(like)
+    if not isinstance(model, Engine):
+        _needs_engine(options)
     if engine := engine_for(model, n):
         return (drawn[1:] for drawn in engine.draw(prompts, n, options, told))
-    _needs_engine(options)
     steps = steps_of(Sequences(model, prompts), n, options, told)
 
     def tokens() -> Iterator[tuple[int, float | None, Top | None]]:

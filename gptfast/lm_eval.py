@@ -12,6 +12,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from gptfast.engine.engine import engine_for
 from gptfast.evaluate import Row, padded, row, target_losses
 from gptfast.generate import text_pieces
 from gptfast.model import GPT
@@ -121,6 +122,7 @@ class GPTFastLM(TemplateLM):
         """Greedy continuations, or drawn, each from a seed of its own, if that is asked for; up to
         a stop string. A context too long for what is to follow loses its beginning."""
         texts = []
+        model = engine_for(self.model, 256) or self.model  # packed once, not for each request
         for request in tqdm(requests, disable=disable_tqdm, desc="generate_until"):
             context, given = request.args
             options = normalize_gen_kwargs(dict(given), default_max_gen_toks=256)
@@ -132,7 +134,7 @@ class GPTFastLM(TemplateLM):
             drawn = {name: options.get(name) for name in ("top_p", "top_k")} if sampled else {}
             self._draws += 1
             pieces = text_pieces(
-                self.model,
+                model,
                 self.tokens,
                 ids,
                 n,

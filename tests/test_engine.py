@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from parity import DTYPES as TORCH_DTYPES
 from parity import assert_parity
 from torch import Tensor
 
-from gptfast import GPT, AdamW, CheckpointError, generate, get_tokenizer
+from gptfast import GPT, AdamW, CheckpointError, generate, get_tokenizer, use_backend
 from gptfast.data import as_tokens, embedded_text
 from gptfast.decode import Told
 from gptfast.engine import Engine, is_packed
@@ -249,6 +250,57 @@ def test_threads_take_turns(model: GPT) -> None:
     assert [found[n] for n in range(len(asked))] == wanted
 
 
+def test_what_was_not_computed_is_not_kept(model: GPT) -> None:
+    """An interruption between the pieces of a prompt: its tokens are nobody's beginning."""
+    model = random_model(block_size=3 * CHUNK).eval()
+    engine, prompt = Engine(model), random_ids(2 * CHUNK + 10).tolist()
+    step, calls = engine.rows._step, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    engine.rows._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([prompt], 4, temperature=0.0)
+    assert engine.rows._n_slots == len(engine.rows._free) and not engine._ended
+    assert engine.generate([prompt], 4, temperature=0.0) == Engine(model).generate(
+        [prompt], 4, temperature=0.0
+    )
+
+
+def test_an_error_leaves_the_engine_free(model: GPT) -> None:
+    engine = Engine(model)
+    with pytest.raises(IndexError):
+        engine.losses([1, 2, 3], torch.tensor([1, 2, 999]))
+    with ThreadPoolExecutor(1) as pool:
+        assert len(pool.submit(engine.logits, [1, 2]).result(timeout=20)) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_is_not_locked_out(model: GPT) -> None:
+    engine = Engine(model)
+    wanted = engine.generate(prompts(5), 4, temperature=0.0)
+    with engine._lock:  # held by a thread that the child has not
+        child = os.fork()
+        if not child:
+            os._exit(0 if engine.generate(prompts(5), 4, temperature=0.0) == wanted else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_later_token_that_is_no_number(model: GPT) -> None:
+    model = random_model(tie_weights=False, block_size=64).eval()
+    with torch.no_grad():
+        model.wte.weight[5] = torch.nan
+    for dtype in DTYPES:
+        engine = Engine(model, dtype)
+        logits = engine.logits([1, 2, 3, 5])
+        assert torch.equal(logits[:3], engine.logits([1, 2, 3])) and logits[3].isnan().all()
+
+
 # ---- Guesses
 
 
@@ -393,6 +445,20 @@ def _damaged(path: Path) -> Iterator[str]:
         ("crc32c", "0"),
         ("config", "{}"),
         ("config", json.dumps({"n_layer": 10**9})),
+        # Of the right size, but other heads; and one whose count of bytes is 0 in 64 bits.
+        ("config", header["__metadata__"]["config"].replace('"n_head": 2', '"n_head": 4')),
+        (
+            "config",
+            json.dumps(
+                {
+                    "vocab_size": 67091104,
+                    "block_size": 13,
+                    "n_layer": 1365,
+                    "n_head": 2**20,
+                    "n_embd": 2**24,
+                }
+            ),
+        ),
     ):
         changed = {**header, "__metadata__": {**header["__metadata__"], name: value}}
         text = json.dumps(changed).encode()
@@ -413,7 +479,7 @@ def test_damaged_files_are_refused(model: GPT, tmp_path: Path) -> None:
 def test_bad_input_gets_one_clear_error(model: GPT, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, int8, got 'fp8'"):
         Engine(model, "fp8")
-    with pytest.raises(ValueError, match="max_batch must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="max_batch must be an integer >= 1, got 0"):
         Engine(model, max_batch=0)
     with pytest.raises(CheckpointError, match="nowhere"):
         Engine(tmp_path / "nowhere")
@@ -481,6 +547,53 @@ def test_the_operator_refuses_what_would_be_out_of_bounds(model: GPT) -> None:
         with pytest.raises((ValueError, IndexError), match="engine:"):
             step(*good[:at], value, *good[at + 1 :])
     torch.library.opcheck(step.default, tuple(good), test_utils=("test_schema",))
+
+
+def test_a_model_that_is_not_as_it_was_made() -> None:
+    """It generates by itself, whatever was done to it; an engine of it is refused."""
+    prompt = random_ids(5).tolist()
+
+    def tied() -> GPT:
+        model = random_model(tie_weights=False)
+        model.lm_head.weight = model.wte.weight
+        return model
+
+    def shared() -> GPT:
+        model = random_model()
+        model.h[1] = model.h[0]
+        return model
+
+    def another_eps() -> GPT:
+        model = random_model()
+        model.ln_f.eps = 0.5
+        return model
+
+    def one_more() -> GPT:
+        model = random_model()
+        model.value_head = torch.nn.Linear(24, 1)
+        return model
+
+    for make in (tied, shared, another_eps, one_more):
+        model = make().eval()
+        with use_backend("reference"):
+            wanted = generate(model, [prompt], 20, temperature=0.0)
+        assert generate(model, [prompt], 20, temperature=0.0) == wanted, make.__name__
+        if make in (another_eps, one_more):
+            with pytest.raises(ValueError, match="as it was made"):
+                Engine(model)
+        else:
+            assert Engine(model).generate([prompt], 20, temperature=0.0) == wanted
+    with use_backend("cpp"):
+        assert Engine(random_model()).generate([prompt], 3)
+
+
+def test_every_package_is_installed() -> None:
+    root = Path(__file__).parents[1]
+    if (root / "setup.py").exists():
+        listed = (root / "setup.py").read_text()
+        for path in (root / "gptfast").rglob("__init__.py"):
+            name = ".".join(path.parent.relative_to(root).parts)
+            assert f'"{name}"' in listed, name
 
 
 def test_every_parameter_is_packed(model: GPT) -> None:

@@ -1,10 +1,12 @@
 """Generation from a packed model: rows that come and go, one pass over the weights a step."""
 
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -21,7 +23,7 @@ from gptfast.engine.gpu_model import GpuModel
 from gptfast.engine.packed import Packed
 from gptfast.engine.sequences import EngineSequences
 from gptfast.engine.task import Drawn, Request, Task
-from gptfast.model import GPT, MLP, Attention, Block
+from gptfast.model import GPT
 from gptfast.ops.library import EXTENSION, overruled
 from gptfast.options import Options, token_ids
 from gptfast.tokenizer import Tokenizer
@@ -52,7 +54,8 @@ class Engine:
     model_or_path: a GPT, which is left as it is; what `GPT.from_pretrained` takes; or a directory
     that `save` wrote. dtype, of the weights: "fp32", "bf16" or "int8" (a scale a row, inputs as
     whole numbers with a scale for 64 of them); None takes a packed directory's own, else "fp32".
-    Keys and values are kept in fp32, bf16 or fp16. max_batch: rows that run at a time.
+    Keys and values are kept in fp32, bf16 or, for int8, fp16, which ends at 65,504. max_batch: rows
+    that run at a time. (A model on a GPU is run there: see `gptfast.engine.gpu`.)
 
     A token's logits are the same bits alone, in any batch, streamed or not, whatever the number of
     threads. Several threads may generate at once; they take turns.
@@ -64,16 +67,17 @@ class Engine:
     def __init__(
         self, model_or_path: GPT | str | PathLike, dtype: str | None = None, *, max_batch: int = 16
     ) -> None:
-        if max_batch < 1:
-            raise ValueError(f"max_batch must be >= 1, got {max_batch}")
+        if type(max_batch) is not int or max_batch < 1:
+            raise ValueError(f"max_batch must be an integer >= 1, got {max_batch!r}")
         self.packed = _pack(model_or_path, dtype)
         self.max_batch = max_batch
         self.stats = Stats()
         self.rows = rows_of(self.packed, min(max_batch, 4))
-        self._lock = threading.RLock()
-        self._ended: deque[int] = (
-            deque()
-        )  # rows that nobody runs, but a later prompt may begin with
+        self._lock = threading.Lock()
+        # Rows that nobody runs, but a later prompt may begin with.
+        self._ended: deque[int] = deque()
+        self._left: deque[tuple[Task, Request]] = deque()  # to be let go of
+        _ENGINES.add(self)
 
     @property
     def config(self) -> GPTConfig:
@@ -121,6 +125,7 @@ class Engine:
     def sequences(self, prompts: Sequence[Sequence[int]]) -> Iterator[EngineSequences]:
         """Rows that go on together, for a search; nothing else runs meanwhile."""
         with self._lock:
+            self._settle()
             sequences = EngineSequences(self.rows, prompts)
             try:
                 yield sequences
@@ -133,8 +138,9 @@ class Engine:
 
     def losses(self, ids: Sequence[int], target: Tensor) -> Tensor:
         """The loss of each target (T,) int64 behind ids (T): fp32 nats, 0 where it is -100."""
-        pieces = zip(self._logits(ids), target.split(PIECE), strict=True)
-        return torch.cat([ops.cross_entropy(*piece, reduction="none") for piece in pieces])
+        with closing(self._logits(ids)) as logits:
+            pieces = zip(logits, target.to(self.rows.device).split(PIECE), strict=True)
+            return torch.cat([ops.cross_entropy(*piece, reduction="none") for piece in pieces])
 
     def _logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """Of PIECE tokens at a time: their logits are 200 KB each."""
@@ -142,6 +148,7 @@ class Engine:
         if len(prompt) > self.config.block_size:
             raise ValueError(f"{len(prompt)} ids are more than block_size={self.config.block_size}")
         with self._lock:
+            self._settle()
             row = self.rows.new()
             try:
                 for i in range(0, len(prompt), PIECE):
@@ -182,7 +189,7 @@ class Engine:
                 for request in live:
                     if request.done or not request.left:
                         self._end(task, request)
-                live = [request for request in live if request.row >= 0]
+                live = [request for request in live if request.left and not request.done]
         finally:
             for request in live:
                 self._end(task, request)
@@ -191,6 +198,7 @@ class Engine:
         """The prompt, but for what another row begins with too, and the first token after it."""
         start = time.perf_counter()
         with self._lock, torch.inference_mode():
+            self._settle()
             request.row = self.rows.start(request.ids[-self.rows.block_size :])
             held = len(self.rows.ids[request.row])
             new = request.ids[-self.rows.block_size :][held:]
@@ -203,6 +211,7 @@ class Engine:
         """A token of every row, or several where guesses come true."""
         start = time.perf_counter()
         with self._lock, torch.inference_mode():
+            self._settle()
             guesses = task.guess(live, self.rows)
             tokens = [
                 [request.ids[-1], *guess] for request, guess in zip(live, guesses, strict=True)
@@ -215,25 +224,58 @@ class Engine:
         self.stats.accepted += len(drawn) - len(live)
         return drawn
 
-    def _end(self, task: "Task", request: Request) -> None:
-        """Let go of a request's row. Its tokens stay for a prompt that begins with them, up to
-        block_size of all such."""
-        if request.row < 0:
-            return
-        with self._lock:
+    def _end(self, task: Task, request: Request) -> None:
+        """Let go of a request's row, now or, where a step is under way (a collection of garbage
+        may call this in its midst), before the next one."""
+        self._left.append((task, request))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        """Rows of requests that have ended: their tokens stay for a prompt that begins with them,
+        up to block_size of all such."""
+        while self._left:
+            task, request = self._left.popleft()
+            if request.row < 0:
+                continue
             if task.guesser:
                 task.guesser.forget(request)
             self._ended.append(request.row)
             request.row = -1
-            while sum(len(self.rows.ids[row]) for row in self._ended) > self.rows.block_size:
-                self.rows.release(self._ended.popleft())
+        for row in [row for row in self._ended if not self.rows.ids[row]]:
+            self._ended.remove(row)
+            self.rows.release(row)
+        while sum(len(self.rows.ids[row]) for row in self._ended) > self.rows.block_size:
+            self.rows.release(self._ended.popleft())
+
+
+_ENGINES: "weakref.WeakSet[Engine]" = weakref.WeakSet()
+
+
+def _alone_after_fork() -> None:
+    """The threads that held the locks are not there in a forked child."""
+    for engine in _ENGINES:
+        engine._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_alone_after_fork)
 
 
 def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | GpuModel:
-    if isinstance(model_or_path, GPT):
+    if isinstance(model_or_path, nn.Module):
+        if not isinstance(model_or_path, GPT) or not packing.is_plain(model_or_path):
+            raise ValueError(
+                f"the engine takes a GPT as it was made, got {type(model_or_path).__name__} with "
+                "other modules or parameters; generate with the model itself"
+            )
         if model_or_path.wte.weight.device.type != "cpu":
             return GpuModel(model_or_path, dtype or "fp32")
         return packing.pack_model(model_or_path, dtype or "fp32")
+    if not isinstance(model_or_path, (str, PathLike)):
+        raise ValueError(f"an engine is made of a GPT or a path, got {model_or_path!r:.100}")
     if not packing.is_packed(model_or_path):
         from gptfast.weights.load import open_weights, tokenizer_of
 
@@ -251,17 +293,6 @@ def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | Gp
 
 FEWEST = 16
 """New tokens from which packing a model for one call pays."""
-_PLAIN = (
-    GPT,
-    Block,
-    Attention,
-    MLP,
-    nn.Linear,
-    nn.Embedding,
-    nn.LayerNorm,
-    nn.Dropout,
-    nn.ModuleList,
-)
 
 
 def engine_for(model: GPT | Engine, n: int) -> Engine | None:
@@ -274,16 +305,14 @@ def engine_for(model: GPT | Engine, n: int) -> Engine | None:
         return None
     dtypes = {(p.dtype, p.device.type) for p in model.parameters()}
     names = {(torch.float32, "cpu"): "fp32", (torch.bfloat16, "cpu"): "bf16"}
-    if len(dtypes) != 1 or (dtype := names.get(*dtypes)) is None or not _is_plain(model):
+    if len(dtypes) != 1 or (dtype := names.get(*dtypes)) is None or _hooked(model):
         return None
     return Engine(model, dtype)
 
 
-def _is_plain(model: GPT) -> bool:
-    """Whether the modules are as GPT made them, with no hooks that want to be called."""
+def _hooked(model: GPT) -> bool:
+    """Whether there is anything that wants more of the model than its logits, or is not GPT's."""
+    hooks = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
     for module in model.modules():
-        if type(module) not in _PLAIN or module._forward_hooks or module._forward_pre_hooks:
-            return False
-        if isinstance(module, nn.LayerNorm) and module.eps != 1e-5:
-            return False
-    return True
+        hooks += [module._forward_hooks, module._forward_pre_hooks]
+    return any(hooks) or not packing.is_plain(model)

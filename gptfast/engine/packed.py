@@ -11,15 +11,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-import google_crc32c
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptfast.config import GPTConfig
-from gptfast.model import GPT
-from gptfast.ops.library import EXTENSION, LIBRARY, MISSING
+from gptfast.model import GPT, MLP, Attention, Block
+from gptfast.ops.library import EXTENSION, LIBRARY, MISSING, check_isa
 from gptfast.tokenizer import Tokenizer
 from gptfast.weights.stored import CheckpointError, one_line
 from gptfast.weights.weights import Weights, tokenizer_in
@@ -66,6 +66,7 @@ def _shape(config: GPTConfig, dtype: str) -> list[int]:
 
 
 def _new(config: GPTConfig, dtype: str) -> Tensor:
+    check_isa()
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if EXTENSION is None:
@@ -94,8 +95,25 @@ def _pack(
 
 
 def pack_model(model: GPT, dtype: str) -> Packed:
-    """Of a model on the CPU; it is left as it is."""
-    return _pack(model.config, dtype, model.named_parameters(), model.tokenizer_name)
+    """Of a model on the CPU that `is_plain`; it is left as it is."""
+    tensors = model.named_parameters(remove_duplicate=False)
+    return _pack(model.config, dtype, tensors, model.tokenizer_name)
+
+
+_PLAIN = (GPT, Block, Attention, MLP, nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout)
+_PLAIN += (nn.ModuleList,)
+
+
+def is_plain(model: GPT) -> bool:
+    """Whether modules and parameters are as GPT made them, so that its packed weights say all."""
+    for module in model.modules():
+        if type(module) not in _PLAIN or isinstance(module, nn.LayerNorm) and module.eps != 1e-5:
+            return False
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wanted = set(parameter_names(model.config))
+    if not model.config.qkv_bias:
+        wanted = {name for name in wanted if not name.endswith("c_attn.bias")}
+    return names == wanted
 
 
 def pack_weights(weights: Weights, dtype: str) -> Packed:
@@ -108,17 +126,28 @@ def pack_weights(weights: Weights, dtype: str) -> Packed:
 
 def is_packed(path: str | PathLike) -> bool:
     """Whether `path` is a directory that `save` wrote."""
-    return (Path(path) / FILE).is_file()
+    try:
+        return (Path(path) / FILE).is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _checksum(dtype: str, config: str) -> Any:
+    """A CRC-32C that begins with what says how the bytes after it are to be read."""
+    import google_crc32c  # only where there are files
+
+    return google_crc32c.Checksum(f"{dtype} {config}".encode())
 
 
 def _header(packed: Packed) -> bytes:
-    buffer, crc = memoryview(packed.data.numpy()), google_crc32c.Checksum()
+    buffer, config = memoryview(packed.data.numpy()), json.dumps(asdict(packed.config))
+    crc = _checksum(packed.dtype, config)
     for begin in range(0, len(buffer), PIECE):
         crc.update(bytes(buffer[begin : begin + PIECE]))
     metadata = {
         "format": FORMAT,
         "dtype": packed.dtype,
-        "config": json.dumps(asdict(packed.config)),
+        "config": config,
         "crc32c": crc.hexdigest().decode(),
     }
     if packed.tokenizer and not Path(packed.tokenizer).is_dir():
@@ -136,11 +165,14 @@ def save(
     path = Path(directory)
     if path.exists():
         raise ValueError(f"{path} exists; name another or delete it")
-    from gptfast.checkpoint import tokenizer_texts  # loading a packed model takes none of it
+    # Loading a packed model takes none of them.
+    from gptfast.checkpoint import tokenizer_texts
+    from gptfast.token_files import fsync
 
     texts, _ = tokenizer_texts(tokenizer or packed.tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         with (temporary / FILE).open("wb") as file:
@@ -150,7 +182,10 @@ def save(
             os.fsync(file.fileno())
         for name, text in texts.items():
             (temporary / name).write_text(text, "utf-8")
+            fsync(temporary / name)
+        fsync(temporary)
         temporary.rename(path)
+        fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -171,9 +206,9 @@ def _metadata(path: Path) -> tuple[GPTConfig, dict[str, str]]:
         raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
 
 
-def _read(path: Path, data: Tensor) -> str:
-    """Fill data with what follows the header; its CRC-32C, in hexadecimal."""
-    buffer, crc = memoryview(data.numpy()), google_crc32c.Checksum()
+def _read(path: Path, data: Tensor, crc: Any) -> str:
+    """Fill data with what follows the header; the checksum of all, in hexadecimal."""
+    buffer = memoryview(data.numpy())
     with path.open("rb", buffering=0) as file:
         file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
         for begin in range(0, len(buffer), PIECE):
@@ -191,7 +226,8 @@ def load(directory: str | PathLike) -> Packed:
         raise RuntimeError(f"the engine needs the C++ extension ({MISSING}); reinstall gptfast")
     config, metadata = _metadata(path)
     data = _new(config, metadata["dtype"])
-    if _read(path, data) != metadata.get("crc32c"):
+    crc = _checksum(metadata["dtype"], metadata["config"])
+    if _read(path, data, crc) != metadata.get("crc32c"):
         raise CheckpointError(f"{path} is damaged: its CRC-32C is not the one it was saved with")
     tokenizer = tokenizer_in(Path(directory)) or metadata.get("tokenizer")
     return Packed(config, metadata["dtype"], data, tokenizer)

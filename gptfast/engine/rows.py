@@ -30,11 +30,11 @@ class Rows:
         config = packed.config
         self.block_size = config.block_size
         self._width = -(-(config.n_embd // config.n_head) // 16) * 16
-        self._cache = torch.empty(0, dtype=CACHE_DTYPES[packed.dtype])
+        self._cache = torch.empty(0, dtype=CACHE_DTYPES[packed.dtype], device=self.device)
         self._n_slots = 0
         self._users: list[int] = []  # rows that have the slot
         self._free: list[int] = []  # a heap
-        self._slots = torch.zeros(0, self.block_size, dtype=torch.int32)
+        self._slots = torch.zeros(0, self.block_size, dtype=torch.int32, device=self.device)
         self._table = self._slots.numpy()
         self.ids: list[list[int]] = []
         """Of each row the tokens it holds."""
@@ -98,9 +98,23 @@ class Rows:
         A row that would outgrow block_size restarts with its last block_size tokens, at positions
         from 0: all of them are computed anew.
         """
-        last = [1] * len(rows) if wanted is None else wanted
+        try:
+            return self._forward(rows, tokens, wanted or [1] * len(rows), sampling, positions)
+        except BaseException:
+            for row in rows:  # of which nobody knows what was computed
+                self.truncate(row, 0)
+            raise
+
+    def _forward(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        wanted: Sequence[int],
+        sampling: Sequence[Tensor],
+        positions: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
         pieces: list[tuple[int, int, Sequence[int], int]] = []  # row, start, tokens, wanted
-        for row, new, n in zip(rows, tokens, last, strict=True):
+        for row, new, n in zip(rows, tokens, wanted, strict=True):
             if len(self.ids[row]) + len(new) > self.block_size:
                 new = [*self.ids[row], *new][-self.block_size :]
                 self.truncate(row, 0)

@@ -151,7 +151,8 @@ class Task:
             for i in (None, *guess):
                 if i is not None:
                     seen[i] = True
-                at = scores[row, seen]
-                scores[row, seen] = torch.where(at < 0, at * penalty, at / penalty)
+                at = scores[row]
+                smaller = torch.where(at < 0, at * penalty, at / penalty)
+                scores[row] = torch.where(seen, smaller, at)
                 row += 1
         return scores

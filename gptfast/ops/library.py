@@ -190,7 +190,7 @@ def _interpreted() -> bool:
 def _require_device(device: str, func: Any, args: tuple) -> None:
     backend, kind = {"cpu": ("cpp", "CPU"), "cuda": ("triton", "CUDA")}[device]
     first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-    if first.device.type != device:
+    if isinstance(first, torch.Tensor) and first.device.type != device:
         raise ValueError(
             f"backend {backend!r} needs {kind} tensors, {func} got one on {first.device}; "
             f"move it with .to({device!r}) or choose another backend"
