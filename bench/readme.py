@@ -68,8 +68,8 @@ def generation(records: list[dict]) -> str:
         ratio = f"{result['ratio']:.2f}x{' (disturbed)' if result['disturbed'] else ''}"
         target = f"{result['target']:.3g}x" if result["target"] else ""
         what = f"{result['op']}: {result['case']}, {result['shape']}"
-        of_rate = result["bytes"] / result["ours_s"] / result["read_bytes_per_s"]
-        rate = f"{of_rate:.0%}" if result["op"] == "decode" else ""
+        read = result["bytes"] / result["ours_s"]
+        rate = f"{read / result['read_bytes_per_s']:.0%}" if result["op"] == "decode" else ""
         rates = (_rate(result, side) for side in ("peer", "ours"))
         cells = (what, result["peer"], *rates, ratio, target, rate)
         lines.append(f"| {' | '.join(cells)} |")
