@@ -95,7 +95,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "gptfast's C++ kernels; the operators register themselves with PyTorch on import.";
   pthread_atfork(nullptr, nullptr, gptfast::serial_after_fork);
   m.def("build_info", &gptfast::build_info, "Level, compiler, OpenMP and threads of this build.");
-  m.def("set_isa", &gptfast::set_isa, "Choose the instruction-set level: default, avx2, avx512, avx512_vnni or avx512_bf16.");
+  m.def("set_isa", &gptfast::set_isa,
+        "Choose the instruction-set level: default, avx2, avx512, avx512_vnni or avx512_bf16.");
   m.def("set_matmul_provider", &gptfast::set_matmul_provider,
         "Who multiplies fp32 matrices: 'gptfast', 'library', or '' to let the CPU decide.");
   m.def("empty_cache", &gptfast::empty_cache, "Give the memory of tensors that are gone back to the system.");
