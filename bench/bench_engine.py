@@ -3,7 +3,7 @@
 Shapes: GPT-2 124M with random weights, 128 new tokens after a prompt of 32, or a prompt of 512 and
 one token. What the weights are does not matter to the time; that they are not GPT-2's first ones
 does to the check: matrices in blocks are 3 times as large, so that greedy text is not one id
-repeated. No call repeats a prompt: the engine keeps the keys and values of prompts it has seen.
+repeated. No two prompts begin alike: the engine keeps the keys and values of those it has seen.
 
 Bytes counted: every matrix once a token (the tied head's included) in the case's precision, read
 only; scales, vectors, keys and values not. FLOPs counted: 2 per parameter of a matrix, token and
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -55,7 +56,7 @@ DECODE = (
     ("int8", "llama.cpp", 1, 2.7),
     ("int8", "CTranslate2", 1, 3.5),
     ("int8", "CTranslate2", BATCH, 1.5),
-    ("int8", "llama.cpp", BATCH, 0.0),
+    ("int8", "llama.cpp", BATCH, 1.5),
 )
 """Precision, peer, rows, target."""
 PREFILL = tuple((p, name) for p in ITEM_BYTES for name, known in PRECISIONS.items() if p in known)
@@ -92,11 +93,25 @@ def _peer(config: GPTConfig, name: str, precision: str) -> Peer:
     return peer
 
 
+_first_ids = itertools.count()
+"""A prompt's first id, which no other of the process has: what any call computed serves none."""
+
+
 def _texts(B: int, T: int) -> Iterator[Prompts]:
-    """Prompts without end, the same for both sides; no id is the last, which CTranslate2 skips."""
+    """Prompts without end, for both sides; no id is the last, which CTranslate2 skips."""
     generator = torch.Generator().manual_seed(1)
     while True:
-        yield torch.randint(50256, (B, T), generator=generator).tolist()
+        prompts = torch.randint(50256, (B, T), generator=generator).tolist()
+        yield [[next(_first_ids) % 50256, *prompt[1:]] for prompt in prompts]
+
+
+@contextmanager
+def _computes(engine: Engine, tokens: int) -> Iterator[None]:
+    """AssertionError unless so many tokens of prompts are computed meanwhile."""
+    before = engine.stats.prompt_tokens
+    yield
+    computed = engine.stats.prompt_tokens - before
+    assert computed == tokens, f"{computed} tokens of prompts were computed, not {tokens}"
 
 
 def _check_greedy(model: GPT, prompts: Prompts, new: Prompts, slack: float) -> None:
@@ -114,7 +129,7 @@ def _greedy_pair(
 ) -> Callable[[], Pair]:
     def build() -> Pair:
         engine, theirs = _engine(config, precision), _peer(config, name, precision)
-        ours_texts, peer_texts = _texts(B, T), _texts(B, T)
+        texts = _texts(B, T)
 
         def ours(prompts: Prompts) -> Prompts:
             return [row[T:] for row in engine.generate(prompts, n, temperature=0.0)]
@@ -123,13 +138,14 @@ def _greedy_pair(
             return theirs.greedy(prompts, n) if n > 1 else [[theirs.prefill(prompts[0])]]
 
         def check() -> None:
-            prompts = next(_texts(B, T))
-            for side in (ours, peer):
-                new = side(prompts)
+            prompts = next(texts)
+            with _computes(engine, B * T):
+                results = [side(prompts) for side in (ours, peer)]
+            for new in results:
                 assert all(len(ids) == n for ids in new)
                 _check_greedy(_model(config), prompts, new, SLACK[precision])
 
-        return Pair(lambda: ours(next(ours_texts)), lambda: peer(next(peer_texts)), check)
+        return Pair(lambda: ours(next(texts)), lambda: peer(next(texts)), check)
 
     return build
 
@@ -137,16 +153,19 @@ def _greedy_pair(
 def _sampling_pair(config: GPTConfig, precision: str, n: int) -> Callable[[], Pair]:
     def build() -> Pair:
         engine = _engine(config, precision)
-        ours_texts, peer_texts, seeds = _texts(1, PROMPT), _texts(1, PROMPT), itertools.count()
+        texts, seeds = _texts(1, PROMPT), itertools.count()
 
         def ours() -> Prompts:
-            return engine.generate(next(ours_texts), n, seed=next(seeds), **SAMPLING)
+            return engine.generate(next(texts), n, seed=next(seeds), **SAMPLING)
 
         def peer() -> Prompts:
-            return engine.generate(next(peer_texts), n, temperature=0.0)
+            return engine.generate(next(texts), n, temperature=0.0)
 
         def check() -> None:
-            prompts = next(_texts(1, PROMPT))
+            for side in (ours, peer):
+                with _computes(engine, PROMPT):
+                    side()
+            prompts = next(texts)
             first, again, other = (
                 engine.generate(prompts, n, seed=seed, **SAMPLING) for seed in (0, 0, 1)
             )
@@ -195,21 +214,24 @@ def _lookup_pair(
         engine = load()
         source, edited = code(engine)
         prompt = source + edited[:8]
-        # Another first id each time, so that nothing of the prompt is kept from the last call.
-        ours_ids, peer_ids = itertools.count(), itertools.count()
 
         def generate(first: int, lookup: bool) -> Prompts:
             prompts = [[first % engine.config.vocab_size, *prompt[1:]]]
             return engine.generate(prompts, n, temperature=0.0, lookup=lookup)
 
         def check() -> None:
+            for side in (ours, peer):
+                with _computes(engine, len(prompt)):
+                    side()
+            first = next(_first_ids)
             guessed, accepted = engine.stats.guessed, engine.stats.accepted
-            assert generate(0, True) == generate(0, False), "the lookup changes what is written"
+            same = generate(first, True) == generate(first, False)
+            assert same, "the lookup changes what is written"
             guessed, accepted = engine.stats.guessed - guessed, engine.stats.accepted - accepted
             print(f"[{accepted} of {guessed} guesses came true]", end=" ", file=sys.stderr)
 
-        ours = lambda: generate(next(ours_ids), True)  # noqa: E731
-        peer = lambda: generate(next(peer_ids), False)  # noqa: E731
+        ours = lambda: generate(next(_first_ids), True)  # noqa: E731
+        peer = lambda: generate(next(_first_ids), False)  # noqa: E731
         return Pair(ours, peer, check)
 
     return build

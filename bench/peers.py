@@ -38,6 +38,12 @@ PRECISIONS = {
 BATCH = 8
 
 
+def missing() -> list[str]:
+    """What is not installed of the peers, and of what writes their files."""
+    needed = {**MODULES, "gguf": "gguf"}
+    return [name for name, module in needed.items() if find_spec(module) is None]
+
+
 class Runner(Protocol):
     """What every peer can do, in its own process."""
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import matplotlib
+import peers
 import torch
 from harness import Case, LimitMeter, Limits, Timing, format_cost, measured_bytes, time_pair
 
@@ -195,6 +196,9 @@ def main() -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f"no benchmark named {unknown[0]!r}; choose from {', '.join(known)}")
+    # Now, not behind the rows that need no peer.
+    if GENERATE in names and (missing := peers.missing()):
+        parser.error(f"not installed: {', '.join(missing)}; `make bench-peers` installs them")
     rows, limits = measure(names, args.quick)
     title = ", ".join(f"{key} {value}" for key, value in machine().items())
     print(title)

@@ -1,8 +1,9 @@
 """The peer of generation on a GPU: plain PyTorch by gpt-fast's method.
 
-A static cache, written and masked by positions that are tensors, so that a step is one graph for
-torch.compile(mode="reduce-overhead", fullgraph=True), which fuses it and makes it a CUDA graph.
-int8 is weight-only, a scale an output, and left to the compiler. Tokens stay on the device.
+A static cache as long as the text will be, written and masked by positions that are tensors, so
+that a step is one graph for torch.compile, which fuses it and makes it a CUDA graph; its attention
+is plain products, which the compiler fuses too. int8 is weight-only, a scale an output, and left to
+the compiler, which tries out each kernel's tiles. Tokens stay on the device.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from plain_gpt import PlainGPT
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Int8Linear(nn.Module):
@@ -28,12 +30,12 @@ class Int8Linear(nn.Module):
 
 
 class StaticGPT(nn.Module):
-    """PlainGPT for B rows that have the same length. int8 rounds its layers in place."""
+    """PlainGPT for B rows of the same length, up to `size`. int8 rounds its layers in place."""
 
-    def __init__(self, plain: PlainGPT, B: int, int8: bool) -> None:
+    def __init__(self, plain: PlainGPT, B: int, size: int, int8: bool) -> None:
         super().__init__()
         config, weight = plain.config, plain.wte.weight
-        C, V, size = config.n_embd, config.vocab_size, config.block_size
+        C, V = config.n_embd, config.vocab_size
         self.plain, self.n_head = plain, config.n_head
         self.head = nn.Linear(C, V, bias=False, dtype=weight.dtype)
         self.head.weight = weight
@@ -64,15 +66,24 @@ class StaticGPT(nn.Module):
         return self.logits(ids, time).argmax(-1, keepdim=True)  # (B, 1)
 
 
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def compiled_step(model: StaticGPT) -> Step:
+    """model.forward for one token a row, which gives ids that the call after it writes over."""
+    # mode="reduce-overhead", and gpt-fast's setting of the compiler for this function alone.
+    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    return torch.compile(model, fullgraph=True, options=options)
+
+
 @torch.no_grad()
-def generate(
-    model: StaticGPT, step: Callable[[Tensor, Tensor], Tensor], idx: Tensor, n: int
-) -> list[list[int]]:
+def generate(model: StaticGPT, step: Step, idx: Tensor, n: int) -> list[list[int]]:
     """n greedy tokens behind idx (B, T); step is model.forward, compiled."""
     time = torch.arange(idx.shape[1])
     new = [model(idx, time)]
     time = time[-1:] + 1
-    for _ in range(n - 1):
-        new.append(step(new[-1], time).clone())
-        time = time + 1
+    with sdpa_kernel(SDPBackend.MATH):
+        for _ in range(n - 1):
+            new.append(step(new[-1], time).clone())
+            time = time + 1
     return torch.cat(new, 1).tolist()

@@ -31,6 +31,7 @@ from gptfast.tokenizer import END_OF_TEXT
 
 BYTE = get_tokenizer("byte")
 SIZE = 96
+needs_engine = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +195,7 @@ BAD_LINES = {
     "/save": ["/save takes a file"],
     "/save .": [". exists"],
     "/save no/where/x": ["cannot write no/where/x"],
+    "/save ~nosuchuser/x": ["cannot write ~nosuchuser/x"],
     "/retry": ["there is no turn yet"],
     "/seed x": ["/seed takes a whole number, got 'x'"],
     "/seed off": ["/seed takes a whole number, got 'off'"],
@@ -222,7 +224,11 @@ def test_a_bad_line_ends_a_pipe(
         (["MODEL", "--max-new-tokens", -1], ["max_new_tokens must be >= 0, got -1"]),
         (["MODEL", "--tokenizer", "gpt5"], ["got 'gpt5'"]),
         (["MODEL", "--dtype", "fp8"], ["--dtype", "fp8"]),
-        (["MODEL", "--tokenizer", "byte", "--draft", "nowhere"], ["nowhere is no checkpoint"]),
+        pytest.param(
+            ["MODEL", "--tokenizer", "byte", "--draft", "nowhere"],
+            ["nowhere is no checkpoint"],
+            marks=needs_engine,
+        ),
     ],
     ids=["checkpoint", "none", "top_p", "tokens", "tokenizer", "dtype", "draft"],
 )
@@ -230,7 +236,100 @@ def test_bad_flags(args: list, words: list[str], model: Path, capsys: Capture) -
     refused(run(capsys, "chat", *(model if arg == "MODEL" else arg for arg in args)), *words)
 
 
-needs_engine = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
+def test_closed_stdin(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(run(capsys, "chat", model), "standard input, which is closed")
+
+
+def test_seeds_go_round(
+    model: Path, spoken: list, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    lines = f"/seed {2**63 - 1}\na\n/retry\n/retry\n"
+    assert piped(lines, monkeypatch, capsys, model)[:2] == (0, "one\ntwo\nthree\n")
+    assert [options["seed"] for _, options in spoken] == [2**63 - 1, -(2**63), 1 - 2**63]
+
+
+def interactive(
+    lines: list[str], model: object, monkeypatch: pytest.MonkeyPatch, *pieces: object
+) -> Conversation:
+    """What is left of a session where the model writes pieces, a list a turn, and raises some."""
+    turns = iter(pieces)
+
+    def stream(*_: object, **__: object) -> Iterator[int]:
+        for piece in next(turns):
+            if isinstance(piece, BaseException):
+                raise piece
+            yield from BYTE.encode(piece)
+
+    monkeypatch.setattr(conversation, "stream", stream)
+    talk = Conversation(Template.parse(QUESTIONS), BYTE)
+    session = chat._Session(model, talk, {"seed": 0, "max_new_tokens": 20}, {}, False)
+    session.interactive = True
+    session.run(lines)
+    return talk
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no\nluck"), OSError("no"), MemoryError("no")], ids=repr
+)
+def test_a_session_outlives_a_failed_reply(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """What came before the failure stays; of a reply that did not begin, not even the prompt."""
+    pieces = [["yes"], [error], ["so ", error], ["no"]]
+    talk = interactive(["a", "b", "c", "d"], random_model(block_size=SIZE), monkeypatch, *pieces)
+    assert text_of(talk.ids) == "Q: a\nA:yes\nQ: c\nA:so \nQ: d\nA:no"
+    out, err = capsys.readouterr()
+    assert out == "yes\nso\nno\n"
+    assert err == 2 * (str(error).partition("\n")[0] + "\n")
+
+
+ESCAPES = "a\x1b]0;x\x07\x00\x7f\x9b2J\t\rb\nc\xa0é"
+HARMLESS = "a\ufffd]0;x\ufffd\ufffd\ufffd\ufffd2J\t\ufffdb\nc\xa0é"
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+def test_a_terminal_gets_no_control_characters(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    path = tmp_path / "kept.jsonl"
+    interactive(["hi", f"/save {path}"], random_model(block_size=SIZE), monkeypatch, [ESCAPES])
+    assert capsys.readouterr().out == f"{HARMLESS if terminal else ESCAPES}\n"
+    assert json.loads(path.read_text())["completion"] == ESCAPES
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_shows_a_terminal_no_control_characters(
+    beams: int, terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    tiny = random_model(vocab_size=257)
+    with torch.no_grad():  # it writes ESC and nothing else
+        tiny.ln_f.weight.fill_(0.0)
+        tiny.ln_f.bias.fill_(1.0)
+        tiny.wte.weight[0x1B] = 9.0
+    tiny.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    args = ["--prompt", "\x1b[2Ja", "--temperature", 0] if beams == 1 else ["--prompt", "\x1b[2Ja"]
+    args += ["--num-beams", beams, "--max-new-tokens", 3, "--tokenizer", "byte", "--stats", "off"]
+    shown = "\ufffd[2Ja\ufffd\ufffd\ufffd\n" if terminal else "\x1b[2Ja\x1b\x1b\x1b\n"
+    assert run(capsys, "generate", tmp_path / "model", *args) == (0, shown, "")
+
+
+@needs_engine
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_draft_of_another_vocabulary(
+    command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Is refused before anything is said."""
+    random_model(vocab_size=300).save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    prompt = ["--prompt", "a"] if command == "generate" else []
+    args = [model, "--tokenizer", "byte", "--draft", tmp_path / "other", *prompt]
+    result = run(capsys, command, *args)
+    refused(result, "draft has a vocabulary of 300 tokens, the model one of 257")
+    assert not result[1]
 
 
 @needs_engine
@@ -318,21 +417,33 @@ def test_a_session_in_a_terminal(model: Path, tmp_path: Path) -> None:
     terminal.wait("max_new_tokens is 5")
     terminal.wait(r"kept.jsonl[^\n]*\n[^\n]*> ")
     time.sleep(0.3)  # readline shows the prompt a moment before it looks out for signals
+    terminal.type("half a line")
+    terminal.wait("half a line")
     terminal.type("\x03")
+    terminal.wait(r"\n[^\n]*> ")
+    time.sleep(0.3)
+    terminal.type("\x03")
+    terminal.wait(r"\n[^\n]*> ")
+    time.sleep(0.3)
+    terminal.type("/seed\r")
+    terminal.wait("seed is 0")
+    terminal.type("\x04")  # Ctrl-D
     assert terminal.end() == 0
     record = json.loads((tmp_path / "kept.jsonl").read_text())
     assert record["prompt"] == "the first " and record["completion"]
 
+    (tmp_path / "cache" / "chat_history").chmod(0o644)
     again = Terminal(*args, "--stats", "off", **cache, NO_COLOR="1")
     assert "\x1b[2m" not in again.wait("> ")
     up = "\x1b[A"
-    again.type(up * 4 + "\x01again \x05 and more\r")  # Ctrl-A, Ctrl-E: to the line's ends
+    again.type(up * 5 + "\x01again \x05 and more\r")  # Ctrl-A, Ctrl-E: to the line's ends
     again.wait(r"and more[^\n]*\n")
     again.wait(r"\S[^>]*\S")
     again.type("\x03")
     assert "tokens/s" not in again.wait("> ")
-    again.type("\x04")  # Ctrl-D
+    again.type("\x04")
     assert again.end() == 0
+    assert (tmp_path / "cache" / "chat_history").stat().st_mode & 0o777 == 0o600
     history = (tmp_path / "cache" / "chat_history").read_text().splitlines()
     assert history[0] == "the first" and history[-1] == "again the first and more"
 

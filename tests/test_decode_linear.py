@@ -119,6 +119,16 @@ def test_parts(backend: str, parts: str, N: int, int8: bool) -> None:
 
 @both
 @weights
+@pytest.mark.parametrize("N", [8, 9, 17], ids="N-{}".format)
+def test_wide_is_not_rounded(backend: str, N: int, int8: bool) -> None:
+    y = ours(inputs(N, 70, 50, torch.float16, int8), wide=True)
+    assert y.dtype == torch.float32
+    # By chance one in 2**13 is representable.
+    assert (y != y.half()).float().mean(1).min() > 0.9
+
+
+@both
+@weights
 @pytest.mark.parametrize("value", [-1e30, -60.0, 0.0, 60.0, 1e30], ids=str)
 def test_gelu_far_out(backend: str, value: float, int8: bool) -> None:
     """No NaN, no overflow: zero or the input."""

@@ -46,6 +46,8 @@ COMMANDS = _Commands(
     download="weights.Download",
     info="info.Info",
 )
+ERRORS = (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, MemoryError)
+"""What the user may act on: one line, no traceback."""
 # What a command's defaults are where files that argv names have a say in them.
 _DEFAULTS = {"train": "train.train_defaults", "search": "search.search_defaults"}
 
@@ -93,7 +95,8 @@ def _check_arguments(argv: Sequence[str]) -> None:
             raise ValueError(f"an argument is not UTF-8 text: {argument!r:.100}")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What is wrong, in the first line of its message."""
     message = str(error).strip() or type(error).__name__
     return re.sub(r"^\[enforce fail.*DefaultCPUAllocator: ", "", message.splitlines()[0])
 
@@ -117,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gptfast: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
-        print(f"gptfast: {_one_line(error)}", file=sys.stderr)
+    except ERRORS as error:
+        print(f"gptfast: {one_line(error)}", file=sys.stderr)
         return 1
     return 0

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptfast.cli import ERRORS, one_line
 from gptfast.cli.conversation import QUESTIONS, Conversation, Template
-from gptfast.cli.writing import Writing, speed
+from gptfast.cli.writing import ON_CPU, Writing, is_terminal, shown, speed
 from gptfast.model import GPT
 from gptfast.options import Options, new_tokens
 
@@ -26,7 +27,7 @@ HELP = """\
 /temperature X     set it; also /top_k N, /top_p P, /min_p P, /repetition_penalty X, /seed N and
                    /max_new_tokens N; "off" switches off, without a value it is shown
 /stats             tokens a second after each reply, or not
-/quit              leave, as Ctrl-D does; Ctrl-C stops a reply
+/quit              leave, as Ctrl-D does; Ctrl-C stops a reply, or clears the line
 Text that begins with / is written //."""
 WHOLE = ("top_k", "seed", "max_new_tokens")
 SETTINGS = (*WHOLE, "temperature", "top_p", "min_p", "repetition_penalty")
@@ -59,22 +60,25 @@ class Chat(Writing):
     """Keep the smallest set of tokens with this probability."""
 
     def run(self) -> None:
+        if sys.stdin is None:
+            raise ValueError("chat reads what you say from standard input, which is closed")
         template = Template.parse(self.template)
         settings = {name: getattr(self, name) for name in SETTINGS}
         _check(settings)
         model, tokenizer = self.load()
         options = {k: v for k, v in self.options().items() if k not in SETTINGS}
+        Options(**options).check_beams(model.config.vocab_size)  # what guesses is known by now
         conversation = Conversation(template, tokenizer)
         shows_speed = self.shows_speed(model)
         session = _Session(model, conversation, settings, options, shows_speed)
-        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
             session.run(line.rstrip("\r\n") for line in sys.stdin)
             return
         kind = f"{self.checkpoint}" + ("" if isinstance(model, GPT) else f" in {model.dtype}")
         size = model.config.block_size
         _say(f"{kind}, a context of {size:,} tokens. /help lists commands, Ctrl-D ends.")
         session.interactive = True
-        with contextlib.suppress(KeyboardInterrupt):  # for the second time, or between two prompts
+        with contextlib.suppress(KeyboardInterrupt):  # a second one in a reply, or between prompts
             session.run(_typed())
 
 
@@ -98,10 +102,10 @@ class _Session:
             try:
                 if not self._take(line):
                     return
-            except (ValueError, LookupError) as error:
+            except ERRORS as error:
                 if not self.interactive:
                     raise
-                _say(str(error))
+                _say(one_line(error))
 
     def _take(self, line: str) -> bool:
         """Whether to go on after this line."""
@@ -130,11 +134,11 @@ class _Session:
             self.conversation.reset()
         elif name == "retry":
             self.conversation.ask(self.conversation.take_back())
-            self.settings["seed"] += 1
+            self.settings["seed"] = (self.settings["seed"] + 1 + 2**63) % 2**64 - 2**63  # an int64
             self._reply()
         elif name == "stats":
             if isinstance(self.model, GPT):
-                raise ValueError("/stats needs the engine, which is the CPU's")
+                raise ValueError(f"/stats needs {ON_CPU}, and the C++ extension")
             self.shows_speed = not self.shows_speed
         elif name != "quit":
             raise ValueError(f"there is no /{name}; /help lists what there is")
@@ -160,8 +164,14 @@ class _Session:
             pieces = self.conversation.reply(self.model, n, interrupted, **options)
             if not self.conversation.template.running:
                 pieces = _trimmed(pieces)
-            for piece in pieces:
-                print(piece, end="", flush=True)
+            piece = ""
+            try:
+                for piece in pieces:
+                    print(shown(piece), end="", flush=True)
+            except ERRORS:
+                if piece:  # what is wrong gets a line of its own
+                    print(flush=True)
+                raise
         print(flush=True)
         if self.shows_speed:
             _say(speed(self.model))
@@ -226,12 +236,15 @@ def _ctrl_c(caught: bool) -> Iterator[Callable[[], bool]]:
 
 
 def _typed() -> Iterator[str]:
-    """Lines typed at the prompt, until Ctrl-D or Ctrl-C there."""
+    """Lines typed at the prompt, until Ctrl-D there; Ctrl-C begins the line anew."""
     remember = _history()
     while True:
         try:
             line = input("> ")
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
             print()
             return
         remember()
@@ -246,13 +259,15 @@ def _history() -> Callable[[], None]:
         return lambda: None
     from gptfast.weights.load import cache_directory
 
-    path = cache_directory() / "chat_history"
     try:
+        path = cache_directory() / "chat_history"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
+        if path.is_file() and path.stat().st_mode & 0o077:  # it was there, for others to read
+            path.chmod(0o600)
         readline.clear_history()
         readline.read_history_file(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         _say(f"lines are not kept for another session: {error}")
         return lambda: None
     readline.set_history_length(HISTORY_LINES)

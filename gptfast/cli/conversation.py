@@ -126,7 +126,8 @@ class Conversation:
         """The model's reply to the last turn, of up to n tokens, in pieces as it is written.
 
         The whole context is the prompt each time: the engine computes only what is new in it.
-        interrupted is asked after each token; what was written until then stays.
+        interrupted is asked after each token; what was written until then stays. Where it fails
+        before the first one, the turn is taken back.
         """
         turn, text, new = self.turns[-1], TextStream(self.tokenizer, self._stops), []
         try:
@@ -142,6 +143,10 @@ class Conversation:
                     if piece := text.finish():
                         turn.text += piece
                         yield piece
+        except Exception:
+            if not new:
+                self.take_back()
+            raise
         finally:
             turn.reply = self._kept(new[: text.kept])
 
@@ -170,3 +175,5 @@ class Conversation:
             raise ValueError(f"{path} exists; name another or delete it") from None
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        except RuntimeError as error:  # ~ of nobody
+            raise ValueError(f"cannot write {path}: {error}") from None

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptfast.cli.writing import Writing, speed
+from gptfast.cli.writing import Writing, shown, speed
 from gptfast.generate import generate, generate_text, stream_text
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer
@@ -53,14 +53,15 @@ class Generate(Writing):
         self, model: "GPT | Engine", tokenizer: Tokenizer, options: dict[str, Any]
     ) -> None:
         if self.num_beams != 1:
-            print(generate_text(model, tokenizer, self.prompt, self.max_new_tokens, **options))
+            text = generate_text(model, tokenizer, self.prompt, self.max_new_tokens, **options)
+            print(shown(text))
             return
         pieces = stream_text(model, tokenizer, self.prompt, self.max_new_tokens, **options)
         # The first piece before the prompt is shown: bad input prints nothing.
         first = next(pieces, "")
-        print(self.prompt + first, end="", flush=True)
+        print(shown(self.prompt + first), end="", flush=True)
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
         print()
 
     def _print_logprobs(

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import torch
 import tyro
@@ -10,12 +10,16 @@ import tyro
 from gptfast.device import choose_device
 from gptfast.model import GPT
 from gptfast.ops.library import EXTENSION
+from gptfast.stop import REPLACEMENT
 from gptfast.tokenizer import Tokenizer, get_tokenizer
 
 if TYPE_CHECKING:
     from gptfast.engine import Engine
 
 Dtype = Literal["fp32", "bf16", "int8"]
+ON_CPU = "the engine, which on the command line runs on the CPU"
+# What a terminal may obey rather than show: C0 but for \n and \t, DEL, C1.
+_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*b"\n\t"}, REPLACEMENT)
 
 
 def load(
@@ -46,13 +50,25 @@ def _load(checkpoint: str, device: str, dtype: str | None, engine: bool) -> "GPT
     packed = is_packed(checkpoint)
     on = torch.device("cpu") if packed and device == "auto" else choose_device(device)
     if on.type != "cpu" and (packed or dtype):
-        what = f"{checkpoint} is packed for the CPU" if packed else f"--dtype {dtype} is the CPU's"
+        what = (
+            f"{checkpoint} is packed for the CPU" if packed else f"--dtype {dtype} needs {ON_CPU}"
+        )
         raise ValueError(f"{what}: use --device cpu")
     if packed or dtype or engine and on.type == "cpu" and EXTENSION is not None:
         return Engine(checkpoint, dtype)
     from gptfast.weights.load import load_model
 
     return load_model(checkpoint).to(on)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Of a standard stream, which is None where it was closed before Python began."""
+    return stream is not None and stream.isatty()
+
+
+def shown(text: str) -> str:
+    """What stdout gets of a model's text: all of it, but in a terminal no control character."""
+    return text.translate(_CONTROLS) if is_terminal(sys.stdout) else text
 
 
 def speed(model: "Engine") -> str:
@@ -116,7 +132,7 @@ class Writing:
         asked = {"--lookup": self.lookup, "--draft": self.draft, "--stats on": self.stats == "on"}
         if isinstance(model, GPT) and any(asked.values()):
             name = next(name for name, given in asked.items() if given)
-            raise ValueError(f"{name} needs the engine, which is the CPU's, and the C++ extension")
+            raise ValueError(f"{name} needs {ON_CPU}, and the C++ extension")
         return model, tokenizer
 
     def options(self) -> dict[str, Any]:
@@ -135,5 +151,5 @@ class Writing:
         return Engine(checkpoint, None if is_packed(checkpoint) else self.dtype)
 
     def shows_speed(self, model: "GPT | Engine") -> bool:
-        wanted = self.stats == "on" or self.stats == "auto" and sys.stderr.isatty()
+        wanted = self.stats == "on" or self.stats == "auto" and is_terminal(sys.stderr)
         return wanted and not isinstance(model, GPT)

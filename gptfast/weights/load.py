@@ -81,6 +81,13 @@ def _open_directory(path: Path) -> Weights:
             return transformers.open_directory(path)
     if (path / "ckpt.pt").is_file():  # nanoGPT's output directory
         return _open_file(path / "ckpt.pt", None)
+    from gptfast.engine import is_packed  # which for its part reads weights through this file
+
+    if not ours and is_packed(path):
+        raise CheckpointError(
+            f"{path} is packed for generation, by gptfast.Engine, `gptfast generate` or "
+            "`gptfast chat`; take the model it was made of"
+        )
     return transformers.open_directory(find_model(path))
 
 

@@ -7,7 +7,8 @@ registers, all of their loads under way at once, and takes the rows of x one aft
 with its norm, for which there need be no launch. So a row's result depends on no other row. More
 rows go through tensor cores, the norm before them: an int8 weight is widened tile by tile in
 registers, exactly, and is the first factor, the one that may come from there; a weight of x's dtype
-is left to the library.
+is left to the library, unless a wide result is asked for, which the library rounds to that dtype:
+these rows go FEW at a time.
 """
 
 import torch
@@ -133,18 +134,22 @@ def decode_linear(
     x, weight = x.contiguous(), weight.contiguous()
     norm = [None if t is None else t.contiguous() for t in (norm_weight, norm_bias)]
     rest = [None if t is None else t.contiguous() for t in (scale, bias, residual)]
-    if N <= FEW:
+    if N <= FEW or (wide and scale is None and x.dtype != dtype):
         BLOCK_C = triton.next_power_of_2(C)
         BLOCK_O = min(64, max(1, HELD // BLOCK_C))
-        decode_linear_rows_kernel[(triton.cdiv(n_out, BLOCK_O),)](
-            y, x, *norm, weight, *rest, N, C, n_out, eps, GELU=gelu,
-            BLOCK_O=BLOCK_O, BLOCK_C=BLOCK_C, num_warps=max(4, BLOCK_C * BLOCK_O // 1024),
-        )  # fmt: skip
+        *vectors, residual = rest
+        pieces = [None if t is None else t.split(FEW) for t in (y, x, residual)]
+        for i in range(triton.cdiv(N, FEW)):
+            out, some, passed = (None if piece is None else piece[i] for piece in pieces)
+            decode_linear_rows_kernel[(triton.cdiv(n_out, BLOCK_O),)](
+                out, some, *norm, weight, *vectors, passed, len(some), C, n_out, eps, GELU=gelu,
+                BLOCK_O=BLOCK_O, BLOCK_C=BLOCK_C, num_warps=max(4, BLOCK_C * BLOCK_O // 1024),
+            )  # fmt: skip
         return y
     if norm_weight is not None:
         x = F.layer_norm(x, (C,), norm_weight, norm_bias, eps)
     if scale is None:
-        return _by_library(x, weight, *rest[1:], gelu).to(dtype)
+        return _by_library(x, weight, *rest[1:], gelu)
     blocks, options = tile(N, x.dtype)
     grid = (triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(n_out, blocks["BLOCK_O"]))
     decode_linear_tiles_kernel[grid](
