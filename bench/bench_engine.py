@@ -213,7 +213,8 @@ def _lookup_pair(
     def build() -> Pair:
         engine = load()
         source, edited = code(engine)
-        prompt = source + edited[:8]
+        # All that the model sees, so that the first id is among it.
+        prompt = (source + edited[:8])[-engine.config.block_size :]
 
         def generate(first: int, lookup: bool) -> Prompts:
             prompts = [[first % engine.config.vocab_size, *prompt[1:]]]

@@ -5,6 +5,7 @@ python bench/readme.py bench/results/cpu-generate.json
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def generation(records: list[dict]) -> str:
         target = f"{result['target']:.3g}x" if result["target"] else ""
         what = f"{result['op']}: {result['case']}, {result['shape']}"
         read = result["bytes"] / result["ours_s"]
-        rate = f"{read / result['read_bytes_per_s']:.0%}" if result["op"] == "decode" else ""
+        then = result.get("read_bytes_per_s", math.nan)  # not in older files
+        rate = f"{read / then:.0%}" if result["op"] == "decode" and then == then else ""
         rates = (_rate(result, side) for side in ("peer", "ours"))
         cells = (what, result["peer"], *rates, ratio, target, rate)
         lines.append(f"| {' | '.join(cells)} |")
