@@ -146,7 +146,7 @@ def test_keys_past_kv_len_are_never_read(backend: str, Tq: int) -> None:
 @pytest.mark.parametrize("T", [20, 129], ids=lambda T: f"T{T}")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_dropout(backend: str, T: int, dtype: torch.dtype) -> None:
-    B = 2 if T < 100 else 1
+    B = 6 if T < 100 else 1  # of few outputs the largest errors are luck
     cases = [make((B, 2, T, T + 6, 16), dtype) for _ in repeats(backend, T, T)]
     p, seed = 0.25, 2**35 + 3
     keep = reference.dropout_scale(cases[0][0]["q"], cases[0][0]["k"], p, torch.tensor(seed))

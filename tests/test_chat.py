@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -351,6 +352,12 @@ def test_replies_are_what_generate_writes(
     assert re.fullmatch(f"{line}\ntemperature is 0.0\n{line}\n", err)
 
 
+def _take_terminal() -> None:
+    """So that ^C is a signal, which the tests' own process may be told to ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Terminal:
     """A session in a terminal of its own."""
 
@@ -363,7 +370,7 @@ class Terminal:
             stdout=child,
             stderr=child,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that ^C is a signal
+            preexec_fn=_take_terminal,
         )
         os.close(child)
 
@@ -416,15 +423,15 @@ def test_a_session_in_a_terminal(model: Path, tmp_path: Path) -> None:
     terminal.type(f"/max_new_tokens 5\r/save {tmp_path / 'kept.jsonl'}\r")
     terminal.wait("max_new_tokens is 5")
     terminal.wait(r"kept.jsonl[^\n]*\n[^\n]*> ")
-    time.sleep(0.3)  # readline shows the prompt a moment before it looks out for signals
+    time.sleep(0.6)  # readline shows the prompt a moment before it looks out for signals
     terminal.type("half a line")
     terminal.wait("half a line")
     terminal.type("\x03")
     terminal.wait(r"\n[^\n]*> ")
-    time.sleep(0.3)
+    time.sleep(0.6)
     terminal.type("\x03")
     terminal.wait(r"\n[^\n]*> ")
-    time.sleep(0.3)
+    time.sleep(0.6)
     terminal.type("/seed\r")
     terminal.wait("seed is 0")
     terminal.type("\x04")  # Ctrl-D
