@@ -53,7 +53,13 @@ class Task:
         self._chosen: list[Tensor] = []
         self.guesser: Guesser | None = None
         if options.draft is not None:
-            self.guesser = DraftModel(rows_of(options.draft.packed, 1), self._sampling)
+            draft = rows_of(options.draft.packed, 1)
+            if draft.device != like.device:
+                raise ValueError(
+                    f"draft is on {draft.device}, the model on {like.device}; make both engines of "
+                    "models on one device"
+                )
+            self.guesser = DraftModel(draft, self._sampling)
         elif options.lookup:
             self.guesser = PromptLookup()
 
