@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from gptfast.engine import Engine
 
 Number = float | Sequence[float] | Tensor
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+"""`ops.sample`'s parameters in their order, but for the position."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Options:
 
     def sampling(self, like: Tensor) -> dict[str, Tensor]:
         """`ops.sample`'s parameters, one per row of `like`."""
-        names = ("temperature", "top_k", "top_p", "min_p", "seed")
-        return per_row(like, **{name: _number(name, getattr(self, name), like) for name in names})
+        given = {name: _number(name, getattr(self, name), like) for name in SAMPLING}
+        return per_row(like, **given)
 
     def penalty(self, like: Tensor) -> Tensor | None:
         """The repetition penalty of each row of `like`, fp32; None if there is none."""

@@ -19,10 +19,10 @@ from gptfast.engine.gpu_model import GpuModel
 from gptfast.engine.packed import Packed
 from gptfast.engine.rows import CHUNK, Rows
 from gptfast.model import GPT
+from gptfast.options import SAMPLING
 
 TOGETHER = 32
 """Tokens a row up to which rows run together, padded: more of them fill a GPU alone."""
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 NO_IDS = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
@@ -143,6 +143,7 @@ class GraphRows:
         self._grow(max_batch)
 
     start = Rows.start
+    fitting = Rows.fitting
 
     def new(self) -> int:
         """An empty row."""
@@ -184,7 +185,7 @@ class GraphRows:
         that is most likely to follow is begun: the ids that were drawn, by the same rows.
         """
         last = [1] * len(rows) if wanted is None else list(wanted)
-        new = [self._fitting(row, ids) for row, ids in zip(rows, tokens, strict=True)]
+        new = [self.fitting(row, ids) for row, ids in zip(rows, tokens, strict=True)]
         ahead, self._ahead = self._ahead, None
         with torch.cuda.device_of(self.cache):
             if all(len(ids) == 1 for ids in new) and all(n == 1 for n in last):
@@ -212,14 +213,6 @@ class GraphRows:
         position = torch.tensor(positions, device=self.device)
         parameters = dict(zip(SAMPLING, sampling, strict=True))
         return logits, ops.sample(logits, position=position, **parameters).cpu()
-
-    def _fitting(self, row: int, new: Sequence[int]) -> list[int]:
-        """new; or, of a row that would outgrow block_size, its last tokens, and the row emptied."""
-        if len(self.ids[row]) + len(new) <= self.block_size:
-            return list(new)
-        window = [*self.ids[row], *new][-self.block_size :]
-        self.truncate(row, 0)
-        return window
 
     def _decode(
         self,

@@ -105,6 +105,14 @@ class Rows:
                 self.truncate(row, 0)
             raise
 
+    def fitting(self, row: int, new: Sequence[int]) -> list[int]:
+        """new; or, of a row that would outgrow block_size, its last tokens, and the row emptied."""
+        if len(self.ids[row]) + len(new) <= self.block_size:
+            return list(new)
+        window = [*self.ids[row], *new][-self.block_size :]
+        self.truncate(row, 0)
+        return window
+
     def _forward(
         self,
         rows: Sequence[int],
@@ -115,9 +123,7 @@ class Rows:
     ) -> tuple[Tensor, Tensor]:
         pieces: list[tuple[int, int, Sequence[int], int]] = []  # row, start, tokens, wanted
         for row, new, n in zip(rows, tokens, wanted, strict=True):
-            if len(self.ids[row]) + len(new) > self.block_size:
-                new = [*self.ids[row], *new][-self.block_size :]
-                self.truncate(row, 0)
+            new = self.fitting(row, new)
             start = len(self.ids[row])
             self._append(row, new)
             cut = (len(new) - max(n, 1)) // CHUNK * CHUNK

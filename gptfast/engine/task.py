@@ -12,9 +12,7 @@ from gptfast.decode import Told, Top, check_drawn, tops
 from gptfast.engine.gpu import rows_of
 from gptfast.engine.rows import Rows
 from gptfast.engine.speculate import MOST, DraftModel, Guesser, PromptLookup
-from gptfast.options import Options
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+from gptfast.options import SAMPLING, Options
 
 
 class Drawn(NamedTuple):
