@@ -34,8 +34,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import OWN_PROCESSES, Case, Pair, both_sides
+from harness import Case, Pair, both_sides
 from peers import BATCH, PRECISIONS, Peer
+from timing import OWN_PROCESSES
 
 from gptfast import GPT, AdamW, Engine, GPTConfig, get_tokenizer
 
