@@ -18,7 +18,7 @@ from timing import calls_per_sample, seconds_per_call
 from torch import Tensor
 
 import gptfast.engine  # noqa: F401 - defines engine_new
-from gptfast.ops.library import EXTENSION
+from gptfast.ops.backend import EXTENSION
 
 GEMM_SIZE = 2048
 MAX_BYTES = 2**29

@@ -14,7 +14,7 @@ from harness import Case
 from limits import Share
 from timing import Timing
 
-from gptfast.ops.library import EXTENSION
+from gptfast.ops.backend import EXTENSION
 
 RESULTS = Path(__file__).parent / "results"
 
