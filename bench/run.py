@@ -91,7 +91,7 @@ def report(path: Path, record: dict) -> None:
             f"\n{disturbed} of {len(record['rows'])} rows are left out: other processes used the "
             "cores while they were measured. Run this again on a quiet machine."
         )
-    print(f"\nwrote {path} and {path.with_suffix('.png').name}", flush=True)
+    print(f"\nwrote {path}", flush=True)
 
 
 def redraw(out: Path) -> None:
