@@ -20,7 +20,7 @@ NEW_TOKENS = 128
 
 
 def _generate(B: int, dtype: str) -> Callable[[bool], Built]:
-    """Return greedy generation by the engine's rows; the host reads each token, as when streaming."""
+    """Return greedy generation by the engine's rows; the host reads each token at once."""
 
     def build(smoke: bool) -> Built:
         small = GPTConfig(vocab_size=101, block_size=16, n_layer=1, n_head=2, n_embd=32)

@@ -48,9 +48,10 @@ def machine() -> dict[str, object]:
 
 def machine_line(record: dict) -> str:
     """Return the machine of a record in one line."""
-    return ", ".join(
-        str(value) if key == "cpu" else f"{key.replace('_isa', '')} {value}"
-        for key, value in record["machine"].items()
+    values = record["machine"]
+    return (
+        f"{values['cpu']}, {values['threads']} threads, torch {values['torch']} "
+        f"({values['torch_isa']}), gptfast {values['gptfast_isa']}"
     )
 
 
