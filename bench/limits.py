@@ -36,7 +36,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Share:
-    """How much of a limit was reached; `value` is None where that says nothing, for `reason`."""
+    """The share of a limit that was reached; if `value` is None, `reason` says why."""
 
     value: float | None
     limit: Limit | None

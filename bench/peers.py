@@ -213,16 +213,16 @@ class LlamaCpp:
         rows = len(prompts)
         context = self.context(rows)
         ids = self.decode(context, self.fill(prompts, 0), rows)
-        drawn, batch, at = [ids], self.batch, len(prompts[0])
+        steps, batch, at = [ids], self.batch, len(prompts[0])
         token = np.ctypeslib.as_array(batch.token, (rows,))
         pos = np.ctypeslib.as_array(batch.pos, (rows,))
         self.fill([[i] for i in ids.tolist()], at)
         for _ in range(n - 1):
             token[:], pos[:] = ids, at
             ids = self.decode(context, batch, rows)
-            drawn.append(ids)
+            steps.append(ids)
             at += 1
-        return np.stack(drawn, 1).tolist()
+        return np.stack(steps, 1).tolist()
 
     def prefill(self, prompt: list[int]) -> int:
         return self.greedy([prompt], 1)[0][0]

@@ -1,4 +1,4 @@
-"""The results of one benchmark on one CPU, as they stand in bench/results/<cpu>/<benchmark>.json.
+"""The results of one benchmark on one CPU: the files bench/results/<cpu>/<benchmark>.json.
 
 A record has "machine", "benchmark", "limits" (rates per second) and "rows". Everything that is
 shown (the table of a run, the pictures, the tables in README and docs/) is made from these records.

@@ -33,7 +33,7 @@ from timing import measured_bytes, time_pair
 QUICK = ("attention", "cross_entropy", "adamw", "sampling", "embedding", "train", "generate")
 BENCHMARKS = (*QUICK, "weights", "drop_in")
 GENERATE = "engine"
-"""What --generate measures; only on demand, since it needs what `make bench-peers` installs."""
+"""The benchmark of --generate; it runs on demand only, since it needs `make bench-peers`."""
 QUICK_OUT = Path(__file__).parents[1] / "build" / "bench"
 """Where --quick writes: its small shapes are not published."""
 SECONDS_PER_CASE, QUIET_TIMEOUT_S = 3.0, 10.0
