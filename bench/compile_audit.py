@@ -130,7 +130,7 @@ class Compiler:
 
 
 def audit(arch: str, ops: Iterable[str]) -> list[Kernel]:
-    """Compile all cases for one architecture: each kernel once, under the first case that uses it."""
+    """Compile all cases for one architecture: each kernel once, under its first case."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
