@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--arch", default=",".join(CHIPS), help="some of " + ", ".join(CHIPS))
     parser.add_argument("--ops", default=",".join(OPS), help="some of " + ", ".join(OPS))
     parser.add_argument("--json", action="store_true", help="one architecture, to standard output")
-    parser.add_argument("--out", type=Path, help="where the report goes (default: standard output)")
+    parser.add_argument("--out", type=Path, help="where the report goes; else standard output")
     args = parser.parse_args()
     archs, ops = args.arch.split(","), args.ops.split(",")
     if args.json:
