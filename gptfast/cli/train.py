@@ -180,4 +180,4 @@ def train_defaults(argv: Sequence[str]) -> Train:
 
 def load_weights(model: GPT, path: str | PathLike) -> None:
     """Copy the weights of `open_weights` into `model`; ValueError if they do not fit."""
-    open_weights(path).copy_to(model)
+    open_weights(path).copy_to(model.config, model.state_dict())

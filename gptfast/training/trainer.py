@@ -36,7 +36,7 @@ from gptfast.training.run_directory import RunDirectory
 from gptfast.training.schedule import learning_rate
 from gptfast.training.step import Batch, RefusedStep, TrainStep, autocast
 from gptfast.weights.checkpoint import checkpoints
-from gptfast.weights.stored import CheckpointError
+from gptfast.weights.lazy_tensor import CheckpointError
 
 _peak = functools.cache(measured_peak)
 

@@ -17,10 +17,10 @@ import urllib3
 from tqdm import tqdm
 
 from gptfast.config import PRESETS
-from gptfast.files import cache_directory
+from gptfast.files import cache_directory, publish
 from gptfast.tokenizer.vocabulary import SHA256
 from gptfast.weights import openai, transformers
-from gptfast.weights.stored import CheckpointError, read_json
+from gptfast.weights.lazy_tensor import CheckpointError, read_json
 
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 _DIRECTORIES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
@@ -62,7 +62,7 @@ def download(
         _check(part, name)
     except (requests.RequestException, _Cut) as error:
         return _from_hub(name, target, f"{_reason(error)} ({url})")
-    part.rename(target)
+    publish(part, target)
     return target
 
 
@@ -190,8 +190,8 @@ def _append(
 def _check(part: Path, name: str) -> None:
     """OSError, and the files in question removed, unless `part` holds the whole of this model."""
     try:
-        for stored in openai.open_directory(part).tensors.values():
-            stored.read()
+        for tensor in openai.open_directory(part).tensors.values():
+            tensor.read()
     except CheckpointError as error:
         for file in FILES:
             if file not in SHA256:
@@ -225,6 +225,6 @@ def _from_hub(name: str, target: Path, why: str) -> Path:
             f"Go on later with the same command, or {by_hand}"
         ) from None
     shutil.rmtree(part / ".cache", ignore_errors=True)
-    part.rename(target)
+    publish(part, target)
     shutil.rmtree(target.with_name(f".{name}.part"), ignore_errors=True)
     return target
