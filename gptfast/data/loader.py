@@ -81,7 +81,7 @@ class Examples(Dataset):
     def collate(self, examples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return a batch (x, y), both (B, T) int64, with the length T of the longest example."""
         xs, ys = zip(*examples, strict=True)
-        return pad_sequence(xs, True, self.pad_id), pad_sequence(ys, True, -100)
+        return pad_sequence(list(xs), True, self.pad_id), pad_sequence(list(ys), True, -100)
 
     def describe(self, items: Sequence[int]) -> str:
         """Return the numbers of these documents, counted from 0 in all data, and their files."""
@@ -179,6 +179,7 @@ def create_dataloader(
     batch_size = integer("batch_size", batch_size, least=1)
     max_length, stride = integer("max_length", max_length, 1), integer("stride", stride, 1)
     num_workers, seed = integer("num_workers", num_workers, 0), integer("seed", seed, 0)
+    dataset: Windows | Examples
     if isinstance(text_or_tokens, Documents):
         if not len(text_or_tokens):
             raise ValueError("there are no documents to make batches of; use more data")
@@ -186,9 +187,9 @@ def create_dataloader(
         dataset = Examples(text_or_tokens, max_length, pad_id)
         items = f"{len(dataset)} examples"
     else:
-        lazy = isinstance(text_or_tokens, TokenFiles)
-        tokens = text_or_tokens if lazy else as_tokens(text_or_tokens, tokenizer)
-        dataset = Windows(tokens, max_length, stride)
+        if not isinstance(text_or_tokens, TokenFiles):
+            text_or_tokens = as_tokens(text_or_tokens, tokenizer)
+        dataset = Windows(text_or_tokens, max_length, stride)
         items = f"{len(dataset)} windows of {max_length} tokens"
     order = BatchOrder(len(dataset), batch_size, shuffle, drop_last, seed)
     if not len(order):
@@ -214,16 +215,18 @@ def describe_batch(loader: DataLoader, step: int) -> str:
     files, file:token; examples by document number. All counts start at 0; of a large batch only
     the first items are listed.
     """
-    order = loader.batch_sampler
+    order, dataset = loader.batch_sampler, loader.dataset
+    assert isinstance(order, BatchOrder) and isinstance(dataset, Windows | Examples)
     items = order.indices(step)
     more = f" and {len(items) - _MAX_LISTED_ITEMS} more" if len(items) > _MAX_LISTED_ITEMS else ""
-    where = loader.dataset.describe(items[:_MAX_LISTED_ITEMS])
+    where = dataset.describe(items[:_MAX_LISTED_ITEMS])
     return f"batch {step} (epoch {step // len(order)}): {where}{more}"
 
 
 def from_start(loader: DataLoader) -> DataLoader:
     """Return a copy of a `create_dataloader` loader that begins with the first batch."""
     order = copy.copy(loader.batch_sampler)
+    assert isinstance(order, BatchOrder)
     order.set_position(0)
     return DataLoader(
         loader.dataset,

@@ -59,7 +59,7 @@ def _divide(
     Everything behind the first part is copied; then the shards are truncated to the first part.
     """
     source = Documents.open(shards) if prompted else TokenFiles(shards)
-    n_train = int(source.starts[edges[1]]) if prompted else edges[1]
+    n_train = int(source.starts[edges[1]]) if isinstance(source, Documents) else edges[1]
     tokens = {PARTS[0]: n_train}
     for name, *between in zip(PARTS[1:], edges[1:], edges[2:], strict=False):
         with ShardWriter(shards[0].parent, name, shard_tokens) as writer:

@@ -9,7 +9,7 @@ from typing import Any
 
 from gptfast.data.documents import Fields, find_files
 from gptfast.data.prepare import META_FORMAT, PARTS
-from gptfast.data.token_files import Documents, TokenFiles, open_tokens
+from gptfast.data.token_files import Documents, open_tokens
 from gptfast.data.tokenize import load_text
 from gptfast.data.tokens import Source, as_tokens, check_vocabulary, embedded_text, split_tokens
 from gptfast.tokenizer.bpe import Tokenizer, vocabulary
@@ -58,17 +58,16 @@ def prepared_tokenizer(paths: Sequence[str | PathLike]) -> str | None:
     return None
 
 
-def _load_prepared(
-    directory: Path, tokenizer: Tokenizer, split: Sequence[float]
-) -> list[TokenFiles | Documents]:
+def _load_prepared(directory: Path, tokenizer: Tokenizer, split: Sequence[float]) -> list[Source]:
+    """Return the parts of a directory with *train*.bin, checked against its meta.json, if any."""
     meta = _read_meta(directory)
     if meta and not _made_with(meta, tokenizer):
         raise ValueError(
             f"{directory} was prepared with tokenizer {meta['tokenizer']} ({meta['n_vocab']} "
             f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); name that one"
         )
-    sources = {name: open_tokens(files) for name, files in _part_files(directory).items()}
-    for name, source in sources.items():
+    opened = {name: open_tokens(files) for name, files in _part_files(directory).items()}
+    for name, source in opened.items():
         n = len(source.span() if isinstance(source, Documents) else source)
         if meta and meta["tokens"].get(name) != n:
             raise ValueError(
@@ -76,18 +75,19 @@ def _load_prepared(
                 f"{meta['tokens'].get(name)}; prepare the data again"
             )
         check_vocabulary(source, tokenizer)
-    if gone := set(meta.get("tokens", ())) - set(sources):
+    if gone := set(meta.get("tokens", ())) - set(opened):
         raise ValueError(
             f"{directory} has no {', '.join(gone)} files, its meta.json names some; prepare the "
             "data again"
         )
     # Parts without files of their own are cut from the end of train, by their shares.
+    sources: dict[str, Source] = dict(opened)
     shares = {name: s for name, s in zip(PARTS, split, strict=False)}
     cut = [name for name in shares if name == PARTS[0] or name not in sources]
     if len(cut) > 1:
         total = sum(shares[name] for name in cut) if len(cut) < len(split) else 1.0
         ratios = [shares[name] / total for name in cut]
-        sources |= zip(cut, split_tokens(sources[PARTS[0]], ratios), strict=True)
+        sources |= dict(zip(cut, split_tokens(sources[PARTS[0]], ratios), strict=True))
     return [sources[name] for name in PARTS if name in sources]
 
 

@@ -286,11 +286,11 @@ def open_tokens(paths: Sequence[str | PathLike]) -> TokenFiles | Documents:
 
     Raises ValueError if only some have one.
     """
-    paths = [Path(path) for path in paths]
-    plain = [path for path in paths if not index_path(path).is_file()]
-    if plain and len(plain) < len(paths):
+    files = [Path(path) for path in paths]
+    plain = [path for path in files if not index_path(path).is_file()]
+    if plain and len(plain) < len(files):
         raise ValueError(
             f"{plain[0]} has no {index_path(plain[0]).name} beside it, others have theirs; do not "
             "mix prompts and completions with plain text, or prepare the data again"
         )
-    return TokenFiles(paths) if plain or not paths else Documents.open(paths)
+    return TokenFiles(files) if plain or not files else Documents.open(files)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ State = Mapping[str, Tensor]
 
 def _pickled(
     content: Callable[[GPTConfig, State], dict[str, Any]],
-) -> Callable[[GPTConfig, State, BinaryIO], None]:
+) -> Callable[[GPTConfig, State, IO[bytes]], None]:
     return lambda config, state, file: torch.save(content(config, state), file)
 
 
-_WRITERS: dict[str, Callable[[GPTConfig, State, BinaryIO], None]] = {
+_WRITERS: dict[str, Callable[[GPTConfig, State, IO[bytes]], None]] = {
     "llm.c": llmc.write,
     "nanogpt": _pickled(nanogpt.to_content),
     "book": _pickled(book.to_content),

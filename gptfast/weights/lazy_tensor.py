@@ -121,7 +121,7 @@ def read_safetensors(*paths: Path) -> dict[str, LazyTensor]:
     """Return the tensors of .safetensors files. Raises CheckpointError."""
 
     def open() -> dict[str, Tensor]:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for path in paths:
             try:
                 with safe_open(path, framework="pt") as file:
@@ -136,9 +136,10 @@ def read_safetensors(*paths: Path) -> dict[str, LazyTensor]:
 # The keys under which nanoGPT, the book and others keep the weights beside the optimizer's state.
 _STATE_KEYS = ("model", "model_state_dict", "state_dict")
 # What a numpy scalar beside the weights, such as a loss, is made of; under its old and new name.
-_NUMPY = [
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np._core.multiarray.scalar,
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_NUMPY: list[Any] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    _SCALAR,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4")),
 ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def _lazy(
     return LazyTensor(shape, dtype, lambda: mapped.read("", part).view(dtype).view(shape))
 
 
-def write(config: GPTConfig, state: Mapping[str, Tensor], file: BinaryIO) -> None:
+def write(config: GPTConfig, state: Mapping[str, Tensor], file: IO[bytes]) -> None:
     """Write GPT's state dictionary as llm.c reads it, in fp32 or bf16 as it is.
 
     Raises ValueError for other dtypes and for an untied head, which llm.c does not have.

@@ -17,8 +17,14 @@ from gptfast.weights.lazy_tensor import read_text
 from gptfast.weights.transformers import CONV1D
 
 # The files that transformers may make a tokenizer of.
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
-_TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 def save_model(

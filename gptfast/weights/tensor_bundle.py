@@ -65,14 +65,15 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     while at < len(message):
         tag, at = _varint(message, at)
         kind = tag & 7
+        value: int | bytes
         if kind == 0:
             value, at = _varint(message, at)
         elif kind in (1, 2, 5):
             n, at = _varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
             if n > len(message) - at:
                 raise _Damaged("a field goes past its end")
-            value, at = message[at : at + n], at + n
-            value = value if kind == 2 else int.from_bytes(value, "little")
+            content, at = message[at : at + n], at + n
+            value = content if kind == 2 else int.from_bytes(content, "little")
         else:
             raise _Damaged(f"a field is of kind {kind}")
         yield tag >> 3, value
@@ -91,7 +92,7 @@ def _message(value: int | bytes) -> bytes:
 
 
 def _shape(message: bytes) -> list[int]:
-    """TensorShapeProto: repeated Dim {size = 1} dim = 2."""
+    """Return the sizes in a TensorShapeProto: repeated Dim {size = 1} dim = 2."""
     sizes = []
     for number, dim in _fields(message):
         if number == 2:
@@ -115,7 +116,7 @@ def _entry(message: bytes) -> _Entry:
 
 
 def _crc_is(data: bytes | np.ndarray, masked: int) -> bool:
-    # LevelDB masks a checksum so that one of data that holds checksums stays a good one.
+    # LevelDB masks checksums, because those of data that contain checksums are weak otherwise.
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF == masked
 
@@ -162,7 +163,8 @@ def _read_index(table: bytes) -> tuple[int, dict[str, _Entry]]:
     footer = table[-_FOOTER:-8]
     _, at = _varint(footer, 0)  # the handle of the meta index, which nobody writes
     _, at = _varint(footer, at)
-    shards, entries = None, {}
+    shards: int | None = None
+    entries: dict[str, _Entry] = {}
     left = len(table)
     for _, handle in _block(table, footer[at:]):
         left -= _varint(handle, _varint(handle, 0)[1])[0]
@@ -184,7 +186,7 @@ def _shards(header: bytes) -> int:
     """Return the shards in a BundleHeaderProto: num_shards = 1, endianness = 2 (0: little)."""
     fields = dict(_fields(header))
     if fields.get(2, 0) != 0:
-        raise _Damaged("it is of a big-endian machine")
+        raise _Damaged("it was written on a big-endian machine")
     shards = _number(fields.get(1, 1))
     if not 1 <= shards <= 99999:
         raise _Damaged(f"it has {shards} shards")

@@ -22,8 +22,12 @@ from gptfast.weights.weights import (
 )
 
 # In the order in which transformers looks for them.
-FILES = ("model.safetensors", "model.safetensors.index.json")
-FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 # Conv1D keeps these four as (in, out), where nn.Linear has (out, in).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
