@@ -196,7 +196,7 @@ def _append(
 
 
 def _check(part: Path, name: str) -> None:
-    """Read every tensor; if one is damaged, remove the files without a known hash, raise OSError."""
+    """Read every tensor; if one is damaged, remove files without a known hash, raise OSError."""
     try:
         for tensor in openai.open_directory(part).tensors.values():
             tensor.read()
