@@ -54,7 +54,7 @@ def temporary(path: Path) -> Path:
 
 
 def _is_another(process: int) -> bool:
-    """Whether a process of this number is running and is not this one."""
+    """Return whether another process than this one runs under a number."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -118,10 +118,10 @@ def _map_tokens(path: Path) -> np.ndarray:
 
 
 class TokenFiles:
-    """The tokens of files one after the other, read as they are asked for; slices are views.
+    """The tokens of several files in sequence, read when they are asked for; slices are views.
 
-    paths: one or more files, llm.c's or nanoGPT's, told apart by what is in them. start, stop: the
-    part of them that this view shows. It is pickled as these arguments, never as data.
+    paths: one or more files of llm.c or nanoGPT, which their content tells apart. start, stop: the
+    range of tokens in this view. Pickling keeps these arguments, not the data.
     Raises ValueError for a file that cannot be read, is empty, or has the wrong size.
     """
 

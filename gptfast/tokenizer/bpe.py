@@ -47,7 +47,7 @@ def vocabulary(tokenizer: Tokenizer | None) -> str | None:
 
 
 class BPETokenizer:
-    """A byte-level BPE with GPT-2's split; `eot` is <|endoftext|>, in GPT-2's 50256."""
+    """A byte-level BPE with GPT-2's split; `eot` is <|endoftext|>, whose id in GPT-2's is 50256."""
 
     def __init__(self, name: str, encoding: "tiktoken.Encoding") -> None:
         self.name, self._encoding = name, encoding
