@@ -45,8 +45,8 @@ _LARGEST_SIDE = {"cpu": 1536, "cuda": 8192}
 def _product_seconds(n: int, device: torch.device, dtype: torch.dtype) -> Iterator[float]:
     """Yield the seconds of one (n, n) by (n, n) product after another; the first is a warm-up."""
     generator = torch.Generator(device).manual_seed(0)
-    # Random values in [0.5, 1.5): none is denormal, and a GPU would draw less power and clock higher
-    # on constants.
+    # Random values in [0.5, 1.5): none is denormal. With constants a GPU would draw less power and
+    # clock higher.
     a, b = (torch.rand(n, n, device=device, generator=generator) + 0.5 for _ in "ab")
     a, b = a.to(dtype), b.to(dtype)
     while True:
