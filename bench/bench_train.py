@@ -79,7 +79,7 @@ def transformers_step(model: GPT, idx: Tensor, target: Tensor, accelerated: bool
 
 def _book(model: GPT, idx: Tensor, target: Tensor) -> Step:
     book = BookGPT(model.config)
-    book.load_state_dict(to_content(model))
+    book.load_state_dict(to_content(model.config, model.state_dict()))
     optimizer = torch.optim.AdamW(book.parameters(), lr=LR, weight_decay=0.1)
     return _stepper(book, optimizer, lambda: book(idx, target), clip=True)
 

@@ -43,10 +43,14 @@ def _files(config: GPTConfig) -> Path:
         (root / name).mkdir()
     write_openai(root / "openai", model)
     for name in ("transformers", "ckpt.pt", "model.bin", "model.pth"):
-        save(model, root / name)
+        save(model.config, model.state_dict(), root / name)
     for name, zipped in (("pickle", True), ("legacy", False)):
         path = root / name / "pytorch_model.bin"
-        torch.save(hf_tensors(model), path, _use_new_zipfile_serialization=zipped)
+        torch.save(
+            hf_tensors(model.config, model.state_dict()),
+            path,
+            _use_new_zipfile_serialization=zipped,
+        )
         (root / name / "config.json").write_bytes((root / "transformers/config.json").read_bytes())
     return root
 

@@ -99,7 +99,7 @@ def write_openai(directory: Path, model: GPT) -> Path:
     sizes |= {"n_head": c.n_head, "n_layer": c.n_layer}
     (directory / "hparams.json").write_text(json.dumps(sizes))
     arrays = {}
-    for name, tensor in hf_tensors(model).items():
+    for name, tensor in hf_tensors(model.config, model.state_dict()).items():
         *path, leaf = name.removeprefix("transformer.").replace("h.", "h", 1).split(".")
         if path[-1] in ("wte", "wpe"):
             arrays[f"model/{path[-1]}"] = tensor.numpy()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gptfast.optim import AdamW
     from gptfast.tokenizer.vocabulary import get_tokenizer
     from gptfast.training.trainer import Trainer
-    from gptfast.weights.stored import CheckpointError
+    from gptfast.weights.lazy_tensor import CheckpointError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
 _HOMES = {
     "GPT": "model",
     "AdamW": "optim",
-    "CheckpointError": "weights.stored",
+    "CheckpointError": "weights.lazy_tensor",
     "Engine": "engine",
     "GPTConfig": "config",
     "TrainConfig": "config",

@@ -1,21 +1,62 @@
-"""What a field's type admits, and how to say so: for configurations and the files they are in."""
+"""Checks of single values: one error, which names the value and what it must be."""
 
 import operator
+import re
 import typing
 from types import NoneType, UnionType
 from typing import Any, Literal
 
 
-def convert(value: Any, hint: Any) -> Any:
-    """The value as the type says; TypeError if it is of another, OverflowError if out of range.
+def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """Return the value as an int; ValueError, calling it `name`, unless least <= value <= most."""
+    try:
+        n = operator.index(value)
+    except TypeError:
+        n = None
+    if n is not None and (least is None or n >= least) and (most is None or n <= most):
+        return n
+    limits = "" if least is None else f" >= {least}"
+    if most is not None:
+        limits = f" from {least} to {most}" if least is not None else f" <= {most}"
+    raise ValueError(f"{name} must be an integer{limits}, got {value!r:.100}")
 
-    A float may be written as an integer, a tuple as a list.
+
+def text(name: str, value: Any) -> str:
+    """Return the value; ValueError, calling it `name`, unless it is a string that UTF-8 holds."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a string, got {type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has the lone surrogate {value[error.start]!r} at character {error.start}, "
+            "which UTF-8 cannot hold; decode its source with errors='replace'"
+        ) from None
+    return value
+
+
+def field(name: str, value: Any, hint: Any) -> Any:
+    """Return the value as a field's type; ValueError, calling it `name`, if it is of another type.
+
+    hint: int, float, bool, str, a Literal of strings, a tuple of one of them, or one of these or
+    None. An integer is taken for a float, a list for a tuple.
     """
+    try:
+        return _convert(value, hint)
+    except TypeError:
+        raise ValueError(f"{name} must be {_describe(hint)}, got {value!r:.100}") from None
+    except OverflowError:
+        limit = f"{_describe(hint)} below 2**63 in size"
+        raise ValueError(f"{name} must be {limit}, got {value!r:.100}") from None
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Return the value as a type; TypeError if it is of another, OverflowError if too large."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (UnionType, typing.Union):
         if NoneType in args and value is None:
             return None
-        return convert(value, next(arg for arg in args if arg is not NoneType))
+        return _convert(value, next(arg for arg in args if arg is not NoneType))
     if origin is Literal:
         if isinstance(value, str) and value in args:
             return value
@@ -23,7 +64,7 @@ def convert(value: Any, hint: Any) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise TypeError
-        return tuple(convert(item, args[0]) for item in value)
+        return tuple(_convert(item, args[0]) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -33,11 +74,11 @@ def convert(value: Any, hint: Any) -> Any:
     return value
 
 
-def describe(hint: Any) -> str:
-    """What a field of this type must be, in words."""
+def _describe(hint: Any) -> str:
+    """Return what a field of this type must be, in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (UnionType, typing.Union):
-        return " or ".join("none" if arg is NoneType else describe(arg) for arg in args)
+        return " or ".join("none" if arg is NoneType else _describe(arg) for arg in args)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin is tuple:
@@ -46,43 +87,7 @@ def describe(hint: Any) -> str:
     return names[hint]
 
 
-def _at_least(least: int, name: str, value: Any) -> int:
-    try:
-        n = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
-    if n < least:
-        raise ValueError(f"{name} must be >= {least}, got {n}")
-    return n
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
-
-
-def _token_id(i: Any, name: str) -> int:
-    try:
-        return operator.index(i)
-    except TypeError:
-        raise ValueError(f"{name} must be a token id (an integer), got {i!r}") from None
-
-
-def check_text(text: str, what: str) -> None:
-    """ValueError unless `text`, which the message calls `what`, is a string that UTF-8 can hold."""
-    if not isinstance(text, str):
-        raise ValueError(f"{what} must be a string, got {type(text).__name__}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} has the lone surrogate {text[error.start]!r} at character {error.start}, "
-            "which UTF-8 cannot hold; decode its source with errors='replace'"
-        ) from None
-
-
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's message, without the place in torch's source."""
+    message = str(error).strip() or type(error).__name__
+    return re.sub(r"^\[enforce fail.*DefaultCPUAllocator: ", "", message.splitlines()[0])

@@ -1,4 +1,7 @@
-"""The two configurations: what a model is, and how it is trained. Flat, frozen, checked once."""
+"""The configurations of a model and of a training run: flat, frozen, checked when they are made.
+
+Also the names and shapes of the parameters that a model of a configuration has.
+"""
 
 import math
 import re
@@ -6,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-from gptfast.checks import convert, describe
+from gptfast import checks
 
 PRESETS = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
@@ -16,25 +19,19 @@ PRESETS = {
 }
 
 
-def _require(fits: bool, what: str) -> None:
-    if not fits:
-        raise ValueError(what)
+def _require(valid: bool, message: str) -> None:
+    if not valid:
+        raise ValueError(message)
 
 
 def _check_types(config: Any) -> None:
-    """ValueError for the first field whose value is not of its type."""
+    """Raise ValueError for the first field whose value is not of its type."""
     for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        try:
-            convert(value, hint)
-        except TypeError:
-            raise ValueError(f"{name} must be {describe(hint)}, got {value!r:.100}") from None
-        except OverflowError:
-            raise ValueError(f"{name} must be below 2**63 in size, got {value!r:.100}") from None
+        checks.field(name, getattr(config, name), hint)
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
-    """A flat configuration as TOML, which has no null: None is written as "none"."""
+    """Return a flat configuration as TOML. TOML has no null: None is written as "none"."""
     import tomli_w
 
     for name, value in values.items():
@@ -70,7 +67,7 @@ class GPTConfig:
             _require(
                 type(value) is int and value >= 1, f"{name} must be an integer >= 1, got {value!r}"
             )
-            # A typing error; torch would try, block by block, or overflow.
+            # More is a typing error, which torch would follow until it runs out of memory.
             limit = 10**4 if name == "n_layer" else 2**31 - 1
             _require(value <= limit, f"{name} must be at most {limit}, got {value}")
         _check_types(self)
@@ -82,10 +79,14 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> "GPTConfig":
-        """One of OpenAI's sizes: gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+        """Return one of OpenAI's sizes: gpt2, gpt2-medium, gpt2-large or gpt2-xl.
+
+        Raises ValueError for another name.
+        """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
+        values: dict[str, Any] = {**PRESETS[name], **overrides}
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -204,10 +205,33 @@ class TrainConfig:
         )
 
 
-def parameter_names(config: GPTConfig) -> list[str]:
-    """GPT's parameters in the order in which they are packed; c_attn.bias may be absent."""
-    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-    modules = [f"h.{i}.{part}" for i in range(config.n_layer) for part in parts]
-    names = ["wte.weight", "wpe.weight"]
-    names += [f"{module}.{leaf}" for module in (*modules, "ln_f") for leaf in ("weight", "bias")]
-    return names if config.tie_weights else [*names, "lm_head.weight"]
+def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of GPT's parameters by name, in the model's order.
+
+    Matrices are (out, in). A tied head is no parameter of its own.
+    """
+    C = config.n_embd
+    block = {
+        "ln_1.weight": (C,),
+        "ln_1.bias": (C,),
+        "attn.c_attn.weight": (3 * C, C),
+        "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C),
+        "attn.c_proj.bias": (C,),
+        "ln_2.weight": (C,),
+        "ln_2.bias": (C,),
+        "mlp.c_fc.weight": (4 * C, C),
+        "mlp.c_fc.bias": (4 * C,),
+        "mlp.c_proj.weight": (C, 4 * C),
+        "mlp.c_proj.bias": (C,),
+    }
+    if not config.qkv_bias:
+        del block["attn.c_attn.bias"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (config.vocab_size, C),
+        "wpe.weight": (config.block_size, C),
+    }
+    for i in range(config.n_layer):
+        shapes |= {f"h.{i}.{name}": shape for name, shape in block.items()}
+    shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    return shapes if config.tie_weights else {**shapes, "lm_head.weight": (config.vocab_size, C)}

@@ -1,4 +1,4 @@
-"""Which device a run or a model is on."""
+"""Devices: chosen by name, their random state, their speed and their memory."""
 
 import sys
 import time
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one, else the CPU.
+    """Return the device of a name: cpu, cuda, or auto for a GPU if there is one, else the CPU.
 
     Raises ValueError for a device that this machine does not have.
     """
-    # Not every accelerator: the reference's float64 sums rule out Apple's, for one.
+    # Other accelerators lack something: Apple's has no float64, in which the reference sums.
     known = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     if name == "auto":
         return torch.device(known[0])
@@ -26,13 +26,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def random_state() -> list[Tensor]:
-    """The states of torch's generators: the CPU's, then each GPU's."""
+    """Return the states of torch's generators: the CPU's, then each GPU's."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return [torch.get_rng_state(), *gpus]
 
 
 def restore_random_state(state: list[Tensor]) -> None:
-    """Set torch's generators to what `random_state` gave, as far as this machine has them."""
+    """Set torch's generators to a `random_state`; those of GPUs that are not here are left out."""
     torch.set_rng_state(state[0])
     for device, rng in zip(range(torch.cuda.device_count()), state[1:], strict=False):
         torch.cuda.set_rng_state(rng, device)
@@ -40,8 +40,8 @@ def restore_random_state(state: list[Tensor]) -> None:
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
-# Large enough that a product is bound by arithmetic, small enough to be quick.
-_SIDE = {"cpu": 1536, "cuda": 8192}
+# Sides of square matrices large enough to be bound by arithmetic and small enough to be quick.
+_LARGEST_SIDE = {"cpu": 1536, "cuda": 8192}
 
 
 def _product_seconds(
@@ -49,8 +49,8 @@ def _product_seconds(
 ) -> Iterator[float]:
     """Yield the seconds of one (n, n) by (n, n) product after another; the first is a warm-up."""
     generator = torch.Generator(device).manual_seed(0)
-    # Values in [0.5, 1.5): never denormal, and as random as real ones (a GPU draws less power, and
-    # clocks higher, on constants).
+    # Random values in [0.5, 1.5): none is denormal. With constants a GPU would draw less power and
+    # clock higher.
     a, b = (torch.rand(n, n, device=device, generator=generator) + 0.5 for _ in "ab")
     a, b = a.to(dtype), b.to(dtype)
     while True:
@@ -67,17 +67,16 @@ def measured_peak(
     *,
     product: Product = F.linear,
 ) -> float:
-    """Measure the FLOP/s of a large matrix product, the fastest of a few.
+    """Return the FLOP/s of a large matrix product on a device in a dtype: the fastest of a few.
 
-    device, dtype: where and in what the product is computed. product: the function that computes
-    it, of two (n, n) tensors.
+    product: the function that computes it, of two (n, n) tensors.
 
-    Takes about 0.5 s, with the threads torch has now; whatever else runs on the machine makes a
-    product slower, none makes it faster. Draws nothing from torch's own generator.
+    Takes about 0.5 s with torch's current number of threads. The fastest counts because other
+    programs can only make a product slower. Draws nothing from torch's own generator.
     """
     device = torch.device(device)
-    n, largest = _SIDE[device.type] // 4, _SIDE[device.type]
-    # Some CPUs have 16-bit products a hundred times slower than fp32: there a smaller one must do.
+    n, largest = _LARGEST_SIDE[device.type] // 4, _LARGEST_SIDE[device.type]
+    # On some CPUs 16-bit products are a hundred times slower than fp32: those take a smaller size.
     while n < largest and 8 * min(islice(_product_seconds(n, device, dtype, product), 4)) < 0.35:
         n *= 2
     begin, seconds = time.perf_counter(), []
@@ -89,11 +88,11 @@ def measured_peak(
 
 
 def peak_memory(device: torch.device | str) -> int:
-    """Bytes: the most this process has held on a GPU, or resident in main memory for the CPU."""
+    """Return the most bytes that this process has held on a GPU or, for the CPU, in main memory."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Rather than getrusage's figure, which a child process begins with its parent's.
+    # Preferred to getrusage, whose figure a child process inherits from its parent.
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith("VmHWM:"):

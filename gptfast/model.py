@@ -4,13 +4,15 @@ B batch, T time, C channels (n_embd), H heads, D head dimension, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops
@@ -20,16 +22,16 @@ from gptfast.tokenizer.bpe import Tokenizer
 
 @dataclass
 class KVCache:
-    """Keys and values of past tokens, preallocated: per layer (B, H, size, D), and lengths."""
+    """Keys and values of past tokens, in preallocated tensors (B, H, size, D) per layer."""
 
     k: list[Tensor]
     v: list[Tensor]
-    length: Tensor  # (B,) int64, tokens held per row
-    longest: int  # of all rows, kept on the host so that no step asks the device
-    ragged: bool  # whether rows differ in length; if not, one slice serves them all
+    length: Tensor  # (B,) int64, tokens in each row
+    longest: int  # the largest length, on the host so that no step waits for the device
+    ragged: bool  # whether the lengths differ; if not, one slice serves all rows
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, H, T, D) behind what the layer holds; its keys and values so far."""
+        """Append k and v (B, H, T, D) to a layer's; return all its keys and values so far."""
         end = self.longest + k.shape[2]
         if self.ragged:
             time = self.length[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
@@ -42,7 +44,7 @@ class KVCache:
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
-def _parts(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+def _norm_parameters(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
     return norm.weight, norm.bias, norm.eps
 
 
@@ -57,8 +59,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, norm: nn.LayerNorm, seed: Tensor | int, cache: KVCache | None, layer: int
     ) -> Tensor:
-        """x (B, T, C) plus what attention adds to it."""
-        qkv = ops.linear(x, self.c_attn.weight, self.c_attn.bias, norm=_parts(norm))  # (B, T, 3C)
+        """Return x (B, T, C) plus the output of attention."""
+        qkv = ops.linear(
+            x, self.c_attn.weight, self.c_attn.bias, norm=_norm_parameters(norm)
+        )  # (B, T, 3C)
         out = self._attend(qkv, seed, cache, layer)  # (B, T, C)
         if self.training and self.drop.p > 0:
             return x + self.drop(ops.linear(out, self.c_proj.weight, self.c_proj.bias))
@@ -85,11 +89,11 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """x (B, T, C) plus what the perceptron adds to it."""
+        """Return x (B, T, C) plus the output of the perceptron."""
         layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
         if self.training and self.drop.p > 0:
-            return x + self.drop(ops.mlp(x, *layers, norm=_parts(norm)))
-        return ops.mlp(x, *layers, norm=_parts(norm), residual=True)
+            return x + self.drop(ops.mlp(x, *layers, norm=_norm_parameters(norm)))
+        return ops.mlp(x, *layers, norm=_norm_parameters(norm), residual=True)
 
 
 class Block(nn.Module):
@@ -106,8 +110,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with GPT-2's own parameter names and initialisation (normal 0.02, residual projections
-    scaled by 1 / sqrt(2 n_layer), biases zero).
+    """GPT-2, with its own parameter names and initialisation.
+
+    Weights are normal with standard deviation 0.02, divided by sqrt(2 n_layer) for the projections
+    onto the residual stream; biases are zero (Radford et al., 2019, section 2.3).
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -115,9 +121,9 @@ class GPT(nn.Module):
         self.config = config
         # Whether the backward computes each block's activations again instead of keeping them.
         self.activation_checkpointing = False
-        # See ops.linear_cross_entropy; 0 leaves out nothing of the head's gradient.
+        # See ops.linear_cross_entropy; with 0 the head's gradient is complete.
         self.skip_below = 0.0
-        # Of the files it was loaded from, for save_pretrained.
+        # The tokenizer in the files that the model was loaded from, for save_pretrained.
         self.tokenizer_name: str | None = None
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -129,7 +135,7 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew from GPT-2's initialisation, by torch's generator."""
+        """Draw all parameters anew from GPT-2's initialisation, with torch's generator."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 residual = name.endswith("c_proj")
@@ -142,20 +148,20 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The (V, C) weight of the head: the token embedding's, if tied."""
+        """The (V, C) weight of the head, which is the token embedding's if it is tied."""
         return self.wte.weight if self.config.tie_weights else self.lm_head.weight
 
     def new_cache(self, B: int, size: int) -> KVCache:
-        """An empty cache for B rows of up to `size` tokens, on the model's device, in its dtype."""
+        """Return an empty cache for B rows of up to `size` tokens, in the model's dtype."""
         config, like = self.config, self.wte.weight
         shape = (B, config.n_head, size, config.n_embd // config.n_head)
         k, v = ([like.new_zeros(shape) for _ in range(config.n_layer)] for _ in "kv")
         return KVCache(k, v, torch.zeros(B, dtype=torch.int64, device=like.device), 0, False)
 
     def _embed(self, idx: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of wte (B, T, C), and the weight (V, C) for the head.
+        """Return the rows of wte (B, T, C), and the weight (V, C) for the head.
 
-        Given to the head, the weight gets its gradient in one piece, if it is tied to wte's.
+        A tied weight gets the gradients of both uses in one tensor if the head takes it from here.
         """
         x, head_weight = ops.embedding(idx, self.wte.weight)
         return x, head_weight if self.config.tie_weights else self.lm_head.weight
@@ -163,15 +169,15 @@ class GPT(nn.Module):
     def hidden(
         self, idx: Tensor, *, seed: Tensor | int = 0, cache: KVCache | None = None
     ) -> Tensor:
-        """idx (B, T) int64 -> the normalised residual stream (B, T, C) that the head reads.
+        """Return the normalised residual stream (B, T, C), the head's input, for idx (B, T) int64.
 
-        With a cache, the tokens follow those it holds: their keys and values are written there,
-        row b's from cache.length[b] on. The caller then moves length and longest on.
+        With a cache, the tokens follow those in it: their keys and values are written there, row
+        b's from cache.length[b] on. The caller then increases length and longest.
         """
         return self._stream(self._embed(idx)[0], seed, cache)
 
     def _stream(self, x: Tensor, seed: Tensor | int, cache: KVCache | None = None) -> Tensor:
-        """The rows of wte (B, T, C) -> what `hidden` returns."""
+        """Return `hidden` for the rows of wte (B, T, C)."""
         T = x.shape[1]
         start = cache.longest if cache else 0
         time = torch.arange(start, start + T, device=x.device)  # (T,)
@@ -188,10 +194,10 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, target: Tensor | None = None, *, seed: Tensor | int | None = None
     ) -> Tensor:
-        """idx (B, T) int64 -> logits (B, T, V), or the mean loss if target (B, T) int64 is given.
+        """Return logits (B, T, V) for idx (B, T) int64, or the mean loss for a target (B, T) int64.
 
-        target is already shifted; -100 is ignored. seed fixes the attention dropout of a training
-        step; None draws it from torch's generator. Raises ValueError for a T outside
+        target is already shifted by one; -100 is ignored. seed fixes the attention dropout of a
+        training step; None draws it from torch's generator. Raises ValueError for a T outside
         [1, block_size] and, on the CPU, IndexError for ids out of range.
         """
         fits = idx.dim() == 2 and 1 <= idx.shape[1] <= self.config.block_size
@@ -211,35 +217,51 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike, *, n_head: int | None = None) -> Self:
-        """A model in evaluation mode from GPT-2's weights in any of their forms, told by content.
+        """Return the model at a path or name, in evaluation mode.
 
         path: a run or a checkpoint of `gptfast train`; OpenAI's directory; a directory or file of
         transformers (safetensors or .bin, in shards or not); nanoGPT's ckpt.pt; llm.c's .bin; the
-        .pth of Raschka's book; or a name, "gpt2" say, that `gptfast download` has fetched.
-        n_head: for a file that does not tell, the book's say; None takes heads of 64 channels.
+        .pth of Raschka's book; or the name of a model that `gptfast download` has fetched, such as
+        "gpt2". The form is recognised by content.
+        n_head: for a file that does not record it, such as the book's; None takes heads of 64
+        channels.
 
-        Tensors keep their dtype. Nothing is unpickled but tensors. Raises CheckpointError, a
-        ValueError, for what is none of these, damaged or incomplete.
+        All parameters have the dtype of the file's token embedding. Pickles are read for tensors
+        only; nothing in them is executed. Raises CheckpointError, a ValueError, for anything else
+        and for what is damaged or incomplete.
         """
-        return load_model(path, n_head)
+        # Here, because an engine that loads packed weights needs none of the readers.
+        from gptfast.weights.open import open_weights
+
+        weights = open_weights(path, n_head)
+        with torch.device("meta"), _WithoutInitialisation():
+            model = cls(weights.config)
+        weights.move_into(model)
+        model.tokenizer_name = weights.tokenizer
+        return model.eval()
 
     def save_pretrained(
         self, directory: str | PathLike, *, tokenizer: Tokenizer | None = None
     ) -> None:
-        """Write config.json and model.safetensors as transformers' GPT2LMHeadModel reads them, and
-        vocab.json, merges.txt and tokenizer_config.json for its tokenizer.
+        """Write a directory that transformers' GPT2LMHeadModel and its tokenizer load.
 
-        tokenizer: None takes the one in the files that the model was loaded from, if any.
+        It gets config.json, model.safetensors and, for a byte-pair encoding, vocab.json, merges.txt
+        and tokenizer_config.json. tokenizer: None takes the one in the files that the model was
+        loaded from, if any. Raises OSError.
         """
         from gptfast.weights.pretrained import save_model
 
-        save_model(self, directory, tokenizer or self.tokenizer_name)
+        tokenizer_or_name = tokenizer or self.tokenizer_name
+        save_model(self.config, self.state_dict(), directory, tokenizer_or_name)
 
 
-def load_model(path: str | PathLike, n_head: int | None = None) -> GPT:
-    """The model of `open_weights`, in evaluation mode."""
-    from gptfast.weights.open import open_weights, tokenizer_of
+class _WithoutInitialisation(TorchFunctionMode):
+    """Make normal_ do nothing: on the meta device it would only import 150 MB of Python."""
 
-    model = open_weights(path, n_head).build()
-    model.tokenizer_name = model.tokenizer_name or tokenizer_of(path)
-    return model
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.init.normal_ or func is Tensor.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

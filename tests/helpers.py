@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gptfast import GPT, GPTConfig, TrainConfig, Trainer, create_dataloader, get_tokenizer
 from gptfast.data.tokens import as_tokens, embedded_text, split_tokens
+from gptfast.weights import convert
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +95,8 @@ def disk_of(size: str, path: Path) -> Iterator[Path]:
         pytest.skip("no right to mount a small file system")
     yield path
     subprocess.run(["umount", str(path)], check=True)
+
+
+def save(model: GPT, path: Path | str, form: str | None = None) -> None:
+    """Write a model in one of the forms of `gptfast convert`, its tokenizer along with it."""
+    convert.save(model.config, model.state_dict(), path, form, tokenizer=model.tokenizer_name)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from gptfast import GPT, AdamW
 from gptfast.cli.train import load_weights
-from gptfast.model import load_model
 from gptfast.training.checkpoint import load_checkpoint, save_checkpoint
 from gptfast.weights.checkpoint import checkpoints, find_checkpoint, read_state
 
@@ -83,7 +82,7 @@ def test_save_pretrained_round_trip(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_tied_weights_stay_tied(saved: Path) -> None:
-    model = load_model(saved)
+    model = GPT.from_pretrained(saved)
     assert model.head_weight is model.wte.weight
     assert "lm_head.weight" not in load_file(saved / "model.safetensors")
 
@@ -91,7 +90,8 @@ def test_tied_weights_stay_tied(saved: Path) -> None:
 def test_save_pretrained_replaces_a_model(tmp_path: Path) -> None:
     random_model(0).save_pretrained(tmp_path)
     random_model(1, n_layer=1).save_pretrained(tmp_path)
-    assert differing(parameters(load_model(tmp_path)), parameters(random_model(1, n_layer=1))) == []
+    loaded, model = GPT.from_pretrained(tmp_path), random_model(1, n_layer=1)
+    assert differing(parameters(loaded), parameters(model)) == []
 
 
 def test_transformers_opens_a_checkpoint(saved: Path) -> None:
@@ -100,7 +100,8 @@ def test_transformers_opens_a_checkpoint(saved: Path) -> None:
     theirs, report = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     idx = random_ids(2, 16)
-    torch.testing.assert_close(theirs.eval()(idx).logits, load_model(saved)(idx), rtol=0, atol=1e-4)
+    ours = GPT.from_pretrained(saved)
+    torch.testing.assert_close(theirs.eval()(idx).logits, ours(idx), rtol=0, atol=1e-4)
 
 
 def test_what_old_files_have_besides_is_passed_over(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_what_old_files_have_besides_is_passed_over(tmp_path: Path) -> None:
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
-    assert differing(parameters(load_model(tmp_path)), parameters(model)) == []
+    assert differing(parameters(GPT.from_pretrained(tmp_path)), parameters(model)) == []
 
 
 def test_keep_and_order(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_keep_and_order(tmp_path: Path) -> None:
 def test_saving_a_step_again_replaces_it(saved: Path) -> None:
     model, optimizer = trained(seed=1)
     assert save_checkpoint(saved.parents[1], model, optimizer, {"step": 2}, keep=2) == saved
-    assert differing(parameters(load_model(saved)), parameters(model)) == []
+    assert differing(parameters(GPT.from_pretrained(saved)), parameters(model)) == []
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(
@@ -139,7 +140,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
 
     before = {name: (saved / name).read_bytes() for name in FILES}
     model, optimizer = trained(seed=1)
-    monkeypatch.setattr("gptfast.training.checkpoint.fsync", full)
+    monkeypatch.setattr("gptfast.files.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(saved.parents[1], model, optimizer, {"step": 3}, keep=1)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
@@ -156,7 +157,7 @@ def test_a_flipped_bit_is_found_and_its_file_named(saved: Path, file: str, share
         load_checkpoint(saved, *trained())
     if file != "optimizer.safetensors":
         with pytest.raises(ValueError, match=f"{file}.* (is damaged|has checkpoint format)"):
-            load_model(saved)
+            GPT.from_pretrained(saved)
 
 
 def test_every_byte_of_the_state_counts(saved: Path) -> None:
@@ -180,7 +181,7 @@ def test_a_missing_file_is_named(saved: Path, file: str) -> None:
 
 def test_weights_alone_cannot_be_resumed(saved: Path) -> None:
     (saved / "state.json").unlink()
-    assert load_model(saved).config.n_embd == 24
+    assert GPT.from_pretrained(saved).config.n_embd == 24
     with pytest.raises(ValueError, match="cannot be resumed: it has no state.json"):
         load_checkpoint(saved, *trained())
 
@@ -258,7 +259,7 @@ def test_config_that_does_not_fit(changes: dict[str, Any], message: str, tmp_pat
     random_model().save_pretrained(tmp_path)
     edit_config(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
-        load_model(tmp_path)
+        GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,7 @@ def test_config_that_is_no_json(text: str, message: str, tmp_path: Path) -> None
     random_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=f"config.json is .*{message}"):
-        load_model(tmp_path)
+        GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
@@ -286,7 +287,7 @@ def test_truncated_safetensors(tmp_path: Path, share: float) -> None:
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
-        load_model(tmp_path)
+        GPT.from_pretrained(tmp_path)
 
 
 def test_missing_tensor(tmp_path: Path) -> None:
@@ -295,7 +296,7 @@ def test_missing_tensor(tmp_path: Path) -> None:
     del tensors["transformer.h.1.mlp.c_fc.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no tensor 'h.1.mlp.c_fc.bias'"):
-        load_model(tmp_path)
+        GPT.from_pretrained(tmp_path)
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
@@ -303,7 +304,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     random_model().save_pretrained(tmp_path)
     torch.save({"wte.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
-        load_model(tmp_path)
+        GPT.from_pretrained(tmp_path)
 
 
 def test_a_moved_run_is_found(saved: Path, tmp_path: Path) -> None:

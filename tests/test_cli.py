@@ -195,7 +195,7 @@ BAD_TRAIN_FLAGS = {
     "--lr -1": ["lr must be a finite number > 0, got -1.0"],
     "--lr fast": ["--lr", "'fast'"],
     "--seed -1": ["seed must be >= 0, got -1"],
-    "--batch-size 0": ["batch_size must be >= 1, got 0"],
+    "--batch-size 0": ["batch_size must be an integer >= 1, got 0"],
     "--split 1.0": ["--split takes two or three shares"],
     "--split 0.9 0.3": ["split ratios must be positive and sum to 1"],
     "--data nowhere.txt": ["nowhere.txt"],

@@ -10,12 +10,12 @@ from commands import SIZES, Capture, done, refused, run
 from helpers import (
     one_thread,  # noqa: F401 - applies to every test here
     random_model,
+    save,
 )
 
 from gptfast import GPT, get_tokenizer
 from gptfast.evaluate.loss import perplexity, sliding_score
-from gptfast.model import load_model
-from gptfast.weights.convert import FORMATS, save
+from gptfast.weights.convert import FORMATS
 
 FIXTURE = Path(__file__).parent / "fixtures" / "openai"
 NAMES = {"transformers": "hf", "llm.c": "m.bin", "nanogpt": "ckpt.pt", "book": "m.pth"}
@@ -39,13 +39,13 @@ def test_convert_from_form_to_form(capsys: Capture) -> None:
         output = done(capsys, "convert", source, name, "--n-head", 2)
         assert output == f"done: 17,760 parameters in {name} ({form})\n"
         source = name
-    back, first = load_model("m.pth", 2), load_model(FIXTURE)
+    back, first = GPT.from_pretrained("m.pth", n_head=2), GPT.from_pretrained(FIXTURE)
     assert all(torch.equal(p, first.state_dict()[name]) for name, p in back.state_dict().items())
     done(capsys, "convert", FIXTURE, "half.bin", "--dtype", "bf16")
-    assert load_model("half.bin").wte.weight.dtype == torch.bfloat16
+    assert GPT.from_pretrained("half.bin").wte.weight.dtype == torch.bfloat16
     assert Path("half.bin").stat().st_size < 0.7 * Path("m.bin").stat().st_size
     done(capsys, "convert", FIXTURE, "state.safetensors.d", "--to", "nanogpt")
-    assert load_model("state.safetensors.d").config == first.config
+    assert GPT.from_pretrained("state.safetensors.d").config == first.config
 
 
 def test_convert_keeps_the_vocabulary(capsys: Capture) -> None:
@@ -86,7 +86,7 @@ def test_commands_take_every_form(form: str, capsys: Capture) -> None:
     sizes = ["--max-steps", 1, "--batch-size", 2, "--sample-tokens", 1, "--device", "cpu"]
     given = ["--init", path, "--data", "text.txt", "--out", "run", "--lr", 1e-9, *sizes, *options]
     done(capsys, "train", *given)
-    trained = load_model("run").state_dict()
+    trained = GPT.from_pretrained("run").state_dict()
     for name, p in model.state_dict().items():
         torch.testing.assert_close(trained[name], p, rtol=0, atol=1e-6)
 
@@ -98,9 +98,9 @@ def test_a_run_is_converted(capsys: Capture) -> None:
     done(capsys, "train", *tiny, "--data", "text.txt", "--out", "run", "--max-steps", 2)
     for form, name in NAMES.items():
         done(capsys, "convert", "run", name)
-        loaded = load_model(name, 2 if form == "book" else None)
+        loaded = GPT.from_pretrained(name, n_head=2 if form == "book" else None)
         idx = torch.tensor([[5, 6, 7]])
-        assert torch.equal(loaded(idx), load_model("run")(idx))
+        assert torch.equal(loaded(idx), GPT.from_pretrained("run")(idx))
 
 
 def test_sliding_window(capsys: Capture) -> None:

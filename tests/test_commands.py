@@ -27,7 +27,6 @@ from gptfast.cli import main
 from gptfast.data.sources import load_data
 from gptfast.data.tokens import embedded_text
 from gptfast.evaluate.loss import perplexity
-from gptfast.model import load_model
 from gptfast.ops.backend import EXTENSION
 from gptfast.weights.checkpoint import checkpoints
 
@@ -118,7 +117,7 @@ def test_a_tokenizer_of_ones_own(text: Path, tmp_path: Path, capsys: Capture) ->
 
 
 def test_eval_by_hand(trained: Path, text: Path, capsys: Capture) -> None:
-    model, tokens = load_model(trained), BYTE.encode(text.read_text())
+    model, tokens = GPT.from_pretrained(trained), BYTE.encode(text.read_text())
 
     def measured(*args: object) -> str:
         return done(capsys, "eval", trained, *args).strip()
@@ -153,7 +152,7 @@ def test_eval_of_completions(trained: Path, tmp_path: Path, capsys: Capture) -> 
     """Prompts do not count: with others in their place only what is seen of them changes."""
     jsonl(tmp_path / "a.jsonl", {"prompt": "ab", "completion": "cd"})
     output = done(capsys, "eval", trained, "--data", "a.jsonl")
-    logits = load_model(trained)(torch.tensor([BYTE.encode("abcd")]))[0].log_softmax(-1)
+    logits = GPT.from_pretrained(trained)(torch.tensor([BYTE.encode("abcd")]))[0].log_softmax(-1)
     targets = [*BYTE.encode("cd"), BYTE.eot]
     loss = -sum(logits[1 + i, target].item() for i, target in enumerate(targets)) / 3
     assert output.startswith(f"loss {loss:.4f} ")
@@ -324,7 +323,7 @@ def test_divergence(text: Path, capsys: Capture) -> None:
     words = ["loss is nan at step 2, on batch 1 (epoch 0): windows ", " at tokens ", "lower --lr"]
     refused(train(capsys, *args), *words, "the checkpoint of step 1 is in run")
     assert [path.name for path in checkpoints("run")] == ["step-00000001"]
-    assert all(p.isfinite().all() for p in load_model("run").parameters())
+    assert all(p.isfinite().all() for p in GPT.from_pretrained("run").parameters())
     refused(train(capsys, *args, "--resume"), *words)
     skip = ["--resume", "--nonfinite", "skip", "--sample-tokens", 0]
     output = done(capsys, "train", "--out", "run", *skip)
@@ -348,7 +347,7 @@ def test_generate_options(trained: Path, capsys: Capture) -> None:
     assert len(set(punished[4:])) == len(punished[4:]) > 10
     table = text_of("--temperature", 0, "--logprobs").splitlines()
     assert [line.split(maxsplit=1)[1] for line in table] == [repr(c) for c in greedy[4:]]
-    logits = load_model(trained)(torch.tensor([BYTE.encode("The ")]))[0, -1]
+    logits = GPT.from_pretrained(trained)(torch.tensor([BYTE.encode("The ")]))[0, -1]
     assert abs(float(table[0].split()[0]) - logits.log_softmax(-1).max().item()) < 1e-4
 
 
@@ -359,7 +358,7 @@ def test_special_tokens(trained: Path, capsys: Capture) -> None:
         args = ("--prompt", "<|endoftext|>", "--temperature", 0, "--logprobs", *options)
         return float(done(capsys, "generate", trained, *args).split()[0])
 
-    model = load_model(trained)
+    model = GPT.from_pretrained(trained)
     letters, special = (
         model(torch.tensor([ids]))[0, -1].log_softmax(-1).max().item()
         for ids in (BYTE.encode("<|endoftext|>")[-16:], [BYTE.eot])
@@ -396,7 +395,7 @@ def test_training_flags(text: Path, tmp_path: Path, capsys: Capture) -> None:
     bf16 = result("bf16", "--precision", "bf16")
     assert bf16 != plain and bf16 == pytest.approx(plain, rel=0.02)
     result("frozen", "--freeze", "wte.*", "h.*.attn.*", "--checkpoint-interval", 1, "--keep", 9)
-    first, last = (load_model(checkpoints("frozen")[i]) for i in (0, -1))
+    first, last = (GPT.from_pretrained(checkpoints("frozen")[i]) for i in (0, -1))
     changed = differing(parameters(first), parameters(last))
     assert changed and not [n for n in changed if n.startswith("wte.") or ".attn." in n]
     assert {n.split(".")[-2] for n in changed} >= {"wpe", "c_fc", "ln_f"}
@@ -477,7 +476,7 @@ BAD_COMMANDS = {
     "prepare --data text.txt --out out --split 0.5": ["sum to 1"],
     "prepare --data text.txt --out out --split nan 1": ["sum to 1"],
     "prepare --data text.txt --out out --split 0.4 0.3 0.2 0.1": ["one to three shares"],
-    "prepare --data text.txt --out out --workers 0": ["workers must be >= 1, got 0"],
+    "prepare --data text.txt --out out --workers 0": ["workers must be an integer >= 1, got 0"],
     "prepare --data text.txt --out out --shard-tokens 0": ["shard_tokens must be"],
     "prepare --data bad.jsonl --out out": ["bad.jsonl:2", "no field 'text', only body"],
     "prepare --data mixed.jsonl --out out": ["mixed.jsonl:2", "one kind at a time"],
@@ -513,8 +512,8 @@ BAD_COMMANDS = {
     "search --random lr=0:1:log": ["must start above 0"],
     "search --lr-range 1 0.1": ["the rates must be 0 < LOW < HIGH, got 1.0 and 0.1"],
     "search --lr-range 1": ["--lr-range"],
-    "train --max-length 0 --out out": ["max_length must be >= 1, got 0"],
-    "train --stride 0 --out out": ["stride must be >= 1, got 0"],
+    "train --max-length 0 --out out": ["max_length must be an integer >= 1, got 0"],
+    "train --stride 0 --out out": ["stride must be an integer >= 1, got 0"],
     "train --tokenizer= --out out": ["has no vocab.bpe"],
     "train --config= --out out": ["cannot read"],
     "train --init= --out out": ["is no checkpoint"],

@@ -11,9 +11,8 @@ import pytest
 import torch
 from commands import rows
 
-from gptfast import get_tokenizer
+from gptfast import GPT, get_tokenizer
 from gptfast.cli import main
-from gptfast.model import load_model
 
 TEXT = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text("utf-8")
 # (language, content) of each fenced block.
@@ -84,7 +83,7 @@ def test_what_was_learnt(outputs: dict[str, str]) -> None:
 @pytest.mark.parametrize("run", ["runs/base", "runs/rates/trial-003/checkpoints/best"])
 def test_prompts_do_not_count(run: str, outputs: dict[str, str]) -> None:
     """The loss is that of the completions and their end-of-text, by hand."""
-    model, total, n = load_model(run), 0.0, 0
+    model, total, n = GPT.from_pretrained(run), 0.0, 0
     for example in held_back():
         prompt, completion = (BYTE.encode(example[name]) for name in ("prompt", "completion"))
         ids = torch.tensor([*prompt, *completion, BYTE.eot])
@@ -106,7 +105,7 @@ def test_prompts_are_no_targets_in_training(outputs: dict[str, str]) -> None:
 
 
 def test_frozen_is_as_it_was(outputs: dict[str, str]) -> None:
-    base, frozen = (load_model(f"runs/{name}").state_dict() for name in ("base", "frozen"))
+    base, frozen = (GPT.from_pretrained(f"runs/{name}").state_dict() for name in ("base", "frozen"))
     for name in base:
         same = torch.equal(base[name], frozen[name])
         assert same == name.startswith(("wte.", "wpe.", "h.0.")), name

@@ -46,8 +46,8 @@ def gpt2() -> Tokenizer:
 
 @pytest.fixture
 def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (gptfast.data.documents, gptfast.data.tokenize):
-        monkeypatch.setattr(module, "PIECE", 7)
+    monkeypatch.setattr(gptfast.data.documents, "READ_BYTES", 7)
+    monkeypatch.setattr(gptfast.data.tokenize, "BATCH_CHARACTERS", 3)
 
 
 def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> Path:
@@ -289,9 +289,9 @@ def test_bad_arguments(tmp_path: Path, refused: Any) -> None:
         ValueError, "the split of 9 tokens at ratio 1e-10 is empty", text, split=(1 - 1e-10, 1e-10)
     )
     refused(ValueError, "the split of 9 tokens at ratio 0.01 is empty", text, split=(0.99, 0.01))
-    refused(ValueError, "workers must be >= 1, got 0", text, workers=0)
-    refused(ValueError, "shard_tokens must be 1 to 2147483647, got 0", text, shard_tokens=0)
-    refused(ValueError, "shard_tokens must be 1 to .* got 2147483648", text, shard_tokens=2**31)
+    refused(ValueError, "workers must be an integer >= 1, got 0", text, workers=0)
+    refused(ValueError, "shard_tokens must be an .* 1 to 2147483647, got 0", text, shard_tokens=0)
+    refused(ValueError, "shard_tokens must be an .* got 2147483648", text, shard_tokens=2**31)
 
     class Large:
         name, n_vocab, eot = "large", 65537, 65536

@@ -364,7 +364,7 @@ def test_loaders_must_be_ours(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_one_runs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptfast.files.PATIENCE", 0.1)
+    monkeypatch.setattr("gptfast.training.run_directory.LOCK_TIMEOUT_S", 0.1)
     with RunDirectory(tmp_path).lock():
         with pytest.raises(ValueError, match="is in use by another process"):
             make_trainer(tmp_path, max_steps=2).fit()

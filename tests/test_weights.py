@@ -18,6 +18,7 @@ from helpers import (
     parameters,
     random_ids,
     random_model,
+    save,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,11 +26,10 @@ from torch import nn
 from gptfast import GPT, GPTConfig
 from gptfast.cli.train import load_weights
 from gptfast.device import peak_memory
-from gptfast.model import load_model
-from gptfast.weights.convert import FORMATS, save
+from gptfast.weights.convert import FORMATS
+from gptfast.weights.lazy_tensor import CheckpointError
 from gptfast.weights.open import open_weights
 from gptfast.weights.pretrained import hf_tensors
-from gptfast.weights.stored import CheckpointError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))
@@ -59,7 +59,7 @@ def hf_model(model: GPT) -> nn.Module:
         eos_token_id=None,
     )
     theirs = GPT2LMHeadModel(config).eval()
-    result = theirs.load_state_dict(hf_tensors(model), strict=False)
+    result = theirs.load_state_dict(hf_tensors(model.config, model.state_dict()), strict=False)
     assert result.missing_keys == ["lm_head.weight"] and not result.unexpected_keys
     return theirs
 
@@ -101,7 +101,7 @@ def openai_in_transformers() -> nn.Module:
 @pytest.mark.parametrize("name", ["openai", "openai_sharded"])
 def test_tensorflows_checkpoint(name: str) -> None:
     """Files that TensorFlow wrote (see fixtures/make_openai.py), whole and in shards."""
-    model = load_model(FIXTURES / name)
+    model = GPT.from_pretrained(FIXTURES / name)
     assert (model.config.n_layer, model.config.vocab_size) == (2, 120)
     assert_same_logits(model, openai_in_transformers())
     c_attn = values()["model/h1/attn/c_attn/w"]
@@ -116,16 +116,20 @@ def openai(tmp_path: Path) -> Path:
 def test_openai_without_the_file_checkpoint(openai: Path) -> None:
     (openai / "checkpoint").unlink()
     assert (
-        differing(parameters(load_model(openai)), parameters(load_model(FIXTURES / "openai"))) == []
+        differing(
+            parameters(GPT.from_pretrained(openai)),
+            parameters(GPT.from_pretrained(FIXTURES / "openai")),
+        )
+        == []
     )
     shutil.copy(openai / "model.ckpt.index", openai / "other.index")
     with pytest.raises(CheckpointError, match="2 TensorFlow checkpoints"):
-        load_model(openai)
+        GPT.from_pretrained(openai)
 
 
 def test_a_name_in_checkpoint_is_looked_up_beside_it(openai: Path) -> None:
     (openai / "checkpoint").write_text('model_checkpoint_path: "/elsewhere/../x/model.ckpt"\n')
-    assert load_model(openai).config.n_embd == 24
+    assert GPT.from_pretrained(openai).config.n_embd == 24
 
 
 @pytest.mark.parametrize(
@@ -158,7 +162,7 @@ def test_damaged_openai(
     if change is not None:
         (openai / file).write_bytes(change(content))
     with pytest.raises(CheckpointError, match=message):
-        load_model(openai)
+        GPT.from_pretrained(openai)
 
 
 # transformers'
@@ -197,7 +201,7 @@ def test_transformers_files(kind: str, prefix: str, tmp_path: Path) -> None:
     if weight_map:
         stem = "model.safetensors" if kind == "shards" else "pytorch_model.bin"
         (tmp_path / f"{stem}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    loaded = load_model(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
     assert differing(parameters(loaded), parameters(model)) == []
     assert loaded.head_weight is loaded.wte.weight
 
@@ -206,7 +210,7 @@ def test_transformers_own_shards(tmp_path: Path) -> None:
     model = wide_model()
     hf_model(model).save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    assert differing(parameters(load_model(tmp_path)), parameters(model)) == []
+    assert differing(parameters(GPT.from_pretrained(tmp_path)), parameters(model)) == []
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,7 @@ def test_damaged_index(where: Any, message: str, tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where}))
     with pytest.raises(CheckpointError, match=message):
-        load_model(tmp_path)
+        GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("config", [True, False], ids=["config.json", "alone"])
@@ -236,7 +240,7 @@ def test_a_single_file(config: bool, tied: bool, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     if not config:
         (tmp_path / "config.json").unlink()
-    loaded = load_model(tmp_path / "model.safetensors")
+    loaded = GPT.from_pretrained(tmp_path / "model.safetensors")
     assert loaded.config == model.config
     assert differing(parameters(loaded), parameters(model)) == []
 
@@ -287,7 +291,7 @@ def test_a_bias_that_config_json_denies(trained: bool, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["transformer.h.1.attn.c_attn.bias"] += 0.5 * trained
     save_file(tensors, tmp_path / "model.safetensors")
-    loaded = load_model(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
     assert loaded.config.qkv_bias == trained
     from transformers import GPT2LMHeadModel
 
@@ -305,7 +309,7 @@ def test_a_head_of_its_own_that_is_said_to_be_tied(form: str, tmp_path: Path) ->
         model.save_pretrained(tmp_path)
         tensors = load_file(tmp_path / "model.safetensors")
         save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
-    loaded = load_model(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
     assert torch.equal(loaded.head_weight, head)
     assert not torch.equal(loaded.wte.weight, head)
 
@@ -316,7 +320,7 @@ def test_an_old_config_without_model_type(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     del config["model_type"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_model(tmp_path).config == model.config
+    assert GPT.from_pretrained(tmp_path).config == model.config
 
 
 def test_one_dtype(tmp_path: Path) -> None:
@@ -325,40 +329,44 @@ def test_one_dtype(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["transformer.ln_f.weight"] = tensors["transformer.ln_f.weight"].half()
     save_file(tensors, tmp_path / "model.safetensors")
-    assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
+    assert {p.dtype for p in GPT.from_pretrained(tmp_path).parameters()} == {torch.float32}
 
 
 def test_safetensors_whose_first_byte_is_a_pickles(tmp_path: Path) -> None:
     """The header's length comes first, and may begin with 0x80, as pickles do."""
     model = wide_model(tie_weights=False)
     for pad in range(0, 400, 8):
-        save_file(hf_tensors(model), tmp_path / "blob", metadata={"p": "x" * pad})
+        save_file(
+            hf_tensors(model.config, model.state_dict()),
+            tmp_path / "blob",
+            metadata={"p": "x" * pad},
+        )
         if (tmp_path / "blob").read_bytes()[0] == 0x80:
             break
     assert (tmp_path / "blob").read_bytes()[0] == 0x80
-    assert differing(parameters(load_model(tmp_path / "blob")), parameters(model)) == []
+    assert differing(parameters(GPT.from_pretrained(tmp_path / "blob")), parameters(model)) == []
 
 
 def test_saved_into_openais_directory(openai: Path) -> None:
-    model = load_model(openai)
+    model = GPT.from_pretrained(openai)
     with torch.no_grad():
         model.wte.weight += 1
     model.save_pretrained(openai)
-    assert torch.equal(load_model(openai).wte.weight, model.wte.weight)
+    assert torch.equal(GPT.from_pretrained(openai).wte.weight, model.wte.weight)
 
 
 def test_two_tensors_of_a_name(tmp_path: Path) -> None:
-    tensors = hf_tensors(wide_model())
+    tensors = hf_tensors(wide_model().config, wide_model().state_dict())
     tensors["wte.weight"] = torch.zeros(61, 128)
     torch.save(tensors, tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match="two tensors for 'wte.weight'"):
-        load_model(tmp_path / "m.pth")
+        GPT.from_pretrained(tmp_path / "m.pth")
 
 
 def test_numbers_of_numpy_beside_the_weights(tmp_path: Path) -> None:
     content = nanogpt_content(wide_model()) | {"loss": np.float64(3.5), "step": np.int64(7)}
     torch.save(content, tmp_path / "ckpt.pt")
-    assert load_model(tmp_path).config.n_layer == 2
+    assert GPT.from_pretrained(tmp_path).config.n_layer == 2
 
 
 # Vocabularies
@@ -438,7 +446,7 @@ def test_a_vocabulary_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixt
     model.tokenizer_name = str(tmp_path / "gone")
     model.save_pretrained(tmp_path / "m")
     assert "saved without a tokenizer" in caplog.text
-    assert differing(parameters(load_model(tmp_path / "m")), parameters(model)) == []
+    assert differing(parameters(GPT.from_pretrained(tmp_path / "m")), parameters(model)) == []
 
 
 # All forms
@@ -455,7 +463,7 @@ def test_round_trip_is_exact(form: str, changes: dict[str, Any], tmp_path: Path)
             save(model, path, form)
         return
     save(model, path)  # the form by its suffix
-    loaded = load_model(path)
+    loaded = GPT.from_pretrained(path)
     idx = random_ids(2, 16)
     assert torch.equal(loaded(idx), model.eval()(idx))
     added = {f"h.{i}.attn.c_attn.bias" for i in range(2)} if "qkv_bias" in changes else set()
@@ -468,20 +476,20 @@ def test_round_trip_is_exact(form: str, changes: dict[str, Any], tmp_path: Path)
 @pytest.mark.parametrize("form", FORMATS)
 def test_all_ways_lead_to_all(form: str, tmp_path: Path) -> None:
     """From OpenAI's through this form into each other, and every one is the same model."""
-    first = load_model(FIXTURES / "openai")
+    first = GPT.from_pretrained(FIXTURES / "openai")
     save(first, tmp_path / NAMES[form], form)
     n_head = HPARAMS["n_head"] if form == "book" else None
-    second = load_model(tmp_path / NAMES[form], n_head)
+    second = GPT.from_pretrained(tmp_path / NAMES[form], n_head=n_head)
     for other in FORMATS:
         path = tmp_path / "others" / NAMES[other]
         save(second, path, other)
-        third = load_model(path, HPARAMS["n_head"])
+        third = GPT.from_pretrained(path, n_head=HPARAMS["n_head"])
         assert third.config == first.config
         assert differing(parameters(third), parameters(first)) == []
 
 
 def test_heads_that_no_file_tells(tmp_path: Path) -> None:
-    save(load_model(FIXTURES / "openai"), tmp_path / "m.pth")
+    save(GPT.from_pretrained(FIXTURES / "openai"), tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match=r"how many heads .* n_head \(24 channels\)"):
         GPT.from_pretrained(tmp_path / "m.pth")
     assert GPT.from_pretrained(tmp_path / "m.pth", n_head=3).config.n_head == 3
@@ -493,7 +501,7 @@ def test_heads_that_no_file_tells(tmp_path: Path) -> None:
 def test_bf16(form: str, tmp_path: Path) -> None:
     model = wide_model().bfloat16()
     save(model, tmp_path / NAMES[form], form)
-    loaded = load_model(tmp_path / NAMES[form])
+    loaded = GPT.from_pretrained(tmp_path / NAMES[form])
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert differing(parameters(loaded), parameters(model)) == []
 
@@ -519,7 +527,9 @@ def test_llmc_by_hand(tmp_path: Path) -> None:
     parts += [state["ln_f.weight"].numpy(), state["ln_f.bias"].numpy()]
     content = header.tobytes() + b"".join(part.tobytes() for part in parts)
     (tmp_path / "hand.bin").write_bytes(content)
-    assert differing(parameters(load_model(tmp_path / "hand.bin")), parameters(model)) == []
+    assert (
+        differing(parameters(GPT.from_pretrained(tmp_path / "hand.bin")), parameters(model)) == []
+    )
     save(model, tmp_path / "ours.bin")
     assert (tmp_path / "ours.bin").read_bytes() == content
 
@@ -552,7 +562,7 @@ def test_damaged_llmc(change: Callable[[bytes], bytes], message: str, tmp_path: 
     content = (tmp_path / "m.bin").read_bytes()
     (tmp_path / "m.bin").write_bytes(change(content))
     with pytest.raises(CheckpointError, match=message):
-        load_model(tmp_path / "m.bin")
+        GPT.from_pretrained(tmp_path / "m.bin")
 
 
 def nanogpt_content(model: GPT, prefix: str = "", bias: bool = True) -> dict[str, Any]:
@@ -582,7 +592,7 @@ def test_nanogpt(prefix: str, tmp_path: Path) -> None:
     model = wide_model(n_embd=24, n_head=3)
     torch.save(nanogpt_content(model, prefix), tmp_path / "ckpt.pt")
     for path in (tmp_path, tmp_path / "ckpt.pt"):
-        loaded = load_model(path)
+        loaded = GPT.from_pretrained(path)
         assert loaded.config == model.config
         assert differing(parameters(loaded), parameters(model)) == []
 
@@ -596,7 +606,7 @@ def test_nanogpt_without_biases(tmp_path: Path) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p)
-    loaded = load_model(tmp_path / "ckpt.pt")
+    loaded = GPT.from_pretrained(tmp_path / "ckpt.pt")
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
     assert all(torch.equal(loaded.state_dict()[n.removeprefix("transformer.")], t)
                for n, t in saved.items() if n.startswith("transformer."))  # fmt: skip
@@ -618,7 +628,7 @@ def test_the_books_model(changes: dict[str, Any], wrapped: bool, tmp_path: Path)
     torch.testing.assert_close(theirs(idx), model.eval()(idx), rtol=0, atol=2e-5)
     content = {"model_state_dict": theirs.state_dict(), "optimizer_state_dict": {}}
     torch.save(content if wrapped else theirs.state_dict(), tmp_path / "theirs.pth")
-    loaded = load_model(tmp_path / "theirs.pth")
+    loaded = GPT.from_pretrained(tmp_path / "theirs.pth")
     assert loaded.config == model.config
     assert differing(parameters(loaded), parameters(model)) == []
 
@@ -629,12 +639,12 @@ def test_the_books_missing_key(tmp_path: Path) -> None:
     del state["trf_blocks.1.att.W_key.bias"]
     torch.save(state, tmp_path / "less.pth")
     with pytest.raises(CheckpointError, match="no tensor 'trf_blocks.1.att.W_key.bias'"):
-        load_model(tmp_path / "less.pth")
+        GPT.from_pretrained(tmp_path / "less.pth")
     state["trf_blocks.0.att.W_extra.weight"] = torch.zeros(2)
     state["trf_blocks.1.att.W_key.bias"] = torch.zeros(128)
     torch.save(state, tmp_path / "more.pth")
     with pytest.raises(CheckpointError, match="does not know: 'trf_blocks.0.att.W_extra.weight'"):
-        load_model(tmp_path / "more.pth")
+        GPT.from_pretrained(tmp_path / "more.pth")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -682,7 +692,7 @@ def test_a_name_is_looked_up_in_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_file_of_no_known_form(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(content)
     with pytest.raises(CheckpointError, match="m is no checkpoint"):
-        load_model(tmp_path / "m")
+        GPT.from_pretrained(tmp_path / "m")
 
 
 # Memory
@@ -703,7 +713,7 @@ def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
     elif form.endswith("shards"):
         model.save_pretrained(path := tmp_path / "hf")
         (path / "model.safetensors").unlink()
-        items, weight_map = list(hf_tensors(model).items()), {}
+        items, weight_map = list(hf_tensors(model.config, model.state_dict()).items()), {}
         stem = "model.safetensors" if form == "shards" else "pytorch_model.bin"
         for i in range(12):
             part = dict(items[i::12])
@@ -715,7 +725,9 @@ def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
         torch.save(nanogpt_content(model), path := tmp_path / "ckpt.pt")
     elif form == "legacy":
         path = tmp_path / "pytorch_model.bin"
-        torch.save(hf_tensors(model), path, _use_new_zipfile_serialization=False)
+        torch.save(
+            hf_tensors(model.config, model.state_dict()), path, _use_new_zipfile_serialization=False
+        )
     else:
         path = tmp_path / NAMES[form]
         save(model, path, form)
@@ -742,4 +754,4 @@ def test_open_weights_reads_no_tensor(tmp_path: Path) -> None:
     data.write_bytes(bytes(data.stat().st_size))
     assert open_weights(path).config.n_embd == 24
     with pytest.raises(CheckpointError, match="the checksum of .* is wrong"):
-        load_model(path)
+        GPT.from_pretrained(path)

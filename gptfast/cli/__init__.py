@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gptfast.cli.terminal import ERRORS, one_line
+from gptfast.checks import one_line
+from gptfast.cli.terminal import ERRORS
 from gptfast.ops.backend import check_isa
 
 

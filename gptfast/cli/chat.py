@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptfast.checks import one_line
 from gptfast.cli.model_flags import ON_CPU, GenerationFlags
-from gptfast.cli.terminal import ERRORS, is_terminal, one_line, printable, speed
+from gptfast.cli.terminal import ERRORS, is_terminal, printable, speed
 from gptfast.generation.conversation import QUESTIONS, Conversation, Template
 from gptfast.generation.options import Options, new_tokens
 from gptfast.model import GPT

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from gptfast.cli.flags import Positional
-from gptfast.model import load_model
+from gptfast.model import GPT
 from gptfast.weights.convert import check, format_of, save
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,10 +47,10 @@ class Convert:
             self._pack()
             return
         check(self.dst, self.to)
-        model = load_model(self.src, self.n_head)
+        model = GPT.from_pretrained(self.src, n_head=self.n_head)
         if self.dtype is not None:
             model.to(_DTYPES[self.dtype])
-        save(model, self.dst, self.to)
+        save(model.config, model.state_dict(), self.dst, self.to, tokenizer=model.tokenizer_name)
         n = sum(p.numel() for p in model.parameters())
         print(f"done: {n:,} parameters in {self.dst} ({self.to or format_of(self.dst)})")
 
@@ -64,7 +64,9 @@ class Convert:
             raise ValueError(f"{self.dst} exists; name another or delete it")
         from gptfast.engine import Engine
 
-        source = self.src if self.n_head is None else load_model(self.src, self.n_head)
+        source = (
+            self.src if self.n_head is None else GPT.from_pretrained(self.src, n_head=self.n_head)
+        )
         engine = Engine(source, self.dtype)
         engine.save(self.dst)
         size = f"{engine.weight_bytes / 1e6:,.1f} MB of {engine.dtype} weights"

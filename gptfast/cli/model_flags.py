@@ -55,9 +55,7 @@ def _load(checkpoint: str, device: str, dtype: str | None, engine: bool) -> "GPT
         raise ValueError(f"{what}: use --device cpu")
     if packed or dtype or engine and on.type == "cpu" and EXTENSION is not None:
         return Engine(checkpoint, dtype)
-    from gptfast.model import load_model
-
-    return load_model(checkpoint).to(on)
+    return GPT.from_pretrained(checkpoint).to(on)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
-from gptfast.checks import convert, describe
+from gptfast import checks
 
 T = TypeVar("T")
 
@@ -71,12 +71,7 @@ def _replace(command: T, values: Mapping[str, Any], prefix: str) -> T:
             value, hint = values[field.name], hints[field.name]
             if value == "none" and NoneType in typing.get_args(hint):
                 value = None
-            try:
-                changes[field.name] = convert(value, hint)
-            except (TypeError, OverflowError):
-                raise ValueError(
-                    f"{prefix}{field.name} must be {describe(hint)}, got {value!r:.100}"
-                ) from None
+            changes[field.name] = checks.field(f"{prefix}{field.name}", value, hint)
     try:
         return dataclasses.replace(command, **changes)
     except ValueError as error:

@@ -1,6 +1,5 @@
 """What a terminal is shown."""
 
-import re
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -11,12 +10,6 @@ if TYPE_CHECKING:
 
 ERRORS = (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, MemoryError)
 """What the user may act on: one line, no traceback."""
-
-
-def one_line(error: BaseException) -> str:
-    """What is wrong, in the first line of its message."""
-    message = str(error).strip() or type(error).__name__
-    return re.sub(r"^\[enforce fail.*DefaultCPUAllocator: ", "", message.splitlines()[0])
 
 
 # What a terminal may obey rather than show: C0 but for \n and \t, DEL, C1.

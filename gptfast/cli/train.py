@@ -183,4 +183,4 @@ def train_defaults(given: Mapping[str, Any]) -> Train:
 
 def load_weights(model: GPT, path: str | PathLike) -> None:
     """Copy the weights of `open_weights` into `model`; ValueError if they do not fit."""
-    open_weights(path).copy_to(model)
+    open_weights(path).copy_to(model.config, model.state_dict())

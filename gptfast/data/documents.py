@@ -1,4 +1,4 @@
-"""Text files to documents: find the files, read them piecewise, and say what is wrong with them."""
+"""Text files and .jsonl files: found, read in pieces, and checked."""
 
 import codecs
 import glob
@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl")
-BOM = "\ufeff"  # some editors' mark at the start of a UTF-8 file: no text
-PIECE = 1 << 20  # bytes read at a time, characters tokenised at a time
-# The last place before which a text may be cut: no word of GPT-2's pattern (tokenizer.SPLIT)
-# crosses from a non-space into a space, and only runs of spaces look at what follows them.
-_SAFE = re.compile(r".*\S(?=[ \n]\S)", re.DOTALL)
+BYTE_ORDER_MARK = "\ufeff"  # put at the start of a UTF-8 file by some editors; no text
+READ_BYTES = 1 << 20
+# Everything up to the last place where a text may be cut: no word of GPT-2's split (SPLIT in
+# tokenizer/bpe.py) crosses from a non-space into a space, and only runs of spaces depend on what
+# follows them.
+_UP_TO_SAFE_CUT = re.compile(r".*\S(?=[ \n]\S)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a .jsonl record hold its text, or its prompt and completion."""
+    """The names of the fields of a .jsonl record that have its text, or prompt and completion."""
 
     text: str = "text"
     prompt: str = "prompt"
@@ -30,10 +31,10 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A document, a piece of one, or a prompt with its completion, which is then the text."""
+    """A document, a piece of one, or a prompt with its completion as the text."""
 
     text: str
-    first: bool = True  # False: it goes on where its document's previous piece ended
+    first: bool = True  # False for a further piece of the same document
     prompt: str | None = None
 
 
@@ -63,10 +64,10 @@ def _text_files_below(directory: Path) -> list[Path]:
 
 
 def find_files(paths: Sequence[str | PathLike]) -> list[Path]:
-    """The files that paths name: files themselves, text files below directories, globs with **.
+    """Return the files that paths name: files, text files below directories, matches of globs.
 
-    A file named twice, be it through a link, counts once. Raises ValueError naming what is missing
-    or matches nothing.
+    A file that is named twice, also through a link, counts once. Raises ValueError naming a path
+    that is missing or matches nothing.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -97,38 +98,39 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def safe_pieces(chunks: Iterable[str]) -> Iterator[str]:
-    """The chunks of one text cut elsewhere, so that the pieces' tokens are the whole text's.
+    """Yield one text in pieces whose tokens are those of the whole text.
 
-    A piece ends only before a single space or line break between non-spaces; until there is one,
-    it grows.
+    chunks: the text, cut anywhere. A piece ends only before a single space or line break between
+    non-spaces, and grows until there is one.
     """
-    held, tail = [], ""
+    held: list[str] = []
+    tail = ""
     for chunk in chunks:
         window = tail + chunk
-        if found := _SAFE.match(window):
+        if found := _UP_TO_SAFE_CUT.match(window):
             yield "".join([*held, window[: found.end()]])
             held, window = [], window[found.end() :]
-        # A cut is seen by the characters around it: two stay in view.
+        # The pattern needs the characters around a cut: the last two are matched again.
         held.append(window[:-2])
         tail = window[-2:]
     yield "".join([*held, tail])
 
 
-def _chunks(path: Path, read: Callable[[int], Any]) -> Iterator[str]:
-    """A UTF-8 file's text, PIECE bytes at a time. ValueError for an empty or binary file."""
+def _chunks(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[str]:
+    """Yield a UTF-8 file's text as it is read. Raises ValueError for an empty or binary file."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     start, blank = 0, True
     with path.open("rb") as file:
-        while content := file.read(PIECE):
+        while content := file.read(READ_BYTES):
             chunk = _decode(path, decoder, content, start)
             if b"\0" in content:
                 at = start + content.index(0)
                 raise ValueError(f"{path} is binary: it has a NUL byte at {at}")
             if not start:
-                chunk = chunk.removeprefix(BOM)
+                chunk = chunk.removeprefix(BYTE_ORDER_MARK)
             blank = blank and not chunk.strip()
             start += len(content)
-            read(len(content))
+            on_bytes(len(content))
             yield chunk
     _decode(path, decoder, b"", start)
     if blank:
@@ -136,7 +138,7 @@ def _chunks(path: Path, read: Callable[[int], Any]) -> Iterator[str]:
 
 
 def _decode(path: Path, decoder: codecs.IncrementalDecoder, content: bytes, start: int) -> str:
-    waiting = len(decoder.getstate()[0])  # bytes of a character that the last read cut
+    waiting = len(decoder.getstate()[0])  # bytes of a character that the last read cut in two
     try:
         return decoder.decode(content, final=not content)
     except UnicodeDecodeError as error:
@@ -144,20 +146,20 @@ def _decode(path: Path, decoder: codecs.IncrementalDecoder, content: bytes, star
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at {at})") from None
 
 
-def _text_records(path: Path, read: Callable[[int], Any]) -> Iterator[tuple[str, Record]]:
+def _text_records(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[tuple[str, Record]]:
     first = True
-    for piece in safe_pieces(_chunks(path, read)):
+    for piece in safe_pieces(_chunks(path, on_bytes)):
         yield str(path), Record(piece, first)
         first = False
 
 
 def _jsonl_records(
-    path: Path, fields: Fields, read: Callable[[int], Any]
+    path: Path, fields: Fields, on_bytes: Callable[[int], Any]
 ) -> Iterator[tuple[str, Record]]:
     empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            read(len(line))
+            on_bytes(len(line))
             if line.strip():
                 empty = False
                 where = f"{path}:{number}"
@@ -168,7 +170,7 @@ def _jsonl_records(
 
 def _jsonl_record(where: str, line: bytes, fields: Fields) -> Record:
     try:
-        record = json.loads(line.decode("utf-8").removeprefix(BOM))
+        record = json.loads(line.decode("utf-8").removeprefix(BYTE_ORDER_MARK))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 text ({error.reason} at {error.start})") from None
     except (ValueError, RecursionError) as error:
@@ -189,14 +191,20 @@ def _jsonl_record(where: str, line: bytes, fields: Fields) -> Record:
     return Record(texts[-1], prompt=texts[0] if prompted else None)
 
 
-def records(files: Sequence[Path], fields: Fields, read: Callable[[int], Any]) -> Iterator[Record]:
-    """All files' records, prompts with completions or plain text, but not both."""
+def read_records(
+    files: Sequence[Path], fields: Fields, on_bytes: Callable[[int], Any]
+) -> Iterator[Record]:
+    """Yield the records of all files: plain text, or prompts with completions, but not both.
+
+    on_bytes: called with the number of bytes after each read. Raises ValueError naming the file,
+    and in .jsonl the line, that cannot be used.
+    """
     prompted = None
     for path in files:
         records = (
-            _jsonl_records(path, fields, read)
+            _jsonl_records(path, fields, on_bytes)
             if path.suffix.lower() == ".jsonl"
-            else _text_records(path, read)
+            else _text_records(path, on_bytes)
         )
         try:
             for where, record in records:
@@ -214,11 +222,11 @@ def records(files: Sequence[Path], fields: Fields, read: Callable[[int], Any]) -
 
 
 def read_documents(files: Sequence[Path], *, text_field: str = "text") -> Iterator[str]:
-    """The texts of files, long ones in pieces that no word crosses; prompts, then completions.
+    """Yield the texts of files: long ones in pieces that cut no word, prompts before completions.
 
-    Raises ValueError as `prepare` does.
+    text_field: the key of the text in .jsonl. Raises ValueError as `read_records` does.
     """
-    for record in records(files, Fields(text_field), lambda n_bytes: None):
+    for record in read_records(files, Fields(text_field), lambda n_bytes: None):
         if record.prompt is not None:
             yield record.prompt
         yield record.text

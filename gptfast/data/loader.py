@@ -1,4 +1,4 @@
-"""From tokens to batches: split, slide a window, shuffle by (seed, epoch)."""
+"""Tokens to batches: windows or examples, shuffled by (seed, epoch)."""
 
 import copy
 import signal
@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gptfast.checks import _at_least
+from gptfast.checks import integer
 from gptfast.data.token_files import Documents, TokenFiles
-from gptfast.data.tokens import Source, Tokens, _in_memory, as_tokens
+from gptfast.data.tokens import Source, Tokens, as_tokens, in_memory
 from gptfast.tokenizer.bpe import Tokenizer
 
-SHOWN = 8
+# Items of a batch that `describe_batch` lists.
+_MAX_LISTED_ITEMS = 8
 
 
 class Windows(Dataset):
@@ -35,11 +36,11 @@ class Windows(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         start = i * self.stride
-        window = _in_memory(self.tokens[start : start + self.max_length + 1])
+        window = in_memory(self.tokens[start : start + self.max_length + 1])
         return window[:-1], window[1:]
 
     def describe(self, items: Sequence[int]) -> str:
-        """Which windows these are and where they start, also by file if there are files."""
+        """Return the numbers of these windows and where they start, and in which files."""
         starts = [i * self.stride for i in items]
         where = f"windows {_listed(items)} at tokens {_listed(starts)}"
         return where + _files_listed(self.tokens, starts)
@@ -48,10 +49,10 @@ class Windows(Dataset):
 class Examples(Dataset):
     """Prompts with completions: item i is (x, y), both (t,) int64, y one ahead of x.
 
-    t <= max_length. Where y is the prompt's, it is -100; the last of an example that is not cut
-    is end-of-text. Examples without a target in their first max_length tokens are left out:
-    `left_out` counts them. `collate` makes a batch, padded with pad_id and -100.
-    Raises ValueError if none is left.
+    t <= max_length. y is -100 in the prompt, and end-of-text at the end of an example that is not
+    cut. Examples without a target in their first max_length tokens are left out, and `left_out`
+    counts them. `collate` makes a batch, padded with pad_id and -100. Raises ValueError if no
+    example is left.
     """
 
     def __init__(self, documents: Documents, max_length: int, pad_id: int) -> None:
@@ -78,12 +79,12 @@ class Examples(Dataset):
         return x, y
 
     def collate(self, examples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """(x, y), both (B, T) int64, T the longest example's length."""
+        """Return a batch (x, y), both (B, T) int64, with the length T of the longest example."""
         xs, ys = zip(*examples, strict=True)
-        return pad_sequence(xs, True, self.pad_id), pad_sequence(ys, True, -100)
+        return pad_sequence(list(xs), True, self.pad_id), pad_sequence(list(ys), True, -100)
 
     def describe(self, items: Sequence[int]) -> str:
-        """The numbers of these documents, from 0 in the whole they are part of, and their files."""
+        """Return the numbers of these documents, counted from 0 in all data, and their files."""
         numbers = self.kept[list(items)]
         starts = self.documents.starts[numbers].tolist()
         where = f"documents {_listed((numbers + self.documents.first).tolist())}"
@@ -102,9 +103,9 @@ def _files_listed(tokens: Tensor | TokenFiles, starts: Sequence[int]) -> str:
 
 
 class BatchOrder(Sampler[list[int]]):
-    """Which items form batch b of epoch e: a pure function of (seed, epoch), so nothing to save.
+    """The items of each batch: a pure function of (seed, epoch), so that no state is saved.
 
-    Each pass over it yields what is left of the current epoch, then moves to the next one.
+    Each pass over it yields the rest of the current epoch; the next pass is the next epoch.
     """
 
     def __init__(self, n: int, batch_size: int, shuffle: bool, drop_last: bool, seed: int) -> None:
@@ -121,12 +122,12 @@ class BatchOrder(Sampler[list[int]]):
         self.epoch, self.start = divmod(step, len(self))
 
     def indices(self, step: int) -> list[int]:
-        """The items of global batch `step`, counted from the first of epoch 0."""
+        """Return the items of global batch `step`, counted from the first of epoch 0."""
         epoch, b = divmod(step, len(self))
         return self._batch(self._order(epoch), b)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Moved on at once: a pass that is broken off does not repeat its epoch.
+        # Changed before the first batch: a pass that is abandoned does not repeat its epoch.
         epoch, start = self.epoch, self.start
         self.epoch, self.start = epoch + 1, 0
         order = self._order(epoch)
@@ -137,7 +138,7 @@ class BatchOrder(Sampler[list[int]]):
         return order[b * self.batch_size : (b + 1) * self.batch_size].tolist()
 
     def _order(self, epoch: int) -> Tensor:
-        """(n,) int64: the items in the epoch's order. The last one asked for is kept."""
+        """Return the items in the epoch's order, (n,) int64. The latest order is cached."""
         key = epoch if self.shuffle else 0
         if self._cached is None or self._cached[0] != key:
             self._cached = key, self._permutation(epoch) if self.shuffle else torch.arange(self.n)
@@ -167,17 +168,18 @@ def create_dataloader(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> DataLoader:
-    """Batches (x, y), each (batch_size, max_length) int64, of windows `stride` tokens apart.
+    """Return a loader of batches (x, y), each (batch_size, max_length) int64; y is one token later.
 
-    y is x one token later. Of Documents, each item is an example instead (see `Examples`; stride
-    has no part in it), padded to the batch's longest with the tokenizer's end-of-text, or the
-    documents' own. The order of an epoch is a pure function of seed and epoch; each pass over the
-    loader is the next epoch. Raises ValueError for sizes below 1, for too little text for one
-    window, and, with drop_last, for too little for one batch.
+    Items are windows `stride` tokens apart. For Documents they are `Examples` instead, padded to
+    the batch's longest with the end-of-text of the tokenizer or, without one, of the documents.
+    tokenizer: for a text; None takes GPT-2's. The order of an epoch is a pure function of seed and
+    epoch; each pass over the loader is the next epoch.
+    Raises ValueError for sizes that are too small and for data too short for one window or batch.
     """
-    batch_size = _at_least(1, "batch_size", batch_size)
-    max_length, stride = _at_least(1, "max_length", max_length), _at_least(1, "stride", stride)
-    num_workers, seed = _at_least(0, "num_workers", num_workers), _at_least(0, "seed", seed)
+    batch_size = integer("batch_size", batch_size, least=1)
+    max_length, stride = integer("max_length", max_length, 1), integer("stride", stride, 1)
+    num_workers, seed = integer("num_workers", num_workers, 0), integer("seed", seed, 0)
+    dataset: Windows | Examples
     if isinstance(text_or_tokens, Documents):
         if not len(text_or_tokens):
             raise ValueError("there are no documents to make batches of; use more data")
@@ -185,9 +187,9 @@ def create_dataloader(
         dataset = Examples(text_or_tokens, max_length, pad_id)
         items = f"{len(dataset)} examples"
     else:
-        lazy = isinstance(text_or_tokens, TokenFiles)
-        tokens = text_or_tokens if lazy else as_tokens(text_or_tokens, tokenizer)
-        dataset = Windows(tokens, max_length, stride)
+        if not isinstance(text_or_tokens, TokenFiles):
+            text_or_tokens = as_tokens(text_or_tokens, tokenizer)
+        dataset = Windows(text_or_tokens, max_length, stride)
         items = f"{len(dataset)} windows of {max_length} tokens"
     order = BatchOrder(len(dataset), batch_size, shuffle, drop_last, seed)
     if not len(order):
@@ -201,27 +203,30 @@ def create_dataloader(
         num_workers=num_workers,
         collate_fn=dataset.collate if isinstance(dataset, Examples) else None,
         worker_init_fn=_ignore_interrupts,
-        # One of its own: by default every pass would draw from torch's global generator.
+        # By default every pass would draw from torch's global generator.
         generator=torch.Generator(),
     )
 
 
 def describe_batch(loader: DataLoader, step: int) -> str:
-    """One line that says what global batch `step`, from 0, of a `create_dataloader` loader held.
+    """Return one line that says which items global batch `step` of a loader consists of.
 
-    Windows by number, first token and, of token files, file:token; examples by document number.
-    Both count from 0, as do epochs. Of a large batch, the first few.
+    loader: one of `create_dataloader`. Windows are given by number, first token and, in token
+    files, file:token; examples by document number. All counts start at 0; of a large batch only
+    the first items are listed.
     """
-    order = loader.batch_sampler
+    order, dataset = loader.batch_sampler, loader.dataset
+    assert isinstance(order, BatchOrder) and isinstance(dataset, Windows | Examples)
     items = order.indices(step)
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    where = loader.dataset.describe(items[:SHOWN])
+    more = f" and {len(items) - _MAX_LISTED_ITEMS} more" if len(items) > _MAX_LISTED_ITEMS else ""
+    where = dataset.describe(items[:_MAX_LISTED_ITEMS])
     return f"batch {step} (epoch {step // len(order)}): {where}{more}"
 
 
 def from_start(loader: DataLoader) -> DataLoader:
-    """The loader of `create_dataloader` from its first batch on; the one given keeps its place."""
+    """Return a copy of a `create_dataloader` loader that begins with the first batch."""
     order = copy.copy(loader.batch_sampler)
+    assert isinstance(order, BatchOrder)
     order.set_position(0)
     return DataLoader(
         loader.dataset,

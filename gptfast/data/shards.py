@@ -8,28 +8,28 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gptfast.checks import integer
 from gptfast.data.token_files import (
     HEADER_BYTES,
     MAX_FILE_TOKENS,
-    _count,
-    _header,
-    _read_index,
     as_uint16,
+    file_header,
     index_path,
+    read_index,
+    token_count,
 )
-from gptfast.files import fsync
 
 
 class ShardWriter:
     """Writes directory/<part>_000000.bin, … of at most shard_tokens tokens each, and sidecars.
 
-    A document is never cut: one longer than shard_tokens gets a longer shard to itself.
+    A document is never cut: one longer than shard_tokens gets a shard of its own. Files are not
+    synced: `files.new_directory` does that for a whole directory.
     """
 
     def __init__(self, directory: Path, part: str, shard_tokens: int) -> None:
-        if not 1 <= shard_tokens <= MAX_FILE_TOKENS:
-            raise ValueError(f"shard_tokens must be 1 to {MAX_FILE_TOKENS}, got {shard_tokens}")
-        self.directory, self.part, self.shard_tokens = directory, part, shard_tokens
+        self.directory, self.part = directory, part
+        self.shard_tokens = integer("shard_tokens", shard_tokens, 1, MAX_FILE_TOKENS)
         self.paths: list[Path] = []
         self.tokens = 0
         self._file: BinaryIO | None = None
@@ -46,7 +46,7 @@ class ShardWriter:
             try:
                 self._file.close()
             except OSError:
-                pass  # the disk is full: that is the error under way
+                pass  # a full disk, which is the error being raised already
 
     def write(self, tokens: np.ndarray) -> None:
         """Append (n,) ids, starting a new shard wherever one is full."""
@@ -78,24 +78,22 @@ class ShardWriter:
         if self._file is None:
             return
         self._file.seek(0)
-        self._file.write(_header(self._count))
+        self._file.write(file_header(self._count))
         self._file.close()
-        fsync(self.paths[-1])
         if self._index:
             sidecar = index_path(self.paths[-1])
             sidecar.write_bytes(np.array(self._index, "<i8").tobytes())
-            fsync(sidecar)
         self._file, self._count, self._index = None, 0, array("q")
 
 
 def truncate_shards(paths: Sequence[Path], n_tokens: int) -> list[Path]:
-    """Keep the first n_tokens of shards, which must be an edge of documents if they have them.
+    """Cut shards down to their first n_tokens, and return those that are left.
 
-    Shards left with nothing are removed. Returns the others.
+    In shards of documents, n_tokens must be the end of a document. Empty shards are removed.
     """
     kept = []
     for path in paths:
-        _, count = _count(path)
+        _, count = token_count(path)
         local, n_tokens = min(count, n_tokens), max(0, n_tokens - count)
         sidecar = index_path(path)
         if not local:
@@ -106,11 +104,9 @@ def truncate_shards(paths: Sequence[Path], n_tokens: int) -> list[Path]:
         if local == count:
             continue
         if sidecar.is_file():
-            rows = int((_read_index(path, count)[:, 0] < local).sum())
-            os.truncate(sidecar, 16 * rows)
-            fsync(sidecar)
+            documents = int((read_index(path, count)[:, 0] < local).sum())
+            os.truncate(sidecar, 16 * documents)
         with path.open("r+b") as file:
-            file.write(_header(local))
+            file.write(file_header(local))
             file.truncate(HEADER_BYTES + 2 * local)
-        fsync(path)
     return kept

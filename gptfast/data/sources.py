@@ -1,4 +1,4 @@
-"""What --data names, loaded: text, prompts with completions, token files, prepared directories."""
+"""The data that --data names: text, prompts and completions, token files, prepared directories."""
 
 import json
 import os
@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.data.documents import Fields, find_files
-from gptfast.data.prepare import FORMAT, PARTS
-from gptfast.data.token_files import Documents, TokenFiles, open_tokens
-from gptfast.data.tokenize import _load_text
-from gptfast.data.tokens import Source, _check_vocabulary, as_tokens, embedded_text, split_tokens
+from gptfast.data.prepare import META_FORMAT, PARTS
+from gptfast.data.token_files import Documents, open_tokens
+from gptfast.data.tokenize import load_text
+from gptfast.data.tokens import Source, as_tokens, check_vocabulary, embedded_text, split_tokens
 from gptfast.tokenizer.bpe import Tokenizer, vocabulary
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:
-    """meta.json of a directory that `prepare` wrote; {} where there is none."""
+    """Return meta.json of a directory that `prepare` wrote, or {} if there is none."""
     path = directory / "meta.json"
     if not path.is_file():
         return {}
     try:
         meta = json.loads(path.read_bytes())
-        if meta["format"] != FORMAT:
-            raise LookupError(f"format {meta['format']!r}, only {FORMAT} is known")
+        if meta["format"] != META_FORMAT:
+            raise LookupError(f"format {meta['format']!r}, only {META_FORMAT} is known")
         found = {name: meta[name] for name in ("tokenizer", "n_vocab", "tokens")}
         return {**found, "vocabulary": meta.get("vocabulary")}
     except (LookupError, TypeError, ValueError) as error:
@@ -31,14 +31,16 @@ def _read_meta(directory: Path) -> dict[str, Any]:
 
 
 def _made_with(meta: dict[str, Any], tokenizer: Tokenizer) -> bool:
+    """Return whether data with this meta.json was prepared with this tokenizer."""
     if meta["vocabulary"] is None:  # the first version of prepare recorded the name alone
         return (meta["tokenizer"], meta["n_vocab"]) == (tokenizer.name, tokenizer.n_vocab)
     return meta["vocabulary"] == vocabulary(tokenizer)
 
 
 def _part_files(path: str | PathLike) -> dict[str, list[Path]]:
-    """The *train*.bin, *val*.bin, *test*.bin of a directory; {} if it has none to train on."""
-    parts, taken = {}, set()
+    """Return a directory's *train*.bin, *val*.bin and *test*.bin; {} if it has none to train on."""
+    parts: dict[str, list[Path]] = {}
+    taken: set[Path] = set()
     if not os.path.isdir(path):
         return parts
     for name in PARTS:
@@ -50,47 +52,47 @@ def _part_files(path: str | PathLike) -> dict[str, list[Path]]:
 
 
 def prepared_tokenizer(paths: Sequence[str | PathLike]) -> str | None:
-    """The tokenizer's name that a directory written by `prepare` records; None for other data."""
+    """Return the name of the tokenizer that prepared a directory; None for other data."""
     if len(paths) == 1 and _part_files(paths[0]):
         return _read_meta(Path(paths[0])).get("tokenizer")
     return None
 
 
-def _load_prepared(
-    directory: Path, tokenizer: Tokenizer, split: Sequence[float]
-) -> list[TokenFiles | Documents]:
+def _load_prepared(directory: Path, tokenizer: Tokenizer, split: Sequence[float]) -> list[Source]:
+    """Return the parts of a directory with *train*.bin, checked against its meta.json, if any."""
     meta = _read_meta(directory)
     if meta and not _made_with(meta, tokenizer):
         raise ValueError(
             f"{directory} was prepared with tokenizer {meta['tokenizer']} ({meta['n_vocab']} "
             f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); name that one"
         )
-    sources = {name: open_tokens(files) for name, files in _part_files(directory).items()}
-    for name, source in sources.items():
+    opened = {name: open_tokens(files) for name, files in _part_files(directory).items()}
+    for name, source in opened.items():
         n = len(source.span() if isinstance(source, Documents) else source)
         if meta and meta["tokens"].get(name) != n:
             raise ValueError(
                 f"{directory} has {n} {name} tokens, its meta.json says "
                 f"{meta['tokens'].get(name)}; prepare the data again"
             )
-        _check_vocabulary(source, tokenizer)
-    if gone := set(meta.get("tokens", ())) - set(sources):
+        check_vocabulary(source, tokenizer)
+    if gone := set(meta.get("tokens", ())) - set(opened):
         raise ValueError(
             f"{directory} has no {', '.join(gone)} files, its meta.json names some; prepare the "
             "data again"
         )
-    # Parts without files are cut from the end of train, at their shares of what is left of it.
+    # Parts without files of their own are cut from the end of train, by their shares.
+    sources: dict[str, Source] = dict(opened)
     shares = {name: s for name, s in zip(PARTS, split, strict=False)}
     cut = [name for name in shares if name == PARTS[0] or name not in sources]
     if len(cut) > 1:
         total = sum(shares[name] for name in cut) if len(cut) < len(split) else 1.0
         ratios = [shares[name] / total for name in cut]
-        sources |= zip(cut, split_tokens(sources[PARTS[0]], ratios), strict=True)
+        sources |= dict(zip(cut, split_tokens(sources[PARTS[0]], ratios), strict=True))
     return [sources[name] for name in PARTS if name in sources]
 
 
 def load_part(paths: Sequence[str | PathLike], tokenizer: Tokenizer, part: str) -> Source:
-    """One part of prepared data, "train", "val" or "test"; of any other data, all of it.
+    """Return one part of prepared data, "train", "val" or "test"; of any other data, all of it.
 
     Raises ValueError as `load_data` does, and for a part that is not there.
     """
@@ -111,14 +113,14 @@ def load_data(
     prompt_field: str = "prompt",
     completion_field: str = "completion",
 ) -> list[Source]:
-    """The training part of what paths name, then validation and, if there is one, test.
+    """Return the training part of the data that paths name, then validation and, if any, test.
 
-    paths: text files, directories of them, globs, .jsonl (documents, one end-of-text between
-    them, or prompts with completions); .bin token files; or one directory with *train*.bin, whose
-    *val*.bin and *test*.bin are taken as they are. What has no files of its own is cut off by
-    `split`. No paths: the embedded text.
+    paths: text files, directories of them, globs, .jsonl (documents, with end-of-text between them,
+    or prompts with completions); .bin token files; or one directory with *train*.bin, whose
+    *val*.bin and *test*.bin are taken as they are. Parts without files of their own are cut off by
+    `split`. Without paths it is the embedded text. The three fields are keys in .jsonl.
 
-    Raises ValueError for what is missing, unreadable, of mixed kinds, or of another tokenizer.
+    Raises ValueError for data that is missing, unreadable, of mixed kinds, or of another tokenizer.
     """
     if not paths:
         return split_tokens(as_tokens(embedded_text(), tokenizer), split)
@@ -139,10 +141,10 @@ def load_data(
     token_files = [path for path in files if path.suffix == ".bin"]
     if not token_files:
         fields = Fields(text_field, prompt_field, completion_field)
-        return split_tokens(_load_text(files, tokenizer, fields), split)
+        return split_tokens(load_text(files, tokenizer, fields), split)
     if len(token_files) < len(files):
         text = next(path for path in files if path.suffix != ".bin")
         raise ValueError(f"{token_files[0]} holds tokens, {text} text; give one kind at a time")
     source = open_tokens(token_files)
-    _check_vocabulary(source, tokenizer)
+    check_vocabulary(source, tokenizer)
     return split_tokens(source, split)

@@ -1,7 +1,7 @@
-"""Tokens on disk, memory-mapped: llm.c's files and nanoGPT's, documents with prompts, shards.
+"""Token files, memory-mapped: llm.c's format and nanoGPT's, and shards of documents.
 
 llm.c's file: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens.
-nanoGPT's: the uint16 tokens alone. A shard of documents has a sidecar `<shard>.idx`: for each
+nanoGPT's file: the uint16 tokens alone. A shard of documents has a sidecar `<shard>.idx`: for each
 document two little-endian int64, where it starts in the shard and where its completion starts.
 """
 
@@ -25,13 +25,13 @@ MAX_FILE_TOKENS = 2**31 - 1
 
 
 def check_ratios(ratios: Sequence[float]) -> None:
-    """ValueError for shares that are not positive or do not sum to 1."""
+    """Raise ValueError for shares that are not positive or do not sum to 1."""
     if not ratios or not min(ratios) > 0 or not abs(sum(ratios) - 1.0) <= 1e-6:
         raise ValueError(f"split ratios must be positive and sum to 1, got {tuple(ratios)}")
 
 
 def split_edges(n: int, ratios: Sequence[float], unit: str = "tokens") -> list[int]:
-    """Where n things are cut into consecutive parts of these shares: [0, …, n].
+    """Return the edges [0, …, n] between consecutive parts of n things with these shares.
 
     Raises ValueError for shares that are not positive or do not sum to 1, and for an empty part.
     """
@@ -44,7 +44,8 @@ def split_edges(n: int, ratios: Sequence[float], unit: str = "tokens") -> list[i
     return edges
 
 
-def _header(count: int) -> bytes:
+def file_header(count: int) -> bytes:
+    """Return llm.c's header for `count` tokens. Raises ValueError for none or too many."""
     if not 1 <= count <= MAX_FILE_TOKENS:
         raise ValueError(f"a token file holds 1 to {MAX_FILE_TOKENS} tokens, got {count}; use more")
     header = np.zeros(256, "<i4")
@@ -53,7 +54,7 @@ def _header(count: int) -> bytes:
 
 
 def as_uint16(tokens: np.ndarray) -> np.ndarray:
-    """(n,) ids as token files hold them. ValueError for one outside 0..65535."""
+    """Return (n,) ids as little-endian uint16. Raises ValueError for one outside 0..65535."""
     if tokens.dtype != np.uint16 and len(tokens):
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high > 65535:
@@ -68,11 +69,14 @@ def write_tokens(path: str | PathLike, tokens: Sequence[int] | np.ndarray | Tens
     Raises ValueError for ids outside 0..65535, no tokens, or more than 2^31 - 1.
     """
     ids = np.asarray(tokens)
-    Path(path).write_bytes(_header(len(ids)) + as_uint16(ids).tobytes())
+    Path(path).write_bytes(file_header(len(ids)) + as_uint16(ids).tobytes())
 
 
-def _count(path: Path) -> tuple[int, int]:
-    """(bytes before the tokens, tokens) of a file whose size agrees with what it says."""
+def token_count(path: Path) -> tuple[int, int]:
+    """Return the bytes before a file's tokens and the number of tokens.
+
+    Raises ValueError if the file's size is another than its header says.
+    """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -102,7 +106,7 @@ def _count(path: Path) -> tuple[int, int]:
 
 def _map_tokens(path: Path) -> np.ndarray:
     try:
-        offset, count = _count(path)
+        offset, count = token_count(path)
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
@@ -114,10 +118,10 @@ def _map_tokens(path: Path) -> np.ndarray:
 
 
 class TokenFiles:
-    """The tokens of files one after the other, read as they are asked for; slices are views.
+    """The tokens of several files in sequence, read when they are asked for; slices are views.
 
-    paths: one or more files, llm.c's or nanoGPT's, told apart by what is in them. start, stop: the
-    part of them that this view shows. It is pickled as these arguments, never as data.
+    paths: one or more files of llm.c or nanoGPT, which their content tells apart. start, stop: the
+    range of tokens in this view. Pickling keeps these arguments, not the data.
     Raises ValueError for a file that cannot be read, is empty, or has the wrong size.
     """
 
@@ -155,7 +159,7 @@ class TokenFiles:
         return TokenFiles, (self.paths, self.start, self.stop)
 
     def tensor(self) -> Tensor:
-        """The view's tokens, (len,) int64, in memory."""
+        """Return the view's tokens, (len,) int64, in memory."""
         parts, position, k = [], self.start, bisect_right(self.edges, self.start) - 1
         while position < self.stop:
             end = min(self.stop, self.edges[k + 1])
@@ -165,7 +169,7 @@ class TokenFiles:
         return torch.from_numpy(ids.astype(np.int64))
 
     def locate(self, i: int) -> tuple[Path, int]:
-        """The file that holds the view's token i, and the token's number in that file."""
+        """Return the file that has the view's token i, and the token's number in that file."""
         if not 0 <= i < len(self):
             raise IndexError(f"token {i} is out of range for {len(self)} tokens")
         k = bisect_right(self.edges, self.start + i) - 1
@@ -173,12 +177,15 @@ class TokenFiles:
 
 
 def index_path(shard: Path) -> Path:
-    """Where a shard's sidecar lies."""
+    """Return the path of a shard's sidecar."""
     return shard.with_suffix(".idx")
 
 
-def _read_index(shard: Path, n_tokens: int) -> np.ndarray:
-    """(documents, 2) int64, checked: document and completion starts within the shard."""
+def read_index(shard: Path, n_tokens: int) -> np.ndarray:
+    """Return where each document and its completion start in a shard: (documents, 2) int64.
+
+    Raises ValueError if the sidecar is absent or does not fit the shard.
+    """
     path = index_path(shard)
     try:
         content = path.read_bytes()
@@ -191,7 +198,7 @@ def _read_index(shard: Path, n_tokens: int) -> np.ndarray:
     index = np.frombuffer(content, "<i8").reshape(-1, 2).astype(np.int64)
     starts, completions = index.T
     ends = np.append(starts[1:], n_tokens)
-    # Every document has its end-of-text at least, and that belongs to the completion.
+    # A document has at least its end-of-text, which belongs to the completion.
     wrong = (completions < starts) | (completions >= ends) | (ends > n_tokens)
     if starts[0] or wrong.any():
         raise ValueError(
@@ -222,11 +229,11 @@ class Documents:
 
     @classmethod
     def open(cls, paths: Sequence[str | PathLike]) -> "Documents":
-        """The documents of shards with sidecars. ValueError where a sidecar is absent or wrong."""
+        """Return the documents of shards with sidecars. Raises ValueError as `read_index` does."""
         tokens = TokenFiles(paths)
         sizes = np.diff(tokens.edges)
         shards = zip(tokens.paths, sizes.tolist(), tokens.edges, strict=False)
-        index = np.concatenate([_read_index(path, n) + start for path, n, start in shards])
+        index = np.concatenate([read_index(path, n) + start for path, n, start in shards])
         return cls(tokens, np.append(index[:, 0], tokens.edges[-1]), index[:, 1].copy())
 
     def __len__(self) -> int:
@@ -250,11 +257,11 @@ class Documents:
         return Documents, (self.tokens, self.starts, self.completions, self.first)
 
     def span(self) -> Tensor | TokenFiles:
-        """All tokens of these documents."""
+        """Return all tokens of these documents, from the first to the last."""
         return self.tokens[int(self.starts[0]) : int(self.starts[-1])]
 
     def document(self, i: int, limit: int | None = None) -> tuple[Tensor, int]:
-        """Document i's first `limit` tokens, (n,) int64, and where in it the completion starts."""
+        """Return document i's first `limit` tokens, (n,) int64, and where its completion starts."""
         start, stop = int(self.starts[i]), int(self.starts[i + 1])
         if limit is not None:
             stop = min(stop, start + limit)
@@ -265,7 +272,7 @@ class Documents:
 
     @property
     def eot(self) -> int:
-        """The end-of-text that ends each document."""
+        """The id of the end-of-text that ends each document."""
         tokens, _ = self.document(0)
         return int(tokens[-1])
 
@@ -275,15 +282,15 @@ def _reopen(paths: Sequence[Path], start: int, stop: int) -> Documents:
 
 
 def open_tokens(paths: Sequence[str | PathLike]) -> TokenFiles | Documents:
-    """Token files as one source: Documents where every one has a sidecar, TokenFiles where none.
+    """Return token files as one source: Documents if all have a sidecar, TokenFiles if none has.
 
-    Raises ValueError where only some have one.
+    Raises ValueError if only some have one.
     """
-    paths = [Path(path) for path in paths]
-    plain = [path for path in paths if not index_path(path).is_file()]
-    if plain and len(plain) < len(paths):
+    files = [Path(path) for path in paths]
+    plain = [path for path in files if not index_path(path).is_file()]
+    if plain and len(plain) < len(files):
         raise ValueError(
             f"{plain[0]} has no {index_path(plain[0]).name} beside it, others have theirs; do not "
             "mix prompts and completions with plain text, or prepare the data again"
         )
-    return TokenFiles(paths) if plain or not paths else Documents.open(paths)
+    return TokenFiles(files) if plain or not files else Documents.open(files)

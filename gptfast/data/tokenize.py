@@ -1,9 +1,9 @@
-"""Text files to tokens, by several processes."""
+"""Text files to token ids, in several threads."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptfast.data.documents import PIECE, Fields, Record, records
+from gptfast.data.documents import Fields, Record, read_records
 from gptfast.data.token_files import Documents
 from gptfast.tokenizer.bpe import Tokenizer
+
+# Characters that a thread tokenises at a time.
+BATCH_CHARACTERS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Ids of consecutive records; of prompts, also where documents and completions start."""
+    """The ids of consecutive records and, for prompts, where documents and completions start."""
 
     tokens: np.ndarray  # (n,) int64
     documents: int
@@ -28,11 +31,12 @@ class Encoded:
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch, size = [], 0
+    batch: list[Record] = []
+    size = 0
     for record in records:
         batch.append(record)
         size += len(record.text) + len(record.prompt or "")
-        if size >= PIECE // 2:
+        if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -40,11 +44,13 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _encode(tokenizer: Tokenizer, batch: list[Record], opening: bool) -> Encoded:
-    """The ids of a batch: end-of-text between plain documents, and after each completion.
+    """Return the ids of a batch, with end-of-text between plain documents and after completions.
 
-    opening: nothing stands before this batch.
+    opening: whether this is the first batch.
     """
-    ids, starts, completions = [], [], []
+    ids: list[int] = []
+    starts: list[int] = []
+    completions: list[int] = []
     for i, record in enumerate(batch):
         if record.prompt is None:
             if record.first and (i or not opening):
@@ -56,8 +62,11 @@ def _encode(tokenizer: Tokenizer, batch: list[Record], opening: bool) -> Encoded
             completions.append(len(ids))
             ids += tokenizer.encode(record.text)
             ids.append(tokenizer.eot)
-    tokens, starts, completions = (np.array(v, np.int64) for v in (ids, starts, completions))
-    return Encoded(tokens, sum(record.first for record in batch), starts, completions)
+    tokens, document_starts, completion_starts = (
+        np.array(v, np.int64) for v in (ids, starts, completions)
+    )
+    documents = sum(record.first for record in batch)
+    return Encoded(tokens, documents, document_starts, completion_starts)
 
 
 def tokenize(
@@ -65,19 +74,20 @@ def tokenize(
     tokenizer: Tokenizer,
     fields: Fields,
     workers: int | None = None,
-    read: Callable[[int], Any] = lambda n_bytes: None,
+    on_bytes: Callable[[int], Any] = lambda n_bytes: None,
 ) -> Iterator[Encoded]:
-    """The ids of files, in order: one end-of-text between plain documents, one after completions.
+    """Yield the ids of files, in order, with end-of-text between documents and after completions.
 
-    Threads, because tiktoken works outside the interpreter's lock; a few pieces for each are
-    under way at any time. read is told the bytes as they are read. Raises ValueError naming the
-    file, and in .jsonl the line, that cannot be used.
+    workers: threads, None for one per core; tiktoken works outside the interpreter's lock.
+    on_bytes: called with the number of bytes after each read. Raises ValueError naming the file,
+    and in .jsonl the line, that cannot be used.
     """
     workers = workers or os.cpu_count() or 1
-    waiting, opening = deque(), True
+    waiting: deque[Future[Encoded]] = deque()
+    opening = True
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for batch in _batches(records(files, fields, read)):
+            for batch in _batches(read_records(files, fields, on_bytes)):
                 waiting.append(pool.submit(_encode, tokenizer, batch, opening))
                 opening = False
                 if len(waiting) > 2 * workers:
@@ -89,14 +99,17 @@ def tokenize(
                 future.cancel()
 
 
-def _load_text(files: Sequence[Path], tokenizer: Tokenizer, fields: Fields) -> Tensor | Documents:
-    tokens, starts, completions, n = [], [], [], 0
-    for encoded in tokenize(files, tokenizer, fields):
-        tokens.append(encoded.tokens)
-        starts.append(encoded.starts + n)
-        completions.append(encoded.completions + n)
-        n += len(encoded.tokens)
-    starts, completions, tokens = map(np.concatenate, (starts, completions, tokens))
-    if len(starts):
-        return Documents(torch.from_numpy(tokens), np.append(starts, n), completions)
-    return torch.from_numpy(tokens)
+def load_text(files: Sequence[Path], tokenizer: Tokenizer, fields: Fields) -> Tensor | Documents:
+    """Return the tokens of files in memory: (n,) int64, or Documents if they have prompts.
+
+    Raises ValueError as `tokenize` does.
+    """
+    parts = list(tokenize(files, tokenizer, fields))
+    offsets = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    tokens = torch.from_numpy(np.concatenate([part.tokens for part in parts]))
+    pairs = list(zip(parts, offsets.tolist(), strict=False))
+    starts = np.concatenate([part.starts + offset for part, offset in pairs])
+    if not len(starts):
+        return tokens
+    completions = np.concatenate([part.completions + offset for part, offset in pairs])
+    return Documents(tokens, np.append(starts, len(tokens)), completions)

@@ -1,4 +1,4 @@
-"""Text as tokens: the embedded text, splits and fingerprints."""
+"""Tokens in memory: the embedded text, conversion, splits and fingerprints."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,8 @@ from gptfast.tokenizer.vocabulary import get_tokenizer
 
 Tokens = Sequence[int] | np.ndarray | Tensor
 Source = Tensor | TokenFiles | Documents
-# A long source is known by its length and this many of its stretches.
-SAMPLES, SAMPLE_LENGTH = 1024, 4096
+# A long source is identified by its length and this many samples of this many tokens.
+_MAX_SAMPLES, _SAMPLE_TOKENS = 1024, 4096
 
 
 def embedded_text() -> str:
@@ -25,22 +25,27 @@ def embedded_text() -> str:
 
 
 def split_tokens(tokens: Source, ratios: Sequence[float] = (0.9, 0.1)) -> list[Source]:
-    """Cut a source into consecutive parts, e.g. training, validation and test: slices of it.
+    """Return consecutive parts of a source, such as training, validation and test.
 
-    Documents are kept whole and counted; anything else is cut by tokens. ratios are positive and
-    sum to 1. Raises ValueError for ratios that do not, or an empty part.
+    The parts are slices. Documents stay whole and are counted; other sources are cut by tokens.
+    ratios: positive, with a sum of 1. Raises ValueError for other ratios and for an empty part.
     """
     unit = "documents" if isinstance(tokens, Documents) else "tokens"
     edges = split_edges(len(tokens), ratios, unit)
     return [tokens[a:b] for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def _in_memory(tokens: Tensor | TokenFiles) -> Tensor:
+def in_memory(tokens: Tensor | TokenFiles) -> Tensor:
+    """Return tokens as a tensor (n,) int64, read if they are in files."""
     return tokens.tensor() if isinstance(tokens, TokenFiles) else tokens
 
 
 def as_tokens(text_or_tokens: str | Tokens, tokenizer: Tokenizer | None = None) -> Tensor:
-    """(n,) int64 ids of a text (by `tokenizer`, GPT-2's if None) or of a sequence of ids."""
+    """Return (n,) int64 ids of a text or of a sequence of ids.
+
+    tokenizer: for a text; None takes GPT-2's. Raises ValueError for anything else, for more than
+    one dimension, and for ids that are negative or no integers.
+    """
     if isinstance(text_or_tokens, str):
         text_or_tokens = (tokenizer or get_tokenizer("gpt2")).encode(text_or_tokens)
     if isinstance(text_or_tokens, np.ndarray):
@@ -61,22 +66,23 @@ def as_tokens(text_or_tokens: str | Tokens, tokenizer: Tokenizer | None = None) 
 
 
 def samples(tokens: Tensor | TokenFiles) -> Iterator[np.ndarray]:
-    """All of a short source, evenly spaced stretches of a long one: (n,) int64 each."""
+    """Yield all tokens of a short source, evenly spaced samples of a long one: (n,) int64 each."""
     n = len(tokens)
-    starts = range(0, n, SAMPLE_LENGTH)
-    if len(starts) > SAMPLES:
-        starts = [i * (n - SAMPLE_LENGTH) // (SAMPLES - 1) for i in range(SAMPLES)]
+    starts: Sequence[int] = range(0, n, _SAMPLE_TOKENS)
+    if len(starts) > _MAX_SAMPLES:
+        starts = [i * (n - _SAMPLE_TOKENS) // (_MAX_SAMPLES - 1) for i in range(_MAX_SAMPLES)]
     for start in starts:
-        yield _in_memory(tokens[start : start + SAMPLE_LENGTH]).numpy()
+        yield in_memory(tokens[start : start + _SAMPLE_TOKENS]).numpy()
 
 
 def fingerprint(*sources: Source) -> str:
-    """SHA-256 (hex) that tells sources apart, wherever their tokens lie; quick for huge ones.
+    """Return a SHA-256, in hexadecimal, that identifies sources, in memory or in files.
 
-    Of each, the length and all tokens, or, past 4,194,304 of them, the length and 1,024 evenly
-    spaced stretches of 4,096; of Documents, where they and their completions start as well.
+    It covers each source's length and tokens; beyond 4,194,304 tokens, 1,024 evenly spaced samples
+    of 4,096. For Documents it also covers where they and their completions start.
     """
-    digest, parts = hashlib.sha256(), []
+    digest = hashlib.sha256()
+    parts: list[Tensor | TokenFiles] = []
     for source in sources:
         if isinstance(source, Documents):
             origin = source.starts[0]
@@ -91,8 +97,10 @@ def fingerprint(*sources: Source) -> str:
     return digest.hexdigest()
 
 
-def _check_vocabulary(source: TokenFiles | Documents, tokenizer: Tokenizer) -> None:
+def check_vocabulary(source: TokenFiles | Documents, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for files with a token that the tokenizer does not have, among samples."""
     tokens = source.span() if isinstance(source, Documents) else source
+    assert isinstance(tokens, TokenFiles)
     highest = max(int(sample.max()) for sample in samples(tokens))
     if highest >= tokenizer.n_vocab:
         raise ValueError(

@@ -28,6 +28,7 @@ from gptfast.generation.options import Options, token_ids
 from gptfast.model import GPT
 from gptfast.ops.backend import EXTENSION, overruled
 from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.weights.packed import is_packed
 
 PIECE = 128
 
@@ -277,13 +278,10 @@ def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | Gp
         return packing.pack_model(model_or_path, dtype or "fp32")
     if not isinstance(model_or_path, (str, PathLike)):
         raise ValueError(f"an engine is made of a GPT or a path, got {model_or_path!r:.100}")
-    if not packing.is_packed(model_or_path):
-        from gptfast.weights.open import open_weights, tokenizer_of
+    if not is_packed(model_or_path):
+        from gptfast.weights.open import open_weights
 
-        packed = packing.pack_weights(open_weights(model_or_path), dtype or "fp32")
-        if packed.tokenizer is None:
-            packed = Packed(packed.config, packed.dtype, packed.data, tokenizer_of(model_or_path))
-        return packed
+        return packing.pack_weights(open_weights(model_or_path), dtype or "fp32")
     packed = packing.load(model_or_path)
     if dtype not in (None, packed.dtype):
         raise ValueError(

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gptfast.checks import one_line
-from gptfast.config import GPTConfig, parameter_names
+from gptfast.config import GPTConfig, parameter_shapes
 from gptfast.model import GPT, MLP, Attention, Block
 from gptfast.ops.backend import EXTENSION, MISSING, check_isa
 from gptfast.ops.library import LIBRARY
 from gptfast.tokenizer.bpe import Tokenizer
-from gptfast.weights.stored import CheckpointError
+from gptfast.weights.lazy_tensor import CheckpointError
+from gptfast.weights.packed import FILE
 from gptfast.weights.weights import Weights, tokenizer_in
 
 DTYPES = ("fp32", "bf16", "int8")  # in the order of WeightType
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float16}
-FILE = "packed.safetensors"
 FORMAT = "gptfast-packed-1"
 PIECE = 2**20
 LIBRARY.define("engine_new(int bytes) -> Tensor")
@@ -80,7 +80,9 @@ def _pack(
     config: GPTConfig, dtype: str, tensors: Iterable[tuple[str, Tensor]], tokenizer: str | None
 ) -> Packed:
     packed = Packed(config, dtype, _new(config, dtype), tokenizer)
-    index = {name: i for i, name in enumerate(parameter_names(config))}
+    # Without qkv_bias the place of its bias stays empty.
+    names = parameter_shapes(replace(config, qkv_bias=True))
+    index = {name: i for i, name in enumerate(names)}
     for name, tensor in tensors:
         torch.ops.gptfast.engine_pack(packed.data, packed.shape, index[name], tensor.detach())
     return packed
@@ -102,23 +104,12 @@ def is_plain(model: GPT) -> bool:
         if type(module) not in _PLAIN or isinstance(module, nn.LayerNorm) and module.eps != 1e-5:
             return False
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    wanted = set(parameter_names(model.config))
-    if not model.config.qkv_bias:
-        wanted = {name for name in wanted if not name.endswith("c_attn.bias")}
-    return names == wanted
+    return names == parameter_shapes(model.config).keys()
 
 
 def pack_weights(weights: Weights, dtype: str) -> Packed:
     """Of files, one tensor after the other, so that no more is held than what is packed."""
     return _pack(weights.config, dtype, weights.read(), weights.tokenizer)
-
-
-def is_packed(path: str | PathLike) -> bool:
-    """Whether `path` is a directory that `save` wrote."""
-    try:
-        return (Path(path) / FILE).is_file()
-    except OSError:  # a name that no file can have
-        return False
 
 
 def _checksum(dtype: str, config: str) -> Any:

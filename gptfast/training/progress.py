@@ -17,7 +17,7 @@ from gptfast.tokenizer.bpe import Tokenizer, vocabulary
 from gptfast.training.checkpoint import load_checkpoint, save_checkpoint, set_aside
 from gptfast.training.step import TrainStep
 from gptfast.weights.checkpoint import checkpoints
-from gptfast.weights.stored import CheckpointError
+from gptfast.weights.lazy_tensor import CheckpointError
 
 BATCH_SETTINGS = ("batch_size", "max_length", "stride", "split", "seed", "accumulation_steps")
 """The settings that decide which tokens each step sees."""

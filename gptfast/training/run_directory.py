@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gptfast.files import PATIENCE, _replacing, lock
+from gptfast.files import LOCK_TIMEOUT_S, lock, replacing
 from gptfast.training.metrics import metrics_of
 
 
@@ -27,7 +27,7 @@ class RunDirectory:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Make the directory and hold it; ValueError if that cannot be or another run has it."""
-        with lock(self.out, PATIENCE):
+        with lock(self.out, LOCK_TIMEOUT_S):
             try:
                 self.metrics.open("a").close()
             except OSError as error:
@@ -43,13 +43,13 @@ class RunDirectory:
 
         ended: whether the run is over; if not, no row is its "final" one any more.
         """
-        with _replacing(self.metrics) as file:
+        with replacing(self.metrics) as file:
             for row in metrics_of(self.metrics):
                 if row["step"] <= step:
                     if not ended:
                         row.pop("final", None)
                     file.write(json.dumps(row) + "\n")
-        with _replacing(self.samples) as file:
+        with replacing(self.samples) as file:
             text = self.samples.read_text("utf-8") if self.samples.exists() else ""
             for line in text.splitlines(keepends=True):
                 at = re.match(r"step (\d+): ", line)

@@ -1,6 +1,8 @@
-"""GPT-2's weights in the forms they are handed around in.
+"""GPT-2's weights, in each form in which they are handed around.
 
-`load.py` tells the form; one file per form (`openai`, `transformers`, `nanogpt`, `llmc`, `book`)
-makes `Weights` of it, tensors in GPT's names and layout that are read one by one; `convert.py`
-writes.
+`open.py` recognises the form. One file per form (`checkpoint`, `openai`, `transformers`, `nanogpt`,
+`llmc`, `book`) turns it into `Weights`: a configuration, and tensors in GPT's names and layout that
+are read one at a time. `pretrained.py` and `convert.py` write. Nothing here knows the model:
+readers check against `config.parameter_shapes`, writers take a configuration and a state
+dictionary.
 """

@@ -1,38 +1,33 @@
-"""A checkpoint of a run, found, verified and read."""
+"""A checkpoint of `gptfast train`: found, verified and read as weights.
+
+training/checkpoint.py writes it, and says what is in it.
+"""
 
 import hashlib
 import json
 import re
 import tomllib
 from collections.abc import Iterable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from gptfast.weights.stored import CheckpointError, parse_json, read_text
+from gptfast.files import json_text
+from gptfast.weights import transformers
+from gptfast.weights.lazy_tensor import CheckpointError, parse_json, read_text
+from gptfast.weights.weights import Weights
 
-FORMAT = 2
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2) + "\n"
-
-
-def find_model(path: str | PathLike) -> Path:
-    """The model directory that `path` stands for (see `find_checkpoint`), verified if it can be."""
-    directory = find_checkpoint(path)
-    if (directory / "state.json").is_file():
-        _verify(directory, _read_state(directory), ("config.json", "model.safetensors"))
-    return directory
+CHECKPOINT_FORMAT = 2
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is a checkpoint or a run's, which keep their settings."""
+    """Return whether a directory is a checkpoint or a run's output, which record their settings."""
     return (path / "state.json").is_file() or bool(checkpoints(path))
 
 
 def checkpoints(out: str | PathLike) -> list[Path]:
-    """The checkpoints of a training run's output directory, oldest first."""
+    """Return the checkpoints in a run's output directory, oldest first."""
     found: dict[int, Path] = {}
     # In this order: the old one of a replacement counts only until the new one is there.
     for pattern, name in ((".step-*.old", r"\.step-(\d+)\.old"), ("step-*", r"step-(\d+)")):
@@ -43,7 +38,10 @@ def checkpoints(out: str | PathLike) -> list[Path]:
 
 
 def find_checkpoint(path: str | PathLike) -> Path:
-    """`path` if it holds a model, else the latest checkpoint of the run in it; or ValueError."""
+    """Return `path` if it holds a model, else the latest checkpoint of the run in it.
+
+    Raises CheckpointError if it is neither.
+    """
     path = Path(path)
     if not path.is_dir():
         why = "it is not a directory" if path.exists() else "there is no such directory"
@@ -57,46 +55,28 @@ def find_checkpoint(path: str | PathLike) -> Path:
     )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def open_directory(path: Path) -> Weights:
+    """Return the weights of `find_checkpoint(path)`, with the tokenizer of its settings.
+
+    The SHA-256 of the model's files is checked where state.json records them. Raises
+    CheckpointError.
+    """
+    directory = find_checkpoint(path)
+    if (directory / "state.json").is_file():
+        _verify(directory, _read_state(directory), ("config.json", "model.safetensors"))
+    weights = transformers.open_directory(directory)
+    if weights.tokenizer is None:
+        weights = replace(weights, tokenizer=recorded_tokenizer(directory))
+    return weights
 
 
-def _digest(state: dict[str, Any]) -> str:
-    """SHA-256 of all of state.json but the digest itself."""
-    rest = {name: value for name, value in state.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    text = read_text(path / "state.json")
-    state = parse_json(text, path / "state.json")
-    if state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path / 'state.json'} has checkpoint format {state.get('format')!r}, "
-            f"expected {FORMAT}"
-        )
-    sums = state.get("sha256")
-    if not isinstance(sums, dict) or not {"config.json", "model.safetensors"} <= sums.keys():
-        raise CheckpointError(f"{path / 'state.json'} is damaged: it names no files and sums")
-    # The text too: another spelling of a number has its value.
-    if state.get("digest") != _digest(state) or text != _json(state):
-        raise CheckpointError(
-            f"{path / 'state.json'} is damaged: its digest is not that of its values"
-        )
-    return state
-
-
-def _verify(path: Path, state: dict[str, Any], names: Iterable[str]) -> None:
-    for name in names:
-        if not (path / name).is_file() or _sha256(path / name) != state["sha256"][name]:
-            raise CheckpointError(
-                f"{path / name} is damaged: its SHA-256 is not the one it was saved with"
-            )
+def recorded_tokenizer(directory: Path) -> str | None:
+    """Return the name of the tokenizer that a checkpoint was trained with, if it is on record."""
+    return (read_settings(directory) or {}).get("tokenizer")
 
 
 def read_state(path: str | PathLike) -> dict[str, Any]:
-    """state.json of a checkpoint, after checking its format and every file's SHA-256.
+    """Return state.json of a checkpoint, after checking its format and every file's SHA-256.
 
     Raises CheckpointError naming the file that is damaged or missing.
     """
@@ -109,9 +89,49 @@ def read_state(path: str | PathLike) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """The flat configuration in a checkpoint's train.toml; None if it has none that is whole."""
+    """Return the flat configuration in a checkpoint's train.toml; None if absent or damaged."""
     try:
         _verify(path, _read_state(path), ("train.toml",))
         return tomllib.loads((path / "train.toml").read_text("utf-8"))
     except (CheckpointError, KeyError, FileNotFoundError, tomllib.TOMLDecodeError):
         return None
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(state: dict[str, Any]) -> str:
+    """Return the SHA-256 of all values of state.json but "digest", in hexadecimal."""
+    rest = {name: value for name, value in state.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return state.json of a checkpoint, after checking its format and digest."""
+    text = read_text(path / "state.json")
+    state = parse_json(text, path / "state.json")
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{path / 'state.json'} has checkpoint format {state.get('format')!r}, "
+            f"expected {CHECKPOINT_FORMAT}"
+        )
+    sums = state.get("sha256")
+    if not isinstance(sums, dict) or not {"config.json", "model.safetensors"} <= sums.keys():
+        raise CheckpointError(f"{path / 'state.json'} is damaged: it names no files and sums")
+    # The text too: another spelling of a number has its value.
+    if state.get("digest") != digest(state) or text != json_text(state):
+        raise CheckpointError(
+            f"{path / 'state.json'} is damaged: its digest is not that of its values"
+        )
+    return state
+
+
+def _verify(path: Path, state: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if not (path / name).is_file() or sha256(path / name) != state["sha256"][name]:
+            raise CheckpointError(
+                f"{path / name} is damaged: its SHA-256 is not the one it was saved with"
+            )

@@ -1,23 +1,30 @@
-"""`gptfast convert`: a model from any form into any that has a writer."""
+"""A model written in one of the forms that `gptfast convert` offers."""
 
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 
-from gptfast.model import GPT
+from gptfast.config import GPTConfig
+from gptfast.files import new_directory, replacing
+from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.weights import book, llmc, nanogpt
+from gptfast.weights.pretrained import save_model
+
+State = Mapping[str, Tensor]
 
 
-def _pickled(content: Callable[[GPT], dict[str, Any]]) -> Callable[[GPT, BinaryIO], None]:
-    return lambda model, file: torch.save(content(model), file)
+def _pickled(
+    content: Callable[[GPTConfig, State], dict[str, Any]],
+) -> Callable[[GPTConfig, State, IO[bytes]], None]:
+    return lambda config, state, file: torch.save(content(config, state), file)
 
 
-_WRITERS = {
+_WRITERS: dict[str, Callable[[GPTConfig, State, IO[bytes]], None]] = {
     "llm.c": llmc.write,
     "nanogpt": _pickled(nanogpt.to_content),
     "book": _pickled(book.to_content),
@@ -27,42 +34,41 @@ _SUFFIXES = {".bin": "llm.c", ".pt": "nanogpt", ".pth": "book"}
 
 
 def format_of(path: str | PathLike) -> str:
-    """The form that a path's suffix suggests: .bin, .pt, .pth; else a directory of transformers."""
+    """Return the form that a path's suffix stands for: .bin, .pt or .pth, else transformers."""
     if Path(path).suffix == ".safetensors":
         raise ValueError(f"transformers' form is a directory: give one in the place of {path}")
     return _SUFFIXES.get(Path(path).suffix, "transformers")
 
 
 def check(path: str | PathLike, form: str | None = None) -> None:
-    """ValueError for a form that there is not and for a path that exists."""
+    """Raise ValueError for a form that does not exist and for a path that does."""
     if form not in (None, *FORMATS):
         raise ValueError(f"there is no form {form!r}; choose from {', '.join(FORMATS)}")
     form = form or format_of(path)
-    if Path(path).exists():
+    if os.path.lexists(path):
         raise ValueError(f"{path} exists; name another or delete it")
 
 
-def save(model: GPT, path: str | PathLike, form: str | None = None) -> None:
-    """Write a model in one of FORMATS (None: `format_of` the path), whole or not at all.
+def save(
+    config: GPTConfig,
+    state: State,
+    path: str | PathLike,
+    form: str | None = None,
+    *,
+    tokenizer: Tokenizer | str | None = None,
+) -> None:
+    """Write a model in one of FORMATS, completely or not at all.
 
-    Raises ValueError for a form that cannot hold the model and for a path that exists.
+    state: GPT's state dictionary. form: None takes `format_of(path)`. tokenizer: one or its name,
+    whose files go along in transformers' form.
+    Raises ValueError for a form that cannot hold the model and for a path that exists; OSError.
     """
     check(path, form)
     path, form = Path(path), form or format_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     if form == "transformers":
-        try:
-            model.save_pretrained(temporary)
-            temporary.rename(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return
-    try:
-        with temporary.open("wb") as file:
-            _WRITERS[form](model, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with new_directory(path) as directory:
+            save_model(config, state, directory, tokenizer)
+    else:
+        with replacing(path, "wb") as file:
+            _WRITERS[form](config, state, file)

@@ -1,7 +1,8 @@
 """`gptfast download`: GPT-2 from OpenAI's public address, or transformers' files, into the cache.
 
-Files arrive under a hidden name and go on where a cut left them. Their lengths, the hashes that the
-server or we know, and every tensor's CRC-32C are checked before the directory gets its name.
+Files arrive in a hidden directory, and a transfer that was cut off continues where it ended. File
+lengths, the hashes that are known here or sent by the server, and every tensor's CRC-32C are
+checked before the directory gets its name.
 """
 
 import base64
@@ -17,35 +18,42 @@ import urllib3
 from tqdm import tqdm
 
 from gptfast.config import PRESETS
-from gptfast.files import cache_directory
+from gptfast.files import cache_directory, publish
 from gptfast.tokenizer.vocabulary import SHA256
 from gptfast.weights import openai, transformers
-from gptfast.weights.stored import CheckpointError, read_json
+from gptfast.weights.lazy_tensor import CheckpointError, read_json
 
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 _DIRECTORIES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
-# Small ones first: what is wrong with a mirror shows early.
-FILES = ("checkpoint", "hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index")
-FILES += ("model.ckpt.meta", "model.ckpt.data-00000-of-00001")
+# Small files first, so that a wrong mirror is noticed early.
+FILES = (
+    "checkpoint",
+    "hparams.json",
+    "encoder.json",
+    "vocab.bpe",
+    "model.ckpt.index",
+    "model.ckpt.meta",
+    "model.ckpt.data-00000-of-00001",
+)
 _HUB_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
-_CHUNK = 2**20
-_TIMEOUT = (10, 60)  # seconds to connect, and between two packets
+_CHUNK_BYTES = 2**20
+_TIMEOUTS_S = (10, 60)  # to connect, and between two packets
 
 
 class _Cut(Exception):
-    """A transfer that ended early and may be taken up again."""
+    """A transfer that ended early and may be continued."""
 
 
 def download(
     name: str, *, url: str = OPENAI, attempts: int = 5, pause: float = 1.0, quiet: bool = False
 ) -> Path:
-    """Fetch a GPT-2 into the cache directory, unless it is there; its directory.
+    """Fetch a GPT-2 into the cache directory, unless it is there, and return its directory.
 
     name: gpt2, gpt2-medium, gpt2-large or gpt2-xl. url: OpenAI's address, or a mirror's with the
-    same directories. attempts: how often a file may be cut off with nothing gained, waiting `pause`
-    seconds longer each time. Where that fails, transformers' files are taken through
-    huggingface_hub, if it is installed. Proxies are taken from the environment.
-    Raises ValueError for an unknown name, OSError for what could not be fetched or is damaged.
+    same directories. attempts: how often a file may be cut off without a new byte; the wait grows
+    by `pause` seconds each time. After that, transformers' files are fetched by huggingface_hub, if
+    it is installed. Proxies are taken from the environment. quiet: no progress bars.
+    Raises ValueError for an unknown name, OSError for files that cannot be fetched or are damaged.
     """
     if name not in _DIRECTORIES:
         raise ValueError(f"there is no model {name!r}; choose from {', '.join(_DIRECTORIES)}")
@@ -62,12 +70,12 @@ def download(
         _check(part, name)
     except (requests.RequestException, _Cut) as error:
         return _from_hub(name, target, f"{_reason(error)} ({url})")
-    part.rename(target)
+    publish(part, target)
     return target
 
 
 def _check_small(path: Path, name: str) -> None:
-    """OSError, and the file removed, if it is another than a model's first files: an error page."""
+    """Remove a small file and raise OSError if it is not the model's; an error page, say."""
     try:
         if path.name == "checkpoint" and b"model_checkpoint_path" not in path.read_bytes():
             raise CheckpointError("checkpoint names no checkpoint")
@@ -86,7 +94,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _fetch(address: str, path: Path, attempts: int, pause: float, quiet: bool) -> None:
-    """A whole file, checked as far as the server says how; goes on with what is there of it."""
+    """Fetch a file, continuing one that is there in part, and check its hashes."""
     if path.exists():
         return
     part = path.with_name(f"{path.name}.part")
@@ -118,18 +126,18 @@ def _digest(path: Path, kind: str) -> "hashlib._Hash":
 
 
 def _transfer(address: str, part: Path, quiet: bool) -> bytes | None:
-    """Append to `part` what the server has beyond it; the MD5 of the whole, if it is told.
+    """Append the rest of a file to `part`; return the MD5 of all of it, if the server sends one.
 
-    Raises _Cut where fewer bytes came than were announced.
+    Raises _Cut if fewer bytes come than were announced.
     """
     start = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-    with requests.get(address, headers=headers, stream=True, timeout=_TIMEOUT) as response:
-        if response.status_code == 416:  # nothing beyond: whole, or longer than the server's
-            total = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
-            if total and int(total[1]) == start:
+    with requests.get(address, headers=headers, stream=True, timeout=_TIMEOUTS_S) as response:
+        if response.status_code == 416:  # no rest: it is complete, or longer than the server's
+            length = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
+            if length and int(length[1]) == start:
                 return None
             part.unlink()
             raise _Cut("what had come is no part of the server's file")
@@ -145,7 +153,7 @@ def _transfer(address: str, part: Path, quiet: bool) -> bytes | None:
             if size > total:
                 part.unlink()
             raise _Cut(f"{size:,} of {total:,} bytes came")
-        # Content-MD5 is of the part that was asked for, Azure's other header of the whole.
+        # Content-MD5 is that of the range that was sent, Azure's own header that of the whole file.
         md5 = response.headers.get("x-ms-blob-content-md5") or (
             response.headers.get("Content-MD5") if start == 0 else None
         )
@@ -153,7 +161,7 @@ def _transfer(address: str, part: Path, quiet: bool) -> bytes | None:
 
 
 def _total(response: requests.Response, start: int) -> int | None:
-    """The length of the whole file, as the server announces it."""
+    """Return the length of the whole file, if the server announces it."""
     if response.status_code == 206:
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         if not span or int(span[1]) != start:
@@ -175,8 +183,8 @@ def _append(
     ):
         file.seek(start)
         try:
-            # Not iter_content, which loses the last part of a chunk that was cut.
-            while chunk := response.raw.read1(_CHUNK):
+            # Not iter_content, which loses the last part of a chunk that is cut off.
+            while chunk := response.raw.read1(_CHUNK_BYTES):
                 file.write(chunk)
                 bar.update(len(chunk))
         except (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError):
@@ -188,10 +196,10 @@ def _append(
 
 
 def _check(part: Path, name: str) -> None:
-    """OSError, and the files in question removed, unless `part` holds the whole of this model."""
+    """Read every tensor; if one is damaged, remove files without a known hash, raise OSError."""
     try:
-        for stored in openai.open_directory(part).tensors.values():
-            stored.read()
+        for tensor in openai.open_directory(part).tensors.values():
+            tensor.read()
     except CheckpointError as error:
         for file in FILES:
             if file not in SHA256:
@@ -200,7 +208,10 @@ def _check(part: Path, name: str) -> None:
 
 
 def _from_hub(name: str, target: Path, why: str) -> Path:
-    """transformers' files of a model, through huggingface_hub."""
+    """Fetch a model in transformers' form by huggingface_hub, and return its directory.
+
+    why: why OpenAI's form could not be fetched, for the message of the OSError.
+    """
     by_hand = (
         f"put the files {', '.join(FILES)} of GPT-2 {_DIRECTORIES[name]} into {target} by hand"
     )
@@ -219,12 +230,12 @@ def _from_hub(name: str, target: Path, why: str) -> Path:
         config = transformers.open_directory(part).config
         if PRESETS[name].items() - vars(config).items():
             raise CheckpointError("it is of another size")
-    except Exception as error:  # those of whatever transport huggingface_hub uses today
+    except Exception as error:  # of whatever transport huggingface_hub uses
         raise OSError(
             f"{name} could not be fetched: {why}, nor from Hugging Face ({type(error).__name__}). "
             f"Go on later with the same command, or {by_hand}"
         ) from None
     shutil.rmtree(part / ".cache", ignore_errors=True)
-    part.rename(target)
+    publish(part, target)
     shutil.rmtree(target.with_name(f".{name}.part"), ignore_errors=True)
     return target

@@ -1,26 +1,28 @@
-"""A model from whatever form its weights are in, told by the content of the files."""
+"""Weights from whatever form they are in, which is recognised by the content of the files."""
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
 from gptfast.checks import one_line
 from gptfast.config import PRESETS
 from gptfast.files import cache_directory
-from gptfast.weights import book, llmc, nanogpt, openai, transformers
-from gptfast.weights.checkpoint import find_checkpoint, find_model, is_run, read_settings
-from gptfast.weights.stored import CheckpointError, read_pickles, read_safetensors
+from gptfast.weights import book, checkpoint, llmc, nanogpt, openai, transformers
+from gptfast.weights.lazy_tensor import CheckpointError, read_pickles, read_safetensors
+from gptfast.weights.packed import is_packed
 from gptfast.weights.weights import Weights, tokenizer_in
 
 
 def open_weights(path: str | PathLike, n_head: int | None = None) -> Weights:
-    """The weights at `path`, none of them read yet: see `GPT.from_pretrained` for what it may be.
+    """Return the weights at `path`, which may be whatever `GPT.from_pretrained` takes.
 
-    n_head: of a file that does not tell, the book's say; None takes heads of 64 channels.
-    Raises CheckpointError for anything else, naming what is wrong.
+    Names, shapes and dtypes are known and checked; values are read when they are asked for.
+    n_head: for a file that does not record it, such as the book's; None takes heads of 64 channels.
+    Raises CheckpointError, which says what is wrong, for anything else.
     """
     try:
-        path = _find(path)
-        weights = _open_directory(path) if path.is_dir() else _open_file(path, n_head)
+        found = _find(path)
+        weights = _open_directory(found) if found.is_dir() else _open_file(found, n_head)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:  # a name that no file can have, say
@@ -29,19 +31,26 @@ def open_weights(path: str | PathLike, n_head: int | None = None) -> Weights:
         raise CheckpointError(
             f"{weights.source} has {weights.config.n_head} heads, not n_head={n_head}"
         )
+    if weights.tokenizer is None:
+        beside = tokenizer_in(found if found.is_dir() else found.parent)
+        weights = replace(weights, tokenizer=beside)
     return weights
 
 
 def tokenizer_of(path: str | PathLike) -> str | None:
-    """The tokenizer of the model at `path`, a name or a directory, if it is on record."""
-    path = _find(path)
-    if is_run(path) and (settings := read_settings(find_checkpoint(path))):
-        return settings.get("tokenizer")
-    return tokenizer_in(path if path.is_dir() else path.parent)
+    """Return the name of the tokenizer that the model at `path` was trained with, if on record.
+
+    Unlike `Weights.tokenizer`, a run's own settings come before a vocabulary beside the weights.
+    """
+    found = _find(path)
+    if checkpoint.is_run(found):
+        if name := checkpoint.recorded_tokenizer(checkpoint.find_checkpoint(found)):
+            return name
+    return tokenizer_in(found if found.is_dir() else found.parent)
 
 
 def _find(path: str | PathLike) -> Path:
-    """The path, or the place in the cache of the name that it is."""
+    """Return the path, or the place in the cache of the model that it names."""
     found = Path(path)
     if str(path) not in PRESETS or found.exists():
         return found
@@ -62,14 +71,12 @@ def _open_directory(path: Path) -> Weights:
             return transformers.open_directory(path)
     if (path / "ckpt.pt").is_file():  # nanoGPT's output directory
         return _open_file(path / "ckpt.pt", None)
-    from gptfast.engine import is_packed  # which for its part reads weights through this file
-
     if not ours and is_packed(path):
         raise CheckpointError(
             f"{path} is packed for generation, by gptfast.Engine, `gptfast generate` or "
             "`gptfast chat`; take the model it was made of"
         )
-    return transformers.open_directory(find_model(path))
+    return checkpoint.open_directory(path)
 
 
 def _open_file(path: Path, n_head: int | None) -> Weights:
@@ -83,9 +90,9 @@ def _open_file(path: Path, n_head: int | None) -> Weights:
     if start[8:9] == b"{" and start[:4] != b"PK\x03\x04":  # after the length of the header
         raw = read_safetensors(path)
     elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # a zip file, a pickle
-        raw, beside = read_pickles(path)
-        if nanogpt.recognise(beside):
-            return nanogpt.open_tensors(path, raw, beside)
+        raw, extras = read_pickles(path)
+        if nanogpt.recognise(extras):
+            return nanogpt.open_tensors(path, raw, extras)
     else:
         raise CheckpointError(
             f"{path} is no checkpoint: it begins neither as safetensors nor as what torch.save or "

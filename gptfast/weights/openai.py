@@ -1,10 +1,10 @@
-"""OpenAI's directory: hparams.json, a TensorFlow checkpoint, encoder.json and vocab.bpe."""
+"""OpenAI's form: a directory of hparams.json, a TensorFlow checkpoint, encoder.json, vocab.bpe."""
 
 import re
 from pathlib import Path
 
 from gptfast.config import GPTConfig
-from gptfast.weights.stored import CheckpointError, Stored, read_json
+from gptfast.weights.lazy_tensor import CheckpointError, LazyTensor, read_json
 from gptfast.weights.tensor_bundle import read_bundle
 from gptfast.weights.weights import Weights, tokenizer_in
 
@@ -22,12 +22,15 @@ _LEAVES = {"g": "weight", "w": "weight", "b": "bias"}
 
 
 def _prefix(directory: Path) -> Path:
-    """Of a directory's TensorFlow checkpoint: the one that the file `checkpoint` names, if any."""
+    """Return the path of a directory's TensorFlow checkpoint, without .index.
+
+    It is the one that the file `checkpoint` names, or the only one there is.
+    """
     file = directory / "checkpoint"
     if file.is_file() and file.stat().st_size < 2**20:
         text = file.read_text("utf-8", errors="replace")
         if named := re.search(r'^model_checkpoint_path: "([^"\n]+)"', text, re.M):
-            # Its own directory's, wherever that was when it was written.
+            # Only the name counts: the directory may have been moved since.
             prefix = directory / Path(named[1]).name
             if prefix.with_name(f"{prefix.name}.index").is_file():
                 return prefix
@@ -41,24 +44,26 @@ def _prefix(directory: Path) -> Path:
 
 
 def _gpt_name(name: str) -> str:
-    """model/h0/attn/c_attn/w -> h.0.attn.c_attn.weight"""
+    """Return GPT's name of a variable: model/h0/attn/c_attn/w -> h.0.attn.c_attn.weight."""
     *path, leaf = re.sub(r"^model/h(\d+)/", r"h/\1/", name).removeprefix("model/").split("/")
     return ".".join([*path, _LEAVES[leaf]] if leaf in _LEAVES else [*path, leaf, "weight"])
 
 
-def _gpt_tensor(name: str, stored: Stored) -> Stored:
-    """A convolution's (1, in, out) as a linear layer's (out, in)."""
+def _gpt_tensor(name: str, tensor: LazyTensor) -> LazyTensor:
+    """Return a convolution's (1, in, out) as a linear layer's (out, in), any other as it is."""
     if not name.endswith("/w"):
-        return stored
-    if len(stored.shape) != 3 or stored.shape[0] != 1:
-        raise CheckpointError(f"{name} has shape {stored.shape}, not (1, in, out)")
-    shape = stored.shape[1:]
-    return Stored(shape, stored.dtype, lambda: stored.read()[0]).t()
+        return tensor
+    if len(tensor.shape) != 3 or tensor.shape[0] != 1:
+        raise CheckpointError(f"{name} has shape {tensor.shape}, not (1, in, out)")
+    shape = tensor.shape[1:]
+    return LazyTensor(shape, tensor.dtype, lambda: tensor.read()[0]).t()
 
 
 def open_directory(directory: Path) -> Weights:
-    """The weights of a directory that OpenAI's download gives; variables beside them, those of an
-    optimizer say, are left out."""
+    """Return the weights of a directory that OpenAI's download gives.
+
+    Other variables, such as an optimizer's, are left out. Raises CheckpointError.
+    """
     hparams = read_json(directory / "hparams.json")
     for theirs in _SIZES.values():
         if theirs not in hparams:
@@ -69,8 +74,8 @@ def open_directory(directory: Path) -> Weights:
         raise CheckpointError(f"{directory / 'hparams.json'}: {error}") from None
     prefix = _prefix(directory)
     tensors = {
-        _gpt_name(name): _gpt_tensor(name, stored)
-        for name, stored in read_bundle(prefix).items()
+        _gpt_name(name): _gpt_tensor(name, tensor)
+        for name, tensor in read_bundle(prefix).items()
         if _NAME.fullmatch(name)
     }
     return Weights(str(prefix), config, tensors, tokenizer_in(directory))

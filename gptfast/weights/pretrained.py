@@ -1,7 +1,7 @@
-"""A model written as transformers' own directory."""
+"""A model written as a directory that transformers' GPT2LMHeadModel reads."""
 
 import logging
-import shutil
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,73 +10,76 @@ import torch
 from torch import Tensor
 
 from gptfast.config import GPTConfig
-from gptfast.files import _temporary, _write_files, fsync
-from gptfast.model import GPT
+from gptfast.files import json_text, new_files, write_files
 from gptfast.tokenizer.bpe import BPETokenizer, Tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
-from gptfast.weights.checkpoint import _json
-from gptfast.weights.stored import read_text
+from gptfast.weights.lazy_tensor import read_text
+from gptfast.weights.transformers import CONV1D
 
-_LOGGER = logging.getLogger(__name__)
+# The files that transformers may make a tokenizer of.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
-def _model_files(
-    model: GPT, eot: int | None = None
+def save_model(
+    config: GPTConfig,
+    state: Mapping[str, Tensor],
+    directory: str | PathLike,
+    tokenizer: Tokenizer | str | None = None,
+) -> None:
+    """Write config.json, model.safetensors and the tokenizer's files into a directory.
+
+    state: GPT's state dictionary. tokenizer: one, or a name for `get_tokenizer`, whose own files
+    are copied if they are transformers'. The directory is made if it is absent; each file is
+    replaced completely. Raises OSError.
+    """
+    vocabulary, eot = tokenizer_texts(tokenizer)
+    tensors, texts = model_files(config, state, eot)
+    with new_files(Path(directory)) as files:
+        write_files(files, tensors, texts | vocabulary)
+    # Files of another tokenizer, which transformers would take before ours.
+    for name in set(_TOKENIZER_FILES) - vocabulary.keys() if vocabulary else ():
+        (Path(directory) / name).unlink(missing_ok=True)
+
+
+def model_files(
+    config: GPTConfig, state: Mapping[str, Tensor], eot: int | None = None
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    config = hf_config(model.config, model.wte.weight.dtype, eot)
-    return {"model.safetensors": hf_tensors(model)}, {"config.json": _json(config)}
-
-
-# What transformers may make a tokenizer of.
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
-_TOKENIZER += ("special_tokens_map.json", "added_tokens.json")
+    """Return the tensors of model.safetensors and the text of config.json, by file name."""
+    description = json_text(hf_config(config, state["wte.weight"].dtype, eot))
+    return {"model.safetensors": hf_tensors(config, state)}, {"config.json": description}
 
 
 def tokenizer_texts(tokenizer: Tokenizer | str | None) -> tuple[dict[str, str], int | None]:
-    """transformers' files for a tokenizer, and its end of text; of a name those that are there."""
+    """Return the text of transformers' files for a tokenizer, by name, and its end-of-text id.
+
+    For a name of a directory, these are the files that are in it. A tokenizer that cannot be loaded
+    is logged, and its id is None.
+    """
     texts: dict[str, str] = {}
     if isinstance(tokenizer, str):
-        files = (Path(tokenizer) / name for name in _TOKENIZER)
+        files = (Path(tokenizer) / name for name in _TOKENIZER_FILES)
         texts = {path.name: read_text(path) for path in files if path.is_file()}
         try:
             tokenizer = get_tokenizer(tokenizer)
         except (OSError, ValueError) as error:
-            _LOGGER.warning("the model is saved without a tokenizer of ours: %s", error)
+            logging.getLogger(__name__).warning(
+                "the model is saved without a tokenizer of ours: %s", error
+            )
             return texts, None
     if isinstance(tokenizer, BPETokenizer) and not texts:
         texts = tokenizer.transformers_files()
     return texts, None if tokenizer is None else tokenizer.eot
 
 
-def save_model(
-    model: GPT, directory: str | PathLike, tokenizer: Tokenizer | str | None = None
-) -> None:
-    """Write config.json, model.safetensors and the tokenizer's files, if it has such, into
-    `directory`, each replaced whole. tokenizer: one, or a name for `get_tokenizer`, whose files are
-    copied where they are transformers'."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(directory / "model")
-    try:
-        vocabulary, eot = tokenizer_texts(tokenizer)
-        tensors, texts = _model_files(model, eot)
-        _write_files(temporary, tensors, texts | vocabulary)
-        for file in temporary.iterdir():
-            file.replace(directory / file.name)
-        # Another tokenizer's, which transformers would take before ours.
-        for name in set(_TOKENIZER) - vocabulary.keys() if vocabulary else ():
-            (directory / name).unlink(missing_ok=True)
-        fsync(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-# transformers keeps these four as Conv1D: (in, out) where nn.Linear has (out, in).
-_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
 def hf_config(config: GPTConfig, dtype: torch.dtype, eot: int | None = None) -> dict[str, Any]:
-    """config.json of a model; eot is its tokenizer's end of text, if that is known."""
+    """Return the values of config.json; eot is the tokenizer's end-of-text id, if it is known."""
     if eot is None and config.vocab_size == 50257:
         eot = 50256
     return {
@@ -104,17 +107,17 @@ def hf_config(config: GPTConfig, dtype: torch.dtype, eot: int | None = None) -> 
     }
 
 
-def hf_tensors(model: GPT) -> dict[str, Tensor]:
-    """The tensors of model.safetensors."""
+def hf_tensors(config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of model.safetensors, on the CPU, from GPT's state dictionary."""
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         tensor = tensor.detach().cpu()
-        if name.endswith(_CONV1D):
+        if name.endswith(CONV1D):
             tensor = tensor.t()
         prefix = "" if name.startswith("lm_head") else "transformer."
         tensors[prefix + name] = tensor.contiguous()
-        if name.endswith("c_attn.weight") and not model.config.qkv_bias:
-            # GPT-2's layout has no switch for it: a zero bias is the same function.
-            bias = tensor.new_zeros(3 * model.config.n_embd)
+        if name.endswith("c_attn.weight") and not config.qkv_bias:
+            # transformers cannot leave this bias out: zeros are the same function.
+            bias = tensor.new_zeros(3 * config.n_embd)
             tensors[f"transformer.{name.removesuffix('weight')}bias"] = bias
     return tensors

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptfast.weights.stored import CheckpointError, Mapped, Stored, map_file
+from gptfast.weights.lazy_tensor import CheckpointError, LazyTensor, MappedFiles, map_file
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER, _TRAILER = 48, 5
@@ -29,7 +29,7 @@ _DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.flo
 
 
 class _Damaged(ValueError):
-    """What is wrong with the index; the file's name is put before it."""
+    """A fault of the index; the message goes behind the file's name."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class _Entry:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at data[at:], seven bits a byte, and where it ends."""
+    """Return the number at data[at:], which has seven bits a byte, and where it ends."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
@@ -60,19 +60,20 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protocol buffer: their numbers and values."""
+    """Yield the number and value of each field of a protocol buffer."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
         kind = tag & 7
+        value: int | bytes
         if kind == 0:
             value, at = _varint(message, at)
         elif kind in (1, 2, 5):
             n, at = _varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
             if n > len(message) - at:
                 raise _Damaged("a field goes past its end")
-            value, at = message[at : at + n], at + n
-            value = value if kind == 2 else int.from_bytes(value, "little")
+            content, at = message[at : at + n], at + n
+            value = content if kind == 2 else int.from_bytes(content, "little")
         else:
             raise _Damaged(f"a field is of kind {kind}")
         yield tag >> 3, value
@@ -91,7 +92,7 @@ def _message(value: int | bytes) -> bytes:
 
 
 def _shape(message: bytes) -> list[int]:
-    """TensorShapeProto: repeated Dim {size = 1} dim = 2."""
+    """Return the sizes in a TensorShapeProto: repeated Dim {size = 1} dim = 2."""
     sizes = []
     for number, dim in _fields(message):
         if number == 2:
@@ -115,13 +116,13 @@ def _entry(message: bytes) -> _Entry:
 
 
 def _crc_is(data: bytes | np.ndarray, masked: int) -> bool:
-    # LevelDB masks a checksum so that one of data that holds checksums stays a good one.
+    # LevelDB masks checksums, because those of data that contain checksums are weak otherwise.
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF == masked
 
 
 def _block(table: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The entries of the block that a handle (varints: offset, size) points to."""
+    """Yield the entries of the block that a handle (varints: offset, size) points to."""
     offset, at = _varint(handle, 0)
     size, _ = _varint(handle, at)
     end = offset + size
@@ -156,13 +157,14 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _read_index(table: bytes) -> tuple[int, dict[str, _Entry]]:
-    """The number of shards, and an entry per tensor."""
+    """Return the number of shards, and each tensor's entry by name."""
     if len(table) < _FOOTER or int.from_bytes(table[-8:], "little") != _MAGIC:
         raise _Damaged("it does not end as a table does")
     footer = table[-_FOOTER:-8]
     _, at = _varint(footer, 0)  # the handle of the meta index, which nobody writes
     _, at = _varint(footer, at)
-    shards, entries = None, {}
+    shards: int | None = None
+    entries: dict[str, _Entry] = {}
     left = len(table)
     for _, handle in _block(table, footer[at:]):
         left -= _varint(handle, _varint(handle, 0)[1])[0]
@@ -181,20 +183,21 @@ def _read_index(table: bytes) -> tuple[int, dict[str, _Entry]]:
 
 
 def _shards(header: bytes) -> int:
-    """BundleHeaderProto: num_shards = 1, endianness = 2 (0: little)."""
+    """Return the shards in a BundleHeaderProto: num_shards = 1, endianness = 2 (0: little)."""
     fields = dict(_fields(header))
     if fields.get(2, 0) != 0:
-        raise _Damaged("it is of a big-endian machine")
+        raise _Damaged("it was written on a big-endian machine")
     shards = _number(fields.get(1, 1))
     if not 1 <= shards <= 99999:
         raise _Damaged(f"it has {shards} shards")
     return shards
 
 
-def read_bundle(prefix: Path) -> dict[str, Stored]:
-    """The floating-point tensors of `<prefix>.index` and its shards.
+def read_bundle(prefix: Path) -> dict[str, LazyTensor]:
+    """Return the floating-point tensors of `<prefix>.index` and its shards, by name.
 
-    Checksums of the index are checked here, each tensor's as it is read. Raises CheckpointError.
+    The checksums of the index are verified here, each tensor's when it is read. Raises
+    CheckpointError.
     """
     index = prefix.with_name(f"{prefix.name}.index")
     try:
@@ -207,15 +210,15 @@ def read_bundle(prefix: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{index} is damaged: {error}") from None
     used = {entry.shard for entry in entries.values()}
     names = {i: f"{prefix.name}.data-{i:05}-of-{shards:05}" for i in used}
-    mapped = Mapped(lambda: {i: map_file(prefix.with_name(names[i])) for i in names})
-    stored = {}
+    mapped = MappedFiles(lambda: {i: map_file(prefix.with_name(names[i])) for i in names})
+    tensors = {}
     for name, entry in entries.items():
         if entry.dtype in _DTYPES:
-            stored[name] = _stored(name, entry, mapped, prefix.with_name(names[entry.shard]))
-    return stored
+            tensors[name] = _lazy(name, entry, mapped, prefix.with_name(names[entry.shard]))
+    return tensors
 
 
-def _stored(name: str, entry: _Entry, mapped: Mapped, path: Path) -> Stored:
+def _lazy(name: str, entry: _Entry, mapped: MappedFiles, path: Path) -> LazyTensor:
     dtype, n = _DTYPES[entry.dtype], 1
     for size in entry.shape:
         n *= size
@@ -238,4 +241,4 @@ def _stored(name: str, entry: _Entry, mapped: Mapped, path: Path) -> Stored:
         aligned = data if entry.offset % dtype.itemsize == 0 else data.clone()
         return aligned.view(dtype).view(entry.shape)
 
-    return Stored(tuple(entry.shape), dtype, read)
+    return LazyTensor(tuple(entry.shape), dtype, read)

@@ -1,27 +1,39 @@
-"""transformers' layout of GPT-2: config.json, and safetensors or a pickle, whole or in shards."""
+"""transformers' form: config.json, and safetensors or a pickle, in one file or in shards."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gptfast.config import GPTConfig
-from gptfast.weights.pretrained import _CONV1D
-from gptfast.weights.stored import (
+from gptfast.weights.lazy_tensor import (
     CheckpointError,
-    Stored,
+    LazyTensor,
     read_json,
     read_pickles,
     read_safetensors,
 )
-from gptfast.weights.weights import Weights, fitted, renamed, tokenizer_in, unwrapped, with_head
+from gptfast.weights.weights import (
+    Weights,
+    reconciled,
+    renamed,
+    tokenizer_in,
+    unwrapped,
+    without_config,
+)
 
 # In the order in which transformers looks for them.
-FILES = ("model.safetensors", "model.safetensors.index.json")
-FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Conv1D keeps these four as (in, out), where nn.Linear has (out, in).
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
-    """The GPTConfig of a config.json; CheckpointError for what gptfast's GPT is not."""
+    """Return the GPTConfig of a config.json; CheckpointError for a model that GPT cannot be."""
     if raw.get("model_type", "gpt2") != "gpt2":  # the oldest have none
         raise CheckpointError(
             f"{path} describes a model of type {raw['model_type']!r}, not GPT-2's architecture"
@@ -57,29 +69,34 @@ def gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
     return config
 
 
-def gpt_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Tensors in GPT's names and layout, of those in transformers' or nanoGPT's: these are told
-    apart by the orientation of c_attn. Old files' causal masks are left out."""
+def gpt_tensors(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return transformers' or nanoGPT's tensors in GPT's names and layout.
+
+    The orientation of c_attn tells the two apart. The causal masks of old files are left out.
+    """
     tensors = renamed(unwrapped(tensors), lambda name: name.removeprefix("transformer."))
     shape = tensors["h.0.attn.c_attn.weight"].shape if "h.0.attn.c_attn.weight" in tensors else ()
     conv1d = len(shape) == 2 and shape[0] < shape[1]
     return {
-        name: stored.t() if conv1d and name.endswith(_CONV1D) and len(stored.shape) == 2 else stored
-        for name, stored in tensors.items()
+        name: tensor.t() if conv1d and name.endswith(CONV1D) and len(tensor.shape) == 2 else tensor
+        for name, tensor in tensors.items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))
     }
 
 
-def _read_files(paths: list[Path]) -> dict[str, Stored]:
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _read_files(paths: list[Path]) -> dict[str, LazyTensor]:
     safe = paths[0].suffix == ".safetensors"
     return read_safetensors(*paths) if safe else read_pickles(*paths)[0]
 
 
-def _read_shards(index: Path) -> dict[str, Stored]:
-    """The tensors of every file that an index.json lists."""
+def _read_shards(index: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of every file that an index.json lists."""
     where = read_json(index).get("weight_map")
-    named = isinstance(where, dict) and all(isinstance(file, str) for file in where.values())
-    if not named or not where:
+    if not isinstance(where, dict) or not where or not all(map(_is_text, where.values())):
         raise CheckpointError(f"{index} is damaged: it has no weight_map of names and files")
     files = sorted(set(where.values()))
     for file in files:
@@ -93,21 +110,27 @@ def _read_shards(index: Path) -> dict[str, Stored]:
     return tensors
 
 
-def open_tensors(path: Path, raw: dict[str, Stored], n_head: int | None) -> Weights:
-    """The weights among the tensors of a single file, whose config.json, if any, is beside it."""
+def open_tensors(path: Path, raw: dict[str, LazyTensor], n_head: int | None) -> Weights:
+    """Return the weights among a single file's tensors, with the config.json beside it, if any.
+
+    n_head: for a file without one; None takes heads of 64 channels. Raises CheckpointError.
+    """
     tensors = gpt_tensors(raw)
     config_json = path.with_name("config.json")
     if not config_json.is_file():
-        return with_head(str(path), tensors, n_head)
+        return without_config(str(path), tensors, n_head)
     config = gpt_config(read_json(config_json), config_json)
-    return fitted(str(path), tensors, config, tokenizer_in(path.parent))
+    return reconciled(str(path), tensors, config, tokenizer_in(path.parent))
 
 
 def open_directory(directory: Path) -> Weights:
-    """The weights of a directory with config.json and one of FILES."""
+    """Return the weights of a directory with config.json and one of FILES.
+
+    Raises CheckpointError.
+    """
     config = gpt_config(read_json(directory / "config.json"), directory / "config.json")
     path = next((directory / name for name in FILES if (directory / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{directory} has no weights; it needs one of {', '.join(FILES)}")
     raw = _read_shards(path) if path.suffix == ".json" else _read_files([path])
-    return fitted(str(path), gpt_tensors(raw), config, tokenizer_in(directory))
+    return reconciled(str(path), gpt_tensors(raw), config, tokenizer_in(directory))

@@ -1,8 +1,8 @@
-"""Tensors in files: what they are is known at once, their values are read when they are asked for.
+"""Tensors in files: names, shapes and dtypes are known at once, values are read when asked for.
 
 Files are mapped into memory and tensors copied out one at a time, so that loading a model takes
-little more memory than the model has. Of pickles, torch's restricted reader takes tensors and plain
-containers; nothing is executed.
+little more memory than the model itself. Pickles are read by torch's restricted reader, which takes
+tensors and plain containers and executes nothing.
 """
 
 import json
@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,61 +23,68 @@ from torch import Tensor
 from gptfast.checks import one_line
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Bytes read from a mapping before it is made anew, which gives its resident pages back.
-_RESIDENT = 2**24
+# A mapping is made anew after this many bytes were read from it, which frees its resident pages.
+_MAX_RESIDENT_BYTES = 2**24
 
 
 class CheckpointError(ValueError):
-    """Files that hold no model or run of ours or no GPT-2, not all of it, or a damaged one."""
+    """Files that are damaged or incomplete, or that hold no GPT-2 and no run of gptfast."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file. `read` gives its values, as a view of a mapped file or, if not mapped, as
-    memory of their own."""
+class LazyTensor:
+    """A tensor in a file, whose values are read when they are asked for."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    """Return the values: a view of the mapped file or, if not `mapped`, memory of their own."""
     mapped: bool = True
 
-    def t(self) -> "Stored":
-        """The transpose of a matrix."""
-        return Stored(self.shape[::-1], self.dtype, lambda: self.read().t(), self.mapped)
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return prod(self.shape)
+
+    def t(self) -> "LazyTensor":
+        """Return the transpose of a matrix."""
+        return LazyTensor(self.shape[::-1], self.dtype, lambda: self.read().t(), self.mapped)
 
     def load(self) -> Tensor:
-        """The values in memory of their own, contiguous."""
+        """Return the values as contiguous memory of their own."""
         values = self.read()
         if not self.mapped:
             return values.contiguous()
         return torch.empty(self.shape, dtype=self.dtype).copy_(values)
 
 
-class Mapped:
-    """Named tensors over mapped files; mapped anew before many of their pages are resident."""
+class MappedFiles:
+    """Named tensors in mapped files, which are mapped anew before many pages are resident."""
 
     def __init__(self, open: Callable[[], Mapping[Any, Tensor]]) -> None:
-        self._open, self.tensors, self._resident = open, open(), 0
+        self._open, self._resident_bytes = open, 0
+        self.tensors: Mapping[Any, Tensor] = open()
 
     def read(self, name: Any, part: slice = slice(None)) -> Tensor:
-        """A tensor, or of a vector a part. Views given before stay valid as long as they live."""
-        if self._resident > _RESIDENT:
-            self.tensors, self._resident = {}, 0
+        """Return a tensor, or a part of a vector. Views returned before stay valid."""
+        if self._resident_bytes > _MAX_RESIDENT_BYTES:
+            self.tensors, self._resident_bytes = {}, 0
             self.tensors = self._open()
         tensor = self.tensors[name][part] if part != slice(None) else self.tensors[name]
         # The kernel maps what lies around too, up to a large page.
-        self._resident += tensor.nbytes + 2**21
+        self._resident_bytes += tensor.nbytes + 2**21
         return tensor
 
-    def stored(self) -> dict[str, Stored]:
-        def one(name: str, tensor: Tensor) -> Stored:
-            return Stored(tuple(tensor.shape), tensor.dtype, lambda: self.read(name))
+    def lazy_tensors(self) -> dict[str, LazyTensor]:
+        """Return every tensor, to be read when it is asked for."""
 
-        return {name: one(name, tensor) for name, tensor in self.tensors.items()}
+        def lazy(name: str, tensor: Tensor) -> LazyTensor:
+            return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: self.read(name))
+
+        return {name: lazy(name, tensor) for name, tensor in self.tensors.items()}
 
 
 def map_file(path: Path) -> Tensor:
-    """A file's bytes, (n,) uint8, mapped; what is written there stays in memory."""
+    """Return a file's bytes, (n,) uint8, mapped privately: writing to them changes no file."""
     try:
         return torch.from_file(str(path), False, path.stat().st_size, dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
@@ -84,7 +92,7 @@ def map_file(path: Path) -> Tensor:
 
 
 def parse_json(text: str, path: Path) -> dict[str, Any]:
-    """The JSON object in a file's text; CheckpointError naming the file if there is none."""
+    """Return the JSON object in a file's text; CheckpointError naming the file if it has none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # no JSON, or a number of 5,000 digits
@@ -95,7 +103,7 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A file's text."""
+    """Return a file's UTF-8 text. Raises CheckpointError."""
     try:
         return path.read_text("utf-8")
     except OSError as error:
@@ -105,15 +113,15 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+    """Return the JSON object in a file. Raises CheckpointError."""
     return parse_json(read_text(path), path)
 
 
-def read_safetensors(*paths: Path) -> dict[str, Stored]:
-    """The tensors of .safetensors files."""
+def read_safetensors(*paths: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of .safetensors files. Raises CheckpointError."""
 
     def open() -> dict[str, Tensor]:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for path in paths:
             try:
                 with safe_open(path, framework="pt") as file:
@@ -122,57 +130,58 @@ def read_safetensors(*paths: Path) -> dict[str, Stored]:
                 raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
         return tensors
 
-    return Mapped(open).stored()
+    return MappedFiles(open).lazy_tensors()
 
 
-# Where nanoGPT, the book and others keep the weights beside the optimizer's state.
-_STATE = ("model", "model_state_dict", "state_dict")
-# A scalar of numpy's, a loss say, may stand beside the weights; by its names of old and new.
-_NUMPY = [
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np._core.multiarray.scalar,
+# The keys under which nanoGPT, the book and others keep the weights beside the optimizer's state.
+_STATE_KEYS = ("model", "model_state_dict", "state_dict")
+# What a numpy scalar beside the weights, such as a loss, is made of; under its old and new name.
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_NUMPY: list[Any] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    _SCALAR,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4")),
 ]
 
 
-def read_pickles(*paths: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """The named tensors of files that torch.save wrote, and nanoGPT's model_args if the first has
-    them.
+def read_pickles(*paths: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """Return the named tensors of files that torch.save wrote, and nanoGPT's model_args.
 
-    Only tensors and plain containers are taken: a pickle that asks for anything else is refused.
+    The second value is {"model_args": ...} if the first file has them, else {}. Only tensors and
+    plain containers are taken: a pickle that asks for anything else is a CheckpointError.
     """
     mapped = all(zipfile.is_zipfile(path) for path in paths)  # else the format before torch 1.6
     for path in paths:
         _check_pickle(path)
-    args: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
 
     def open() -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for i, path in enumerate(paths):
             content = _unpickle(path, mapped)
             if i == 0 and isinstance(content.get("model_args"), dict):
-                args["model_args"] = content["model_args"]
-            key = next((key for key in _STATE if isinstance(content.get(key), dict)), None)
+                extras["model_args"] = content["model_args"]
+            key = next((key for key in _STATE_KEYS if isinstance(content.get(key), dict)), None)
             state = content if key is None else content[key]
             own = {k: _plain(v, path) for k, v in state.items() if _named(k, v)}
-            # A head may be the embedding once more; further tensors over the same bytes are none.
+            # A tied head may share the embedding's bytes, hence twice the size of the file.
             if sum(tensor.nbytes for tensor in own.values()) > 2 * path.stat().st_size:
                 raise CheckpointError(f"{path} is damaged: its tensors are more than its bytes")
             tensors |= own
         return tensors
 
     if mapped:
-        return Mapped(open).stored(), args
+        return MappedFiles(open).lazy_tensors(), extras
 
-    def one(tensor: Tensor) -> Stored:
-        return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor, mapped=False)
+    def loaded(tensor: Tensor) -> LazyTensor:
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor, mapped=False)
 
-    return {name: one(tensor) for name, tensor in open().items()}, args
+    return {name: loaded(tensor) for name, tensor in open().items()}, extras
 
 
 def _check_pickle(path: Path) -> None:
-    """CheckpointError for what small files can make large in torch's reader."""
+    """Raise CheckpointError for small files that would take much memory in torch's reader."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -189,11 +198,11 @@ def _check_pickle(path: Path) -> None:
 
 
 def _holds(file: BinaryIO, word: bytes) -> bool:
-    """Whether a word stands in a file, which is read a piece at a time."""
-    piece = b""
+    """Return whether a file contains a word; reads a mebibyte at a time."""
+    window = b""
     while more := file.read(2**20):
-        piece = piece[-len(word) :] + more
-        if word in piece:
+        window = window[-len(word) :] + more
+        if word in window:
             return True
     return False
 
@@ -221,7 +230,7 @@ def _named(name: Any, value: Any) -> bool:
 
 
 def _plain(tensor: Tensor, path: Path) -> Tensor:
-    """The tensor, if it is dense, on the CPU and no larger than what is stored of it."""
+    """Return the tensor; CheckpointError unless it is dense, on the CPU and all its bytes exist."""
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not dense or tensor.is_quantized or tensor.nbytes > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{path} holds a tensor that is not dense, {tuple(tensor.shape)}")
