@@ -5,12 +5,14 @@
 
 namespace gptfast::GPTFAST_LEVEL {
 
-// 2^(bits of z) times p, where z = 1.5 * 2^23 + n holds the integer n in its low bits.
+// 1.5 * 2^23. Added to a float n, it rounds n to an integer, which the low bits of the sum then hold.
 constexpr float MAGIC = 12582912.0f;
-// Unsigned: where exp gives 0 in the end, the sum of the bits may pass 2^31.
+
+// Returns p times 2^n, where z = MAGIC + n. Unsigned: for arguments at which exp returns 0, the sum of the bits may
+// exceed 2^31.
 static inline vf scale_by_power(vf p, vf z) { return (vf)((vu)p + ((vu)z << 23)); }
 
-// exp(x) for x <= 88; 0 below -87.3; NaN stays. Cephes' reduction, error about 1 ulp.
+// Returns exp(x) for x <= 88, and 0 below -87.3. NaN stays NaN. Cephes' range reduction; the error is about 1 ulp.
 static inline vf exp(vf x) {
   const vf z = x * 1.44269504088896341f + MAGIC, n = z - MAGIC;
   const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -23,7 +25,7 @@ static inline vf exp(vf x) {
   return x < splat(-87.3f) ? vf{} : scale_by_power(p, z);
 }
 
-// 2^x for x <= 127; 0 below -126. Minimax polynomial of degree 6 on [-1/2, 1/2], error 1e-8.
+// Returns 2^x for x <= 127, and 0 below -126. A minimax polynomial of degree 6 on [-1/2, 1/2]; its error is 1e-8.
 static inline vf exp2(vf x) {
   const vf z = x + MAGIC, f = x - (z - MAGIC);
   vf p = f * 1.5353361330e-04f + 1.3398874608e-03f;

@@ -11,8 +11,8 @@ struct Block {
   ~Block() { free(data); }
 };
 
-// Memory for one call of a loop, aligned for any vector. Each thread keeps its block from call to
-// call: memory fresh from the system costs a page fault every 4 KB. One Scratch at a time.
+// Memory for one call of a loop, aligned for any vector. Each thread keeps its block from call to call, because new
+// memory from the system costs a page fault every 4 KB. A thread may have one Scratch at a time.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {

@@ -65,7 +65,7 @@ static inline V interleave(V a, V b) {
 static inline vf splat(float x) { return x - vf{}; }
 static inline vu splat(uint32_t x) { return x - vu{}; }
 
-// NaN in b wins; NaN in a is dropped.
+// Returns the larger lanes. The result is NaN where b is NaN; a NaN in a is dropped.
 static inline vf max(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -124,7 +124,7 @@ static inline vf keep_lanes(vf x, int64_t n) {
   return x;
 }
 
-// 16 <-> 32 bits. __builtin_convertvector goes by halves here, at three times the cost.
+// Conversions between 16 and 32 bits. For these, __builtin_convertvector works on halves and takes three times as long.
 #if defined(__AVX512F__)
 static inline vu widen(vh x) { return (vu)_mm512_cvtepu16_epi32((__m256i)x); }
 static inline vh narrow(vu x) { return (vh)_mm512_cvtepi32_epi16((__m512i)x); }
@@ -136,7 +136,7 @@ static inline vu widen(vh x) { return __builtin_convertvector(x, vu); }
 static inline vh narrow(vu x) { return __builtin_convertvector(x, vh); }
 #endif
 
-// fp16 <-> fp32. F16C where the level has it; else by the bits, rounding to nearest even.
+// Conversions between fp16 and fp32: by F16C where the level has it, else on the bits, rounding to nearest even.
 #if defined(__AVX512F__)
 static inline vf widen_half(vh x) { return (vf)_mm512_cvtph_ps((__m256i)x); }
 static inline vh narrow_half(vf x) { return (vh)_mm512_cvtps_ph((__m512)x, 0); }
@@ -146,7 +146,7 @@ static inline vh narrow_half(vf x) { return (vh)_mm256_cvtps_ph((__m256)x, 0); }
 #else
 static inline vf widen_half(vh x) {
   const vu bits = widen(x), sign = (bits & 0x8000u) << 16, rest = (bits & 0x7FFFu) << 13;
-  const vu finite = (vu)((vf)rest * 0x1p112f);  // rebias the exponent; subnormals come out right
+  const vu finite = (vu)((vf)rest * 0x1p112f);  // rebiases the exponent, of subnormals too
   const vu special = rest | 0x7F800000u;
   return (vf)(sign | (rest >= splat(0x0F800000u) ? special : finite));
 }
@@ -174,7 +174,7 @@ static inline void store(bf16* p, vf x) {
 }
 static inline void store(fp16* p, vf x) { *(vh_any*)p = narrow_half(x); }
 
-// The first n < W elements only; the other lanes read as fill.
+// Load or store only the first n < W elements. The other lanes of a load are `fill`.
 template <class T>
 static inline vf load_part(const T* p, int64_t n, float fill = 0.0f) {
   T lanes[W] = {};
@@ -190,7 +190,7 @@ static inline void store_part(T* p, vf x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// The first n elements of a whole vector (n = W) or of a row's end.
+// Load or store the first n <= W elements, of which there are fewer than W at the end of a row.
 template <class T>
 static inline vf load_n(const T* p, int64_t n) {
   return n == W ? load(p) : load_part(p, n);
@@ -208,7 +208,7 @@ static inline float load_one(const T* p) {
   return load_part(p, 1)[0];
 }
 
-// f(element type) for a dtype
+// Calls f with an element of the dtype's type.
 template <class F>
 static inline auto by_dtype(Dtype dtype, F f) {
   switch (dtype) {
