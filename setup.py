@@ -1,10 +1,10 @@
 """Builds gptfast._C from csrc/.
 
 The wrappers (<op>.cpp) include ATen and are compiled once. The loops (<op>_loops.cpp) include none
-of it and are compiled in a second each, once per instruction-set level; which level runs is decided
-when the module is loaded. Without a compiler the package installs all the same and runs on the
-PyTorch reference. GPTFAST_SKIP_EXTENSION=1 leaves the extension out, GPTFAST_SANITIZE=1 builds it
-for `make sanitize`.
+of it, take a second each, and are compiled once per instruction-set level. The module chooses the
+level when it is loaded. Without a compiler the package installs too and runs on the PyTorch
+reference. GPTFAST_SKIP_EXTENSION=1 leaves the extension out, GPTFAST_SANITIZE=1 builds it for
+`make sanitize`.
 """
 
 import os
@@ -12,23 +12,39 @@ import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-LEVELS = {"generic": []}
+
+class Level(NamedTuple):
+    """An instruction-set level: a C++ namespace. csrc/level.cpp has a row for each, too."""
+
+    namespace: str
+    flags: str
+    loops: str = "*_loops.cpp"
+    """The loops it compiles; for the others it runs those of the level below."""
+
+
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+LEVELS = [Level("generic", "")]
 if platform.machine() in ("x86_64", "AMD64"):
-    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-    LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    LEVELS["avx512"] = [*LEVELS["avx2"], *avx512]
-    # Of these two, dot products of bytes and of bf16, only the engine makes use.
-    LEVELS["avx512_vnni"] = [*LEVELS["avx512"], "-mavx512vnni"]
-    LEVELS["avx512_bf16"] = [*LEVELS["avx512_vnni"], "-mavx512bf16"]
-WRAPPERS = [path for path in Path("csrc").glob("*.cpp") if not path.match("*_loops.cpp")]
+    LEVELS += [
+        Level("avx2", AVX2),
+        Level("avx512", AVX512),
+        # Dot products of bytes and of bf16, which only the engine uses.
+        Level("avx512_vnni", f"{AVX512} -mavx512vnni", "engine_loops.cpp"),
+        Level("avx512_bf16", f"{AVX512} -mavx512vnni -mavx512bf16", "engine_loops.cpp"),
+    ]
+CSRC = Path("csrc")
+TABLE = CSRC / "loops_table.cpp"
+WRAPPERS = sorted({*CSRC.glob("*.cpp")} - {*CSRC.glob("*_loops.cpp"), TABLE})
 FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-fPIC", "-g0"]
 SANITIZE = []
 if os.environ.get("GPTFAST_SANITIZE") == "1":
-    # Python's own flags have -fwrapv, under which no signed overflow would be one.
+    # Python's own flags have -fwrapv, under which a signed overflow is not an error.
     SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
     SANITIZE += ["-fno-wrapv", "-g1"]
 FLAGS += SANITIZE
@@ -42,7 +58,7 @@ def extension() -> Extension:
     return Extension(
         "gptfast._C",
         sources=[str(path) for path in WRAPPERS],
-        depends=[str(path) for path in Path("csrc").iterdir()],
+        depends=[str(path) for path in CSRC.iterdir()],
         include_dirs=["csrc", *include_paths(), pybind11.get_include()],
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu", "torch_python"],
@@ -53,16 +69,17 @@ def extension() -> Extension:
 
 
 class BuildExtension(build_ext):
-    """Compiles wrappers and loops side by side, each loop once per level."""
+    """Compiles wrappers and loops in parallel, the loops once per level."""
 
     def build_extension(self, ext: Extension) -> None:
         jobs = [([source], FLAGS, "wrappers") for source in ext.sources]
-        for level, isa in LEVELS.items():
-            # No exceptions and no inline std:: code: see csrc/simd.h.
-            flags = [*FLAGS, *isa, f"-DGPTFAST_LEVEL={level}", "-fno-exceptions"]
-            flags += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-            loops = "engine_loops.cpp" if level.startswith("avx512_") else "*_loops.cpp"
-            jobs += [([str(path)], flags, level) for path in Path("csrc").glob(loops)]
+        for level in LEVELS:
+            # No exceptions and no inline std:: code: see csrc/vectors.h.
+            flags = [*FLAGS, *level.flags.split(), f"-DGPTFAST_LEVEL={level.namespace}"]
+            flags += ["-fno-exceptions", "-Wno-psabi"]
+            flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+            sources = [TABLE, *CSRC.glob(level.loops)]
+            jobs += [([str(path)], flags, level.namespace) for path in sources]
 
         def compile(job: tuple[list[str], list[str], str]) -> list[str]:
             sources, flags, folder = job

@@ -1,3 +1,4 @@
+// AdamW for all parameters in one call, and the norm of all gradients.
 #include "common.h"
 
 namespace gptfast {
@@ -5,21 +6,19 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
-using OptionalTensor = std::optional<Tensor>;
 
-const AdamWLoops& loops() { return pick(generic::adamw, avx2::adamw, avx512::adamw); }
-
-constexpr int64_t CHUNK = 1 << 15;  // elements; also the fixed grouping of the norm's sum
+// A share of work. The norm is the sum of the chunks' sums, so this size must not depend on the number of threads.
+constexpr int64_t ELEMENTS_PER_CHUNK = 1 << 15;
 
 struct Chunk {
   int64_t tensor, begin, end;
 };
-std::vector<Chunk> chunks(TensorList tensors) {
-  std::vector<Chunk> all;
+std::vector<Chunk> make_chunks(TensorList tensors) {
+  std::vector<Chunk> chunks;
   for (size_t i = 0; i < tensors.size(); ++i)
-    for (int64_t begin = 0; begin < tensors[i].numel(); begin += CHUNK)
-      all.push_back({static_cast<int64_t>(i), begin, std::min(begin + CHUNK, tensors[i].numel())});
-  return all;
+    for (int64_t begin = 0; begin < tensors[i].numel(); begin += ELEMENTS_PER_CHUNK)
+      chunks.push_back({static_cast<int64_t>(i), begin, std::min(begin + ELEMENTS_PER_CHUNK, tensors[i].numel())});
+  return chunks;
 }
 
 bool any_double(TensorList tensors) {
@@ -31,22 +30,72 @@ Tensor grad_norm(TensorList grads) {
   if (any_double(grads)) return reference<Tensor(TensorList)>("gptfast::grad_norm", grads);
   std::vector<Tensor> dense;
   for (const Tensor& g : grads) dense.push_back(g.is_non_overlapping_and_dense() ? g : g.contiguous());
-  const std::vector<Chunk> all = chunks(dense);
-  std::vector<double> parts(all.size());
-  at::parallel_for(0, static_cast<int64_t>(all.size()), 1, [&](int64_t begin, int64_t end) {
+  const std::vector<Chunk> chunks = make_chunks(dense);
+  std::vector<double> parts(chunks.size());
+  at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Tensor& g = dense[all[i].tensor];
-      parts[i] = loops().square_sum(dtype_of(g), g.const_data_ptr(), all[i].begin, all[i].end);
+      const Tensor& g = dense[chunks[i].tensor];
+      parts[i] = loops().adamw->square_sum(dtype_of(g), g.const_data_ptr(), chunks[i].begin, chunks[i].end);
     }
   });
-  // In the order of the chunks: the same bits with any number of threads.
+  // In the order of the chunks: any number of threads gives the same bits.
   double total = 0;
   for (double part : parts) total += part;
   return at::empty({}, grads[0].options().dtype(at::kFloat)).fill_(std::sqrt(total));
 }
 
-// Whether the elements of all of a parameter's tensors lie in the same order in memory.
+// The lists of the operator, one entry per parameter; masters may be empty.
+struct Lists {
+  TensorList params, grads, exp_avgs, exp_avg_sqs, masters, steps;
+};
+
+// Whether the elements of two tensors lie in memory in the same order.
 bool same_layout(const Tensor& a, const Tensor& b) { return a.sizes() == b.sizes() && a.strides() == b.strides(); }
+
+// Whether the loops can walk all tensors of each parameter together, in the order of memory.
+bool loops_can_walk(const Lists& lists, bool stochastic) {
+  if (any_double(lists.params)) return false;
+  for (size_t i = 0; i < lists.params.size(); ++i) {
+    const Tensor& param = lists.params[i];
+    // Stochastic rounding counts elements in logical order.
+    const bool ordered = stochastic ? param.is_contiguous() : param.is_non_overlapping_and_dense();
+    if (!ordered || !same_layout(param, lists.exp_avgs[i]) || !same_layout(param, lists.exp_avg_sqs[i]) ||
+        !(lists.masters.empty() || same_layout(param, lists.masters[i])))
+      return false;
+  }
+  return true;
+}
+
+// Checks parameter i and returns its data for the loops. grad is its gradient in the parameter's layout.
+AdamWTensor loop_tensor(const Lists& lists, size_t i, const Tensor& grad, double rate, double beta1, double beta2,
+                        int64_t param_id, bool stochastic) {
+  const Tensor &param = lists.params[i], &exp_avg = lists.exp_avgs[i], &exp_avg_sq = lists.exp_avg_sqs[i];
+  const Tensor& steps = lists.steps[i];
+  TORCH_CHECK_VALUE(exp_avg.scalar_type() == exp_avg_sq.scalar_type(),
+                    "adamw: exp_avg and exp_avg_sq need one dtype, got ", exp_avg.scalar_type(), " and ",
+                    exp_avg_sq.scalar_type());
+  TORCH_CHECK_VALUE(steps.numel() == 1 && steps.scalar_type() == at::kFloat, "adamw: step must be 0-d float32, got ",
+                    steps.sizes(), " ", steps.scalar_type());
+  TORCH_CHECK_VALUE(!stochastic || param.scalar_type() == at::kBFloat16,
+                    "adamw: stochastic rounding is for bfloat16 parameters, got ", param.scalar_type());
+  AdamWTensor t{};
+  t.dtype = dtype_of(param);
+  t.moment_dtype = dtype_of(exp_avg);
+  TORCH_CHECK_VALUE(t.moment_dtype == Dtype::fp32 || (t.dtype == Dtype::bf16 && t.moment_dtype == Dtype::bf16),
+                    "adamw: moments must be float32, or bfloat16 beside bfloat16 parameters, got ",
+                    exp_avg.scalar_type(), " beside ", param.scalar_type());
+  const double step = steps.item<double>() + 1;
+  t.param = param.data_ptr();
+  t.grad = grad.const_data_ptr();
+  t.exp_avg = exp_avg.data_ptr();
+  t.exp_avg_sq = exp_avg_sq.data_ptr();
+  t.master = lists.masters.empty() ? nullptr : lists.masters[i].data_ptr<float>();
+  t.step_size = static_cast<float>(rate / (1 - std::pow(beta1, step)));
+  t.inv_sqrt_bias2 = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
+  t.param_id = static_cast<uint32_t>(param_id);
+  t.step = static_cast<uint32_t>(step);
+  return t;
+}
 
 void adamw(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters,
            TensorList steps, const Tensor& lr, const OptionalTensor& norm, double max_norm, double beta1, double beta2,
@@ -54,18 +103,11 @@ void adamw(TensorList params, TensorList grads, TensorList exp_avgs, TensorList 
   const size_t n = params.size();
   TORCH_CHECK_VALUE(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && steps.size() == n &&
                         param_ids.size() == n && (masters.empty() || masters.size() == n),
-                    "adamw: every list needs one entry per parameter");
-  bool usual = !any_double(params);
-  for (size_t i = 0; i < n; ++i)
-    // Stochastic rounding counts elements in logical order, the loops in memory order.
-    usual = usual && (stochastic ? params[i].is_contiguous() : params[i].is_non_overlapping_and_dense()) &&
-            same_layout(params[i], exp_avgs[i]) && same_layout(params[i], exp_avg_sqs[i]) &&
-            (masters.empty() || same_layout(params[i], masters[i]));
-  if (!usual)
-    return reference<void(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&,
-                          const OptionalTensor&, double, double, double, double, double, at::IntArrayRef, bool,
-                          int64_t)>("gptfast::adamw", params, grads, exp_avgs, exp_avg_sqs, masters, steps, lr, norm,
-                                    max_norm, beta1, beta2, eps, weight_decay, param_ids, stochastic, seed);
+                    "adamw: every list needs one entry per parameter, ", n, " in all");
+  const Lists lists{params, grads, exp_avgs, exp_avg_sqs, masters, steps};
+  if (!loops_can_walk(lists, stochastic))
+    return reference<decltype(adamw)>("gptfast::adamw", params, grads, exp_avgs, exp_avg_sqs, masters, steps, lr, norm,
+                                      max_norm, beta1, beta2, eps, weight_decay, param_ids, stochastic, seed);
 
   AdamWArgs args{};
   args.clip = 1;
@@ -84,37 +126,21 @@ void adamw(TensorList params, TensorList grads, TensorList exp_avgs, TensorList 
   args.stochastic = stochastic;
   args.seed = static_cast<uint64_t>(seed);
 
-  std::vector<Tensor> ordered;  // gradients in their parameters' memory order
-  std::vector<AdamWTensor> tensors(n);
+  std::vector<Tensor> ordered;  // the gradients, each in its parameter's layout
+  std::vector<AdamWTensor> tensors;
   for (size_t i = 0; i < n; ++i) {
     TORCH_CHECK_VALUE(grads[i].scalar_type() == params[i].scalar_type() && grads[i].sizes() == params[i].sizes(),
-                      "adamw: gradient ", i, " does not fit its parameter");
-    TORCH_CHECK_VALUE(exp_avgs[i].scalar_type() == exp_avg_sqs[i].scalar_type(), "adamw: moments need one dtype");
-    TORCH_CHECK_VALUE(steps[i].numel() == 1 && steps[i].scalar_type() == at::kFloat, "adamw: step must be 0-d fp32");
-    TORCH_CHECK_VALUE(!stochastic || params[i].scalar_type() == at::kBFloat16,
-                      "adamw: stochastic rounding is for bfloat16 parameters");
+                      "adamw: gradient ", i, " is ", grads[i].sizes(), " ", grads[i].scalar_type(),
+                      ", its parameter is ", params[i].sizes(), " ", params[i].scalar_type());
     ordered.push_back(same_layout(params[i], grads[i]) ? grads[i] : at::empty_like(params[i]).copy_(grads[i]));
-    const double step = steps[i].item<double>() + 1;
-    AdamWTensor& t = tensors[i];
-    t.dtype = dtype_of(params[i]);
-    t.moment_dtype = dtype_of(exp_avgs[i]);
-    TORCH_CHECK_VALUE(t.moment_dtype == Dtype::fp32 || (t.dtype == Dtype::bf16 && t.moment_dtype == Dtype::bf16),
-                      "adamw: moments must be float32, or bfloat16 beside bfloat16 parameters");
-    t.param = params[i].data_ptr();
-    t.grad = ordered[i].const_data_ptr();
-    t.exp_avg = exp_avgs[i].data_ptr();
-    t.exp_avg_sq = exp_avg_sqs[i].data_ptr();
-    t.master = masters.empty() ? nullptr : masters[i].data_ptr<float>();
-    t.step_size = static_cast<float>(rate / (1 - std::pow(beta1, step)));
-    t.inv_sqrt_bias2 = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
-    t.param_id = static_cast<uint32_t>(param_ids[i]);
-    t.step = static_cast<uint32_t>(step);
+    tensors.push_back(loop_tensor(lists, i, ordered[i], rate, beta1, beta2, param_ids[i], stochastic));
   }
-  // Only now that nothing can be refused any more.
+  // Nothing is written before all checks have passed.
   for (size_t i = 0; i < n; ++i) steps[i].data_ptr<float>()[0] = static_cast<float>(tensors[i].step);
-  const std::vector<Chunk> all = chunks(params);
-  at::parallel_for(0, static_cast<int64_t>(all.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) loops().step(tensors[all[i].tensor], args, all[i].begin, all[i].end);
+  const std::vector<Chunk> chunks = make_chunks(params);
+  at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      loops().adamw->step(tensors[chunks[i].tensor], args, chunks[i].begin, chunks[i].end);
   });
 }
 

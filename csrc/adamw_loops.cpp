@@ -1,22 +1,24 @@
-// One AdamW step over a run of elements of one tensor, and a run's share of the gradient norm.
+// One AdamW step over a range of elements of one tensor, and the range's share of the gradient norm.
+#include "maths.h"
 #include "philox.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-constexpr int64_t AHEAD = 2048;   // bytes
-constexpr int64_t QUADS = 4 * W;  // elements that W Philox counters serve
+constexpr int64_t PREFETCH_BYTES = 2048;        // from what is read now to what is prefetched
+constexpr int64_t ELEMENTS_PER_PHILOX = 4 * W;  // W counters of four words
+constexpr int64_t SQUARES_PER_FP32_SUM = 2048;  // whose sum is then added in double
 
-// fp32 bits to the bf16 above or below, chosen by 16 random bits; inf and NaN stay.
+// Rounds to the bf16 above or below, chosen by 16 random bits; inf and NaN stay.
 inline vf round_stochastic(vf x, vu random) {
   const vu bits = (vu)x, finite = (bits & 0x7F800000u) != 0x7F800000u;
   return finite ? (vf)((bits + (random >> 16)) & 0xFFFF0000u) : x;
 }
 
-// Random words of elements [index, index + QUADS): word e & 3 of counter e >> 2.
+// Writes the random words of elements index .. index + ELEMENTS_PER_PHILOX: word e & 3 of counter e >> 2 for element e.
 inline void random_words(int64_t index, const AdamWTensor& t, uint64_t seed, uint32_t* out) {
   const Words words = philox(iota() + (uint32_t)(index >> 2), splat(t.param_id), splat(t.step), splat(2u), seed);
-  // out[4 * i + w] = word w of counter i: words in pairs, then pairs of pairs.
+  // out[4 * i + w] = word w of counter i: interleave words to pairs, then pairs to fours.
   const vu* w = words.word;
   const vu low01 = interleave<1, false>(w[0], w[1]), low23 = interleave<1, false>(w[2], w[3]);
   const vu high01 = interleave<1, true>(w[0], w[1]), high23 = interleave<1, true>(w[2], w[3]);
@@ -25,17 +27,7 @@ inline void random_words(int64_t index, const AdamWTensor& t, uint64_t seed, uin
   memcpy(out, fours, sizeof fours);
 }
 
-inline vf square_root(vf x) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
-  return (vf)_mm256_sqrt_ps((__m256)x);
-#else
-  for (int i = 0; i < W; ++i) x[i] = sqrtf(x[i]);
-  return x;
-#endif
-}
-
+// Returns the updated parameters and writes the updated moments.
 template <class M>
 inline vf update(const AdamWTensor& t, const AdamWArgs& args, vf p, vf g, M* exp_avg, M* exp_avg_sq, int64_t n) {
   g = g * args.clip;
@@ -46,23 +38,23 @@ inline vf update(const AdamWTensor& t, const AdamWArgs& args, vf p, vf g, M* exp
   return p * args.decay - t.step_size * (m / (square_root(v) * t.inv_sqrt_bias2 + args.eps));
 }
 
-// The hardware's prefetchers stop at the end of each page, and there are four streams.
+// Four streams are read and written. The hardware's prefetchers stop at the end of each page.
 template <class T>
 inline void prefetch(T* p) {
-  __builtin_prefetch((const char*)p + AHEAD, 1);
+  __builtin_prefetch((const char*)p + PREFETCH_BYTES, 1);
 }
 template <class T>
 inline void prefetch(const T* p) {
-  __builtin_prefetch((const char*)p + AHEAD);
+  __builtin_prefetch((const char*)p + PREFETCH_BYTES);
 }
 
-// begin is a multiple of QUADS
+// begin is a multiple of ELEMENTS_PER_PHILOX.
 template <class T, class M>
-void run(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
+void step_elements(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
   T* param = (T*)t.param;
   const T* grad = (const T*)t.grad;
   M *exp_avg = (M*)t.exp_avg, *exp_avg_sq = (M*)t.exp_avg_sq;
-  uint32_t random[QUADS];
+  uint32_t random[ELEMENTS_PER_PHILOX];
   for (int64_t j = begin; j < end; j += W) {
     const int64_t n = smaller<int64_t>(W, end - j);
     prefetch(param + j);
@@ -73,27 +65,26 @@ void run(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end
     p = update(t, args, p, load_n(grad + j, n), exp_avg + j, exp_avg_sq + j, n);
     if (t.master) store_n(t.master + j, p, n);
     if (args.stochastic) {
-      const int64_t at = (j - begin) % QUADS;
+      const int64_t at = (j - begin) % ELEMENTS_PER_PHILOX;
       if (at == 0) random_words(j, t, args.seed, random);
       vu words;
       memcpy(&words, random + at, sizeof words);
-      p = round_stochastic(p, words);  // a bf16 already: the store is exact
+      p = round_stochastic(p, words);  // now a bf16 value, which the store keeps exactly
     }
     store_n(param + j, p, n);
   }
 }
 
 void step(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
-  if (t.moment_dtype == Dtype::bf16) return run<bf16, bf16>(t, args, begin, end);
-  by_dtype(t.dtype, [&](auto type) { run<decltype(type), float>(t, args, begin, end); });
+  if (t.moment_dtype == Dtype::bf16) return step_elements<bf16, bf16>(t, args, begin, end);
+  by_dtype(t.dtype, [&](auto type) { step_elements<decltype(type), float>(t, args, begin, end); });
 }
 
 template <class T>
-double squares(const T* grad, int64_t begin, int64_t end) {
+double sum_squares(const T* grad, int64_t begin, int64_t end) {
   double total = 0;
-  constexpr int64_t BLOCK = 2048;
-  for (int64_t from = begin; from < end; from += BLOCK) {
-    const int64_t to = smaller(end, from + BLOCK);
+  for (int64_t from = begin; from < end; from += SQUARES_PER_FP32_SUM) {
+    const int64_t to = smaller(end, from + SQUARES_PER_FP32_SUM);
     vf part[4] = {};
     int64_t j = from;
     for (; j + 4 * W <= to; j += 4 * W)
@@ -102,7 +93,7 @@ double squares(const T* grad, int64_t begin, int64_t end) {
         part[i] += g * g;
       }
     for (; j < to; j += W) {
-      const vf g = to - j >= W ? load(grad + j) : load_part(grad + j, to - j);
+      const vf g = load_n(grad + j, smaller<int64_t>(W, to - j));
       part[0] += g * g;
     }
     total += sum((part[0] + part[1]) + (part[2] + part[3]));
@@ -111,11 +102,11 @@ double squares(const T* grad, int64_t begin, int64_t end) {
 }
 
 double square_sum(Dtype dtype, const void* grad, int64_t begin, int64_t end) {
-  return by_dtype(dtype, [&](auto type) { return squares((const decltype(type)*)grad, begin, end); });
+  return by_dtype(dtype, [&](auto type) { return sum_squares((const decltype(type)*)grad, begin, end); });
 }
 
 }  // namespace
 
-const AdamWLoops adamw = {step, square_sum};
+extern const AdamWLoops adamw = {step, square_sum};
 
 }  // namespace gptfast::GPTFAST_LEVEL

@@ -14,21 +14,21 @@
 namespace gptfast {
 namespace {
 
-constexpr size_t PAGE = 4096;
-constexpr size_t SMALLEST = size_t{1} << 20;
+constexpr size_t PAGE_BYTES = 4096;
+constexpr int64_t MIN_ARENA_BYTES = int64_t{1} << 20;  // smaller tensors are torch's
 
-// First fit by address: what a step frees, the next one finds again, and the range stays short.
+// Blocks are the first fit by address: a step finds the blocks that the last one freed, and the range stays short.
 class Arena final : public c10::Allocator {
  public:
   Arena() {
     const size_t size = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
     void* start = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start != MAP_FAILED) free_.emplace(static_cast<char*>(start), size);
-    // A child must not inherit a mutex that a thread held which it does not have.
+    // A forked child must not inherit a locked mutex: the thread that would unlock it is not in the child.
     pthread_atfork(lock, unlock, unlock);
   }
 
-  // Null where no block is large enough, as where the system lends no such range.
+  // Returns null if no block is large enough, for example because the system refused the range.
   char* find(size_t bytes) {
     const std::lock_guard lock(mutex_);
     for (auto block = free_.begin(); block != free_.end(); ++block) {
@@ -43,8 +43,8 @@ class Arena final : public c10::Allocator {
   }
 
   at::DataPtr allocate(size_t n) override {
-    const size_t bytes = (std::max(n, size_t{1}) + PAGE - 1) / PAGE * PAGE;
-    if (char* start = find(bytes)) return {start, start, &give_back, at::kCPU};
+    const size_t bytes = (std::max(n, size_t{1}) + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+    if (char* start = find(bytes)) return {start, start, &deallocate, at::kCPU};
     return c10::GetAllocator(at::kCPU)->allocate(n);
   }
   at::DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -56,11 +56,11 @@ class Arena final : public c10::Allocator {
   }
 
  private:
-  static void give_back(void* start);
+  static void deallocate(void* start);
   static void lock();
   static void unlock();
 
-  void insert(char* start) {
+  void release(char* start) {
     const std::lock_guard lock(mutex_);
     const auto used = used_.find(start);
     size_t size = used->second;
@@ -89,17 +89,18 @@ Arena& arena() {
   return *one;
 }
 
-void Arena::give_back(void* start) { arena().insert(static_cast<char*>(start)); }
+void Arena::deallocate(void* start) { arena().release(static_cast<char*>(start)); }
 void Arena::lock() { arena().mutex_.lock(); }
 void Arena::unlock() { arena().mutex_.unlock(); }
 
-bool by_torch(int64_t bytes) {
+// Whether torch allocates a tensor of this size.
+bool is_torchs(int64_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
-  return true;  // which sees past the end of a malloc's block, but not of ours
+  return true;  // the sanitizer sees a read past the end of malloc's blocks, but not of ours
 #else
   const auto& context = at::globalContext();
-  // Where new memory is to be filled with NaN, torch does it.
-  return bytes < static_cast<int64_t>(SMALLEST) ||
+  // Torch fills new memory with NaN where it is asked to.
+  return bytes < MIN_ARENA_BYTES ||
          (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory());
 #endif
 }
@@ -109,7 +110,7 @@ bool by_torch(int64_t bytes) {
 at::Tensor make_tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
   const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
-  if (by_torch(bytes)) return at::empty(sizes, at::TensorOptions().dtype(dtype));
+  if (is_torchs(bytes)) return at::empty(sizes, at::TensorOptions().dtype(dtype));
   return at::detail::empty_generic(sizes, &arena(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
 }
 

@@ -1,3 +1,4 @@
+// Attention over q, k and v, or over one packed qkv tensor.
 #include "arena.h"
 #include "common.h"
 
@@ -6,18 +7,18 @@ namespace gptfast {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
-// (B, H, T, D), last dimension contiguous
+// t is (B, H, T, D); its last dimension is contiguous.
 Heads heads(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
 AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double dropout_p,
                         const OptionalTensor& seed, const OptionalTensor& kv_len) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.sizes() == v.sizes() && q.size(0) == k.size(0) && q.size(1) == k.size(1) &&
                         q.size(3) == k.size(3) && q.size(2) <= k.size(2),
-                    "attention: shapes do not fit: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes());
+                    "attention: q, k and v do not fit: got ", q.sizes(), ", ", k.sizes(), " and ", v.sizes());
   TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-                    "attention: q, k and v need one dtype");
+                    "attention: q, k and v need one dtype, got ", q.scalar_type(), ", ", k.scalar_type(), " and ",
+                    v.scalar_type());
   AttentionArgs args{};
   args.dtype = dtype_of(q);
   args.B = q.size(0);
@@ -48,8 +49,8 @@ void run_fwd(AttentionArgs& args, const Tensor& out, const Tensor& lse) {
   args.out = heads(out);
   args.lse = lse.data_ptr<float>();
   if (args.B * args.H * args.Tq == 0) return;
-  const auto& loops = pick(generic::attention_fwd, avx2::attention_fwd, avx512::attention_fwd);
-  at::parallel_for(0, loops.items(args), 1, [&](int64_t begin, int64_t end) { loops.run(args, begin, end); });
+  const AttentionFwdLoops& fwd = *loops().attention_fwd;
+  at::parallel_for(0, fwd.count_items(args), 1, [&](int64_t begin, int64_t end) { fwd.run(args, begin, end); });
 }
 
 void run_bwd(AttentionArgs& args, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& dq,
@@ -61,8 +62,8 @@ void run_bwd(AttentionArgs& args, const Tensor& dout, const Tensor& out, const T
   args.dq = heads(dq);
   args.dk = heads(dk);
   args.dv = heads(dv);
-  const auto& loops = pick(generic::attention_bwd, avx2::attention_bwd, avx512::attention_bwd);
-  at::parallel_for(0, args.B * args.H, 1, [&](int64_t begin, int64_t end) { loops.run(args, begin, end); });
+  const AttentionBwdLoops& bwd = *loops().attention_bwd;
+  at::parallel_for(0, args.B * args.H, 1, [&](int64_t begin, int64_t end) { bwd.run(args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double scale,
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in,
   if (q_in.scalar_type() == at::kDouble)
     return reference<decltype(attention_fwd)>("gptfast::attention_fwd", q_in, k_in, v_in, scale, dropout_p, seed,
                                               kv_len);
-  const Tensor q = rows(q_in), k = rows(k_in), v = rows(v_in);
+  const Tensor q = contiguous_rows(q_in), k = contiguous_rows(k_in), v = contiguous_rows(v_in);
   AttentionArgs args = arguments(q, k, v, scale, dropout_p, seed, kv_len);
   Tensor out = make_tensor(q.sizes(), q.options());
   Tensor lse = at::empty({args.B, args.H, args.Tq}, q.options().dtype(at::kFloat));
@@ -85,15 +86,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
   if (q_in.scalar_type() == at::kDouble)
     return reference<decltype(attention_bwd)>("gptfast::attention_bwd", dout, q_in, k_in, v_in, out, lse, scale,
                                               dropout_p, seed, kv_len);
-  const Tensor q = rows(q_in), k = rows(k_in), v = rows(v_in);
+  const Tensor q = contiguous_rows(q_in), k = contiguous_rows(k_in), v = contiguous_rows(v_in);
   AttentionArgs args = arguments(q, k, v, scale, dropout_p, seed, kv_len);
   Tensor dq = make_tensor(q.sizes(), q.options()), dk = make_tensor(k.sizes(), k.options());
   Tensor dv = make_tensor(v.sizes(), v.options());
-  run_bwd(args, rows(dout), out, lse, dq, dk, dv);
+  run_bwd(args, contiguous_rows(dout), out, lse, dq, dk, dv);
   return {dq, dk, dv};
 }
 
-// (B, T, C) or one third of (B, T, 3C) as (B, H, T, D), without a copy
+// Returns a view of t (B, T, C), or of one third of t (B, T, 3C), as (B, H, T, D).
 Tensor split_heads(const Tensor& t, int64_t part, int64_t n_head, int64_t C) {
   return t.narrow(2, part * C, C).unflatten(2, {n_head, C / n_head}).transpose(1, 2);
 }
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor> attention_qkv_fwd(const Tensor& qkv_in, int64_t n_hea
   if (qkv_in.scalar_type() == at::kDouble)
     return reference<decltype(attention_qkv_fwd)>("gptfast::attention_qkv_fwd", qkv_in, n_head, scale, dropout_p, seed,
                                                   kv_len);
-  const Tensor qkv = rows(qkv_in);
+  const Tensor qkv = contiguous_rows(qkv_in);
   AttentionArgs args = packed_arguments(qkv, n_head, scale, dropout_p, seed, kv_len);
   const int64_t C = args.H * args.D;
   Tensor out = make_tensor({args.B, args.Tq, C}, qkv.options());
@@ -126,11 +127,11 @@ Tensor attention_qkv_bwd(const Tensor& dout, const Tensor& qkv_in, const Tensor&
   if (qkv_in.scalar_type() == at::kDouble)
     return reference<decltype(attention_qkv_bwd)>("gptfast::attention_qkv_bwd", dout, qkv_in, out, lse, n_head, scale,
                                                   dropout_p, seed, kv_len);
-  const Tensor qkv = rows(qkv_in);
+  const Tensor qkv = contiguous_rows(qkv_in);
   AttentionArgs args = packed_arguments(qkv, n_head, scale, dropout_p, seed, kv_len);
   const int64_t C = args.H * args.D;
   Tensor dqkv = make_tensor(qkv.sizes(), qkv.options());
-  run_bwd(args, split_heads(rows(dout), 0, n_head, C), split_heads(out, 0, n_head, C), lse,
+  run_bwd(args, split_heads(contiguous_rows(dout), 0, n_head, C), split_heads(out, 0, n_head, C), lse,
           split_heads(dqkv, 0, n_head, C), split_heads(dqkv, 1, n_head, C), split_heads(dqkv, 2, n_head, C));
   return dqkv;
 }

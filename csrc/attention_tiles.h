@@ -1,38 +1,39 @@
-// What forward and backward of attention share: tiles, matrix products on them, which keys are seen.
+// Shared by the forward and the backward of attention: matrix products on tiles, and which keys a query sees.
 //
-// One thread takes a (batch, head) at a time and 64 queries of it. Scores are kept transposed, S^T
-// (keys x queries): the softmax then runs down the rows with no horizontal reduction, and every
-// product of forward and backward is one `gemm` on row-major tiles:
+// One thread takes a (batch, head) at a time and 64 queries of it. Scores are kept transposed, S^T (keys x queries):
+// the softmax then runs down the rows with no sum across lanes, and every product of forward and backward is one `gemm`
+// on row-major tiles:
 //   S^T = K Q^T     O = P V      dP^T = V dO^T     dV += P'^T dO     dK += dS^T Q     dQ = dS K
-// where P is read transposed by strides. Keys before the diagonal are taken in blocks with no mask;
-// the diagonal itself in groups of 16 keys that skip the queries before them.
+// where P is read transposed by strides. Keys before the diagonal are taken in blocks without a mask. The diagonal is
+// taken in groups of 16 keys, which skip the queries that see none of the group.
 #pragma once
 
+#include "maths.h"
 #include "philox.h"
+#include "scratch.h"
 #include "tile.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-constexpr int64_t BQ = 64;   // queries a block
-constexpr int64_t BK = 128;  // keys a block
-constexpr int64_t GROUP = 16;
+constexpr int64_t BQ = 64;             // queries in a block
+constexpr int64_t BK = 128;            // keys in a block
+constexpr int64_t DIAGONAL_KEYS = 16;  // keys in a group on the diagonal
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr double LN2 = 0.693147180559945309;
 
-// ---- C (M x N) = or += A B: A(m, k) = a[m * a_row + k * a_col], B and C row-major, N a multiple of W.
-
+// Sets c to the product of a tile, or adds it.
 template <int MR, int NV>
-void tile(int64_t K, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c, int64_t ldc,
-          bool accumulate) {
+void tile(int64_t K, const float* a, int64_t a_row_stride, int64_t a_col_stride, const float* b, int64_t b_row_stride,
+          float* c, int64_t c_row_stride, bool accumulate) {
   vf acc[MR][NV];
-  sum_products(acc, K, a, a_row, a_col, b, ldb);
-  // C is added last, not first: sums of sums of K terms round less than one long sum.
+  sum_products(acc, K, a, a_row_stride, a_col_stride, b, b_row_stride);
+  // c is added last: a sum of sums of K terms rounds less than one long sum.
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) {
-      float* to = c + m * ldc + n * W;
+      float* to = c + m * c_row_stride + n * W;
       store(to, accumulate ? load(to) + acc[m][n] : acc[m][n]);
     }
 }
@@ -46,31 +47,32 @@ constexpr Tile tiles[6][4] = {
     {tile<5, 1>, tile<5, 2>, tile<5, 3>, tile<5, 4>}, {tile<6, 1>, tile<6, 2>, tile<6, 3>, tile<6, 4>},
 };
 
-constexpr int64_t KB = 128;  // longer sums are summed in blocks: they round less
+constexpr int64_t KB = 128;  // terms in a block; a longer sum is a sum of blocks, which rounds less
 
-inline void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_row, int64_t a_col, const float* b,
-                 int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+// Computes C (M x N) = A B or C += A B, where A(m, k) = a[m * a_row_stride + k * a_col_stride], B and C are row-major,
+// and N is a multiple of W.
+inline void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_row_stride, int64_t a_col_stride,
+                 const float* b, int64_t b_row_stride, float* c, int64_t c_row_stride, bool accumulate) {
   for (int64_t k = 0; k < K; k += KB)
     for (int64_t n = 0; n < N; n += NV * W) {
       const int64_t vectors = smaller<int64_t>(NV, (N - n) / W);
       for (int64_t m = 0; m < M; m += MR)
-        tiles[smaller<int64_t>(MR, M - m) - 1][vectors - 1](smaller(KB, K - k), a + m * a_row + k * a_col, a_row, a_col,
-                                                            b + k * ldb + n, ldb, c + m * ldc + n, ldc,
-                                                            accumulate || k > 0);
+        tiles[smaller<int64_t>(MR, M - m) - 1][vectors - 1](
+            smaller(KB, K - k), a + m * a_row_stride + k * a_col_stride, a_row_stride, a_col_stride,
+            b + k * b_row_stride + n, b_row_stride, c + m * c_row_stride + n, c_row_stride, accumulate || k > 0);
     }
 }
 
-// ---- Rows of one head as fp32, padded with zeros to a whole number of vectors.
-
+// Rows of one head as fp32, padded with zeros to a whole number of vectors.
 struct Matrix {
   float* data;
-  int64_t ld;
-  float* row(int64_t t) const { return data + t * ld; }
+  int64_t row_stride;
+  float* row(int64_t t) const { return data + t * row_stride; }
 };
 
 template <class T>
 T* head_data(const Heads& x, int64_t b, int64_t h) {
-  return (T*)x.data + b * x.batch + h * x.head;
+  return (T*)x.data + b * x.batch_stride + h * x.head_stride;
 }
 
 template <class T>
@@ -82,18 +84,18 @@ void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t D, Matrix t
   }
 }
 
+// Copies a head to `space` as fp32. fp32 rows of whole vectors stay in place.
 template <class T>
-Matrix matrix(const Heads& x, int64_t b, int64_t h, int64_t rows, int64_t D, float* space) {
+Matrix head_matrix(const Heads& x, int64_t b, int64_t h, int64_t rows, int64_t D, float* space) {
   const Matrix packed{space, round_up(D, W)};
-  widen_rows(head_data<T>(x, b, h), x.time, rows, D, packed);
+  widen_rows(head_data<T>(x, b, h), x.time_stride, rows, D, packed);
   return packed;
 }
-// fp32 rows of whole vectors are read where they lie.
 template <>
-inline Matrix matrix<float>(const Heads& x, int64_t b, int64_t h, int64_t rows, int64_t D, float* space) {
-  if (D % W == 0) return {head_data<float>(x, b, h), x.time};
+inline Matrix head_matrix<float>(const Heads& x, int64_t b, int64_t h, int64_t rows, int64_t D, float* space) {
+  if (D % W == 0) return {head_data<float>(x, b, h), x.time_stride};
   const Matrix packed{space, round_up(D, W)};
-  widen_rows(head_data<float>(x, b, h), x.time, rows, D, packed);
+  widen_rows(head_data<float>(x, b, h), x.time_stride, rows, D, packed);
   return packed;
 }
 
@@ -104,20 +106,19 @@ void write_row(T* to, const float* from, float factor, int64_t D) {
   if (d < D) store_part(to + d, load(from + d) * factor, D - d);
 }
 
-// (rows x D) -> (D x BQ), times factor; columns past rows are zero.
+// Writes the transpose of from (rows x D), times factor, to `to` (D x BQ). Columns past `rows` are zero.
 inline void transpose(Matrix from, int64_t rows, int64_t D, float factor, float* to) {
   if (rows < BQ) memset(to, 0, sizeof(float) * D * BQ);
   for (int64_t t = 0; t < rows; ++t)
     for (int64_t d = 0; d < D; ++d) to[d * BQ + t] = from.row(t)[d] * factor;
 }
 
-// ---- Which keys a block of queries sees.
-
-// Query i of the block sees key j iff j <= i + diagonal; keys before `full` are seen by all.
+// The keys that a block of queries sees: query i sees key j if j <= i + diagonal and j < end. All queries see the keys
+// before `full`.
 struct Span {
   int64_t diagonal, full, end;
 };
-inline Span span(const AttentionArgs& args, int64_t b, int64_t q0, int64_t rows) {
+inline Span keys_seen_by(const AttentionArgs& args, int64_t b, int64_t q0, int64_t rows) {
   const int64_t length = args.kv_len ? smaller(larger<int64_t>(args.kv_len[b], 0), args.Tk) : args.Tk;
   const int64_t kept = args.kv_len ? args.kv_len[b] : args.Tk;
   const int64_t diagonal = kept - args.Tq + q0;
@@ -125,26 +126,26 @@ inline Span span(const AttentionArgs& args, int64_t b, int64_t q0, int64_t rows)
   return {diagonal, full, smaller(larger(diagonal + rows, full), length)};
 }
 
-// Columns of S^T in use by a block of `rows` queries.
-inline int64_t columns(int64_t rows) { return round_up(rows, W); }
+// Returns the number of columns of S^T that a block of `rows` queries uses.
+inline int64_t columns_used(int64_t rows) { return round_up(rows, W); }
 
-// Calls f(key, keys, first column) for each run of keys; columns before the first see none of them.
+// Calls f(key, keys, first column) for each run of keys. The queries in columns before the first see none of the run.
 template <class F>
-void each_run(const Span& s, F f) {
+void for_each_run(const Span& s, F f) {
   for (int64_t key = 0; key < s.full; key += BK) f(key, smaller(BK, s.full - key), (int64_t)0);
-  for (int64_t key = s.full; key < s.end; key += GROUP) {
+  for (int64_t key = s.full; key < s.end; key += DIAGONAL_KEYS) {
     const int64_t column = larger<int64_t>(key - s.diagonal, 0) / W * W;
-    if (column < BQ) f(key, smaller(GROUP, s.end - key), column);
+    if (column < BQ) f(key, smaller(DIAGONAL_KEYS, s.end - key), column);
   }
 }
 
-// -inf where query < key, in S^T rows of a run on the diagonal.
+// Sets scores to -inf where the query comes before the key, in S^T rows of a run on the diagonal.
 inline void mask_diagonal(float* s, const Span& span, int64_t key, int64_t keys, int64_t column) {
   for (int64_t j = 0; j < keys; ++j)
     for (int64_t i = column; i < smaller(BQ, key + j - span.diagonal); ++i) s[j * BQ + i] = -INFINITY;
 }
 
-// Multiplies S^T rows of keys [key, key + keys), columns [column, end), by 0 or 1 / (1 - p).
+// Multiplies S^T rows of keys key .. key + keys, columns column .. end, by 0 or 1 / (1 - p).
 inline void apply_dropout(float* s, const AttentionArgs& args, int64_t head, int64_t query, int64_t key, int64_t keys,
                           int64_t column, int64_t end) {
   const float keep = 1.0f / (1.0f - args.dropout_p);

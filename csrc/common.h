@@ -1,4 +1,4 @@
-// What every wrapper needs: the level in use, dtypes, and the way to the reference for float64.
+// What every wrapper needs: the loops of the level in use, dtypes, and the call of the reference for float64.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -7,25 +7,13 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include "loops.h"
+#include <optional>
+
+#include "level.h"
 
 namespace gptfast {
 
-enum class Level { generic, avx2, avx512, avx512_vnni, avx512_bf16 };
-Level level();  // of this process: the best the CPU has, or what set_isa chose
-
-// The same loops at each level; a machine without x86's levels has the default one only.
-template <class Table>
-const Table& pick(const Table& generic, const Table& avx2, const Table& avx512) {
-  switch (level()) {
-    case Level::generic:
-      return generic;
-    case Level::avx2:
-      return avx2;
-    default:
-      return avx512;
-  }
-}
+using OptionalTensor = std::optional<at::Tensor>;
 
 inline Dtype dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
@@ -40,20 +28,25 @@ inline Dtype dtype_of(const at::Tensor& t) {
   }
 }
 
-// Rows a kernel can walk: the last dimension contiguous.
-inline at::Tensor rows(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
+// Returns t with a contiguous last dimension, as the loops need it.
+inline at::Tensor contiguous_rows(const at::Tensor& t) {
+  return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
+}
 
-// An operator's outputs are defined: where there is nothing to give, an empty tensor.
+// Returns t, or an empty tensor: an operator must not return an undefined one.
 inline at::Tensor or_empty(const at::Tensor& t, const at::TensorOptions& options) {
   return t.defined() ? t : at::empty({0}, options);
 }
 
-// Calls the PyTorch reference, registered for every backend as CompositeExplicitAutograd: under a
-// backend key that has no kernel of its own, that is what the dispatcher finds.
+// Calls the PyTorch reference of an operator, which is registered as CompositeExplicitAutograd, from its CPU kernel.
 template <class Signature, class... Args>
 auto reference(const char* name, const Args&... args) {
-  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-  return op.redispatch(c10::DispatchKeySet(c10::DispatchKey::MAIA), args...);
+  using Result = typename c10::guts::function_traits<Signature>::return_type;
+  torch::jit::Stack stack;
+  torch::jit::push(stack, args...);
+  c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxedForDispatchKey(
+      c10::DispatchKey::CompositeExplicitAutograd, stack);
+  if constexpr (!std::is_void_v<Result>) return c10::impl::PopResult<Result>::call(stack);
 }
 
 }  // namespace gptfast

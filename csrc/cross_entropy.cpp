@@ -1,3 +1,4 @@
+// Cross entropy of logits, and of a linear layer whose logits are never held in memory all at once.
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
@@ -10,8 +11,6 @@ namespace gptfast {
 namespace {
 
 using at::Tensor;
-
-const CrossEntropyLoops& loops() { return pick(generic::cross_entropy, avx2::cross_entropy, avx512::cross_entropy); }
 
 void check_targets(const Tensor& target, int64_t N, int64_t V, int64_t ignore_index) {
   TORCH_CHECK_VALUE(target.scalar_type() == at::kLong && target.dim() == 1 && target.size(0) == N,
@@ -37,8 +36,8 @@ CrossEntropyArgs arguments(const Tensor& logits, const Tensor& target, int64_t i
   return args;
 }
 
-using Rows = void (*)(const CrossEntropyArgs&, int64_t, int64_t);
-void each_row(Rows f, const CrossEntropyArgs& args, int64_t N) {
+using RowLoop = void (*)(const CrossEntropyArgs&, int64_t, int64_t);
+void for_each_row(RowLoop f, const CrossEntropyArgs& args, int64_t N) {
   at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) { f(args, begin, end); });
 }
 
@@ -47,14 +46,14 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits_in, const Tens
   if (logits_in.scalar_type() == at::kDouble)
     return reference<decltype(cross_entropy_fwd)>("gptfast::cross_entropy_fwd", logits_in, target_in, ignore_index,
                                                   label_smoothing, z_loss);
-  const Tensor logits = rows(logits_in), target = target_in.contiguous();
+  const Tensor logits = contiguous_rows(logits_in), target = target_in.contiguous();
   const int64_t N = logits.size(0);
   check_targets(target, N, logits.size(1), ignore_index);
   Tensor loss = at::empty({N}, logits.options().dtype(at::kFloat)), lse = at::empty_like(loss, at::kDouble);
   CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
   args.loss = loss.data_ptr<float>();
   args.lse = lse.data_ptr<double>();
-  each_row(loops().fwd, args, N);
+  for_each_row(loops().cross_entropy->fwd, args, N);
   return {loss, lse};
 }
 
@@ -63,26 +62,28 @@ Tensor cross_entropy_bwd(const Tensor& dloss_in, const Tensor& logits_in, const 
   if (logits_in.scalar_type() == at::kDouble)
     return reference<decltype(cross_entropy_bwd)>("gptfast::cross_entropy_bwd", dloss_in, logits_in, target_in, lse_in,
                                                   ignore_index, label_smoothing, z_loss);
-  const Tensor logits = rows(logits_in), target = target_in.contiguous();
+  const Tensor logits = contiguous_rows(logits_in), target = target_in.contiguous();
   const Tensor dloss = dloss_in.to(at::kFloat).contiguous(), lse = lse_in.contiguous();
   const int64_t N = logits.size(0);
   check_targets(target, N, logits.size(1), ignore_index);
   TORCH_CHECK_VALUE(dloss.numel() == N && lse.numel() == N && lse.scalar_type() == at::kDouble,
-                    "cross_entropy: dloss and lse must hold one number per row");
+                    "cross_entropy: dloss and float64 lse must have ", N, " elements, one per row, got ", dloss.numel(),
+                    " and ", lse.numel());
   Tensor dlogits = make_tensor(logits.sizes(), logits.options());
   CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
   args.dloss = dloss.const_data_ptr<float>();
   args.lse = lse.data_ptr<double>();
   args.dlogits = dlogits.data_ptr();
-  each_row(loops().bwd, args, N);
+  for_each_row(loops().cross_entropy->bwd, args, N);
   return dlogits;
 }
 
-// Rows of logits that fit in CHUNK bytes: enough for the matrix products to run at full speed, while
-// the logits never take more memory than that.
-constexpr int64_t CHUNK = 104 << 20;
+// Memory for logits: enough rows for the matrix products to run at full speed.
+constexpr int64_t MAX_LOGITS_BYTES = 104 << 20;
+
+// Returns the number of rows of logits to compute at a time.
 int64_t chunk_rows(int64_t N, int64_t V, int64_t itemsize) {
-  const int64_t fit = std::max<int64_t>(1, CHUNK / (V * itemsize)), chunks = (N + fit - 1) / fit;
+  const int64_t fit = std::max<int64_t>(1, MAX_LOGITS_BYTES / (V * itemsize)), chunks = (N + fit - 1) / fit;
   return chunks ? (N + chunks - 1) / chunks : 1;
 }
 
@@ -92,9 +93,9 @@ void check_linear(const Tensor& input, const Tensor& weight) {
                     " do not fit");
 }
 
-// f(first row, rows, logits of those rows) for each chunk, the logits in one reused buffer.
+// Calls f(first row, number of rows, logits of these rows) for each chunk. All chunks use one buffer for the logits.
 template <class F>
-void each_chunk(const Tensor& input, const Tensor& weight, F f) {
+void for_each_chunk(const Tensor& input, const Tensor& weight, F f) {
   const int64_t N = input.size(0), V = weight.size(0), step = chunk_rows(N, V, input.element_size());
   const Tensor buffer = make_tensor({std::min(step, N), V}, input.options());
   for (int64_t row = 0; row < N; row += step) {
@@ -116,20 +117,23 @@ Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight_in, co
   const Tensor target = target_in.contiguous();
   check_targets(target, input.size(0), weight.size(0), ignore_index);
   Tensor loss = at::empty({input.size(0)}, input.options().dtype(at::kFloat)), lse = at::empty_like(loss, at::kDouble);
-  each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
+  for_each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
     CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
     args.target += row;
     args.loss = loss.data_ptr<float>() + row;
     args.lse = lse.data_ptr<double>() + row;
-    each_row(loops().fwd, args, n);
+    for_each_row(loops().cross_entropy->fwd, args, n);
   });
   return loss;
 }
 
-// The gradients of a chunk: dinput of its rows, and its share of dweight.
+constexpr int64_t FP32_COLUMNS_PER_SLAB = 2048;
+constexpr double MAX_KEPT_SHARE = 0.9;  // of columns; with more, skipping costs more than it saves
+
+// Adds the gradients of a chunk: dinput of its rows, and its share of dweight.
 struct HeadGradients {
   const Tensor &weight, &dinput, &dweight;
-  bool first;  // whether dweight holds nothing yet
+  bool first;  // whether dweight is still uninitialised
 
   void add(const Tensor& dlogits, const Tensor& input) const {
     matmul(dinput, dlogits, weight);
@@ -139,10 +143,10 @@ struct HeadGradients {
     first ? dweight.copy_(share) : dweight.add_(share);
   }
 
-  // The same for some columns of dlogits, which now stand at its front; the other columns count as 0.
+  // Does the same with only some columns of dlogits, which were moved to its front; the others count as 0.
   void add(const Tensor& dlogits, const Tensor& input, const Tensor& columns) const {
-    // Columns whose rows of weight are copied out at a time; in 16 bits dinput is to be rounded once.
-    const int64_t slab = dlogits.scalar_type() == at::kFloat ? 2048 : columns.numel();
+    // The columns whose rows of weight are copied at a time. In 16 bits there is one slab, so dinput is rounded once.
+    const int64_t slab = dlogits.scalar_type() == at::kFloat ? FP32_COLUMNS_PER_SLAB : columns.numel();
     if (first) dweight.zero_();
     if (!columns.numel()) dinput.zero_();
     for (int64_t begin = 0; begin < columns.numel(); begin += slab) {
@@ -156,22 +160,22 @@ struct HeadGradients {
   }
 };
 
-// The columns with an entry above skip_below of its row's dloss, moved to the front of dlogits; undefined where
-// nearly all are.
+// Moves the columns that have an entry above skip_below times its row's dloss to the front of dlogits and returns their
+// indices. Returns an undefined tensor, and moves nothing, where nearly all columns have one.
 Tensor keep_columns(const Tensor& dlogits, const float* dloss, double skip_below) {
   const int64_t N = dlogits.size(0), V = dlogits.size(1);
   std::vector<float> limits(N);
   for (int64_t i = 0; i < N; ++i) limits[i] = static_cast<float>(skip_below * std::abs(dloss[i]));
   std::vector<uint8_t> marks(V);
-  constexpr int64_t STRIP = 256;
-  at::parallel_for(0, (V + STRIP - 1) / STRIP, 1, [&](int64_t begin, int64_t end) {
-    loops().mark(dtype_of(dlogits), dlogits.const_data_ptr(), N, V, limits.data(), marks.data(), begin * STRIP,
-                 std::min(V, end * STRIP));
+  constexpr int64_t COLUMNS_PER_STRIP = 256;
+  at::parallel_for(0, (V + COLUMNS_PER_STRIP - 1) / COLUMNS_PER_STRIP, 1, [&](int64_t begin, int64_t end) {
+    loops().cross_entropy->mark_columns(dtype_of(dlogits), dlogits.const_data_ptr(), N, V, limits.data(), marks.data(),
+                                        begin * COLUMNS_PER_STRIP, std::min(V, end * COLUMNS_PER_STRIP));
   });
   std::vector<int64_t> kept;
   for (int64_t j = 0; j < V; ++j)
     if (marks[j]) kept.push_back(j);
-  if (static_cast<double>(kept.size()) > 0.9 * static_cast<double>(V)) return {};
+  if (static_cast<double>(kept.size()) > MAX_KEPT_SHARE * static_cast<double>(V)) return {};
   const auto move = [&](auto* rows) {
     at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
@@ -199,23 +203,23 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
   const Tensor target = target_in.contiguous(), dloss = dloss_in.to(at::kFloat).contiguous();
   const int64_t N = input.size(0);
   check_targets(target, N, weight.size(0), ignore_index);
-  TORCH_CHECK_VALUE(dloss.dim() == 1 && dloss.size(0) == N, "linear_cross_entropy: dloss must be (", N, ",)");
+  TORCH_CHECK_VALUE(dloss.dim() == 1 && dloss.size(0) == N, "linear_cross_entropy: dloss must be (", N, ",), got ",
+                    dloss.sizes());
   Tensor loss = at::empty({N}, input.options().dtype(at::kFloat)), lse = at::empty_like(loss, at::kDouble);
   Tensor dinput = make_tensor(input.sizes(), input.options());
-  // Several chunks add up in fp32: a 16-bit sum would round away what each one adds. So does the gradient of a
-  // weight that is not of the input's dtype, as under autocast.
+  // Several chunks add up in fp32: a 16-bit sum would round away what each one adds.
   const bool one_chunk = N <= chunk_rows(N, weight.size(0), input.element_size());
   const auto dtype = one_chunk && skip_below == 0 ? weight_in.scalar_type() : at::kFloat;
   Tensor dweight = make_tensor(weight.sizes(), weight.options().dtype(dtype));
   if (N == 0) dweight.zero_();
-  each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
+  for_each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
     CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
     args.target += row;
     args.loss = loss.data_ptr<float>() + row;
     args.lse = lse.data_ptr<double>() + row;
     args.dloss = dloss.const_data_ptr<float>() + row;
     args.dlogits = logits.data_ptr();
-    each_row(loops().fwd_bwd, args, n);
+    for_each_row(loops().cross_entropy->fwd_bwd, args, n);
     const Tensor dx = dinput.narrow(0, row, n), x = input.narrow(0, row, n);
     const Tensor columns = skip_below > 0 ? keep_columns(logits, args.dloss, skip_below) : Tensor();
     const HeadGradients gradients{weight, dx, dweight, row == 0};

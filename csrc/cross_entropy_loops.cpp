@@ -1,13 +1,13 @@
-// Cross entropy over rows of logits: one pass for the max, one for the sum, one for the gradient.
-// A row of GPT-2 logits is 200 KB, so the passes after the first run from the core's own cache.
-// Sums are taken in fp32 over blocks of 4096 and added up in double: one long fp32 sum a lane costs
-// 4e-6 in the loss.
-#include "simd.h"
+// Cross entropy over rows of logits: one pass for the maximum, one for the sum, one for the gradient. A row of GPT-2
+// logits is 200 KB, so the passes after the first read it from the core's own cache.
+#include "maths.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-constexpr int64_t BLOCK = 4096;
+// Terms that are summed in fp32 before their sum is added in double. One long fp32 sum would be off by 4e-6 in the
+// loss.
+constexpr int64_t TERMS_PER_FP32_SUM = 4096;
 
 template <class T>
 float row_max(const T* x, int64_t V) {
@@ -19,30 +19,30 @@ float row_max(const T* x, int64_t V) {
   return max(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
-// sum_j exp(x_j - top); with Mean, sum_j x_j too, in double throughout: it is a difference of large numbers.
-template <bool Mean, class T>
+// Computes exps = sum_j exp(x_j - top) and, if SUM_VALUES, values = sum_j x_j. The latter is in double throughout, for
+// the loss is its small difference from another large number.
+template <bool SUM_VALUES, class T>
 void row_sums(const T* x, int64_t V, float top, double& exps, double& values) {
   exps = values = 0;
-  for (int64_t begin = 0; begin < V; begin += BLOCK) {
-    const int64_t end = smaller(V, begin + BLOCK);
+  for (int64_t begin = 0; begin < V; begin += TERMS_PER_FP32_SUM) {
+    const int64_t end = smaller(V, begin + TERMS_PER_FP32_SUM);
     vf e[2] = {};
-    vd m = {};
+    vd v = {};
     int64_t j = begin;
     for (; j + 2 * W <= end; j += 2 * W)
       for (int i = 0; i < 2; ++i) {
         const vf value = load(x + j + i * W);
         e[i] += exp(value - top);
-        if (Mean) m += __builtin_convertvector(value, vd);
+        if (SUM_VALUES) v += __builtin_convertvector(value, vd);
       }
     for (; j < end; j += W) {
       const int64_t lanes = smaller<int64_t>(W, end - j);
-      vf value = load_n(x + j, lanes), p = exp(value - top);
-      for (int64_t i = lanes; i < W; ++i) p[i] = 0;
-      e[0] += p;
-      if (Mean) m += __builtin_convertvector(value, vd);
+      const vf value = load_n(x + j, lanes);
+      e[0] += keep_lanes(exp(value - top), lanes);
+      if (SUM_VALUES) v += __builtin_convertvector(value, vd);
     }
     exps += sum(e[0] + e[1]);
-    for (int i = 0; Mean && i < W; ++i) values += m[i];
+    if (SUM_VALUES) values = add_lanes(values, v);
   }
 }
 
@@ -84,7 +84,7 @@ void bwd_row(const CrossEntropyArgs& args, int64_t row) {
   int64_t j = 0;
   for (; j + W <= V; j += W) store(dx + j, exp((load(x + j) - high) - low) * factor - offset);
   if (j < V) store_part(dx + j, exp((load_part(x + j, V - j) - high) - low) * factor - offset, V - j);
-  // In double, for it cancels when the target is nearly certain.
+  // In double: the terms cancel where the target is nearly certain.
   const double dtarget = dloss * (::exp(at_target - lse) * scale - smoothing / V - (1 - smoothing));
   store_part(dx + target, splat((float)dtarget), 1);
 }
@@ -105,19 +105,19 @@ void fwd_bwd_rows(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// marks[j] = whether a row has |x_j| above its limit, or NaN; columns begin .. end
+// Sets marks[j] to whether column j has an entry |x_j| above its row's limit, or NaN.
 template <class T>
-void mark_columns(const T* x, int64_t N, int64_t V, const float* limits, uint8_t* marks, int64_t begin, int64_t end) {
-  constexpr int64_t STRIP = 4;
-  for (int64_t j = begin; j < end; j += STRIP * W) {
-    vi above[STRIP] = {};
-    const int64_t vectors = smaller(STRIP, (end - j + W - 1) / W);
+void mark(const T* x, int64_t N, int64_t V, const float* limits, uint8_t* marks, int64_t begin, int64_t end) {
+  constexpr int64_t VECTORS_PER_STRIP = 4;
+  for (int64_t j = begin; j < end; j += VECTORS_PER_STRIP * W) {
+    vi above[VECTORS_PER_STRIP] = {};
+    const int64_t vectors = smaller(VECTORS_PER_STRIP, (end - j + W - 1) / W);
     for (int64_t row = 0; row < N; ++row)
       for (int64_t i = 0; i < vectors; ++i) {
         const vf value = load_n(x + row * V + j + i * W, smaller<int64_t>(W, end - j - i * W));
         above[i] |= ~((value <= splat(limits[row])) & (value >= splat(-limits[row])));
       }
-    for (int64_t i = 0; i < smaller(STRIP * W, end - j); ++i) marks[j + i] = above[i / W][i % W] != 0;
+    for (int64_t i = 0; i < smaller(VECTORS_PER_STRIP * W, end - j); ++i) marks[j + i] = above[i / W][i % W] != 0;
   }
 }
 
@@ -130,13 +130,13 @@ void bwd(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
 void fwd_bwd(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
   by_dtype(args.dtype, [&](auto type) { fwd_bwd_rows<decltype(type)>(args, begin, end); });
 }
-void mark(Dtype dtype, const void* x, int64_t N, int64_t V, const float* limits, uint8_t* marks, int64_t begin,
-          int64_t end) {
-  by_dtype(dtype, [&](auto type) { mark_columns((const decltype(type)*)x, N, V, limits, marks, begin, end); });
+void mark_columns(Dtype dtype, const void* x, int64_t N, int64_t V, const float* limits, uint8_t* marks, int64_t begin,
+                  int64_t end) {
+  by_dtype(dtype, [&](auto type) { mark((const decltype(type)*)x, N, V, limits, marks, begin, end); });
 }
 
 }  // namespace
 
-const CrossEntropyLoops cross_entropy = {fwd, bwd, fwd_bwd, mark};
+extern const CrossEntropyLoops cross_entropy = {fwd, bwd, fwd_bwd, mark_columns};
 
 }  // namespace gptfast::GPTFAST_LEVEL

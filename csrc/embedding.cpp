@@ -1,10 +1,10 @@
-// The rows of a weight that ids name, and their gradient: per token the sum of its rows, in order of
-// position, in fp32, added once to the token's row. Bound by memory, so that the plain loops here
-// are as good as any instruction-set level's.
+// Copies the rows of a weight that ids name. The gradient of a token's row is the sum of its gradients in the order of
+// their positions, in fp32, added to the row once. Memory bandwidth is the limit, so there are no loops per
+// instruction-set level.
 #include <ATen/Dispatch.h>
 
 #include <algorithm>
-#include <utility>
+#include <compare>
 #include <vector>
 
 #include "common.h"
@@ -14,9 +14,8 @@ namespace {
 
 using at::Tensor;
 
-// Columns whose sums stay in the first-level cache; a piece of work is a token and these.
-constexpr int64_t BLOCK = 256;
-constexpr int64_t GRAIN = 16;
+constexpr int64_t COLUMNS_PER_BLOCK = 256;  // whose sums stay in the first-level cache
+constexpr int64_t ITEMS_PER_SHARE = 16;     // the smallest share of work that a thread gets
 
 void check_ids(const Tensor& idx, int64_t V) {
   TORCH_CHECK_VALUE(idx.scalar_type() == at::kLong, "idx must be int64, got ", idx.scalar_type());
@@ -41,32 +40,37 @@ Tensor embedding_fwd(const Tensor& weight_in, const Tensor& idx_in) {
   const int64_t* id = idx.const_data_ptr<int64_t>();
   const char* from = static_cast<const char*>(weight.const_data_ptr());
   char* to = static_cast<char*>(x.data_ptr());
-  at::parallel_for(0, idx.numel(), GRAIN, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, idx.numel(), ITEMS_PER_SHARE, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) memcpy(to + n * row_bytes, from + id[n] * row_bytes, row_bytes);
   });
   return x;
 }
 
-using Place = std::pair<int64_t, int64_t>;  // id and position
-std::vector<Place> sorted(const Tensor& idx) {
+struct Occurrence {
+  int64_t id, position;
+  auto operator<=>(const Occurrence&) const = default;
+};
+
+// Returns the ids of all positions, sorted by id and then by position.
+std::vector<Occurrence> sorted_occurrences(const Tensor& idx) {
   const int64_t* id = idx.const_data_ptr<int64_t>();
-  std::vector<Place> places(idx.numel());
-  for (int64_t n = 0; n < idx.numel(); ++n) places[n] = {id[n], n};
-  std::sort(places.begin(), places.end());
-  return places;
+  std::vector<Occurrence> found(idx.numel());
+  for (int64_t n = 0; n < idx.numel(); ++n) found[n] = {id[n], n};
+  std::sort(found.begin(), found.end());
+  return found;
 }
 
-// Columns begin .. end of the run of one token that starts at `place`.
+// Adds the gradients of one token, whose occurrences start at index i, to its row; columns begin .. end.
 template <class T>
-void add_run(T* dweight, const T* dx, const std::vector<Place>& places, size_t place, int64_t C, int64_t begin,
-             int64_t end) {
-  float sums[BLOCK] = {};
-  const int64_t token = places[place].first, n = end - begin;
-  for (; place < places.size() && places[place].first == token; ++place) {
-    const T* row = dx + places[place].second * C + begin;
+void add_token(T* dweight, const T* dx, const std::vector<Occurrence>& all, size_t i, int64_t C, int64_t begin,
+               int64_t end) {
+  float sums[COLUMNS_PER_BLOCK] = {};
+  const int64_t id = all[i].id, n = end - begin;
+  for (; i < all.size() && all[i].id == id; ++i) {
+    const T* row = dx + all[i].position * C + begin;
     for (int64_t c = 0; c < n; ++c) sums[c] += static_cast<float>(row[c]);
   }
-  T* row = dweight + token * C + begin;
+  T* row = dweight + id * C + begin;
   for (int64_t c = 0; c < n; ++c) row[c] = static_cast<T>(static_cast<float>(row[c]) + sums[c]);
 }
 
@@ -78,19 +82,19 @@ void embedding_bwd(const Tensor& dweight, const Tensor& dx_in, const Tensor& idx
   TORCH_CHECK_VALUE(dweight.dim() == 2 && dweight.is_contiguous() && dx.dim() == idx.dim() + 1 &&
                         dx.sizes().slice(0, idx.dim()) == idx.sizes() && dx.size(-1) == dweight.size(1) &&
                         dx.scalar_type() == dweight.scalar_type(),
-                    "embedding: dweight ", dweight.sizes(), ", contiguous, dx ", dx.sizes(), " and idx ", idx.sizes(),
+                    "embedding: contiguous dweight ", dweight.sizes(), ", dx ", dx.sizes(), " and idx ", idx.sizes(),
                     " do not fit");
   check_ids(idx, dweight.size(0));
-  const std::vector<Place> places = sorted(idx);
-  const int64_t N = idx.numel(), C = dweight.size(1), blocks = (C + BLOCK - 1) / BLOCK;
+  const std::vector<Occurrence> all = sorted_occurrences(idx);
+  const int64_t N = idx.numel(), C = dweight.size(1), blocks = (C + COLUMNS_PER_BLOCK - 1) / COLUMNS_PER_BLOCK;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dweight.scalar_type(), "embedding_bwd", [&] {
     scalar_t* to = dweight.data_ptr<scalar_t>();
     const scalar_t* from = dx.const_data_ptr<scalar_t>();
-    at::parallel_for(0, blocks * N, GRAIN, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, blocks * N, ITEMS_PER_SHARE, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t place = item % N, column = item / N * BLOCK;
-        if (!place || places[place - 1].first != places[place].first)
-          add_run(to, from, places, place, C, column, std::min(C, column + BLOCK));
+        const int64_t i = item % N, column = item / N * COLUMNS_PER_BLOCK;
+        if (i == 0 || all[i - 1].id != all[i].id)
+          add_token(to, from, all, i, C, column, std::min(C, column + COLUMNS_PER_BLOCK));
       }
     });
   });

@@ -1,26 +1,28 @@
-// What the engine's wrapper (engine.cpp, with ATen) and its loops (per level, without) share.
+// The interface between the engine's wrapper (engine_step.cpp: tensors) and its loops (engine_loops.cpp: pointers,
+// compiled once per instruction-set level).
 //
-// A matrix (N outputs, K inputs) lies in panels of 32 outputs, each read from front to back once a token:
+// A matrix (N outputs, K inputs) is stored in panels of 32 outputs. A step reads each panel from front to back:
 //   fp32: [K][32]    bf16: [K / 2][32][2]    int8: [K / 4][32][4], stored + 128
-// K is padded with zeros to a multiple of UNIT of its type, N to 32. These are in the order in which
-// vectors of any width take them, so one packed model serves every instruction-set level.
+// K is padded with zeros to a multiple of 1, 2 or 64 inputs, N to a multiple of 32. Vectors of any width can read this
+// order, so one packed model serves every level.
 #pragma once
 
 #include <stdint.h>
 
 namespace gptfast {
 
-constexpr int64_t PANEL = 32;
-constexpr int64_t GROUP = 64;  // of int8's inputs that share a scale
+constexpr int64_t PANEL = 32;       // outputs in a panel
+constexpr int64_t INT8_GROUP = 64;  // inputs of a product with int8 weights that share a scale
+constexpr int64_t CACHE_UNIT = 16;  // a head's keys and values in the cache are padded to a multiple of this
 
-constexpr int64_t ENGINE_ALONE =
-    4;  // up to so many rows, each thread makes a product's inputs for itself: that saves a meeting
+// Up to this number of rows, each thread converts the inputs of a product for itself, which saves a wait.
+constexpr int64_t MAX_PRIVATE_ROWS = 4;
 
 enum class WeightType : int64_t { fp32, bf16, int8 };
 
 struct EngineMatrix {
   const char* panels;
-  const float *scale, *bias;  // (N padded,); scale for int8 only, bias or null
+  const float *scale, *bias;  // (N padded,); scale is null unless int8, bias may be null
   int64_t N, K;
 };
 struct EngineNorm {
@@ -33,13 +35,15 @@ struct EngineLayer {
   EngineMatrix c_fc, mlp_c_proj;
 };
 
-// Tokens that follow one another in a row of the cache.
+// New tokens at consecutive positions of one row.
 struct EngineSegment {
-  const int32_t* slots;     // of the row's tokens, in their order: where in the cache each one is
-  int64_t start, first, n;  // position of the first; its index among this call's tokens; how many
+  const int32_t* slots;  // the place in the cache of each of the row's tokens, by position
+  int64_t start;         // position of the first new token
+  int64_t first;         // its index among all tokens of this call
+  int64_t n;             // number of new tokens
 };
 
-// Threads that run one forward meet here. On lines of their own.
+// Where the threads of one forward wait for each other. The two counters are on cache lines of their own.
 struct alignas(128) EngineBarrier {
   alignas(64) int32_t arrived = 0;
   alignas(64) int32_t phase = 0;
@@ -55,20 +59,21 @@ struct EngineArgs {
   const EngineSegment* segments;
   int64_t n_segments;
   const int64_t *ids, *positions;  // (N,)
-  const int64_t* wanted;           // (n_wanted,): of which tokens logits are wanted
+  const int64_t* wanted;           // (n_wanted,): the tokens whose logits are wanted
   int64_t n_wanted;
-  char* cache;  // (n_layer, 2, n_head, n_slots, D padded to 16): fp32, bf16, or fp16 for int8
+  char* cache;  // (n_layer, 2, n_head, n_slots, D padded): fp32, bf16, or fp16 beside int8 weights
   int64_t n_slots;
-  float* logits;                        // (n_wanted, V padded to 32)
-  float *x, *qkv, *mixed, *fc;          // rows padded to 32: N x (C, 3 C, C, 4 C)
-  char* inputs;                         // rows as a product takes them
-  float* scores;                        // per thread
-  int64_t inputs_bytes, scores_floats;  // per thread; inputs of all threads lie side by side
+  float* logits;                   // (n_wanted, V padded to 32)
+  float *x, *qkv, *attended, *fc;  // rows padded to 32: N x (C, 3 C, C, 4 C); attended has n_wanted rows if more
+  char* inputs;                    // rows converted to the type that a product takes
+  float* scratch;                  // scratch_floats for each thread
+  int64_t private_inputs_bytes;    // each thread's part of inputs where rows are private
+  int64_t scratch_floats;          // of each thread
   EngineBarrier* barrier;
 };
 struct EngineLoops {
-  int64_t (*input_bytes)(WeightType, int64_t K);  // of one row of a product's inputs
-  int64_t queries;                                // that attention takes at a time
+  int64_t (*input_bytes)(WeightType, int64_t K);  // of one converted row of K inputs
+  int64_t queries_per_pass;                       // that attention computes side by side
   void (*forward)(const EngineArgs&, int64_t thread, int64_t threads);
 };
 

@@ -1,5 +1,5 @@
-// A linear layer, behind a layer norm or not. The normalised input is not kept for the backward, which makes it
-// again from the input and two numbers a row.
+// A linear layer, after a layer norm of its input if there is one. The forward does not keep the normalised input: the
+// backward computes it again from the input and two numbers per row.
 #include "arena.h"
 #include "matmul.h"
 #include "norm.h"
@@ -12,8 +12,9 @@ using at::Tensor;
 void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&
                         (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0))),
-                    "linear: x ", x.sizes(), " and weight ", weight.sizes(), " do not fit, or not the bias");
-  TORCH_CHECK_VALUE(!bias || bias->scalar_type() == weight.scalar_type(), "linear: weight and bias need one dtype");
+                    "linear: x ", x.sizes(), " and weight ", weight.sizes(), " or the bias do not fit");
+  TORCH_CHECK_VALUE(!bias || bias->scalar_type() == weight.scalar_type(),
+                    "linear: weight and bias need one dtype, got ", weight.scalar_type(), " and ", bias->scalar_type());
   dtype_of(x);
   dtype_of(weight);
 }
@@ -28,8 +29,9 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const OptionalTensor& nor
   const Norm norm = make_norm(x, norm_weight, norm_bias, eps, weight.scalar_type());
   Tensor stats = new_stats(norm, x), y = make_tensor({x.size(0), weight.size(0)}, weight.options());
   TORCH_CHECK_VALUE(!residual || (residual->sizes() == y.sizes() && residual->scalar_type() == y.scalar_type()),
-                    "linear: residual must be ", y.sizes(), " in the weight's dtype");
-  affine(y, norm_fwd(norm, x, stats, true), weight.t(), bias.value_or(Tensor()), residual.value_or(Tensor()));
+                    "linear: residual must be ", y.sizes(), " in the weight's dtype, got ", residual->sizes(), " ",
+                    residual->scalar_type());
+  linear(y, norm_fwd(norm, x, stats, Stats::compute), weight.t(), bias.value_or(Tensor()), residual.value_or(Tensor()));
   return {y, stats};
 }
 
@@ -50,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy_i
   Tensor dx, dnorm_weight, dnorm_bias, dweight, dbias;
   if (need_dweight) {
     dweight = make_tensor(weight.sizes(), weight.options());
-    matmul(dweight, dy.t(), norm_fwd(norm, x, stats, false));
+    matmul(dweight, dy.t(), norm_fwd(norm, x, stats, Stats::read));
     if (bias) dbias = sum_rows(dy);
   }
   if (need_dx) {
@@ -58,8 +60,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy_i
     matmul(dnormal, dy, weight);
     std::tie(dx, dnorm_weight, dnorm_bias) = norm_bwd(norm, dnormal, x, stats);
   }
-  const auto given = [&](const Tensor& t) { return or_empty(t, weight.options()); };
-  return {given(dx), given(dnorm_weight), given(dnorm_bias), given(dweight), given(dbias)};
+  const auto output = [&](const Tensor& t) { return or_empty(t, weight.options()); };
+  return {output(dx), output(dnorm_weight), output(dnorm_bias), output(dweight), output(dbias)};
 }
 
 TORCH_LIBRARY_IMPL(gptfast, CPU, m) {

@@ -1,9 +1,10 @@
-// What the wrappers (compiled once, with ATen) and the loops (compiled per level, without) share.
+// The interface between the wrappers (<op>.cpp: tensors, compiled once) and the loops (<op>_loops.cpp: pointers,
+// compiled once per instruction-set level). A wrapper fills an Args struct and calls a function of loops() in level.h.
+//
+// begin and end limit a call to a share of the work, which the wrapper gives to one thread.
 #pragma once
 
 #include <stdint.h>
-
-#include "engine.h"
 
 namespace gptfast {
 
@@ -15,10 +16,10 @@ struct fp16 {
 };
 enum class Dtype { fp32, bf16, fp16 };
 
-// Strides in elements, for batch, head and time; the last dimension is contiguous.
+// A tensor (B, H, T, D). Strides are in elements; those of D are contiguous.
 struct Heads {
   void* data;
-  int64_t batch, head, time;
+  int64_t batch_stride, head_stride, time_stride;
 };
 
 struct AttentionArgs {
@@ -32,11 +33,11 @@ struct AttentionArgs {
   Heads dout, dq, dk, dv;
 };
 struct AttentionFwdLoops {
-  int64_t (*items)(const AttentionArgs&);  // how many pieces of work there are
-  void (*run)(const AttentionArgs&, int64_t begin, int64_t end);
+  int64_t (*count_items)(const AttentionArgs&);
+  void (*run)(const AttentionArgs&, int64_t begin, int64_t end);  // items
 };
 struct AttentionBwdLoops {
-  void (*run)(const AttentionArgs&, int64_t begin, int64_t end);  // heads of B * H
+  void (*run)(const AttentionArgs&, int64_t begin, int64_t end);  // heads, of B * H
 };
 
 struct CrossEntropyArgs {
@@ -47,17 +48,17 @@ struct CrossEntropyArgs {
   const void* logits;     // (N, V), rows row_stride apart
   const int64_t* target;  // (N,)
   float* loss;            // (N,)
-  double* lse;            // (N,); in fp32 it would be off by |lse| * 6e-8, and every gradient with it
+  double* lse;            // (N,); fp32 would be off by |lse| * 6e-8, and every gradient with it
   const float* dloss;     // (N,)
   void* dlogits;          // (N, V) contiguous; bwd may write over the logits
 };
 struct CrossEntropyLoops {
   void (*fwd)(const CrossEntropyArgs&, int64_t begin, int64_t end);      // rows
   void (*bwd)(const CrossEntropyArgs&, int64_t begin, int64_t end);      // rows
-  void (*fwd_bwd)(const CrossEntropyArgs&, int64_t begin, int64_t end);  // each row while it is in cache
-  // marks[j] = whether a row of x (N, V) has an entry |x_j| above its limit, columns begin .. end
-  void (*mark)(Dtype, const void* x, int64_t N, int64_t V, const float* limits, uint8_t* marks, int64_t begin,
-               int64_t end);
+  void (*fwd_bwd)(const CrossEntropyArgs&, int64_t begin, int64_t end);  // rows, each while it is in cache
+  // Sets marks[j] to whether column j of x (N, V) has an entry |x_j| above its row's limit; columns begin .. end.
+  void (*mark_columns)(Dtype, const void* x, int64_t N, int64_t V, const float* limits, uint8_t* marks, int64_t begin,
+                       int64_t end);
 };
 
 struct AdamWTensor {
@@ -93,96 +94,66 @@ struct SamplingLoops {
   void (*sample)(const SamplingArgs&, int64_t begin, int64_t end);  // rows
 };
 
-// c (M x N) = a (M x K) b (K x N), strides in elements; then + bias (N,), or added to c.
+// c (M x N) = a (M x K) b (K x N) + bias (N,), or c += a b. Strides are in elements.
 struct MatmulArgs {
   int64_t M, N, K;
   const float* a;
-  int64_t a_row, a_col;
+  int64_t a_row_stride, a_col_stride;
   const float* b;
-  int64_t b_row, b_col;
+  int64_t b_row_stride, b_col_stride;
   float* c;
-  int64_t ldc;
+  int64_t c_row_stride;
   const float* bias;  // or null
   bool accumulate;
 };
 struct MatmulLoops {
-  int64_t tile_rows, tile_columns;
+  int64_t vector_floats;            // in a register of this level
+  int64_t tile_rows, tile_columns;  // a thread's share of c should be a multiple of these
   void (*run)(const MatmulArgs&, int64_t m0, int64_t m1, int64_t n0, int64_t n1);  // a rectangle of c
 };
 
-// Layer norm of x (N, C) to y (N, C). Backward, y is the gradient of the output.
+// Layer norm of x (N, C) to y (N, C). In the backward, y is the gradient of the output.
 struct NormArgs {
-  Dtype x_dtype, y_dtype;  // the same, or x is fp32
+  Dtype x_dtype, y_dtype;  // equal, or x is fp32
   int64_t N, C;
   float eps;
-  bool fresh;  // whether stats are to be computed
+  bool compute_stats;  // or read them
   const void* x;
   const float *weight, *bias;  // (C,)
   float* stats;                // (N, 2): mean, 1 / standard deviation
   void* y;
   void* dx;
-  const void* residual;  // (N, C) as x, added to dx; or null
+  const void* residual;  // (N, C) in x's dtype, added to dx; or null
   float *dweight, *dbias;
 };
 struct NormLoops {
   void (*normalize)(const NormArgs&, int64_t begin, int64_t end);    // rows
-  void (*bwd_columns)(const NormArgs&, int64_t begin, int64_t end);  // columns from a multiple of 64 on
+  void (*bwd_columns)(const NormArgs&, int64_t begin, int64_t end);  // columns; begin is a multiple of 64
   void (*bwd_rows)(const NormArgs&, int64_t begin, int64_t end);     // rows; dx may be y
-  void (*sum_columns)(Dtype, const void* x, int64_t N, int64_t C, float* to, int64_t begin, int64_t end);
+  // Sets sums[c] to the sum of column c of x (N, C); columns begin .. end, begin a multiple of 64.
+  void (*sum_columns)(Dtype, const void* x, int64_t N, int64_t C, float* sums, int64_t begin, int64_t end);
 };
 
 struct MlpLoops {
-  void (*gelu_fwd)(Dtype, const void* x, void* y, int64_t begin, int64_t end);            // elements
+  void (*gelu_fwd)(Dtype, const void* x, void* y, int64_t begin, int64_t end);  // elements
+  // Writes y = gelu(x) and replaces dy by dx.
   void (*gelu_bwd)(Dtype, const void* x, void* y, void* dy, int64_t begin, int64_t end);  // elements
 };
 
-// Each level's loops, by the name of the operation; without x86's levels every name is the generic one.
-namespace generic {
-extern const AttentionFwdLoops attention_fwd;
-extern const AttentionBwdLoops attention_bwd;
-extern const CrossEntropyLoops cross_entropy;
-extern const AdamWLoops adamw;
-extern const SamplingLoops sampling;
-extern const MatmulLoops matmul;
-extern const NormLoops norm;
-extern const MlpLoops mlp;
-extern const EngineLoops engine;
-}  // namespace generic
-#ifdef __x86_64__
-namespace avx2 {
-extern const AttentionFwdLoops attention_fwd;
-extern const AttentionBwdLoops attention_bwd;
-extern const CrossEntropyLoops cross_entropy;
-extern const AdamWLoops adamw;
-extern const SamplingLoops sampling;
-extern const MatmulLoops matmul;
-extern const NormLoops norm;
-extern const MlpLoops mlp;
-extern const EngineLoops engine;
-}  // namespace avx2
-namespace avx512 {
-extern const AttentionFwdLoops attention_fwd;
-extern const AttentionBwdLoops attention_bwd;
-extern const CrossEntropyLoops cross_entropy;
-extern const AdamWLoops adamw;
-extern const SamplingLoops sampling;
-extern const MatmulLoops matmul;
-extern const NormLoops norm;
-extern const MlpLoops mlp;
-extern const EngineLoops engine;
-}  // namespace avx512
-// Of these only the engine makes use.
-namespace avx512_vnni {
-extern const EngineLoops engine;
-}
-namespace avx512_bf16 {
-extern const EngineLoops engine;
-}
-#else
-namespace avx2 = generic;
-namespace avx512 = generic;
-namespace avx512_vnni = generic;
-namespace avx512_bf16 = generic;
-#endif
+struct EngineLoops;  // engine.h
+
+// The loops of one instruction-set level. Where a level has none of its own, a null pointer in loops_table.cpp, it
+// runs those of the level below.
+struct Loops {
+  const AttentionFwdLoops* attention_fwd;
+  const AttentionBwdLoops* attention_bwd;
+  const CrossEntropyLoops* cross_entropy;
+  const AdamWLoops* adamw;
+  const SamplingLoops* sampling;
+  const MatmulLoops* matmul;
+  const NormLoops* norm;
+  const MlpLoops* mlp;
+  const EngineLoops* engine;
+};
 
 }  // namespace gptfast

@@ -1,9 +1,10 @@
-// A matrix product in the manner of GotoBLAS (Goto and van de Geijn, 2008): operands are repacked into
-// panels that a register tile of MR x NR reads in order. KC terms of a panel of B stay in the first
-// cache, a block of A in the second, and C is met once per block of K while it is near.
+// The matrix product of GotoBLAS (Goto and van de Geijn, 2008): operands are repacked into panels that a register tile
+// of MR x NR reads in order. KC terms of a panel of B stay in the first-level cache, a block of A in the second; C is
+// read and written once per block of K.
 //
-// Every element of C is the sum of the same chains of KC terms whatever the split of the work, so that
-// the number of threads changes no bit.
+// Every element of C is the sum of the same chains of KC terms however the work is divided, so the number of threads
+// changes no bit.
+#include "scratch.h"
 #include "tile.h"
 
 namespace gptfast::GPTFAST_LEVEL {
@@ -14,10 +15,10 @@ constexpr int MR = W == 16 ? 8 : 4;  // 8 x 48 divides every width of GPT-2's la
 constexpr int64_t NR = NV * W;
 constexpr int64_t KC = 256;
 constexpr int64_t MC = 96;
-constexpr int64_t LONGEST = 4 * KC;             // terms of B packed at once,
-constexpr int64_t B_FLOATS = int64_t{1} << 20;  // and floats: a share of the last cache
+constexpr int64_t MAX_PACKED_TERMS = 4 * KC;             // of B at once
+constexpr int64_t MAX_PACKED_FLOATS = int64_t{1} << 20;  // of B at once: a share of the last-level cache
 
-// W x W in registers: interleaving the halves log2(W) times.
+// Transposes W x W floats in registers by interleaving the halves log2(W) times.
 inline void transpose(vf* x) {
 #pragma GCC unroll 4
   for (int step = 1; step < W; step *= 2) {
@@ -32,8 +33,8 @@ inline void transpose(vf* x) {
   }
 }
 
-// to[k * P + p] = x[p * x_p + k * x_k] for p < n, else 0. May write W floats past the panel: where P < W, whole
-// vectors are stored in order, and the next one overwrites a store's surplus.
+// Sets to[k * P + p] to x[p * x_p + k * x_k] for p < n, else to 0. May write W floats past the panel: where P < W, it
+// stores whole vectors in order, and each overwrites the surplus of the one before.
 template <int64_t P>
 void pack(const float* x, int64_t x_p, int64_t x_k, int64_t n, int64_t K, float* to) {
   int64_t k = 0;
@@ -53,19 +54,20 @@ void pack(const float* x, int64_t x_p, int64_t x_k, int64_t n, int64_t K, float*
     for (int64_t p = 0; p < P; ++p) to[k * P + p] = p < n ? x[p * x_p + k * x_k] : 0.0f;
 }
 
-// C (MR x NR) = or += the product of two panels of K terms, or that and the bias.
-void tile(int64_t K, const float* a, const float* b, float* c, int64_t ldc, bool accumulate, const float* bias) {
+// Sets C (MR x NR) to the product of two panels of K terms, plus C if accumulate, plus the bias if there is one.
+void tile(int64_t K, const float* a, const float* b, float* c, int64_t c_row_stride, bool accumulate,
+          const float* bias) {
 #pragma GCC unroll 8
   for (int64_t m = 0; m < MR; ++m)
 #pragma GCC unroll 3
-    for (int64_t n = 0; n < NV; ++n) __builtin_prefetch(c + m * ldc + n * W, 1);
+    for (int64_t n = 0; n < NV; ++n) __builtin_prefetch(c + m * c_row_stride + n * W, 1);
   vf acc[MR][NV];
   sum_products(acc, K, a, 1, MR, b, NR);
 #pragma GCC unroll 8
   for (int64_t m = 0; m < MR; ++m)
 #pragma GCC unroll 3
     for (int64_t n = 0; n < NV; ++n) {
-      float* to = c + m * ldc + n * W;
+      float* to = c + m * c_row_stride + n * W;
       vf sum = acc[m][n];
       if (accumulate) sum += load(to);
       if (bias) sum += load(bias + n * W);
@@ -73,67 +75,67 @@ void tile(int64_t K, const float* a, const float* b, float* c, int64_t ldc, bool
     }
 }
 
-// The same for the rows x columns that are left at C's border.
-void border(int64_t rows, int64_t columns, int64_t K, const float* a, const float* b, float* c, int64_t ldc,
+// Does the same for the rows x columns that are left at C's border.
+void border(int64_t rows, int64_t columns, int64_t K, const float* a, const float* b, float* c, int64_t c_row_stride,
             bool accumulate, const float* bias) {
   float sums[MR * NR];
   tile(K, a, b, sums, NR, false, nullptr);
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t n = 0; n < columns; ++n) {
       float sum = sums[m * NR + n];
-      if (accumulate) sum += c[m * ldc + n];
+      if (accumulate) sum += c[m * c_row_stride + n];
       if (bias) sum += bias[n];
-      c[m * ldc + n] = sum;
+      c[m * c_row_stride + n] = sum;
     }
 }
 
-// A block of at most MC rows of C, for K terms whose panels of B are packed.
-void block(const MatmulArgs& args, int64_t m, int64_t rows, int64_t n, int64_t columns, int64_t k, int64_t K, float* a,
-           const float* b) {
+// Multiplies at most MC rows of A with the packed panels of B, for K terms.
+void multiply_block(const MatmulArgs& args, int64_t m, int64_t rows, int64_t n, int64_t columns, int64_t k, int64_t K,
+                    float* a, const float* b) {
   for (int64_t i = 0; i < rows; i += MR)
-    pack<MR>(args.a + (m + i) * args.a_row + k * args.a_col, args.a_row, args.a_col, smaller<int64_t>(MR, rows - i), K,
-             a + i * K);
+    pack<MR>(args.a + (m + i) * args.a_row_stride + k * args.a_col_stride, args.a_row_stride, args.a_col_stride,
+             smaller<int64_t>(MR, rows - i), K, a + i * K);
   const bool accumulate = args.accumulate || k > 0;
   for (int64_t j = 0; j < columns; j += NR) {
     const float* bias = args.bias && k == 0 ? args.bias + n + j : nullptr;
     for (int64_t i = 0; i < rows; i += MR) {
-      float* c = args.c + (m + i) * args.ldc + n + j;
+      float* c = args.c + (m + i) * args.c_row_stride + n + j;
       if (columns - j >= NR && rows - i >= MR)
-        tile(K, a + i * K, b + j * K, c, args.ldc, accumulate, bias);
+        tile(K, a + i * K, b + j * K, c, args.c_row_stride, accumulate, bias);
       else
-        border(smaller<int64_t>(MR, rows - i), smaller<int64_t>(NR, columns - j), K, a + i * K, b + j * K, c, args.ldc,
-               accumulate, bias);
+        border(smaller<int64_t>(MR, rows - i), smaller<int64_t>(NR, columns - j), K, a + i * K, b + j * K, c,
+               args.c_row_stride, accumulate, bias);
     }
   }
 }
 
-// Rows m0 .. m1 and columns n0 .. n1 of C.
+// Computes rows m0 .. m1 and columns n0 .. n1 of C.
 void run(const MatmulArgs& args, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   if (m0 >= m1 || n0 >= n1) return;
   const int64_t blocks = (args.K + KC - 1) / KC, terms = (args.K + blocks - 1) / blocks;
-  const int64_t longest = smaller(blocks, LONGEST / KC) * terms;
-  const int64_t widest = smaller(B_FLOATS / longest / NR * NR, round_up(n1 - n0, NR));
-  Scratch scratch(longest * widest + MC * terms + 4 * W);
-  float *b = scratch.take(longest * widest + W), *a = scratch.take(MC * terms + W);
-  for (int64_t n = n0; n < n1; n += widest) {
-    const int64_t columns = smaller(widest, n1 - n), padded = round_up(columns, NR);
-    for (int64_t k0 = 0; k0 < args.K; k0 += longest) {
-      const int64_t k1 = smaller(args.K, k0 + longest);
+  const int64_t packed_terms = smaller(blocks, MAX_PACKED_TERMS / KC) * terms;
+  const int64_t packed_columns = smaller(MAX_PACKED_FLOATS / packed_terms / NR * NR, round_up(n1 - n0, NR));
+  Scratch scratch(packed_terms * packed_columns + MC * terms + 4 * W);
+  float *b = scratch.take(packed_terms * packed_columns + W), *a = scratch.take(MC * terms + W);
+  for (int64_t n = n0; n < n1; n += packed_columns) {
+    const int64_t columns = smaller(packed_columns, n1 - n), padded = round_up(columns, NR);
+    for (int64_t k0 = 0; k0 < args.K; k0 += packed_terms) {
+      const int64_t k1 = smaller(args.K, k0 + packed_terms);
       for (int64_t k = k0; k < k1; k += terms)
         for (int64_t j = 0; j < columns; j += NR) {
           const int64_t K = smaller(terms, k1 - k);
-          pack<NR>(args.b + (n + j) * args.b_col + k * args.b_row, args.b_col, args.b_row,
+          pack<NR>(args.b + (n + j) * args.b_col_stride + k * args.b_row_stride, args.b_col_stride, args.b_row_stride,
                    smaller<int64_t>(NR, columns - j), K, b + (k - k0) * padded + j * K);
         }
       for (int64_t m = m0; m < m1; m += MC)
         for (int64_t k = k0; k < k1; k += terms)
-          block(args, m, smaller(MC, m1 - m), n, columns, k, smaller(terms, k1 - k), a, b + (k - k0) * padded);
+          multiply_block(args, m, smaller(MC, m1 - m), n, columns, k, smaller(terms, k1 - k), a, b + (k - k0) * padded);
     }
   }
 }
 
 }  // namespace
 
-const MatmulLoops matmul = {MR, NR, run};
+extern const MatmulLoops matmul = {W, MR, NR, run};
 
 }  // namespace gptfast::GPTFAST_LEVEL

@@ -1,5 +1,5 @@
-// The perceptron of a block: norm, linear, GELU, linear. Only the input and the GELU's input are kept for the
-// backward; what is cheap is made again.
+// The MLP of a block: layer norm, linear, GELU, linear. The forward keeps its input and the input of GELU for the
+// backward, which computes the rest again.
 #include "arena.h"
 #include "matmul.h"
 #include "norm.h"
@@ -9,14 +9,13 @@ namespace {
 
 using at::Tensor;
 
-const MlpLoops& loops() { return pick(generic::mlp, avx2::mlp, avx512::mlp); }
-
-constexpr int64_t GRAIN = 1 << 12;  // elements, a multiple of every vector
+constexpr int64_t ELEMENTS_PER_SHARE = 1 << 12;  // whole vectors at every level
 
 template <class F>
-void each_part(int64_t size, F f) {
-  at::parallel_for(0, (size + GRAIN - 1) / GRAIN, 1,
-                   [&](int64_t begin, int64_t end) { f(begin * GRAIN, std::min(size, end * GRAIN)); });
+void for_each_share(int64_t size, F f) {
+  at::parallel_for(0, (size + ELEMENTS_PER_SHARE - 1) / ELEMENTS_PER_SHARE, 1, [&](int64_t begin, int64_t end) {
+    f(begin * ELEMENTS_PER_SHARE, std::min(size, end * ELEMENTS_PER_SHARE));
+  });
 }
 
 void check(const Tensor& x, const Tensor& fc_weight, const Tensor& fc_bias, const Tensor& proj_weight,
@@ -25,9 +24,10 @@ void check(const Tensor& x, const Tensor& fc_weight, const Tensor& fc_bias, cons
                         proj_weight.size(1) == fc_weight.size(0) && fc_bias.numel() == fc_weight.size(0) &&
                         proj_bias.numel() == proj_weight.size(0),
                     "mlp: x ", x.sizes(), ", fc_weight ", fc_weight.sizes(), " and proj_weight ", proj_weight.sizes(),
-                    " do not fit, or not their biases");
+                    " or their biases ", fc_bias.sizes(), " and ", proj_bias.sizes(), " do not fit");
   for (const Tensor& t : {fc_bias, proj_weight, proj_bias})
-    TORCH_CHECK_VALUE(t.scalar_type() == fc_weight.scalar_type(), "mlp: weights and biases need one dtype");
+    TORCH_CHECK_VALUE(t.scalar_type() == fc_weight.scalar_type(), "mlp: weights and biases need one dtype, got ",
+                      fc_weight.scalar_type(), " and ", t.scalar_type());
   dtype_of(x);
   dtype_of(fc_weight);
 }
@@ -49,13 +49,13 @@ std::tuple<Tensor, Tensor, Tensor> mlp_fwd(const Tensor& x, const OptionalTensor
   const Norm norm = make_norm(x, norm_weight, norm_bias, eps, fc_weight.scalar_type());
   Tensor stats = new_stats(norm, x), h = make_tensor({x.size(0), fc_weight.size(0)}, fc_weight.options());
   Tensor y = make_tensor({x.size(0), proj_weight.size(0)}, fc_weight.options());
-  matmul(h, norm_fwd(norm, x, stats, true), fc_weight.t(), fc_bias);
+  matmul(h, norm_fwd(norm, x, stats, Stats::compute), fc_weight.t(), fc_bias);
   const Tensor gelu = make_tensor(h.sizes(), h.options());
-  each_part(h.numel(), [&](int64_t begin, int64_t end) {
-    loops().gelu_fwd(dtype_of(h), h.const_data_ptr(), gelu.data_ptr(), begin, end);
+  for_each_share(h.numel(), [&](int64_t begin, int64_t end) {
+    loops().mlp->gelu_fwd(dtype_of(h), h.const_data_ptr(), gelu.data_ptr(), begin, end);
   });
   check_residual(residual, x, proj_weight);
-  affine(y, gelu, proj_weight.t(), proj_bias, residual ? x : Tensor());
+  linear(y, gelu, proj_weight.t(), proj_bias, residual ? x : Tensor());
   return {y, h, stats};
 }
 
@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
   matmul(dh, dy, proj_weight);
   {
     const Tensor gelu = make_tensor(h.sizes(), h.options());
-    each_part(h.numel(), [&](int64_t begin, int64_t end) {
-      loops().gelu_bwd(dtype_of(h), h.const_data_ptr(), gelu.data_ptr(), dh.data_ptr(), begin, end);
+    for_each_share(h.numel(), [&](int64_t begin, int64_t end) {
+      loops().mlp->gelu_bwd(dtype_of(h), h.const_data_ptr(), gelu.data_ptr(), dh.data_ptr(), begin, end);
     });
     if (need_dproj) {
       dproj = make_tensor(proj_weight.sizes(), proj_weight.options());
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
   }
   if (need_dfc) {
     dfc = make_tensor(fc_weight.sizes(), fc_weight.options());
-    matmul(dfc, dh.t(), norm_fwd(norm, x, stats, false));
+    matmul(dfc, dh.t(), norm_fwd(norm, x, stats, Stats::read));
     dfc_bias = sum_rows(dh);
   }
   if (need_dx) {
@@ -98,9 +98,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
     matmul(dnormal, dh, fc_weight);
     std::tie(dx, dnorm_weight, dnorm_bias) = norm_bwd(norm, dnormal, x, stats, residual ? dy : Tensor());
   }
-  const auto given = [&](const Tensor& t) { return or_empty(t, dy.options()); };
-  return {given(dx),       given(dnorm_weight), given(dnorm_bias), given(dfc),
-          given(dfc_bias), given(dproj),        given(dproj_bias)};
+  const auto output = [&](const Tensor& t) { return or_empty(t, dy.options()); };
+  return {output(dx),       output(dnorm_weight), output(dnorm_bias), output(dfc),
+          output(dfc_bias), output(dproj),        output(dproj_bias)};
 }
 
 TORCH_LIBRARY_IMPL(gptfast, CPU, m) {

@@ -7,19 +7,19 @@ namespace {
 
 using at::Tensor;
 
-const NormLoops& loops() { return pick(generic::norm, avx2::norm, avx512::norm); }
-
-constexpr int64_t COLUMNS = 64;  // a share of work: whole vectors at every level
-constexpr int64_t ROWS = 16;
+// The smallest shares of work that a thread gets.
+constexpr int64_t COLUMNS_PER_STRIP = 64;  // whole vectors at every level
+constexpr int64_t ROWS_PER_SHARE = 16;
 
 template <class F>
-void each_strip(int64_t C, F f) {
-  at::parallel_for(0, (C + COLUMNS - 1) / COLUMNS, 1,
-                   [&](int64_t begin, int64_t end) { f(begin * COLUMNS, std::min(C, end * COLUMNS)); });
+void for_each_strip(int64_t C, F f) {
+  at::parallel_for(0, (C + COLUMNS_PER_STRIP - 1) / COLUMNS_PER_STRIP, 1, [&](int64_t begin, int64_t end) {
+    f(begin * COLUMNS_PER_STRIP, std::min(C, end * COLUMNS_PER_STRIP));
+  });
 }
 
-// The loops' x: of the result's dtype or fp32.
-Tensor operand(const Norm& norm, const Tensor& x) {
+// Returns x as the loops take it: in the result's dtype or in fp32.
+Tensor loop_input(const Norm& norm, const Tensor& x) {
   return (x.scalar_type() == norm.dtype ? x : x.to(at::kFloat)).contiguous();
 }
 
@@ -44,7 +44,7 @@ Norm make_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTens
                at::ScalarType dtype) {
   if (!weight) return {{}, {}, eps, dtype};
   TORCH_CHECK_VALUE(bias && weight->dim() == 1 && bias->sizes() == weight->sizes() && weight->size(0) == x.size(1),
-                    "norm's weight and bias must be (", x.size(1), ",)");
+                    "norm's weight and bias must both be (", x.size(1), ",), got weight ", weight->sizes());
   return {weight->to(at::kFloat).contiguous(),
           bias->to(at::kFloat).contiguous(),
           eps,
@@ -57,12 +57,13 @@ Tensor new_stats(const Norm& norm, const Tensor& x) {
   return at::empty({norm.weight.defined() ? x.size(0) : 0, 2}, x.options().dtype(at::kFloat));
 }
 
-Tensor norm_fwd(const Norm& norm, const Tensor& x_in, const Tensor& stats, bool fresh) {
+Tensor norm_fwd(const Norm& norm, const Tensor& x_in, const Tensor& stats, Stats use) {
   if (!norm.weight.defined()) return x_in.to(norm.dtype);
-  const Tensor x = operand(norm, x_in), y = make_tensor(x.sizes(), x.options().dtype(norm.dtype));
+  const Tensor x = loop_input(norm, x_in), y = make_tensor(x.sizes(), x.options().dtype(norm.dtype));
   NormArgs args = arguments(norm, x, y, stats);
-  args.fresh = fresh;
-  at::parallel_for(0, args.N, ROWS, [&](int64_t begin, int64_t end) { loops().normalize(args, begin, end); });
+  args.compute_stats = use == Stats::compute;
+  at::parallel_for(0, args.N, ROWS_PER_SHARE,
+                   [&](int64_t begin, int64_t end) { loops().norm->normalize(args, begin, end); });
   return y;
 }
 
@@ -72,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Norm& norm, const Tensor& dy, 
     const Tensor dx = dy.to(x_in.scalar_type());
     return {residual.defined() ? dx.add_(residual) : dx, Tensor(), Tensor()};
   }
-  const Tensor x = operand(norm, x_in);
+  const Tensor x = loop_input(norm, x_in);
   const Tensor dx = dy.scalar_type() == x.scalar_type() ? dy : make_tensor(x.sizes(), x.options());
   const Tensor dweight = at::empty_like(norm.weight), dbias = at::empty_like(norm.weight);
   NormArgs args = arguments(norm, x, dy, stats);
@@ -80,15 +81,17 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Norm& norm, const Tensor& dy, 
   args.residual = residual.defined() ? residual.const_data_ptr() : nullptr;
   args.dweight = dweight.data_ptr<float>();
   args.dbias = dbias.data_ptr<float>();
-  each_strip(args.C, [&](int64_t begin, int64_t end) { loops().bwd_columns(args, begin, end); });
-  at::parallel_for(0, args.N, ROWS, [&](int64_t begin, int64_t end) { loops().bwd_rows(args, begin, end); });
+  for_each_strip(args.C, [&](int64_t begin, int64_t end) { loops().norm->bwd_columns(args, begin, end); });
+  at::parallel_for(0, args.N, ROWS_PER_SHARE,
+                   [&](int64_t begin, int64_t end) { loops().norm->bwd_rows(args, begin, end); });
   return {dx.to(x_in.scalar_type()), dweight.to(norm.weight_dtype), dbias.to(norm.bias_dtype)};
 }
 
 Tensor sum_rows(const Tensor& x) {
   const Tensor sums = at::empty({x.size(1)}, x.options().dtype(at::kFloat));
-  each_strip(x.size(1), [&](int64_t begin, int64_t end) {
-    loops().sum_columns(dtype_of(x), x.const_data_ptr(), x.size(0), x.size(1), sums.data_ptr<float>(), begin, end);
+  for_each_strip(x.size(1), [&](int64_t begin, int64_t end) {
+    loops().norm->sum_columns(dtype_of(x), x.const_data_ptr(), x.size(0), x.size(1), sums.data_ptr<float>(), begin,
+                              end);
   });
   return sums.to(x.scalar_type());
 }

@@ -1,4 +1,4 @@
-// Layer normalisation for the operations that begin with it, as tensors; and sums over rows.
+// Layer normalisation of tensors, for the operations that begin with it; and sums over rows.
 #pragma once
 
 #include <tuple>
@@ -7,9 +7,7 @@
 
 namespace gptfast {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-// What an operation may do to its input x (N, C) first. Without a weight: nothing.
+// The layer norm of an operation's input x (N, C). Without a weight there is none.
 struct Norm {
   at::Tensor weight, bias;  // (C,)
   double eps = 0;
@@ -19,14 +17,18 @@ struct Norm {
 Norm make_norm(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                at::ScalarType dtype);
 
-// x normalised and scaled, in norm.dtype; stats (N, 2) fp32 are written if fresh, else read.
-at::Tensor norm_fwd(const Norm& norm, const at::Tensor& x, const at::Tensor& stats, bool fresh);
-// dx + residual in x's dtype, dweight and dbias in their own; may write dx over dy. residual is of x's shape and dtype,
-// or undefined.
+enum class Stats { compute, read };
+
+// Returns x normalised and scaled, in norm.dtype. Computes stats (N, 2) fp32 and writes them, or reads them.
+at::Tensor norm_fwd(const Norm& norm, const at::Tensor& x, const at::Tensor& stats, Stats use);
+
+// Returns dx + residual in x's dtype, dweight and dbias in their own. May write dx over dy. residual has x's shape and
+// dtype, or is undefined.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd(const Norm& norm, const at::Tensor& dy, const at::Tensor& x,
                                                         const at::Tensor& stats, const at::Tensor& residual = {});
 at::Tensor new_stats(const Norm& norm, const at::Tensor& x);
 
-at::Tensor sum_rows(const at::Tensor& x);  // (N, C) -> (C,), fp32 sums in x's dtype
+// Returns the sums of the columns of x (N, C) as (C,): summed in fp32, rounded to x's dtype.
+at::Tensor sum_rows(const at::Tensor& x);
 
 }  // namespace gptfast

@@ -1,10 +1,11 @@
 // Philox-4x32-10 (Salmon et al., SC 2011) on W lanes at once; see kernels/reference/philox.py.
 #pragma once
 
-#include "simd.h"
+#include "vectors.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 
+// Multiplies each lane by the constant: the product's upper and lower 32 bits.
 static inline void multiply(vu a, uint32_t constant, vu& hi, vu& lo) {
 #if defined(__AVX512F__)
   const __m512i m = _mm512_set1_epi32((int)constant), x = (__m512i)a;
@@ -25,6 +26,7 @@ static inline void multiply(vu a, uint32_t constant, vu& hi, vu& lo) {
 #endif
 }
 
+// Four random words for each counter; a lane is a counter.
 struct Words {
   vu word[4];
 };
@@ -45,7 +47,7 @@ static inline Words philox(vu c0, vu c1, vu c2, vu c3, uint64_t seed) {
   return {{c0, c1, c2, c3}};
 }
 
-// [0, 1) in fp32, as Triton's uint_to_uniform_float.
+// Maps random words to [0, 1) as Triton's uint_to_uniform_float does.
 static inline vf uniform(vu word) {
   const vi x = (vi)word;
   return __builtin_convertvector(x < 0 ? ~x : x, vf) * 4.6566127342e-10f;

@@ -7,12 +7,11 @@ namespace {
 
 using at::Tensor;
 
-const SamplingLoops& loops() { return pick(generic::sampling, avx2::sampling, avx512::sampling); }
-
+// Returns the data of a parameter with one value per row.
 template <class T>
-const T* column(const Tensor& t, int64_t B, const char* name) {
+const T* row_values(const Tensor& t, int64_t B, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == B && t.is_contiguous(), name, " must be contiguous of shape (", B,
-                    ",)");
+                    ",), got ", t.sizes());
   return t.const_data_ptr<T>();
 }
 
@@ -23,19 +22,19 @@ Tensor sample(const Tensor& logits_in, const Tensor& temperature, const Tensor& 
   if (logits_in.scalar_type() == at::kDouble)
     return reference<decltype(sample)>("gptfast::sample", logits_in, temperature, top_k, top_p, min_p, seed, position);
   TORCH_CHECK_VALUE(logits_in.dim() == 2 && logits_in.size(1) > 0, "logits must be (B, V), got ", logits_in.sizes());
-  const Tensor logits = rows(logits_in);
+  const Tensor logits = contiguous_rows(logits_in);
   const int64_t B = logits.size(0);
   SamplingArgs args{};
   args.dtype = dtype_of(logits);
   args.V = logits.size(1);
   args.row_stride = logits.stride(0);
   args.logits = logits.const_data_ptr();
-  args.temperature = column<float>(temperature, B, "temperature");
-  args.top_k = column<int64_t>(top_k, B, "top_k");
-  args.top_p = column<float>(top_p, B, "top_p");
-  args.min_p = column<float>(min_p, B, "min_p");
-  args.seed = column<int64_t>(seed, B, "seed");
-  args.position = column<int64_t>(position, B, "position");
+  args.temperature = row_values<float>(temperature, B, "temperature");
+  args.top_k = row_values<int64_t>(top_k, B, "top_k");
+  args.top_p = row_values<float>(top_p, B, "top_p");
+  args.min_p = row_values<float>(min_p, B, "min_p");
+  args.seed = row_values<int64_t>(seed, B, "seed");
+  args.position = row_values<int64_t>(position, B, "position");
   for (int64_t b = 0; b < B; ++b) {
     const float t = args.temperature[b], p = args.top_p[b], m = args.min_p[b];
     TORCH_CHECK_VALUE(t >= 0 && t < INFINITY, "temperature must be a finite number >= 0, got ", t, " in row ", b);
@@ -46,7 +45,7 @@ Tensor sample(const Tensor& logits_in, const Tensor& temperature, const Tensor& 
   }
   Tensor ids = at::empty({B}, logits.options().dtype(at::kLong));
   args.ids = ids.data_ptr<int64_t>();
-  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) { loops().sample(args, begin, end); });
+  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) { loops().sampling->sample(args, begin, end); });
   for (int64_t b = 0; b < B; ++b)
     TORCH_CHECK_VALUE(args.ids[b] >= 0, "logits row ", b,
                       " has NaN, +inf or nothing but -inf; check the model's output");

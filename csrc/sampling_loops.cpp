@@ -1,18 +1,20 @@
 // Sampling without a sort; kernels/reference/sampling.py is the definition.
 //
-// top_k: the k-th largest of many strided maxima bounds the k-th logit from below; the few logits
-// above the bound are compressed out and the exact k-th is selected among them.
+// top_k: the k-th largest of many strided maxima is a lower bound of the k-th largest logit. The few logits above the
+// bound are copied out, and the exact k-th is selected among them.
 // top_p: a quickselect that follows the mass instead of the rank.
-// Weights are whole numbers up to 2^40 held in fp32; 4096 of them add up exactly in double, and
-// blocks add up in int64, so no order of summation can change a token.
+// Weights are whole numbers up to 2^40 in fp32. 4096 of them add up exactly in double, and these sums add up in int64,
+// so no order of summation can change a token.
+#include "maths.h"
 #include "philox.h"
+#include "scratch.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-constexpr int64_t EXACT = 4096;
+constexpr int64_t WEIGHTS_PER_DOUBLE_SUM = 4096;
 
-// Lane i of the mask (0 or -1 each) as bit i.
+// Returns the lanes of a mask, each 0 or -1, as bits: lane i is bit i.
 inline uint32_t bits_of(vi mask) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask((__m512i)mask);
@@ -25,7 +27,7 @@ inline uint32_t bits_of(vi mask) {
 #endif
 }
 
-// Stores the lanes of x that bits select, in order; may write W floats. Returns their count.
+// Stores the lanes of x that the bits select, in order, and returns their number. May write W floats.
 inline int64_t compress(float* to, vf x, uint32_t bits) {
 #if defined(__AVX512F__)
   store(to, (vf)_mm512_maskz_compress_ps((__mmask16)bits, (__m512)x));
@@ -39,31 +41,31 @@ inline int64_t compress(float* to, vf x, uint32_t bits) {
   return __builtin_popcount(bits);
 }
 
-inline vf round_weight(vf x) {  // to nearest even; from 2^23 on, fp32 is whole anyway
+// Rounds to the nearest whole number, ties to even. From 2^23 on, every fp32 number is whole.
+inline vf round_weight(vf x) {
   const vf whole = (x + 8388608.0f) - 8388608.0f;
   return x < splat(8388608.0f) ? whole : x;
 }
 
-int64_t mass(const float* w, int64_t n) {  // n a multiple of W
+// Returns the sum of n weights; n is a multiple of W.
+int64_t mass(const float* w, int64_t n) {
   int64_t total = 0;
-  for (int64_t begin = 0; begin < n; begin += EXACT) {
-    const int64_t end = smaller(n, begin + EXACT);
+  for (int64_t begin = 0; begin < n; begin += WEIGHTS_PER_DOUBLE_SUM) {
+    const int64_t end = smaller(n, begin + WEIGHTS_PER_DOUBLE_SUM);
     vd part[2] = {};
     int64_t j = begin;
     for (; j + 2 * W <= end; j += 2 * W)
       for (int i = 0; i < 2; ++i) part[i] += __builtin_convertvector(load(w + j + i * W), vd);
     if (j < end) part[0] += __builtin_convertvector(load(w + j), vd);
     part[0] += part[1];
-    double block = 0;
-    for (int i = 0; i < W; ++i) block += part[0][i];
-    total += (int64_t)block;
+    total += (int64_t)add_lanes(0, part[0]);
   }
   return total;
 }
 
 inline float median(float a, float b, float c) { return larger(smaller(a, b), smaller(larger(a, b), c)); }
 
-// The k-th largest (k >= 1) of x, which is overwritten.
+// Returns the k-th largest (k >= 1) of n numbers. Overwrites x.
 float kth_largest(float* x, int64_t n, int64_t k) {
   int64_t lo = 0, hi = n - 1;
   while (lo < hi) {
@@ -88,26 +90,29 @@ float kth_largest(float* x, int64_t n, int64_t k) {
   return x[k - 1];
 }
 
-// Logits of the tokens still in play, in id order, padded with -inf to a multiple of W.
+// The tokens that can still be drawn, in the order of their ids: logits, padded with -inf to a multiple of W, and
+// weights.
 struct Tokens {
   float *x, *w;
-  int32_t* id;  // null: the token's index
+  int32_t* id;  // null: a token's id is its index
   int64_t n;
 };
 
 inline vi id_lanes(int64_t first) { return (vi)(iota() + (uint32_t)first); }
 
-void pad(float* x, int64_t n) {
-  for (int64_t j = n; j < round_up(n, W); ++j) x[j] = -INFINITY;
+// Fills x from n to the next multiple of W.
+void pad(float* x, int64_t n, float value) {
+  for (int64_t j = n; j < round_up(n, W); ++j) x[j] = value;
 }
 
 constexpr int64_t GROUPS = 16;
+constexpr int64_t PREFETCH_LOGITS = 2048;  // from what is read now to what is prefetched
 
-// What one pass over a row of logits finds: the largest of each of GROUPS * W strided parts, and whether all is finite.
+// The maxima of a row of logits, found in one pass.
 struct Maxima {
-  vf best[GROUPS];
-  float top;
-  bool bad;
+  vf best[GROUPS];  // of GROUPS * W strided parts
+  float top;        // of all
+  bool invalid;     // whether the row has NaN, +inf or nothing but -inf
 
   template <class T>
   Maxima(const T* logits, int64_t V) {
@@ -117,8 +122,8 @@ struct Maxima {
     for (; j + GROUPS * W <= V; j += GROUPS * W)
 #pragma GCC unroll 16
       for (int64_t g = 0; g < GROUPS; ++g) {
-        // Logits fresh from a product lie in the caches of all cores that took part.
-        __builtin_prefetch(logits + j + g * W + 2048);
+        // Logits that a product has just written lie in the caches of all cores that computed it.
+        __builtin_prefetch(logits + j + g * W + PREFETCH_LOGITS);
         const vf x = load(logits + j + g * W);
         best[g] = max(x, best[g]);
         nan[g % 2] |= x != x;
@@ -131,11 +136,11 @@ struct Maxima {
     vf all = best[0];
     for (const vf& lanes : best) all = max(lanes, all);
     top = max(all);
-    bad = top == INFINITY || top == -INFINITY || bits_of(nan[0] | nan[1]);
+    invalid = top == INFINITY || top == -INFINITY || bits_of(nan[0] | nan[1]);
   }
 
-  // At least k logits are as large as this.
-  float bound(int64_t k) const {
+  // Returns a lower bound of the k-th largest logit.
+  float lower_bound(int64_t k) const {
     if (k > GROUPS * W / 2) return -INFINITY;
     float lanes[GROUPS * W];
     memcpy(lanes, best, sizeof lanes);
@@ -143,7 +148,8 @@ struct Maxima {
   }
 };
 
-// Exactly k tokens, ties at the k-th logit by the lower id. `to` has room for every token.
+// Copies the k tokens with the largest logits to `to`, which has room for all tokens, and returns them. Among tokens
+// equal to the k-th, the lower ids stay.
 template <class T>
 Tokens keep_top_k(const T* logits, int64_t V, int64_t k, float bound, Tokens to, float* space) {
   int64_t n = 0;
@@ -166,16 +172,16 @@ Tokens keep_top_k(const T* logits, int64_t V, int64_t k, float bound, Tokens to,
     to.id[kept++] = to.id[j];
   }
   to.n = kept;
-  pad(to.x, kept);
+  pad(to.x, kept, -INFINITY);
   return to;
 }
 
 inline vf weight_of(vf x, float top, float temperature) { return round_weight(exp((x - top) / temperature) * 0x1p40f); }
 inline vf weight_of(vf x, float top) { return round_weight(exp(x - top) * 0x1p40f); }
 
-// The weights of all tokens; their logits too, where a later step asks for them.
+// Writes the weights of all tokens, and their logits too if keep_logits.
 template <class T>
-void weigh(const T* logits, const Tokens& t, float top, float temperature, bool keep_logits) {
+void compute_weights(const T* logits, const Tokens& t, float top, float temperature, bool keep_logits) {
   for (int64_t j = 0; j < t.n; j += W) {
     const vf x = j + W <= t.n ? load(logits + j) : load_part(logits + j, t.n - j, -INFINITY);
     // A division by 1 changes nothing and costs as much as all the rest.
@@ -185,11 +191,12 @@ void weigh(const T* logits, const Tokens& t, float top, float temperature, bool 
 }
 
 struct Threshold {
-  float x;       // tokens above it stay
-  int64_t ties;  // and so many of those equal to it
+  float x;       // tokens with a larger logit stay
+  int64_t ties;  // so many of the tokens with this logit stay, the lower ids
 };
 
-// The last rank with less than `limit` of mass before it. space: 4 arrays of round_up(n, W) + W.
+// Returns the logit of the last token in descending order that has less than `limit` of mass before it. space: 4 arrays
+// of round_up(n, W) + W floats.
 Threshold find_top_p(const Tokens& t, double limit, float* space) {
   const int64_t size = round_up(t.n, W) + W;
   const float *x = t.x, *w = t.w;
@@ -198,7 +205,8 @@ Threshold find_top_p(const Tokens& t, double limit, float* space) {
   int64_t n = t.n, above = 0;
   for (int side = 0;; side ^= 1) {
     const float pivot = median(x[0], x[n / 2], x[n - 1]);
-    // Tokens above the pivot go to the front of a buffer; if they weigh too little, a second pass takes those below.
+    // Copy the tokens above the pivot to the front of a buffer. If their mass is too small, a second pass copies those
+    // below.
     float *to_x = free_x[side], *to_w = free_w[side];
     int64_t more = 0, equal = 0;
     float tie = 0;
@@ -212,8 +220,8 @@ Threshold find_top_p(const Tokens& t, double limit, float* space) {
         tie = weight[__builtin_ctz(same)];
       }
     }
-    pad(to_x, more);
-    for (int64_t j = more; j < round_up(more, W); ++j) to_w[j] = 0;
+    pad(to_x, more, -INFINITY);
+    pad(to_w, more, 0);
     const int64_t front = above + mass(to_w, round_up(more, W));
     if ((double)front >= limit) {
       x = to_x, w = to_w, n = more;
@@ -235,8 +243,8 @@ Threshold find_top_p(const Tokens& t, double limit, float* space) {
       while (ties < equal && (double)(front + ties * each) < limit) ++ties;
       return {pivot, ties};
     }
-    pad(to_x, less);
-    for (int64_t j = less; j < round_up(less, W); ++j) to_w[j] = 0;
+    pad(to_x, less, -INFINITY);
+    pad(to_w, less, 0);
     x = to_x, w = to_w, n = less, above = front + equal * each;
   }
 }
@@ -265,25 +273,28 @@ float draw_uniform(int64_t seed, int64_t position) {
   return uniform(philox(low, high, vu{}, vu{}, (uint64_t)seed).word[0])[0];
 }
 
-// The first token, in id order, whose running mass exceeds u times the whole. space: round_up(n, W) floats.
+// Returns the first token, in the order of ids, at which the running mass exceeds u times the whole. space: round_up(n,
+// W) floats.
 int64_t draw(const Tokens& t, float u, float* space) {
-  constexpr int64_t STRIDE = 512;
+  constexpr int64_t TOKENS_PER_PART = 512;
   int64_t* parts = (int64_t*)space;
   const int64_t padded = round_up(t.n, W);
   int64_t total = 0;
-  for (int64_t j = 0; j < padded; j += STRIDE) total += parts[j / STRIDE] = mass(t.w + j, smaller(STRIDE, padded - j));
+  for (int64_t j = 0; j < padded; j += TOKENS_PER_PART)
+    total += parts[j / TOKENS_PER_PART] = mass(t.w + j, smaller(TOKENS_PER_PART, padded - j));
   const int64_t target = (int64_t)((double)u * (double)total);
   int64_t before = 0, j = 0;
-  for (; j < padded && before + parts[j / STRIDE] <= target; j += STRIDE) before += parts[j / STRIDE];
+  for (; j < padded && before + parts[j / TOKENS_PER_PART] <= target; j += TOKENS_PER_PART)
+    before += parts[j / TOKENS_PER_PART];
   for (;; ++j) {
     before += (int64_t)t.w[j];
     if (before > target) return t.id ? t.id[j] : j;
   }
 }
 
-// The first index of the largest logit.
+// Returns the first index of the largest logit.
 template <class T>
-int64_t first_of(const T* logits, int64_t V, float top) {
+int64_t argmax(const T* logits, int64_t V, float top) {
   for (int64_t j = 0;; j += W)
     if (const uint32_t same = bits_of(load_n(logits + j, smaller<int64_t>(W, V - j)) == splat(top)))
       return j + __builtin_ctz(same);
@@ -301,17 +312,17 @@ void sample_row(const SamplingArgs& args, int64_t row, Scratch& scratch) {
   const Maxima maxima(logits, V);
   const float top = maxima.top, temperature = args.temperature[row];
   args.ids[row] = -1;
-  if (maxima.bad) return;
+  if (maxima.invalid) return;
   if (temperature == 0) {
-    args.ids[row] = first_of(logits, V, top);
+    args.ids[row] = argmax(logits, V, top);
     return;
   }
   if (args.top_k[row] < V) {
     const int64_t k = args.top_k[row];
-    tokens = keep_top_k(logits, V, k, maxima.bound(k), survivors, space);
-    weigh(tokens.x, tokens, top, temperature, false);
+    tokens = keep_top_k(logits, V, k, maxima.lower_bound(k), survivors, space);
+    compute_weights(tokens.x, tokens, top, temperature, false);
   } else {
-    weigh(logits, tokens, top, temperature, args.top_p[row] < 1);
+    compute_weights(logits, tokens, top, temperature, args.top_p[row] < 1);
   }
   if (args.top_p[row] < 1)
     keep_top_p(tokens, (double)args.top_p[row] * (double)mass(tokens.w, round_up(tokens.n, W)), space);
@@ -331,6 +342,6 @@ void sample(const SamplingArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const SamplingLoops sampling = {sample};
+extern const SamplingLoops sampling = {sample};
 
 }  // namespace gptfast::GPTFAST_LEVEL

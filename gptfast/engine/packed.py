@@ -8,10 +8,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,12 +33,24 @@ FORMAT = "gptfast-packed-1"
 PIECE = 2**20
 LIBRARY.define("engine_new(int bytes) -> Tensor")
 LIBRARY.define("engine_bytes(int[] shape) -> int")
-LIBRARY.define("engine_pack(Tensor(a!) packed, int[] shape, int index, Tensor weight) -> ()")
+LIBRARY.define("engine_pack(Tensor(a!) packed, int[] shape, str name, Tensor weight) -> ()")
 LIBRARY.define(
     "engine_step(Tensor packed, int[] shape, Tensor(a!) cache, Tensor slots, int[] rows, "
     "int[] starts, int[] counts, int[] ids, int[] wanted, Tensor[] sampling, int[] positions) "
     "-> (Tensor, Tensor)"
 )
+
+
+class Shape(NamedTuple):
+    """A packed model's shape as the operators take it: the fields of ModelShape in csrc."""
+
+    weight_type: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    block_size: int
+    tied: int
 
 
 @dataclass(frozen=True)
@@ -57,13 +69,20 @@ class Packed:
         return len(self.data) - 4 * self.config.block_size * self.config.n_embd
 
     @property
-    def shape(self) -> list[int]:
+    def shape(self) -> Shape:
         return _shape(self.config, self.dtype)
 
 
-def _shape(config: GPTConfig, dtype: str) -> list[int]:
-    sizes = (config.n_layer, config.n_head, config.n_embd, config.vocab_size, config.block_size)
-    return [DTYPES.index(dtype), *sizes, int(config.tie_weights)]
+def _shape(config: GPTConfig, dtype: str) -> Shape:
+    return Shape(
+        weight_type=DTYPES.index(dtype),
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        vocab_size=config.vocab_size,
+        block_size=config.block_size,
+        tied=int(config.tie_weights),
+    )
 
 
 def _new(config: GPTConfig, dtype: str) -> Tensor:
@@ -80,11 +99,8 @@ def _pack(
     config: GPTConfig, dtype: str, tensors: Iterable[tuple[str, Tensor]], tokenizer: str | None
 ) -> Packed:
     packed = Packed(config, dtype, _new(config, dtype), tokenizer)
-    # Without qkv_bias the place of its bias stays empty.
-    names = parameter_shapes(replace(config, qkv_bias=True))
-    index = {name: i for i, name in enumerate(names)}
     for name, tensor in tensors:
-        torch.ops.gptfast.engine_pack(packed.data, packed.shape, index[name], tensor.detach())
+        torch.ops.gptfast.engine_pack(packed.data, packed.shape, name, tensor.detach())
     return packed
 
 

@@ -1,7 +1,8 @@
-// Vectors of the width of one instruction-set level. Every *_loops.cpp is compiled once per level,
-// with that level's flags and GPTFAST_LEVEL as its namespace, and includes nothing of ATen.
-// Nothing here or there may leave a symbol that another level shares (an inline std:: function, say):
-// the linker would keep one copy for all levels, perhaps the one this CPU cannot run.
+// Vectors as wide as one instruction-set level allows: loads, stores, shuffles, sums and maxima over their lanes.
+//
+// Every *_loops.cpp is compiled once per level, with the level's flags and GPTFAST_LEVEL as its namespace, and
+// includes nothing of ATen. No function here or there may become a symbol that two levels share (an inline std::
+// function would): the linker would keep one copy for all levels, perhaps one that this CPU cannot run.
 #pragma once
 
 #include <math.h>
@@ -64,7 +65,7 @@ static inline V interleave(V a, V b) {
 static inline vf splat(float x) { return x - vf{}; }
 static inline vu splat(uint32_t x) { return x - vu{}; }
 
-// NaN in b wins; NaN in a is dropped.
+// Returns the larger lanes. The result is NaN where b is NaN; a NaN in a is dropped.
 static inline vf max(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -75,36 +76,55 @@ static inline vf max(vf a, vf b) {
 #endif
 }
 
-static inline float sum(vf x) {
-  float lanes[W];
+// Combines all lanes of x into one, the upper half with the lower half until one lane is left.
+template <class V, class F>
+static inline auto reduce_lanes(V x, F combine) {
+  std::remove_reference_t<decltype(x[0])> lanes[W];
   memcpy(lanes, &x, sizeof lanes);
   for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
   return lanes[0];
+}
+static inline float sum(vf x) {
+  return reduce_lanes(x, [](float a, float b) { return a + b; });
+}
+static inline int32_t sum(vi x) {
+  return reduce_lanes(x, [](int32_t a, int32_t b) { return a + b; });
 }
 static inline float max(vf x) {
-  float lanes[W];
-  memcpy(lanes, &x, sizeof lanes);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
+  return reduce_lanes(x, [](float a, float b) { return a > b ? a : b; });
 }
-static inline int32_t total(vi x) {
-  int32_t lanes[W];
-  memcpy(lanes, &x, sizeof lanes);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+
+// Adds the lanes of x to total, from the first to the last.
+static inline double add_lanes(double total, vd x) {
+  for (int i = 0; i < W; ++i) total += x[i];
+  return total;
 }
-static inline bool any(vi mask) {  // lanes are 0 or -1
+
+// Returns the sums of W vectors: lane j is sum(x[j]), to the same bits. Overwrites x.
+static inline vf sum_each(vf* x) {
+#pragma GCC unroll 4
+  for (int n = W / 2; n; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) x[i] = interleave<1, false>(x[i], x[i + n]) + interleave<1, true>(x[i], x[i + n]);
+  return x[0];
+}
+
+static inline bool any(vi mask) {  // each lane is 0 or -1
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 #else
-  return total(mask) != 0;
+  return sum(mask) != 0;
 #endif
 }
 
-// 16 <-> 32 bits. __builtin_convertvector goes by halves here, at three times the cost.
+// Keeps the first n lanes and makes the others 0.
+static inline vf keep_lanes(vf x, int64_t n) {
+  for (int64_t i = n; i < W; ++i) x[i] = 0.0f;
+  return x;
+}
+
+// Conversions between 16 and 32 bits. For these, __builtin_convertvector works on halves and takes three times as long.
 #if defined(__AVX512F__)
 static inline vu widen(vh x) { return (vu)_mm512_cvtepu16_epi32((__m256i)x); }
 static inline vh narrow(vu x) { return (vh)_mm512_cvtepi32_epi16((__m512i)x); }
@@ -116,7 +136,7 @@ static inline vu widen(vh x) { return __builtin_convertvector(x, vu); }
 static inline vh narrow(vu x) { return __builtin_convertvector(x, vh); }
 #endif
 
-// fp16 <-> fp32. F16C where the level has it; else by the bits, rounding to nearest even.
+// Conversions between fp16 and fp32: by F16C where the level has it, else on the bits, rounding to nearest even.
 #if defined(__AVX512F__)
 static inline vf widen_half(vh x) { return (vf)_mm512_cvtph_ps((__m256i)x); }
 static inline vh narrow_half(vf x) { return (vh)_mm512_cvtps_ph((__m512)x, 0); }
@@ -126,7 +146,7 @@ static inline vh narrow_half(vf x) { return (vh)_mm256_cvtps_ph((__m256)x, 0); }
 #else
 static inline vf widen_half(vh x) {
   const vu bits = widen(x), sign = (bits & 0x8000u) << 16, rest = (bits & 0x7FFFu) << 13;
-  const vu finite = (vu)((vf)rest * 0x1p112f);  // rebias the exponent; subnormals come out right
+  const vu finite = (vu)((vf)rest * 0x1p112f);  // rebiases the exponent, of subnormals too
   const vu special = rest | 0x7F800000u;
   return (vf)(sign | (rest >= splat(0x0F800000u) ? special : finite));
 }
@@ -154,7 +174,7 @@ static inline void store(bf16* p, vf x) {
 }
 static inline void store(fp16* p, vf x) { *(vh_any*)p = narrow_half(x); }
 
-// The first n < W elements only; the other lanes read as fill.
+// Load or store only the first n < W elements. The other lanes of a load are `fill`.
 template <class T>
 static inline vf load_part(const T* p, int64_t n, float fill = 0.0f) {
   T lanes[W] = {};
@@ -170,7 +190,7 @@ static inline void store_part(T* p, vf x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// The first n elements of a whole vector (n = W) or of a row's end.
+// Load or store the first n <= W elements, of which there are fewer than W at the end of a row.
 template <class T>
 static inline vf load_n(const T* p, int64_t n) {
   return n == W ? load(p) : load_part(p, n);
@@ -188,37 +208,7 @@ static inline float load_one(const T* p) {
   return load_part(p, 1)[0];
 }
 
-// 2^(bits of z) times p, where z = 1.5 * 2^23 + n holds the integer n in its low bits.
-constexpr float MAGIC = 12582912.0f;
-// Unsigned: where exp gives 0 in the end, the sum of the bits may pass 2^31.
-static inline vf scale_by_power(vf p, vf z) { return (vf)((vu)p + ((vu)z << 23)); }
-
-// exp(x) for x <= 88; 0 below -87.3; NaN stays. Cephes' reduction, error about 1 ulp.
-static inline vf exp(vf x) {
-  const vf z = x * 1.44269504088896341f + MAGIC, n = z - MAGIC;
-  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  return x < splat(-87.3f) ? vf{} : scale_by_power(p, z);
-}
-
-// 2^x for x <= 127; 0 below -126. Minimax polynomial of degree 6 on [-1/2, 1/2], error 1e-8.
-static inline vf exp2(vf x) {
-  const vf z = x + MAGIC, f = x - (z - MAGIC);
-  vf p = f * 1.5353361330e-04f + 1.3398874608e-03f;
-  p = p * f + 9.6184373615e-03f;
-  p = p * f + 5.5503324705e-02f;
-  p = p * f + 2.4022647914e-01f;
-  p = p * f + 6.9314720286e-01f;
-  p = p * f + 1.0f;
-  return x < splat(-126.0f) ? vf{} : scale_by_power(p, z);
-}
-
-// f(element type) for a dtype
+// Calls f with an element of the dtype's type.
 template <class F>
 static inline auto by_dtype(Dtype dtype, F f) {
   switch (dtype) {
@@ -231,36 +221,5 @@ static inline auto by_dtype(Dtype dtype, F f) {
   }
   __builtin_unreachable();
 }
-
-struct Block {
-  float* data = nullptr;
-  int64_t size = 0;
-  ~Block() { free(data); }
-};
-
-// Memory for one call of a loop, aligned for any vector. Each thread keeps its block from call to
-// call: memory fresh from the system costs a page fault every 4 KB. One Scratch at a time.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) {
-    if (floats > block_.size) {
-      free(block_.data);
-      block_.data = (float*)aligned_alloc(64, round_up(floats * 4, 64));
-      if (!block_.data) abort();
-      block_.size = floats;
-    }
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* take(int64_t floats) {
-    float* p = block_.data + used_;
-    used_ += round_up(floats, 16);
-    return p;
-  }
-
- private:
-  inline static thread_local Block block_;
-  int64_t used_ = 0;
-};
 
 }  // namespace gptfast::GPTFAST_LEVEL

@@ -1,0 +1,106 @@
+// Packing a model for the engine, one parameter at a time.
+#include <ATen/ops/from_blob.h>
+#include <sys/mman.h>
+
+#include "common.h"
+#include "engine_layout.h"
+
+namespace gptfast {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+constexpr int64_t HUGE_PAGE = int64_t{1} << 21;
+constexpr int64_t FLOATS_PER_CACHE_LINE = 16;
+constexpr float MIN_SCALE = 1e-30f;  // a row with a smaller scale becomes zeros: 1 / scale would overflow
+
+// Returns the scale at which a row of weights becomes whole numbers from -127 to 127; NaN if a weight is not finite.
+float row_scale(const float* w, int64_t K) {
+  float largest = 0, zero_or_nan = 0;  // 0 times NaN or infinity is NaN
+  for (int64_t k = 0; k < K; ++k) {
+    largest = std::abs(w[k]) > largest ? std::abs(w[k]) : largest;
+    zero_or_nan += w[k] * 0;
+  }
+  return largest / 127.0f + zero_or_nan;
+}
+
+// Calls f(lane, k, weight) for each weight of a panel, a cache line of each row at a time.
+template <class F>
+void for_each_weight(const float* w, int64_t rows, int64_t K, F f) {
+  for (int64_t begin = 0; begin < K; begin += FLOATS_PER_CACHE_LINE)
+    for (int64_t lane = 0; lane < rows; ++lane)
+      for (int64_t k = begin; k < std::min(K, begin + FLOATS_PER_CACHE_LINE); ++k) f(lane, k, w[lane * K + k]);
+}
+
+void pack_panel(WeightType type, const float* w, int64_t rows, int64_t K, char* to, float* scale) {
+  if (type == WeightType::fp32) {
+    auto* x = reinterpret_cast<float*>(to);
+    for_each_weight(w, rows, K, [&](int64_t lane, int64_t k, float value) { x[k * PANEL + lane] = value; });
+  } else if (type == WeightType::bf16) {
+    auto* x = reinterpret_cast<c10::BFloat16*>(to);
+    for_each_weight(w, rows, K,
+                    [&](int64_t lane, int64_t k, float value) { x[k / 2 * 2 * PANEL + lane * 2 + k % 2] = value; });
+  } else {
+    float inverse[PANEL];
+    for (int64_t lane = 0; lane < rows; ++lane) {
+      scale[lane] = row_scale(w + lane * K, K);
+      inverse[lane] = scale[lane] > MIN_SCALE ? 1 / scale[lane] : 0;  // 0 for NaN too, which the scale keeps
+    }
+    for_each_weight(w, rows, K, [&](int64_t lane, int64_t k, float value) {
+      const float q = inverse[lane] > 0 ? value * inverse[lane] : 0;
+      to[k / 4 * 4 * PANEL + lane * 4 + k % 4] = static_cast<char>(static_cast<int>(std::nearbyint(q)) + 128);
+    });
+  }
+}
+
+void pack(const Tensor& packed, IntArrayRef shape_fields, std::string_view name, const Tensor& weight_in) {
+  const ModelShape shape(shape_fields);
+  const Layout layout(shape);
+  const Part& part = layout.find(name);
+  const Tensor weight = weight_in.to(at::kFloat).contiguous();
+  TORCH_CHECK_VALUE(weight.numel() == part.rows * part.columns, "engine: parameter ", name, " has shape ",
+                    weight.sizes(), ", the model needs ", part.rows, " x ", part.columns);
+  layout.check(packed);
+  char* to = static_cast<char*>(packed.data_ptr()) + part.offset;
+  const float* w = weight.const_data_ptr<float>();
+  if (!part.packed) {
+    memcpy(to, w, sizeof(float) * weight.numel());
+    return;
+  }
+  auto* scale = reinterpret_cast<float*>(to + layout.panels_bytes(part));
+  const int64_t K = part.columns, panel_bytes = layout.panel_bytes(K);
+  const bool int8 = shape.type() == WeightType::int8;
+  at::parallel_for(0, Layout::panels(part), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t rows = std::min(PANEL, part.rows - p * PANEL);
+      // The padding is 0, which int8 stores as 128.
+      if (rows < PANEL || int8) memset(to + p * panel_bytes, int8 ? 128 : 0, panel_bytes);
+      pack_panel(shape.type(), w + p * PANEL * K, rows, K, to + p * panel_bytes, scale + p * PANEL);
+    }
+  });
+}
+
+// Returns zeros, on huge pages where the system has them: a step reads model and cache from end to end, and the
+// hardware's prefetching stops at a page's end.
+Tensor new_bytes(int64_t bytes) {
+  TORCH_CHECK_VALUE(bytes >= 0, "engine: bytes must be >= 0, got ", bytes);
+  const int64_t mapped = round_up(bytes, HUGE_PAGE) + HUGE_PAGE;
+  void* all = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  TORCH_CHECK(all != MAP_FAILED, "engine: no memory for ", bytes, " bytes; choose a smaller model, dtype or batch");
+  auto* start = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(all), HUGE_PAGE));
+  madvise(start, round_up(bytes, HUGE_PAGE), MADV_HUGEPAGE);
+  return at::from_blob(start, {bytes}, [all, mapped](void*) { munmap(all, mapped); }, at::TensorOptions(at::kByte));
+}
+
+int64_t packed_bytes(IntArrayRef shape) { return Layout(ModelShape(shape)).bytes(); }
+
+TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("engine_pack", pack); }
+// These two take no tensor, so there is no backend to choose by.
+TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
+  m.impl("engine_new", new_bytes);
+  m.impl("engine_bytes", packed_bytes);
+}
+
+}  // namespace
+}  // namespace gptfast

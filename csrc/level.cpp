@@ -1,0 +1,103 @@
+// One row for each instruction-set level that setup.py compiles: its name, what it needs of the CPU, and its loops.
+#include "level.h"
+
+#include <stdexcept>
+
+namespace gptfast {
+
+// The tables of loops_table.cpp.
+namespace generic {
+extern const Loops loops;
+}
+#ifdef __x86_64__
+namespace avx2 {
+extern const Loops loops;
+}
+namespace avx512 {
+extern const Loops loops;
+}
+namespace avx512_vnni {
+extern const Loops loops;
+}
+namespace avx512_bf16 {
+extern const Loops loops;
+}
+#endif
+
+namespace {
+
+struct Level {
+  std::string name;
+  bool cpu_has;  // what it needs beyond the level below
+  Loops loops;
+};
+
+void fill_holes(Loops& loops, const Loops& below) {
+  const auto fill = [](auto& own, auto* other) {
+    if (!own) own = other;
+  };
+  fill(loops.attention_fwd, below.attention_fwd);
+  fill(loops.attention_bwd, below.attention_bwd);
+  fill(loops.cross_entropy, below.cross_entropy);
+  fill(loops.adamw, below.adamw);
+  fill(loops.sampling, below.sampling);
+  fill(loops.matmul, below.matmul);
+  fill(loops.norm, below.norm);
+  fill(loops.mlp, below.mlp);
+  fill(loops.engine, below.engine);
+}
+
+std::vector<Level> find_levels() {
+  std::vector<Level> levels = {{"default", true, generic::loops}};
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  levels.push_back({"avx2", avx2, avx2::loops});
+  levels.push_back({"avx512", avx512, avx512::loops});
+  levels.push_back({"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0, avx512_vnni::loops});
+  levels.push_back({"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0, avx512_bf16::loops});
+#endif
+  size_t n = 1;
+  for (; n < levels.size() && levels[n].cpu_has; ++n) fill_holes(levels[n].loops, levels[n - 1].loops);
+  levels.resize(n);
+  return levels;
+}
+
+const std::vector<Level>& levels() {
+  static const std::vector<Level> found = find_levels();
+  return found;
+}
+
+const Level*& current() {
+  static const Level* level = &levels().back();
+  return level;
+}
+
+}  // namespace
+
+const Loops& loops() { return current()->loops; }
+
+std::string level_name() { return current()->name; }
+
+std::vector<std::string> supported_levels() {
+  std::vector<std::string> names;
+  for (const Level& level : levels()) names.push_back(level.name);
+  return names;
+}
+
+void set_level(const std::string& name) {
+  std::string listed;
+  for (const Level& level : levels()) {
+    if (level.name == name) {
+      current() = &level;
+      return;
+    }
+    listed += " " + level.name;
+  }
+  throw std::invalid_argument("instruction-set level '" + name +
+                              "' is not one this CPU has (unset GPTFAST_ISA or choose one of:" + listed + ")");
+}
+
+}  // namespace gptfast
