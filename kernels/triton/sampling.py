@@ -114,7 +114,10 @@ def _draw_from_row(
     row, mass_ptr, cut, min_weight, top, scale, u,
     GRANULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Draw from the tokens with code >= cut and weight >= min_weight; return the id and the mass."""
+    """Draw among the tokens with code >= cut and weight >= min_weight; return the id and the mass.
+
+    The mass is that of all these tokens.
+    """
     total = kept_mass(row, mass_ptr, cut, min_weight, top, scale, GRANULE, BLOCK)
     rest = _target(u, total)
     at = 0
