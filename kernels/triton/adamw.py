@@ -166,6 +166,10 @@ def _update(
     """Update BLOCK elements from `start`; if MASKED, only those in mask."""
     param, grad, exp_avg, exp_avg_sq = addresses
     decay, step_size, root_bias2 = scalars
+    # With these loads further down, the kernel takes more than 64 registers.
+    if STOCHASTIC:
+        param_id = tl.load(table_ptr + stride * COLUMN_PARAM_ID)
+        step = tl.load(scalar_ptr + stride * SCALAR_STEP).to(tl.int64)
     lerp, beta2, one_minus_beta2, eps = numbers
     elements = tl.arange(0, BLOCK)
     param_ptr = pointer_to(param, PARAM, ALIGNED) + start + elements
@@ -193,8 +197,6 @@ def _update(
     if STOCHASTIC:
         # A counter serves four elements; start is a multiple of four.
         counter = (start >> 2) + tl.arange(0, BLOCK // 4)
-        param_id = tl.load(table_ptr + stride * COLUMN_PARAM_ID)
-        step = tl.load(scalar_ptr + stride * SCALAR_STEP).to(tl.int64)
         domain = tl.full([1], PHILOX_DOMAIN, tl.uint32)
         w0, w1, w2, w3 = philox(counter, param_id, step, domain, seed)
         bits = bf16_bits(p, in_order(w0, w1, w2, w3) >> 16)
