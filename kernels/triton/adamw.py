@@ -158,20 +158,17 @@ def adamw_steps_kernel(
 
 @triton.jit
 def _update(
-    addresses, start, mask, table_ptr, scalar_ptr, stride, clip, scalars, numbers, seed,
+    addresses, start, remaining, table_ptr, scalar_ptr, stride, clip, scalars, numbers, seed,
     PARAM: tl.constexpr, GRAD: tl.constexpr, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr,
     MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, FROM_GRAD: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Update BLOCK elements from `start`; if MASKED, only those in mask."""
+    """Update BLOCK elements from `start`; if MASKED, only the first `remaining` of them."""
     param, grad, exp_avg, exp_avg_sq = addresses
     decay, step_size, root_bias2 = scalars
-    # With these loads further down, the kernel takes more than 64 registers.
-    if STOCHASTIC:
-        param_id = tl.load(table_ptr + stride * COLUMN_PARAM_ID)
-        step = tl.load(scalar_ptr + stride * SCALAR_STEP).to(tl.int64)
     lerp, beta2, one_minus_beta2, eps = numbers
     elements = tl.arange(0, BLOCK)
+    mask = elements < remaining
     param_ptr = pointer_to(param, PARAM, ALIGNED) + start + elements
     grad_ptr = pointer_to(grad, GRAD, ALIGNED) + start + elements
     exp_avg_ptr = pointer_to(exp_avg, EXP_AVG, ALIGNED) + start + elements
@@ -197,6 +194,8 @@ def _update(
     if STOCHASTIC:
         # A counter serves four elements; start is a multiple of four.
         counter = (start >> 2) + tl.arange(0, BLOCK // 4)
+        param_id = tl.load(table_ptr + stride * COLUMN_PARAM_ID)
+        step = tl.load(scalar_ptr + stride * SCALAR_STEP).to(tl.int64)
         domain = tl.full([1], PHILOX_DOMAIN, tl.uint32)
         w0, w1, w2, w3 = philox(counter, param_id, step, domain, seed)
         bits = bf16_bits(p, in_order(w0, w1, w2, w3) >> 16)
@@ -248,17 +247,20 @@ def adamw_kernel(
         tl.load(table_ptr + stride * COLUMN_EXP_AVG_SQ),
     )
     numbers = (lerp, beta2, one_minus_beta2, eps)
-    mask = tl.arange(0, BLOCK) < remaining
+    whole = (remaining >= BLOCK) & (clip == clip)
+    part = (remaining < BLOCK) & (clip == clip)
     # A mask that may end anywhere prevents wide loads: only a tensor's last block has one.
-    if (remaining >= BLOCK) & (clip == clip):
+    if whole:
         _update(
-            addresses, start, mask, table_ptr, scalar_ptr, stride, clip, scalars, numbers, seed,
-            PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, STOCHASTIC, FROM_GRAD, ALIGNED, BLOCK, False,
+            addresses, start, remaining, table_ptr, scalar_ptr, stride, clip, scalars, numbers,
+            seed, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, STOCHASTIC, FROM_GRAD, ALIGNED,
+            BLOCK, False,
         )  # fmt: skip
-    if (remaining < BLOCK) & (clip == clip):
+    if part:
         _update(
-            addresses, start, mask, table_ptr, scalar_ptr, stride, clip, scalars, numbers, seed,
-            PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, STOCHASTIC, FROM_GRAD, ALIGNED, BLOCK, True,
+            addresses, start, remaining, table_ptr, scalar_ptr, stride, clip, scalars, numbers,
+            seed, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, STOCHASTIC, FROM_GRAD, ALIGNED,
+            BLOCK, True,
         )  # fmt: skip
 
 
