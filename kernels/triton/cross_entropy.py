@@ -5,8 +5,8 @@
 
 With the head, a chunk of rows is computed at a time: torch.mm writes the logits to a padded buffer,
 one kernel computes the loss and replaces the logits by dlogits (cross_entropy_rows.py), torch.mm
-computes dinput, and dweight adds up in fp32. The library computes this sum for fp32 inputs, a kernel
-of ours for 16 bits.
+computes dinput, and dweight adds up in fp32. The library computes this sum for fp32 inputs, our own
+kernel for 16 bits.
 """
 
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def linear_cross_entropy_dweight_kernel(
 
     Between chunks, a 16-bit dweight holds the upper half of each fp32 sum, and low the lower half.
     """
-    # The tiles of one block of the vocabulary are neighbours, which read its dlogits from memory once.
+    # The tiles of one block of the vocabulary are neighbours: they read its dlogits only once.
     tiles = tl.cdiv(C, BLOCK_C)
     v0 = tl.program_id(0) // tiles * BLOCK_V
     c0 = tl.program_id(0) % tiles * BLOCK_C

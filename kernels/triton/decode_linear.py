@@ -3,12 +3,12 @@
     y = scale * (norm(x) weight^T) + bias, then GELU, then + residual
 
 With up to MAX_ROWS rows, reading the weights takes the time. A program loads whole rows of the
-weight into registers, all loads in flight at once, and takes the rows of x one after the other, each
-with its norm, which then needs no launch. So a row's result does not depend on the other rows.
-More rows go through tensor cores, after a launch for the norm. Tiles of an int8 weight are converted
-in registers, exactly; they are the first factor, which may come from registers. A weight of x's
-dtype goes to the library, except for an fp32 result, which the library would round to that dtype:
-these rows are computed MAX_ROWS at a time.
+weight into registers, all loads in flight at once, and takes the rows of x one after the other,
+each with its norm, which then needs no launch. So a row's result does not depend on other rows.
+More rows go through tensor cores, after a launch for the norm. Tiles of an int8 weight are
+converted in registers, exactly; they are the first factor, which may come from registers. A weight
+of x's dtype goes to the library, except for an fp32 result, which the library would round to that
+dtype: these rows are computed MAX_ROWS at a time.
 """
 
 import torch
