@@ -21,11 +21,12 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _round_stochastic(p: Tensor, param_id: int, step: Tensor, seed: int) -> Tensor:
-    """Return fp32 p as bf16; how likely it rounds up is the part of a step that is lost."""
+    """Return fp32 p as bf16, rounded up with the probability of its distance to the lower value."""
     index = torch.arange(p.numel(), device=p.device)
-    counter = [index >> 2, *(torch.full_like(index, i) for i in (param_id, 0, 2))]
-    counter[2] = step.to(torch.int64).to(p.device).expand_as(index)
-    words = torch.stack(philox(*counter, torch.tensor(seed, device=p.device)), -1)
+    param, domain = torch.full_like(index, param_id), torch.full_like(index, 2)
+    counter_step = step.to(torch.int64).to(p.device).expand_as(index)
+    key = torch.tensor(seed, device=p.device)
+    words = torch.stack(philox(index >> 2, param, counter_step, domain, key), -1)
     word = words.gather(-1, (index & 3)[:, None])[:, 0].view(p.shape)
     bits = p.view(torch.int32) + (word >> 16).to(torch.int32)
     rounded = (bits & -0x10000).view(torch.float32)
@@ -51,7 +52,8 @@ def adamw(
     seed: int,
 ) -> None:
     """Take one step in place. masters: empty, or one fp32 tensor per parameter."""
-    proceed, clip = True, 1.0
+    proceed: Tensor | bool = True
+    clip: Tensor | float = 1.0
     if grad_norm is not None:
         proceed = grad_norm.isfinite()
         clip = (max_norm / (grad_norm + 1e-6)).clamp(max=1.0)

@@ -59,6 +59,7 @@ def attention_fwd(
     dtype = torch.promote_types(q.dtype, torch.float32)
     p, lse = _probabilities(q.to(dtype), k.to(dtype), scale, kv_len)
     if dropout_p > 0:
+        assert seed is not None
         p = p * dropout_scale(q, k, dropout_p, seed)
     return (p @ v.to(dtype)).to(q.dtype), lse
 
@@ -81,6 +82,7 @@ def attention_bwd(
     p, _ = _probabilities(q, k, scale, kv_len)
     dropped, dp = p, dout @ v.transpose(-2, -1)
     if dropout_p > 0:
+        assert seed is not None
         keep = dropout_scale(q, k, dropout_p, seed)
         dropped, dp = p * keep, dp * keep
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale

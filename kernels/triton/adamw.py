@@ -325,9 +325,10 @@ def adamw(
     """Take one step in place. masters: empty, or one fp32 tensor per parameter."""
     columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
     if torch.float64 in [t.dtype for column in columns for t in column]:
-        lists = (params, grads, exp_avgs, exp_avg_sqs, masters, steps)
-        numbers = (max_norm, beta1, beta2, eps, weight_decay, param_ids, stochastic, seed)
-        return reference.adamw(*lists, lr, grad_norm, *numbers)
+        return reference.adamw(
+            params, grads, exp_avgs, exp_avg_sqs, masters, steps, lr, grad_norm, max_norm, beta1,
+            beta2, eps, weight_decay, param_ids, stochastic, seed,
+        )  # fmt: skip
     device = params[0].device
     block, warps = STEP_CONFIGS[target.arch()]
     plan = step_plan(columns, steps, param_ids, stochastic, block)

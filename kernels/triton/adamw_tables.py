@@ -238,8 +238,18 @@ def step_plan(
                 )
         used.append(_in_one_order(tensors, stochastic))
         copied |= any(u is not t for u, t in zip(used[-1], tensors, strict=True))
-        addresses = [t.data_ptr() for t in used[-1]] + [0] * (not masters)
-        row = StepRow(0, shape.numel(), *addresses, step.data_ptr(), param_id)
+        param, grad, exp_avg, exp_avg_sq, *master = [t.data_ptr() for t in used[-1]]
+        row = StepRow(
+            first_program=0,
+            numel=shape.numel(),
+            param=param,
+            grad=grad,
+            exp_avg=exp_avg,
+            exp_avg_sq=exp_avg_sq,
+            master=master[0] if master else 0,
+            step=step.data_ptr(),
+            param_id=param_id,
+        )
         rows.append((_kind_of(used[-1]), row))
     plan = _plan(rows, block, used if copied else None)
     return plan if copied else _plans.keep(key, plan)

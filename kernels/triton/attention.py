@@ -107,7 +107,7 @@ def attention_qkv_bwd(
     if qkv.shape[2] // (3 * n_head) > MAX_D:
         return reference.attention_qkv_bwd(dout, qkv, out, lse, n_head, *options)
     dqkv = qkv.new_empty(qkv.shape)
-    heads = _unpack(qkv, n_head)
+    q, k, v = _unpack(qkv, n_head)
     dout, out = _heads(dout, n_head), _heads(out, n_head)
-    fill_bwd(dout, *heads, out, lse, _unpack(dqkv, n_head), *options)
+    fill_bwd(dout, q, k, v, out, lse, _unpack(dqkv, n_head), *options)
     return dqkv

@@ -118,7 +118,7 @@ def attention_fwd_kernel(
 def view_of(x: Tensor) -> tuple[Tensor, int, int, int]:
     """Return the view of a (B, H, T, D) tensor, copied if its last dimension is not contiguous."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return x, *x.stride()[:3]
+    return x, x.stride(0), x.stride(1), x.stride(2)
 
 
 def group_of(k: Tensor) -> int:

@@ -136,26 +136,26 @@ def decode_linear(
         return y
     x, weight = x.contiguous(), weight.contiguous()
     norm = [None if t is None else t.contiguous() for t in (norm_weight, norm_bias)]
-    rest = [None if t is None else t.contiguous() for t in (scale, bias, residual)]
+    scale, bias, residual = (None if t is None else t.contiguous() for t in (scale, bias, residual))
     if N <= MAX_ROWS or (wide and scale is None and x.dtype != dtype):
         BLOCK_C = triton.next_power_of_2(C)
         BLOCK_O = min(64, max(1, WEIGHT_ELEMENTS // BLOCK_C))
-        *vectors, residual = rest
-        pieces = [None if t is None else t.split(MAX_ROWS) for t in (y, x, residual)]
-        for i in range(triton.cdiv(N, MAX_ROWS)):
-            out, some, passed = (None if piece is None else piece[i] for piece in pieces)
+        for start in range(0, N, MAX_ROWS):
+            rows = slice(start, min(start + MAX_ROWS, N))
             decode_linear_rows_kernel[(triton.cdiv(n_out, BLOCK_O),)](
-                out, some, *norm, weight, *vectors, passed, len(some), C, n_out, eps, GELU=gelu,
+                y[rows], x[rows], *norm, weight, scale, bias,
+                None if residual is None else residual[rows],
+                rows.stop - start, C, n_out, eps, GELU=gelu,
                 BLOCK_O=BLOCK_O, BLOCK_C=BLOCK_C, num_warps=max(4, BLOCK_C * BLOCK_O // 1024),
             )  # fmt: skip
         return y
     if norm_weight is not None:
         x = F.layer_norm(x, (C,), norm_weight, norm_bias, eps)
     if scale is None:
-        return _by_library(x, weight, *rest[1:], gelu)
+        return _by_library(x, weight, bias, residual, gelu)
     blocks, options = tile(N, x.dtype)
     grid = (triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(n_out, blocks["BLOCK_O"]))
     decode_linear_tiles_kernel[grid](
-        y, x, weight, *rest, N, C, n_out, GELU=gelu, **blocks, **options
+        y, x, weight, scale, bias, residual, N, C, n_out, GELU=gelu, **blocks, **options
     )
     return y
