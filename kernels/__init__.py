@@ -1,1 +1,1 @@
-"""The kernels, a folder per backend; `reference` defines what the others must compute."""
+"""The kernels, a folder per backend; `reference` defines what the others compute."""

@@ -565,7 +565,7 @@ def on_arch(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
 def in_chunks(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
     from gptfast.kernels.triton import cross_entropy
 
-    monkeypatch.setattr(cross_entropy, "CHUNK", n_bytes)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", n_bytes)
 
 
 def each_tile(table: dict, sizes: int) -> list[str]:
@@ -658,17 +658,17 @@ def test_triton_chunks(
 
 def test_triton_chunk_rows() -> None:
     pytest.importorskip("triton")
-    from gptfast.kernels.triton.cross_entropy import CHUNK, chunk_rows
+    from gptfast.kernels.triton.cross_entropy import CHUNK_BYTES, chunk_rows
 
     for V, itemsize in ((50257, 2), (50257, 4), (65, 2), (128_256, 2), (2**30, 2)):
         row = (V + 127) // 128 * 128 * itemsize
         for N in (1, 63, 1000, 16384, 10**6):
             rows = chunk_rows(N, V, itemsize)
-            assert rows == 1 or rows * row <= CHUNK
+            assert rows == 1 or rows * row <= CHUNK_BYTES
             # The matrix products like whole tiles, and as few chunks as there can be.
-            assert rows % 64 == 0 or 64 * row > CHUNK
+            assert rows % 64 == 0 or 64 * row > CHUNK_BYTES
             unit = 64 if rows % 64 == 0 else 1
-            assert -(-N // rows) <= -(-N // max(1, CHUNK // row // unit * unit))
+            assert -(-N // rows) <= -(-N // max(1, CHUNK_BYTES // row // unit * unit))
     assert chunk_rows(0, 50257, 2) > 0
     assert chunk_rows(16384, 50257, 2) * 50304 * 2 < 0.05 * 16384 * 50257 * 2
 

@@ -144,7 +144,7 @@ def test_gelu_far_out(backend: str, value: float, int8: bool) -> None:
 @both
 @weights
 def test_a_row_depends_on_no_other(backend: str, int8: bool) -> None:
-    """In 2 to FEW rows, to the bit, on the Triton kernels; PyTorch's products promise less."""
+    """In 2 to MAX_ROWS rows, to the bit, on the Triton kernels; PyTorch's products promise less."""
     case = inputs(8, 100, 70, torch.float32, int8)
     y = ours(case, gelu=True)
     for i in ([0, 5], [7, 3], [3, 6, 1, 2]):

@@ -169,7 +169,7 @@ def test_same_tokens_with_ties(**drawn: object) -> None:
 @given(**TIES)
 def test_same_tokens_with_ties_in_triton(triton: str, **drawn: object) -> None:
     # With lists of 16 tokens, most rows are searched and drawn from in blocks, as long rows are.
-    with mock.patch.multiple(triton_sampling(), SMALL=16, tile=lambda V: (32, 2, 1)):
+    with mock.patch.multiple(triton_sampling(), LIST_SIZE=16, tile=lambda V: (32, 2, 1)):
         check_ties(16 if GPU else 2, **drawn)
 
 
@@ -382,7 +382,7 @@ def test_misaligned_rows_keep_exactly_k(triton: str, dtype: torch.dtype) -> None
         "top_p": torch.tensor([1.0, 1.0, 0.5, 0.9]),
         "position": torch.arange(B),
     }
-    with mock.patch.multiple(triton_sampling(), SMALL=32, tile=lambda V: (256, 1, 1)):
+    with mock.patch.multiple(triton_sampling(), LIST_SIZE=32, tile=lambda V: (256, 1, 1)):
         drawn = ops.sample(logits, **options)
     with use_backend("reference"):
         assert torch.equal(drawn, ops.sample(logits, **options))
@@ -403,7 +403,7 @@ def test_a_gpu_reports_rows_by_minus_one(triton: str, small: int) -> None:
     )
     with use_backend("reference"):
         good = ops.sample(logits[9:], **{name: value[9:] for name, value in options.items()})
-    with mock.patch.multiple(triton_sampling(), SMALL=small, tile=lambda V: (32, 2, 1)):
+    with mock.patch.multiple(triton_sampling(), LIST_SIZE=small, tile=lambda V: (32, 2, 1)):
         ids = triton_sampling().sample_fwd(logits, *options.values())
         assert ids.tolist() == [-1] * 9 + good.tolist()
         options["temperature"] = torch.zeros(11)
@@ -428,7 +428,7 @@ def test_parameters_a_gpu_does_not_check(triton: str, small: int) -> None:
     )
     for row, (name, value) in enumerate(rows):
         options[name][row] = value
-    with mock.patch.multiple(triton_sampling(), SMALL=small, tile=lambda V: (64, 1, 1)):
+    with mock.patch.multiple(triton_sampling(), LIST_SIZE=small, tile=lambda V: (64, 1, 1)):
         ids = triton_sampling().sample_fwd(logits, *options.values())
     assert ((ids >= -1) & (ids < V)).all()
 

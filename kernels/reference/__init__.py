@@ -1,1 +1,1 @@
-"""Plain PyTorch: the definition of every operation."""
+"""The definition of every operation, in plain PyTorch."""

@@ -1,12 +1,12 @@
-"""AdamW with global-norm clipping, as plain PyTorch (Loshchilov & Hutter, 2019, algorithm 2).
+"""AdamW with global-norm clipping in plain PyTorch (Loshchilov & Hutter, 2019, algorithm 2).
 
     norm = sqrt(sum g^2) over every gradient;  g *= min(1, max_norm / (norm + 1e-6))
     step += 1;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
     p = p (1 - lr wd) - lr / (1 - b1^step) * m / (sqrt(v) / sqrt(1 - b2^step) + eps)
 
-The arithmetic is fp32 (fp64 for fp64 parameters). A 16-bit parameter is either the rounded image of
-its fp32 master, or rounded stochastically: bits + (Philox word >> 16), then the low half dropped.
-A non-finite norm leaves everything as it was.
+The arithmetic is fp32 (fp64 for fp64 parameters). A 16-bit parameter is either its fp32 master,
+rounded, or is rounded stochastically: (Philox word >> 16) is added to the fp32 bits, then the low
+half is dropped. With a norm that is not finite, nothing changes.
 """
 
 import torch
@@ -15,16 +15,18 @@ from torch import Tensor
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
-    """The 2-norm over all gradients together, 0-d fp32 (fp64 for fp64 gradients)."""
+    """Return the 2-norm over all gradients together, 0-d fp32 (fp64 for fp64 gradients)."""
     square = torch.stack([g.double().square().sum() for g in grads]).sum()
     return square.sqrt().to(torch.promote_types(grads[0].dtype, torch.float32))
 
 
 def _round_stochastic(p: Tensor, param_id: int, step: Tensor, seed: int) -> Tensor:
+    """Return fp32 p as bf16, rounded up with the probability of its distance to the lower value."""
     index = torch.arange(p.numel(), device=p.device)
-    counter = [index >> 2, *(torch.full_like(index, i) for i in (param_id, 0, 2))]
-    counter[2] = step.to(torch.int64).to(p.device).expand_as(index)
-    words = torch.stack(philox(*counter, torch.tensor(seed, device=p.device)), -1)
+    param, domain = torch.full_like(index, param_id), torch.full_like(index, 2)
+    counter_step = step.to(torch.int64).to(p.device).expand_as(index)
+    key = torch.tensor(seed, device=p.device)
+    words = torch.stack(philox(index >> 2, param, counter_step, domain, key), -1)
     word = words.gather(-1, (index & 3)[:, None])[:, 0].view(p.shape)
     bits = p.view(torch.int32) + (word >> 16).to(torch.int32)
     rounded = (bits & -0x10000).view(torch.float32)
@@ -49,8 +51,9 @@ def adamw(
     stochastic: bool,
     seed: int,
 ) -> None:
-    """One step in place. masters: empty, or one fp32 tensor per parameter."""
-    proceed, clip = True, 1.0
+    """Take one step in place. masters: empty, or one fp32 tensor per parameter."""
+    proceed: Tensor | bool = True
+    clip: Tensor | float = 1.0
     if grad_norm is not None:
         proceed = grad_norm.isfinite()
         clip = (max_norm / (grad_norm + 1e-6)).clamp(max=1.0)

@@ -1,11 +1,11 @@
-"""Cross entropy over rows of logits, alone or behind the LM head, as plain PyTorch.
+"""Cross entropy over rows of logits, alone or after the LM head, in plain PyTorch.
 
-Per row with target t, smoothing e, vocabulary size V:
+For a row with target t, smoothing e and vocabulary size V:
     lse = log sum_j exp(x_j)
     loss = (1 - e) * (lse - x_t) + e * (lse - mean_j x_j) + z_loss * lse^2
     p_j = exp(x_j - lse)
     dx_j = dloss * ((1 - e) * (p_j - [j = t]) + e * (p_j - 1 / V) + 2 z_loss lse p_j)
-A row whose target is ignore_index has loss 0 and gradient 0, whatever its dloss.
+A row whose target is ignore_index has loss 0 and gradient 0 for any dloss.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
-    """IndexError for a target outside [0, V) on the CPU; elsewhere asking would synchronise."""
+    """Raise IndexError for a target outside [0, V) on the CPU; a GPU would have to synchronise."""
     if target.device.type != "cpu":
         return
     bad = target[((target < 0) | (target >= V)) & (target != ignore_index)]
@@ -27,7 +27,10 @@ def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
 def cross_entropy_fwd(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """logits (N, V), target (N,) -> loss (N,), fp32 (fp64 for fp64 logits), and lse (N,), fp64."""
+    """Return loss (N,), fp32 (fp64 for fp64 logits), and lse (N,), fp64.
+
+    logits: (N, V), target: (N,).
+    """
     V = logits.shape[-1]
     check_targets(target, V, ignore_index)
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -40,7 +43,7 @@ def cross_entropy_fwd(
         loss = loss + label_smoothing * (lse - x.mean(-1))
     if z_loss > 0:
         loss = loss + z_loss * lse.square()
-    # Out of range can only be seen on a GPU, where the row's loss becomes NaN.
+    # Only a GPU gets here with a target out of range; the row's loss becomes NaN.
     loss = torch.where(in_range, loss, torch.nan)
     return torch.where(ignored, 0.0, loss), lse.double()
 
@@ -54,7 +57,7 @@ def cross_entropy_bwd(
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor:
-    """dlogits (N, V) in the logits' dtype, from dloss (N,)."""
+    """Return dlogits (N, V) in the logits' dtype for dloss (N,)."""
     V = logits.shape[-1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     p = torch.softmax(logits.to(dtype), -1)
@@ -78,9 +81,10 @@ def linear_cross_entropy_fwd(
     z_loss: float,
     skip_below: float = 0.0,
 ) -> Tensor:
-    """input (N, C), linear_weight (V, C), target (N,) -> loss (N,), fp32 (fp64 for fp64 input).
+    """Return loss (N,), fp32 (fp64 for fp64 input).
 
-    linear_weight is rounded to the input's dtype. skip_below is for the gradient.
+    input: (N, C), linear_weight: (V, C), rounded to the input's dtype, target: (N,). skip_below is
+    for the gradient.
     """
     logits = input @ linear_weight.to(input.dtype).T
     return cross_entropy_fwd(logits, target, ignore_index, label_smoothing, z_loss)[0]
@@ -96,10 +100,11 @@ def linear_cross_entropy_fwd_bwd(
     z_loss: float,
     skip_below: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sum(loss * dloss), dinput (N, C) and dlinear_weight (V, C) for a given dloss (N,).
+    """Return sum(loss * dloss), dinput (N, C) and dlinear_weight (V, C) for dloss (N,).
 
-    linear_weight is rounded to the input's dtype; its gradient has its own. A kernel may take an
-    entry of dlogits for 0 that is at most skip_below * |dloss|, to save products; here all count.
+    linear_weight is rounded to the input's dtype; its gradient has the dtype of linear_weight. To
+    save products, a kernel may replace entries of dlogits by 0 if they are at most
+    skip_below * |dloss|; the reference does not.
     """
     weight = linear_weight.to(input.dtype)
     logits = input @ weight.T
@@ -111,8 +116,8 @@ def linear_cross_entropy_fwd_bwd(
 
 
 def scale_(x: list[Tensor], factor: Tensor) -> None:
-    """Multiply every x by a scalar, in place; nothing is written where the factor is 1."""
-    # Elsewhere than on the CPU, asking would synchronise.
+    """Multiply every x by a scalar, in place; a factor of 1 writes nothing."""
+    # Only on the CPU: reading the factor of a GPU would synchronise.
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return
     for t in x:

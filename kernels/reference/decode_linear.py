@@ -1,8 +1,8 @@
-"""A linear layer of a model that only generates, as plain PyTorch.
+"""A linear layer of a model that only generates, in plain PyTorch.
 
     a = norm(x);  y = scale * (a weight^T) + bias;  y = gelu(y) if gelu;  y = y + residual
-with norm as in linear.py, GELU in its tanh form (Hendrycks & Gimpel, 2016), and everything in fp32
-from x to y. The weight has x's dtype and no scale, or is int8 with a scale an output:
+The norm is that of linear.py, GELU has its tanh form (Hendrycks & Gimpel, 2016), and everything
+from x to y is fp32. The weight has x's dtype and no scale, or it is int8 with a scale per output:
     scale_o = max_c |w_oc| / 127, or 1 for a row of zeros;  weight_oc = round(w_oc / scale_o)
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (O, C) floating -> (O, C) int8 in [-127, 127] and scale (O,) fp32."""
+    """Return a floating weight (O, C) as int8 in [-127, 127], and its scale (O,), fp32."""
     wide = weight.float()
     scale = wide.abs().amax(1) / 127
     scale = scale.where(scale > 0, 1.0)
@@ -32,8 +32,10 @@ def decode_linear(
     gelu: bool,
     wide: bool,
 ) -> Tensor:
-    """x (N, C), weight (O, C), scale and bias (O,), residual (N, O) -> y (N, O) in x's dtype, or
-    with wide in fp32 (fp64 if x is)."""
+    """Return y (N, O) in x's dtype, or in fp32 if wide (fp64 for fp64 x).
+
+    x: (N, C), weight: (O, C), scale and bias: (O,), residual: (N, O).
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = norm_fwd(x, norm_weight, norm_bias, eps, dtype)[0] @ weight.to(dtype).T
     if scale is not None:

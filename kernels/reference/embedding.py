@@ -1,9 +1,9 @@
-"""The token embedding and the gradient of its weight, as plain PyTorch.
+"""The token embedding and the gradient of its weight, in plain PyTorch.
 
     x_n = weight[idx_n]
     dweight_v += sum over n with idx_n = v of dx_n
-The sum is taken first, in fp32 and in a fixed order, then added to what dweight holds: a row is
-rounded once, and two runs give the same bits.
+The sum is computed in fp32 and in a fixed order, then added to dweight: a row is rounded once, and
+two runs give the same bits.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def check_ids(idx: Tensor, V: int) -> None:
-    """IndexError for an id outside [0, V) on the CPU; elsewhere asking would synchronise."""
+    """Raise IndexError for an id outside [0, V) on the CPU; a GPU would have to synchronise."""
     if idx.device.type != "cpu" or not idx.numel():
         return
     low, high = idx.min().item(), idx.max().item()
@@ -21,12 +21,12 @@ def check_ids(idx: Tensor, V: int) -> None:
 
 
 def embedding_fwd(weight: Tensor, idx: Tensor) -> Tensor:
-    """weight (V, C), idx (...) int64 -> x (..., C)."""
+    """Return x (..., C) for weight (V, C) and idx (...), int64."""
     V = weight.shape[0]
     check_ids(idx, V)
     in_range = (idx >= 0) & (idx < V)
     x = F.embedding(idx.where(in_range, 0), weight)
-    # Out of range can only be seen on a GPU, where the token's row becomes NaN.
+    # Only a GPU gets here with an id out of range; its row becomes NaN.
     return x.masked_fill(~in_range[..., None], torch.nan)
 
 
@@ -36,7 +36,7 @@ def embedding_bwd(dweight: Tensor, dx: Tensor, idx: Tensor) -> None:
     check_ids(idx, V)
     dtype = torch.promote_types(dweight.dtype, torch.float32)
     in_range = (idx >= 0) & (idx < V)
-    # The gradient of F.embedding, which leaves out the ids that equal padding_idx.
+    # The gradient of F.embedding; ids that equal padding_idx are left out.
     rows = torch.ops.aten.embedding_dense_backward(
         dx.to(dtype), idx.where(in_range, -1), V, padding_idx=-1, scale_grad_by_freq=False
     )

@@ -1,4 +1,4 @@
-"""A linear layer, behind a layer norm or not, as plain PyTorch.
+"""A linear layer, with or without a layer norm before it, in plain PyTorch.
 
     a = norm_weight * (x - mean(x)) / sqrt(var(x) + eps) + norm_bias
     y = a weight^T + bias + residual
@@ -14,10 +14,14 @@ from torch import Tensor
 def norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """x (N, C) normalised, in dtype, and stats (N, 2): mean, 1 / standard deviation."""
+    """Return x (N, C) normalised, in dtype, and stats (N, 2): mean, 1 / standard deviation.
+
+    Without a weight, return x in dtype and empty stats.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     if weight is None:
         return x.to(dtype), x.new_empty(0, 2, dtype=wide)
+    assert bias is not None
     y, mean, inverse = torch.native_layer_norm(
         x.to(wide), x.shape[1:], weight.to(wide), bias.to(wide), eps
     )
@@ -27,10 +31,11 @@ def norm_fwd(
 def norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias; without a weight dy itself and empty tensors."""
+    """Return dx, dweight and dbias; without a weight, dy and two empty tensors."""
     if weight is None:
         return dy.to(x.dtype), dy.new_empty(0), dy.new_empty(0)
-    # PyTorch's backward reads both as if they were contiguous.
+    assert bias is not None
+    # PyTorch's backward reads both as contiguous tensors.
     mean, inverse = (part.contiguous() for part in stats.split(1, -1))
     wide = stats.dtype
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
@@ -47,7 +52,7 @@ def norm_bwd(
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """(N, C) -> (C,), summed in fp32."""
+    """Return the sums (C,) of the columns of x (N, C), added in fp32."""
     return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
 
@@ -60,7 +65,10 @@ def linear_fwd(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x (N, C), weight (O, C), bias (O,), residual (N, O) -> y (N, O) in weight's dtype, stats."""
+    """Return y (N, O) in weight's dtype, and the stats of `norm_fwd`.
+
+    x: (N, C), weight: (O, C), bias: (O,), residual: (N, O).
+    """
     a, stats = norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)
     y = F.linear(a, weight, bias)
     return (y if residual is None else residual + y), stats
@@ -78,7 +86,10 @@ def linear_bwd(
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dnorm_weight, dnorm_bias, dweight, dbias; empty where not needed or not there."""
+    """Return dx, dnorm_weight, dnorm_bias, dweight and dbias.
+
+    A gradient is empty if it is not needed or its parameter is None.
+    """
     dy = dy.to(weight.dtype)
     dx, dnorm_weight, dnorm_bias, dweight, dbias = (dy.new_empty(0) for _ in range(5))
     if need_dweight:

@@ -1,7 +1,7 @@
-"""The perceptron of a GPT-2 block, as plain PyTorch.
+"""The perceptron of a GPT-2 block, in plain PyTorch.
 
     h = norm(x) fc_weight^T + fc_bias;  y = gelu(h) proj_weight^T + proj_bias [+ x]
-with norm as in linear.py and GELU in its tanh form (Hendrycks & Gimpel, 2016).
+The norm is that of linear.py, GELU has its tanh form (Hendrycks & Gimpel, 2016).
 """
 
 import torch
@@ -21,7 +21,10 @@ def mlp_fwd(
     proj_bias: Tensor,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, C), fc_weight (F, C), proj_weight (O, F) -> y (N, O), h (N, F), stats (N, 2)."""
+    """Return y (N, O), h (N, F) and stats (N, 2).
+
+    x: (N, C), fc_weight: (F, C), proj_weight: (O, F).
+    """
     a, stats = norm_fwd(x, norm_weight, norm_bias, eps, fc_weight.dtype)
     h = F.linear(a, fc_weight, fc_bias)
     y = F.linear(F.gelu(h, approximate="tanh"), proj_weight, proj_bias)
@@ -45,9 +48,9 @@ def mlp_bwd(
     need_dfc: bool,
     need_dproj: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dnorm_weight, dnorm_bias, dfc_weight, dfc_bias, dproj_weight, dproj_bias.
+    """Return dx, dnorm_weight, dnorm_bias, dfc_weight, dfc_bias, dproj_weight and dproj_bias.
 
-    Empty where not needed or not there.
+    A gradient is empty if it is not needed or its parameter is None.
     """
     dy = dy.to(fc_weight.dtype)
     dh = torch.ops.aten.gelu_backward(dy @ proj_weight, h, approximate="tanh")

@@ -1,4 +1,4 @@
-"""Philox-4x32-10, the counter-based generator all backends share.
+"""Philox-4x32-10, the counter-based random number generator of all backends.
 
 Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. Ten rounds turn
 four 32-bit counter words and a 64-bit key into four random words:
@@ -16,13 +16,14 @@ MASK = 0xFFFFFFFF
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    # The product of two 32-bit words wraps int64; its bits are right all the same.
+    """Return the high and the low half of the 64-bit product."""
+    # The product may overflow int64; its bits are still right.
     product = word * constant
     return (product >> 32) & MASK, product & MASK
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-    """Four random words for each counter. All arguments int64, broadcast together."""
+    """Return four random words per counter. All arguments are int64 and broadcast together."""
     k0, k1 = seed & MASK, (seed >> 32) & MASK
     for _ in range(10):
         hi0, lo0 = _multiply(0xD2511F53, c0)
@@ -33,5 +34,5 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tupl
 
 
 def uniform(word: Tensor) -> Tensor:
-    """Words to fp32 in [0, 1), as Triton's `uint_to_uniform_float` maps them."""
+    """Return words as fp32 in [0, 1), mapped as by Triton's `uint_to_uniform_float`."""
     return torch.where(word > MASK >> 1, MASK - word, word).to(torch.float32) * 4.6566127342e-10

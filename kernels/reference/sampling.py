@@ -1,24 +1,28 @@
-"""Drawing a token from each row of logits, as plain PyTorch.
+"""Sampling a token from each row of logits, in plain PyTorch.
 
 Order: temperature, top_k, top_p, min_p, draw. Probabilities are integers,
     w = round(exp((l - max l) / T) * 2^40),
-so that sums are exact in any order. Tokens are ranked by their raw logits, ties by the lower id;
+so sums are exact in any order. Tokens are ranked by their logits, equal ones by the lower id:
   top_k keeps the first k ranks;
   top_p keeps a rank while the mass of the ranks before it is < top_p * (mass after top_k);
   min_p keeps w >= min_p * 2^40;
-  the draw walks the kept ids in id order to the first whose running mass exceeds u * (mass kept),
-with u the Philox number of (seed, position). Temperature 0 takes the first id of the largest logit.
+  the draw takes the first kept id, in id order, whose running mass exceeds u * (mass kept);
+u is the Philox number of (seed, position). Temperature 0 takes the first id of the largest logit.
 """
 
 import torch
 from gptfast.kernels.reference.philox import MASK, philox, uniform
 from torch import Tensor
 
-ONE = 2.0**40
+# The weight of the largest logit.
+WEIGHT_ONE = 2.0**40
 
 
 def check_rows(bad: Tensor) -> None:
-    """ValueError on the CPU for a row that cannot be sampled; a GPU would have to synchronise."""
+    """Raise ValueError on the CPU for a bad row; a GPU would have to synchronise.
+
+    bad: (B,), whether a row cannot be sampled.
+    """
     if bad.device.type == "cpu" and bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
@@ -27,7 +31,10 @@ def check_rows(bad: Tensor) -> None:
 
 
 def check_parameters(**parameters: tuple[Tensor, Tensor, str]) -> None:
-    """ValueError on the CPU for a value out of range: name=(values, which fit, what must be)."""
+    """Raise ValueError on the CPU for a value out of range.
+
+    name=(its values, which of them are valid, the valid range in words).
+    """
     for name, (values, fit, must) in parameters.items():
         if values.device.type == "cpu" and not fit.all():
             row = int((~fit).nonzero()[0])
@@ -35,7 +42,7 @@ def check_parameters(**parameters: tuple[Tensor, Tensor, str]) -> None:
 
 
 def draw_uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """u in [0, 1) for each (seed, position), fp32."""
+    """Return u in [0, 1) for each (seed, position), fp32."""
     zero = torch.zeros_like(position)
     return uniform(philox(position & MASK, (position >> 32) & MASK, zero, zero, seed)[0])
 
@@ -43,10 +50,10 @@ def draw_uniform(seed: Tensor, position: Tensor) -> Tensor:
 def kept_weights(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
-    """The integer weight of every token (B, V) int64, 0 where top_k, top_p or min_p removed it."""
+    """Return the weight of every token (B, V), int64; 0 if top_k, top_p or min_p removed it."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     difference = (x - x.amax(-1, keepdim=True)) / temperature.to(x.dtype)[:, None]
-    weight = torch.round(torch.exp(difference) * ONE).to(torch.int64)  # (B, V)
+    weight = torch.round(torch.exp(difference) * WEIGHT_ONE).to(torch.int64)  # (B, V)
     order = torch.sort(x, dim=-1, descending=True, stable=True).indices  # ties: lower id first
     w = weight.gather(-1, order)
     rank = torch.arange(w.shape[-1], device=w.device)
@@ -54,7 +61,7 @@ def kept_weights(
     mass = w.cumsum(-1)
     limit = top_p.double() * mass[:, -1].double()
     keep = ((mass - w).double() < limit[:, None]) | (rank == 0)
-    keep &= w.double() >= min_p.double()[:, None] * ONE
+    keep &= w.double() >= min_p.double()[:, None] * WEIGHT_ONE
     return torch.zeros_like(weight).scatter(-1, order, w * keep)
 
 
@@ -67,7 +74,10 @@ def sample(
     seed: Tensor,
     position: Tensor,
 ) -> Tensor:
-    """logits (B, V), all else (B,) -> ids (B,) int64; -1 for a row that cannot be sampled."""
+    """Draw a token from each row of logits (B, V); all other arguments are (B,).
+
+    Return ids (B,), int64; on a GPU, -1 for a row that cannot be sampled.
+    """
     check_parameters(
         temperature=(
             temperature,
@@ -80,7 +90,7 @@ def sample(
         position=(position, position >= 0, "an integer >= 0"),
     )
     top = logits.amax(-1)
-    bad = ~top.isfinite()  # NaN wins amax; +inf and all -inf show as themselves
+    bad = ~top.isfinite()  # amax of a row with NaN is NaN
     check_rows(bad)
     greedy = temperature == 0
     temperature = temperature.where(~greedy, 1.0)

@@ -1,4 +1,4 @@
-"""Triton: the kernels for GPUs. Each launcher has the name, and the arguments, of its operator.
+"""The Triton kernels for GPUs. A launcher has the name and the arguments of its operator.
 
-Launchers never ask whether a tensor is on a GPU: under TRITON_INTERPRET=1 they take CPU tensors.
+Launchers do not check whether a tensor is on a GPU: with TRITON_INTERPRET=1 they take CPU tensors.
 """

@@ -1,18 +1,18 @@
-"""Causal attention in tiles, forward and backward, as kernels/reference/attention.py defines it.
+"""Causal attention in tiles; kernels/reference/attention.py is the definition.
 
     S = Q K^T;  P = exp2(c S - max);  O = P V / sum P                    c = scale log2(e)
     P = exp2(c S - log2(e) lse);  delta = sum_d dO O;  dS = P (dP - delta)
     dQ = scale dS K;  dK = scale dS^T Q;  dV = P^T dO                    (FlashAttention-2)
 
-Backward is two kernels: a program of the first owns the dQ of a block of queries, one of the second
-the dK and dV of a block of keys. That computes S and dP twice, seven products for five; the five
-alone would leave a partial dQ per block of keys, whose writing and reading cost as much at T = 1024
-and more beyond. Scores are masked only in the blocks that need it, by a branch and not by a second
-loop, in front of which the pipeline of loads would run dry.
+The backward is two kernels: a program of the first computes the dQ of a block of queries, one of
+the second the dK and dV of a block of keys. They compute S and dP twice, seven products instead of
+five. With five, each block of keys would write a partial dQ, which costs as much at T = 1024 and
+more beyond. Scores are masked only in the blocks that need it. A branch decides this: before a
+second loop, the pipeline of loads would run empty.
 
-Programs start with the longest rows, which evens out what the multiprocessors do without anything
-having to divide (pairing long with short rows needs that). They come in groups of heads whose keys
-and values fit the L2 cache together, and are read from memory once.
+Programs start with the longest rows, so that all multiprocessors finish at about the same time.
+They run in groups of heads whose keys and values fit the L2 cache together and are read from memory
+once.
 """
 
 import torch
@@ -32,7 +32,7 @@ def attention_fwd(
     seed: Tensor | None,
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, H, Tq, D) in q's dtype, lse (B, H, Tq) natural log, fp32."""
+    """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp32."""
     if q.shape[3] > MAX_D:
         return reference.attention_fwd(q, k, v, scale, dropout_p, seed, kv_len)
     out = q.new_empty(q.shape)
@@ -53,7 +53,7 @@ def attention_bwd(
     seed: Tensor | None,
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, contiguous, in the inputs' dtype."""
+    """Return dq, dk and dv, contiguous, in the inputs' dtype."""
     options = (scale, dropout_p, seed, kv_len)
     if q.shape[3] > MAX_D:
         return reference.attention_bwd(dout, q, k, v, out, lse, *options)
@@ -67,6 +67,7 @@ def _heads(x: Tensor, n_head: int) -> Tensor:
 
 
 def _unpack(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views of q, k and v, each (B, H, T, D), in qkv (B, T, 3C)."""
     q, k, v = (_heads(x, n_head) for x in qkv.chunk(3, -1))
     return q, k, v
 
@@ -79,7 +80,7 @@ def attention_qkv_fwd(
     seed: Tensor | None,
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """qkv (B, T, 3C) -> out (B, T, C), lse (B, H, T); nothing is copied, whatever T's stride is."""
+    """Return out (B, T, C) and lse (B, H, T) for qkv (B, T, 3C), which is not copied."""
     B, T, C3 = qkv.shape
     if C3 // (3 * n_head) > MAX_D:
         return reference.attention_qkv_fwd(qkv, n_head, scale, dropout_p, seed, kv_len)
@@ -101,12 +102,12 @@ def attention_qkv_bwd(
     seed: Tensor | None,
     kv_len: Tensor | None,
 ) -> Tensor:
-    """dqkv (B, T, 3C)."""
+    """Return dqkv (B, T, 3C)."""
     options = (scale, dropout_p, seed, kv_len)
     if qkv.shape[2] // (3 * n_head) > MAX_D:
         return reference.attention_qkv_bwd(dout, qkv, out, lse, n_head, *options)
     dqkv = qkv.new_empty(qkv.shape)
-    heads = _unpack(qkv, n_head)
+    q, k, v = _unpack(qkv, n_head)
     dout, out = _heads(dout, n_head), _heads(out, n_head)
-    fill_bwd(dout, *heads, out, lse, _unpack(dqkv, n_head), *options)
+    fill_bwd(dout, q, k, v, out, lse, _unpack(dqkv, n_head), *options)
     return dqkv

@@ -1,4 +1,4 @@
-"""Attention, backward: one kernel for dQ, one for dK and dV. The maths: attention.py."""
+"""The attention backward: one kernel for dQ, one for dK and dV. attention.py has the maths."""
 
 import torch
 import triton
@@ -23,7 +23,7 @@ def _dq_blocks(
     dq, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, lse, last, full, end, n_keys, D, c,
     dropout, head, position, BLOCK_N: tl.constexpr, EVEN_D: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Over the keys: add to total = sum P and delta = sum P dP if SUMS, else to dq = dS K."""
+    """Loop over the keys: add to total = sum P and delta = sum P dP if SUMS, else to dq = dS K."""
     in_d = (tl.arange(0, q_tile.shape[1]) < D)[None, :]
     for start in tl.range(0, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -32,7 +32,7 @@ def _dq_blocks(
         k_tile = tl.load(k_ptrs + row * k[3], mask=mask, other=0.0)
         v_tile = tl.load(v_ptrs + row * v[3], mask=mask, other=0.0)
         if q_tile.dtype == tl.float32:
-            # The products of the other kernel, to the bit; and these shapes need fewer registers.
+            # Bit for bit the products of the other kernel; these shapes also take fewer registers.
             s = tl.trans(tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"))
             dp = tl.trans(tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee"))
         else:
@@ -80,8 +80,8 @@ def attention_bwd_dq_kernel(
         out_tile = tl.load(rows_of(out, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
         delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     else:
-        # lse rounded to fp32 is off by |lse| * 6e-8, and every P of the query with it: up to 8
-        # times the error of PyTorch's own gradients. So the sums of P and P dP are taken anew.
+        # lse is rounded to fp32, an error of |lse| * 6e-8 in every P of the query: up to 8 times
+        # the error of PyTorch's own gradients. So the sums of P and P dP are computed again.
         acc, total, delta = _dq_blocks(
             acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, lse, last, full, end,
             n_keys, D, c, dropout, head, Tk - Tq + queries, BLOCK_N, EVEN_D, True,
@@ -91,8 +91,8 @@ def attention_bwd_dq_kernel(
         tl.store(total_ptr + rows, total, mask=queries < Tq)
     tl.store(delta_ptr + rows, delta, mask=queries < Tq)
 
-    # A query that sees one key has dS = 0, to the bit, so P may be 0 here. dP - delta would be the
-    # difference of two roundings.
+    # dS is exactly 0 for a query that sees one key. dP - delta would be the difference of two
+    # roundings, so P is made 0.
     lse = tl.where(last > 0, lse, float("inf"))
     acc, _, _ = _dq_blocks(
         acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, lse, last, full, end,
@@ -118,7 +118,7 @@ def attention_bwd_dk_dv_kernel(
     k_mask = (keys < n_keys)[:, None] & in_d
     k_tile = tl.load(rows_of(k, head, H, keys, BLOCK_D), mask=k_mask, other=0.0)
     v_tile = tl.load(rows_of(v, head, H, keys, BLOCK_D), mask=k_mask, other=0.0)
-    # Queries before `first` see none of the keys, those from `full` on all that are there.
+    # Queries before `first` see none of the keys; those from `full` on see all of them.
     first = tl.maximum(key - (length - Tq), 0) // BLOCK_M * BLOCK_M
     first = tl.where(key < n_keys, first, Tq)
     full = tl.minimum(key + BLOCK_N, n_keys) - 1 - (length - Tq)
@@ -137,10 +137,10 @@ def attention_bwd_dk_dv_kernel(
         mask = (queries < Tq)[:, None] if EVEN_D else (queries < Tq)[:, None] & in_d
         q_tile = tl.load(q_ptrs + row * q[3], mask=mask, other=0.0)
         dout_tile = tl.load(dout_ptrs + row * dout[3], mask=mask, other=0.0)
-        # Of a query past the last, P = exp2(-inf).
+        # Queries after the last have P = exp2(-inf) = 0.
         lse = tl.load(lse_ptr + queries, mask=queries < Tq, other=float("inf")) * LOG2E
         delta = tl.load(delta_ptr + queries, mask=queries < Tq, other=0.0)
-        # (keys, queries), as is all below, so that P and dS need not pass through shared memory.
+        # (keys, queries), like everything below: P and dS then do not go through shared memory.
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
         p = tl.exp2(s * c - lse[None, :])
@@ -157,7 +157,7 @@ def attention_bwd_dk_dv_kernel(
         dv_acc = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
         ds = p * (dp - delta[None, :])
         if start == first:
-            # Queries that see one key: dS is 0 to the bit, as above.
+            # dS is exactly 0 for queries that see one key, as above.
             ds = tl.where(last[None, :] > 0, ds, 0.0)
         dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
 

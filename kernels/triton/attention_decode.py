@@ -1,10 +1,12 @@
-"""Attention of one query per row over a cache of keys and values: decoding.
+"""Attention of one query per row over a cache of keys and values, for decoding.
 
-Bound by the reading of the cache, so no tensor cores: a program takes CHUNK keys of one head in
-blocks of BLOCK_N. Every slot of the block keeps its own running maximum, sum and output, so that
-nothing is exchanged between threads but the products' sums over D; the slots are merged at the end.
-Chunks are merged by a second kernel, in order. Where a chunk begins depends on nothing but CHUNK,
-so a row's result does not depend on the other rows, nor on the length of the cache.
+    S_j = c q k_j;  peak = max S;  total = sum exp2(S - peak);  acc = sum exp2(S - peak) v_j
+
+Reading the cache takes the time, so there are no tensor cores here. A program takes CHUNK keys of
+one head in blocks of BLOCK_N. Every slot of a block keeps its own peak, total and acc, so that
+threads exchange only the sums over D; the slots are merged at the end. A second kernel merges the
+chunks, in order. Where a chunk begins depends on CHUNK alone, so a row's result depends neither on
+the other rows nor on the length of the cache.
 """
 
 import triton
@@ -13,21 +15,24 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Keys a program takes, and elements of K and of V in a block of them.
+# Keys that a program takes.
 CHUNK = 256
-BLOCK_SIZE = 4096
+# Elements of K in a block of keys, and as many of V.
+BLOCK_ELEMENTS = 4096
+# Chunks that the second kernel merges at once.
 BLOCK_C = 16
 
 
 @triton.jit
 def _shift(peak):
-    # Of slots that have seen no key: -inf - -inf would be NaN.
+    """Return peak, or 0 where it is -inf."""
+    # A slot that has seen no key would otherwise compute -inf - -inf, which is NaN.
     return tl.where(peak == -float("inf"), 0.0, peak)
 
 
 @triton.jit
 def _merge(peak, total, acc):
-    """Slots to one: the maximum, the sum of P, P V."""
+    """Merge all slots to one."""
     top = tl.max(peak, 0)
     rescale = tl.exp2(peak - _shift(top))
     return top, tl.sum(total * rescale, 0), tl.sum(acc * rescale[:, None], 0)
@@ -35,6 +40,7 @@ def _merge(peak, total, acc):
 
 @triton.jit
 def _finish(peak, total, acc, out_ptr, lse_ptr, D):
+    """Store the output and the lse of one row."""
     d = tl.arange(0, acc.shape[0])
     total = tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + d, (acc / total).to(out_ptr.dtype.element_ty), mask=d < D)
@@ -43,6 +49,7 @@ def _finish(peak, total, acc, out_ptr, lse_ptr, D):
 
 @triton.jit
 def _head(view, head, H):
+    """Return a pointer to the first element of a head; view is (pointer, strides of b, h and t)."""
     return view[0] + (head // H).to(tl.int64) * view[1] + (head % H).to(tl.int64) * view[2]
 
 
@@ -133,7 +140,7 @@ def attention_decode(
         acc = lse.new_empty(B * H, n_chunks, D)
         peak, total = lse.new_empty(2, B * H, n_chunks)
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    BLOCK_N = min(64, BLOCK_SIZE // BLOCK_D)
+    BLOCK_N = min(64, BLOCK_ELEMENTS // BLOCK_D)
     attention_decode_kernel[(B * H, n_chunks)](
         q, k, v, out, lse, acc, peak, total, Tk, H, n_chunks, D, scale * LOG2E.value, kv_len,
         CHUNK=CHUNK, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=BLOCK_D == D, num_warps=4,

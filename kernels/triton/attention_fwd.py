@@ -1,4 +1,8 @@
-"""Attention, forward: the kernel, and what it shares with the backward. The maths: attention.py."""
+"""The attention forward, and what it shares with the backward. attention.py has the maths.
+
+A view is (pointer, stride of b, stride of h, stride of t) of a (B, H, T, D) tensor. dropout is None
+or (pointer to the seed, p, 1 / (1 - p)).
+"""
 
 import triton
 import triton.language as tl
@@ -9,16 +13,13 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# What the heads of one group may read again and again: a third of an H100's L2 cache.
+# Bytes of keys and values of the heads of one group: a third of an H100's L2 cache.
 GROUP_BYTES = 16 << 20
-
-# In what follows a view is (pointer, stride of b, stride of h, stride of t) of (B, H, T, D), and
-# dropout is None or (pointer to the seed, p, 1 / (1 - p)).
 
 
 @triton.jit
 def program(n_blocks, n_heads, group):
-    """The head and the block of this program: group by group of heads, block by block."""
+    """Return the head and the block of this program; one group of heads comes after the other."""
     pid = tl.program_id(0)
     first = pid // (group * n_blocks) * group
     rest = pid - first * n_blocks
@@ -28,15 +29,15 @@ def program(n_blocks, n_heads, group):
 
 @triton.jit
 def rows_of(view, head, H, rows, BLOCK_D: tl.constexpr):
-    """Pointers to (rows, BLOCK_D) of one head."""
-    # int64: long sequences, packed ones above all, pass 2^31 elements.
+    """Return pointers to (rows, BLOCK_D) of one head."""
+    # int64: long sequences, above all packed ones, have more than 2^31 elements.
     start = view[0] + (head // H).to(tl.int64) * view[1] + (head % H).to(tl.int64) * view[2]
     return start + rows.to(tl.int64)[:, None] * view[3] + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
 def length_of(kv_len_ptr, head, H, Tk):
-    """The length that aligns the queries, and how many keys there are."""
+    """Return the length that the last query is aligned to, and the number of keys."""
     if kv_len_ptr is None:
         return Tk, Tk
     else:
@@ -46,7 +47,7 @@ def length_of(kv_len_ptr, head, H, Tk):
 
 @triton.jit
 def key_range(first, length, n_keys, Tq, BLOCK_M: tl.constexpr):
-    """The last key each query of a block sees, how many all of them see, how many any sees."""
+    """Return the last key each query of a block sees, and how many keys all and any of them see."""
     last = tl.minimum(length - Tq + first + tl.arange(0, BLOCK_M), n_keys - 1)
     full = tl.minimum(length - Tq + first + 1, n_keys)
     return last, full, tl.minimum(length - Tq + tl.minimum(first + BLOCK_M, Tq), n_keys)
@@ -54,7 +55,7 @@ def key_range(first, length, n_keys, Tq, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def keep(dropout, head, position, key, BLOCK_N: tl.constexpr):
-    """Whether dropout keeps the probabilities of the queries at `position`, keys from `key` on."""
+    """Return whether dropout keeps the probabilities of these queries for BLOCK_N keys."""
     counters = (key // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
     zeros = tl.zeros([position.shape[0], BLOCK_N // 4], tl.int32)
     seed = tl.load(dropout[0])
@@ -95,7 +96,7 @@ def attention_fwd_kernel(
         if start + BLOCK_N > full:
             s = tl.where(keys[None, :] <= last[:, None], s, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1) * c)
-        # Of a query that has seen no key yet, -inf - -inf would be NaN.
+        # For a query that has seen no key yet, -inf - -inf would be NaN.
         shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         p = tl.exp2(s * c - shift[:, None])
         rescale = tl.exp2(peak - shift)
@@ -105,7 +106,7 @@ def attention_fwd_kernel(
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
         peak = new_peak
 
-    # A query that sees no key: out is 0, lse -inf.
+    # For a query that sees no key, out is 0 and lse is -inf.
     total = tl.where(total == 0.0, 1.0, total)
     scale = 1.0 / total if dropout is None else dropout[2] / total
     out_tile = (acc * scale[:, None]).to(q_tile.dtype)
@@ -115,18 +116,21 @@ def attention_fwd_kernel(
 
 
 def view_of(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """A (B, H, T, D) tensor as kernels take it, copied if its last dimension is not contiguous."""
+    """Return the view of a (B, H, T, D) tensor, copied if its last dimension is not contiguous."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return x, *x.stride()[:3]
+    return x, x.stride(0), x.stride(1), x.stride(2)
 
 
 def group_of(k: Tensor) -> int:
-    """How many heads' keys and values, or queries and gradients, share the L2 cache."""
+    """Return how many heads' keys and values share the L2 cache."""
     return max(1, GROUP_BYTES // max(1, 2 * k.shape[2] * k.shape[3] * k.element_size()))
 
 
 def dropout_of(dropout_p: float, seed: Tensor | None) -> tuple[Tensor, float, float] | None:
-    return (seed, dropout_p, 1.0 / (1.0 - dropout_p)) if dropout_p > 0 else None
+    """Return dropout as the kernels take it."""
+    if seed is None or dropout_p == 0:
+        return None
+    return seed, dropout_p, 1.0 / (1.0 - dropout_p)
 
 
 def fill_fwd(
@@ -147,7 +151,8 @@ def fill_fwd(
         attention_decode(view_of(q), view_of(k), view_of(v), view_of(out), lse, scale, kv_len)
         return
     blocks, options = tile(FWD, q.dtype, D, dropout_p > 0)
-    # exp2(c S - max) takes c > 0: the sign is q's, and 2^-120 makes every P 1 but -inf's.
+    # exp2(c S - max) needs c > 0: a negative sign goes to q. 2^-120 makes every P 1 except that of
+    # a score of -inf.
     c = max(abs(scale) * LOG2E.value, 2.0**-120)
     attention_fwd_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
         view_of(q),

@@ -1,26 +1,28 @@
 """The tiles of the attention kernels, by architecture, kind of element and padded head dim.
 
-A tile is (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages, registers a thread at most). What
-decided, on sm_90 with 16 bits and a head dim of 64: two programs a multiprocessor, for while one
-takes exponentials the other can multiply; 128 queries a program in the forward and the dQ kernel,
-as with 64 the keys and values read from L2 alone would take as long as the products may; wgmma's
-64 keys for 4 warps in the other, where 128 leave one program only. bench/compile_audit.py says
-what each costs. Without tensor cores (fp32) the tiles are those that need few registers.
+The choices on sm_90, for 16 bits and a head dim of 64: two programs fit a multiprocessor, so that
+one can multiply while the other computes exponentials. The forward and the dQ kernel take 128
+queries a program: with 64, reading keys and values from L2 would take as long as the products. The
+dK and dV kernel takes 64 keys, what wgmma needs for 4 warps: with 128, only one program would fit.
+bench/compile_audit.py shows what each tile costs. fp32, without tensor cores, has the tiles that
+need few registers.
 """
 
 import torch
 import triton
 from gptfast.kernels.triton import target
 
-# Longer heads are served by the reference.
+# The reference computes attention with larger head dims.
 MAX_D = 256
 
+# BLOCK_M queries, BLOCK_N keys, num_warps, num_stages, registers a thread may take.
 Tile = tuple[int, int, int, int, int | None]
 # "16-bit", "16-bit dropout" or "fp32" -> padded head dim -> tile.
 Tiles = dict[str, dict[int, Tile]]
 
 
 def _tiles(bits_16: list[tuple], dropout: list[tuple], fp32: list[tuple]) -> Tiles:
+    """Return tables by head dim from lists of the tiles for the head dims 16, 32, 64, 128, 256."""
     kinds = {"16-bit": bits_16, "16-bit dropout": dropout, "fp32": fp32}
     return {
         kind: {16 << i: (*tile, None)[:5] for i, tile in enumerate(tiles)}
@@ -28,9 +30,9 @@ def _tiles(bits_16: list[tuple], dropout: list[tuple], fp32: list[tuple]) -> Til
     }
 
 
-# With longer heads ptxas stops at 80 registers, and spills, unless told where to.
+# For larger head dims ptxas stops at 80 registers and spills, unless it is given a limit.
 _FWD_FP32 = [(64, 32, 8, 1)] * 3 + [(32, 16, 8, 1, 128), (16, 16, 8, 1, 128)]
-# Of both kernels of the backward: the second relies on the sums of the first to the bit.
+# The same for both kernels of the backward: the second needs the first one's sums bit for bit.
 _BWD_FP32 = [(64, 32, 8, 1)] * 3 + [(16, 16, 8, 1, 128)] * 2
 
 _FWD_90 = _tiles(
@@ -97,7 +99,7 @@ BWD_DK_DV = {"sm_80": _DK_DV_80, "sm_90": _DK_DV_90, "sm_100": _DK_DV_90, "gfx94
 def tile(
     table: dict[str, Tiles], dtype: torch.dtype, D: int, dropout: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """The constexprs that shape a kernel, and the options of its launch."""
+    """Return the constexprs that shape a kernel, and the options of its launch."""
     kind = "fp32" if dtype == torch.float32 else "16-bit dropout" if dropout else "16-bit"
     BLOCK_D = max(16, triton.next_power_of_2(D))
     BLOCK_M, BLOCK_N, warps, stages, registers = table[target.arch()][kind][BLOCK_D]

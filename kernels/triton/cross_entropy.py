@@ -1,8 +1,12 @@
-"""Cross entropy on the GPU, alone or behind the LM head, as kernels/reference/cross_entropy.py.
+"""Cross entropy, alone or after the LM head; kernels/reference/cross_entropy.py is the definition.
 
-With the head, rows go in chunks: logits by torch.mm into a padded buffer, loss and dlogits in place
-by one kernel, then dinput = dlogits @ weight by torch.mm and dweight += dlogits.T @ input in fp32,
-by the library where inputs are fp32, by a kernel of our own where they have 16 bits.
+    loss = lse - x_target;  dx_j = dloss * (exp(x_j - lse) - [j = target])
+    logits = input weight^T;  dinput = dlogits weight;  dweight = dlogits^T input
+
+With the head, a chunk of rows is computed at a time: torch.mm writes the logits to a padded buffer,
+one kernel computes the loss and replaces the logits by dlogits (cross_entropy_rows.py), torch.mm
+computes dinput, and dweight adds up in fp32. The library computes this sum for fp32 inputs, our own
+kernel for 16 bits.
 """
 
 from collections.abc import Iterator
@@ -20,13 +24,14 @@ from gptfast.kernels.triton.cross_entropy_rows import (
 )
 from torch import Tensor
 
-# Bytes of logits, then dlogits, that the linear ones hold at once: 640 rows of GPT-2's in 16 bits.
-CHUNK = 64 << 20
-# The chunk's rows are padded to whole tiles of the vocabulary: aligned, and nothing to mask there.
+# Bytes of logits, later dlogits, in a chunk: 640 rows of GPT-2's in 16 bits.
+CHUNK_BYTES = 64 << 20
+# The chunk's rows are padded to a multiple of it: they are aligned, and tiles of the vocabulary
+# need no mask.
 PAD = 128
 
-# BLOCK_V (a divisor of PAD), BLOCK_C, BLOCK_N, warps and stages of dweight's product, by what it
-# adds to: sums in two halves take more registers than fp32 ones.
+# arch: (BLOCK_V, BLOCK_C, BLOCK_N, num_warps, num_stages) of dweight's product, by the form of the
+# sums: in two halves they take more registers than in fp32. BLOCK_V is a divisor of PAD.
 WEIGHT_TILES = {
     "sm_80": {"halves": (128, 128, 32, 8, 4), "fp32": (128, 128, 32, 8, 4)},
     "sm_90": {"halves": (128, 128, 64, 8, 4), "fp32": (128, 256, 64, 16, 3)},
@@ -36,13 +41,14 @@ WEIGHT_TILES = {
 
 
 def weight_tile(kind: str) -> dict[str, int]:
+    """Return the tile of dweight's product for sums in "halves" or "fp32"."""
     names = ("BLOCK_V", "BLOCK_C", "BLOCK_N", "num_warps", "num_stages")
     return dict(zip(names, WEIGHT_TILES[compiled_for.arch()][kind], strict=True))
 
 
 @triton.jit
 def _sums(dweight_ptr, low_ptr, at, inside):
-    """The fp32 sums of the chunks before."""
+    """Return the fp32 sums of the previous chunks."""
     sums = tl.load(dweight_ptr + at, mask=inside, other=0)
     if low_ptr is not None:
         low = tl.load(low_ptr + at, mask=inside, other=0)
@@ -67,18 +73,18 @@ def linear_cross_entropy_dweight_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dweight (V, C) += dlogits (N, V).T @ input (N, C) in fp32, for one chunk.
+    """Add dlogits (N, V).T @ input (N, C) of one chunk to dweight (V, C), in fp32.
 
-    Between chunks a 16-bit dweight holds the upper half of each fp32 sum and low its lower half.
+    Between chunks, a 16-bit dweight holds the upper half of each fp32 sum, and low the lower half.
     """
-    # The tiles of one block of the vocabulary are neighbours: its dlogits come from memory once.
+    # The tiles of one block of the vocabulary are neighbours: they read its dlogits only once.
     tiles = tl.cdiv(C, BLOCK_C)
     v0 = tl.program_id(0) // tiles * BLOCK_V
     c0 = tl.program_id(0) % tiles * BLOCK_C
     v = tl.arange(0, BLOCK_V)
     c = tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
-    # int64: V * C need not fit int32; within a tile, and within a step of rows, offsets do.
+    # int64: V * C may overflow int32; offsets within a tile, and within a step of rows, do not.
     tile = v0.to(tl.int64) * C + c0
     at = v[:, None] * C + c[None, :]
     inside_c = (c < C - c0)[None, :]
@@ -95,7 +101,7 @@ def linear_cross_entropy_dweight_kernel(
     dlogits_at = v[:, None] + n[None, :] * dlogits_stride
     input_at = n[:, None] * C + c[None, :]
     for begin in range(0, N, BLOCK_N):
-        # The padding's columns may hold anything: they are rows of acc that are not stored.
+        # The padded columns hold anything: they become rows of acc that are not stored.
         dlogits = tl.load(dlogits_ptr + dlogits_at, mask=(n < N - begin)[None, :], other=0.0)
         x = tl.load(input_ptr + input_at, mask=(n < N - begin)[:, None] & inside_c, other=0.0)
         acc = tl.dot(dlogits, x, acc)
@@ -114,6 +120,7 @@ def linear_cross_entropy_dweight_kernel(
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
+    """Multiply n elements by the factor, unless it is 1."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -125,14 +132,18 @@ def scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
 
 
 def _rows(x: Tensor) -> Tensor:
+    """Return x (N, M), copied if its rows are not contiguous."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _aligned(x: Tensor) -> tuple[Tensor, int]:
-    """x's memory from the 16-byte boundary below its first value, and the values between."""
+    """Return x's memory from the 16-byte boundary before its first value, and the distance to it.
+
+    The distance is counted in values.
+    """
     shift = x.data_ptr() % 16 // x.element_size()
     offset = x.storage_offset() - shift
-    # Memory that begins off a boundary (not torch's own) is read value by value.
+    # If the memory starts between two boundaries (torch's own does not), values are read singly.
     if not shift or offset < 0:
         return x, 0
     return x.as_strided((1,), (1,), offset), shift
@@ -141,6 +152,7 @@ def _aligned(x: Tensor) -> tuple[Tensor, int]:
 def cross_entropy_fwd(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
+    """Return loss (N,), fp32, and lse (N,), fp64, for logits (N, V) and target (N,)."""
     N, V = logits.shape
     check_targets(target, V, ignore_index)
     loss = logits.new_empty(N, dtype=torch.float32)
@@ -158,6 +170,7 @@ def _loss(
     label_smoothing: float,
     z_loss: float,
 ) -> None:
+    """Fill loss (N,) and, unless it is None, lse (N,)."""
     N, V = logits.shape
     if not N:
         return
@@ -187,6 +200,7 @@ def cross_entropy_bwd(
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor:
+    """Return dlogits (N, V), contiguous, for dloss (N,)."""
     N, V = logits.shape
     check_targets(target, V, ignore_index)
     logits = _rows(logits)
@@ -215,15 +229,15 @@ def cross_entropy_bwd(
 
 
 def chunk_rows(N: int, V: int, itemsize: int) -> int:
-    """Rows a chunk, all of about one size; whole tiles of 64 where more than that fit."""
-    fit = max(1, CHUNK // (triton.cdiv(V, PAD) * PAD * itemsize))
+    """Return the rows of a chunk: chunks are of about one size, a multiple of 64 if 64 rows fit."""
+    fit = max(1, CHUNK_BYTES // (triton.cdiv(V, PAD) * PAD * itemsize))
     unit = 64 if fit >= 64 else 1
     chunks = max(1, triton.cdiv(N, fit // unit * unit))
     return triton.cdiv(triton.cdiv(N, chunks), unit) * unit or 1
 
 
 def _each_chunk(input: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of each chunk and their logits (n, V), in one buffer."""
+    """Yield the rows of each chunk and their logits (n, V), which are in the same buffer."""
     N, V = len(input), len(weight)
     step = chunk_rows(N, V, input.element_size())
     buffer = input.new_empty(min(step, N), triton.cdiv(V, PAD) * PAD)
@@ -243,6 +257,7 @@ def linear_cross_entropy_fwd(
     z_loss: float,
     skip_below: float = 0.0,
 ) -> Tensor:
+    """Return loss (N,), fp32, for input (N, C) and linear_weight (V, C)."""
     check_targets(target, len(linear_weight), ignore_index)
     weight, target = _rows(linear_weight.to(input.dtype)), target.contiguous()
     loss = input.new_empty(len(input), dtype=torch.float32)
@@ -261,6 +276,7 @@ def linear_cross_entropy_fwd_bwd(
     z_loss: float,
     skip_below: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sum(loss * dloss), dinput (N, C) and dlinear_weight (V, C). Nothing is skipped."""
     check_targets(target, len(linear_weight), ignore_index)
     weight, target = _rows(linear_weight.to(input.dtype)), target.contiguous()
     input = _rows(input)
@@ -270,7 +286,7 @@ def linear_cross_entropy_fwd_bwd(
     split = linear_weight.dtype == input.dtype != torch.float32
     chunked = N > chunk_rows(N, len(weight), input.element_size())
     dtype = linear_weight.dtype if split else torch.float32
-    # With no rows, no chunk writes it.
+    # Without rows, no chunk writes to it.
     dweight = (torch.empty if N else torch.zeros)(weight.shape, dtype=dtype, device=weight.device)
     low = torch.empty_like(dweight, dtype=torch.int16) if split and chunked else None
     for rows, logits in _each_chunk(input, weight):
@@ -297,9 +313,9 @@ def linear_cross_entropy_fwd_bwd(
 def _add_dweight(
     dweight: Tensor, low: Tensor | None, dlogits: Tensor, input: Tensor, first: bool, last: bool
 ) -> None:
-    """dweight += dlogits.T @ input, or = for the first chunk."""
+    """Add dlogits.T @ input to dweight; for the first chunk, dweight is overwritten."""
     if dweight.dtype == input.dtype and low is None:
-        # In fp32, or with nothing to add to, the library's product adds up as ours does.
+        # In fp32, or with one chunk, the library's product adds up as ours does.
         torch.addmm(dweight, dlogits.t(), input, beta=float(not first), out=dweight)
         return
     (N, V), C = dlogits.shape, input.shape[1]
@@ -321,8 +337,9 @@ def _add_dweight(
 
 
 def scale_(x: list[Tensor], factor: Tensor) -> None:
+    """Multiply every x by a scalar, in place."""
     for t in x:
         n = t.numel()
         if n:
-            # A few programs, for most often the factor is 1.
+            # Few programs: most often the factor is 1 and there is nothing to do.
             scale_kernel[(min(triton.cdiv(n, 4096), 2048),)](t, factor, n, BLOCK=4096, num_warps=8)

@@ -1,10 +1,12 @@
-"""The row kernels of cross entropy: loss, gradient, and both at once.
+"""The row kernels of cross entropy: the loss, the gradient, and both at once.
 
-One program a row. Forward: each thread keeps the largest logit it saw and the sum of exponentials
-relative to it, rescaled once in 16 bytes of the row; only the last step joins the threads.
-Backward: dx_j = exp(x_j - lse) * factor - offset, and at the target what is left of 1.
-A row of odd V starts anywhere within 16 bytes (a granule of A values): whole granules move by
-128-bit instructions, the values of the row's two ragged ends, if any, by one vector of 2 A.
+    loss = (1 - e) (lse - x_target) + e (lse - mean x) + z_loss lse^2
+    dx_j = exp(x_j - lse) * factor - offset, except at the target
+
+One program a row. In the forward, each thread keeps the largest logit it has seen and the sum of
+exponentials relative to it, rescaled once per 16 bytes of the row; threads are joined at the end.
+A row of odd V may start anywhere within a granule, 16 bytes of A values. Whole granules are loaded
+and stored by 128-bit instructions, the values of the row's two ragged ends by one vector of 2 A.
 """
 
 import torch
@@ -12,8 +14,8 @@ import triton
 import triton.language as tl
 from gptfast.kernels.triton import target as compiled_for
 
-# Logits of 16 bits a step, and warps. "in place" reads a row twice: with few rows at work at once
-# the second time is from the L2.
+# arch: (16-bit logits a step, num_warps). "in place" reads a row twice: if few rows are computed at
+# once, the second time is from the L2 cache.
 ROW_TILES = {
     "sm_80": {"fwd": (4096, 8), "bwd": (4096, 8), "in place": (8192, 16)},
     "sm_90": {"fwd": (4096, 8), "bwd": (4096, 8), "in place": (8192, 16)},
@@ -23,14 +25,15 @@ ROW_TILES = {
 
 
 def row_tile(kind: str, dtype: torch.dtype) -> dict[str, int]:
+    """Return the tile of a row kernel, "fwd", "bwd" or "in place"."""
     block, num_warps = ROW_TILES[compiled_for.arch()][kind]
-    # As many bytes a step in every dtype.
+    # The same number of bytes a step in every dtype.
     return {"BLOCK": block * 2 // dtype.itemsize, "A": 16 // dtype.itemsize, "num_warps": num_warps}
 
 
 @triton.jit
 def _row(row, x_ptr, shift, stride, A: tl.constexpr):
-    """The granule in which a row starts, and where in it."""
+    """Return a pointer to the granule in which a row starts, and the row's position in it."""
     # int64: row * V overflows int32 at 42,731 rows of GPT-2 logits.
     start = row * stride + shift
     granule = start // A * A
@@ -39,7 +42,7 @@ def _row(row, x_ptr, shift, stride, A: tl.constexpr):
 
 @triton.jit
 def _ragged(lo, hi, A: tl.constexpr):
-    """Positions in the first and the last granule, and which are the row's, not in a whole one."""
+    """Return the positions of the first and the last granule, and which are in a ragged end."""
     i = tl.arange(0, 2 * A)
     last = hi // A * A
     at = tl.where(i < A, i, last + i - A)
@@ -61,9 +64,9 @@ def _row_loss(
     BLOCK: tl.constexpr,
     A: tl.constexpr,
 ):
-    """A row's loss, were it not ignored, its lse and its target's logit, all fp64."""
+    """Return a row's loss as if it were not ignored, its lse and its target's logit, all fp64."""
     picked = tl.load(x_ptr + lo + tl.where(in_range, target, 0)).to(tl.float32)
-    # The mean is taken relative to one logit: sums of large numbers would round.
+    # The mean is computed relative to one logit: a sum of large numbers would round.
     finite = (picked > float("-inf")) & (picked < float("inf"))
     pivot = tl.where(finite, picked, 0.0)
     hi = lo + V
@@ -87,7 +90,7 @@ def _row_loss(
     highest = tl.maximum(tl.max(top, 0), tl.max(ragged, 0))
     safe = tl.where(highest == float("-inf"), 0.0, highest)
     exp_sum = tl.sum(exps * tl.exp(top - safe), 0) + tl.sum(tl.exp(ragged - safe), 0)
-    # fp64 once a row: in fp32 a logit of 1e4 would cost the loss 5e-4.
+    # fp64 once a row: in fp32, a logit of 1e4 would give the loss an error of 5e-4.
     lse = highest.to(tl.float64) + tl.log(exp_sum.to(tl.float64))
     picked = picked.to(tl.float64)
     loss = (1.0 - label_smoothing) * (lse - picked)
@@ -95,7 +98,7 @@ def _row_loss(
         value_sum = tl.sum(values, 0) + tl.sum(tl.where(inside, ragged - pivot, 0.0), 0)
         loss += label_smoothing * (lse - pivot.to(tl.float64) - value_sum.to(tl.float64) / V)
     loss += z_loss * lse * lse
-    # Out of range can only be seen on a GPU: on the CPU it raised.
+    # Only a GPU gets here with a target out of range: the CPU raises.
     return tl.where(in_range, loss, float("nan")), lse, picked
 
 
@@ -116,17 +119,17 @@ def _store_gradient(
     BLOCK: tl.constexpr,
     A: tl.constexpr,
 ):
-    """The row's gradient at dx_ptr + lo, from its logits at x_ptr + lo; zeros if ignored."""
-    # lse in two parts: its fp32 rounding alone is 5e-4 at 1e4, a relative error of every p.
+    """Store the row's gradient at dx_ptr + lo, from its logits at x_ptr + lo; 0 if ignored."""
+    # lse in two parts: rounded to fp32 it is off by 5e-4 at 1e4, a relative error of every p.
     high = lse.to(tl.float32)
     low = (lse - high.to(tl.float64)).to(tl.float32)
     dloss = dloss.to(tl.float64)
     z = 2.0 * z_loss * lse
     share = dloss * label_smoothing / V
-    # In fp64, for it cancels when the target is nearly certain.
+    # In fp64, as it cancels when the target is nearly certain.
     p = tl.exp(picked - lse)
     dtarget = dloss * ((p - 1.0) + z * p + label_smoothing) - share
-    # An ignored row reads -inf for its logits: exp(-inf - 0) * 0 - 0, whatever dloss and lse are.
+    # An ignored row reads -inf as its logits: exp(-inf - 0) * 0 - 0 is 0 for any dloss and lse.
     high = tl.where(ignored, 0.0, high)
     factor = tl.where(ignored, 0.0, (dloss * (1.0 + z) * tl.exp(-low)).to(tl.float32))
     offset = tl.where(ignored, 0.0, share.to(tl.float32))
@@ -168,7 +171,7 @@ def cross_entropy_fwd_kernel(
     ignored = target == ignore_index
     in_range = (target >= 0) & (target < V)
     x_ptr, lo = _row(row, logits_ptr, shift, stride, A)
-    # Without lse to be stored, nobody asks for an ignored row's logits.
+    # The logits of an ignored row are needed only if lse is stored.
     wanted = (ignored == 0) | (lse_ptr is not None)
     loss, lse, _ = _row_loss(
         x_ptr, lo, V, target, in_range, wanted, label_smoothing, z_loss, SMOOTHING, BLOCK, A
@@ -196,7 +199,7 @@ def cross_entropy_bwd_kernel(
     BLOCK: tl.constexpr,
     A: tl.constexpr,
 ):
-    # Last rows first: the forward read them last, so the L2 still has some.
+    # Last rows first: the forward read them last, so some are still in the L2 cache.
     row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     target = tl.load(target_ptr + row)
     ignored = target == ignore_index
@@ -241,7 +244,7 @@ def linear_cross_entropy_rows_kernel(
     BLOCK: tl.constexpr,
     A: tl.constexpr,
 ):
-    """A chunk's loss; its logits become dlogits."""
+    """Store a chunk's loss and overwrite its logits with dlogits."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     ignored = target == ignore_index
@@ -252,7 +255,7 @@ def linear_cross_entropy_rows_kernel(
     )
     tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss).to(tl.float32))
     dloss = tl.load(dloss_ptr + row * dloss_stride).to(tl.float32)
-    # Every thread has read the target's logit, and its part of the row, before one is overwritten.
+    # All threads read the target's logit and their parts of the row before one overwrites any.
     tl.debug_barrier()
     _store_gradient(
         x_ptr,

@@ -2,13 +2,13 @@
 
     y = scale * (norm(x) weight^T) + bias, then GELU, then + residual
 
-Up to FEW rows are bound by the reading of the weights: a program keeps whole rows of the weight in
-registers, all of their loads under way at once, and takes the rows of x one after the other, each
-with its norm, for which there need be no launch. So a row's result depends on no other row. More
-rows go through tensor cores, the norm before them: an int8 weight is widened tile by tile in
-registers, exactly, and is the first factor, the one that may come from there; a weight of x's dtype
-is left to the library, unless a wide result is asked for, which the library rounds to that dtype:
-these rows go FEW at a time.
+With up to MAX_ROWS rows, reading the weights takes the time. A program loads whole rows of the
+weight into registers, all loads in flight at once, and takes the rows of x one after the other,
+each with its norm, which then needs no launch. So a row's result does not depend on other rows.
+More rows go through tensor cores, after a launch for the norm. Tiles of an int8 weight are
+converted in registers, exactly; they are the first factor, which may come from registers. A weight
+of x's dtype goes to the library, except for an fp32 result, which the library would round to that
+dtype: these rows are computed MAX_ROWS at a time.
 """
 
 import torch
@@ -18,19 +18,21 @@ import triton.language as tl
 from gptfast.kernels.reference import decode_linear as reference
 from torch import Tensor
 
-FEW = 8
-# Elements of the weight that a program of the first kernel holds, and the longest row it takes.
-HELD = 4096
+# Rows of x that the first kernel takes.
+MAX_ROWS = 8
+# Elements of the weight that a program of the first kernel holds.
+WEIGHT_ELEMENTS = 4096
+# The reference computes layers with longer rows.
 MAX_C = 16384
 
 
 @triton.jit
 def _gelu(y):
-    """GELU by tanh: tanh(z) = 2 sigmoid(2 z) - 1, z = sqrt(2 / pi) (y + 0.044715 y^3)."""
+    """Return GELU by tanh(z) = 2 sigmoid(2 z) - 1, z = sqrt(2 / pi) (y + 0.044715 y^3)."""
     return y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
 
 
-# Compiled apart for one row, which with no loop takes half the registers.
+# Triton compiles a variant for N = 1: without the loop it takes half the registers.
 @triton.jit
 def decode_linear_rows_kernel(
     y_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr,
@@ -91,8 +93,8 @@ def decode_linear_tiles_kernel(
 
 
 def tile(N: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    """The constexprs that shape the second kernel, and the options of its launch."""
-    # Few rows: narrow, for as many programs as there are multiprocessors, and deep, for few turns.
+    """Return the constexprs that shape the second kernel, and the options of its launch."""
+    # Few rows: narrow tiles, so that every multiprocessor has a program, and deep, for few steps.
     blocks, warps, stages = (16, 16, 256), 4, 3
     if dtype == torch.float32:
         blocks, warps, stages = (32, 32, 32), 4, 2
@@ -105,6 +107,7 @@ def tile(N: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
 def _by_library(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool
 ) -> Tensor:
+    """Return the layer without a norm, computed by PyTorch."""
     y = F.linear(x, weight, bias)
     y = F.gelu(y, approximate="tanh") if gelu else y
     return y if residual is None else residual + y
@@ -122,7 +125,7 @@ def decode_linear(
     gelu: bool,
     wide: bool,
 ) -> Tensor:
-    """x (N, C) -> y (N, O) in x's dtype, or with wide in fp32."""
+    """Return y (N, O) for x (N, C), in x's dtype, or in fp32 if wide."""
     (N, C), n_out = x.shape, weight.shape[0]
     if C > MAX_C:
         layer = (weight, scale, bias, residual, gelu, wide)
@@ -133,26 +136,26 @@ def decode_linear(
         return y
     x, weight = x.contiguous(), weight.contiguous()
     norm = [None if t is None else t.contiguous() for t in (norm_weight, norm_bias)]
-    rest = [None if t is None else t.contiguous() for t in (scale, bias, residual)]
-    if N <= FEW or (wide and scale is None and x.dtype != dtype):
+    scale, bias, residual = (None if t is None else t.contiguous() for t in (scale, bias, residual))
+    if N <= MAX_ROWS or (wide and scale is None and x.dtype != dtype):
         BLOCK_C = triton.next_power_of_2(C)
-        BLOCK_O = min(64, max(1, HELD // BLOCK_C))
-        *vectors, residual = rest
-        pieces = [None if t is None else t.split(FEW) for t in (y, x, residual)]
-        for i in range(triton.cdiv(N, FEW)):
-            out, some, passed = (None if piece is None else piece[i] for piece in pieces)
+        BLOCK_O = min(64, max(1, WEIGHT_ELEMENTS // BLOCK_C))
+        for start in range(0, N, MAX_ROWS):
+            rows = slice(start, min(start + MAX_ROWS, N))
             decode_linear_rows_kernel[(triton.cdiv(n_out, BLOCK_O),)](
-                out, some, *norm, weight, *vectors, passed, len(some), C, n_out, eps, GELU=gelu,
+                y[rows], x[rows], *norm, weight, scale, bias,
+                None if residual is None else residual[rows],
+                rows.stop - start, C, n_out, eps, GELU=gelu,
                 BLOCK_O=BLOCK_O, BLOCK_C=BLOCK_C, num_warps=max(4, BLOCK_C * BLOCK_O // 1024),
             )  # fmt: skip
         return y
     if norm_weight is not None:
         x = F.layer_norm(x, (C,), norm_weight, norm_bias, eps)
     if scale is None:
-        return _by_library(x, weight, *rest[1:], gelu)
+        return _by_library(x, weight, bias, residual, gelu)
     blocks, options = tile(N, x.dtype)
     grid = (triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(n_out, blocks["BLOCK_O"]))
     decode_linear_tiles_kernel[grid](
-        y, x, weight, *rest, N, C, n_out, GELU=gelu, **blocks, **options
+        y, x, weight, scale, bias, residual, N, C, n_out, GELU=gelu, **blocks, **options
     )
     return y

@@ -1,11 +1,13 @@
-"""The token embedding and the gradient of its weight; kernels/reference/embedding.py defines them.
+"""The token embedding and its weight's gradient; kernels/reference/embedding.py is the definition.
 
-The gradient sorts the ids, stably, so that the rows of one token lie side by side in `order`:
+    x_n = weight[idx_n];  dweight_v += sum over n with idx_n = v of dx_n
+
+For the gradient, a stable sort of the ids puts the rows of one token side by side in `order`:
     ids = 3 3 7 7 7 7 | 7 7 7 9 9 9 | 9 ...        a run per token, cut at every SEGMENT positions
-A program sums one piece of a run in fp32. A run of one piece, which nearly all are, is added to
-its row of dweight at once. The pieces of a longer run go to `partial`: per segment one that came
-from the segment before (slot 0) and one that begins a run and goes on (slot 1). A second launch
-adds them up, run by run. Every order is fixed by the ids alone: no atomics.
+A program sums one piece of a run in fp32. Most runs have one piece, which is added to its row of
+dweight at once. The pieces of longer runs go to `partial`, which has two slots per segment: slot 0
+for the piece of a run that began earlier, slot 1 for the piece that begins a run. A second launch
+adds them up, run by run. All orders depend on the ids alone: there are no atomics.
 Ids outside [0, V) give rows of NaN and no gradient.
 """
 
@@ -15,7 +17,7 @@ import triton.language as tl
 from gptfast.kernels.reference.embedding import check_ids
 from torch import Tensor
 
-# Positions a program of the first launch walks at most, ROWS of them at a time.
+# The most positions that a program of the first launch sums, ROWS of them at a time.
 SEGMENT = 128
 
 
@@ -53,7 +55,7 @@ def embedding_bwd_kernel(
 ):
     start = tl.program_id(0)
     token = tl.load(ids_ptr + start)
-    # -1, before the first id and behind the last, is no token's id.
+    # Before the first id and after the last, -1 stands for an id that no token has.
     begins = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1) != token
     if (token < 0) | (token >= V) | ((start % SEGMENT != 0) & (begins == 0)):
         return
@@ -100,7 +102,7 @@ def embedding_bwd_runs_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # The run that crosses the end of this segment, if it begins here.
+    # This program adds up the run that crosses the end of its segment, if the run begins there.
     segment = tl.program_id(0)
     next_start = segment * SEGMENT + SEGMENT
     token = tl.load(ids_ptr + next_start)
@@ -135,14 +137,15 @@ def embedding_bwd_runs_kernel(
 
 
 def tile(C: int) -> tuple[int, int]:
-    """(ROWS, BLOCK_C), whatever the dtype and the GPU.
+    """Return (ROWS, BLOCK_C) for all dtypes and GPUs.
 
-    With unaligned rows, whose loads are single elements, more would spill.
+    Larger tiles would spill if rows are unaligned, as their loads are single elements.
     """
     return (32, 64) if C <= 64 else (32, 128) if C <= 128 else (16, 256)
 
 
 def embedding_fwd(weight: Tensor, idx: Tensor) -> Tensor:
+    """Return x (..., C) for weight (V, C) and idx (...)."""
     V, C = weight.shape
     check_ids(idx, V)
     weight, idx = weight.contiguous(), idx.contiguous()
@@ -157,6 +160,7 @@ def embedding_fwd(weight: Tensor, idx: Tensor) -> Tensor:
 
 
 def embedding_bwd(dweight: Tensor, dx: Tensor, idx: Tensor) -> None:
+    """Add the rows of dx (..., C) to the rows of dweight (V, C) that idx (...) names, in place."""
     V, C = dweight.shape
     check_ids(idx, V)
     dx, N = dx.contiguous(), idx.numel()

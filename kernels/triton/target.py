@@ -1,13 +1,13 @@
-"""What the kernels are compiled for, by which launchers choose their tiles."""
+"""The architecture that kernels are compiled for; launchers choose their tiles by it."""
 
 import triton
 from triton.runtime import driver
 
 
 def arch() -> str:
-    """ "sm_80", "sm_90", "sm_100" (each stands for its successors too) or "gfx942" (any AMD GPU).
+    """Return "sm_80", "sm_90" or "sm_100" (each also for its successors), or "gfx942" for AMD GPUs.
 
-    Triton's interpreter, which has no hardware, takes the tiles of sm_90.
+    Triton's interpreter, which has no hardware, uses the tiles of sm_90.
     """
     if triton.knobs.runtime.interpret:
         return "sm_90"
