@@ -19,7 +19,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.ops.library import use_backend
+from gptfast.ops.backend import use_backend
 
 PARAMETERS = {
     "plain": {},
