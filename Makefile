@@ -37,8 +37,10 @@ lint: $(VENV)/ready-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 
-# README, CONTRIBUTING, CHANGELOG and docs/ as a searchable site in build/site. A broken link or a missing name is an error.
+# README, CONTRIBUTING, CHANGELOG and docs/ as a searchable site; `python -m http.server -d build/site`
+# serves it. A broken link or a name that does not exist is an error.
 docs: $(VENV)/ready-docs
+	rm -rf build/site
 	$(BIN)/python docs/site.py build/pages
 	$(BIN)/zensical build --strict --clean
 
