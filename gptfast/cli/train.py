@@ -108,8 +108,8 @@ class Train:
         trainer.fit(resume=self.resume)
         if trainer.interrupt.requested:
             return
-        print(f"done: see {trainer.out}/loss.png; try")
-        print(f'  gptfast generate {trainer.out} --prompt "{self.train.sample_prompt}"')
+        print(f"done: see {trainer.run.out}/loss.png; try")
+        print(f'  gptfast generate {trainer.run.out} --prompt "{self.train.sample_prompt}"')
 
     def tokenizer_name(self) -> str:
         """The tokenizer asked for, or that of the data or of the weights to start from."""
@@ -135,7 +135,8 @@ class Train:
         unit = "documents" if isinstance(sources[0], Documents) else "tokens"
         n_params = sum(p.numel() for p in trainer.model.parameters())
         print(
-            f"{sum(map(len, sources)):,} {unit}, {n_params:,} parameters, {trainer.steps} steps of "
+            f"{sum(map(len, sources)):,} {unit}, {n_params:,} parameters, "
+            f"{trainer.total_steps} steps of "
             f"{self.batch_size * self.train.accumulation_steps} x {T} tokens on {trainer.device}, "
             f"kernels: {backend_of(operators()[0], trainer.device.type)}"
         )
