@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gptfast
-from gptfast import GPT, GPTConfig, ops
+from gptfast import GPT, GPTConfig, get_tokenizer, ops
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,6 +45,9 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16))
     for name in ("gpt2", "runs/train"):
         model.save_pretrained(name)
+    Path("runs/train/tokenizer").mkdir()
+    for name, text in get_tokenizer("gpt2").transformers_files().items():
+        Path("runs/train/tokenizer", name).write_text(text, "utf-8")
 
 
 @pytest.mark.parametrize("page", [name for name, code in EXAMPLES.items() if code])
