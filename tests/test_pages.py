@@ -67,7 +67,7 @@ def options_of(command: str) -> set[str]:
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
     assert process.returncode == 0, process.stderr
     if not command:
-        return set(re.search(r"{([a-z,]+)}", process.stdout)[1].split(","))
+        return set(re.findall(r"^  ([a-z]+)  ", process.stdout, re.MULTILINE))
     return set(re.findall(r"--[a-z][a-z0-9-]*", process.stdout))
 
 
