@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test fuzz sanitize lint bench bench-peers gpu audit clean
+.PHONY: train test fuzz sanitize lint docs bench bench-peers gpu audit clean
 
 # Trains a small GPT on real text: set-up, then about two minutes on two cores. A second call goes on
 # where the first one stopped; remove runs/train to start over.
@@ -37,6 +37,13 @@ lint: $(VENV)/ready-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 
+# README, CONTRIBUTING, CHANGELOG and docs/ as a searchable site; `python -m http.server -d build/site`
+# serves it. A broken link or a name that does not exist is an error.
+docs: $(VENV)/ready-docs
+	rm -rf build/site
+	$(BIN)/python docs/site.py build/pages
+	$(BIN)/zensical build --strict --clean
+
 bench: $(VENV)/ready-test
 	$(BIN)/python bench/run.py --quick
 
@@ -55,7 +62,7 @@ audit: $(VENV)/ready-test
 	$(BIN)/python bench/compile_audit.py --out bench/results/compile_audit.md
 
 clean:
-	rm -rf $(VENV) build *.egg-info gptfast/*.so
+	rm -rf $(VENV) .cache build *.egg-info gptfast/*.so
 
 # Each stamp is written last, so a set-up that was interrupted is made again.
 # torch comes first: what depends on it then takes the one that is there.
@@ -81,4 +88,8 @@ $(VENV)/ready-peers: $(VENV)/ready pyproject.toml
 
 $(VENV)/ready-lint: $(BASE) pyproject.toml
 	$(PIP) --group lint
+	touch $@
+
+$(VENV)/ready-docs: $(BASE) pyproject.toml
+	$(PIP) --group docs
 	touch $@

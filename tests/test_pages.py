@@ -1,0 +1,121 @@
+"""README, CONTRIBUTING and docs/: the Python examples run, and what the pages name exists.
+
+docs/finetuning.md and docs/book.md have tests of their own.
+"""
+
+import importlib
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import gptfast
+from gptfast import GPT, GPTConfig, get_tokenizer, ops
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.name: path.read_text("utf-8") for path in PAGES}
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLES = {
+    name: "\n".join(block for language, block in BLOCK.findall(text) if language == "python")
+    for name, text in TEXTS.items()
+    if name not in ("finetuning.md", "book.md")
+}
+# The runs of the examples, shorter and on smaller models.
+SMALLER = {"n_layer=4, n_head=4, n_embd=128": "n_layer=1, n_head=2, n_embd=16"}
+SMALLER |= {"max_steps=100": "max_steps=2", "embedded_text(),": "embedded_text()[:40_000],"}
+COMMAND = re.compile(r"^gptfast ([a-z]+)((?:\\\n|[^\n#])*)", re.MULTILINE)
+COMMANDS = [
+    (page, command, arguments)
+    for page, text in TEXTS.items()
+    for code in (*(block for _, block in BLOCK.findall(text)), *re.findall(r"`([^`\n]+)`", text))
+    for command, arguments in COMMAND.findall(code)
+]
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models that the examples name, tiny, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16))
+    for name in ("gpt2", "runs/train"):
+        model.save_pretrained(name)
+    Path("runs/train/tokenizer").mkdir()
+    for name, text in get_tokenizer("gpt2").transformers_files().items():
+        Path("runs/train/tokenizer", name).write_text(text, "utf-8")
+
+
+@pytest.mark.parametrize("page", [name for name, code in EXAMPLES.items() if code])
+def test_the_examples_run(page: str, models: None) -> None:
+    if "transformers" in EXAMPLES[page]:
+        pytest.importorskip("transformers")
+    code = EXAMPLES[page]
+    for long, short in SMALLER.items():
+        code = code.replace(long, short)
+    exec(compile(code, page, "exec"), {"__name__": "page"})
+
+
+@cache
+def options_of(command: str) -> set[str]:
+    """Return the options that the help of a command lists; of none, the commands."""
+    script = f"from gptfast.cli import main; main({[*command.split(), '--help']})"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
+    assert process.returncode == 0, process.stderr
+    if not command:
+        return set(re.findall(r"^  ([a-z]+)  ", process.stdout, re.MULTILINE))
+    return set(re.findall(r"--[a-z][a-z0-9-]*", process.stdout))
+
+
+@pytest.mark.parametrize("command", sorted({command for _, command, _ in COMMANDS}))
+def test_the_commands_have_these_options(command: str) -> None:
+    assert command in options_of("")
+    for page, name, arguments in COMMANDS:
+        if name == command:
+            unknown = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", arguments)) - options_of(name)
+            assert not unknown, f"{page}: gptfast {name} has no {', '.join(unknown)}"
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if page != "reference.md"])
+def test_names_exist(page: str) -> None:
+    for name in set(re.findall(r"\bgptfast(?:\.[A-Za-z_]\w*)+", TEXTS[page])):
+        value, parts = gptfast, name.split(".")
+        for i, part in enumerate(parts[1:], 2):
+            if not hasattr(value, part):
+                importlib.import_module(".".join(parts[:i]))
+            value = getattr(value, part)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_exist(page: str) -> None:
+    """Paths of the repository, and of gptfast/ where the page says its folders only."""
+    folders = sorted({path.name for path in (*ROOT.iterdir(), *(ROOT / "gptfast").iterdir())})
+    for path in re.findall(rf"`((?:{'|'.join(map(re.escape, folders))})/[\w./]+)`", TEXTS[page]):
+        if not path.startswith(("docs/_", "build/")):
+            assert (ROOT / path).exists() or (ROOT / "gptfast" / path).exists(), path
+
+
+def test_the_links_lead_somewhere(tmp_path: Path) -> None:
+    """`make docs` checks the rest; this needs nothing installed."""
+    command = [sys.executable, str(ROOT / "docs/site.py"), str(tmp_path / "pages")]
+    process = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert process.returncode == 0, process.stderr
+    for page in PAGES[2:]:
+        assert (tmp_path / "pages" / page.name).is_file()
+    assert "](benchmarks.md)" in (tmp_path / "pages/index.md").read_text("utf-8")
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
+    missing = [page.name for page in PAGES[2:] if f": {page.name}\n" not in navigation]
+    assert not missing
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = re.findall(r"^::: gptfast\.([\w.]+)$", TEXTS["reference.md"], re.MULTILINE)
+    listed = {name.rpartition(".")[2] for name in reference}
+    assert {*gptfast.__all__, *ops.__all__} - {"ops"} <= listed
