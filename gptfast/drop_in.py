@@ -6,7 +6,6 @@ computed by `ops.linear_cross_entropy` from the last hidden states; logits are m
 
 import copy
 import functools
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as theirs
 
 from gptfast import ops
+from gptfast.ops.cross_entropy import fp32_linear_cross_entropy
 
 _NAME = "gptfast"
 # With any of these it is sdpa_attention_forward's to serve or to refuse.
@@ -75,16 +75,13 @@ def causal_loss(
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
     device = hidden.device
-    # transformers' loss of 16-bit logits is in fp32, as ours under autocast.
-    half = hidden.dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(device.type, dtype=hidden.dtype) if half else nullcontext():
-        loss = ops.linear_cross_entropy(
-            hidden,
-            weight,
-            shift_labels.to(device).reshape(hidden.shape[:-1]),
-            ignore_index=ignore_index,
-            reduction="mean" if num_items_in_batch is None else "sum",
-        )
+    loss = fp32_linear_cross_entropy(
+        hidden,
+        weight,
+        shift_labels.to(device).reshape(hidden.shape[:-1]),
+        ignore_index=ignore_index,
+        reduction="mean" if num_items_in_batch is None else "sum",
+    )
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(device)
     return loss if num_items_in_batch is None else loss / num_items_in_batch

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPU
-from gptfast.kernels.reference import decode_linear as reference
-from gptfast.kernels.reference.decode_linear import quantize
 from parity import DTYPES, assert_parity, poisoned
 from torch import Tensor
 
 from gptfast import ops
+from gptfast.kernels.reference import decode_linear as reference
+from gptfast.kernels.reference.decode_linear import quantize
 
 EPS = 1e-5
 # (N, C, outputs): few rows and, from 9 on, tiles; at the borders of both.

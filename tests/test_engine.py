@@ -23,7 +23,7 @@ from gptfast.engine import Engine
 from gptfast.engine.rows import CHUNK
 from gptfast.evaluate.loss import sliding_score, text_score
 from gptfast.generate import generate_text, stream_text
-from gptfast.generation.decoder import Told
+from gptfast.generation.decoder import Job
 from gptfast.generation.options import Options
 from gptfast.ops.backend import EXTENSION
 
@@ -163,8 +163,8 @@ def test_100_000_tokens_leave_nothing_behind() -> None:
     tokens = 0
     while tokens < 100_000:
         rows: dict[int, list[int]] = {n: [] for n in range(len(asked))}
-        for request, i, *_ in engine.draw(asked, 60, Options(seed=5), Told()):
-            rows[request.index].append(i)
+        for request, token in engine.draw(Job(asked, 60, Options(seed=5))):
+            rows[request.index].append(token.id)
             request.done = len(rows[request.index]) == lengths[request.index]
             tokens += 1
         wanted = wanted or rows

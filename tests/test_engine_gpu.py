@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import GPU
-from gptfast.kernels.reference.decode_linear import quantize
 from helpers import (
     one_thread,  # noqa: F401 - applies to every test here
     random_ids,
@@ -20,6 +19,7 @@ from gptfast.engine.gpu_model import GpuModel
 from gptfast.engine.gpu_rows import GraphRows, gpu_rows
 from gptfast.engine.sequences import EngineSequences
 from gptfast.generation.options import Options
+from gptfast.kernels.reference.decode_linear import quantize
 
 both = pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
 needs_gpu = pytest.mark.skipif(not GPU, reason="CUDA graphs and bf16 kernels need a GPU")
@@ -66,8 +66,8 @@ class Loop:
 
     def __init__(self, rows: GraphRows, prompts: Sequence[list[int]], **options: Any) -> None:
         self.rows, self.texts = rows, [list(p) for p in prompts]
-        like = torch.empty(len(prompts), 0, device=rows.device)
-        self._sampling = [*Options(**{"temperature": 0.0, **options}).sampling(like).values()]
+        asked = Options(**{"temperature": 0.0, **options})
+        self._sampling = [*asked.sampling(len(prompts), rows.device).values()]
         self._row: dict[int, int] = {}
         self._live: tuple[int, ...] = ()
 
