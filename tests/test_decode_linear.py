@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPU
+from gptfast.kernels.reference import decode_linear as reference
+from gptfast.kernels.reference.decode_linear import quantize
 from parity import DTYPES, assert_parity, poisoned
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.kernels.reference import decode_linear as reference
-from gptfast.kernels.reference.decode_linear import quantize
 
 EPS = 1e-5
 # (N, C, outputs): few rows and, from 9 on, tiles; at the borders of both.
@@ -52,7 +52,7 @@ def ours(case: dict[str, Tensor], *, gelu: bool = False, wide: bool = False) -> 
         norm = case["norm_weight"], case["norm_bias"], EPS
     rest = {name: case[name] for name in ("scale", "residual")}
     return ops.decode_linear(
-        case["x"], case["weight"], case["bias"], norm=norm, gelu=gelu, wide=wide, **rest
+        case["x"], case["weight"], case["bias"], norm=norm, gelu=gelu, fp32_out=wide, **rest
     )
 
 

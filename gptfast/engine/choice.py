@@ -29,7 +29,7 @@ def dtype_to_pack(model: GPT, n: int) -> str | None:
         return None
     kinds = {(p.dtype, p.device.type) for p in model.parameters()}
     names = {(torch.float32, "cpu"): "fp32", (torch.bfloat16, "cpu"): "bf16"}
-    dtype = names.get(*kinds) if len(kinds) == 1 else None
+    dtype = names.get(kinds.pop()) if len(kinds) == 1 else None
     return None if dtype is None or _has_hooks(model) or not is_plain(model) else dtype
 
 

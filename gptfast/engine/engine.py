@@ -228,10 +228,10 @@ class Engine(Decoder):
     # ---- The scheduler
 
     def draw(self, job: Job) -> Iterator[Sampled]:
-        """Return a job's tokens as they are sampled, each with its request, without beams and stops.
+        """Return a job's tokens as they are sampled, each with its request. No beams, no stops.
 
-        The caller sets `request.done` where a request is to end early. Options are checked by the
-        call.
+        The caller sets `request.done` where a request is to end early. Options are checked by
+        the call.
         """
         task = Task(job, self.device)
         requests = [Request(i, list(ids), job.n) for i, ids in enumerate(job.prompts)]

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gptfast.engine.rows import Rows
+from gptfast.engine.rows import BaseRows
 from gptfast.generation.sequences import Sequences
 
 
 class EngineSequences(Sequences):
     """Prompts and their continuations; sequences share what they have in common in the KV cache."""
 
-    def __init__(self, rows: Rows, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, rows: BaseRows, prompts: Sequence[Sequence[int]]) -> None:
         self._hold(prompts, rows.device)
         self._rows = rows
         size = rows.block_size

@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from gptfast.engine.request import Request
-from gptfast.engine.rows import Rows
+from gptfast.engine.rows import BaseRows
 
 MAX_GUESSES = 11
 """Guesses at a time: with the token before them few enough for one pass over the weights."""
@@ -77,7 +77,7 @@ class DraftModel:
 
     FIRST_GUESSES, MIN_GUESSES = 4, 1
 
-    def __init__(self, rows: Rows, sampling: Sequence[Tensor]) -> None:
+    def __init__(self, rows: BaseRows, sampling: Sequence[Tensor]) -> None:
         self._rows, self._sampling = rows, sampling
         self._row_of: dict[int, int] = {}  # by request
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from gptfast import ops
 from gptfast.engine.gpu_rows import rows_of
 from gptfast.engine.request import Request
-from gptfast.engine.rows import Rows
+from gptfast.engine.rows import BaseRows
 from gptfast.engine.speculate import MAX_GUESSES, DraftModel, Guesser, PromptLookup
 from gptfast.generation.decoder import Job, SampledToken, check_sampled, top_logprobs
 from gptfast.generation.options import SAMPLING
@@ -42,7 +42,7 @@ class Task:
         elif options.lookup:
             self.guesser = PromptLookup()
 
-    def guess(self, live: Sequence[Request], rows: Rows) -> list[list[int]]:
+    def guess(self, live: Sequence[Request], rows: BaseRows) -> list[list[int]]:
         """Return the guessed next tokens of each request, none without a guesser."""
         if self.guesser is None:
             return [[] for _ in live]
@@ -56,7 +56,7 @@ class Task:
 
     def step(
         self,
-        rows: Rows,
+        rows: BaseRows,
         requests: Sequence[Request],
         tokens: Sequence[list[int]],
         guesses: Sequence[list[int]],
@@ -85,7 +85,7 @@ class Task:
 
     def _sample(
         self,
-        rows: Rows,
+        rows: BaseRows,
         requests: Sequence[Request],
         tokens: Sequence[list[int]],
         guesses: Sequence[list[int]],
@@ -109,7 +109,7 @@ class Task:
         return logits, ops.sample(scores, position=position, **sampling)
 
     def _accept(
-        self, rows: Rows, request: Request, guess: list[int], n_held: int, ids: list[int]
+        self, rows: BaseRows, request: Request, guess: list[int], n_held: int, ids: list[int]
     ) -> list[int]:
         """Return the sampled ids that stand: those up to the first that differs from its guess.
 

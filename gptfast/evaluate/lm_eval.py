@@ -48,8 +48,9 @@ class GPTFastLM(TemplateLM):
         super().__init__()
         model = GPT.from_pretrained(pretrained) if isinstance(pretrained, str) else pretrained
         self.model = model.to(device or model.wte.weight.device)
-        name = tokenizer if isinstance(tokenizer, str) else model.tokenizer_name or "gpt2"
-        self.tokens = get_tokenizer(name) if tokenizer is None or tokenizer is name else tokenizer
+        if tokenizer is None or isinstance(tokenizer, str):
+            tokenizer = get_tokenizer(tokenizer or model.tokenizer_name or "gpt2")
+        self.tokens: Tokenizer = tokenizer
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         T = model.config.block_size
         self.max_length = T if max_length is None else int(max_length)

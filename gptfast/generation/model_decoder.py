@@ -13,6 +13,7 @@ from gptfast.generation.decoder import (
     Decoder,
     Job,
     SampledToken,
+    TopLogprobs,
     check_sampled,
     top_logprobs,
 )
@@ -145,7 +146,7 @@ def _decode(sequences: Sequences, job: Job) -> list[Continuation]:
     if not columns:
         return [Continuation(row) for row in rows]
     logprobs_of_rows = columns[0].tolist()  # (B, n)
-    top = [[] for _ in rows]
+    top: list[list[TopLogprobs]] = [[] for _ in rows]
     if job.logprobs.top:
         top = [top_logprobs(*row) for row in zip(*columns[1:], strict=True)]  # from (B, n, top)
     return [Continuation(*row) for row in zip(rows, logprobs_of_rows, top, strict=True)]
