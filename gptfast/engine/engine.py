@@ -338,8 +338,8 @@ def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | Gp
     if isinstance(model_or_path, nn.Module):
         if not isinstance(model_or_path, GPT) or not packing.is_plain(model_or_path):
             raise ValueError(
-                f"an engine needs a GPT with its own modules and parameters, but "
-                f"{type(model_or_path).__name__} has others; generate with the model itself"
+                f"the engine takes a GPT as it was made, got {type(model_or_path).__name__} with "
+                "other modules or parameters; generate with the model itself"
             )
         if model_or_path.wte.weight.device.type != "cpu":
             return GpuModel(model_or_path, dtype or "fp32")

@@ -1,4 +1,4 @@
-"""A linear layer of a model that only generates: schema, fake, public function."""
+"""A linear layer for generation only, without a gradient: schema, fake, public function."""
 
 import torch
 from torch import Tensor
