@@ -135,7 +135,7 @@ def attention(
     seed: int | Tensor = 0,
     kv_len: Tensor | None = None,
 ) -> Tensor:
-    """Return causal softmax attention (Vaswani et al., 2017), tiled as in FlashAttention (Dao, 2023).
+    """Return causal attention (Vaswani et al., 2017), tiled as in FlashAttention (Dao, 2023).
 
     q: (B, H, Tq, D), k and v: (B, H, Tk, D), Tq <= Tk, one floating dtype, any strides with a
     contiguous last dimension. Aligned bottom-right: query i sees keys 0 .. Tk-Tq+i, so training,

@@ -1,4 +1,4 @@
-"""A linear layer, with or without a layer norm before it: schema, fake, autograd, public function."""
+"""A linear layer with an optional layer norm before it: schema, fake, autograd, public function."""
 
 import torch
 from torch import Tensor
