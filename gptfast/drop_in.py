@@ -93,7 +93,7 @@ def causal_loss(
 
 
 class _Pending:
-    """Logits (B, T, V) that are not computed yet. `read` computes them as the forward would have."""
+    """Logits (B, T, V) that are not computed yet; `read` does it as the forward would have."""
 
     def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
         self.head, self.hidden, self.version = head, hidden, head.weight._version
@@ -150,8 +150,10 @@ class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
     """
 
     @functools.wraps(theirs.GPT2LMHeadModel.forward)
-    def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        # A method bound before `restore` comes here too, and calls may ask for more than we support.
+    def forward(  # type: ignore[override]  # wraps gives it a type of its own
+        self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        # A method bound before `restore` comes here too, and calls may ask for what is not supported.
         if type(self) is not GPT2LMHeadModel or args or not _is_supported(self, kwargs):
             return theirs.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)
         labels = kwargs["labels"]
@@ -165,7 +167,8 @@ class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
             return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **rest)
         if torch.compiler.is_compiling():
             return CausalLMOutputWithCrossAttentions(loss=loss, **rest)
-        return LazyLogits(loss=loss, logits=_Pending(self.lm_head, hidden), **rest)
+        pending: Any = _Pending(self.lm_head, hidden)
+        return LazyLogits(loss=loss, logits=pending, **rest)
 
 
 def _is_supported(model: GPT2LMHeadModel, kwargs: dict[str, Any]) -> bool:
@@ -180,7 +183,7 @@ def _is_supported(model: GPT2LMHeadModel, kwargs: dict[str, Any]) -> bool:
     return bool(plain and as_dict and asks_loss)
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: Any) -> Any:
     """Make transformers' GPT2LMHeadModel compute with gptfast, in place, and return it.
 
     Attention without a mask (no padding) becomes `ops.attention`, with dropout from torch's
@@ -203,7 +206,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         return model
     if "forward" in model.__dict__:
         raise ValueError(
-            "the model's forward was replaced, maybe by Accelerator or Trainer; accelerate it before"
+            "the model's forward was replaced, by Accelerator for example; accelerate it before"
         )
     if model.config.output_attentions:
         raise ValueError("config.output_attentions asks for attention weights; set it to False")
@@ -223,7 +226,7 @@ def _own_config(model: nn.Module) -> None:
             module.config = own
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Any) -> Any:
     """Undo `accelerate` in place, and return the model. Other models do not change."""
     if type(model) is GPT2LMHeadModel:
         model.__class__ = theirs.GPT2LMHeadModel
