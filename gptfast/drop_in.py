@@ -153,7 +153,7 @@ class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
     def forward(  # type: ignore[override]  # wraps gives it a type of its own
         self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        # A method bound before `restore` comes here too, and calls may ask for what is not supported.
+        # A method bound before `restore` comes here too, and may ask for what is not supported.
         if type(self) is not GPT2LMHeadModel or args or not _is_supported(self, kwargs):
             return theirs.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)
         labels = kwargs["labels"]
@@ -183,7 +183,7 @@ def _is_supported(model: GPT2LMHeadModel, kwargs: dict[str, Any]) -> bool:
     return bool(plain and as_dict and asks_loss)
 
 
-def accelerate(model: Any) -> Any:
+def accelerate(model: nn.Module) -> nn.Module:
     """Make transformers' GPT2LMHeadModel compute with gptfast, in place, and return it.
 
     Attention without a mask (no padding) becomes `ops.attention`, with dropout from torch's
@@ -197,25 +197,26 @@ def accelerate(model: Any) -> Any:
     Raises ValueError for any other model, for one whose forward was replaced, and for one whose
     config asks for attention weights.
     """
-    if type(model) not in (theirs.GPT2LMHeadModel, GPT2LMHeadModel):
+    gpt2: Any = model
+    if type(gpt2) not in (theirs.GPT2LMHeadModel, GPT2LMHeadModel):
         raise ValueError(
-            f"accelerate takes transformers' GPT2LMHeadModel, got {type(model).__name__}; "
+            f"accelerate takes transformers' GPT2LMHeadModel, got {type(gpt2).__name__}; "
             "accelerate a model before it is wrapped"
         )
-    if type(model) is GPT2LMHeadModel and model.config._attn_implementation == _NAME:
-        return model
-    if "forward" in model.__dict__:
+    if type(gpt2) is GPT2LMHeadModel and gpt2.config._attn_implementation == _NAME:
+        return gpt2
+    if "forward" in gpt2.__dict__:
         raise ValueError(
             "the model's forward was replaced, by Accelerator for example; accelerate it before"
         )
-    if model.config.output_attentions:
+    if gpt2.config.output_attentions:
         raise ValueError("config.output_attentions asks for attention weights; set it to False")
-    before = model.config._attn_implementation
-    _own_config(model)
-    model.set_attn_implementation(_NAME)
-    model.__class__ = GPT2LMHeadModel
-    model._attention_before_gptfast = "sdpa" if before == _NAME else before
-    return model
+    before = gpt2.config._attn_implementation
+    _own_config(gpt2)
+    gpt2.set_attn_implementation(_NAME)
+    gpt2.__class__ = GPT2LMHeadModel
+    gpt2._attention_before_gptfast = "sdpa" if before == _NAME else before
+    return gpt2
 
 
 def _own_config(model: nn.Module) -> None:
@@ -226,9 +227,10 @@ def _own_config(model: nn.Module) -> None:
             module.config = own
 
 
-def restore(model: Any) -> Any:
+def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate` in place, and return the model. Other models do not change."""
-    if type(model) is GPT2LMHeadModel:
-        model.__class__ = theirs.GPT2LMHeadModel
-        model.set_attn_implementation(model.__dict__.pop("_attention_before_gptfast", "sdpa"))
-    return model
+    gpt2: Any = model
+    if type(gpt2) is GPT2LMHeadModel:
+        gpt2.__class__ = theirs.GPT2LMHeadModel  # type: ignore[assignment]  # narrowed by the if
+        gpt2.set_attn_implementation(gpt2.__dict__.pop("_attention_before_gptfast", "sdpa"))
+    return gpt2
