@@ -31,8 +31,7 @@ def _generate(B: int, dtype: str) -> Callable[[bool], Built]:
         idx = torch.randint(config.vocab_size, (B, prompt))
         rows = GraphRows(GpuModel(model, dtype, dtype_of(smoke)), B)
         held, texts = [rows.new() for _ in range(B)], idx.tolist()
-        like = torch.empty(B, 0)
-        sampling = [*Options(temperature=0.0).sampling(like).values()]
+        sampling = [*Options(temperature=0.0).sampling(B, rows.device).values()]
 
         def ours() -> list[list[int]]:
             for row in held:

@@ -45,7 +45,8 @@ def operations(dtype: torch.dtype, small: bool) -> dict[str, Callable[[], list[T
         "adamw": adamw,
         "decode_linear": lambda: [ops.decode_linear(x[:5].detach(), w.detach(), gelu=True)],
         "decode_linear int8": lambda: [
-            ops.decode_linear(x[:n].detach(), rounded, scale=scale, wide=True) for n in (5, 17, N)
+            ops.decode_linear(x[:n].detach(), rounded, scale=scale, fp32_out=True)
+            for n in (5, 17, N)
         ],
         "sample": lambda: [ops.sample(logits.detach(), top_k=50, top_p=0.9, seed=3)],
     }

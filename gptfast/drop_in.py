@@ -1,12 +1,11 @@
 """`accelerate` and `restore`: gptfast's kernels inside transformers' GPT2LMHeadModel.
 
 Attention goes through transformers' own attention interface, under the name "gptfast". The loss is
-computed by `ops.linear_cross_entropy` from the last hidden states; logits are made when asked for.
+computed by `ops.linear_cross_entropy` from the last hidden states; logits only when they are read.
 """
 
 import copy
 import functools
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as theirs
 
 from gptfast import ops
+from gptfast.ops.cross_entropy import fp32_linear_cross_entropy
 
 _NAME = "gptfast"
-# With any of these it is sdpa_attention_forward's to serve or to refuse.
-_BEYOND = ("position_bias", "softcap")
+# Arguments of transformers' attention that `ops.attention` does not have.
+_UNSUPPORTED = ("position_bias", "softcap")
 
 
 def attention(
@@ -36,20 +36,22 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`ops.attention` as transformers calls it; what it is not made for, masks of padding say, is
-    left to transformers' call of scaled_dot_product_attention.
+    """Return `ops.attention` of query (B, H, Tq, D), key and value (B, H, Tk, D) as (B, Tq, H, D).
 
-    query (B, H, Tq, D), key and value (B, H, Tk, D) -> (B, Tq, H, D).
+    Calls that it does not support, those with a mask of padding for example, go to transformers'
+    own scaled_dot_product_attention.
     """
     Tq, Tk = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    beyond = any(kwargs.get(name) is not None for name in _BEYOND) or key.shape[1] != query.shape[1]
+    beyond = (
+        any(kwargs.get(name) is not None for name in _UNSUPPORTED) or key.shape[1] != query.shape[1]
+    )
     if attention_mask is not None or beyond or not (causal or Tq == 1):
-        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        options: dict[str, Any] = dict(dropout=dropout, scaling=scaling, is_causal=is_causal)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, **options, **kwargs
         )
-    if 1 < Tq < Tk:  # a preallocated cache, empty behind the prompt
+    if 1 < Tq < Tk:  # a preallocated cache, empty after the prompt
         key, value = key[:, :, :Tq], value[:, :, :Tq]
     seed = torch.randint(2**62, (), device=query.device) if dropout > 0 else 0
     out = ops.attention(query, key, value, scale=scaling, dropout_p=dropout, seed=seed)
@@ -70,28 +72,28 @@ def causal_loss(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """transformers' ForCausalLMLoss without the logits: hidden (B, T, C), weight (V, C), labels
-    (B, T), which are shifted here -> scalar, in fp32 for 16-bit inputs."""
+    """Return transformers' ForCausalLMLoss, a scalar, without making the logits.
+
+    hidden (B, T, C), weight (V, C), labels (B, T), which are shifted here. The loss of 16-bit
+    inputs is in fp32.
+    """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
     device = hidden.device
-    # transformers' loss of 16-bit logits is in fp32, as ours under autocast.
-    half = hidden.dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(device.type, dtype=hidden.dtype) if half else nullcontext():
-        loss = ops.linear_cross_entropy(
-            hidden,
-            weight,
-            shift_labels.to(device).reshape(hidden.shape[:-1]),
-            ignore_index=ignore_index,
-            reduction="mean" if num_items_in_batch is None else "sum",
-        )
+    loss = fp32_linear_cross_entropy(
+        hidden,
+        weight,
+        shift_labels.to(device).reshape(hidden.shape[:-1]),
+        ignore_index=ignore_index,
+        reduction="mean" if num_items_in_batch is None else "sum",
+    )
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(device)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 class _Pending:
-    """Logits (B, T, V) that have not been computed; `read` does it as the forward would have."""
+    """Logits (B, T, V) that are not computed yet; `read` does it as the forward would have."""
 
     def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
         self.head, self.hidden, self.version = head, hidden, head.weight._version
@@ -100,6 +102,7 @@ class _Pending:
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def read(self) -> Tensor:
+        """Return the logits. Raises RuntimeError if the head's weight has changed since."""
         if self.head.weight._version != self.version:
             raise RuntimeError(
                 "output.logits are computed when first read, and the head has changed since the "
@@ -115,9 +118,9 @@ class _Pending:
 
 
 class LazyLogits(CausalLMOutputWithCrossAttentions):
-    """An output whose logits are computed when they are first read, by name or by number.
+    """An output whose logits are computed when they are first read, by name or by index.
 
-    items() and values() leave them alone: it is by these that Accelerator copies an output.
+    items() and values() do not compute them, because Accelerator copies an output by these.
     """
 
     def _read(self) -> None:
@@ -141,12 +144,17 @@ class LazyLogits(CausalLMOutputWithCrossAttentions):
 
 
 class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
-    """transformers' class, its forward with labels changed. It bears its name, which is saved."""
+    """transformers' class with another forward for calls with labels.
+
+    It has the same name because transformers saves the name with the model.
+    """
 
     @functools.wraps(theirs.GPT2LMHeadModel.forward)
-    def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        # A method bound before `restore` comes here too; and what is asked may be beyond us.
-        if type(self) is not GPT2LMHeadModel or args or not _is_ours(self, kwargs):
+    def forward(  # type: ignore[override]  # wraps gives it a type of its own
+        self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        # A method bound before `restore` comes here too, and may ask for what is not supported.
+        if type(self) is not GPT2LMHeadModel or args or not _is_supported(self, kwargs):
             return theirs.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)
         labels = kwargs["labels"]
         kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "return_dict")}
@@ -159,56 +167,60 @@ class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
             return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **rest)
         if torch.compiler.is_compiling():
             return CausalLMOutputWithCrossAttentions(loss=loss, **rest)
-        return LazyLogits(loss=loss, logits=_Pending(self.lm_head, hidden), **rest)
+        pending: Any = _Pending(self.lm_head, hidden)
+        return LazyLogits(loss=loss, logits=pending, **rest)
 
 
-def _is_ours(model: GPT2LMHeadModel, kwargs: dict[str, Any]) -> bool:
-    """Whether a forward asks for transformers' own loss of a plain head, in a dictionary."""
+def _is_supported(model: GPT2LMHeadModel, kwargs: dict[str, Any]) -> bool:
+    """Return whether a forward asks for transformers' own loss of a plain head, as a dictionary."""
     head = model.lm_head
     hooked = any((head._forward_hooks, head._forward_pre_hooks, head._backward_hooks))
     plain = type(head) is nn.Linear and head.bias is None and not hooked
     plain = plain and "forward" not in head.__dict__ and model.loss_function is ForCausalLMLoss
     as_dict = kwargs.get("return_dict")
     as_dict = model.config.return_dict if as_dict is None else as_dict
-    return plain and as_dict and kwargs.get("labels") is not None and "logits_to_keep" not in kwargs
+    asks_loss = kwargs.get("labels") is not None and "logits_to_keep" not in kwargs
+    return bool(plain and as_dict and asks_loss)
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Make transformers' GPT2LMHeadModel compute with gptfast, in place; returns it.
+    """Make transformers' GPT2LMHeadModel compute with gptfast, in place, and return it.
 
-    Attention without a mask (no padding) is `ops.attention`, its dropout drawn from torch's
-    generator. With labels the loss is `ops.linear_cross_entropy`: in training logits are made only
-    when they are read from the output (compiled: never), in evaluation always. Logits, loss and
-    gradients are the same up to rounding; generate, save_pretrained, Trainer work as before. As
-    with SDPA, there are no attention weights; nor are there second derivatives. A head with hooks
-    or a loss of one's own is left to transformers. The model gets a config of its own.
+    Attention without a mask (no padding) becomes `ops.attention`, with dropout from torch's
+    generator. With labels, the loss becomes `ops.linear_cross_entropy`: in training, logits are
+    computed only when they are read from the output (never in compiled code), in evaluation always.
+    Logits, loss and gradients are the same up to rounding; generate, save_pretrained and Trainer
+    work as before. There are no attention weights, as with SDPA, and no second derivatives.
+    transformers still serves a head with hooks and a loss of your own. The model gets its own copy
+    of its config. `restore` undoes it.
 
-    Raises ValueError for any other model, for one whose forward was replaced, and for one that is
-    to return attention weights; `restore` undoes it.
+    Raises ValueError for any other model, for one whose forward was replaced, and for one whose
+    config asks for attention weights.
     """
-    if type(model) not in (theirs.GPT2LMHeadModel, GPT2LMHeadModel):
+    gpt2: Any = model
+    if type(gpt2) not in (theirs.GPT2LMHeadModel, GPT2LMHeadModel):
         raise ValueError(
-            f"accelerate takes transformers' GPT2LMHeadModel, got {type(model).__name__}; of a "
-            "wrapped model give the one inside, before it is wrapped"
+            f"accelerate takes transformers' GPT2LMHeadModel, got {type(gpt2).__name__}; "
+            "accelerate a model before it is wrapped"
         )
-    if type(model) is GPT2LMHeadModel and model.config._attn_implementation == _NAME:
-        return model
-    if "forward" in model.__dict__:
+    if type(gpt2) is GPT2LMHeadModel and gpt2.config._attn_implementation == _NAME:
+        return gpt2
+    if "forward" in gpt2.__dict__:
         raise ValueError(
-            "the model's forward was replaced, by Accelerator or Trainer say; accelerate it before"
+            "the model's forward was replaced, by Accelerator for example; accelerate it before"
         )
-    if model.config.output_attentions:
-        raise ValueError("config.output_attentions asks for weights that are never made; unset it")
-    before = model.config._attn_implementation
-    _own_config(model)
-    model.set_attn_implementation(_NAME)
-    model.__class__ = GPT2LMHeadModel
-    model._attention_before_gptfast = "sdpa" if before == _NAME else before
-    return model
+    if gpt2.config.output_attentions:
+        raise ValueError("config.output_attentions asks for attention weights; set it to False")
+    before = gpt2.config._attn_implementation
+    _own_config(gpt2)
+    gpt2.set_attn_implementation(_NAME)
+    gpt2.__class__ = GPT2LMHeadModel
+    gpt2._attention_before_gptfast = "sdpa" if before == _NAME else before
+    return gpt2
 
 
 def _own_config(model: nn.Module) -> None:
-    """Give a model a copy of its config: another may share it."""
+    """Give a model a copy of its config, which other models may share."""
     shared, own = model.config, copy.deepcopy(model.config)
     for module in model.modules():
         if getattr(module, "config", None) is shared:
@@ -216,8 +228,9 @@ def _own_config(model: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate`, in place; returns the model. Another model is left as it is."""
-    if type(model) is GPT2LMHeadModel:
-        model.__class__ = theirs.GPT2LMHeadModel
-        model.set_attn_implementation(model.__dict__.pop("_attention_before_gptfast", "sdpa"))
-    return model
+    """Undo `accelerate` in place, and return the model. Other models do not change."""
+    gpt2: Any = model
+    if type(gpt2) is GPT2LMHeadModel:
+        gpt2.__class__ = theirs.GPT2LMHeadModel  # type: ignore[assignment]  # narrowed by the if
+        gpt2.set_attn_implementation(gpt2.__dict__.pop("_attention_before_gptfast", "sdpa"))
+    return gpt2

@@ -18,7 +18,6 @@ if not GPU:
 # cuBLAS is deterministic with this; read when its first handle is made.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from gptfast.engine import Engine  # noqa: E402
 from gptfast.ops.backend import EXTENSION, MISSING, TRITON_MISSING, use_backend  # noqa: E402
 
 if os.environ.get("GPTFAST_SANITIZE") == "1":
@@ -56,12 +55,9 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param == "engine":
             if EXTENSION is None:
                 pytest.skip(f"the C++ extension is not built: {MISSING}")
-            patch.setattr("gptfast.engine.engine.FEWEST", 0)
+            patch.setattr("gptfast.engine.choice.MIN_TOKENS_TO_PACK", 0)
         else:
-            patch.setattr(
-                "gptfast.generation.continuation.engine_for",
-                lambda x, n: x if isinstance(x, Engine) else None,
-            )
+            patch.setattr("gptfast.engine.choice.dtype_to_pack", lambda model, n: None)
         yield request.param
 
 

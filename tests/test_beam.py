@@ -201,7 +201,7 @@ def test_the_best_of_all_continuations() -> None:
 
 def test_only_living_beams_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache is reordered, not run again: after the prompt every forward is of one token."""
-    monkeypatch.setattr("gptfast.generation.continuation.engine_for", lambda model, n: None)
+    monkeypatch.setattr("gptfast.engine.choice.dtype_to_pack", lambda model, n: None)
     widths = []
     model = open_model()
     real = GPT.hidden

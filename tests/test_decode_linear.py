@@ -52,7 +52,7 @@ def ours(case: dict[str, Tensor], *, gelu: bool = False, wide: bool = False) -> 
         norm = case["norm_weight"], case["norm_bias"], EPS
     rest = {name: case[name] for name in ("scale", "residual")}
     return ops.decode_linear(
-        case["x"], case["weight"], case["bias"], norm=norm, gelu=gelu, wide=wide, **rest
+        case["x"], case["weight"], case["bias"], norm=norm, gelu=gelu, fp32_out=wide, **rest
     )
 
 

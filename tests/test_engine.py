@@ -20,10 +20,10 @@ from torch import Tensor
 from gptfast import GPT, AdamW, generate, get_tokenizer
 from gptfast.data.tokens import as_tokens, embedded_text
 from gptfast.engine import Engine
-from gptfast.engine.rows import CHUNK
+from gptfast.engine.rows import MAX_STEP_TOKENS
 from gptfast.evaluate.loss import sliding_score, text_score
 from gptfast.generate import generate_text, stream_text
-from gptfast.generation.decoder import Told
+from gptfast.generation.decoder import Job
 from gptfast.generation.options import Options
 from gptfast.ops.backend import EXTENSION
 
@@ -117,8 +117,8 @@ def test_the_same_bits_however_computed(engine_isa: str, dtype: str, model: GPT)
 
 
 def test_prompts_longer_than_a_chunk(model: GPT) -> None:
-    model = random_model(block_size=2 * CHUNK + 100).eval()
-    ids = random_ids(2 * CHUNK + 50).tolist()
+    model = random_model(block_size=2 * MAX_STEP_TOKENS + 100).eval()
+    ids = random_ids(2 * MAX_STEP_TOKENS + 50).tolist()
     engine = Engine(model)
     row = engine.rows.new()
     with torch.inference_mode():
@@ -163,8 +163,8 @@ def test_100_000_tokens_leave_nothing_behind() -> None:
     tokens = 0
     while tokens < 100_000:
         rows: dict[int, list[int]] = {n: [] for n in range(len(asked))}
-        for request, i, *_ in engine.draw(asked, 60, Options(seed=5), Told()):
-            rows[request.index].append(i)
+        for request, token in engine.draw(Job(asked, 60, Options(seed=5))):
+            rows[request.index].append(token.id)
             request.done = len(rows[request.index]) == lengths[request.index]
             tokens += 1
         wanted = wanted or rows
@@ -248,8 +248,8 @@ def test_threads_take_turns(model: GPT) -> None:
 
 def test_what_was_not_computed_is_not_kept(model: GPT) -> None:
     """An interruption between the pieces of a prompt: its tokens are nobody's beginning."""
-    model = random_model(block_size=3 * CHUNK).eval()
-    engine, prompt = Engine(model), random_ids(2 * CHUNK + 10).tolist()
+    model = random_model(block_size=3 * MAX_STEP_TOKENS).eval()
+    engine, prompt = Engine(model), random_ids(2 * MAX_STEP_TOKENS + 10).tolist()
     step, calls = engine.rows._step, []
 
     def interrupted(*args: Any) -> Any:

@@ -66,8 +66,8 @@ class Loop:
 
     def __init__(self, rows: GraphRows, prompts: Sequence[list[int]], **options: Any) -> None:
         self.rows, self.texts = rows, [list(p) for p in prompts]
-        like = torch.empty(len(prompts), 0, device=rows.device)
-        self._sampling = [*Options(**{"temperature": 0.0, **options}).sampling(like).values()]
+        asked = Options(**{"temperature": 0.0, **options})
+        self._sampling = [*asked.sampling(len(prompts), rows.device).values()]
         self._row: dict[int, int] = {}
         self._live: tuple[int, ...] = ()
 
@@ -168,7 +168,7 @@ def test_several_tokens_and_truncate(backend: str) -> None:
 
 @pytest.mark.parametrize("n", [1, 3, 14], ids="wanted-{}".format)
 def test_chunks(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "CHUNK", 4)
+    monkeypatch.setattr(gpu, "MAX_STEP_TOKENS", 4)
     model, (prompt,) = lively_model(), prompts_of(14)
     rows = gpu_rows(on_device(model), "fp32", 1)
     logits, _ = rows.forward([rows.new()], [prompt], [n])
@@ -177,7 +177,7 @@ def test_chunks(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_alone_where_they_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "TOGETHER", 2)
+    monkeypatch.setattr(gpu, "MAX_TOKENS_TO_BATCH", 2)
     model, prompts = lively_model(), prompts_of(3, 8)
     loop = Loop(gpu_rows(on_device(model), "fp32", 2), prompts)
     loop.step(0, 1)

@@ -20,8 +20,8 @@ from gptfast.evaluate.loss import (
     padded,
     perplexity,
     sliding_score,
-    target_losses,
 )
+from gptfast.generation.model_decoder import target_losses
 
 
 def by_hand(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> float:
@@ -199,7 +199,8 @@ def test_a_bf16_model_is_measured_in_fp32() -> None:
     # Losses rounded to bf16 would be off by about 0.4 % each, in one direction or the other.
     assert 0 < abs(score.loss - fp32.loss) < 0.02 * fp32.loss
     rows = [(tokens[:16], tokens[1:17])]
-    x, y = padded(model.bfloat16(), rows)
+    x, y = padded(rows)
+    model = model.bfloat16()
     losses = target_losses(model, model.hidden(x), y)
     assert losses.dtype == torch.float32
     assert not torch.equal(losses, losses.bfloat16().float())

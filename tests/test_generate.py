@@ -19,7 +19,7 @@ from gptfast import GPT, generate, ops
 from gptfast.engine.rows import Rows
 from gptfast.generate import stream
 from gptfast.generation.options import Options
-from gptfast.generation.sequences import ROOM, Sequences
+from gptfast.generation.sequences import MIN_ROOM_TOKENS, Sequences
 
 pytestmark = pytest.mark.usefixtures("way")
 SAMPLING = {
@@ -352,7 +352,7 @@ def test_memory_grows_with_what_is_generated(model: GPT, num_beams: int) -> None
 def test_room_doubles() -> None:
     model = lively_model(block_size=300)
     sequences = Sequences(model, [[1, 2], [3]])
-    assert sequences.tokens.shape == (2, 2 + ROOM)
+    assert sequences.tokens.shape == (2, 2 + MIN_ROOM_TOKENS)
     wanted = [naive(model, p, 310, temperature=1.0, seed=2) for p in ([1, 2], [3])]
     assert generate(model, [[1, 2], [3]], 310, seed=2) == wanted
 

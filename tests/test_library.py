@@ -326,9 +326,9 @@ class Recorder:
         from gptfast.ops import library
 
         self.called: list[str] = []
-        for op, function in library._implementations["reference"].items():
+        for op, function in library.IMPLEMENTATIONS["reference"].items():
             monkeypatch.setitem(
-                library._implementations["reference"], op, self.wrap(op.name(), function)
+                library.IMPLEMENTATIONS["reference"], op, self.wrap(op.name(), function)
             )
 
     def wrap(self, name: str, function):  # type: ignore[no-untyped-def]

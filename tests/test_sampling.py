@@ -399,7 +399,14 @@ def test_a_gpu_reports_rows_by_minus_one(triton: str, small: int) -> None:
     logits[7] = torch.nan
     logits[8] = -torch.nan
     options = ops.sampling.per_row(
-        logits, temperature=0.9, top_k=40, top_p=0.8, min_p=0.01, seed=3, position=0
+        len(logits),
+        logits.device,
+        temperature=0.9,
+        top_k=40,
+        top_p=0.8,
+        min_p=0.01,
+        seed=3,
+        position=0,
     )
     with use_backend("reference"):
         good = ops.sample(logits[9:], **{name: value[9:] for name, value in options.items()})
@@ -424,7 +431,14 @@ def test_parameters_a_gpu_does_not_check(triton: str, small: int) -> None:
     rows = [(name, value) for name, values in nonsense.items() for value in values]
     logits = torch.randn(len(rows), V)
     options = ops.sampling.per_row(
-        logits, temperature=1.0, top_k=30, top_p=0.8, min_p=0.01, seed=0, position=0
+        len(logits),
+        logits.device,
+        temperature=1.0,
+        top_k=30,
+        top_p=0.8,
+        min_p=0.01,
+        seed=0,
+        position=0,
     )
     for row, (name, value) in enumerate(rows):
         options[name][row] = value

@@ -193,8 +193,8 @@ def _check(settings: dict[str, Any]) -> None:
     options = dict(settings)
     new_tokens(options.pop("max_new_tokens"))
     checked = Options(**options)
-    like = torch.empty(1, 0)
-    checked.sampling(like), checked.penalty(like)
+    checked.sampling(1, torch.device("cpu"))
+    checked.penalty(1, torch.device("cpu"))
 
 
 def _trimmed(pieces: Iterable[str]) -> Iterator[str]:

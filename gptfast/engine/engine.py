@@ -1,11 +1,11 @@
-"""Generation from a packed model: rows that come and go, one pass over the weights a step."""
+"""The engine: a scheduler of sequences over packed weights, one pass over the weights a step."""
 
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -20,51 +20,60 @@ from gptfast.engine import packed as packing
 from gptfast.engine.gpu_model import GpuModel
 from gptfast.engine.gpu_rows import rows_of
 from gptfast.engine.packed import Packed
-from gptfast.engine.request import Drawn, Request
+from gptfast.engine.request import Request
 from gptfast.engine.sequences import EngineSequences
-from gptfast.engine.task import Task
-from gptfast.generation.decoder import Told
-from gptfast.generation.options import Options, token_ids
+from gptfast.engine.task import Sampled, Task
+from gptfast.generation import continuation
+from gptfast.generation.decoder import Continuation, Decoder, Job, SampledToken
+from gptfast.generation.options import LogprobOptions, Options, token_ids
+from gptfast.generation.sequences import Sequences
+from gptfast.generation.stop import Stops, id_stream
 from gptfast.model import GPT
-from gptfast.ops.backend import EXTENSION, overruled
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.weights.packed import is_packed
 
-PIECE = 128
+LOGITS_CHUNK_TOKENS = 128
+"""Tokens whose logits are computed at a time: those of one GPT-2 token are 200 KB."""
 
 
 @dataclass
 class Stats:
-    """What an engine has done since it was made, or since it was given new ones."""
+    """What an engine has done since it was made, or since its `stats` were replaced."""
 
     prompt_tokens: int = 0
-    """Those that were computed: what a row shares with another is not."""
+    """Prompt tokens that were computed; those shared with another sequence are not."""
     prompt_seconds: float = 0.0
+    """Time for them."""
     new_tokens: int = 0
-    """Those that followed the first, which the prompt's pass gives."""
+    """Tokens of decode steps; the first new token comes from the prefill and is not counted."""
     steps: int = 0
-    """Passes over the weights for them."""
+    """Decode steps: passes over the weights."""
     seconds: float = 0.0
+    """Time for them."""
     guessed: int = 0
-    """Tokens that were tried before they were drawn, and of them those that came."""
+    """Tokens that were guessed."""
     accepted: int = 0
+    """Guesses that were right."""
 
 
-class Engine:
-    """A GPT-2 packed for generation on the CPU: its weights in the order in which they are read.
+class Engine(Decoder):
+    """A GPT-2 with its weights packed for generation: in the order in which they are read.
 
-    model_or_path: a GPT, which is left as it is; what `GPT.from_pretrained` takes; or a directory
-    that `save` wrote. dtype, of the weights: "fp32", "bf16" or "int8" (a scale a row, inputs as
-    whole numbers with a scale for 64 of them); None takes a packed directory's own, else "fp32".
-    Keys and values are kept in fp32, bf16 or, for int8, fp16, which ends at 65,504. max_batch: rows
-    that run at a time. (A model on a GPU is run there: see `gptfast.engine.gpu`.)
+    model_or_path: a GPT, which does not change; what `GPT.from_pretrained` takes; or a directory
+    that `save` wrote. A GPT on a GPU runs there, everything else on the CPU.
+    dtype: of the weights, "fp32", "bf16" or "int8" (with one scale per row of a matrix, and inputs
+    rounded to int8 with one scale per 64); None takes that of a packed directory, else "fp32". The
+    KV cache is in fp32, bf16 or, for int8, fp16 on the CPU (up to 65,504) and bf16 on a GPU.
+    max_batch: how many sequences run at a time.
 
-    A token's logits are the same bits alone, in any batch, streamed or not, whatever the number of
-    threads. Several threads may generate at once; they take turns.
+    On the CPU a token's logits are the same bits alone and in any batch, streamed or not, with any
+    number of threads. Several threads may generate with one engine; their steps take turns.
 
-    Raises CheckpointError for what is no model, ValueError for another dtype, RuntimeError where
-    the C++ extension is missing.
+    Raises CheckpointError for a path without a model, ValueError for another dtype, RuntimeError
+    without the C++ extension.
     """
+
+    can_guess = True
 
     def __init__(
         self, model_or_path: GPT | str | PathLike, dtype: str | None = None, *, max_batch: int = 16
@@ -76,9 +85,10 @@ class Engine:
         self.stats = Stats()
         self.rows = rows_of(self.packed, min(max_batch, 4))
         self._lock = threading.Lock()
-        # Rows that nobody runs, but a later prompt may begin with.
+        # Rows of ended requests: a later prompt may begin with their tokens.
         self._ended: deque[int] = deque()
-        self._left: deque[tuple[Task, Request]] = deque()  # to be let go of
+        # Ended requests whose rows are not in `_ended` yet.
+        self._to_release: deque[tuple[Task, Request]] = deque()
         _ENGINES.add(self)
 
     @property
@@ -86,108 +96,162 @@ class Engine:
         return self.packed.config
 
     @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @property
     def dtype(self) -> str:
+        """ "fp32", "bf16" or "int8"."""
         return self.packed.dtype
 
     @property
     def tokenizer_name(self) -> str | None:
+        """A name or directory for `get_tokenizer`, if the model's files have one."""
         return self.packed.tokenizer
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that a step reads: all but the position embeddings."""
+        """Bytes that a decode step reads: all weights but the position embeddings."""
         return self.packed.weight_bytes
 
     def save(self, directory: str | PathLike, *, tokenizer: Tokenizer | str | None = None) -> None:
-        """Write a directory that Engine reads without packing anything, with the tokenizer's files.
+        """Write packed weights and the tokenizer's files to a new directory that Engine reads.
 
-        Raises ValueError if it exists.
+        Raises ValueError if it exists, and for an engine on a GPU.
         """
         if not isinstance(self.packed, Packed):
-            raise ValueError("what is saved is packed for the CPU: make the engine of model.cpu()")
+            raise ValueError("an engine on a GPU cannot be saved: make one of model.cpu()")
         packing.save(self.packed, directory, tokenizer)
 
     def generate(
-        self, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options: Any
+        self,
+        prompts: Tensor | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        logprobs: bool = False,
+        top_logprobs: int = 0,
+        **options: Any,
     ) -> Any:
-        """`gptfast.generate` with this engine: see there."""
-        from gptfast.generate import generate
-
-        return generate(self, prompts, max_new_tokens, **options)
+        """Continue prompts with this engine: see `gptfast.generate`."""
+        asked = LogprobOptions(logprobs, top_logprobs)
+        checked = Options.of(options)
+        job = continuation.checked_job(self, prompts, max_new_tokens, checked, asked)
+        return continuation.generate(self, job)
 
     def stream(
-        self, prompt: Sequence[int] | Tensor, max_new_tokens: int, **options: Any
+        self,
+        prompt: Sequence[int] | Tensor,
+        max_new_tokens: int,
+        *,
+        logprobs: bool = False,
+        top_logprobs: int = 0,
+        **options: Any,
     ) -> Iterator[Any]:
-        """The new ids of one prompt, one by one: `gptfast.generate.stream` with this engine."""
-        from gptfast.generate import stream
+        """Return the new ids of one prompt one by one: see `gptfast.generate.stream`."""
+        asked = LogprobOptions(logprobs, top_logprobs)
+        checked = Options.of(options)
+        job = continuation.checked_stream_job(self, prompt, max_new_tokens, checked, asked)
+        return continuation.stream_job(self, job)
 
-        return stream(self, prompt, max_new_tokens, **options)
+    # ---- Decoder
+
+    def decode(self, job: Job) -> list[Continuation]:
+        """Sample all continuations; where one ends, the next prompt takes its place."""
+        found = [Continuation() for _ in job.prompts]
+        ends = [id_stream(job.options.tokenizer, job.stops) for _ in job.prompts]
+        watched = job.stops != Stops()
+        for request, token in self.draw(job):
+            found[request.index].append(token)
+            if watched:
+                ends[request.index].feed(token.id)
+                request.done = ends[request.index].ended
+        return found
+
+    def decode_stream(self, job: Job) -> Iterator[SampledToken]:
+        return (token for _, token in self.draw(job))
 
     @contextmanager
-    def sequences(self, prompts: Sequence[Sequence[int]]) -> Iterator[EngineSequences]:
-        """Rows that go on together, for a search; nothing else runs meanwhile."""
+    def sequences(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequences]:
+        """Return the prompts as sequences for a search; nothing else runs meanwhile."""
         with self._lock:
-            self._settle()
+            self._release_ended()
             sequences = EngineSequences(self.rows, prompts)
             try:
                 yield sequences
             finally:
                 sequences.close()
 
+    def token_losses(self, x: Tensor, y: Tensor) -> Tensor:
+        losses = torch.zeros(y.shape)
+        for loss, ids, target in zip(losses, x, y, strict=True):
+            asked = (target != -100).nonzero()[:, 0].tolist()
+            if asked:
+                n = asked[-1] + 1  # the rest is padding
+                loss[:n] = self.losses(ids[:n].tolist(), target[:n])
+        return losses
+
+    # ---- One sequence
+
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """ids, from 1 to block_size of them -> the logits (T, V) fp32 behind each."""
+        """Return the logits (T, V) fp32 after each of 1 to block_size ids.
+
+        Raises ValueError for another number of ids, IndexError for one outside the vocabulary.
+        """
         return torch.cat(list(self._logits(ids)))
 
     def losses(self, ids: Sequence[int], target: Tensor) -> Tensor:
-        """The loss of each target (T,) int64 behind ids (T): fp32 nats, 0 where it is -100."""
-        with closing(self._logits(ids)) as logits:
-            pieces = zip(logits, target.to(self.rows.device).split(PIECE), strict=True)
-            return torch.cat([ops.cross_entropy(*piece, reduction="none") for piece in pieces])
+        """Return the loss of each target (T,) int64 after ids (T): fp32 nats, 0 where it is -100.
 
-    def _logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """Of PIECE tokens at a time: their logits are 200 KB each."""
+        Raises what `logits` raises, and IndexError for a target outside the vocabulary.
+        """
+        with closing(self._logits(ids)) as logits:
+            targets = target.to(self.device).split(LOGITS_CHUNK_TOKENS)
+            pairs = zip(logits, targets, strict=True)
+            return torch.cat([ops.cross_entropy(*pair, reduction="none") for pair in pairs])
+
+    def _logits(self, ids: Sequence[int]) -> Generator[Tensor, None, None]:
+        """Yield the logits after LOGITS_CHUNK_TOKENS ids at a time."""
         prompt = token_ids([ids], self.config.vocab_size)[0]
         if len(prompt) > self.config.block_size:
             raise ValueError(f"{len(prompt)} ids are more than block_size={self.config.block_size}")
         with self._lock:
-            self._settle()
+            self._release_ended()
             row = self.rows.new()
             try:
-                for i in range(0, len(prompt), PIECE):
-                    piece = prompt[i : i + PIECE]
+                for i in range(0, len(prompt), LOGITS_CHUNK_TOKENS):
+                    chunk = prompt[i : i + LOGITS_CHUNK_TOKENS]
                     with torch.inference_mode():
-                        logits = self.rows.forward([row], [piece], [len(piece)])[0]
+                        logits = self.rows.forward([row], [chunk], [len(chunk)])[0]
                     yield logits
             finally:
                 self.rows.release(row)
 
-    # ---- The loop
+    # ---- The scheduler
 
-    def draw(
-        self,
-        prompts: Sequence[list[int]],
-        n: int,
-        options: Options,
-        told: Told,
-    ) -> Iterator[Drawn]:
-        """Up to n tokens for each prompt, each as it is drawn. Options are checked by the call."""
-        like = torch.empty(len(prompts), 0, device=self.rows.device)
-        task = Task(options, like, told)
-        return self._draw(task, [Request(i, list(ids), n) for i, ids in enumerate(prompts)])
+    def draw(self, job: Job) -> Iterator[Sampled]:
+        """Return a job's tokens as they are sampled, each with its request. No beams, no stops.
 
-    def _draw(self, task: "Task", requests: list[Request]) -> Iterator[Drawn]:
-        waiting, live = deque(request for request in requests if request.left), []
+        The caller sets `request.done` where a request is to end early. Options are checked by
+        the call.
+        """
+        task = Task(job, self.device)
+        requests = [Request(i, list(ids), job.n) for i, ids in enumerate(job.prompts)]
+        return self._draw(task, requests)
+
+    def _draw(self, task: Task, requests: list[Request]) -> Iterator[Sampled]:
+        waiting = deque(request for request in requests if request.left)
+        live: list[Request] = []
         try:
             while waiting or live:
                 if waiting and len(live) < self.max_batch:
                     request = waiting.popleft()
                     live.append(request)
-                    drawn = self._prefill(task, request)
+                    sampled = self._prefill(task, request)
                 else:
-                    drawn = self._decode(task, live)
-                for one in drawn:
-                    if not one.request.done:
-                        yield one
+                    sampled = self._decode_step(task, live)
+                for request, token in sampled:
+                    if not request.done:
+                        yield request, token
                 for request in live:
                     if request.done or not request.left:
                         self._end(task, request)
@@ -196,51 +260,55 @@ class Engine:
             for request in live:
                 self._end(task, request)
 
-    def _prefill(self, task: "Task", request: Request) -> list[Drawn]:
-        """The prompt, but for what another row begins with too, and the first token after it."""
+    def _prefill(self, task: Task, request: Request) -> list[Sampled]:
+        """Compute a prompt, except what another row begins with too; return its first new token."""
         start = time.perf_counter()
         with self._lock, torch.inference_mode():
-            self._settle()
+            self._release_ended()
             request.row = self.rows.start(request.ids[-self.rows.block_size :])
             held = len(self.rows.ids[request.row])
             new = request.ids[-self.rows.block_size :][held:]
-            drawn = task.step(self.rows, [request], [new], [[]])
+            sampled = task.step(self.rows, [request], [new], [[]])
         self.stats.prompt_tokens += len(new)
         self.stats.prompt_seconds += time.perf_counter() - start
-        return drawn
+        return sampled
 
-    def _decode(self, task: "Task", live: list[Request]) -> list[Drawn]:
-        """A token of every row, or several where guesses come true."""
+    def _decode_step(self, task: Task, live: list[Request]) -> list[Sampled]:
+        """Return the next token of each live request, or several where guesses are right."""
         start = time.perf_counter()
         with self._lock, torch.inference_mode():
-            self._settle()
+            self._release_ended()
             guesses = task.guess(live, self.rows)
             tokens = [
                 [request.ids[-1], *guess] for request, guess in zip(live, guesses, strict=True)
             ]
-            drawn = task.step(self.rows, live, tokens, guesses)
+            sampled = task.step(self.rows, live, tokens, guesses)
         self.stats.seconds += time.perf_counter() - start
         self.stats.steps += 1
-        self.stats.new_tokens += len(drawn)
+        self.stats.new_tokens += len(sampled)
         self.stats.guessed += sum(map(len, guesses))
-        self.stats.accepted += len(drawn) - len(live)
-        return drawn
+        self.stats.accepted += len(sampled) - len(live)
+        return sampled
 
     def _end(self, task: Task, request: Request) -> None:
-        """Let go of a request's row, now or, where a step is under way (a collection of garbage
-        may call this in its midst), before the next one."""
-        self._left.append((task, request))
+        """Release a request's row now, or before the next step if a step is running.
+
+        Garbage collection may close a stream, and so call this, in the middle of a step.
+        """
+        self._to_release.append((task, request))
         if self._lock.acquire(blocking=False):
             try:
-                self._settle()
+                self._release_ended()
             finally:
                 self._lock.release()
 
-    def _settle(self) -> None:
-        """Rows of requests that have ended: their tokens stay for a prompt that begins with them,
-        up to block_size of all such."""
-        while self._left:
-            task, request = self._left.popleft()
+    def _release_ended(self) -> None:
+        """Release rows of ended requests, but keep the latest for prompts that begin with them.
+
+        Up to block_size tokens are kept in all.
+        """
+        while self._to_release:
+            task, request = self._to_release.popleft()
             if request.row < 0:
                 continue
             if task.guesser:
@@ -257,16 +325,17 @@ class Engine:
 _ENGINES: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 
 
-def _alone_after_fork() -> None:
-    """The threads that held the locks are not there in a forked child."""
+def _unlock_after_fork() -> None:
+    """Give each engine of a forked child a new lock: the child lacks the threads that held it."""
     for engine in _ENGINES:
         engine._lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_alone_after_fork)
+os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
 def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | GpuModel:
+    """Return the packed weights of what Engine takes."""
     if isinstance(model_or_path, nn.Module):
         if not isinstance(model_or_path, GPT) or not packing.is_plain(model_or_path):
             raise ValueError(
@@ -285,33 +354,6 @@ def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | Gp
     packed = packing.load(model_or_path)
     if dtype not in (None, packed.dtype):
         raise ValueError(
-            f"{model_or_path} is packed as {packed.dtype}, not {dtype}; pack its model anew"
+            f"{model_or_path} is packed as {packed.dtype}, not {dtype}; pack its model again"
         )
     return packed
-
-
-FEWEST = 16
-"""New tokens from which packing a model for one call pays."""
-
-
-def engine_for(model: GPT | Engine, n: int) -> Engine | None:
-    """The engine to draw n tokens from a model with: itself, or one packed for the occasion; None
-    where the model itself is to do it.
-    """
-    if isinstance(model, Engine):
-        return model
-    if n < FEWEST or EXTENSION is None or overruled() or torch.is_autocast_enabled("cpu"):
-        return None
-    dtypes = {(p.dtype, p.device.type) for p in model.parameters()}
-    names = {(torch.float32, "cpu"): "fp32", (torch.bfloat16, "cpu"): "bf16"}
-    if len(dtypes) != 1 or (dtype := names.get(*dtypes)) is None or _hooked(model):
-        return None
-    return Engine(model, dtype)
-
-
-def _hooked(model: GPT) -> bool:
-    """Whether there is anything that wants more of the model than its logits, or is not GPT's."""
-    hooks = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
-    for module in model.modules():
-        hooks += [module._forward_hooks, module._forward_pre_hooks]
-    return any(hooks) or not packing.is_plain(model)

@@ -1,9 +1,11 @@
-"""A GPT as it runs on a GPU to generate: its weights once more, and the layers over a static cache.
+"""A GPT for generation on a GPU: a copy of its weights, and its layers over a static KV cache.
 
 B rows, T tokens, C channels, H heads, D head dimension, V vocabulary, S block_size.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +16,13 @@ from gptfast.config import GPTConfig
 from gptfast.kernels.reference.decode_linear import quantize
 from gptfast.model import GPT
 
-# Of activations, keys and values; int8 is of the weights alone.
+# The dtype of activations, keys and values; only weights are in int8.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer behind its norm, if it has one; int8 has a scale an output."""
+    """A linear layer after its norm, if it has one; int8 has a scale for each output."""
 
     weight: Tensor  # (O, C)
     scale: Tensor | None
@@ -28,14 +30,28 @@ class Layer:
     norm: tuple[Tensor, Tensor, float] | None
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None = None, *, gelu: bool = False, wide: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        gelu: bool = False,
+        fp32_out: bool = False,
     ) -> Tensor:
-        """x (..., C) -> (..., O)."""
-        rest = {"scale": self.scale, "norm": self.norm, "residual": residual}
-        return ops.decode_linear(x, self.weight, self.bias, gelu=gelu, wide=wide, **rest)
+        """Return `ops.decode_linear` of x (..., C) with these weights: (..., O)."""
+        return ops.decode_linear(
+            x,
+            self.weight,
+            self.bias,
+            scale=self.scale,
+            norm=self.norm,
+            residual=residual,
+            gelu=gelu,
+            fp32_out=fp32_out,
+        )
 
     @property
     def n_bytes(self) -> int:
+        """The size of the layer's tensors."""
         parts = (self.weight, self.scale, self.bias, *(self.norm or ())[:2])
         return sum(part.nbytes for part in parts if part is not None)
 
@@ -51,11 +67,12 @@ class Block:
 
 
 class GpuModel:
-    """The weights of a GPT, copied: they do not change with the model's.
+    """A copy of a GPT's weights, which does not change with the model.
 
     dtype: "fp32", "bf16", or "int8", which keeps the matrices and the head in int8 and the rest in
-    bf16; activations: another dtype for that rest. Where the head is tied to the embedding, int8
-    has a copy of its own: a step reads all of it, of the embedding only a row a token.
+    bf16; activations: another dtype for that rest. With int8, a head tied to the embedding is a
+    separate copy: a step reads all of the head but only one row per token of the embedding.
+    Raises ValueError for another dtype.
     """
 
     def __init__(
@@ -75,9 +92,9 @@ class GpuModel:
                 self._layer(block.mlp.c_fc, block.ln_2),
                 self._layer(block.mlp.c_proj),
             )
-            for block in model.h
+            for block in cast(Iterable[Any], model.h)
         ]
-        # A tied head that is not rounded is the embedding, not another copy.
+        # A tied head that is not rounded shares the embedding's memory.
         shared = dtype != "int8" and model.config.tie_weights
         head = (self.wte, None) if shared else self._matrix(model.head_weight)
         self.head = Layer(*head, None, self._norm(model.ln_f))
@@ -95,7 +112,7 @@ class GpuModel:
 
     def _layer(self, linear: nn.Linear, norm: nn.LayerNorm | None = None) -> Layer:
         bias = None if linear.bias is None else self._copy(linear.bias)
-        return Layer(*self._matrix(linear.weight), bias, norm and self._norm(norm))
+        return Layer(*self._matrix(linear.weight), bias, None if norm is None else self._norm(norm))
 
     @property
     def device(self) -> torch.device:
@@ -103,15 +120,15 @@ class GpuModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that a step reads: all but the rows of the two embeddings."""
+        """Bytes that a decode step reads: all weights but the two embeddings."""
         layers = [layer for block in self.blocks for layer in vars(block).values()]
         return sum(layer.n_bytes for layer in (*layers, self.head))
 
     def new_cache(self, n_rows: int) -> Tensor:
-        """Keys and values (n_layer, 2, n_rows, H, S + 1, D). What nobody wants goes to place S."""
+        """Return an empty KV cache (n_layer, 2, n_rows, H, S + 1, D); padding goes to place S."""
         config = self.config
         D = config.n_embd // config.n_head
-        # Zeros, not what is left in memory: the reference multiplies what it masks by 0.
+        # Zeros, because the reference multiplies masked values by 0, and 0 * NaN is NaN.
         shape = (config.n_layer, 2, n_rows, config.n_head, config.block_size + 1, D)
         return self.wte.new_zeros(shape)
 
@@ -124,10 +141,10 @@ class GpuModel:
         kv_len: Tensor,
         size: int,
     ) -> Tensor:
-        """ids and time, their positions, (B, T) int64 -> the stream (B, T, C) that the head reads.
+        """Return the residual stream (B, T, C) of ids (B, T) at positions time (B, T), int64.
 
-        cache: the B rows of it, whose keys and values go to place (B, T) and are then read up to
-        kv_len (B,), none behind the first `size`.
+        cache: that of these B rows. Keys and values are written to place (B, T), then read up to
+        kv_len (B,), and none after the first `size`.
         """
         B, T = ids.shape
         row = torch.arange(B, device=ids.device)[:, None]

@@ -1,11 +1,11 @@
-"""The engine's rows on a GPU: a static cache, and the step of one token a row as a CUDA graph.
+"""The engine's KV cache on a GPU, with the decode step of one token per row as a CUDA graph.
 
-A row of tokens has a slot of the cache. The rows of a step stand in the first slots, in the order
-in which they are given: one that comes from elsewhere changes places, which costs little more than
-reading its keys and values once. So a step's tensors never move, and it is captured once for each
-power of two of rows; places left over compute something that nobody reads. Prompts, several tokens
-a row and what slides past block_size run the same layers eagerly. Where there are no graphs (a CPU,
-for tests) everything does.
+Each row of tokens has a slot of a static cache. The rows of a step are moved to the first slots, in
+the order in which they are given; moving one costs little more than reading its keys and values
+once. So a step's tensors never move in memory, and it is captured once for each power of two of
+rows; unused slots compute values that nobody reads. Prompts, steps of several tokens per row and
+windows that slide past block_size run the same layers eagerly, as does everything on devices
+without graphs (a CPU, for tests).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,17 +17,17 @@ from torch import Tensor
 from gptfast import ops
 from gptfast.engine.gpu_model import GpuModel
 from gptfast.engine.packed import Packed
-from gptfast.engine.rows import CHUNK, Rows
+from gptfast.engine.rows import MAX_STEP_TOKENS, BaseRows, Rows
 from gptfast.generation.options import SAMPLING
 from gptfast.model import GPT
 
-TOGETHER = 32
-"""Tokens a row up to which rows run together, padded: more of them fill a GPU alone."""
+MAX_TOKENS_TO_BATCH = 32
+"""Tokens per row up to which rows run as one padded batch: more tokens fill a GPU alone."""
 NO_IDS = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class _Ahead(NamedTuple):
-    """A step that was begun before it was asked for: what it takes for granted, and its outputs."""
+    """A decode step that was started before it was asked for: its assumed inputs, its outputs."""
 
     rows: list[int]
     ids: list[int]
@@ -37,20 +37,20 @@ class _Ahead(NamedTuple):
 
 
 class _Step:
-    """One token for each of n rows, in the first n slots: inputs and outputs that stay in place.
+    """The decode step of n rows in the first n slots, with inputs and outputs at fixed addresses.
 
-    A step leaves the inputs of the one that follows. Two graphs take turns, so that a step may run
-    while the outputs of the one before are still read.
+    A step writes the inputs of the next one. Two graphs take turns, so that a step can run while
+    the outputs of the one before are still read.
     """
 
     def __init__(self, rows: "GraphRows", n: int) -> None:
         self._rows, self._n = rows, n
         device = rows.device
-        # ids, positions, places in the cache, lengths with this token, indices of the token drawn,
-        # whether somebody is there
+        # By line: ids, positions, places in the cache, lengths with this token, positions of the
+        # token to sample, and 1 for slots in use. The lines from positions on grow by 1 per step.
         self.numbers = torch.zeros(6, n, dtype=torch.int64, device=device)
         one = torch.ones(n, device=device)
-        # What is never set draws the likeliest token.
+        # These defaults sample the likeliest token.
         self._sampling = [one * 0, one.long(), one, one * 0, one.long()]
         self._given: Sequence[Tensor] = ()
         self._graphs: list[tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = []
@@ -58,7 +58,7 @@ class _Step:
             self._host = torch.empty(n, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def give(self, sampling: Sequence[Tensor]) -> bool:
-        """Take over the parameters (M,) of the first rows; whether they are those of before."""
+        """Copy the parameters (M,) of the first rows; return whether they are as before."""
         if not sampling or sampling is self._given:
             return bool(sampling)
         for mine, given in zip(self._sampling, sampling, strict=True):
@@ -68,14 +68,14 @@ class _Step:
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         model, cache = self._rows.model, self._rows.cache[:, :, : self._n]
-        ids, time, place, kv_len, position, there = self.numbers
+        ids, time, place, kv_len, position, in_use = self.numbers
         size = model.config.block_size
         x = model.hidden(ids[:, None], time[:, None], cache, place[:, None], kv_len, size)
-        logits = model.head(x[:, 0], wide=True)  # (n, V)
+        logits = model.head(x[:, 0], fp32_out=True)  # (n, V)
         sampling = dict(zip(SAMPLING, self._sampling, strict=True))
         drawn = ops.sample(logits, position=position, **sampling)
         ids.copy_(drawn.clamp(min=0))
-        self.numbers[1:5] += there
+        self.numbers[1:5] += in_use
         return logits, drawn
 
     def _capture(self) -> None:
@@ -83,20 +83,20 @@ class _Step:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            # What kernels there are is compiled, and what libraries need is made, before.
+            # Before the capture, kernels are compiled and libraries make their workspaces.
             for _ in range(2):
                 self._compute()
                 self.numbers.copy_(before)
         current.wait_stream(stream)
         for _ in range(2):
             graph = torch.cuda.CUDAGraph()
-            # Other threads may go on with what is theirs.
+            # Other threads may use the GPU during the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 out = self._compute()
             self._graphs.append((graph, out))
 
     def launch(self) -> tuple[Tensor, Tensor]:
-        """Logits (n, V) fp32 and ids (n,), which the call after the next writes over."""
+        """Run a step; return logits (n, V) fp32 and ids (n,), which the next but one overwrites."""
         if not self._rows.captures:
             return self._compute()
         if not self._graphs:
@@ -106,7 +106,7 @@ class _Step:
         return self._graphs[0][1]
 
     def fetch(self, drawn: Tensor) -> Callable[[], Tensor]:
-        """Have the ids sent to the host, where the function that is returned waits for them."""
+        """Start to copy the ids to the host; return a function that waits for them."""
         if not self._rows.captures:
             return drawn.clone
         self._host.copy_(drawn, non_blocking=True)
@@ -120,11 +120,11 @@ class _Step:
         return wait
 
 
-class GraphRows:
-    """`Rows` on a device: rows of up to block_size tokens each, that come and go.
+class GraphRows(BaseRows):
+    """Rows on a GPU, or on another device for tests.
 
-    max_batch: rows for which there is room at first; with more, the cache doubles. Unlike there,
-    rounding may depend on how many rows a call has, and what a row begins with another is copied.
+    max_batch: rows for which there is room at first; for more, the cache doubles. Unlike on the
+    CPU, rounding may depend on the number of rows of a call, and a fork copies its tokens.
     """
 
     def __init__(self, model: GpuModel, max_batch: int) -> None:
@@ -133,37 +133,29 @@ class GraphRows:
         self.captures = self.device.type == "cuda"
         """Whether steps are replayed as CUDA graphs."""
         self.ids: list[list[int]] = []
-        """Of each row the tokens it holds."""
         self._slot: list[int] = []  # of each row
         self._row: list[int] = []  # at each slot
-        self._spare: list[int] = []  # rows that nobody has
+        self._spare: list[int] = []  # rows that are not in use
         self._steps: dict[int, _Step] = {}
         self._ahead: _Ahead | None = None
         self.cache = model.new_cache(0)
         self._grow(max_batch)
 
-    start = Rows.start
-    fitting = Rows.fitting
-
     def new(self) -> int:
-        """An empty row."""
         if not self._spare:
             self._grow(len(self.ids) + 1)
         return self._spare.pop()
 
     def release(self, row: int) -> None:
-        """The row is gone, and so are its tokens."""
         self.truncate(row, 0)
         self._spare.append(row)
 
     def truncate(self, row: int, n: int) -> None:
-        """Keep the first n tokens."""
         del self.ids[row][n:]
         self._ahead = None
 
     @torch.inference_mode()
     def fork(self, row: int, n: int | None = None) -> int:
-        """A new row that begins with the first n tokens of another (None: with all)."""
         new = self.new()
         self.ids[new], self._ahead = self.ids[row][:n], None
         self._copy(self._slot[row], self._slot[new], len(self.ids[new]))
@@ -178,11 +170,13 @@ class GraphRows:
         sampling: Sequence[Tensor] = (),
         positions: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        """`Rows.forward` with sampling and logits on the device, and ids on the CPU. Logits are
-        good until the next call. An id is -1 where they are NaN, +inf or nothing but -inf.
+        """Append tokens as `BaseRows.forward` says.
 
-        Where sampling is the same object as in the call before, it is not read again, and the step
-        that is most likely to follow is begun: the ids that were drawn, by the same rows.
+        sampling and logits are on the device, ids on the CPU. Logits are valid until the next call.
+        An id is -1 where the logits are NaN, +inf or nothing but -inf.
+
+        If sampling is the same object as in the call before, it is not copied again, and the most
+        likely next step is started: the sampled ids, appended to the same rows.
         """
         last = [1] * len(rows) if wanted is None else list(wanted)
         new = [self.fitting(row, ids) for row, ids in zip(rows, tokens, strict=True)]
@@ -201,13 +195,13 @@ class GraphRows:
         sampling: Sequence[Tensor],
         positions: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        if len(rows) > 1 and max(map(len, new)) <= TOGETHER:
-            states = self._together(rows, new, last)
+        if len(rows) > 1 and max(map(len, new)) <= MAX_TOKENS_TO_BATCH:
+            states = self._run_batched(rows, new, last)
         else:
-            states = [self._alone(*one) for one in zip(rows, new, last, strict=True)]
+            states = [self._run_alone(*one) for one in zip(rows, new, last, strict=True)]
         for row, ids in zip(rows, new, strict=True):
             self.ids[row] += ids
-        logits = self.model.head(torch.cat(states), wide=True)  # (M, V)
+        logits = self.model.head(torch.cat(states), fp32_out=True)  # (M, V)
         if not sampling:
             return logits, NO_IDS
         position = torch.tensor(positions, device=self.device)
@@ -237,7 +231,7 @@ class GraphRows:
             return logits[:n], NO_IDS
         fetched = step.fetch(drawn)
         if steady and max(held) + 2 <= self.block_size:
-            # While the host reads these ids, and most likely only hands them back.
+            # It runs while the host reads these ids, which it most likely passes back unchanged.
             begun = step.launch()
         on_host = fetched()[:n]
         if begun:
@@ -255,12 +249,12 @@ class GraphRows:
         n = len(ids)
         after = [length + 1 for length in held]
         numbers = torch.tensor([ids, held, held, after, positions, [1] * n], device="cpu")
-        # Nobody's: token 0 at position 0, put where nobody looks; of the keys it sees one.
-        nobody = torch.tensor([0, 0, self.block_size, 1, 0, 0], device="cpu")[:, None]
-        rest = nobody.expand(-1, step.numbers.shape[1] - n)
+        # Unused slots: token 0 at position 0, written to the unread last place, seeing one key.
+        unused = torch.tensor([0, 0, self.block_size, 1, 0, 0], device="cpu")[:, None]
+        rest = unused.expand(-1, step.numbers.shape[1] - n)
         step.numbers.copy_(torch.cat((numbers, rest), 1))
 
-    def _together(
+    def _run_batched(
         self, rows: Sequence[int], new: Sequence[list[int]], last: Sequence[int]
     ) -> list[Tensor]:
         self._place(rows)
@@ -268,31 +262,31 @@ class GraphRows:
         pairs = zip(x, new, last, strict=True)
         return [states[len(ids) - n : len(ids)] for states, ids, n in pairs]
 
-    def _alone(self, row: int, new: list[int], n: int) -> Tensor:
+    def _run_alone(self, row: int, new: list[int], n: int) -> Tensor:
         start, slot = len(self.ids[row]), self._slot[row]
-        cut = (len(new) - max(n, 1)) // CHUNK * CHUNK
-        for i in range(0, cut, CHUNK):
-            self._run(slot, [new[i : i + CHUNK]], [start + i])
+        cut = (len(new) - max(n, 1)) // MAX_STEP_TOKENS * MAX_STEP_TOKENS
+        for i in range(0, cut, MAX_STEP_TOKENS):
+            self._run(slot, [new[i : i + MAX_STEP_TOKENS]], [start + i])
         x = self._run(slot, [new[cut:]], [start + cut])[0]  # (T, C)
         return x[len(x) - n :]
 
     def _run(self, slot: int, new: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-        """New tokens of the rows from a slot on, padded to T, behind those held: (B, T, C)."""
+        """Append new tokens, padded to T, to the rows from a slot on; return (B, T, C)."""
         T, end = max(map(len, new)), self.block_size
         numbers: list[list[list[int]]] = [[], [], []]  # ids, positions, places in the cache
         for ids, start in zip(new, starts, strict=True):
-            time, rest = list(range(start, start + len(ids))), T - len(ids)
-            rows = ([*ids, *[0] * rest], [*time, *[0] * rest], [*time, *[end] * rest])
+            at, rest = list(range(start, start + len(ids))), T - len(ids)
+            rows = ([*ids, *[0] * rest], [*at, *[0] * rest], [*at, *[end] * rest])
             for number, row in zip(numbers, rows, strict=True):
                 number.append(row)
-        ids, time, place = torch.tensor(numbers, device="cpu").to(self.device)
+        idx, time, place = torch.tensor(numbers, device="cpu").to(self.device)
         kv_len = torch.tensor([start + T for start in starts], device="cpu").to(self.device)
         cache = self.cache[:, :, slot : slot + len(new)]
         size = min(end, max(starts) + T)
-        return self.model.hidden(ids, time, cache, place, kv_len, size)
+        return self.model.hidden(idx, time, cache, place, kv_len, size)
 
     def _place(self, rows: Sequence[int]) -> None:
-        """Let the rows stand in the first slots, in this order."""
+        """Move the rows to the first slots, in this order."""
         for slot, row in enumerate(rows):
             at, other = self._slot[row], self._row[slot]
             if at == slot:
@@ -309,11 +303,11 @@ class GraphRows:
 
     @torch.inference_mode()
     def _grow(self, n: int) -> None:
-        """Room for at least n rows: a power of two, as the steps are."""
+        """Make room for at least n rows: a power of two, like the steps."""
         before, after = len(self.ids), _power_of_2(n)
         cache = self.model.new_cache(after)
         cache[:, :, :before] = self.cache
-        # The graphs know the old one's address.
+        # The graphs hold the address of the old cache.
         self.cache, self._steps, self._ahead = cache, {}, None
         self.ids += [[] for _ in range(before, after)]
         self._slot += range(before, after)
@@ -326,13 +320,13 @@ def _power_of_2(n: int) -> int:
 
 
 def gpu_rows(model: GPT, dtype: str, max_batch: int) -> GraphRows:
-    """Rows of a model on its device, with weights in "fp32", "bf16" or "int8".
+    """Return the rows of a model on its device, with weights in "fp32", "bf16" or "int8".
 
     Raises ValueError for another dtype.
     """
     return GraphRows(GpuModel(model, dtype), max_batch)
 
 
-def rows_of(packed: Packed | GpuModel, max_batch: int) -> Rows | GraphRows:
-    """Rows of what an engine has packed, wherever that is; max_batch: see GraphRows."""
+def rows_of(packed: Packed | GpuModel, max_batch: int) -> BaseRows:
+    """Return new rows for packed weights, on their device; max_batch: see GraphRows."""
     return GraphRows(packed, max_batch) if isinstance(packed, GpuModel) else Rows(packed)

@@ -1,7 +1,7 @@
 """A model packed for the C++ engine: one tensor of bytes, and the directory that keeps it.
 
-csrc/engine.h says how matrices lie in it. A packed directory holds packed.safetensors, which says
-what model it is, and the tokenizer's files.
+csrc/engine.h describes the layout of matrices in it. A packed directory holds packed.safetensors,
+which describes the model too, and the tokenizer's files.
 """
 
 import json
@@ -30,7 +30,7 @@ from gptfast.weights.weights import Weights, tokenizer_in
 DTYPES = ("fp32", "bf16", "int8")  # in the order of WeightType
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float16}
 FORMAT = "gptfast-packed-1"
-PIECE = 2**20
+IO_CHUNK_BYTES = 2**20
 LIBRARY.define("engine_new(int bytes) -> Tensor")
 LIBRARY.define("engine_bytes(int[] shape) -> int")
 LIBRARY.define("engine_pack(Tensor(a!) packed, int[] shape, str name, Tensor weight) -> ()")
@@ -55,7 +55,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """A GPT-2 ready to run. data: (n,) uint8; shape: what the operators ask to know of it."""
+    """A GPT-2's packed weights. data: (n,) uint8; shape: the model's shape for the operators."""
 
     config: GPTConfig
     dtype: str
@@ -65,7 +65,7 @@ class Packed:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that a step reads: all but the position embeddings."""
+        """Bytes that a decode step reads: all weights but the position embeddings."""
         return len(self.data) - 4 * self.config.block_size * self.config.n_embd
 
     @property
@@ -105,17 +105,17 @@ def _pack(
 
 
 def pack_model(model: GPT, dtype: str) -> Packed:
-    """Of a model on the CPU that `is_plain`; it is left as it is."""
+    """Return the packed weights of a model on the CPU that `is_plain`, which does not change."""
     tensors = model.named_parameters(remove_duplicate=False)
     return _pack(model.config, dtype, tensors, model.tokenizer_name)
 
 
-_PLAIN = (GPT, Block, Attention, MLP, nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout)
-_PLAIN += (nn.ModuleList,)
+_BUILDING_BLOCKS = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList)
+_PLAIN = (GPT, Block, Attention, MLP, *_BUILDING_BLOCKS)
 
 
 def is_plain(model: GPT) -> bool:
-    """Whether modules and parameters are as GPT made them, so that its packed weights say all."""
+    """Return whether modules and parameters are those GPT made, so that its weights say it all."""
     for module in model.modules():
         if type(module) not in _PLAIN or isinstance(module, nn.LayerNorm) and module.eps != 1e-5:
             return False
@@ -124,22 +124,27 @@ def is_plain(model: GPT) -> bool:
 
 
 def pack_weights(weights: Weights, dtype: str) -> Packed:
-    """Of files, one tensor after the other, so that no more is held than what is packed."""
+    """Return the packed weights of files, read one tensor after the other to save memory."""
     return _pack(weights.config, dtype, weights.read(), weights.tokenizer)
 
 
+def _bytes_of(data: Tensor) -> memoryview:
+    array: Any = data.numpy()
+    return memoryview(array)
+
+
 def _checksum(dtype: str, config: str) -> Any:
-    """A CRC-32C that begins with what says how the bytes after it are to be read."""
-    import google_crc32c  # only where there are files
+    """Return a CRC-32C that begins with the dtype and config, which say how to read the rest."""
+    import google_crc32c  # here, because only files need it
 
     return google_crc32c.Checksum(f"{dtype} {config}".encode())
 
 
 def _header(packed: Packed) -> bytes:
-    buffer, config = memoryview(packed.data.numpy()), json.dumps(asdict(packed.config))
+    buffer, config = _bytes_of(packed.data), json.dumps(asdict(packed.config))
     crc = _checksum(packed.dtype, config)
-    for begin in range(0, len(buffer), PIECE):
-        crc.update(bytes(buffer[begin : begin + PIECE]))
+    for begin in range(0, len(buffer), IO_CHUNK_BYTES):
+        crc.update(bytes(buffer[begin : begin + IO_CHUNK_BYTES]))
     metadata = {
         "format": FORMAT,
         "dtype": packed.dtype,
@@ -173,7 +178,7 @@ def save(
     try:
         with (temporary / FILE).open("wb") as file:
             file.write(_header(packed))
-            file.write(memoryview(packed.data.numpy()))
+            file.write(_bytes_of(packed.data))
             file.flush()
             os.fsync(file.fileno())
         for name, text in texts.items():
@@ -187,7 +192,7 @@ def save(
 
 
 def _metadata(path: Path) -> tuple[GPTConfig, dict[str, str]]:
-    """Shape, and what else a packed file says of itself; CheckpointError if it does not."""
+    """Return the model's shape and a packed file's other metadata. Raises CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -203,12 +208,12 @@ def _metadata(path: Path) -> tuple[GPTConfig, dict[str, str]]:
 
 
 def _read(path: Path, data: Tensor, crc: Any) -> str:
-    """Fill data with what follows the header; the checksum of all, in hexadecimal."""
-    buffer = memoryview(data.numpy())
+    """Fill data with the bytes after the header; return the checksum of all, in hexadecimal."""
+    buffer = _bytes_of(data)
     with path.open("rb", buffering=0) as file:
         file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
-        for begin in range(0, len(buffer), PIECE):
-            piece = buffer[begin : begin + PIECE]
+        for begin in range(0, len(buffer), IO_CHUNK_BYTES):
+            piece = buffer[begin : begin + IO_CHUNK_BYTES]
             if file.readinto(piece) != len(piece):
                 raise CheckpointError(f"{path} is damaged: it ends too soon")
             crc.update(bytes(piece))

@@ -1,32 +1,25 @@
-"""A prompt on its way through the engine, and a token drawn for it."""
+"""A prompt while the engine continues it."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
-
-from gptfast.generation.decoder import Top
-
-
-class Drawn(NamedTuple):
-    request: "Request"
-    id: int
-    logprob: float | None
-    top: Top | None
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt on its way. Who receives its tokens sets `done` when it is to end."""
+    """A prompt while the engine continues it."""
 
     index: int
+    """Its place among the prompts of the call."""
     ids: list[int]
-    """The prompt and all that was drawn."""
+    """The prompt and all tokens sampled so far."""
     left: int
-    """Tokens to draw yet."""
+    """How many tokens are still to be sampled."""
     row: int = -1
+    """Its row of the KV cache, -1 while it has none."""
     seen: Tensor | None = None
-    """(V,) bool, of the tokens in ids, where there is a repetition penalty."""
-    most: int | None = None
-    """Guesses to try next."""
+    """(V,) bool, True for tokens in ids; only with a repetition penalty."""
+    n_guesses: int | None = None
+    """How many tokens to guess next; None before the first guess."""
     done: bool = False
+    """Whether to end it early; set by the receiver of its tokens."""

@@ -1,26 +1,105 @@
-"""The engine's cache of keys and values, and the rows of tokens that it holds.
+"""The engine's KV cache on the CPU, and the rows of tokens that it holds.
 
-A row is a list of slots, one a token; the cache has a place for each slot. Rows that begin with the
-same tokens share their slots: a prompt that others have, the beams of a search. Nothing is ever
-copied; a slot is free once no row has it, and the lowest free one is taken first, so that memory
-stays where it was.
+A row is a list of slots of the cache, one per token. Rows that begin with the same tokens share
+slots: those of a prompt that others begin with, or of the beams of a search. Nothing is ever
+copied. A slot is free when no row uses it, and the lowest free slot is taken first, which keeps the
+memory in use together.
 """
 
 import heapq
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gptfast.engine.packed import CACHE_DTYPES, Packed
 
-CHUNK = 512
-"""Tokens that one call of the operator takes: more only need more memory."""
+MAX_STEP_TOKENS = 512
+"""Tokens that one call of the operator takes for a row: more only need more memory."""
 
 
-class Rows:
-    """Rows of up to block_size tokens each. A token's logits do not depend on what it is computed
-    beside, bit for bit: neither on other rows nor on how a row is cut into calls.
+class Piece(NamedTuple):
+    """Tokens of a row for one call of the operator."""
+
+    row: int
+    start: int  # the position of the first
+    tokens: Sequence[int]
+    wanted: int  # the number of last tokens whose logits are wanted
+
+
+class BaseRows(ABC):
+    """Rows of up to block_size tokens each, with their keys and values, on one device."""
+
+    device: torch.device
+    block_size: int
+    ids: list[list[int]]
+    """The tokens that each row holds."""
+
+    @abstractmethod
+    def new(self) -> int:
+        """Return an empty row."""
+
+    @abstractmethod
+    def release(self, row: int) -> None:
+        """Give a row back."""
+
+    @abstractmethod
+    def truncate(self, row: int, n: int) -> None:
+        """Keep only the first n tokens of a row."""
+
+    @abstractmethod
+    def fork(self, row: int, n: int | None = None) -> int:
+        """Return a new row with the first n tokens of another (None: with all)."""
+
+    @abstractmethod
+    def forward(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        wanted: Sequence[int] | None = None,
+        sampling: Sequence[Tensor] = (),
+        positions: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens to rows; return logits and sampled ids.
+
+        The logits (M, V) fp32 are those after the last wanted[i] tokens of row i; None means one of
+        each row. With sampling, the first five parameters of `ops.sample` as (M,) tensors, and M
+        positions, ids (M,) int64 are sampled from them; without, ids is empty.
+
+        A row that would outgrow block_size starts again with its last block_size tokens, at
+        positions from 0, all of which are computed again.
+        """
+
+    def start(self, ids: Sequence[int]) -> int:
+        """Return a row that begins with as many of the ids as another row does, but not with all.
+
+        The last one is left out because its logits are needed.
+        """
+        best, longest = -1, 0
+        for row, held in enumerate(self.ids):
+            if len(held) > longest and (n := _n_common(held, ids)) > longest:
+                best, longest = row, n
+        longest = min(longest, len(ids) - 1)
+        return self.new() if longest <= 0 else self.fork(best, longest)
+
+    def fitting(self, row: int, new: Sequence[int]) -> list[int]:
+        """Return the tokens to append for `new`.
+
+        A row that would outgrow block_size is emptied, and gets its last block_size tokens.
+        """
+        if len(self.ids[row]) + len(new) <= self.block_size:
+            return list(new)
+        window = [*self.ids[row], *new][-self.block_size :]
+        self.truncate(row, 0)
+        return window
+
+
+class Rows(BaseRows):
+    """Rows on the CPU. A token's logits are the same bits whatever is computed beside it.
+
+    They depend neither on other rows nor on how a row is cut into calls.
     """
 
     device = torch.device("cpu")
@@ -32,16 +111,14 @@ class Rows:
         self._width = -(-(config.n_embd // config.n_head) // 16) * 16
         self._cache = torch.empty(0, dtype=CACHE_DTYPES[packed.dtype], device=self.device)
         self._n_slots = 0
-        self._users: list[int] = []  # rows that have the slot
+        self._users: list[int] = []  # of each slot, how many rows use it
         self._free: list[int] = []  # a heap
         self._slots = torch.zeros(0, self.block_size, dtype=torch.int32, device=self.device)
         self._table = self._slots.numpy()
         self.ids: list[list[int]] = []
-        """Of each row the tokens it holds."""
-        self._spare: list[int] = []  # rows that nobody has
+        self._spare: list[int] = []  # rows that are not in use
 
     def new(self) -> int:
-        """An empty row."""
         if not self._spare:
             n, more = len(self.ids), max(4, len(self.ids))
             self._slots = torch.cat([self._slots, self._slots.new_zeros(more, self.block_size)])
@@ -51,12 +128,10 @@ class Rows:
         return self._spare.pop()
 
     def release(self, row: int) -> None:
-        """The row is gone, and so are its tokens if no other has them."""
         self.truncate(row, 0)
         self._spare.append(row)
 
     def truncate(self, row: int, n: int) -> None:
-        """Keep the first n tokens."""
         for slot in self._table[row, n : len(self.ids[row])].tolist():
             self._users[slot] -= 1
             if not self._users[slot]:
@@ -64,7 +139,6 @@ class Rows:
         del self.ids[row][n:]
 
     def fork(self, row: int, n: int | None = None) -> int:
-        """A new row that begins with the first n tokens of another (None: with all)."""
         new = self.new()
         ids = self.ids[row][:n]
         self._table[new, : len(ids)] = self._table[row, : len(ids)]
@@ -72,16 +146,6 @@ class Rows:
             self._users[slot] += 1
         self.ids[new] = ids
         return new
-
-    def start(self, ids: Sequence[int]) -> int:
-        """A row that shares with another as many of the first tokens as it can, but not all of
-        them: of the last there must be logits."""
-        best, most = -1, 0
-        for row, held in enumerate(self.ids):
-            if len(held) > most and (n := _common(held, ids)) > most:
-                best, most = row, n
-        most = min(most, len(ids) - 1)
-        return self.new() if most <= 0 else self.fork(best, most)
 
     def forward(
         self,
@@ -91,27 +155,12 @@ class Rows:
         sampling: Sequence[Tensor] = (),
         positions: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Append tokens to rows: logits (M, V) fp32 behind the last wanted[i] of row i's, None
-        meaning one of each; and, with sampling (`ops.sample`'s first five parameters, each (M,))
-        and positions (M), ids (M,) drawn from them.
-
-        A row that would outgrow block_size restarts with its last block_size tokens, at positions
-        from 0: all of them are computed anew.
-        """
         try:
             return self._forward(rows, tokens, wanted or [1] * len(rows), sampling, positions)
         except BaseException:
-            for row in rows:  # of which nobody knows what was computed
+            for row in rows:  # what was computed of them is unknown
                 self.truncate(row, 0)
             raise
-
-    def fitting(self, row: int, new: Sequence[int]) -> list[int]:
-        """new; or, of a row that would outgrow block_size, its last tokens, and the row emptied."""
-        if len(self.ids[row]) + len(new) <= self.block_size:
-            return list(new)
-        window = [*self.ids[row], *new][-self.block_size :]
-        self.truncate(row, 0)
-        return window
 
     def _forward(
         self,
@@ -121,33 +170,45 @@ class Rows:
         sampling: Sequence[Tensor],
         positions: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        pieces: list[tuple[int, int, Sequence[int], int]] = []  # row, start, tokens, wanted
+        pieces: list[Piece] = []
         for row, new, n in zip(rows, tokens, wanted, strict=True):
             new = self.fitting(row, new)
             start = len(self.ids[row])
             self._append(row, new)
-            cut = (len(new) - max(n, 1)) // CHUNK * CHUNK
-            for i in range(0, cut, CHUNK):
-                self._step([(row, start + i, new[i : i + CHUNK], 0)], (), ())
-            pieces.append((row, start + cut, new[cut:], n))
+            cut = (len(new) - max(n, 1)) // MAX_STEP_TOKENS * MAX_STEP_TOKENS
+            for i in range(0, cut, MAX_STEP_TOKENS):
+                piece = Piece(row, start + i, new[i : i + MAX_STEP_TOKENS], 0)
+                self._step([piece], (), ())
+            pieces.append(Piece(row, start + cut, new[cut:], n))
         return self._step(pieces, sampling, positions)
 
     def _step(
         self,
-        pieces: Sequence[tuple[int, int, Sequence[int], int]],
+        pieces: Sequence[Piece],
         sampling: Sequence[Tensor],
         positions: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        rows, starts, counts, ids, at = [], [], [], [], []
-        for row, start, new, n in pieces:
-            rows.append(row)
-            starts.append(start)
-            counts.append(len(new))
-            ids += new
-            at += range(len(ids) - n, len(ids))
+        rows = [piece.row for piece in pieces]
+        starts = [piece.start for piece in pieces]
+        counts = [len(piece.tokens) for piece in pieces]
+        ids: list[int] = []
+        wanted: list[int] = []
+        for piece in pieces:
+            ids += piece.tokens
+            wanted += range(len(ids) - piece.wanted, len(ids))
         packed, cache, slots = self._packed.data, self._cache, self._slots
         return torch.ops.gptfast.engine_step(
-            packed, self._shape, cache, slots, rows, starts, counts, ids, at, sampling, positions
+            packed,
+            self._shape,
+            cache,
+            slots,
+            rows,
+            starts,
+            counts,
+            ids,
+            wanted,
+            sampling,
+            positions,
         )
 
     def _append(self, row: int, new: Sequence[int]) -> None:
@@ -162,7 +223,7 @@ class Rows:
         self.ids[row] += new
 
     def _grow(self, n: int) -> None:
-        """Room for at least n more tokens: at first for one row, then double."""
+        """Make room for at least n more tokens: at first for one row, then twice as many."""
         config, before = self._packed.config, self._n_slots
         after = max(2 * before, before + n, min(256, self.block_size))
         heads = 2 * config.n_layer * config.n_head
@@ -176,8 +237,8 @@ class Rows:
         heapq.heapify(self._free)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many of the first tokens are the same."""
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many of the first tokens are the same."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n

@@ -1,7 +1,8 @@
 """HellaSwag (Zellers et al., 2019) and tasks of its form: which ending follows a context?
 
-A line of JSON has "ctx", "endings" and "label", the index of the true one. As llm.c counts: acc
-takes the ending with the least loss, acc_norm that with the least loss per token.
+Each line of JSON has "ctx", "endings" and "label", the index of the true ending. The accuracies are
+those of llm.c: acc picks the ending with the least loss, acc_norm that with the least loss per
+token.
 """
 
 import json
@@ -15,32 +16,34 @@ from typing import Any
 
 import torch
 
-from gptfast.engine.engine import Engine
-from gptfast.evaluate.loss import Row, padded, row, token_losses
-from gptfast.generation.sequences import evaluating
+from gptfast.evaluate.loss import Example, example, padded
+from gptfast.generation.decoder import Decoder
+from gptfast.generation.model_decoder import as_decoder
 from gptfast.model import GPT
 from gptfast.tokenizer.bpe import Tokenizer
 
 
 @dataclass(frozen=True)
 class Accuracy:
+    """Shares of the examples in which the true ending was picked."""
+
     examples: int
     acc: float
     acc_norm: float
 
 
 def _examples(path: Path) -> Iterator[tuple[str, list[str], int]]:
-    """Context, endings, label; ValueError naming the line that is none."""
+    """Yield context, endings and label. Raises ValueError naming a line that is no example."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.strip():
                 continue
             try:
-                example = json.loads(raw.decode("utf-8-sig"))
-                context, endings, label = (example[k] for k in ("ctx", "endings", "label"))
+                found = json.loads(raw.decode("utf-8-sig"))
+                context, endings, label = (found[k] for k in ("ctx", "endings", "label"))
             except (ValueError, LookupError, TypeError, RecursionError):
-                example = None
-            if example is None or not _fits(context, endings, label):
+                found = None
+            if found is None or not _fits(context, endings, label):
                 raise ValueError(
                     f'{path}, line {number}: not {{"ctx": text, "endings": [text, ...], '
                     '"label": index of one}'
@@ -58,45 +61,46 @@ def _fits(context: Any, endings: Any, label: Any) -> bool:
 
 
 def hellaswag(
-    model: GPT | Engine,
+    model: GPT | Decoder,
     tokenizer: Tokenizer,
     path: str | PathLike,
     *,
     batch_size: int = 8,
     limit: int | None = None,
 ) -> Accuracy:
-    """Accuracy on a .jsonl of examples, the first `limit` of them; batch_size at a time.
+    """Return the accuracy on the first `limit` examples of a .jsonl file (None: on all).
 
-    Raises ValueError for a line that is no example, an empty file, an empty context or ending, and
-    a model whose losses are not finite.
+    batch_size examples are computed at a time. Raises ValueError for a line that is no example, an
+    empty file, an empty context or ending, and a model whose losses are not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    examples, losses, norms = [], [], []
+    decoder = as_decoder(model)
+    examples: list[tuple[int, int]] = []  # the number of endings, and the true one
+    losses: list[float] = []  # of each ending
+    norms: list[float] = []  # the same per token
 
-    def measure(rows: list[Row]) -> None:
-        x, y = padded(model, rows)
-        sums = token_losses(model, x, y).sum(1).tolist()
+    def measure(endings: list[Example]) -> None:
+        sums = decoder.token_losses(*padded(endings)).sum(1).tolist()
         losses.extend(sums)
-        norms.extend(s / int((y != -100).sum()) for s, (_, y) in zip(sums, rows, strict=True))
+        norms.extend(s / int((y != -100).sum()) for s, (_, y) in zip(sums, endings, strict=True))
 
-    with torch.no_grad(), evaluating(model):
-        rows: list[Row] = []
-        for context, endings, label in islice(_examples(Path(path)), limit):
-            ids = tokenizer.encode(context)
-            if not ids:
-                raise ValueError(f"{path}: an example has an empty context")
-            for ending in endings:
-                ending_ids = tokenizer.encode(f" {ending}")
-                # Of what is too long the beginning is cut.
-                whole = torch.tensor((ids + ending_ids)[-(model.config.block_size + 1) :])
-                rows.append(row(whole, len(ending_ids)))
-            examples.append((len(endings), label))
-            if len(examples) % batch_size == 0:
-                measure(rows)
-                rows = []
-        if rows:
-            measure(rows)
+    batch: list[Example] = []
+    for context, endings, label in islice(_examples(Path(path)), limit):
+        ids = tokenizer.encode(context)
+        if not ids:
+            raise ValueError(f"{path}: an example has an empty context")
+        for ending in endings:
+            ending_ids = tokenizer.encode(f" {ending}")
+            # A text that is too long loses its beginning.
+            whole = torch.tensor((ids + ending_ids)[-(decoder.config.block_size + 1) :])
+            batch.append(example(whole, len(ending_ids)))
+        examples.append((len(endings), label))
+        if len(examples) % batch_size == 0:
+            measure(batch)
+            batch = []
+    if batch:
+        measure(batch)
     if not examples:
         raise ValueError(f"{path} has no examples")
     return _accuracy(examples, losses, norms)

@@ -12,13 +12,17 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from gptfast.engine.engine import engine_for
-from gptfast.evaluate.loss import Row, padded, row, target_losses
-from gptfast.generation.continuation import text_pieces
+from gptfast.engine.choice import decoder_for
+from gptfast.evaluate.loss import Example, example, padded
+from gptfast.generation.continuation import checked_stream_job, stream_pieces, text_options
+from gptfast.generation.model_decoder import target_losses
 from gptfast.generation.sequences import evaluating
 from gptfast.model import GPT
 from gptfast.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
+
+MAX_NEW_TOKENS = 256
+"""New tokens per request that does not say how many."""
 
 _Request = tuple[Any, list[int], list[int]]
 
@@ -28,7 +32,8 @@ class GPTFastLM(TemplateLM):
     """A GPT as the harness sees it.
 
     pretrained: a GPT, or what `GPT.from_pretrained` takes. tokenizer: a Tokenizer or its name; None
-    takes that of the files, else GPT-2's.
+    takes that of the files, else GPT-2's. max_length: tokens per window, block_size if None.
+    Raises ValueError for a max_length outside [1, block_size].
     """
 
     def __init__(
@@ -43,8 +48,9 @@ class GPTFastLM(TemplateLM):
         super().__init__()
         model = GPT.from_pretrained(pretrained) if isinstance(pretrained, str) else pretrained
         self.model = model.to(device or model.wte.weight.device)
-        name = tokenizer if isinstance(tokenizer, str) else model.tokenizer_name or "gpt2"
-        self.tokens = get_tokenizer(name) if tokenizer is None or tokenizer is name else tokenizer
+        if tokenizer is None or isinstance(tokenizer, str):
+            tokenizer = get_tokenizer(tokenizer or model.tokenizer_name or "gpt2")
+        self.tokens: Tokenizer = tokenizer
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         T = model.config.block_size
         self.max_length = T if max_length is None else int(max_length)
@@ -61,23 +67,25 @@ class GPTFastLM(TemplateLM):
         return self.tokens.name
 
     def tok_encode(self, string: str, **_: Any) -> list[int]:
-        # As the harness's own models read it: end-of-text where its name stands.
+        # The harness's own models also read the name of end-of-text as the token.
         return self.tokens.encode(string, allowed_special={END_OF_TEXT})
 
     def _loglikelihood_tokens(
         self, requests: Sequence[_Request], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Of each (key, context, continuation): its log-likelihood, and whether it is the greedy
-        one. What is too long loses its beginning."""
-        # Alike in length side by side, so that little is padding.
+        """Return each continuation's log-likelihood, and whether greedy decoding gives it.
+
+        requests: (key, context ids, continuation ids). Texts too long lose their beginning.
+        """
+        # Sorted by length, so that there is little padding.
         order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="loglikelihood")
         with torch.inference_mode(), evaluating(self.model):
             for at in range(0, len(order), self.batch_size):
                 batch = order[at : at + self.batch_size]
-                rows = [self._row(*requests[i][1:]) for i in batch]
-                x, y = padded(self.model, rows)
+                x, y = padded([self._example(*requests[i][1:]) for i in batch])
+                x, y = x.to(self.model.wte.weight.device), y.to(self.model.wte.weight.device)
                 hidden = self.model.hidden(x)  # (B, T, C)
                 losses = target_losses(self.model, hidden, y).sum(1).tolist()
                 for k, i in enumerate(batch):
@@ -90,20 +98,20 @@ class GPTFastLM(TemplateLM):
         bar.close()
         return results
 
-    def _row(self, context: list[int], continuation: list[int]) -> Row:
+    def _example(self, context: list[int], continuation: list[int]) -> Example:
         if not 1 <= len(continuation) <= self.max_length:
             raise ValueError(
                 f"a continuation has {len(continuation)} tokens; 1 to {self.max_length} can be "
                 "scored"
             )
-        # The harness moves white space from a context's end to the continuation: all of it, maybe.
+        # A context is empty if it was white space, which the harness moves to the continuation.
         whole = (context or [self.prefix_token_id]) + continuation
-        return row(torch.tensor(whole[-(self.max_length + 1) :]), len(continuation))
+        return example(torch.tensor(whole[-(self.max_length + 1) :]), len(continuation))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts, in windows that each predict what no other does."""
+        """Return the log-likelihoods of whole texts, by windows that predict each token once."""
         windows: list[_Request] = []
         counts = []
         for request in requests:
@@ -120,32 +128,28 @@ class GPTFastLM(TemplateLM):
         return [sum(next(scores)[0] for _ in range(n)) for n in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, or drawn, each from a seed of its own, if that is asked for; up to
-        a stop string. A context too long for what is to follow loses its beginning."""
+        """Return continuations up to a stop string: greedy, or sampled with a seed for each.
+
+        A context that leaves too little room for its continuation loses its beginning.
+        """
         texts = []
-        model = engine_for(self.model, 256) or self.model  # packed once, not for each request
+        decoder = decoder_for(self.model, MAX_NEW_TOKENS)  # packed once, not for each request
         for request in tqdm(requests, disable=disable_tqdm, desc="generate_until"):
             context, given = request.args
-            options = normalize_gen_kwargs(dict(given), default_max_gen_toks=256)
+            options = normalize_gen_kwargs(dict(given), default_max_gen_toks=MAX_NEW_TOKENS)
             n = options["max_gen_toks"]
             ids = self.tok_encode(context) or [self.prefix_token_id]
             if n < self.max_length:
                 ids = ids[-(self.max_length - n) :]
             stop, sampled = [s for s in options["until"] if s], options["do_sample"]
-            drawn = {name: options.get(name) for name in ("top_p", "top_k")} if sampled else {}
+            drawn: dict[str, Any] = {}
+            if sampled:
+                drawn |= {name: options.get(name) for name in ("top_p", "top_k")}
             self._draws += 1
-            pieces = text_pieces(
-                model,
-                self.tokens,
-                ids,
-                n,
-                eos_id=self.tokens.eot,
-                temperature=float(options["temperature"]) if sampled else 0.0,
-                seed=self._draws if sampled else 0,
-                stop=stop or None,
-                **drawn,
-            )
-            text = "".join(pieces)
+            drawn |= {"temperature": float(options["temperature"]) if sampled else 0.0}
+            drawn |= {"seed": self._draws if sampled else 0, "stop": stop or None}
+            job = checked_stream_job(decoder, ids, n, text_options(self.tokens, drawn))
+            text = "".join(stream_pieces(decoder, job))
             texts.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -10,86 +9,63 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gptfast import ops
 from gptfast.data.token_files import TokenFiles
-from gptfast.engine.engine import Engine
-from gptfast.generation.sequences import evaluating
+from gptfast.generation.decoder import Decoder
+from gptfast.generation.model_decoder import as_decoder
 from gptfast.model import GPT
 from gptfast.tokenizer.bpe import Tokenizer
 
 
-def batch_loss(model: GPT | Engine, x: Tensor, y: Tensor) -> Tensor:
-    """Mean loss over the targets y (B, T) that count, nats per token; moves x, y to the model."""
-    if isinstance(model, Engine):
-        losses = token_losses(model, x, y)
-        return losses.sum() / (y != -100).sum()
+def batch_loss(model: GPT, x: Tensor, y: Tensor) -> Tensor:
+    """Return the mean loss, in nats, over the targets y (B, T) that are not -100, for training.
+
+    x (B, T) and y, both int64, are moved to the model's device.
+    """
     device = model.wte.weight.device
     return model(x.to(device), y.to(device))
 
 
-@torch.no_grad()
 def loader_loss(
-    model: GPT | Engine, batches: Iterable[tuple[Tensor, Tensor]], max_batches: int | None = None
+    model: GPT | Decoder, batches: Iterable[tuple[Tensor, Tensor]], max_batches: int | None = None
 ) -> float:
-    """Mean loss per token over batches (the first max_batches if given), without dropout.
+    """Return the mean loss per token over batches, without dropout, in nats.
 
-    Every token counts the same, whatever the size of its batch. Raises ValueError for no tokens.
+    batches: pairs of x and y, each (B, T) int64; with max_batches only the first of them. Each
+    token counts the same, whatever the size of its batch. Raises ValueError without any tokens.
     """
+    decoder = as_decoder(model)
     total, count = 0.0, 0
-    with evaluating(model):
-        for x, y in islice(batches, max_batches):
-            n = int((y != -100).sum())
-            if n:
-                total += batch_loss(model, x, y).item() * n
-            count += n
+    for x, y in islice(batches, max_batches):
+        n = int((y != -100).sum())
+        if n:
+            total += decoder.mean_loss(x, y).item() * n
+        count += n
     if not count:
         raise ValueError("no tokens to evaluate: the loader is empty or every target is ignored")
     return total / count
 
 
-Row = tuple[Tensor, Tensor]
+Example = tuple[Tensor, Tensor]
 """Input and targets, each (T,) int64; -100 where a target does not count."""
 
 
-def row(ids: Tensor, n: int) -> Row:
-    """Ids (T + 1,) as input and targets, of which the last n count."""
+def example(ids: Tensor, n: int) -> Example:
+    """Return ids (T + 1,) as input and targets, of which the last n count."""
     y = ids[1:].clone()
     y[: max(0, len(y) - n)] = -100
     return ids[:-1], y
 
 
-def padded(model: GPT | Engine, rows: list[Row]) -> tuple[Tensor, Tensor]:
-    """Rows of any lengths as a batch (B, longest), on the model's device; -100 past a row's end."""
-    device = torch.device("cpu") if isinstance(model, Engine) else model.wte.weight.device
-    x = pad_sequence([x for x, _ in rows], batch_first=True).to(device)
-    y = pad_sequence([y for _, y in rows], batch_first=True, padding_value=-100).to(device)
+def padded(examples: list[Example]) -> tuple[Tensor, Tensor]:
+    """Return examples of any lengths as one batch x, y (B, longest), with -100 after their ends."""
+    x = pad_sequence([x for x, _ in examples], batch_first=True)
+    y = pad_sequence([y for _, y in examples], batch_first=True, padding_value=-100)
     return x, y
 
 
-@torch.no_grad()
-def target_losses(model: GPT, hidden: Tensor, y: Tensor) -> Tensor:
-    """The loss of every target y (B, T) from model.hidden's (B, T, C): fp32 nats, 0 where it is
-    -100."""
-    device = hidden.device
-    # In fp32, of 16-bit models too.
-    half = hidden.dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(device.type, dtype=hidden.dtype) if half else nullcontext():
-        loss = ops.linear_cross_entropy(hidden, model.head_weight, y, reduction="none")
-    return loss.float()
-
-
-@torch.no_grad()
-def token_losses(model: GPT | Engine, x: Tensor, y: Tensor) -> Tensor:
-    """The loss of every target y (B, T) behind x (B, T): fp32 nats, 0 where it is -100."""
-    if not isinstance(model, Engine):
-        return target_losses(model, model.hidden(x), y)
-    losses = torch.zeros(y.shape)
-    for loss, ids, target in zip(losses, x, y, strict=True):
-        asked = (target != -100).nonzero()[:, 0].tolist()
-        if asked:
-            n = asked[-1] + 1  # what follows is padding
-            loss[:n] = model.losses(ids[:n].tolist(), target[:n])
-    return losses
+def token_losses(model: GPT | Decoder, x: Tensor, y: Tensor) -> Tensor:
+    """Return the loss of every target y (B, T) after x (B, T): fp32 nats, 0 where it is -100."""
+    return as_decoder(model).token_losses(x, y)
 
 
 @dataclass(frozen=True)
@@ -99,19 +75,20 @@ class Score:
     loss: float
     """Nats per token."""
     nats: float
-    """Of all tokens that were predicted."""
+    """The sum of the losses of all predicted tokens."""
     n_tokens: int
-    """That were predicted."""
+    """How many tokens were predicted."""
     n_bytes: int
-    """Of them as text; end-of-text is none."""
+    """The bytes of their text; end-of-text has none."""
 
     @property
     def bits_per_byte(self) -> float:
+        """The loss in bits per byte of text, NaN for no text."""
         return self.nats / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
 
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """The bytes of each token, (vocab_size,) int64; 0 for end-of-text and ids without a token."""
+    """Return the bytes of each token, (vocab_size,) int64; 0 for end-of-text and unused ids."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
     for i in range(min(tokenizer.n_vocab, vocab_size)):
         if i != tokenizer.eot:
@@ -120,9 +97,9 @@ def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
 
 
 def loader_score(
-    model: GPT | Engine, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: Tokenizer
+    model: GPT | Decoder, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: Tokenizer
 ) -> Score:
-    """`loader_loss` of batches that can be gone through twice, with what bits per byte need."""
+    """Return the score of batches, which can be iterated twice: their `loader_loss` and bytes."""
     loss = loader_loss(model, batches)
     lengths = byte_lengths(tokenizer, model.config.vocab_size)
     targets = [y[y != -100] for _, y in batches]
@@ -131,7 +108,7 @@ def loader_score(
 
 
 def _windows(n: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Windows over n tokens: where each begins and ends, and how many of its tokens are new."""
+    """Yield windows over n tokens: begin, end, and how many tokens the one before did not have."""
     before = 0
     for begin in range(0, n, stride):
         end = min(begin + max_length, n)
@@ -142,7 +119,7 @@ def _windows(n: int, max_length: int, stride: int) -> Iterator[tuple[int, int, i
 
 
 def sliding_score(
-    model: GPT | Engine,
+    model: GPT | Decoder,
     tokens: Tensor | TokenFiles,
     tokenizer: Tokenizer,
     *,
@@ -150,13 +127,13 @@ def sliding_score(
     stride: int,
     batch_size: int = 8,
 ) -> Score:
-    """A long text's score by a sliding window: each window of max_length tokens predicts those that
-    the one before has not, stride many, with what stands before them in it as context.
+    """Return the score of a long text, tokens (n,) int64, by a sliding window.
 
-    The loss is that of transformers' documented recipe ("Perplexity of fixed-length models"), which
-    weights a window's mean by the number of its new tokens less one. tokens: (n,) int64.
-    Raises ValueError for a stride outside [1, max_length], a window longer than block_size and
-    fewer than two tokens.
+    Each window of max_length tokens predicts its last `stride` tokens, which the window before it
+    did not have; the tokens before them are context. The loss is that of transformers' documented
+    recipe ("Perplexity of fixed-length models"), which weights a window's mean by the number of its
+    new tokens less one. Raises ValueError for a stride outside [1, max_length], a max_length
+    outside [2, block_size], and fewer than two tokens.
     """
     if not 2 <= max_length <= model.config.block_size:
         raise ValueError(
@@ -172,17 +149,18 @@ def sliding_score(
 
 
 def text_score(
-    model: GPT | Engine,
+    model: GPT | Decoder,
     tokens: Tensor | TokenFiles,
     tokenizer: Tokenizer,
     *,
     max_length: int,
     batch_size: int = 8,
 ) -> Score:
-    """A text's score by windows side by side, as training sees it: max_length inputs each, the last
-    as many as are left, so that every token but the first is predicted once. tokens: (n,) int64.
+    """Return the score of a text, tokens (n,) int64, by windows side by side, as training has them.
 
-    Raises ValueError for a max_length outside [1, block_size] and fewer than two tokens.
+    Each window has max_length inputs, the last one as many as are left, so that every token but the
+    first is predicted once. Raises ValueError for a max_length outside [1, block_size]
+    and for fewer than two tokens.
     """
     if not 1 <= max_length <= model.config.block_size:
         raise ValueError(
@@ -194,37 +172,36 @@ def text_score(
 
 
 def _measure(
-    model: GPT | Engine,
+    model: GPT | Decoder,
     tokens: Tensor | TokenFiles,
     tokenizer: Tokenizer,
     windows: list[tuple[int, int, int]],
     batch_size: int,
 ) -> tuple[list[tuple[float, int]], Score]:
-    """Of each window that predicts something the nats and the number of its predictions; and the
-    score of all."""
+    """Return each window's nats and number of predictions, if it has any, and the score of all."""
     if len(tokens) < 2:
         raise ValueError(f"no tokens to evaluate: {len(tokens)} are there, two are needed")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     lengths = byte_lengths(tokenizer, model.config.vocab_size)
     windows = [window for window in windows if window[1] - window[0] > 1]
-    found, n_bytes = [], 0
-    with torch.no_grad(), evaluating(model):
-        for i in range(0, len(windows), batch_size):
-            rows = [_row(tokens, *window) for window in windows[i : i + batch_size]]
-            x, y = padded(model, rows)
-            sums = token_losses(model, x, y).double().sum(1).tolist()
-            found += zip(sums, (y != -100).sum(1).tolist(), strict=True)
-            n_bytes += int(lengths[y[y != -100].cpu()].sum())
-    nats, n = (sum(column) for column in zip(*found, strict=True))
+    found: list[tuple[float, int]] = []
+    n_bytes = 0
+    decoder = as_decoder(model)
+    for i in range(0, len(windows), batch_size):
+        x, y = padded([_example(tokens, *window) for window in windows[i : i + batch_size]])
+        sums = decoder.token_losses(x, y).double().sum(1).tolist()
+        found += zip(sums, (y != -100).sum(1).tolist(), strict=True)
+        n_bytes += int(lengths[y[y != -100]].sum())
+    nats, n = sum(nats for nats, _ in found), sum(n for _, n in found)
     return found, Score(nats / n, nats, n, n_bytes)
 
 
-def _row(tokens: Tensor | TokenFiles, begin: int, end: int, new: int) -> Row:
+def _example(tokens: Tensor | TokenFiles, begin: int, end: int, new: int) -> Example:
     window = tokens[begin:end]
-    return row(window.tensor() if isinstance(window, TokenFiles) else window, new)
+    return example(window.tensor() if isinstance(window, TokenFiles) else window, new)
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), loss in nats per token."""
+    """Return exp(loss) for a loss in nats per token, infinity where it overflows."""
     return math.inf if loss > 700 else math.exp(loss)

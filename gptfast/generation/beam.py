@@ -1,25 +1,27 @@
-"""Beam search: of all continuations, the likeliest per token that a beam of width K comes upon.
+"""Beam search: the likeliest continuation per token among those that K beams find.
 
-The rules are those of transformers 5 with early_stopping=False. Per step and row, of all
-continuations of the K running beams the best 2K by their sum of log-probabilities are candidates:
-  one that ends (end-of-text, a stop, the last step) is finished if it is among the first K, at
-    score = sum / new tokens ** length_penalty; of the finished ones, the K best are kept;
-  the first K of the others run on.
-A row is done with K finished, if the best running beam, scored at its present length, does not beat
-the worst of them; or when nothing runs on. Its result is the best finished one.
+The rules are those of transformers 5 with early_stopping=False. At each step, each prompt's
+candidates are the 2K continuations of its K running beams with the largest sums of
+log-probabilities:
+  a candidate that ends (end-of-text, a stop, the last step) is finished if it is among the first K,
+    with score = sum / new tokens ** length_penalty; the K best finished ones are kept;
+  the first K of the other candidates run on.
+A prompt is done when it has K finished hypotheses and its best running beam, scored at its present
+length, does not beat the worst of them, or when nothing runs on. Its result is the best finished
+hypothesis.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gptfast.generation.decoder import BAD_LOGITS, Continuation, Job
 from gptfast.generation.sequences import Sequences
-from gptfast.generation.stop import Stops, TextStream, id_stream
-from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.generation.stop import TextStream, id_stream
 
 
 class Link(NamedTuple):
@@ -31,35 +33,40 @@ class Link(NamedTuple):
 
 
 class Beam(NamedTuple):
+    """A hypothesis."""
+
     total: float  # the sum of log-probabilities, penalised
-    score: float  # the same over new tokens ** length_penalty
-    parent: int  # which of the row's beams, at the step before, it continues
+    score: float  # total / new tokens ** length_penalty
+    parent: int  # the prompt's beam, at the step before, that it continues
     end: Link | None
     stream: TextStream | None  # where there are stops to look for
 
-    def ids(self) -> tuple[list[int], list[float]]:
-        """Its tokens and their log-probabilities."""
-        ids, logprobs, link = [], [], self.end
+    def continuation(self) -> Continuation:
+        """Return its tokens and their log-probabilities."""
+        ids: list[int] = []
+        logprobs: list[float] = []
+        link = self.end
         while link:
             ids.append(link.id)
             logprobs.append(link.logprob)
             link = link.before
-        return ids[::-1], logprobs[::-1]
+        return Continuation(ids[::-1], logprobs[::-1])
 
 
 @dataclass
-class Row:
-    """The hypotheses about one prompt, both kinds from the best down."""
+class Hypotheses:
+    """The hypotheses for one prompt, each kind sorted from the best down."""
 
     running: list[Beam]
     finished: list[Beam] = field(default_factory=list)
     done: bool = False
 
     def advance(self, candidates: list[Beam], K: int, eos_id: int | None, last: bool) -> None:
-        """candidates: 2K continuations of the running beams, from the best down."""
-        running = []
+        """Sort 2K candidates, the best first, into finished and running ones."""
+        running: list[Beam] = []
         for rank, beam in enumerate(candidates):
             stopped = beam.stream is not None and beam.stream.ended
+            assert beam.end is not None
             if last or stopped or beam.end.id == eos_id:
                 if rank < K:
                     self.finished.append(beam)
@@ -69,21 +76,21 @@ class Row:
         self.done = not running or (
             len(self.finished) == K and running[0].score <= self.finished[-1].score
         )
-        # Where too few run on, the row's other places in the batch hold what can never win.
+        # If too few run on, beams that can never win fill the prompt's other rows of the batch.
         spare = candidates[0]._replace(total=-math.inf)
         self.running = running + [spare] * (K - len(running))
 
 
-def _candidates(row: Row, values: Sequence[Sequence[float]], vocab_size: int) -> list[Beam]:
-    """Continuations of a row's beams from (totals, scores, log-probabilities, indices)."""
+def _candidates(
+    hypotheses: Hypotheses, values: Sequence[Sequence[Any]], vocab_size: int
+) -> list[Beam]:
+    """Return continuations of the running beams from `_top`'s values for one prompt."""
     beams = []
     for total, score, logprob, index in zip(*values, strict=True):
         if math.isnan(total):
-            raise ValueError(
-                "the model's logits had NaN, +inf or nothing but -inf; check its weights"
-            )
+            raise ValueError(BAD_LOGITS)
         parent, i = divmod(index, vocab_size)
-        before = row.running[parent]
+        before = hypotheses.running[parent]
         stream = before.stream and before.stream.fork()
         if stream:
             stream.feed(i)
@@ -92,6 +99,7 @@ def _candidates(row: Row, values: Sequence[Sequence[float]], vocab_size: int) ->
 
 
 def _length(n: int, penalty: float) -> float:
+    """Return n ** penalty, infinity if it overflows."""
     try:
         return float(n) ** penalty
     except OverflowError:
@@ -104,8 +112,11 @@ def _top(
     K: int,
     length: float,
     repetition_penalty: Tensor | None,
-) -> list[list[list[float]]]:
-    """Per row, the 2K best continuations: totals, scores, log-probabilities, flat indices."""
+) -> list[list[list[Any]]]:
+    """Return, for each prompt, the 2K best continuations of its running beams (B, beams).
+
+    They are four lists: totals, scores, log-probabilities, and indices beam * V + token.
+    """
     B = len(running)
     logprobs = sequences.logits().float().log_softmax(-1)  # (B * beams, V)
     penalised = logprobs
@@ -115,51 +126,43 @@ def _top(
     totals = penalised.view(B, -1, logprobs.shape[1]) + running[:, :, None]  # (B, beams, V)
     total, index = totals.view(B, -1).topk(2 * K)  # (B, 2K)
     score = total / length
-    of_index = logprobs.view(B, -1).gather(1, index)
-    on_host = (x.tolist() for x in (total, score, of_index, index))
+    logprob = logprobs.view(B, -1).gather(1, index)
+    on_host = (x.tolist() for x in (total, score, logprob, index))
     return [list(row) for row in zip(*on_host, strict=True)]
 
 
-def beam_search(
-    sequences: Sequences,
-    n: int,
-    *,
-    vocab_size: int,
-    num_beams: int,
-    length_penalty: float,
-    repetition_penalty: Tensor | None,
-    stops: Stops,
-    tokenizer: Tokenizer | None,
-) -> list[tuple[list[int], list[float]]]:
-    """Per sequence, the up to n new tokens of the best hypothesis and their log-probabilities.
+def beam_search(sequences: Sequences, job: Job, vocab_size: int) -> list[Continuation]:
+    """Return the best hypothesis for each prompt of a job, with what ends it, a stop too.
 
-    repetition_penalty: (B,), applied to log-probabilities; those returned are without it. What ends
-    a hypothesis, a stop too, is part of it. Asks the device once per token.
+    Its log-probabilities are without the repetition penalty. The search waits for the device once
+    per token.
     """
-    K, stream = num_beams, None
-    if stops.texts or stops.ids:
-        stream = id_stream(tokenizer, stops)
-    rows = [Row([Beam(0.0, 0.0, 0, None, stream)]) for _ in range(len(sequences.tokens))]
-    for step in range(1, n + 1):
-        running = torch.tensor([[beam.total for beam in row.running] for row in rows])
+    B, options = len(sequences.tokens), job.options
+    penalty = options.penalty(B, sequences.tokens.device)
+    stream = None
+    if job.stops.texts or job.stops.ids:
+        stream = id_stream(options.tokenizer, job.stops)
+    batch = [Hypotheses([Beam(0.0, 0.0, 0, None, stream)]) for _ in range(B)]
+    for step in range(1, job.n + 1):
+        running = torch.tensor([[beam.total for beam in one.running] for one in batch])
         running = running.to(sequences.tokens.device)  # (B, beams)
-        length = _length(step, length_penalty)
-        best = _top(sequences, running, K, length, repetition_penalty)
-        for row, values in zip(rows, best, strict=True):
-            if not row.done:
-                candidates = _candidates(row, values, vocab_size)
-                row.advance(candidates, K, stops.eos_id, last=step == n)
-        if all(row.done for row in rows):
+        length = _length(step, float(options.length_penalty))
+        best = _top(sequences, running, options.num_beams, length, penalty)
+        for one, values in zip(batch, best, strict=True):
+            if not one.done:
+                candidates = _candidates(one, values, vocab_size)
+                one.advance(candidates, options.num_beams, job.stops.eos_id, last=step == job.n)
+        if all(one.done for one in batch):
             break
-        _follow(sequences, rows, running.shape[1])
-    return [row.finished[0].ids() for row in rows]
+        _follow(sequences, batch, running.shape[1])
+    return [one.finished[0].continuation() for one in batch]
 
 
-def _follow(sequences: Sequences, rows: Sequence[Row], beams: int) -> None:
-    """Bring tokens and cache to the running beams, of which each row had `beams` before."""
+def _follow(sequences: Sequences, batch: Sequence[Hypotheses], beams: int) -> None:
+    """Make the sequences those of the running beams; each prompt had `beams` of them before."""
     device = sequences.tokens.device
-    parents = [n * beams + beam.parent for n, row in enumerate(rows) for beam in row.running]
-    if parents != list(range(len(rows) * beams)):
+    parents = [n * beams + beam.parent for n, one in enumerate(batch) for beam in one.running]
+    if parents != list(range(len(batch) * beams)):
         sequences.select(torch.tensor(parents, device=device))
-    ids = [beam.end.id for row in rows for beam in row.running]
+    ids = [beam.end.id for one in batch for beam in one.running if beam.end]
     sequences.append(torch.tensor(ids, device=device))

@@ -1,154 +1,137 @@
-"""Prompts continued, whole or token by token."""
+"""Prompts continued by a decoder: checked, decoded, and cut at their stops."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gptfast.engine.engine import Engine, engine_for
 from gptfast.generation.beam import beam_search
-from gptfast.generation.decoder import Row, Told, Top, check_drawn, tops
-from gptfast.generation.model_decoder import draw_rows, steps_of
-from gptfast.generation.options import Options, check_logprobs, new_tokens, token_ids
-from gptfast.generation.sequences import Sequences, evaluating
-from gptfast.generation.stop import Stops, TextStream, id_stream
-from gptfast.model import GPT
+from gptfast.generation.decoder import Continuation, Decoder, Job, TopLogprobs
+from gptfast.generation.options import LogprobOptions, Options, new_tokens, token_ids
+from gptfast.generation.stop import TextStream, id_stream
 from gptfast.tokenizer.bpe import Tokenizer
 
-
-def _draw_by_engine(
-    engine: Engine, prompts: list[list[int]], n: int, options: Options, stops: Stops, told: Told
-) -> list[Row]:
-    """Rows of up to n tokens; where one ends, the next prompt takes its place."""
-    rows = [Row([], [], []) for _ in prompts]
-    ends = [id_stream(options.tokenizer, stops) for _ in prompts]
-    watched = stops != Stops()
-    for request, i, logprob, top in engine.draw(prompts, n, options, told):
-        row, end = rows[request.index], ends[request.index]
-        row.ids.append(i)
-        row.logprobs.append(logprob)
-        row.top.append(top)
-        if watched:
-            end.feed(i)
-            request.done = end.ended
-    return rows
+Generated = (
+    list[list[int]]
+    | tuple[list[list[int]], list[list[float]]]
+    | tuple[list[list[int]], list[list[float]], list[list[TopLogprobs]]]
+)
+"""Ids of each prompt; with log-probabilities, lists of those of each prompt's new tokens too."""
 
 
-def _search(
-    model: GPT | Engine, prompts: list[list[int]], n: int, options: Options, stops: Stops
-) -> list[Row]:
-    like = torch.empty(len(prompts), 0, device=_device(model))
-    settings = {
-        "vocab_size": model.config.vocab_size,
-        "num_beams": options.num_beams,
-        "length_penalty": float(options.length_penalty),
-        "repetition_penalty": options.penalty(like),
-        "stops": stops,
-        "tokenizer": options.tokenizer,
-    }
-    with torch.inference_mode():
-        if isinstance(model, Engine):
-            with model.sequences(prompts) as sequences:
-                found = beam_search(sequences, n, **settings)
-        else:
-            with evaluating(model):
-                found = beam_search(Sequences(model, prompts), n, **settings)
-    return [Row(ids, logprobs, []) for ids, logprobs in found]
-
-
-def _device(model: GPT | Engine) -> torch.device:
-    return model.rows.device if isinstance(model, Engine) else model.wte.weight.device
-
-
-def _needs_engine(options: Options) -> None:
-    if options.lookup or options.draft is not None:
-        name = "lookup" if options.lookup else "draft"
-        raise ValueError(f"{name} needs an engine: generate with gptfast.Engine(model)")
-
-
-def _continue(
-    model: GPT | Engine,
-    prompts: list[list[int]],
+def checked_job(
+    decoder: Decoder,
+    idx: Tensor | Sequence[Sequence[int]],
     max_new_tokens: int,
     options: Options,
-    stops: Stops,
-    told: Told,
-) -> list[Row]:
-    """Of each prompt the new tokens, what ends the row included."""
-    n = new_tokens(max_new_tokens)
-    check_logprobs(*told, model.config.vocab_size)
-    options.check_beams(model.config.vocab_size)
-    if told.top and options.num_beams != 1:
+    logprobs: LogprobOptions | None = None,
+) -> Job:
+    """Return what was asked for as a job.
+
+    Raises ValueError for an option out of range or that the decoder does not have, and for an empty
+    prompt; IndexError for an id outside the vocabulary.
+    """
+    V, device, logprobs = decoder.config.vocab_size, decoder.device, logprobs or LogprobOptions()
+    prompts, stops, n = token_ids(idx, V), options.stops(V), new_tokens(max_new_tokens)
+    logprobs.check(V)
+    options.check_beams(V)
+    if logprobs.top and options.num_beams != 1:
         raise ValueError("top_logprobs are of what is drawn; leave it out or take num_beams=1")
-    like = torch.empty(len(prompts), 0, device=_device(model))
-    options.sampling(like), options.penalty(like)
-    if not prompts or n == 0:
-        return [Row([], [], []) for _ in prompts]
-    if not isinstance(model, Engine):
-        _needs_engine(options)
-    model = engine_for(model, n) or model
-    if options.num_beams != 1:
-        return _search(model, prompts, n, options, stops)
-    if isinstance(model, Engine):
-        return _draw_by_engine(model, prompts, n, options, stops, told)
-    with torch.inference_mode(), evaluating(model):
-        return draw_rows(model, prompts, n, options, stops, told)
+    options.sampling(len(prompts), device)
+    options.penalty(len(prompts), device)
+    if not decoder.can_guess:
+        options.refuse_guesses()
+    return Job(prompts, n, options, stops, logprobs)
 
 
-def _raw_stream(
-    model: GPT | Engine,
-    prompt: Sequence[int],
+def checked_stream_job(
+    decoder: Decoder,
+    prompt_ids: Sequence[int] | Tensor,
     max_new_tokens: int,
     options: Options,
-    told: Told,
-) -> Iterator[tuple[int, float | None, Top | None]]:
-    """The tokens of one row as they are drawn; where it ends is for the caller to see."""
-    prompts, n = token_ids([prompt], model.config.vocab_size), new_tokens(max_new_tokens)
-    check_logprobs(*told, model.config.vocab_size)
-    like = torch.empty(1, 0, device=_device(model))
-    options.sampling(like), options.penalty(like)
-    if not isinstance(model, Engine):
-        _needs_engine(options)
-    if engine := engine_for(model, n):
-        return (drawn[1:] for drawn in engine.draw(prompts, n, options, told))
-    steps = steps_of(Sequences(model, prompts), n, options, told)
-
-    def tokens() -> Iterator[tuple[int, float | None, Top | None]]:
-        for ids, of_ids in steps:
-            drawn = ids.tolist()
-            check_drawn(drawn)
-            logprob = of_ids[0].item() if of_ids else None
-            yield drawn[0], logprob, tops(*of_ids[1:])[0] if told.top else None
-
-    return tokens()
-
-
-def _streamed(options: dict[str, Any], vocab_size: int) -> Options:
-    checked = Options.of(options)
-    checked.check_beams(vocab_size)
-    if checked.num_beams != 1:
+    logprobs: LogprobOptions | None = None,
+) -> Job:
+    """Return the job of one streamed prompt. Raises what `checked_job` raises, and for beams."""
+    job = checked_job(decoder, [prompt_ids], max_new_tokens, options, logprobs)  # type: ignore[list-item]
+    if options.num_beams != 1:
         raise ValueError(
-            f"num_beams={checked.num_beams} cannot be streamed: no token of a beam search is "
+            f"num_beams={options.num_beams} cannot be streamed: no token of a beam search is "
             "certain before its end; use generate or generate_text"
         )
-    return checked
+    return job
 
 
-def text_pieces(
-    model: GPT | Engine,
-    tokenizer: Tokenizer,
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    **options: Any,
-) -> Iterator[str]:
-    """`stream_text` for a prompt that is ids already."""
-    checked = _streamed({**options, "tokenizer": tokenizer}, model.config.vocab_size)
-    text = TextStream(tokenizer, checked.stops(model.config.vocab_size))
-    raw = _raw_stream(model, prompt_ids, max_new_tokens, checked, Told())
+def continuations(decoder: Decoder, job: Job) -> list[Continuation]:
+    """Return the new tokens of each prompt, with what ends them and possibly more after that."""
+    if not job.prompts or job.n == 0:
+        return [Continuation() for _ in job.prompts]
+    if job.options.num_beams == 1:
+        return decoder.decode(job)
+    with torch.inference_mode(), decoder.sequences(job.prompts) as sequences:
+        return beam_search(sequences, job, decoder.config.vocab_size)
+
+
+def generate(decoder: Decoder, job: Job) -> Generated:
+    """Return each prompt with its new ids, and the log-probabilities that the job asks for."""
+    rows: list[list[int]] = []
+    logprobs: list[list[float]] = []
+    top: list[list[TopLogprobs]] = []
+    for prompt, continuation in zip(job.prompts, continuations(decoder, job), strict=True):
+        end = id_stream(job.options.tokenizer, job.stops)
+        end.read(continuation.ids)
+        rows.append(prompt + continuation.ids[: end.kept])
+        logprobs.append(continuation.logprobs[: end.kept])
+        top.append(continuation.top_logprobs[: end.kept])
+    if job.logprobs.top:
+        return rows, logprobs, top
+    return (rows, logprobs) if job.logprobs.logprobs else rows
+
+
+def stream_job(decoder: Decoder, job: Job) -> Iterator[Any]:
+    """Yield the new ids of a job's only prompt, or tuples with the log-probabilities asked for.
+
+    An id that may turn out to be part of a stop is held back until it is certain.
+    """
+    # Outside the generator, so that the call and not the first token raises what is wrong.
+    tokens = decoder.decode_stream(job)
+
+    def ids() -> Iterator[Any]:
+        end = id_stream(job.options.tokenizer, job.stops)
+        new: list[Any] = []
+        sent = 0
+        for token in tokens:
+            if job.logprobs.top:
+                new.append(tuple(token))
+            else:
+                new.append((token.id, token.logprob) if job.logprobs.logprobs else token.id)
+            end.feed(token.id)
+            yield from new[sent : end.kept]
+            sent = end.kept
+            if end.ended:
+                return
+        end.finish()
+        yield from new[sent : end.kept]
+
+    return ids()
+
+
+def stream(
+    decoder: Decoder, prompt_ids: Sequence[int] | Tensor, max_new_tokens: int, **options: Any
+) -> Iterator[int]:
+    """Return the new ids of a prompt one by one. Bad input is refused by the call."""
+    job = checked_stream_job(decoder, prompt_ids, max_new_tokens, Options.of(options))
+    return stream_job(decoder, job)
+
+
+def stream_pieces(decoder: Decoder, job: Job) -> Iterator[str]:
+    """Yield the text of a streamed job's new tokens in pieces as it becomes certain."""
+    tokens = decoder.decode_stream(job)
 
     def pieces() -> Iterator[str]:
-        for i, *_ in raw:
-            if piece := text.feed(i):
+        text = TextStream(job.options.tokenizer, job.stops)
+        for token in tokens:
+            if piece := text.feed(token.id):
                 yield piece
             if text.ended:
                 return
@@ -156,3 +139,8 @@ def text_pieces(
             yield piece
 
     return pieces()
+
+
+def text_options(tokenizer: Tokenizer, options: dict[str, Any]) -> Options:
+    """Return the options of generation from text: they end at the tokenizer's end-of-text."""
+    return Options.of({"eos_id": tokenizer.eot, **options, "tokenizer": tokenizer})

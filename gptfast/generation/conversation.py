@@ -1,8 +1,8 @@
 """A conversation as one text, which a plain language model continues.
 
-A template says how a turn is written: what stands before the prompt and what after it; the reply
-follows at once, as a completion follows its prompt in training. It ends at end-of-text, or where
-the model goes on to write the next prompt itself.
+A template says how a turn is written: the text before the prompt and the text after it. The reply
+follows immediately, as a completion follows its prompt in training. It ends at end-of-text, or
+where the model begins to write the next prompt itself.
 """
 
 import json
@@ -10,28 +10,27 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from gptfast.generate import stream
+from gptfast.generation.continuation import stream
+from gptfast.generation.decoder import Decoder
+from gptfast.generation.model_decoder import as_decoder
 from gptfast.generation.stop import Stops, TextStream
 from gptfast.model import GPT
 from gptfast.tokenizer.bpe import Tokenizer
 
-if TYPE_CHECKING:
-    from gptfast.engine import Engine
-
 PROMPT = "{prompt}"
-# How GPT-2 was asked by its authors (Radford et al., 2019, sections 3.5 and 3.8).
 QUESTIONS = f"Q: {PROMPT}\nA:"
+"""The template by which GPT-2's authors asked it (Radford et al., 2019, sections 3.5 and 3.8)."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a turn is written. Three kinds:
+    """How a turn is written. There are three kinds of template:
 
-    with words before the prompt, turns are lines of one dialogue, and a reply ends before those
-    words; with words after it only, turns are documents of their own, between which is end-of-text,
-    as training has prompts with completions; with none at all they are one running text.
+    with text before the prompt, turns are lines of one dialogue, and a reply ends before that text;
+    with text only after it, turns are separate documents with end-of-text between them, as prompts
+    with completions are in training; with neither, all turns are one running text.
     """
 
     before: str
@@ -39,6 +38,7 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> Self:
+        """Return the template of a text. Raises ValueError unless {prompt} is in it once."""
         before, found, after = text.partition(PROMPT)
         if not found or PROMPT in after:
             raise ValueError(f"--template must have {PROMPT} in it once, got {text!r:.100}")
@@ -46,45 +46,51 @@ class Template:
 
     @property
     def running(self) -> bool:
+        """Whether all turns are one running text."""
         return not self.before and not self.after
 
     @property
     def between(self) -> str:
-        """What separates a reply from the next turn, if words do."""
+        """The text that separates a reply from the next turn, if any does."""
         return "\n" if self.before and not self.before.startswith("\n") else ""
 
     @property
     def stop(self) -> str | None:
-        """With what the next turn begins. The model may leave out the space before the prompt."""
+        """The stop string of a reply: the beginning of the next turn without its last spaces."""
         start = self.between + self.before
         return (start.rstrip() or start) if self.before else None
 
     def write(self, prompt: str) -> str:
+        """Return a prompt with the text around it."""
         return self.before + prompt + self.after
 
 
 @dataclass
 class Turn:
+    """A prompt and its reply."""
+
     prompt: str
     ids: list[int]
     """The prompt in its template."""
     text: str = ""
+    """The reply so far."""
     reply: list[int] = field(default_factory=list)
+    """The ids of the reply that stay in the context."""
 
 
 class Conversation:
-    """Turns, the latest of which are the model's context."""
+    """Turns of a conversation; the model's context is the latest of them."""
 
     def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
         self.template, self.tokenizer = template, tokenizer
         self.turns: list[Turn] = []
         self.forgotten = 0
-        """How many of the first turns the model no longer sees."""
+        """The number of first turns that the model no longer sees."""
         stop, eot = template.stop, tokenizer.eot
         self._stops = Stops.parse(stop, eot, tokenizer, tokenizer.n_vocab)
 
     def ask(self, prompt: str) -> None:
-        """Begin a turn. ValueError for what UTF-8 cannot hold, and for nothing at all."""
+        """Begin a turn. Raises ValueError for text that UTF-8 cannot hold and for no text."""
         between = self.template.between if self.turns else ""
         ids = self.tokenizer.encode(between + self.template.write(prompt))
         if not ids and not self.turns:
@@ -92,7 +98,7 @@ class Conversation:
         self.turns.append(Turn(prompt, ids))
 
     def take_back(self) -> str:
-        """Undo the last turn; its prompt."""
+        """Undo the last turn; return its prompt. Raises ValueError if there is none."""
         if not self.turns:
             raise ValueError("there is no turn yet")
         turn = self.turns.pop()
@@ -100,17 +106,20 @@ class Conversation:
         return turn.prompt
 
     def reset(self) -> None:
+        """Forget all turns."""
         self.turns.clear()
         self.forgotten = 0
 
     @property
     def ids(self) -> list[int]:
-        """What the model sees."""
+        """The ids that the model sees."""
         return [i for turn in self.turns[self.forgotten :] for i in (*turn.ids, *turn.reply)]
 
     def make_room(self, block_size: int, n: int) -> int:
-        """Forget the oldest turns until n more tokens fit, but never more than half of block_size,
-        and not the latest turn; how many were forgotten."""
+        """Forget the oldest turns until n more tokens fit; return how many were forgotten.
+
+        Room is made for half of block_size at most, and the latest turn always stays.
+        """
         before, most = self.forgotten, block_size - min(n, block_size // 2)
         while self.forgotten < len(self.turns) - 1 and len(self.ids) > most:
             self.forgotten += 1
@@ -118,20 +127,22 @@ class Conversation:
 
     def reply(
         self,
-        model: "GPT | Engine",
+        model: GPT | Decoder,
         n: int,
         interrupted: Callable[[], bool] = lambda: False,
         **options: Any,
     ) -> Iterator[str]:
-        """The model's reply to the last turn, of up to n tokens, in pieces as it is written.
+        """Yield the model's reply to the last turn, up to n tokens, in pieces as it is written.
 
-        The whole context is the prompt each time: the engine computes only what is new in it.
-        interrupted is asked after each token; what was written until then stays. Where it fails
-        before the first one, the turn is taken back.
+        The prompt is the whole context each time: an engine computes only its new part.
+        interrupted() is asked after each token; the text written until then stays. If generation
+        fails before the first token, the turn is taken back.
         """
-        turn, text, new = self.turns[-1], TextStream(self.tokenizer, self._stops), []
+        turn, text = self.turns[-1], TextStream(self.tokenizer, self._stops)
+        new: list[int] = []
         try:
-            with closing(stream(model, self.ids, n, **options)) as ids:
+            # A generator: closing it lets an engine release the sequence.
+            with closing(stream(as_decoder(model), self.ids, n, **options)) as ids:  # type: ignore[type-var]
                 for i in ids:
                     new.append(i)
                     if piece := text.feed(i):
@@ -151,16 +162,19 @@ class Conversation:
             turn.reply = self._kept(new[: text.kept])
 
     def _kept(self, ids: list[int]) -> list[int]:
-        """A reply as it stays in the context, with what ends it."""
+        """Return a reply as it stays in the context, with the token that ends it."""
         eot = self.tokenizer.eot
         body = ids[:-1] if ids[-1:] == [eot] else ids
         if self.template.before:
-            return body  # in one dialogue, nothing comes to its end
+            return body  # one dialogue goes on: it has no end-of-text
         return ids if self.template.running else [*body, eot]
 
     def save(self, path: str) -> None:
-        """Write all turns: as the model sees them, or to .jsonl as prompts with completions, which
-        `gptfast train` learns from. ValueError for a file that exists."""
+        """Write all turns to a new file, as the model sees them.
+
+        A .jsonl file gets prompts with completions, which `gptfast train` learns from. Raises
+        ValueError for a file that exists or cannot be written.
+        """
         turns = [(self.template.write(turn.prompt), turn.text) for turn in self.turns]
         if path.endswith(".jsonl"):
             records = ({"prompt": prompt, "completion": text} for prompt, text in turns)
@@ -175,5 +189,5 @@ class Conversation:
             raise ValueError(f"{path} exists; name another or delete it") from None
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror}") from None
-        except RuntimeError as error:  # ~ of nobody
+        except RuntimeError as error:  # ~ with no home directory
             raise ValueError(f"cannot write {path}: {error}") from None

@@ -1,42 +1,122 @@
-"""What every decoder returns for a token and for a row."""
+"""The interface between generation and what computes it: a model or an engine.
 
-from collections.abc import Sequence
+`gptfast.generation.continuation` checks what was asked for, makes a `Job` of it and gives it to a
+`Decoder`: `ModelDecoder` for a GPT as it is, `gptfast.Engine` for packed weights.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-Top = list[tuple[int, float]]
-"""The likeliest tokens of one place and their log-probabilities."""
+from gptfast.config import GPTConfig
+from gptfast.generation.options import LogprobOptions, Options
+from gptfast.generation.sequences import Sequences
+from gptfast.generation.stop import Stops
+
+TopLogprobs = list[tuple[int, float]]
+"""The likeliest tokens at one position with their log-probabilities, the likeliest first."""
+
+BAD_LOGITS = "the model's logits had NaN, +inf or nothing but -inf; check its weights"
 
 
-class Told(NamedTuple):
-    """What is to be told of each token: its log-probability, and so many of the likeliest."""
+class SampledToken(NamedTuple):
+    """A token as it was sampled. logprob and top_logprobs are None where nobody asked for them."""
 
-    logprobs: bool = False
-    top: int = 0
-
-    def __call__(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        """Of logits (B, V) and ids (B,) what was asked for: (B,), (B, top), (B, top)."""
-        if not (self.logprobs or self.top):
-            return ()
-        logprobs = logits.float().log_softmax(-1)
-        chosen = logprobs.gather(1, ids.clamp(min=0)[:, None])[:, 0]
-        return (chosen, *logprobs.topk(self.top)) if self.top else (chosen,)
+    id: int
+    logprob: float | None = None
+    top_logprobs: TopLogprobs | None = None
 
 
-class Row(NamedTuple):
-    """The new tokens of a row, what ends it included, and what was to be told of them."""
+@dataclass
+class Continuation:
+    """The new tokens of one prompt, including those that end it, and their log-probabilities."""
 
-    ids: list[int]
-    logprobs: list[float]
-    top: list[Top]
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+
+    def append(self, token: SampledToken) -> None:
+        """Add a token and the log-probabilities that it carries."""
+        self.ids.append(token.id)
+        if token.logprob is not None:
+            self.logprobs.append(token.logprob)
+        if token.top_logprobs is not None:
+            self.top_logprobs.append(token.top_logprobs)
 
 
-def tops(values: Tensor, ids: Tensor) -> list[Top]:
+@dataclass(frozen=True)
+class Job:
+    """Prompts to continue by up to n tokens each, and how. `checked_job` makes one from user input.
+
+    prompts: at least one token id each.
+    """
+
+    prompts: Sequence[list[int]]
+    n: int
+    options: Options
+    stops: Stops = Stops()
+    logprobs: LogprobOptions = LogprobOptions()
+
+
+class Decoder(ABC):
+    """A model that generates."""
+
+    can_guess: bool
+    """Whether it checks guessed tokens, so that the options lookup and draft mean something."""
+
+    @property
+    @abstractmethod
+    def config(self) -> GPTConfig:
+        """The shape of the model."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where tokens are sampled and losses computed."""
+
+    @abstractmethod
+    def decode(self, job: Job) -> list[Continuation]:
+        """Sample the continuations of a job's prompts, without beams.
+
+        A continuation holds what ends it and may hold tokens after that.
+        """
+
+    @abstractmethod
+    def decode_stream(self, job: Job) -> Iterator[SampledToken]:
+        """Sample the continuation of a job's only prompt token by token, up to n tokens.
+
+        Stops are the caller's to look for. The job is checked before the first token is asked for.
+        """
+
+    @abstractmethod
+    def sequences(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager[Sequences]:
+        """Return the prompts as sequences that a beam search extends inside a `with` block."""
+
+    @abstractmethod
+    def token_losses(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of every target y (B, T) after x (B, T), both int64 on any device.
+
+        The result (B, T) is fp32 in nats, 0 where the target is -100.
+        """
+
+    def mean_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the mean loss, in nats, over the targets y (B, T) that are not -100."""
+        losses = self.token_losses(x, y)
+        return losses.sum() / (y != -100).sum().to(losses.device)
+
+
+def top_logprobs(values: Tensor, ids: Tensor) -> list[TopLogprobs]:
+    """Return one list of (id, log-probability) pairs per row of values and ids, both (N, k)."""
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
     return [list(zip(*pair, strict=True)) for pair in pairs]
 
 
-def check_drawn(ids: Sequence[int]) -> None:
+def check_sampled(ids: Sequence[int]) -> None:
+    """Raise ValueError if a sampled id is -1, by which `ops.sample` reports bad logits."""
     if -1 in ids:
-        raise ValueError("the model's logits had NaN, +inf or nothing but -inf; check its weights")
+        raise ValueError(BAD_LOGITS)

@@ -1,58 +1,135 @@
-"""Drawing tokens by the model itself, which defines what generation gives: one loop, `steps_of`."""
+"""Generation by the model itself, in one loop, `decode_steps`. It defines what generation gives."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.generation.decoder import Row, Told, check_drawn, tops
-from gptfast.generation.options import Options
+from gptfast.config import GPTConfig
+from gptfast.generation.decoder import (
+    Continuation,
+    Decoder,
+    Job,
+    SampledToken,
+    TopLogprobs,
+    check_sampled,
+    top_logprobs,
+)
 from gptfast.generation.sequences import Sequences, evaluating
-from gptfast.generation.stop import Stops, id_stream
+from gptfast.generation.stop import id_stream
 from gptfast.model import GPT
+from gptfast.ops.cross_entropy import fp32_linear_cross_entropy
+
+HOST_CHECK_INTERVAL = 8
+"""Tokens between two looks at whether all rows have ended, each of which waits for the device."""
 
 
-def steps_of(
-    sequences: Sequences, n: int, options: Options, told: Told
-) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """Draw up to n tokens: after each, the ids (B,) and what is to be told of them.
+def target_losses(model: GPT, hidden: Tensor, y: Tensor) -> Tensor:
+    """Return the loss of every target y (B, T) from model.hidden's (B, T, C).
+
+    fp32 in nats, for models in 16 bits too; 0 where the target is -100. There is no gradient.
+    """
+    with torch.no_grad():
+        weight = model.head_weight
+        return fp32_linear_cross_entropy(hidden, weight, y, reduction="none").float()
+
+
+class ModelDecoder(Decoder):
+    """Generation and losses from a GPT as it is, on its device and in its dtype.
+
+    The model's modes, training or not, are restored after each token and each loss.
+    """
+
+    can_guess = False
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+
+    @property
+    def config(self) -> GPTConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.wte.weight.device
+
+    def decode(self, job: Job) -> list[Continuation]:
+        """Sample until every continuation has ended; those that end early go on until then."""
+        with torch.inference_mode(), evaluating(self.model):
+            return _decode(Sequences(self.model, job.prompts), job)
+
+    def decode_stream(self, job: Job) -> Iterator[SampledToken]:
+        steps = decode_steps(Sequences(self.model, job.prompts), job)
+
+        def tokens() -> Iterator[SampledToken]:
+            for sampled, logprobs in steps:
+                ids = sampled.tolist()
+                check_sampled(ids)
+                logprob = logprobs[0].item() if logprobs else None
+                top = top_logprobs(*logprobs[1:])[0] if job.logprobs.top else None
+                yield SampledToken(ids[0], logprob, top)
+
+        return tokens()
+
+    @contextmanager
+    def sequences(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequences]:
+        with evaluating(self.model):
+            yield Sequences(self.model, prompts)
+
+    def token_losses(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad(), evaluating(self.model):
+            hidden = self.model.hidden(x.to(self.device))
+            return target_losses(self.model, hidden, y.to(self.device))
+
+    def mean_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad(), evaluating(self.model):
+            return self.model(x.to(self.device), y.to(self.device))
+
+
+def as_decoder(model: GPT | Decoder) -> Decoder:
+    """Return a decoder as it is, and a model in a `ModelDecoder`."""
+    return model if isinstance(model, Decoder) else ModelDecoder(model)
+
+
+def decode_steps(sequences: Sequences, job: Job) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+    """Sample up to n tokens per sequence: yield ids (B,) and `LogprobOptions.tensors` of each step.
 
     Options are checked by the call. Between two tokens the caller and the model are in their own
-    modes, whatever those are.
+    modes again.
     """
-    sampling, penalty = options.sampling(sequences.tokens), options.penalty(sequences.tokens)
+    batch, device = len(sequences.tokens), sequences.tokens.device
+    sampling, penalty = job.options.sampling(batch, device), job.options.penalty(batch, device)
 
     def step() -> tuple[Tensor, tuple[Tensor, ...]]:
         logits = sequences.logits()  # (B, V)
         scores = logits if penalty is None else sequences.penalised(logits.float(), penalty)
         ids = ops.sample(scores, position=sequences.length, **sampling)  # (B,)
         sequences.append(ids)
-        return ids, told(logits, ids)
+        return ids, job.logprobs.tensors(logits, ids)
 
     def steps() -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        for _ in range(n):
+        for _ in range(job.n):
             with torch.inference_mode(), evaluating(sequences.model):
-                drawn = step()
-            yield drawn
+                sampled = step()
+            yield sampled
 
     return steps()
 
 
-def draw_rows(
-    model: GPT, prompts: list[list[int]], n: int, options: Options, stops: Stops, told: Told
-) -> list[Row]:
-    """Rows of up to n tokens; those that end early go on until all have ended."""
-    sequences = Sequences(model, prompts)
-    ends = [id_stream(options.tokenizer, stops) for _ in prompts]
+def _decode(sequences: Sequences, job: Job) -> list[Continuation]:
+    stops = job.stops
+    ends = [id_stream(job.options.tokenizer, stops) for _ in job.prompts]
     done = torch.zeros_like(sequences.length, dtype=torch.bool)
-    drawn, of_drawn = [], []
-    for step, (ids, of_ids) in enumerate(steps_of(sequences, n, options, told)):
-        drawn.append(ids)
-        of_drawn.append(of_ids)
+    steps: list[Tensor] = []
+    logprobs_of_steps: list[tuple[Tensor, ...]] = []
+    for step, (ids, logprobs) in enumerate(decode_steps(sequences, job)):
+        steps.append(ids)
+        logprobs_of_steps.append(logprobs)
         if stops.texts or stops.ids:
             on_host = ids.tolist()
-            check_drawn(on_host)
+            check_sampled(on_host)
             for end, i in zip(ends, on_host, strict=True):
                 if not end.ended:
                     end.feed(i)
@@ -60,15 +137,16 @@ def draw_rows(
                 break
         elif stops.eos_id is not None:
             done |= ids == stops.eos_id
-            # Asking the device waits for it, so not at every token.
-            if step % 8 == 7 and done.all():
+            if (step + 1) % HOST_CHECK_INTERVAL == 0 and done.all():
                 break
-    rows = torch.stack(drawn, 1).tolist()
+    rows = torch.stack(steps, 1).tolist()
     for row in rows:
-        check_drawn(row)
-    columns = [torch.stack(column, 1) for column in zip(*of_drawn, strict=True)]  # (B, n, ...)
+        check_sampled(row)
+    columns = [torch.stack(column, 1) for column in zip(*logprobs_of_steps, strict=True)]
     if not columns:
-        return [Row(row, [], []) for row in rows]
-    logprobs, top = columns[0].tolist(), columns[1:]
-    of_rows = [tops(*row) for row in zip(*top, strict=True)] if top else [[] for _ in rows]
-    return [Row(*row) for row in zip(rows, logprobs, of_rows, strict=True)]
+        return [Continuation(row) for row in rows]
+    logprobs_of_rows = columns[0].tolist()  # (B, n)
+    top: list[list[TopLogprobs]] = [[] for _ in rows]
+    if job.logprobs.top:
+        top = [top_logprobs(*row) for row in zip(*columns[1:], strict=True)]  # from (B, n, top)
+    return [Continuation(*row) for row in zip(rows, logprobs_of_rows, top, strict=True)]

@@ -1,30 +1,68 @@
-"""What generation takes, checked: one ValueError or IndexError that names value and remedy."""
+"""The options of generation and their checks: one error with value and remedy."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from gptfast.checks import integer
+from gptfast.config import GPTConfig
 from gptfast.generation.stop import Stop, Stops
 from gptfast.ops.sampling import per_row
 from gptfast.tokenizer.bpe import Tokenizer
 
-if TYPE_CHECKING:
-    from gptfast.engine import Engine
-
 Number = float | Sequence[float] | Tensor
+"""One number for all prompts, or one for each of B prompts as a sequence or a (B,) tensor."""
+
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
-"""`ops.sample`'s parameters in their order, but for the position."""
+"""The parameters of `ops.sample` in their order, without the position."""
+
+
+@runtime_checkable
+class Draft(Protocol):
+    """An engine whose guesses another engine checks: a `gptfast.Engine`."""
+
+    @property
+    def config(self) -> GPTConfig: ...
+
+    packed: Any
+    """Its packed weights."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to go on: `generate` says what each option means."""
+    """How to continue prompts.
+
+    Drawing, where each value is one number or one for each prompt:
+        temperature, top_k, top_p, min_p, seed: as in `ops.sample`; temperature 0 is greedy.
+        repetition_penalty: CTRL's (Keskar et al., 2019), applied before the temperature: the logits
+            of tokens that the prompt or its continuation holds are divided by it if positive and
+            multiplied by it if negative; 1 is off.
+    Beam search:
+        num_beams: above 1, search for the likeliest continuation instead of drawing (see
+            `gptfast.generation.beam`). The result is the hypothesis with the highest sum of
+            log-probabilities / number of new tokens ** length_penalty. The repetition penalty then
+            applies to log-probabilities, and the seed has no effect.
+        length_penalty: the exponent of that division; values above 0 favour long continuations.
+    The end:
+        eos_id: a continuation ends after this token and keeps it.
+        stop: a string, or a list of strings and lists of ids, looked for among the new tokens. A
+            continuation ends before its stop: no token that holds a part of the stop is returned.
+            Of several stops the one that is complete first counts.
+        tokenizer: the tokenizer that turns ids into text; needed for stop strings.
+    Guessing, with an engine and without beams, which makes generation faster where guesses are
+    right and never changes the tokens:
+        lookup: guess the tokens that followed an earlier occurrence of the last few tokens.
+        draft: an engine of a smaller model with the same vocabulary, which guesses.
+
+    A prompt gets the same ids alone, in a batch with any other prompts, streamed or not: with an
+    engine always, and with a model as it is unless rounding, which depends on the shapes of matrix
+    products, turns the choice between two tokens.
+    """
 
     temperature: Number = 1.0
     top_k: Number | None = None
@@ -38,11 +76,11 @@ class Options:
     seed: Number = 0
     tokenizer: Tokenizer | None = None
     lookup: bool = False
-    draft: "Engine | None" = None
+    draft: Draft | None = None
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> "Options":
-        """TypeError naming what is no option."""
+        """Return the options of a dictionary. Raises TypeError for a key that is no option."""
         known = [field.name for field in fields(cls)]
         for name in options:
             if name in ("logprobs", "top_logprobs"):
@@ -52,30 +90,31 @@ class Options:
         return cls(**options)
 
     def stops(self, vocab_size: int) -> Stops:
+        """Return what ends a continuation, checked."""
         return Stops.parse(self.stop, self.eos_id, self.tokenizer, vocab_size)
 
-    def sampling(self, like: Tensor) -> dict[str, Tensor]:
-        """`ops.sample`'s parameters, one per row of `like`."""
-        given = {name: _number(name, getattr(self, name), like) for name in SAMPLING}
-        return per_row(like, **given)
+    def sampling(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """Return the parameters of `ops.sample` for each prompt, as (batch,) tensors."""
+        given = {name: _number(name, getattr(self, name), batch, device) for name in SAMPLING}
+        return per_row(batch, device, **given)
 
-    def penalty(self, like: Tensor) -> Tensor | None:
-        """The repetition penalty of each row of `like`, fp32; None if there is none."""
-        penalty = _number("repetition_penalty", self.repetition_penalty, like)
+    def penalty(self, batch: int, device: torch.device) -> Tensor | None:
+        """Return the repetition penalty of each prompt, (batch,) fp32; None if all are 1."""
+        penalty = _number("repetition_penalty", self.repetition_penalty, batch, device)
         if penalty is None:
             raise ValueError("repetition_penalty must be a finite number > 0, got None; 1 is off")
         if not isinstance(penalty, Tensor):
-            # In float64 first: what float32 cannot hold becomes infinite there, and is refused.
+            # In float64 first: a number too large for float32 becomes infinite and is refused.
             try:
-                penalty = like.new_full((len(like),), float(penalty), dtype=torch.float64)
+                penalty = torch.full((batch,), float(penalty), dtype=torch.float64, device=device)
             except OverflowError:
                 raise ValueError(
                     f"repetition_penalty must be a finite number > 0, got {penalty}"
                 ) from None
-        if penalty.shape != (len(like),) or penalty.device != like.device:
+        if penalty.shape != (batch,) or penalty.device != device:
             raise ValueError(
-                f"repetition_penalty must be a number or a tensor of shape ({len(like)},) on "
-                f"{like.device}, got {tuple(penalty.shape)} on {penalty.device}"
+                f"repetition_penalty must be a number or a tensor of shape ({batch},) on "
+                f"{device}, got {tuple(penalty.shape)} on {penalty.device}"
             )
         penalty = penalty.float()
         bad = ~(penalty.isfinite() & (penalty > 0))
@@ -86,7 +125,7 @@ class Options:
         return None if (penalty == 1).all() else penalty
 
     def check_beams(self, vocab_size: int) -> None:
-        """ValueError for what beam search cannot be asked."""
+        """Raise ValueError for beams out of range or together with options that exclude them."""
         n = integer("num_beams", self.num_beams)
         if n < 1 or n > 1 and 2 * n > vocab_size:
             raise ValueError(
@@ -115,7 +154,7 @@ class Options:
             raise ValueError(f"{' and '.join(asked)} do not go together; leave one out")
         if self.draft is None:
             return
-        if not hasattr(self.draft, "packed"):
+        if not isinstance(self.draft, Draft):
             raise ValueError(f"draft must be a gptfast.Engine, got {type(self.draft).__name__}")
         theirs = self.draft.config.vocab_size
         if theirs != vocab_size:
@@ -123,23 +162,66 @@ class Options:
                 f"draft has a vocabulary of {theirs} tokens, the model one of {vocab_size}"
             )
 
+    def refuse_guesses(self) -> None:
+        """Raise ValueError for lookup and draft, which a model without an engine cannot use."""
+        if self.lookup or self.draft is not None:
+            name = "lookup" if self.lookup else "draft"
+            raise ValueError(f"{name} needs an engine: generate with gptfast.Engine(model)")
 
-def _number(name: str, value: Any, like: Tensor) -> Any:
-    """A number, None or a tensor as it is; a sequence of numbers as a tensor beside `like`."""
+
+@dataclass(frozen=True)
+class LogprobOptions:
+    """Which log-probabilities to return with the new tokens.
+
+    logprobs: that of each token: the log-softmax in fp32 of the model's own logits, before penalty,
+    temperature and truncation. top: those of so many of the likeliest tokens at each position.
+    """
+
+    logprobs: bool = False
+    top: int = 0
+
+    @property
+    def any(self) -> bool:
+        """Whether any log-probability is asked for."""
+        return self.logprobs or self.top > 0
+
+    def check(self, vocab_size: int) -> None:
+        """Raise ValueError for values of other types or out of range."""
+        n = integer("top_logprobs", self.top)
+        if not 0 <= n <= vocab_size:
+            raise ValueError(f"top_logprobs must be from 0 to {vocab_size}, got {self.top}")
+        if not isinstance(self.logprobs, bool):
+            raise ValueError(f"logprobs must be True or False, got {self.logprobs!r}")
+
+    def tensors(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        """Return the log-probabilities of ids (B,) from logits (B, V), on their device.
+
+        They are those of ids (B,), then the largest (B, top) and their ids (B, top). The last two
+        are left out if top is 0, all if nothing is asked for.
+        """
+        if not self.any:
+            return ()
+        logprobs = logits.float().log_softmax(-1)
+        sampled = logprobs.gather(1, ids.clamp(min=0)[:, None])[:, 0]
+        return (sampled, *logprobs.topk(self.top)) if self.top else (sampled,)
+
+
+def _number(name: str, value: Any, batch: int, device: torch.device) -> Any:
+    """Return a number, None or a tensor unchanged, and a sequence of numbers as a tensor."""
     if value is None or isinstance(value, Real | Tensor):
         return value
     try:
         if isinstance(value, str):
             raise ValueError
-        return torch.tensor(value, device=like.device)
+        return torch.tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(
-            f"{name} must be a number, or one for each of {len(like)} rows, got {value!r}"
+            f"{name} must be a number, or one for each of {batch} rows, got {value!r}"
         ) from None
 
 
 def new_tokens(max_new_tokens: Any) -> int:
-    """max_new_tokens as an int in [0, 2**63)."""
+    """Return max_new_tokens as an int. Raises ValueError unless it is one in [0, 2**63)."""
     n = integer("max_new_tokens", max_new_tokens)
     if n < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {n}")
@@ -148,16 +230,12 @@ def new_tokens(max_new_tokens: Any) -> int:
     return n
 
 
-def check_logprobs(logprobs: Any, top_logprobs: Any, vocab_size: int) -> None:
-    n = integer("top_logprobs", top_logprobs)
-    if not 0 <= n <= vocab_size:
-        raise ValueError(f"top_logprobs must be from 0 to {vocab_size}, got {top_logprobs}")
-    if not isinstance(logprobs, bool):
-        raise ValueError(f"logprobs must be True or False, got {logprobs!r}")
-
-
 def token_ids(idx: Tensor | Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
-    """Prompts as lists of their own, each with at least one id of the vocabulary."""
+    """Return prompts as new lists of ids.
+
+    Raises ValueError unless idx is a (B, T) integer tensor or a list of prompts with at least one
+    integer each, IndexError for an id outside the vocabulary.
+    """
     if isinstance(idx, Tensor) and (idx.dim() != 2 or idx.is_floating_point()):
         raise ValueError(
             "idx must be (B, T) of integers or a list of prompts, "
@@ -183,5 +261,5 @@ def token_ids(idx: Tensor | Sequence[Sequence[int]], vocab_size: int) -> list[li
 
 
 def _is_prompt(prompt: Any) -> bool:
-    one_row = isinstance(prompt, Tensor) and prompt.dim() == 1
-    return one_row or isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    is_row = isinstance(prompt, Tensor) and prompt.dim() == 1
+    return is_row or isinstance(prompt, Sequence) and not isinstance(prompt, str)

@@ -1,7 +1,7 @@
-"""Rows of tokens that grow, and the logits of what comes next in each.
+"""Sequences that grow token by token in a batch, and the logits of the next token of each.
 
-Rows of a batch may have unequal lengths. Prompts are padded on the right, where causal attention
-never looks; from then on each row writes at its own length and sees its own keys only.
+Prompts of a batch may have unequal lengths. They are padded on the right, where causal attention
+never looks; from then on each sequence writes at its own length and sees only its own keys.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,19 +9,18 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptfast.model import GPT, KVCache
 
-# Tokens for which there is room at first; then it doubles.
-ROOM = 64
+MIN_ROOM_TOKENS = 64
+"""New tokens for which there is room at first; the room doubles when it is full."""
 
 
 @contextmanager
-def evaluating(model: object) -> Iterator[None]:
-    """Dropout off inside, and the mode of every module as it was behind. An engine has no modes."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    training = [module for module in modules if module.training]
+def evaluating(model: GPT) -> Iterator[None]:
+    """Switch dropout off inside the block, and restore the mode of each module after it."""
+    training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
@@ -31,14 +30,22 @@ def evaluating(model: object) -> Iterator[None]:
             module.training = True
 
 
+def penalised(logits: Tensor, penalty: Tensor) -> Tensor:
+    """Return logits made smaller: divided by the penalty if positive, multiplied if negative.
+
+    This is CTRL's repetition penalty (Keskar et al., 2019); logits and penalty broadcast.
+    """
+    return torch.where(logits < 0, logits * penalty, logits / penalty)
+
+
 def _head(model: GPT, x: Tensor, last: Tensor) -> Tensor:
-    """Logits (B, V) of position last[b] of x (B, T, C)."""
+    """Return the logits (B, V) at position last[b] of x (B, T, C)."""
     row = torch.arange(x.shape[0], device=x.device)
     return F.linear(x[row, last], model.head_weight)
 
 
 def prefill(model: GPT, tokens: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
-    """Run prompts (B, T), padded behind their lengths; next-token logits (B, V)."""
+    """Fill the cache with prompts (B, T), padded after their lengths; return logits (B, V)."""
     length = torch.tensor(lengths, device=tokens.device)
     logits = _head(model, model.hidden(tokens, cache=cache), length - 1)
     cache.length, cache.longest = length, tokens.shape[1]
@@ -47,14 +54,14 @@ def prefill(model: GPT, tokens: Tensor, lengths: Sequence[int], cache: KVCache) 
 
 
 def decode_one_token(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
-    """Append ids (B,) to the cache; next-token logits (B, V)."""
+    """Append ids (B,) to the cache; return the logits (B, V) of the next token."""
     x = model.hidden(ids[:, None], cache=cache)  # (B, 1, C)
     cache.length, cache.longest = cache.length + 1, cache.longest + 1
     return F.linear(x[:, 0], model.head_weight)
 
 
 def window_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
-    """Next-token logits (B, V) from each row's last block_size tokens, at positions from 0."""
+    """Return next-token logits (B, V) from each row's last block_size tokens, positions from 0."""
     block_size = model.config.block_size
     start = (length - block_size).clamp(min=0)
     at = start[:, None] + torch.arange(block_size, device=tokens.device)  # (B, block_size)
@@ -65,8 +72,8 @@ def window_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
 class Sequences:
     """Prompts and their continuations: tokens (B, room), lengths, and the cache of past keys.
 
-    `logits` and `append` take turns. Memory grows with what is appended. The caller sees to
-    `evaluating` and to inference mode.
+    `logits` and `append` take turns. Memory grows with what is appended. The caller switches
+    inference mode and `evaluating` on.
     """
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]]) -> None:
@@ -77,15 +84,15 @@ class Sequences:
 
     def _hold(self, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
         self._lengths = [len(prompt) for prompt in prompts]
-        self.longest = max(self._lengths)  # on the host, so that no step asks the device
-        tokens = torch.zeros(len(prompts), self.longest + ROOM, dtype=torch.int64)
+        self.longest = max(self._lengths)  # on the host, so that no step waits for the device
+        tokens = torch.zeros(len(prompts), self.longest + MIN_ROOM_TOKENS, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
         self.tokens = tokens.to(device)
         self.length = torch.tensor(self._lengths, device=device)  # (B,)
 
     def logits(self) -> Tensor:
-        """Next-token logits (B, V)."""
+        """Return next-token logits (B, V)."""
         block_size, cache = self.model.config.block_size, self._cache
         if self.longest > block_size:
             cache.longest = 0
@@ -95,39 +102,34 @@ class Sequences:
             return prefill(self.model, prompts, self._lengths, cache)
         if cache.longest == cache.k[0].shape[2]:
             extra = min(cache.longest, block_size - cache.longest)
-            for kept in (cache.k, cache.v):
-                kept[:] = [F.pad(past, (0, 0, 0, extra)) for past in kept]
-        # A row that could not be sampled holds -1: the caller raises when ids reach the host.
+            for layers in (cache.k, cache.v):
+                layers[:] = [F.pad(past, (0, 0, 0, extra)) for past in layers]
+        # A row whose logits were bad holds -1: the caller raises when the ids reach the host.
         last = self.tokens.gather(1, self.length[:, None] - 1)[:, 0].clamp(min=0)  # (B,)
         return decode_one_token(self.model, last, cache)
 
     def append(self, ids: Tensor) -> None:
-        """Add one token to each row: ids (B,) int64."""
+        """Add one token to each sequence: ids (B,) int64."""
         if self.longest == self.tokens.shape[1]:
             self.tokens = F.pad(self.tokens, (0, self.longest))
         self.tokens.scatter_(1, self.length[:, None], ids[:, None])
         self.length, self.longest = self.length + 1, self.longest + 1
 
     def select(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] is; there may be more rows than before."""
+        """Make sequence i what sequence rows[i] is now; there may be more of them than before."""
         self.tokens, self.length = self.tokens[rows], self.length[rows]
         cache = self._cache
         cache.length = cache.length[rows]
-        for kept in (cache.k, cache.v):
-            for layer, past in enumerate(kept):
+        for layers in (cache.k, cache.v):
+            for layer, past in enumerate(layers):
                 used = past[:, :, : cache.longest].index_select(0, rows)
                 if len(rows) != len(past):
-                    kept[layer] = past.new_zeros(len(rows), *past.shape[1:])
-                kept[layer][:, :, : cache.longest] = used
+                    layers[layer] = past.new_zeros(len(rows), *past.shape[1:])
+                layers[layer][:, :, : cache.longest] = used
 
     def penalised(self, scores: Tensor, penalty: Tensor) -> Tensor:
-        """scores (B, V) with those of the tokens already in the row made smaller by penalty (B,).
-
-        CTRL's repetition penalty (Keskar et al., 2019): divided if positive, else multiplied.
-        """
+        """Return scores (B, V) with those of each sequence's own tokens penalised, by (B,)."""
         time = torch.arange(self.longest, device=scores.device)
         inside = time < self.length[:, None]  # (B, T)
         seen = self.tokens[:, : self.longest].where(inside, self.tokens[:, :1]).clamp(min=0)
-        at = scores.gather(1, seen)
-        at = torch.where(at < 0, at * penalty[:, None], at / penalty[:, None])
-        return scores.scatter(1, seen, at)
+        return scores.scatter(1, seen, penalised(scores.gather(1, seen), penalty[:, None]))

@@ -1,8 +1,8 @@
-"""Where a continuation ends: end-of-text, stop strings, stop ids; and its text up to there.
+"""Where a continuation ends: at end-of-text, stop strings or stop ids; and its text up to there.
 
-A stop is found by the automaton of Knuth, Morris and Pratt (1977), one symbol at a time, so that
-what is known after each token does not depend on how text was cut into tokens. Of two stops the one
-complete first counts; if both are complete with the same character, the one that began first.
+Stops are found one symbol at a time by the automaton of Knuth, Morris and Pratt (1977), so the
+result does not depend on how the text was cut into tokens. Of two stops, the one that is complete
+first counts; if the same character completes both, the one that began first.
 """
 
 import codecs
@@ -16,6 +16,8 @@ from gptfast import checks
 from gptfast.tokenizer.bpe import Tokenizer
 
 REPLACEMENT = "\ufffd"
+"""What stands for bytes that are not UTF-8."""
+
 Stop = str | Sequence[str | Sequence[int]]
 
 
@@ -32,7 +34,7 @@ class Matcher:
             self._shorter.append(state)
 
     def advance(self, state: int, symbol: Any) -> int:
-        """The state after `symbol`; len(pattern) means found."""
+        """Return the state after `symbol`; len(pattern) means that the pattern was found."""
         while state and (state == len(self.pattern) or self.pattern[state] != symbol):
             state = self._shorter[state - 1]
         return state + (self.pattern[state] == symbol)
@@ -40,7 +42,7 @@ class Matcher:
 
 @dataclass(frozen=True)
 class Stops:
-    """What ends a row: the id it keeps, and strings and id lists before which it ends."""
+    """What ends a continuation: an id that it keeps, and strings and id lists that it does not."""
 
     eos_id: int | None = None
     texts: tuple[Matcher, ...] = ()
@@ -50,7 +52,11 @@ class Stops:
     def parse(
         cls, stop: Stop | None, eos_id: int | None, tokenizer: Tokenizer | None, vocab_size: int
     ) -> Self:
-        """From `generate`'s arguments; ValueError or IndexError for what can be no stop."""
+        """Return the stops that `generate`'s arguments describe.
+
+        Raises ValueError for an argument of another form, IndexError for an id outside the
+        vocabulary.
+        """
         if eos_id is not None and (eos_id := checks.integer("eos_id", eos_id)) < 0:
             raise ValueError(f"eos_id must be a token id (an integer >= 0) or None, got {eos_id}")
         if stop is not None and not isinstance(stop, Sequence):
@@ -85,36 +91,36 @@ def _id_list(one: Any, vocab_size: int) -> list[int]:
 
 
 class TextStream:
-    """Follows the new tokens of one row: their text as it becomes certain, and where it ends.
+    """Follows the new tokens of one prompt: their text as it becomes certain, and where it ends.
 
-    Text is let out in whole characters, once no stop can begin in it any more; bytes that are no
-    UTF-8 become U+FFFD as they do in `decode`. End-of-text, and ids beyond the tokenizer's, have no
-    text; without a tokenizer nothing has. All pieces together are the text before the stop, however
-    the tokens were cut.
+    Text is released in whole characters, once no stop can begin in it any more; bytes that are not
+    UTF-8 become U+FFFD, as in `decode`. End-of-text and ids beyond the tokenizer's have no text;
+    without a tokenizer no id has any. All pieces together are the text before the stop.
 
-    kept: how many tokens, so far, hold no part of a stop and can become none. ended: whether the
-    row has ended; `kept` is then the number of tokens to return.
+    kept: how many of the tokens so far hold no part of a stop and cannot become part of one.
+    ended: whether the continuation has ended; `kept` is then the number of tokens to return.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Stops) -> None:
         self.kept, self.ended = 0, False
         self._tokenizer, self._stops = tokenizer, stops
         self._pending = b""  # the beginning of a character
-        self._held, self._released = "", 0  # text not let out yet; how many characters were
-        # After each number of tokens: whole characters, and those of which there is any byte.
+        # The text that was not released yet, and how many characters were released before it.
+        self._held, self._released = "", 0
+        # After each token: how many characters are complete, and how many have begun.
         self._whole, self._begun = [0], [0]
         self._text_states = [0] * len(stops.texts)
         self._id_states = [0] * len(stops.ids)
 
     def fork(self) -> Self:
-        """A copy that goes its own way."""
+        """Return an independent copy."""
         other = copy.copy(self)
         other._whole, other._begun = self._whole.copy(), self._begun.copy()
         other._text_states = self._text_states.copy()
         return other
 
     def read(self, ids: Sequence[int]) -> str:
-        """The text of all ids up to where they end, in one piece."""
+        """Take all ids; return their text up to where they end, in one piece."""
         pieces = []
         for i in ids:
             if self.ended:
@@ -123,12 +129,12 @@ class TextStream:
         return "".join(pieces) + self.finish()
 
     def feed(self, i: int) -> str:
-        """Take one token; the text that is certain now."""
+        """Take one token; return the text that has become certain."""
         assert not self.ended
         self._pending += self._bytes(i)
         text, used = codecs.utf_8_decode(self._pending, "replace", False)
         self._pending = self._pending[used:]
-        # Half a surrogate waits for its other half, though no character can come of it.
+        # The decoder waits for the other half of a surrogate, although no character can follow.
         if len(lost := self._pending.decode("utf-8", "replace")) > 1:
             text, self._pending = text + lost, b""
         start = self._find_text(text)
@@ -140,7 +146,7 @@ class TextStream:
         return self.finish() if i == self._stops.eos_id else self._release()
 
     def finish(self) -> str:
-        """No more tokens: the text that was held back."""
+        """End, after the last token; return the text that was held back."""
         if self.ended:
             return ""
         start = None
@@ -156,7 +162,7 @@ class TextStream:
         return tokenizer.decode_bytes([i])
 
     def _find_text(self, text: str) -> int | None:
-        """Hold text; the character at which the first stop string to be complete begins."""
+        """Hold text; return the character at which the first complete stop string begins."""
         if not self._stops.texts:
             self._held += text
             return None
@@ -172,7 +178,7 @@ class TextStream:
         return None
 
     def _find_ids(self, i: int) -> int:
-        """The length of the longest stop id list that ends with i, or 0."""
+        """Return the length of the longest stop id list that is complete with i, or 0."""
         matchers = self._stops.ids
         self._id_states = [
             matcher.advance(state, i)
@@ -182,7 +188,7 @@ class TextStream:
         return max(found, default=0)
 
     def _tokens_before(self, character: int) -> int:
-        """How many tokens hold no byte of the text from `character` on."""
+        """Return how many tokens hold no byte of the text from `character` on."""
         return bisect_right(self._begun, character) - 1
 
     def _stop(self, start: int | None, length: int) -> str:
@@ -196,7 +202,7 @@ class TextStream:
         return text
 
     def _release(self) -> str:
-        """Let out what no stop that has begun can take back."""
+        """Release the text that no stop that has begun can hold a part of."""
         tokens = len(self._whole) - 1 - max(self._id_states, default=0)
         certain = self._released + len(self._held) - max(self._text_states, default=0)
         self.kept = min(tokens, self._tokens_before(certain)) if self._stops.texts else tokens
@@ -207,5 +213,5 @@ class TextStream:
 
 
 def id_stream(tokenizer: Tokenizer | None, stops: Stops) -> TextStream:
-    """A stream for who wants ids only: their text matters where a stop string may be in it."""
+    """Return a stream for callers that want ids only; it decodes text only to find stop strings."""
     return TextStream(tokenizer if stops.texts else None, stops)

@@ -135,7 +135,7 @@ def attention(
     seed: int | Tensor = 0,
     kv_len: Tensor | None = None,
 ) -> Tensor:
-    """Causal softmax attention (Vaswani et al., 2017), tiled as in FlashAttention (Dao, 2023).
+    """Return causal attention (Vaswani et al., 2017), tiled as in FlashAttention (Dao, 2023).
 
     q: (B, H, Tq, D), k and v: (B, H, Tk, D), Tq <= Tk, one floating dtype, any strides with a
     contiguous last dimension. Aligned bottom-right: query i sees keys 0 .. Tk-Tq+i, so training,
@@ -158,9 +158,8 @@ def attention(
         raise ValueError(f"attention needs Tq <= Tk, got Tq={q.shape[2]}, Tk={k.shape[2]}")
     _check_options(dropout_p, kv_len, q.shape[0], q.device)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    return _fwd(q, k, v, scale, dropout_p, _seed_tensor(seed, dropout_p, q.device), _dense(kv_len))[
-        0
-    ]
+    mask_seed = _seed_tensor(seed, dropout_p, q.device)
+    return _fwd(q, k, v, scale, dropout_p, mask_seed, _dense(kv_len))[0]
 
 
 def attention_qkv(
@@ -172,7 +171,7 @@ def attention_qkv(
     seed: int | Tensor = 0,
     kv_len: Tensor | None = None,
 ) -> Tensor:
-    """`attention` on a packed projection, without a copy: qkv (B, T, 3C) -> (B, T, C).
+    """Return `attention` of a packed projection, without a copy: qkv (B, T, 3C) -> (B, T, C).
 
     Channels are q, k, v in this order, each split into n_head heads; the gradient is written packed
     too. The other arguments and errors are `attention`'s.
@@ -186,5 +185,5 @@ def attention_qkv(
     _check_options(dropout_p, kv_len, qkv.shape[0], qkv.device)
     D = qkv.shape[2] // (3 * n_head)
     scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
-    seed = _seed_tensor(seed, dropout_p, qkv.device)
-    return _qkv_fwd(qkv, n_head, scale, dropout_p, seed, _dense(kv_len))[0]
+    mask_seed = _seed_tensor(seed, dropout_p, qkv.device)
+    return _qkv_fwd(qkv, n_head, scale, dropout_p, mask_seed, _dense(kv_len))[0]

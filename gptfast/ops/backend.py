@@ -1,4 +1,8 @@
-"""Which backends are there and which one runs."""
+"""The backends: which of them are there, and which one runs.
+
+`use_backend` is a dispatch mode: it sees every operator call of its thread, forward and backward,
+and sends gptfast's to the implementation asked for.
+"""
 
 import importlib.util
 import os
@@ -11,12 +15,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
-# Per backend: operator -> Python implementation. The dispatcher itself holds the C++ kernels.
-_implementations: dict[str, dict[torch._ops.OpOverload, Callable]] = {"reference": {}, "triton": {}}
+IMPLEMENTATIONS: dict[str, dict[torch._ops.OpOverload, Callable]] = {"reference": {}, "triton": {}}
+"""Python implementations by backend and operator; the dispatcher holds the C++ kernels."""
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
-    """The C++ extension, or None and the reason."""
+    """Return the C++ extension and "", or None and the reason why it is not there."""
     try:
         return importlib.import_module("gptfast._C"), ""
     except ImportError as error:
@@ -24,7 +28,7 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 
 def _choose_isa() -> str:
-    """Set the instruction-set level that GPTFAST_ISA asks for; what is wrong with it, or ""."""
+    """Set the instruction-set level that GPTFAST_ISA names; return the error, or ""."""
     isa = os.environ.get("GPTFAST_ISA")
     if EXTENSION is not None and isa:
         try:
@@ -36,34 +40,35 @@ def _choose_isa() -> str:
 
 EXTENSION, MISSING = _load_extension()
 TRITON_MISSING = "" if importlib.util.find_spec("triton") else "triton is not installed"
-# Not raised on import, where whoever called would see a traceback and could not catch it.
-_WRONG_ISA = _choose_isa()
+# Not raised at import, where the caller could not catch it and would see a traceback.
+ISA_ERROR = _choose_isa()
 
 
 def check_isa(*args: Any) -> None:
-    """ValueError if GPTFAST_ISA names no level of this CPU; every C++ kernel would raise it."""
-    if _WRONG_ISA:
-        raise ValueError(_WRONG_ISA)
+    """Raise ValueError if GPTFAST_ISA names a level that this CPU lacks, for any arguments."""
+    if ISA_ERROR:
+        raise ValueError(ISA_ERROR)
 
 
 def empty_cache() -> None:
-    """Give the memory that the C++ kernels keep from step to step back to the system.
+    """Give the memory that the C++ kernels keep between steps back to the system.
 
-    Only what no tensor holds; the next step takes it anew. Without the extension nothing is kept.
+    Memory of tensors that are in use stays; the next step takes new memory. Without the extension
+    this does nothing.
     """
     if EXTENSION is not None:
         EXTENSION.empty_cache()
 
 
 class _Switch(TorchDispatchMode):
-    """The dispatch mode of one thread; a nested `use_backend` changes `backend` for its block."""
+    """The dispatch mode of one thread. A nested `use_backend` changes `backend` for its block."""
 
     backend = "auto"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        implementation = _implementations.get(self.backend, {}).get(func, func)
+        implementation = IMPLEMENTATIONS.get(self.backend, {}).get(func, func)
         if func.namespace == "gptfast":
             if self.backend == "cpp":
                 _require_device("cpu", func, args)
@@ -73,7 +78,7 @@ class _Switch(TorchDispatchMode):
 
 
 def _interpreted() -> bool:
-    """Whether Triton's kernels run on CPU tensors, in its interpreter."""
+    """Return whether Triton's kernels run on CPU tensors, in its interpreter."""
     return importlib.import_module("triton").knobs.runtime.interpret
 
 
@@ -121,12 +126,13 @@ class use_backend:  # noqa: N801 - reads as the function it is used as
             raise RuntimeError(
                 "use_backend works in eager mode only; leave it out of torch.compile"
             )
-        self.switch = getattr(_thread, "switch", None)
-        self.outermost = self.switch is None
-        if self.outermost:
-            self.switch = _thread.switch = _Switch()
-            self.switch.__enter__()
-        self.previous, self.switch.backend = self.switch.backend, self.name
+        switch: _Switch | None = getattr(_thread, "switch", None)
+        self.outermost = switch is None
+        if switch is None:
+            switch = _thread.switch = _Switch()
+            switch.__enter__()
+        self.switch = switch
+        self.previous, switch.backend = switch.backend, self.name
 
     def __exit__(
         self,
@@ -141,6 +147,6 @@ class use_backend:  # noqa: N801 - reads as the function it is used as
 
 
 def overruled() -> bool:
-    """Whether this thread is inside a `use_backend` that names a backend."""
+    """Return whether this thread is inside a `use_backend` of another name than "auto"."""
     switch = getattr(_thread, "switch", None)
     return switch is not None and switch.backend != "auto"

@@ -1,8 +1,11 @@
 """Cross entropy, alone and with the LM head: schema, fake, autograd, public functions."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
+from gptfast import ops
 from gptfast.kernels.reference import cross_entropy as reference
 from gptfast.ops.library import autocast_enabled, register, register_autocast, register_autograd
 
@@ -110,9 +113,9 @@ def _fused_backward(ctx, dtotal, _, __):  # type: ignore[no-untyped-def]
 
 
 def _owned(dtotal: Tensor) -> bool:
-    """Whether the saved gradients may be changed and handed out, without a (V, C) copy.
+    """Return whether the saved gradients may be changed and returned, without a (V, C) copy.
 
-    Not while tracing, where only functional code is allowed, nor where the graph will be asked
+    They may not while tracing, where only functional code is allowed, nor where the graph is used
     again, by another backward or for a second derivative.
     """
     kept = torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled()
@@ -163,7 +166,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Softmax cross entropy with the values and gradients of `torch.nn.functional.cross_entropy`.
+    """Return softmax cross entropy, with the values and gradients of `F.cross_entropy`.
 
     logits: (N, V) floating; target: (N,) int64 in [0, V) or equal to ignore_index.
     z_loss adds z_loss * logsumexp(logits)^2 to each row that counts (PaLM, section 5).
@@ -195,56 +198,81 @@ def linear_cross_entropy(
     skip_below: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """The LM head and `cross_entropy` together: the loss of input @ linear_weight.T.
+    """Return the `cross_entropy` of the logits input @ linear_weight.T, which never exist at once.
 
-    input: (..., C); linear_weight: (V, C) in the same dtype; target: (...) int64. The (N, V) logits
-    and their gradient never exist at once: rows are handled in chunks, and for "mean" and "sum" the
-    gradient is computed in the forward, so that a step costs three matrix products.
-
-    skip_below: late in training most tokens have next to no probability anywhere, and the gradient
-    of their logit rounds to nothing beside the others'. Entries of it that are at most skip_below
-    times their row's share of the loss (1 / N for the mean) may then count as 0, which saves up to
-    two of the three products. The error is bounded by skip_below: with |dloss_i| that share,
+    input: (..., C); linear_weight: (V, C) in the same dtype; target: (...) int64. The N rows are
+    handled in chunks. For "mean" and "sum" the forward computes the gradient too, so that a
+    training step costs three matrix products.
+    skip_below, in [0, 1): gradients of logits that are at most skip_below times their row's share
+    of the loss (1 / N for the mean) may count as 0, which saves up to two of the products late in
+    training. With dloss_i that share, the errors are bounded:
         |error of dinput[i, c]| <= skip_below * |dloss_i| * sum_v |linear_weight[v, c]|
         |error of dlinear_weight[v, c]| <= skip_below * sum_i |dloss_i input[i, c]|
-    2^-24 = 6e-8 is fp32's own rounding beside a probability of 1. 0 leaves out nothing.
+    2^-24 = 6e-8 is fp32's own rounding beside a probability of 1.
 
     The other arguments, the result and the errors are `cross_entropy`'s; "none" returns (...).
     """
-    weight_fits = linear_weight.dim() == 2 and linear_weight.shape[0] >= 1
-    if not weight_fits or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
-        raise ValueError(
-            "linear_cross_entropy needs input (..., C) and linear_weight (V, C) with V >= 1, "
-            f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
-        )
+    _check_linear(input, linear_weight)
     _check(input, target, label_smoothing, z_loss, reduction)
-    autocast = autocast_enabled(input)
-    if input.device != linear_weight.device or (
-        input.dtype != linear_weight.dtype and not autocast
-    ):
-        raise ValueError(
-            f"input and linear_weight need one dtype and one device, got {input.dtype} on "
-            f"{input.device} and {linear_weight.dtype} on {linear_weight.device}"
-        )
-    x, flat_target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     if not 0.0 <= skip_below < 1.0:
         raise ValueError(f"skip_below must be in [0, 1), got {skip_below}")
+    x, flat_target = input.reshape(-1, input.shape[-1]), target.reshape(-1)  # (N, C), (N,)
     options = (ignore_index, label_smoothing, z_loss, skip_below)
-    differentiable = input.requires_grad or linear_weight.requires_grad
     if reduction == "none":
         loss = _linear_fwd(x, linear_weight, flat_target, *options).view(target.shape)
         return loss.to(_result_dtype(input))
     share = torch.ones((), dtype=_loss_dtype(x), device=x.device)
     if reduction == "mean":
         share = share / (flat_target != ignore_index).sum()
-    # In fp16 a gradient computed before the loss is scaled (GradScaler) would underflow.
-    half = (torch.get_autocast_dtype(x.device.type) if autocast else x.dtype) == torch.float16
-    if torch.is_grad_enabled() and differentiable and not half:
-        per_row = share.expand(flat_target.shape)
-        loss = _linear_fwd_bwd(x, linear_weight, flat_target, per_row, *options)[0]
+    if _gradient_in_forward(x, linear_weight):
+        shares = share.expand(flat_target.shape)
+        loss = _linear_fwd_bwd(x, linear_weight, flat_target, shares, *options)[0]
     else:
         loss = _linear_fwd(x, linear_weight, flat_target, *options)
         loss = (loss * share).sum(dtype=torch.float64)
     if reduction == "mean":
         loss = loss.where(share.isfinite(), torch.nan)
     return loss.to(_result_dtype(input))
+
+
+def _check_linear(input: Tensor, linear_weight: Tensor) -> None:
+    weight_fits = linear_weight.dim() == 2 and linear_weight.shape[0] >= 1
+    if not weight_fits or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
+        raise ValueError(
+            "linear_cross_entropy needs input (..., C) and linear_weight (V, C) with V >= 1, "
+            f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
+        )
+    mixed = input.dtype != linear_weight.dtype and not autocast_enabled(input)
+    if input.device != linear_weight.device or mixed:
+        raise ValueError(
+            f"input and linear_weight need one dtype and one device, got {input.dtype} on "
+            f"{input.device} and {linear_weight.dtype} on {linear_weight.device}"
+        )
+
+
+def _gradient_in_forward(x: Tensor, linear_weight: Tensor) -> bool:
+    """Return whether the forward computes the gradients too."""
+    autocast = autocast_enabled(x)
+    # In fp16 a gradient computed before the loss is scaled (GradScaler) would underflow.
+    is_fp16 = (torch.get_autocast_dtype(x.device.type) if autocast else x.dtype) == torch.float16
+    differentiable = x.requires_grad or linear_weight.requires_grad
+    return torch.is_grad_enabled() and differentiable and not is_fp16
+
+
+def fp32_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return `linear_cross_entropy`, in fp32 for 16-bit inputs too.
+
+    The result of 16-bit inputs is in their own dtype; under autocast to it, it is in fp32.
+    """
+    is_16_bit = input.dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(input.device.type, dtype=input.dtype) if is_16_bit else nullcontext():
+        return ops.linear_cross_entropy(
+            input, linear_weight, target, ignore_index=ignore_index, reduction=reduction
+        )

@@ -1,4 +1,4 @@
-"""A linear layer of a model that only generates: schema, fake, public function."""
+"""A linear layer for generation only, without a gradient: schema, fake, public function."""
 
 import torch
 from torch import Tensor
@@ -57,16 +57,16 @@ def decode_linear(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     gelu: bool = False,
-    wide: bool = False,
+    fp32_out: bool = False,
 ) -> Tensor:
-    """A linear layer behind a layer norm, if one is given, with GELU and a residual, if asked for.
+    """Return a linear layer of x, after a layer norm, with GELU and a residual, if asked for.
 
     y = scale * (norm(x) weight^T) + bias, then GELU in its tanh form, then + residual.
 
     x: (..., C) floating; weight: (O, C) in x's dtype, or int8 with scale (O,) fp32, as `quantize`
     in kernels/reference/decode_linear.py makes them; bias: (O,), residual: (..., O) in x's dtype;
-    norm: (weight (C,), bias (C,), eps). Returns (..., O) in x's dtype, with wide in fp32, in which
-    all is computed. For inference: there is no gradient.
+    norm: (weight (C,), bias (C,), eps). Returns (..., O) in x's dtype, with fp32_out in fp32, in
+    which all is computed. For inference: there is no gradient.
 
     Raises ValueError for inputs that do not fit.
     """
@@ -74,5 +74,5 @@ def decode_linear(
     n_out = weight.shape[0]
     passed = None if residual is None else residual.reshape(-1, n_out)
     rows, norms = x.reshape(-1, x.shape[-1]), norm_arguments(x, norm, "decode_linear")
-    y = _op(rows, *norms, weight, scale, bias, passed, gelu, wide)
+    y = _op(rows, *norms, weight, scale, bias, passed, gelu, fp32_out)
     return y.view(*x.shape[:-1], n_out)

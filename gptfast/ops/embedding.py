@@ -67,10 +67,10 @@ class _Embedding(torch.autograd.Function):
 
 
 def _holders(tensor: Tensor) -> tuple[int, ...]:
-    """How many refer to a tensor and to its memory, in C++ and in Python."""
+    """Return how many references a tensor and its memory have, in C++ and in Python."""
     storage = tensor.untyped_storage()
     return (
-        tensor._use_count(),
+        tensor._use_count(),  # type: ignore[attr-defined]  # private
         sys.getrefcount(tensor),
         torch._C._storage_Use_Count(storage._cdata),
         sys.getrefcount(storage),
@@ -78,7 +78,9 @@ def _holders(tensor: Tensor) -> tuple[int, ...]:
 
 
 class _Probe(torch.autograd.Function):
-    """Its backward asks who holds its gradient, from where `_Embedding` asks."""
+    """Its backward counts the references of its gradient, at the place where `_Embedding` does."""
+
+    holders: tuple[int, ...] = ()
 
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -91,11 +93,11 @@ class _Probe(torch.autograd.Function):
 
 
 def _alone() -> tuple[int, ...]:
-    """`_holders` of a gradient that no hook, caller or other node can see or will read again.
+    """Return `_holders` of a gradient that no hook, caller or other node will read again.
 
-    Only such a gradient may be written to: that is how autograd itself decides whether to add in
-    place. The counts depend on the versions of Python and PyTorch, and on whether torch.compile
-    has been used in this process, so they are measured each time, in some 60 us.
+    Only such a gradient may be written to: autograd itself decides so whether to add in place. The
+    counts depend on the versions of Python and PyTorch, and on whether torch.compile was used in
+    this process, so they are measured each time, in some 60 us.
     """
     with _disable_current_modes(), torch.enable_grad(), torch.device("cpu"):
         x = torch.ones(2).requires_grad_()
@@ -104,7 +106,7 @@ def _alone() -> tuple[int, ...]:
 
 
 def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of weight, and the weight for a head tied to it: (weight[idx], weight).
+    """Return rows of weight, and the weight for a head tied to it: (weight[idx], weight).
 
     idx: (...) int64 in [0, V); weight: (V, C) floating. Returns x (..., C) and head_weight (V, C),
     which is weight itself in the same memory. Give head_weight to `linear_cross_entropy` or
@@ -113,7 +115,7 @@ def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     a token are summed in fp32.
 
     Raises ValueError for inputs that do not fit and, on the CPU, IndexError for an id out of range;
-    on a GPU its row is NaN, and its gradient left out.
+    on a GPU its row is NaN, and it gets no gradient.
     """
     if weight.dim() != 2 or weight.shape[0] < 1 or not weight.is_floating_point():
         raise ValueError(

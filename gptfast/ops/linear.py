@@ -1,4 +1,4 @@
-"""A linear layer, behind a layer norm or not: schema, fake, autograd, public function."""
+"""A linear layer with an optional layer norm before it: schema, fake, autograd, public function."""
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ _NORM = "Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps"
 
 
 def stats_fake(x: Tensor, norm_weight: Tensor | None) -> Tensor:
+    """Return an empty tensor for a norm's mean and reciprocal deviation per row, or for no norm."""
     rows = 0 if norm_weight is None else x.shape[0]
     return x.new_empty(rows, 2, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def like_if(given: bool, x: Tensor | None, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape) if given and x is not None else weight.new_empty(0)
+def gradient_fake(needed: bool, x: Tensor | None, weight: Tensor) -> Tensor:
+    """Return an empty gradient of x, without elements unless x is there and needs one."""
+    return x.new_empty(x.shape) if needed and x is not None else weight.new_empty(0)
 
 
 def _fwd_fake(x, norm_weight, norm_bias, eps, weight, bias, residual):  # type: ignore[no-untyped-def]
@@ -33,7 +35,7 @@ def _bwd_fake(dy, x, norm_weight, norm_bias, eps, weight, bias, stats, need_dx, 
         (need_dweight, weight),
         (need_dweight, bias),
     ]
-    return tuple(like_if(*pair, weight) for pair in gradients)
+    return tuple(gradient_fake(*pair, weight) for pair in gradients)
 
 
 _fwd = register(
@@ -77,12 +79,12 @@ def _backward(ctx, dy, dstats):  # type: ignore[no-untyped-def]
 
 
 register_autograd(_fwd, _backward, _setup)
-# The norm stays in fp32, as F.layer_norm does under autocast; x takes the weight's dtype behind it.
+# The norm stays in fp32, as F.layer_norm does under autocast; its result takes the weight's dtype.
 register_autocast(_fwd, tensors=(4, 5))
 
 
 def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
-    """ValueError unless x (..., C), weight (O, C) and bias (O,) make a linear layer."""
+    """Raise ValueError unless x (..., C), weight (O, C) and bias (O,) fit a linear layer."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{name} needs x (..., C) and weights (O, C), got {tuple(x.shape)} and "
@@ -103,7 +105,7 @@ def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> No
 
 
 def norm_arguments(x: Tensor, norm: Norm | None, name: str) -> tuple:
-    """norm as an operator takes it, checked."""
+    """Return a norm as the three arguments of an operator, checked."""
     if norm is None:
         return None, None, 0.0
     weight, bias, eps = norm
@@ -124,12 +126,12 @@ def linear(
     norm: Norm | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """F.linear(x, weight, bias), behind a layer norm if one is given, plus a residual if one is.
+    """Return F.linear(x, weight, bias), after a layer norm and plus a residual if they are given.
 
     x: (..., C); weight: (O, C); bias: (O,); norm: (weight (C,), bias (C,), eps), applied to x as
     F.layer_norm; residual: (..., O). One floating dtype, any under autocast, which gives the
-    product its dtype; the norm is computed in fp32. Returns (..., O). The normalised input is not
-    kept for the backward but computed again.
+    product its dtype; the norm is computed in fp32. Returns (..., O). The backward computes
+    the normalised input again.
 
     Raises ValueError for inputs that do not fit.
     """
@@ -140,7 +142,7 @@ def linear(
             f"linear's residual must be {(*x.shape[:-1], n_out)}, got {tuple(residual.shape)}"
         )
     fused = residual is not None and residual.dtype == weight.dtype and not autocast_enabled(x)
-    passed = residual.reshape(-1, n_out) if fused else None
+    passed = residual.reshape(-1, n_out) if residual is not None and fused else None
     y = _fwd(rows, *norm_arguments(x, norm, "linear"), weight, bias, passed)[0]
     y = y.view(*x.shape[:-1], n_out)
     return y if fused or residual is None else residual + y

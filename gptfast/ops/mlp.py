@@ -4,7 +4,7 @@ from torch import Tensor
 
 from gptfast.kernels.reference import mlp as reference
 from gptfast.ops.library import autocast_enabled, register, register_autocast, register_autograd
-from gptfast.ops.linear import Norm, check_layer, like_if, norm_arguments, stats_fake
+from gptfast.ops.linear import Norm, check_layer, gradient_fake, norm_arguments, stats_fake
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias, float eps"
 _LAYERS = "Tensor fc_weight, Tensor fc_bias, Tensor proj_weight, Tensor proj_bias"
@@ -29,7 +29,7 @@ def _bwd_fake(
         (need_dproj, proj_weight),
         (need_dproj, proj_bias),
     ]
-    return tuple(like_if(*pair, fc_weight) for pair in gradients)
+    return tuple(gradient_fake(*pair, fc_weight) for pair in gradients)
 
 
 _fwd = register(
@@ -69,7 +69,7 @@ def _backward(ctx, dy, dh, dstats):  # type: ignore[no-untyped-def]
 
 
 register_autograd(_fwd, _backward, _setup)
-# The norm stays in fp32, as F.layer_norm does under autocast; x takes the weights' dtype behind it.
+# The norm stays in fp32, as F.layer_norm does under autocast; its result takes the weights' dtype.
 register_autocast(_fwd, tensors=range(4, 8))
 
 
@@ -83,14 +83,14 @@ def mlp(
     norm: Norm | None = None,
     residual: bool = False,
 ) -> Tensor:
-    """gelu(norm(x) fc_weight^T + fc_bias) proj_weight^T + proj_bias, GELU in its tanh form.
+    """Return gelu(norm(x) fc_weight^T + fc_bias) proj_weight^T + proj_bias, GELU in its tanh form.
 
-    With residual, x is added, which then needs the width of the result.
+    With residual, x is added to it, which then needs O = C.
 
     x: (..., C); fc_weight: (F, C), fc_bias: (F,); proj_weight: (O, F), proj_bias: (O,); norm:
     (weight (C,), bias (C,), eps) or None. One floating dtype, any under autocast, which gives the
-    result its dtype; the norm is computed in fp32. Returns (..., O). Of what lies between, only the
-    GELU's input (N, F) is kept for the backward.
+    result its dtype; the norm is computed in fp32. Returns (..., O). Only the GELU's input
+    (N, F) is kept for the backward.
 
     Raises ValueError for inputs that do not fit.
     """

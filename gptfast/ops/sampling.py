@@ -1,5 +1,8 @@
 """Sampling: schema, fake, public function."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,50 +22,65 @@ _sample = register(
 )
 
 _LARGEST = torch.finfo(torch.float32).max
-# name: (dtype, what None stands for, test for a Python number, what the number must be)
+
+
+class _Parameter(NamedTuple):
+    dtype: torch.dtype
+    off: float  # the value that None stands for
+    is_valid: Callable[[float], bool]  # for a Python number
+    wording: str  # of what the number must be
+
+
 _PARAMETERS = {
-    "temperature": (torch.float32, 1.0, lambda x: 0.0 <= x <= _LARGEST, "a finite number >= 0"),
-    "top_k": (
+    "temperature": _Parameter(
+        torch.float32, 1.0, lambda x: 0.0 <= x <= _LARGEST, "a finite number >= 0"
+    ),
+    "top_k": _Parameter(
         torch.int64,
         2**62,
         lambda x: 1 <= x < 2**63 and float(x).is_integer(),
         "an integer >= 1",
     ),
-    "top_p": (torch.float32, 1.0, lambda x: 0.0 < x <= 1.0, "in (0, 1]"),
-    "min_p": (torch.float32, 0.0, lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
-    "seed": (torch.int64, 0, lambda x: -(2**63) <= x < 2**63 and float(x).is_integer(), "an int64"),
-    "position": (torch.int64, 0, lambda x: x >= 0 and float(x).is_integer(), "an integer >= 0"),
+    "top_p": _Parameter(torch.float32, 1.0, lambda x: 0.0 < x <= 1.0, "in (0, 1]"),
+    "min_p": _Parameter(torch.float32, 0.0, lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
+    "seed": _Parameter(
+        torch.int64, 0, lambda x: -(2**63) <= x < 2**63 and float(x).is_integer(), "an int64"
+    ),
+    "position": _Parameter(
+        torch.int64, 0, lambda x: x >= 0 and float(x).is_integer(), "an integer >= 0"
+    ),
 }
 
 
-def per_row(logits: Tensor, **parameters: float | Tensor | None) -> dict[str, Tensor]:
-    """`sample`'s parameters as (B,) tensors beside logits (B, V); numbers are checked here.
+def per_row(
+    batch: int, device: torch.device, **parameters: float | Tensor | None
+) -> dict[str, Tensor]:
+    """Return `sample`'s parameters as (batch,) tensors on a device; numbers are checked here.
 
-    A loop that samples often does it once, so that no token pays for it.
+    A loop that samples often calls this once, so that no token pays for it.
     """
-    return {name: _one_per_row(name, value, logits) for name, value in parameters.items()}
+    return {name: _one_per_row(name, x, batch, device) for name, x in parameters.items()}
 
 
-def _one_per_row(name: str, value: float | Tensor | None, logits: Tensor) -> Tensor:
-    dtype, off, fits, must = _PARAMETERS[name]
-    B = logits.shape[0]
+def _one_per_row(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
+    parameter = _PARAMETERS[name]
     if not isinstance(value, Tensor):
-        value = off if value is None else value
-        if not fits(value):
-            raise ValueError(f"{name} must be {must}, got {value}")
+        value = parameter.off if value is None else value
+        if not parameter.is_valid(value):
+            raise ValueError(f"{name} must be {parameter.wording}, got {value}")
         try:
-            value = float(value) if dtype.is_floating_point else value
-            return torch.full((B,), value, dtype=dtype, device=logits.device)
+            value = float(value) if parameter.dtype.is_floating_point else value
+            return torch.full((batch,), value, dtype=parameter.dtype, device=device)
         except OverflowError:  # an integer of more than 64 bits
-            raise ValueError(f"{name} must be {must}, got {value}") from None
-    if value.shape != (B,) or value.device != logits.device:
+            raise ValueError(f"{name} must be {parameter.wording}, got {value}") from None
+    if value.shape != (batch,) or value.device != device:
         raise ValueError(
-            f"{name} must be a number or a tensor of shape ({B},) on {logits.device}, "
+            f"{name} must be a number or a tensor of shape ({batch},) on {device}, "
             f"got {tuple(value.shape)} on {value.device}"
         )
-    if value.is_floating_point() and not dtype.is_floating_point:
-        raise ValueError(f"{name} must be {must}, got a {value.dtype} tensor")
-    return value.to(dtype).contiguous()
+    if value.is_floating_point() and not parameter.dtype.is_floating_point:
+        raise ValueError(f"{name} must be {parameter.wording}, got a {value.dtype} tensor")
+    return value.to(parameter.dtype).contiguous()
 
 
 def sample(
@@ -75,9 +93,9 @@ def sample(
     seed: int | Tensor = 0,
     position: int | Tensor = 0,
 ) -> Tensor:
-    """Draw one token id per row of logits (B, V) floating -> (B,) int64.
+    """Draw one token id per row of logits (B, V), any floating dtype; return (B,) int64.
 
-    Applied in this order, each a number or a (B,) tensor so that rows may differ:
+    The parameters apply in this order; each is a number, or a (B,) tensor so that rows may differ:
     temperature >= 0 divides the logits, 0 is argmax; top_k >= 1 keeps exactly k tokens, ranked by
     raw logits, ties to the lower id; top_p in (0, 1] keeps the smallest set whose mass,
     renormalised after top_k, is >= top_p (Holtzman et al., 2020); min_p in [0, 1] drops tokens less
@@ -95,6 +113,7 @@ def sample(
             f"logits must be floating-point (B, V) with V >= 1, "
             f"got {logits.dtype} {tuple(logits.shape)}"
         )
-    kept = per_row(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    at = per_row(logits, seed=seed, position=position)
-    return _sample(logits, *kept.values(), *at.values())
+    batch, device = logits.shape[0], logits.device
+    cuts = per_row(batch, device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    draw = per_row(batch, device, seed=seed, position=position)
+    return _sample(logits, *cuts.values(), *draw.values())
