@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
@@ -13,6 +14,8 @@ from typing import IO, Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def _write_files(
@@ -125,3 +128,22 @@ def cache_directory() -> Path:
     if own := os.environ.get("GPTFAST_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptfast"
+
+
+def replace_link(link: Path, name: str) -> None:
+    """Make `link` a symbolic link to the directory `name` beside it, replacing an older link.
+
+    The link is never missing in between. Logs a warning where the file system has no links.
+    """
+    if link.is_symlink() and os.readlink(link) == name:
+        return
+    temporary = _hidden(link, "tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(name, target_is_directory=True)
+    except OSError as error:
+        _LOGGER.warning("no link %s to %s: %s", link, name, error.strerror)
+        return
+    if link.is_dir() and not link.is_symlink():  # it was copied and its links were followed
+        link.rename(_hidden(link, "deleted"))
+    temporary.replace(link)

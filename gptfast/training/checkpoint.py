@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from gptfast.device import random_state, restore_random_state
-from gptfast.files import _hidden, _temporary, _write_files, fsync
+from gptfast.files import _hidden, _temporary, _write_files, fsync, replace_link
 from gptfast.model import GPT
 from gptfast.weights.checkpoint import FORMAT, _digest, _json, _sha256, checkpoints, read_state
-from gptfast.weights.pretrained import _LOGGER, _model_files
+from gptfast.weights.pretrained import _model_files
 from gptfast.weights.stored import read_safetensors
 from gptfast.weights.transformers import open_directory
 
@@ -98,18 +98,7 @@ def _link_best(folder: Path, best: int | None) -> None:
         if link.is_symlink() and not link.exists():
             link.unlink()
         return
-    if link.is_symlink() and os.readlink(link) == name:
-        return
-    temporary = _hidden(link, "tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.symlink_to(name, target_is_directory=True)
-    except OSError as error:
-        _LOGGER.warning("no link %s to %s: %s", link, name, error.strerror)
-        return
-    if link.is_dir() and not link.is_symlink():  # the run was copied and its links were followed
-        link.rename(_hidden(link, "deleted"))
-    temporary.replace(link)
+    replace_link(link, name)
 
 
 def _delete_old(out: Path, keep: int, best: int | None) -> None:
