@@ -22,7 +22,7 @@ from gptfast.cli.__init__ import COMMANDS, main
 from gptfast.cli.info import Info
 from gptfast.cli.settings import flat
 from gptfast.cli.train import Train
-from gptfast.data.tokens import embedded_text
+from gptfast.data.embedded import embedded_text
 from gptfast.ops.library import backend_of, operators
 
 

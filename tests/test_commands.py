@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 from gptfast import GPT, get_tokenizer
 from gptfast.cli.__init__ import main
+from gptfast.data.embedded import embedded_text
 from gptfast.data.sources import load_data
-from gptfast.data.tokens import embedded_text
 from gptfast.evaluate.loss import perplexity
 from gptfast.model import load_model
 from gptfast.ops.backend import EXTENSION

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ import tyro
 
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.config import GPTConfig, TrainConfig
+from gptfast.data.embedded import embedded_text
 from gptfast.data.loader import create_dataloader
 from gptfast.data.sources import load_data, prepared_tokenizer
 from gptfast.data.token_files import Documents
 from gptfast.data.tokens import Source, fingerprint
 from gptfast.model import GPT
 from gptfast.ops.library import backend_of, operators
+from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.train import reduce_tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.training.trainer import Trainer
 from gptfast.weights.checkpoint import checkpoints, read_settings
@@ -50,7 +54,8 @@ class Train:
     directory that `gptfast prepare` wrote."""
     tokenizer: str | None = None
     """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: that of the prepared
-    data, else that of --init, else gpt2)."""
+    data, else that of --init, else gpt2; without --data, gpt2 reduced to the tokens of its text,
+    which is kept in OUT/tokenizer)."""
     batch_size: int = 8
     """Windows per batch."""
     max_length: int | None = None
@@ -73,7 +78,7 @@ class Train:
     def run(self) -> None:
         if len(self.split) not in (2, 3):
             raise ValueError(f"--split takes two or three shares, got {self.split}")
-        tokenizer = get_tokenizer(self.tokenizer_name())
+        tokenizer = self._tokenizer()
         sources = load_data(self.data, tokenizer, self.split)
         T = self.model.block_size if self.max_length is None else self.max_length
         if T > self.model.block_size:
@@ -118,6 +123,15 @@ class Train:
         if recorded := prepared_tokenizer(self.data):
             return recorded
         return (self.init is not None and tokenizer_of(self.init)) or "gpt2"
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.data or self.tokenizer is not None or self.init is not None:
+            return get_tokenizer(self.tokenizer_name())
+        directory = Path(self.train.out) / "tokenizer"
+        if checkpoints(self.train.out) and directory.is_dir():
+            return get_tokenizer(str(directory))
+        # With GPT-2's whole vocabulary, a model this small spends most of its time on the head.
+        return reduce_tokenizer(get_tokenizer("gpt2"), embedded_text(), directory)
 
     def _model(self, n_vocab: int) -> GPT:
         torch.manual_seed(self.train.seed)

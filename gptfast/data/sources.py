@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.data.documents import Fields, find_files
+from gptfast.data.embedded import embedded_text
 from gptfast.data.prepare import FORMAT, PARTS
 from gptfast.data.token_files import Documents, TokenFiles, open_tokens
 from gptfast.data.tokenize import _load_text
-from gptfast.data.tokens import Source, _check_vocabulary, as_tokens, embedded_text, split_tokens
+from gptfast.data.tokens import Source, _check_vocabulary, as_tokens, split_tokens
 from gptfast.tokenizer.bpe import Tokenizer, vocabulary
 
 

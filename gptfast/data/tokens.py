@@ -17,13 +17,6 @@ Source = Tensor | TokenFiles | Documents
 SAMPLES, SAMPLE_LENGTH = 1024, 4096
 
 
-def embedded_text() -> str:
-    """About half a megabyte of English that every CPython carries: the prose of `help()`."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name].strip() for name in sorted(topics))
-
-
 def split_tokens(tokens: Source, ratios: Sequence[float] = (0.9, 0.1)) -> list[Source]:
     """Cut a source into consecutive parts, e.g. training, validation and test: slices of it.
 

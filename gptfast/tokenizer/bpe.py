@@ -83,11 +83,15 @@ class BPETokenizer:
         _check_ids(ids, self.n_vocab)
         return self._encoding.decode_bytes(list(ids))
 
+    def ranks(self) -> dict[bytes, int]:
+        """Return the id of every token but end-of-text, in the order of the ids."""
+        tokens = self._encoding.token_byte_values()
+        ids = {token: self._encoding.encode_single_token(token) for token in tokens}
+        return dict(sorted(ids.items(), key=lambda item: item[1]))
+
     def transformers_files(self) -> dict[str, str]:
         """The files, by name, that transformers makes its GPT2Tokenizer of this vocabulary from."""
-        tokens = self._encoding.token_byte_values()
-        ranks = {token: self._encoding.encode_single_token(token) for token in tokens}
-        ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        ranks = self.ranks()
         written = {token: "".join(_CHARACTERS[b] for b in token) for token in ranks}
         vocab = {END_OF_TEXT: self.eot} | {text: ranks[token] for token, text in written.items()}
         merges = [_merge(token, ranks) for token in ranks if len(token) > 1]
