@@ -29,9 +29,7 @@ from gptfast.weights.open import open_weights, tokenizer_of
 
 # Learns from the embedded text in two to three minutes on two cores: docs/first_run.md.
 SMALL_MODEL = GPTConfig(vocab_size=1, block_size=128, n_layer=4, n_head=4, n_embd=256)
-SMALL_RUN = TrainConfig(
-    out="runs/train", epochs=8, lr=2e-3, min_lr=1e-4, eval_interval=100, log_interval=20
-)
+SMALL_RUN = TrainConfig(out="runs/train", lr=2e-3, min_lr=1e-4, eval_interval=100, log_interval=20)
 
 
 @dataclass(frozen=True)

@@ -36,17 +36,15 @@ def embedded_text() -> str:
     """Return about 600 kilobytes of English: the prose that explains Python, in Python itself.
 
     It is the plain sentences of the topics of `help()` and of the docstrings and comments of the
-    standard library's source files. Code, tables and repeated paragraphs are left out. Paragraphs
-    stand on a line each, with an empty line between the documents that they come from, which are
-    shuffled: so a part cut from the end is a fair sample of the whole. A given Python gives the
-    same text each time.
+    standard library's source files, a paragraph a line. Code, tables and repeated paragraphs are
+    left out. The documents that the paragraphs come from are shuffled, so that a part cut from the
+    end is a fair sample of the whole. A given Python gives the same text each time.
     """
     documents = dict(_documents())
     names = sorted(documents)
     random.Random(0).shuffle(names)
     seen: set[str] = set()
-    texts = ("\n".join(_paragraphs(documents[name], seen)) for name in names)
-    return "\n\n".join(filter(None, texts))
+    return "\n".join(p for name in names for p in _paragraphs(documents[name], seen))
 
 
 def _documents() -> Iterator[tuple[str, str]]:
