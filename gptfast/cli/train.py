@@ -23,7 +23,7 @@ from gptfast.ops.library import backend_of, operators
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.tokenizer.train import reduce_tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
-from gptfast.training.trainer import Trainer
+from gptfast.training.trainer import SAMPLE_MIN_P, Trainer
 from gptfast.weights.checkpoint import checkpoints, read_settings
 from gptfast.weights.open import open_weights, tokenizer_of
 
@@ -114,7 +114,8 @@ class Train:
         if trainer.interrupt.requested:
             return
         print(f"done: see {trainer.run.out}/loss.png; try")
-        print(f'  gptfast generate {trainer.run.out} --prompt "{self.train.sample_prompt}"')
+        prompt = f'--prompt "{self.train.sample_prompt}" --min-p {SAMPLE_MIN_P}'
+        print(f"  gptfast generate {trainer.run.out} {prompt}")
 
     def tokenizer_name(self) -> str:
         """The tokenizer asked for, or that of the data or of the weights to start from."""
