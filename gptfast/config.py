@@ -157,7 +157,7 @@ class TrainConfig:
     of the 128 steps before (6, say)."""
     sample_prompt: str = "This is"
     """What the text sample of each epoch starts with."""
-    sample_tokens: int = 100
+    sample_tokens: int = 120
     """Tokens per text sample; 0 for none."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into tensorboard/ of the run."""

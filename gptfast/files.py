@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import glob
 import json
+import logging
 import os
 import shutil
 import time
@@ -19,6 +20,8 @@ from typing import IO, Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+_LOGGER = logging.getLogger(__name__)
 
 # The workers of a killed run hold its lock until they notice its end, which takes seconds.
 LOCK_TIMEOUT_S = 10.0
@@ -192,3 +195,22 @@ def cache_directory() -> Path:
     if own := os.environ.get("GPTFAST_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptfast"
+
+
+def replace_link(link: Path, name: str) -> None:
+    """Make `link` a symbolic link to the directory `name` beside it, replacing an older link.
+
+    The link is never missing in between. Logs a warning where the file system has no links.
+    """
+    if link.is_symlink() and os.readlink(link) == name:
+        return
+    temporary = hidden(link, "tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(name, target_is_directory=True)
+    except OSError as error:
+        _LOGGER.warning("no link %s to %s: %s", link, name, error.strerror)
+        return
+    if link.is_dir() and not link.is_symlink():  # it was copied and its links were followed
+        link.rename(hidden(link, "deleted"))
+    temporary.replace(link)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gptfast import GPT, GPTConfig, TrainConfig, Trainer, create_dataloader, get_tokenizer
-from gptfast.data.tokens import as_tokens, embedded_text, split_tokens
+from gptfast.data.embedded import embedded_text
+from gptfast.data.tokens import as_tokens, split_tokens
 from gptfast.weights import convert
 
 

@@ -22,7 +22,7 @@ from gptfast.cli import COMMANDS, main
 from gptfast.cli.info import Info
 from gptfast.cli.settings import flat
 from gptfast.cli.train import Train
-from gptfast.data.tokens import embedded_text
+from gptfast.data.embedded import embedded_text
 from gptfast.ops.library import backend_of, operators
 
 
@@ -91,6 +91,22 @@ def test_without_data_it_trains_on_the_embedded_text(tmp_path: Path, capsys: Cap
     )
     assert (code, err) == (0, "")
     assert f"{len(embedded_text().encode()):,} tokens" in out
+
+
+def test_the_default_run_brings_its_vocabulary(tmp_path: Path, capsys: Capture) -> None:
+    """Without --data and --tokenizer the run keeps a small vocabulary, and goes on with it."""
+    out = tmp_path / "run"
+    options = ["--n-layer", 1, "--n-embd", 8, "--n-head", 1, "--eval-batches", 1, "--out", out]
+    options += ["--sample-tokens", 4]
+    args = ["train", *map(str, options)]
+    assert main([*args, "--max-steps", "2"]) == 0
+    vocabulary = (out / "tokenizer" / "encoder.json").read_bytes()
+    assert 5000 < len(json.loads(vocabulary)) < 10_000
+    assert main([*args, "--max-steps", "3", "--resume"]) == 0
+    assert (out / "tokenizer" / "encoder.json").read_bytes() == vocabulary
+    assert "resumed from" in capsys.readouterr().out
+    assert main(["generate", str(out), "--prompt", "This is", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("This is")
 
 
 def test_resume_continues(text: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -10,7 +10,7 @@ from commands import TINY, Capture, refused, run
 from helpers import one_thread  # noqa: F401 - applies to every test here
 
 from gptfast.cli import main
-from gptfast.data.tokens import embedded_text
+from gptfast.data.embedded import embedded_text
 from gptfast.ops.backend import EXTENSION
 
 

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 from gptfast import GPT, get_tokenizer
 from gptfast.cli import main
+from gptfast.data.embedded import embedded_text
 from gptfast.data.sources import load_data
-from gptfast.data.tokens import embedded_text
 from gptfast.evaluate.loss import perplexity
 from gptfast.ops.backend import EXTENSION
 from gptfast.weights.checkpoint import checkpoints
@@ -182,14 +182,18 @@ def test_search_by_grid(text: Path, capsys: Capture) -> None:
         row["val_loss"] for row in rows(Path("search/trial-002"))[1:] if "val_loss" in row
     )
     assert Path("search/search.png").stat().st_size > 1000
-    begun = [path.stat().st_mtime_ns for path in sorted(Path("search").glob("*/metrics.jsonl"))]
+    begun = [
+        path.stat().st_mtime_ns for path in sorted(Path("search").glob("trial-*/metrics.jsonl"))
+    ]
     refused(run(capsys, "search", "--grid", "lr=1", *args), "holds another search")
     # With the failing one's place taken, all there is to do is done.
     write = Path("search/trial-003/result.json")
     write.write_text(json.dumps(results[1] | {"trial": "trial-003"}))
     output = done(capsys, "search", *grid, *args)
     assert "3 of 3 trials are done already" in output
-    again = [path.stat().st_mtime_ns for path in sorted(Path("search").glob("*/metrics.jsonl"))]
+    again = [
+        path.stat().st_mtime_ns for path in sorted(Path("search").glob("trial-*/metrics.jsonl"))
+    ]
     assert again == begun
 
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from gptfast import create_dataloader, get_tokenizer
+from gptfast.data.embedded import embedded_text
 from gptfast.data.loader import BatchOrder, Examples, Windows, describe_batch
 from gptfast.data.prepare import prepare
 from gptfast.data.shards import ShardWriter
 from gptfast.data.sources import load_data, load_part, prepared_tokenizer
 from gptfast.data.token_files import Documents, TokenFiles, write_tokens
-from gptfast.data.tokens import as_tokens, embedded_text, fingerprint, split_tokens
+from gptfast.data.tokens import as_tokens, fingerprint, split_tokens
 
 VERDICT = Path(__file__).parents[2] / "shared" / "data" / "the-verdict.txt"
 FILES = settings(
@@ -309,9 +310,23 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_embedded_text_is_plenty_of_english() -> None:
     text = embedded_text()
-    assert len(text) > 300_000
-    assert text.count(" the ") > 2000
+    assert len(text) > 500_000
+    assert text.count(" the ") > 5000
+    assert ">>>" not in text and "__" not in text
+    embedded_text.cache_clear()
     assert text == embedded_text()
+
+
+def test_embedded_text_says_nothing_twice() -> None:
+    paragraphs = [line for line in embedded_text().split("\n") if line]
+    assert len(set(paragraphs)) == len(paragraphs) > 5000
+
+
+def test_the_end_of_the_embedded_text_is_like_the_rest() -> None:
+    """The validation part is no easier: it has as much white space, which is easy to predict."""
+    text = embedded_text()
+    shares = [sum(map(str.isspace, part)) / len(part) for part in (text, text[-len(text) // 10 :])]
+    assert abs(shares[0] - shares[1]) < 0.01
 
 
 def write_shards(directory: Path, tokens: Sequence[int], shard_tokens: int) -> TokenFiles:

@@ -18,7 +18,8 @@ from parity import assert_parity
 from torch import Tensor
 
 from gptfast import GPT, AdamW, generate, get_tokenizer
-from gptfast.data.tokens import as_tokens, embedded_text
+from gptfast.data.embedded import embedded_text
+from gptfast.data.tokens import as_tokens
 from gptfast.engine import Engine
 from gptfast.engine.rows import MAX_STEP_TOKENS
 from gptfast.evaluate.loss import sliding_score, text_score

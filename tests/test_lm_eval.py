@@ -117,7 +117,7 @@ def test_as_the_harnesss_own_model(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     from lm_eval.models.huggingface import HFLM
 
-    from gptfast.data.tokens import embedded_text
+    from gptfast.data.embedded import embedded_text
     from gptfast.tokenizer.train import train_tokenizer
 
     tokenizer = train_tokenizer([embedded_text()[:9000]], 300, tmp_path / "vocabulary")

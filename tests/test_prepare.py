@@ -20,10 +20,11 @@ import gptfast.data.prepare
 import gptfast.data.tokenize
 from gptfast import get_tokenizer
 from gptfast.data.documents import find_files, read_documents, safe_pieces
+from gptfast.data.embedded import embedded_text
 from gptfast.data.prepare import prepare
 from gptfast.data.sources import load_data
 from gptfast.data.token_files import Documents, TokenFiles, index_path, open_tokens
-from gptfast.data.tokens import as_tokens, embedded_text, split_tokens
+from gptfast.data.tokens import as_tokens, split_tokens
 from gptfast.tokenizer.bpe import Tokenizer
 
 FILES = settings(

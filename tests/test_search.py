@@ -92,7 +92,9 @@ def out(tmp_path: Path) -> Path:
 
 
 def starts(out: Path) -> dict[str, int]:
-    return {path.parent.name: len(path.read_text().splitlines()) for path in out.glob("*/starts")}
+    return {
+        path.parent.name: len(path.read_text().splitlines()) for path in out.glob("trial-*/starts")
+    }
 
 
 BASE = {"max_steps": 4, "data": ["a b.txt"], "min_lr": None, "tokenizer": 'odd "name" \\ é'}
@@ -213,6 +215,7 @@ def test_search_sorts_and_writes(
     saved = json.loads((out / "results.json").read_text())
     assert [row["trial"] for row in saved] == ["trial-002", "trial-001", "trial-003"]
     assert saved[0]["val_loss"] == best.val_loss
+    assert (out / "best").readlink() == Path("trial-002")
     table = (out / "results.md").read_text().splitlines()
     assert table[0].startswith("| trial | lr | best val loss | at step |")
     assert table[2].startswith("| trial-002 | 0.001 | 3.0733 | 4 | 3.0733 | 2.5733 | 1,002 |")
@@ -404,10 +407,10 @@ def test_jobs_run_side_by_side(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     trials = [{"lr": 10.0**-i, "pause": 0.5} for i in range(1, 5)]
     run_search(BASE, trials, out, jobs=2, command=command)
-    began = sorted(float(path.read_text().split()[0]) for path in out.glob("*/starts"))
+    began = sorted(float(path.read_text().split()[0]) for path in out.glob("trial-*/starts"))
     # Five rows at 0.5 s each: the first two start together, the third when one has ended.
     assert began[1] - began[0] < 2.4 < began[2] - began[0]
-    threads = {path.read_text().split()[1] for path in out.glob("*/starts")}
+    threads = {path.read_text().split()[1] for path in out.glob("trial-*/starts")}
     assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
 
@@ -416,7 +419,7 @@ def when_hanging(out: Path, n: int, act: Callable[[], Any]) -> threading.Thread:
 
     def wait() -> None:
         end = time.time() + 20
-        while len(list(out.glob("*/hangs"))) < n and time.time() < end:
+        while len(list(out.glob("trial-*/hangs"))) < n and time.time() < end:
             time.sleep(0.02)
         try:
             act()

@@ -20,7 +20,7 @@ from gptfast.cli import main, parse
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.cli.train import SMALL_MODEL, SMALL_RUN, Train
 from gptfast.config import to_toml
-from gptfast.data.tokens import embedded_text
+from gptfast.data.embedded import embedded_text
 from gptfast.weights.checkpoint import checkpoints
 
 

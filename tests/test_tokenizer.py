@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptfast import get_tokenizer
-from gptfast.data.tokens import embedded_text
+from gptfast.data.embedded import embedded_text
 from gptfast.tokenizer import bpe
 from gptfast.tokenizer import vocabulary as tokenizer
 

@@ -4,6 +4,7 @@ import builtins
 import json
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 
 from gptfast import get_tokenizer
 from gptfast.cli.tokenizer import TrainTokenizer
-from gptfast.data.tokens import embedded_text
+from gptfast.data.embedded import embedded_text
 from gptfast.tokenizer import vocabulary as tokenizer
-from gptfast.tokenizer.train import train_tokenizer
+from gptfast.tokenizer.train import reduce_tokenizer, train_tokenizer
 
 EOT = "<|endoftext|>"
 TEXTS = [
@@ -321,3 +322,30 @@ def test_content_not_place_tells_vocabularies_apart(tmp_path: Path) -> None:
     assert (other.name, other.n_vocab) == (first.name, first.n_vocab)
     with pytest.raises(ValueError, match="was prepared with tokenizer"):
         load_data([tmp_path / "tokens"], other)
+
+
+def test_a_reduced_vocabulary_splits_words_alike(tmp_path: Path) -> None:
+    """A word is split as before unless a token of it stands in the text only once."""
+    gpt2, text = get_tokenizer("gpt2"), embedded_text()[:200_000]
+    reduced = reduce_tokenizer(gpt2, text, tmp_path / "reduced")
+    assert reduced.n_vocab < 6000 and reduced.eot == reduced.n_vocab - 1
+    counts = Counter(gpt2.encode(text))
+    same = 0
+    for word in {f" {word}" for word in text.split()}:
+        before, after = gpt2.encode(word), reduced.encode(word)
+        assert reduced.decode(after) == word
+        if all(counts[i] > 1 for i in before):
+            assert [gpt2.decode([i]) for i in before] == [reduced.decode([i]) for i in after]
+            same += 1
+    assert same > 3000
+    other = "naïve \u3000日本語 \x00 supercalifragilistic"
+    assert reduced.decode(reduced.encode(other)) == other
+
+
+def test_reducing_again_replaces_the_files(tmp_path: Path) -> None:
+    gpt2 = get_tokenizer("gpt2")
+    first = reduce_tokenizer(gpt2, "the cat, the cat", tmp_path)
+    added = [first.decode([i]) for i in range(256, first.n_vocab)]
+    assert added == ["at", " c", " cat", EOT]
+    second = reduce_tokenizer(gpt2, "a b", tmp_path)
+    assert (second.n_vocab, second.eot) == (257, 256)

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gptfast import GPT, TrainConfig, Trainer, create_dataloader, get_tokenizer
+from gptfast.data.embedded import embedded_text
 from gptfast.data.loader import from_start
-from gptfast.data.tokens import as_tokens, embedded_text
+from gptfast.data.tokens import as_tokens
 from gptfast.device import choose_device
 from gptfast.evaluate.loss import loader_loss
 from gptfast.training.run_directory import RunDirectory

@@ -250,7 +250,7 @@ def test_saved_for_transformers_with_its_tokenizer(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from gptfast.data.tokens import embedded_text
+    from gptfast.data.embedded import embedded_text
     from gptfast.generate import generate_text
     from gptfast.tokenizer.train import train_tokenizer
     from gptfast.tokenizer.vocabulary import get_tokenizer

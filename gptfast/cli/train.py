@@ -4,26 +4,30 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.config import GPTConfig, TrainConfig
+from gptfast.data.embedded import embedded_text
 from gptfast.data.loader import create_dataloader
 from gptfast.data.sources import load_data, prepared_tokenizer
 from gptfast.data.token_files import Documents
 from gptfast.data.tokens import Source, fingerprint
 from gptfast.model import GPT
 from gptfast.ops.library import backend_of, operators
+from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.train import reduce_tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
-from gptfast.training.trainer import Trainer
+from gptfast.training.trainer import SAMPLE_MIN_P, Trainer
 from gptfast.weights.checkpoint import checkpoints, read_settings
 from gptfast.weights.open import open_weights, tokenizer_of
 
-# Learns English from the embedded text in two or three minutes on two cores.
-SMALL_MODEL = GPTConfig(vocab_size=1, block_size=128, n_layer=4, n_head=4, n_embd=128)
-SMALL_RUN = TrainConfig(out="runs/train", lr=5e-3, min_lr=1e-4, eval_interval=61, log_interval=20)
+# Learns from the embedded text in two to three minutes on two cores: docs/first_run.md.
+SMALL_MODEL = GPTConfig(vocab_size=1, block_size=128, n_layer=4, n_head=4, n_embd=256)
+SMALL_RUN = TrainConfig(out="runs/train", lr=2e-3, min_lr=1e-4, eval_interval=100, log_interval=20)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Train:
     directory that `gptfast prepare` wrote."""
     tokenizer: str | None = None
     """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: that of the prepared
-    data, else that of --init, else gpt2)."""
+    data, else that of --init, else gpt2; without --data, gpt2 reduced to the tokens of its text,
+    which is kept in OUT/tokenizer)."""
     batch_size: int = 8
     """Windows per batch."""
     max_length: int | None = None
@@ -81,7 +86,7 @@ class Train:
     def run(self) -> None:
         if len(self.split) not in (2, 3):
             raise ValueError(f"--split takes two or three shares, got {self.split}")
-        tokenizer = get_tokenizer(self.tokenizer_name())
+        tokenizer = self._tokenizer()
         sources = load_data(self.data, tokenizer, self.split)
         T = self.model.block_size if self.max_length is None else self.max_length
         if T > self.model.block_size:
@@ -117,7 +122,8 @@ class Train:
         if trainer.interrupt.requested:
             return
         print(f"done: see {trainer.run.out}/loss.png; try")
-        print(f'  gptfast generate {trainer.run.out} --prompt "{self.train.sample_prompt}"')
+        prompt = f'--prompt "{self.train.sample_prompt}" --min-p {SAMPLE_MIN_P}'
+        print(f"  gptfast generate {trainer.run.out} {prompt}")
 
     def tokenizer_name(self) -> str:
         """The tokenizer asked for, or that of the data or of the weights to start from."""
@@ -126,6 +132,15 @@ class Train:
         if recorded := prepared_tokenizer(self.data):
             return recorded
         return (self.init is not None and tokenizer_of(self.init)) or "gpt2"
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.data or self.tokenizer is not None or self.init is not None:
+            return get_tokenizer(self.tokenizer_name())
+        directory = Path(self.train.out) / "tokenizer"
+        if checkpoints(self.train.out) and directory.is_dir():
+            return get_tokenizer(str(directory))
+        # With GPT-2's whole vocabulary, a model this small spends most of its time on the head.
+        return reduce_tokenizer(get_tokenizer("gpt2"), embedded_text(), directory)
 
     def _model(self, n_vocab: int) -> GPT:
         torch.manual_seed(self.train.seed)

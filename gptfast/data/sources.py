@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.data.documents import Fields, find_files
+from gptfast.data.embedded import embedded_text
 from gptfast.data.prepare import META_FORMAT, PARTS
 from gptfast.data.token_files import Documents, open_tokens
 from gptfast.data.tokenize import load_text
-from gptfast.data.tokens import Source, as_tokens, check_vocabulary, embedded_text, split_tokens
+from gptfast.data.tokens import Source, as_tokens, check_vocabulary, split_tokens
 from gptfast.tokenizer.bpe import Tokenizer, vocabulary
 
 

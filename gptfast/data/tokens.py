@@ -17,13 +17,6 @@ Source = Tensor | TokenFiles | Documents
 _MAX_SAMPLES, _SAMPLE_TOKENS = 1024, 4096
 
 
-def embedded_text() -> str:
-    """About half a megabyte of English that every CPython carries: the prose of `help()`."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name].strip() for name in sorted(topics))
-
-
 def split_tokens(tokens: Source, ratios: Sequence[float] = (0.9, 0.1)) -> list[Source]:
     """Return consecutive parts of a source, such as training, validation and test.
 

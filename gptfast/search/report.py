@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from gptfast.files import write_json
+from gptfast.files import replace_link, write_json
 from gptfast.search.plot import plot_search
 from gptfast.search.trials import COMMAND, Result, Settings, run_trials, short
 from gptfast.training.metrics import read_metrics
@@ -77,9 +77,10 @@ def run_search(
     """Train every trial, base with its settings, and return the results, best first.
 
     Prints a table and leaves it in OUT/results.md and OUT/results.json, a picture in
-    OUT/search.png. Called again with the same base and trials, or with more behind them, it goes on
-    with those that are not done. log_fields: fields whose axis is logarithmic. Raises as
-    `run_trials`, and RuntimeError with the first reason if no trial got to its end.
+    OUT/search.png and a link to the best trial, OUT/best. Called again with the same base and
+    trials, or with more behind them, it goes on with those that are not done. log_fields: fields
+    whose axis is logarithmic. Raises as `run_trials`, and RuntimeError with the first reason if no
+    trial got to its end.
     """
     out = Path(out)
     try:
@@ -98,6 +99,7 @@ def run_search(
     print(_aligned(rows))
     (out / "results.md").write_text(_markdown(rows), "utf-8")
     write_json(out / "results.json", [dataclasses.asdict(result) for result in results])
+    replace_link(out / "best", results[0].trial)
     histories = [_history(out / result.trial) for result in results]
     plot_search(results, histories, out / "search.png", log_fields=log_fields)
     print(f"best: {results[0].label} ({out / results[0].trial}); see {out / 'search.png'}")

@@ -83,14 +83,18 @@ class BPETokenizer:
         _check_ids(ids, self.n_vocab)
         return self._encoding.decode_bytes(list(ids))
 
+    def ranks(self) -> dict[bytes, int]:
+        """Return the id of every token but end-of-text, in the order of the ids."""
+        tokens = self._encoding.token_byte_values()
+        ids = {token: self._encoding.encode_single_token(token) for token in tokens}
+        return dict(sorted(ids.items(), key=lambda item: item[1]))
+
     def transformers_files(self) -> dict[str, str]:
         """Return the text, by file name, of the files that transformers' GPT2Tokenizer loads."""
-        tokens = self._encoding.token_byte_values()
-        ranks = {token: self._encoding.encode_single_token(token) for token in tokens}
-        ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        ranks = self.ranks()
         written = {token: "".join(BYTE_SYMBOLS[b] for b in token) for token in ranks}
         vocab = {END_OF_TEXT: self.eot} | {text: ranks[token] for token, text in written.items()}
-        merges = [_merge(token, ranks) for token in ranks if len(token) > 1]
+        merges = [merged_pair(token, ranks) for token in ranks if len(token) > 1]
         lines = [BPE_HEADER, *(f"{written[a]} {written[b]}" for a, b in merges)]
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **special}
@@ -101,7 +105,7 @@ class BPETokenizer:
         }
 
 
-def _merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+def merged_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
     """Return the two tokens from which a token was merged.
 
     They are what remains after its bytes have been merged by all lower ranks, the lowest first.

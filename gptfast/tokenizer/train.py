@@ -1,14 +1,26 @@
-"""Training of a vocabulary on a user's own text."""
+"""Vocabularies made for a text: learned from it, or GPT-2's reduced to it."""
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gptfast import checks
 from gptfast.files import new_files, write_files
-from gptfast.tokenizer.bpe import BPE_HEADER, BYTE_SYMBOLS, END_OF_TEXT, SPLIT, Tokenizer
+from gptfast.tokenizer.bpe import (
+    BPE_HEADER,
+    BYTE_SYMBOLS,
+    END_OF_TEXT,
+    SPLIT,
+    BPETokenizer,
+    Tokenizer,
+    merged_pair,
+)
 from gptfast.tokenizer.vocabulary import SHA256, get_tokenizer
+
+MIN_OCCURRENCES = 2
+"""A token that stands in a text less often is left out of the vocabulary reduced to it."""
 
 
 def train_tokenizer(
@@ -34,7 +46,35 @@ def train_tokenizer(
     for name in SHA256:
         if (directory / name).exists():
             raise ValueError(f"{directory / name} exists; name another directory or delete it")
-    vocab, merges = _train(texts, n)
+    return _save(*_train(texts, n), directory)
+
+
+def reduce_tokenizer(tokenizer: BPETokenizer, text: str, directory: str | os.PathLike) -> Tokenizer:
+    """Reduce a byte-level BPE to what a text needs; write vocab.bpe and encoder.json.
+
+    The new vocabulary has all bytes, the tokens that stand in the text twice or more, and the
+    tokens that those are merged from. A small model then spends its parameters on these instead
+    of on tokens it never sees. Files of an earlier vocabulary in the directory are replaced.
+    """
+    ranks = tokenizer.ranks()
+    counts = Counter(tokenizer.encode(text))
+    waiting = [tokenizer.decode_bytes([i]) for i, n in counts.items() if n >= MIN_OCCURRENCES]
+    pairs: dict[bytes, tuple[bytes, bytes]] = {}
+    while waiting:
+        token = waiting.pop()
+        if len(token) > 1 and token not in pairs:
+            pairs[token] = merged_pair(token, ranks)
+            waiting += pairs[token]
+    merges = [
+        ["".join(BYTE_SYMBOLS[b] for b in part) for part in pairs[token]]
+        for token in sorted(pairs, key=ranks.__getitem__)
+    ]
+    tokens = [*BYTE_SYMBOLS, *map("".join, merges)]
+    return _save({token: i for i, token in enumerate(tokens)}, merges, Path(directory).resolve())
+
+
+def _save(vocab: dict[str, int], merges: list[list[str]], directory: Path) -> Tokenizer:
+    """Write a vocabulary, end-of-text as its last token, and return its tokenizer."""
     vocab[END_OF_TEXT] = len(vocab)
     lines = [BPE_HEADER, *(" ".join(pair) for pair in merges)]
     files = {"vocab.bpe": "\n".join(lines) + "\n", "encoder.json": json.dumps(vocab)}

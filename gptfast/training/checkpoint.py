@@ -11,8 +11,6 @@ one of a replacement that was killed half-way still counts.
 """
 
 import base64
-import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gptfast.device import random_state, restore_random_state
-from gptfast.files import fsync, hidden, json_text, new_directory, write_files
+from gptfast.files import fsync, hidden, json_text, new_directory, replace_link, write_files
 from gptfast.model import GPT
 from gptfast.weights.checkpoint import (
     CHECKPOINT_FORMAT,
@@ -101,18 +99,7 @@ def _link_best(folder: Path, best: int | None) -> None:
         if link.is_symlink() and not link.exists():
             link.unlink()
         return
-    if link.is_symlink() and os.readlink(link) == name:
-        return
-    temporary = hidden(link, "tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.symlink_to(name, target_is_directory=True)
-    except OSError as error:
-        logging.getLogger(__name__).warning("no link %s to %s: %s", link, name, error.strerror)
-        return
-    if link.is_dir() and not link.is_symlink():  # the run was copied and its links were followed
-        link.rename(hidden(link, "deleted"))
-    temporary.replace(link)
+    replace_link(link, name)
 
 
 def _delete_old(out: Path, keep: int, best: int | None) -> None:

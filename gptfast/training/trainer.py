@@ -34,7 +34,7 @@ from gptfast.training.step import Batch, RefusedStep, TrainStep, autocast
 from gptfast.weights.checkpoint import checkpoints
 
 DEFAULT_EPOCHS = 5
-SAMPLE_TOP_P = 0.5
+SAMPLE_MIN_P = 0.2
 
 # By the product that training uses: on some CPUs it is twice as fast as PyTorch's.
 _peak = functools.cache(functools.partial(measured_peak, product=ops.linear))
@@ -311,7 +311,7 @@ class Trainer:
                 self.tokenizer,
                 self.config.sample_prompt,
                 self.config.sample_tokens,
-                top_p=SAMPLE_TOP_P,
+                min_p=SAMPLE_MIN_P,
                 seed=self.config.seed,
             )
         except ValueError as error:  # weights that overflow are no reason to lose the checkpoint
