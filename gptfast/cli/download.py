@@ -8,7 +8,7 @@ from gptfast.cli.flags import Positional
 
 @dataclass(frozen=True)
 class Download:
-    """Fetch GPT-2's weights; afterwards every command takes the name, such as gpt2, as a model.
+    """Download GPT-2's weights. Every command then takes the name, such as gpt2, as a model.
 
     The same command continues a download that was interrupted. The weights go into the cache
     directory: $GPTFAST_CACHE, or else gptfast in $XDG_CACHE_HOME or ~/.cache.
@@ -17,7 +17,7 @@ class Download:
     """
 
     name: Positional[Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]]
-    """Which of OpenAI's four sizes: 124M, 355M, 774M or 1558M parameters."""
+    """gpt2, gpt2-medium, gpt2-large or gpt2-xl, with 124M, 355M, 774M or 1558M parameters."""
     url: str | None = None
     """The address of a mirror of OpenAI's directories (default: OpenAI's server)."""
 

@@ -24,6 +24,8 @@ Positional = Annotated[T, "positional"]
 """The type of a field that is a positional argument instead of a flag."""
 
 _METAVARS = {"int": "N", "float": "X"}
+GROUP_TEXT_COLUMNS = 80
+"""Width of the text below a group's title, which argparse does not wrap."""
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -64,7 +66,20 @@ def command_parser(
     """
     parser = FlagParser(prog=prog, description=inspect.getdoc(command))
     _add_fields(parser, parser, command, dataclasses.MISSING, no_default_shown)
+    parser.usage = _usage(parser)
     return parser
+
+
+def _usage(parser: FlagParser) -> str:
+    """Return the usage line: required flags and positional arguments; the help lists the rest."""
+    required, positional = [], []
+    for action in parser._actions:
+        values = f"{action.metavar} ..." if action.nargs == "*" else str(action.metavar)
+        if not action.option_strings:
+            positional.append(values)
+        elif action.required:
+            required.append(f"{action.option_strings[0]} {values}")
+    return " ".join([parser.prog, "[FLAGS]", *required, *positional])
 
 
 def _add_fields(
@@ -86,7 +101,8 @@ def _add_fields(
         if instance is not dataclasses.MISSING:
             default = getattr(instance, field.name)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            own_group = parser.add_argument_group(field.name, text or None)
+            wrapped = textwrap.fill(text, GROUP_TEXT_COLUMNS)
+            own_group = parser.add_argument_group(field.name, wrapped or None)
             _add_fields(parser, own_group, hint, default, no_default_shown)
             continue
         if field.name not in no_default_shown:

@@ -73,7 +73,8 @@ class Generate(GenerationFlags):
     ) -> None:
         ids = tokenizer.encode(self.prompt, allowed_special=self.allow_special)
         options |= {"eos_id": tokenizer.eot, "tokenizer": tokenizer, "logprobs": True}
-        rows, logprobs = generate(model, [ids], self.max_new_tokens, **options)
+        generated: Any = generate(model, [ids], self.max_new_tokens, **options)
+        rows, logprobs = generated
         for token, logprob in zip(rows[0][len(ids) :], logprobs[0], strict=True):
             text = tokenizer.decode([token]) if token < tokenizer.n_vocab else f"<{token}>"
             print(f"{logprob:10.4f}  {text!r}")
