@@ -186,6 +186,7 @@ class _Session:
 
 
 def _number(name: str, value: str) -> float | None:
+    """Return the value of a setting from its text. Raises ValueError for a wrong one."""
     if value == "off" and name in OFF_VALUES:
         return OFF_VALUES[name]
     try:

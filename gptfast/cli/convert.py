@@ -56,6 +56,7 @@ class Convert:
         print(f"done: {n:,} parameters in {self.dst} ({self.to or format_of(self.dst)})")
 
     def _pack(self) -> None:
+        """Write the packed format, which only the engine can."""
         form = self.to or format_of(self.dst)
         if form not in ("packed", "transformers") or self.to == "transformers":
             raise ValueError(f"{form} has no int8 weights: name a directory for packed ones")

@@ -91,6 +91,7 @@ class Eval:
             self._run_tasks(model, tokenizer)
 
     def _score(self, model: "GPT | Engine", tokenizer: Tokenizer) -> Score:
+        """Return the losses on --data."""
         T = model.config.block_size if self.max_length is None else self.max_length
         if not 1 <= T <= model.config.block_size:
             raise ValueError(
@@ -110,6 +111,7 @@ class Eval:
         return loader_score(model, loader, tokenizer)
 
     def _run_tasks(self, model: GPT, tokenizer: Tokenizer) -> None:
+        """Run the tasks of lm-evaluation-harness and print its table."""
         try:
             from lm_eval import simple_evaluate
             from lm_eval.utils import make_table

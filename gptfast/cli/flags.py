@@ -37,6 +37,7 @@ class FlagParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """Raise ValueError with argparse's message."""
         raise ValueError(f"{message} (see {self.prog} --help)")
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -52,6 +53,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def _hyphenated(word: str) -> str:
+    """Return a flag with hyphens in its name; its value stays as it is."""
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value
 
@@ -111,6 +113,7 @@ def _add_fields(
 
 
 def _default_text(default: Any) -> str:
+    """Return the end of a help text that shows the default; "" for an empty default."""
     if default is dataclasses.MISSING or default is None or default is False or default == ():
         return ""
     if default is True:
@@ -120,6 +123,7 @@ def _default_text(default: Any) -> str:
 
 
 def _add_flag(group: Any, name: str, hint: Any, text: str, required: bool) -> None:
+    """Add the flag or positional argument of one field of type `hint`."""
     positional = typing.get_origin(hint) is Annotated
     if positional:
         hint = typing.get_args(hint)[0]

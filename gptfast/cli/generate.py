@@ -55,6 +55,7 @@ class Generate(GenerationFlags):
     def _print_text(
         self, model: "GPT | Engine", tokenizer: Tokenizer, options: dict[str, Any]
     ) -> None:
+        """Print the prompt and its continuation, piece by piece unless beams search for it."""
         if self.num_beams != 1:
             text = generate_text(model, tokenizer, self.prompt, self.max_new_tokens, **options)
             assert isinstance(text, str)
@@ -71,6 +72,7 @@ class Generate(GenerationFlags):
     def _print_logprobs(
         self, model: "GPT | Engine", tokenizer: Tokenizer, options: dict[str, Any]
     ) -> None:
+        """Print each new token on a line with its log-probability."""
         ids = tokenizer.encode(self.prompt, allowed_special=self.allow_special)
         options |= {"eos_id": tokenizer.eot, "tokenizer": tokenizer, "logprobs": True}
         generated: Any = generate(model, [ids], self.max_new_tokens, **options)

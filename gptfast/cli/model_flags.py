@@ -45,6 +45,7 @@ def load(
 
 
 def _load(checkpoint: str, device: str, dtype: str | None, engine: bool) -> "GPT | Engine":
+    """Return the model on its device, as `load` says."""
     from gptfast.engine import Engine, is_packed
 
     packed = is_packed(checkpoint)
@@ -118,6 +119,7 @@ class GenerationFlags:
         return options
 
     def _draft(self, checkpoint: str) -> "Engine":
+        """Return the engine of the draft model, with --dtype unless it is packed."""
         from gptfast.engine import Engine, is_packed
 
         return Engine(checkpoint, None if is_packed(checkpoint) else self.dtype)

@@ -64,6 +64,7 @@ def apply(command: T, values: Mapping[str, Any], source: str) -> T:
 
 
 def _replace(command: T, values: Mapping[str, Any], prefix: str) -> T:
+    """Return a copy of the command with these values. prefix: the start of error messages."""
     hints = typing.get_type_hints(type(command))
     changes: dict[str, Any] = {}
     for name in _nested(command):

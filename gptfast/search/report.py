@@ -23,6 +23,7 @@ COLUMNS = {
 
 
 def _cell(name: str, value: Any) -> str:
+    """Return the text of a number in the table."""
     if value is None:
         return "-"
     if name.endswith("loss"):

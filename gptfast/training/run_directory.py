@@ -97,6 +97,7 @@ class RunDirectory:
                 raise OSError(f"cannot write {path}: {error.strerror}") from error
 
     def _append(self, path: Path, line: str) -> None:
+        """Append a line to a file. Raises OSError that names the file."""
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")

@@ -304,10 +304,12 @@ class Trainer:
         return improved
 
     def _loss_over(self, loader: DataLoader, n: int | None) -> float:
+        """Return the mean loss over the first n batches of a loader; None means all."""
         with autocast(self.device, self.config):
             return loader_loss(self.model, self._until_interrupted(from_start(loader)), n)
 
     def _until_interrupted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches; raise _EvaluationInterrupted once the run is asked to stop."""
         for batch in batches:
             if self.interrupt.requested:
                 raise _EvaluationInterrupted
