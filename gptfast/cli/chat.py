@@ -59,7 +59,8 @@ class Chat(GenerationFlags):
     """Divides the logits. Below 1 the text is more predictable; 0 always takes the most likely
     token."""
     top_p: float | None = 0.95
-    """Sample from the smallest set of tokens whose probabilities add up to this."""
+    """Sample from the smallest set of tokens whose probabilities add up to at least
+    this."""
 
     def run(self) -> None:
         if sys.stdin is None:

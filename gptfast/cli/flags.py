@@ -28,13 +28,18 @@ GROUP_TEXT_COLUMNS = 80
 """Width of the text below a group's title, which argparse does not wrap."""
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A formatter that keeps the lines of descriptions and never breaks a line within a flag."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser that raises a ValueError of one line instead of exiting."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
-        )
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError with argparse's message."""
@@ -103,7 +108,7 @@ def _add_fields(
         if instance is not dataclasses.MISSING:
             default = getattr(instance, field.name)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            wrapped = textwrap.fill(text, GROUP_TEXT_COLUMNS)
+            wrapped = textwrap.fill(text, GROUP_TEXT_COLUMNS, break_on_hyphens=False)
             own_group = parser.add_argument_group(field.name, wrapped or None)
             _add_fields(parser, own_group, hint, default, no_default_shown)
             continue

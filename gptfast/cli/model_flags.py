@@ -77,7 +77,8 @@ class GenerationFlags:
     top_k: int | None = None
     """Sample from the k most likely tokens only."""
     top_p: float | None = None
-    """Sample from the smallest set of tokens whose probabilities add up to this."""
+    """Sample from the smallest set of tokens whose probabilities add up to at least
+    this."""
     min_p: float | None = None
     """Drop tokens whose probability is below this fraction of the most likely token's."""
     repetition_penalty: float = 1.0
