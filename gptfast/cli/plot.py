@@ -14,7 +14,7 @@ class Plot:
     gptfast plot runs/a runs/b --out comparison.png
     """
 
-    runs: Positional[tuple[str, ...]]
+    runs: Positional[tuple[str, ...]] = ()
     """Run directories, or their metrics.jsonl files."""
     out: str = "runs.png"
     """The picture to write, a .png, .pdf or .svg file."""

@@ -162,7 +162,7 @@ def train_defaults(given: Mapping[str, Any]) -> Train:
     continues, the file of --config.
     """
     command = Train()
-    file = read_toml(given["config"]) if given.get("config") else {}
+    file = read_toml(given["config"]) if given.get("config") is not None else {}
     layered = {**file, **given}
     init, saved = layered.get("init"), None
     if layered.get("resume"):

@@ -89,9 +89,13 @@ class RunCheckpoints:
         self._toml = settings_toml(settings)
         self._saved_step: int | None = None
 
+    def is_saved(self, progress: Progress) -> bool:
+        """Return whether the last checkpoint is of the current step, with nothing pending."""
+        return self._saved_step == progress.step
+
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint of the current step, unless the last checkpoint has it already."""
-        if self._saved_step == progress.step:
+        """Write a checkpoint of the current step, unless `is_saved`."""
+        if self.is_saved(progress):
             return
         step, config = self.train_step, self.train_step.config
         save_checkpoint(

@@ -253,6 +253,8 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint, after the metrics and samples up to its step are on disk."""
+        if self.checkpoints.is_saved(self.progress):
+            return
         self.run.sync()
         self.checkpoints.save(self.progress)
 
