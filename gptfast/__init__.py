@@ -1,12 +1,12 @@
-"""GPT-2 training and generation in PyTorch, its hot core in hand-written C++ and Triton kernels."""
+"""GPT-2 training and generation in PyTorch with hand-written C++ and Triton kernels."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# At once: whoever imports gptfast has its operators in torch.ops.
+# Imported at once, so that the operators are in torch.ops after `import gptfast`.
 from gptfast import ops
 
-# At once: imported later, the submodule would take the place of the function.
+# Imported at once, because a later import of the submodule would replace the function.
 from gptfast.generate import generate
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ __all__ = [
     "use_backend",
 ]
 
-# Where each name is, imported when it is first asked for: generating takes no part of training.
+# The module of each name, imported on first use: generating text does not import training.
 _HOMES = {
     "GPT": "model",
     "AdamW": "optim",

@@ -45,21 +45,21 @@ class GPTConfig:
     """The shape of a GPT-2 (Radford et al., 2019). The defaults are the 124M model."""
 
     vocab_size: int = 50257
-    """Number of token ids; `gptfast train` raises it to the tokenizer's."""
+    """Number of tokens in the vocabulary; `gptfast train` raises it to that of the tokenizer."""
     block_size: int = 1024
-    """Context length in tokens."""
+    """Context length: the largest number of tokens that the model sees."""
     n_layer: int = 12
     """Number of transformer blocks."""
     n_head: int = 12
-    """Attention heads per block; divides n_embd."""
+    """Number of attention heads per block; n_embd must be divisible by it."""
     n_embd: int = 768
-    """Width of the residual stream."""
+    """Number of channels: the width of embeddings and residual stream."""
     dropout: float = 0.0
-    """Dropout probability on embeddings, attention and residual branches, in [0, 1)."""
+    """Dropout probability of embeddings, attention and residual branches, from 0 to below 1."""
     qkv_bias: bool = True
-    """Whether the query, key and value projection has a bias."""
+    """Give the projection to queries, keys and values a bias."""
     tie_weights: bool = True
-    """Whether the head shares the token embedding's weight."""
+    """Use the weights of the token embedding for the output head too."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -91,80 +91,82 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained. One of max_steps and epochs ends the run."""
+    """How a model is trained. The run ends after max_steps steps or after epochs epochs."""
 
     out: str = "runs/latest"
-    """Directory for checkpoints, metrics.jsonl, samples.txt and the loss plot."""
+    """The run directory, with checkpoints, metrics, text samples and a picture of the losses."""
     max_steps: int | None = None
-    """Optimizer steps in all."""
+    """Total number of optimizer steps (default: from --epochs)."""
     epochs: int | None = None
-    """Passes over the training data, where max_steps is not given (default 5)."""
+    """Number of passes over the training data, instead of max_steps (default: 5)."""
     accumulation_steps: int = 1
-    """Batches per optimizer step; their gradients are averaged over all tokens."""
+    """Number of batches per optimizer step; gradients are averaged over all their tokens."""
     lr: float = 1e-3
     """Peak learning rate, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant", "wsd", "exponential"] = "cosine"
-    """How the rate goes on after the warm-up: down to min_lr (cosine, linear), not at all
-    (constant), down in the last decay_steps only (wsd: warm-up, stable, decay), or up from min_lr
-    to lr (exponential: a learning-rate range test)."""
+    """How the learning rate changes after the warm-up. cosine and linear: it falls to min_lr.
+    constant: it stays. wsd (warm-up, stable, decay): it falls in the last decay_steps only.
+    exponential: it rises from min_lr to lr, for a learning-rate range test."""
     min_lr: float | None = None
-    """Learning rate at the end of the decay (default lr / 10)."""
+    """Learning rate at the end of the decay. If only lr is given, it is lr / 10."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up (default a twentieth of the run)."""
+    """Number of steps of linear warm-up (default: 5% of the run)."""
     decay_steps: int | None = None
-    """Steps of decay at the end of schedule wsd (default a fifth of the run)."""
+    """Number of steps of decay at the end of schedule wsd (default: 20% of the run)."""
     weight_decay: float = 0.1
-    """Decay of matrices and embeddings; biases and norms have none."""
+    """AdamW's weight decay of matrices and embeddings; biases and norms have none."""
     beta1: float = 0.9
     """AdamW's decay rate of the first moment."""
     beta2: float = 0.95
     """AdamW's decay rate of the second moment."""
     max_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Gradients with a larger global norm are scaled down to this norm."""
     freeze: tuple[str, ...] = ()
-    """Parameters that stay as they are, by name or pattern: wte.* h.0.* 'h.*.attn.*'."""
+    """Names or patterns of parameters not to train, for example wte.* h.0.* 'h.*.attn.*'."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products and kernels in bfloat16 by autocast, parameters in fp32."""
+    """Data type of matrix products and kernels, by autocast. Parameters are always fp32."""
     activation_checkpointing: bool = False
-    """Compute each block's activations again in the backward instead of keeping them: less memory,
-    a third more time."""
+    """Recompute the activations of each block in the backward pass. This saves memory and takes a
+    third more time."""
     skip_below: float = 0.0
-    """Leave out entries of the logits' gradient up to this times their row's share of the loss,
-    saving products late in training; 6e-8 is what fp32 rounds to nothing beside a sure token."""
+    """Skip entries of the logits' gradient that are at most this fraction of their row's share of
+    the loss. This saves time late in training. 6e-8 skips only what fp32 would round away."""
     compile: bool = False
-    """Compile the training step's forward and backward with torch.compile."""
+    """Compile the forward and backward pass with torch.compile."""
     eval_interval: int = 100
-    """Steps between evaluations of training and validation loss."""
+    """Number of steps between evaluations of training and validation loss."""
     eval_batches: int | None = None
-    """Batches per evaluation (default all of the validation data)."""
+    """Number of batches per evaluation (default: all of the validation data)."""
     early_stopping: int | None = None
-    """End the run after this many evaluations in a row without a lower validation loss."""
+    """End the run after this many evaluations in a row without a lower validation loss (default:
+    never)."""
     log_interval: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Number of steps between log lines, which also go to metrics.jsonl."""
     checkpoint_interval: int | None = None
-    """Steps between checkpoints (default eval_interval); one is always written at the end."""
+    """Number of steps between checkpoints (default: eval_interval). The last step is always
+    saved."""
     keep: int = 2
-    """How many of the latest checkpoints to keep."""
+    """Number of latest checkpoints to keep."""
     keep_best: bool = True
-    """Keep the checkpoint with the lowest validation loss too, as checkpoints/best."""
+    """Also keep the checkpoint with the lowest validation loss, as checkpoints/best."""
     save_optimizer: bool = True
-    """Save all that --resume needs; without, checkpoints hold the model only."""
+    """Save what --resume needs. Without it, checkpoints are smaller and hold the model only."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do when a loss or gradient norm is not finite: save and stop, or pass the step over.
-    The weights stay as they were either way."""
+    """What to do if a loss or gradient norm is not finite. stop: save a checkpoint and end the run.
+    skip: continue with the next step. The weights do not change in either case."""
     skip_zscore: float | None = None
-    """Pass over steps whose loss or gradient norm is this many standard deviations above the mean
-    of the 128 steps before (6, say)."""
+    """Skip steps whose loss or gradient norm is this many standard deviations above the mean of the
+    128 steps before, for example 6 (default: skip none)."""
     sample_prompt: str = "This is"
-    """What the text sample of each epoch starts with."""
+    """The prompt of the text sample at the end of each epoch."""
     sample_tokens: int = 120
-    """Tokens per text sample; 0 for none."""
+    """Number of tokens per text sample; 0 for no samples."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, into tensorboard/ of the run."""
+    """Also write the metrics for TensorBoard, to tensorboard/ in the run directory."""
     profile: bool = False
-    """Write trace.json, a profile of three steps, for ui.perfetto.dev or chrome://tracing."""
+    """Write a profile of three steps to trace.json, for ui.perfetto.dev or chrome://tracing."""
     seed: int = 0
-    """Fixes initialisation, data order and dropout."""
+    """Seed of the initial weights, the order of the data and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
 

@@ -1,4 +1,4 @@
-"""AdamW with the global-norm clip inside the step."""
+"""AdamW that clips gradients to a global norm inside its step."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,35 +8,37 @@ from torch import Tensor
 
 from gptfast.ops.adamw import adamw, grad_norm
 
-# torch.optim.AdamW's other keywords: those that choose an implementation change nothing here, those
-# that change the mathematics are refused.
+# torch.optim.AdamW's other keywords, with their defaults. Those that choose an implementation are
+# ignored; those that change the mathematics are refused.
 _IGNORED = {"foreach": None, "fused": None, "capturable": False}
 _REFUSED = {"amsgrad": False, "maximize": False, "differentiable": False}
 
 
 def _refuse(options: dict[str, Any]) -> None:
+    """Raise ValueError for a keyword that changes the mathematics."""
     for name in _REFUSED:
         if options.get(name):
             raise ValueError(f"gptfast.AdamW has no {name}; use torch.optim.AdamW for it")
 
 
 class AdamW(torch.optim.Optimizer):
-    """Decoupled weight decay Adam (Loshchilov & Hutter, 2019), drop-in for `torch.optim.AdamW`.
+    """AdamW (Loshchilov & Hutter, 2019), a drop-in replacement for `torch.optim.AdamW`.
 
-    params, lr, betas, eps, weight_decay, param groups and `state_dict` are torch's, in both
-    directions. One call updates all tensors of a group; the arithmetic is fp32.
+    params, lr, betas, eps, weight_decay and param groups are torch's. `state_dict` can be exchanged
+    with torch's in both directions. One call updates all tensors of a group, in fp32 arithmetic.
 
     max_norm: clip the gradients of all groups together to this 2-norm inside the step, as
-    `clip_grad_norm_` would (coefficient max_norm / (norm + 1e-6)), leaving `.grad` untouched.
-    `grad_norm` then holds the last norm, 0-d on the parameters' device (None before the first step
-    or without max_norm; `max_norm=float("inf")` measures without clipping). With max_norm, a step
-    whose norm is not finite leaves parameters, moments and step counts as they were.
-    A step on the GPU can be captured in a CUDA graph once one has been taken: replays follow lr
-    where that is a tensor on the GPU (a number is captured as it was).
-    bf16_update: for 16-bit parameters, "master" keeps an fp32 copy in the state, "stochastic"
-    (bf16 only) rounds stochastically, with `seed` fixing the stream.
-    moment_dtype: of the moments; None is fp32 (fp64 for fp64 parameters). torch.bfloat16, for
-    bfloat16 parameters only, halves their memory.
+    `clip_grad_norm_` does (coefficient max_norm / (norm + 1e-6)), but leave `.grad` unchanged.
+    `grad_norm` then holds the last norm, a 0-d tensor on the parameters' device; it is None before
+    the first step and without max_norm. `max_norm=float("inf")` measures the norm without clipping.
+    With max_norm, a step whose norm is not finite changes no parameter, moment or step count.
+    bf16_update: for 16-bit parameters, "master" keeps an fp32 copy in the state; "stochastic" (bf16
+    only) rounds stochastically, and `seed` makes the rounding reproducible.
+    moment_dtype: data type of the moments; None is fp32, or fp64 for fp64 parameters.
+    torch.bfloat16, for bfloat16 parameters only, halves the memory of the moments.
+
+    After the first step on a GPU, a step can be captured in a CUDA graph. Replays use the current
+    lr if it is a tensor on the GPU, and the captured value if it is a number.
 
     Raises ValueError for values out of range and for amsgrad, maximize and differentiable.
     """
@@ -71,13 +73,13 @@ class AdamW(torch.optim.Optimizer):
         self.moment_dtype = moment_dtype
         self.grad_norm: Tensor | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        # decoupled_weight_decay marks AdamW among torch's Adams in a shared state_dict.
+        # torch tells AdamW from Adam by decoupled_weight_decay when it loads our state_dict.
         super().__init__(
             params, {**defaults, **_IGNORED, **_REFUSED, "decoupled_weight_decay": True}
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, after checking its values."""
+        """Add a group of parameters. Raises ValueError for values out of range."""
         group = {**self.defaults, **param_group}
         _refuse(group)
         beta1, beta2 = group["betas"]
@@ -104,11 +106,12 @@ class AdamW(torch.optim.Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        # The base class would leave out what is not in the groups, and copies could not step.
+        # The base class copies the groups only; a copy without these could not step.
         own = ("max_norm", "bf16_update", "moment_dtype", "seed", "grad_norm")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def _init_state(self, param: Tensor) -> None:
+        """Create the step count and the moments of a parameter."""
         state = self.state[param]
         widest = torch.promote_types(param.dtype, torch.float32)
         dtype = torch.bfloat16 if self.moment_dtype == torch.bfloat16 else widest
@@ -117,14 +120,18 @@ class AdamW(torch.optim.Optimizer):
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
 
     def _init_master(self, param: Tensor) -> None:
+        """Create the fp32 copy of a 16-bit parameter if it needs one."""
         if param.dtype.itemsize == 2 and self.bf16_update == "master":
-            # Also after loading torch's state, which has no master.
+            # It is also missing after loading torch's state, which has none.
             if "master" not in self.state[param]:
                 self.state[param]["master"] = param.detach().float()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; closure, if given, recomputes the loss."""
+        """Update every parameter that has a gradient.
+
+        closure: recomputes the loss and the gradients; its result is returned.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -143,6 +150,10 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], first_id: int, norm: Tensor | None) -> None:
+        """Update the parameters of a group, all of one device and dtype at a time.
+
+        first_id: the number of parameters in the groups before. norm: of all gradients.
+        """
         ids = [i for i, p in enumerate(group["params"]) if p.grad is not None]
         by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i in ids:
@@ -156,7 +167,7 @@ class AdamW(torch.optim.Optimizer):
             states = [self.state[p] for p in params]
             lr = group["lr"]
             if not isinstance(lr, Tensor):
-                # Never on the GPU: the copy there would wait, and break a CUDA graph's capture.
+                # On the CPU: a copy to the GPU would wait for it and break a CUDA graph's capture.
                 lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
             adamw(
                 params,
@@ -177,9 +188,9 @@ class AdamW(torch.optim.Optimizer):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load our own or torch's AdamW state, each moment and master in the dtype it was saved in.
+        """Load the state of this class or of torch's AdamW, in the data types it was saved in.
 
-        The base class would round fp32 moments to a 16-bit parameter's dtype.
+        The base class would round fp32 moments to the data type of a 16-bit parameter.
         """
         for group in state_dict["param_groups"]:
             _refuse(group)

@@ -148,10 +148,10 @@ def test_the_oldest_turns_are_forgotten(
     assert spoken[3][0] == f"\nQ: {long}\nA:"
     assert spoken[4][0] == "\nQ: " + "y" * 200 + "\nA:"
     assert err.splitlines() == [
-        f"the oldest turn does not fit into {SIZE} tokens any more: forgotten",
-        f"the oldest 2 turns do not fit into {SIZE} tokens any more: forgotten",
-        f"the oldest turn does not fit into {SIZE} tokens any more: forgotten",
-        f"of 207 tokens the model sees the last {SIZE}",
+        f"the oldest turn no longer fits into {SIZE} tokens and will be left out",
+        f"the oldest 2 turns no longer fit into {SIZE} tokens and will be left out",
+        f"the oldest turn no longer fits into {SIZE} tokens and will be left out",
+        f"the model sees only the last {SIZE} of 207 tokens",
     ]
 
 
@@ -193,7 +193,7 @@ never
 
 BAD_LINES = {
     "/nope": ["there is no /nope; /help"],
-    "/quit now": ["/quit takes nothing"],
+    "/quit now": ["/quit takes no value"],
     "/save": ["/save takes a file"],
     "/save .": [". exists"],
     "/save no/where/x": ["cannot write no/where/x"],
@@ -221,7 +221,7 @@ def test_a_bad_line_ends_a_pipe(
     ("args", "words"),
     [
         (["nowhere"], ["nowhere is no checkpoint"]),
-        ([], ["STR"]),
+        ([], ["required: CHECKPOINT"]),
         (["MODEL", "--top-p", 4], ["top_p must be in (0, 1], got 4.0"]),
         (["MODEL", "--max-new-tokens", -1], ["max_new_tokens must be >= 0, got -1"]),
         (["MODEL", "--tokenizer", "gpt5"], ["got 'gpt5'"]),
@@ -413,14 +413,14 @@ def test_a_session_in_a_terminal(model: Path, tmp_path: Path) -> None:
     args = [model, "--tokenizer", "byte", "--template", "{prompt} ", "--max-new-tokens", 10**6]
     terminal = Terminal(*args, **cache)
     begin = terminal.wait("> ")
-    assert "a context of 96 tokens. /help lists commands" in begin and "\x1b[2m" in begin
+    assert "a context of 96 tokens. /help lists the commands" in begin and "\x1b[2m" in begin
     terminal.type("the first\r")
     terminal.wait("the first\r\n")
     terminal.wait(r"\S[^>]*\S")  # it writes
     terminal.type("\x03")
     assert "tokens/s" in terminal.wait(r"\n(\x1b\[\?2004h)?> ")
     terminal.type("/nope\r")
-    terminal.wait("there is no /nope; /help lists what there is")
+    terminal.wait("there is no /nope; /help lists the commands")
     terminal.type(f"/max_new_tokens 5\r/save {tmp_path / 'kept.jsonl'}\r")
     terminal.wait("max_new_tokens is 5")
     terminal.wait(r"kept.jsonl[^\n]*\n[^\n]*> ")
@@ -461,5 +461,5 @@ def test_a_cache_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GPTFAST_CACHE", str(tmp_path / "file" / "cache"))
-    chat._history()()
-    assert "lines are not kept for another session" in capsys.readouterr().err
+    chat._open_history()()
+    assert "lines cannot be kept for the next one" in capsys.readouterr().err

@@ -82,7 +82,7 @@ BAD_PACKED = {
     "generate RUN --prompt a --draft nowhere": ["nowhere is no checkpoint"],
     "generate RUN --prompt a --lookup --num-beams 2": ["lookup and num_beams=2 do not go together"],
     "eval RUN --data a.txt --dtype fp16": ["--dtype", "fp16"],
-    "eval RUN --tasks arc_easy --dtype int8": ["--tasks measures a model as it is"],
+    "eval RUN --tasks arc_easy --dtype int8": ["--tasks measures the PyTorch model"],
 }
 
 

@@ -122,7 +122,7 @@ def test_sliding_window(capsys: Capture) -> None:
     by_file = done(capsys, "eval", "m", "--data", token_file, *given)
     assert by_file.startswith(f"loss {score.loss:.4f} ")
     Path("pairs.jsonl").write_text(json.dumps({"prompt": "ab", "completion": "cd"}))
-    refused(run(capsys, "eval", "m", "--data", "pairs.jsonl", *given), "--stride slides over one")
+    refused(run(capsys, "eval", "m", "--data", "pairs.jsonl", *given), "--stride needs one text")
     refused(run(capsys, "eval", "m", "--data", "text.txt", *given[2:], "--stride", 99), "stride")
 
 

@@ -451,7 +451,7 @@ def test_interruption_waits_and_goes_on_later(
     thread.join()
     assert children() == []
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert "stopped; the same command goes on" in capsys.readouterr().out
+    assert "stopped; the same command continues" in capsys.readouterr().out
     assert not (out / "results.md").exists()
     assert starts(out) == {"trial-001": 1, "trial-002": 1}
     for name in starts(out):

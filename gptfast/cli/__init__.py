@@ -1,4 +1,4 @@
-"""The `gptfast` command: one file per subcommand, whose flags are the fields of a dataclass."""
+"""The `gptfast` command. Each subcommand has a file, and a dataclass whose fields are its flags."""
 
 import gc
 import importlib
@@ -15,7 +15,7 @@ from gptfast.ops.backend import check_isa
 
 
 class _Commands(Mapping[str, type]):
-    """Commands by name. Each is imported when it is asked for, and without any of the others."""
+    """The commands by name. Looking one up imports its module and no other command's."""
 
     def __init__(self, **places: str) -> None:
         self._places = places
@@ -47,7 +47,7 @@ COMMANDS = _Commands(
 
 
 def parse(argv: Sequence[str]) -> Any:
-    """Return the command that argv asks for, ready to `run`. Raises ValueError."""
+    """Return the command that argv names, ready to `run`. Raises ValueError for a wrong argv."""
     if not argv or argv[0] not in COMMANDS:
         return _no_command(argv)
     from gptfast.cli.flags import command_parser
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> Any:
     command, prog = COMMANDS[argv[0]], f"gptfast {argv[0]}"
     hidden = getattr(command, "no_default_shown", ())
     given = command_parser(command, prog, no_default_shown=hidden).given(argv[1:])
-    if hasattr(command, "from_given"):  # files and saved settings come before the flags
+    if hasattr(command, "from_given"):  # it reads files and saved settings, then the flags
         return command.from_given(given)
     return command(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
@@ -63,19 +63,21 @@ def parse(argv: Sequence[str]) -> Any:
 def _no_command(argv: Sequence[str]) -> None:
     """Print the help, or raise a ValueError that lists the commands."""
     if argv and argv[0] in ("-h", "--help"):
-        print("usage: gptfast COMMAND [FLAGS]\n\ncommands (gptfast COMMAND --help says more):")
+        print("usage: gptfast COMMAND [FLAGS]\n")
+        print("commands (gptfast COMMAND --help shows the flags of a command):")
         for name, command in COMMANDS.items():
             line = (inspect.getdoc(command) or "").partition("\n")[0]
             print(f"  {name:<11}{line}")
         raise SystemExit(0)
     names = ", ".join(COMMANDS)
-    got = f"there is no command {argv[0]!r}" if argv else "no command"
+    got = f"there is no command {argv[0]!r}" if argv else "no command given"
     raise ValueError(f"{got}; choose one of {{{names}}} (see gptfast --help)")
 
 
 def _check_arguments(argv: Sequence[str]) -> None:
+    """Raise ValueError for an argument that is not UTF-8."""
     for argument in argv:
-        # What is not UTF-8 reaches Python as lone surrogates; no file of a run could hold it.
+        # Python turns bytes that are not UTF-8 into lone surrogates, which no file can hold.
         if re.search("[\ud800-\udfff]", argument):
             raise ValueError(f"an argument is not UTF-8 text: {argument!r:.100}")
 
@@ -83,20 +85,21 @@ def _check_arguments(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    An error that the user can act on is one line on stderr and exit code 1.
+    An error that the user can act on prints one line on stderr and returns 1.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A sample may hold what the terminal cannot show; that must not end a training run.
+        # A sample with characters that the terminal cannot encode must not end a training run.
         sys.stdout.reconfigure(errors="replace")
     if argv is None:
-        # The process is ours. What PyTorch made on import stays: no collection need look at it.
+        # This process runs one command. The many objects that importing PyTorch made live until
+        # it ends, so the garbage collector need not scan them.
         gc.freeze()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         _check_arguments(argv)
         check_isa()
         parse(argv).run()
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader of our output, such as head, has closed it
         sys.stderr.close()
         return 1
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`gptfast chat`: a conversation in the terminal, or one turn a line from a pipe."""
+"""`gptfast chat`: talk with a model in the terminal, or send it one turn per line of a pipe."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptfast.checks import one_line
-from gptfast.cli.model_flags import ON_CPU, GenerationFlags
+from gptfast.cli.model_flags import CPU_ENGINE, GenerationFlags
 from gptfast.cli.terminal import ERRORS, is_terminal, printable, speed
 from gptfast.generation.conversation import QUESTIONS, Conversation, Template
 from gptfast.generation.options import Options, new_tokens
@@ -22,28 +22,29 @@ if TYPE_CHECKING:
     from gptfast.engine import Engine
 
 HELP = """\
-/retry             take back the last reply and draw another
-/reset             forget everything said
-/save FILE         write the conversation; to .jsonl as prompts with completions
-/temperature X     set it; also /top_k N, /top_p P, /min_p P, /repetition_penalty X, /seed N and
-                   /max_new_tokens N; "off" switches off, without a value it is shown
-/stats             tokens a second after each reply, or not
-/quit              leave, as Ctrl-D does; Ctrl-C stops a reply, or clears the line
-Text that begins with / is written //."""
-WHOLE = ("top_k", "seed", "max_new_tokens")
-SETTINGS = (*WHOLE, "temperature", "top_p", "min_p", "repetition_penalty")
-OFF = {"top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0}
-HISTORY_LINES = 1000
+/retry             replace the last reply with another one
+/reset             forget the conversation
+/save FILE         write the conversation to a file; a .jsonl file gets prompts with completions
+/temperature X     set the temperature; /top_k N, /top_p P, /min_p P, /repetition_penalty X, /seed N
+                   and /max_new_tokens N work the same way; "off" switches a setting off, and
+                   without a value the setting is printed
+/stats             switch the line with tokens per second after each reply on or off
+/quit              end the conversation, as Ctrl-D does; Ctrl-C stops a reply or clears the line
+To begin a message with /, type // instead."""
+INTEGER_SETTINGS = ("top_k", "seed", "max_new_tokens")
+SETTINGS = (*INTEGER_SETTINGS, "temperature", "top_p", "min_p", "repetition_penalty")
+OFF_VALUES = {"top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0}
+MAX_HISTORY_LINES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(GenerationFlags):
-    """Talk with a model: a prompt a turn, the reply as it is written. /help lists the commands.
+    """Talk with a model: type a message, read the reply. Inside, /help lists the commands.
 
-    The template writes a turn, and the reply follows at once. GPT-2 is no assistant: it continues
-    a text of questions and answers. For a model tuned on prompts with completions, give
-    the template that makes a prompt of its kind, '{prompt} ' for docs/finetuning.md. '{prompt}'
-    is plain text that the model and you continue in turns.
+    The template turns each message into text for the model to continue. GPT-2 is no assistant, so
+    the default template writes questions and answers. For a model finetuned on prompts with
+    completions, give the template of its prompts, for example '{prompt} ' for docs/finetuning.md.
+    With '{prompt}' the model and you continue one text in turns.
 
     gptfast chat gpt2 --dtype int8
 
@@ -53,22 +54,24 @@ class Chat(GenerationFlags):
     """
 
     template: str = QUESTIONS
-    """How a turn is written, {prompt} being yours. If words stand before it, a reply ends where
-    the model writes them itself, otherwise at end-of-text."""
+    """The text of a turn, in which {prompt} stands for your message. A reply ends where the model
+    writes the words that stand before {prompt}, or at end-of-text if there are none."""
     temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token each time."""
+    """Divides the logits. Below 1 the text is more predictable; 0 always takes the most likely
+    token."""
     top_p: float | None = 0.95
-    """Keep the smallest set of tokens with this probability."""
+    """Sample from the smallest set of tokens whose probabilities add up to at least
+    this."""
 
     def run(self) -> None:
         if sys.stdin is None:
-            raise ValueError("chat reads what you say from standard input, which is closed")
+            raise ValueError("chat reads your messages from standard input, which is closed")
         template = Template.parse(self.template)
         settings = {name: getattr(self, name) for name in SETTINGS}
-        _check(settings)
+        _check_settings(settings)
         model, tokenizer = self.load()
         options = {k: v for k, v in self.options().items() if k not in SETTINGS}
-        Options(**options).check_beams(model.config.vocab_size)  # what guesses is known by now
+        Options(**options).check_beams(model.config.vocab_size)  # the draft model is loaded now
         conversation = Conversation(template, tokenizer)
         shows_speed = self.shows_speed(model)
         session = _Session(model, conversation, settings, options, shows_speed)
@@ -77,14 +80,16 @@ class Chat(GenerationFlags):
             return
         kind = f"{self.checkpoint}" + ("" if isinstance(model, GPT) else f" in {model.dtype}")
         size = model.config.block_size
-        _say(f"{kind}, a context of {size:,} tokens. /help lists commands, Ctrl-D ends.")
+        _print_note(
+            f"{kind}, a context of {size:,} tokens. /help lists the commands, Ctrl-D ends the chat."
+        )
         session.interactive = True
-        with contextlib.suppress(KeyboardInterrupt):  # a second one in a reply, or between prompts
-            session.run(_typed())
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C during a reply
+            session.run(_typed_lines())
 
 
 class _Session:
-    """Turns and commands, one after the other."""
+    """A conversation with its settings, which takes turns and commands line by line."""
 
     def __init__(
         self,
@@ -98,7 +103,7 @@ class _Session:
         self.options, self.shows_speed, self.interactive = options, shows_speed, False
 
     def run(self, lines: Iterable[str]) -> None:
-        """Until the lines end, or /quit. What is wrong with one ends a pipe, not a session."""
+        """Take lines until they end or one is /quit. An error ends a pipe, but not a terminal."""
         for line in lines:
             try:
                 if not self._take(line):
@@ -106,10 +111,10 @@ class _Session:
             except ERRORS as error:
                 if not self.interactive:
                     raise
-                _say(one_line(error))
+                _print_note(one_line(error))
 
     def _take(self, line: str) -> bool:
-        """Whether to go on after this line."""
+        """Answer or obey one line; return whether to read another."""
         if line.startswith("/") and not line.startswith("//"):
             name, _, value = line[1:].partition(" ")
             return self._command(name, value.strip())
@@ -121,6 +126,7 @@ class _Session:
         return True
 
     def _command(self, name: str, value: str) -> bool:
+        """Obey a command; return whether to read another line."""
         if name in SETTINGS:
             self._set(name, value)
             return True
@@ -128,40 +134,43 @@ class _Session:
             self.conversation.save(value)
             return True
         if name == "save" or value:
-            raise ValueError("/save takes a file" if name == "save" else f"/{name} takes nothing")
+            raise ValueError("/save takes a file" if name == "save" else f"/{name} takes no value")
         if name == "help":
             print(HELP, flush=True)
         elif name == "reset":
             self.conversation.reset()
         elif name == "retry":
             self.conversation.ask(self.conversation.take_back())
-            self.settings["seed"] = (self.settings["seed"] + 1 + 2**63) % 2**64 - 2**63  # an int64
+            # The next seed, within int64.
+            self.settings["seed"] = (self.settings["seed"] + 1 + 2**63) % 2**64 - 2**63
             self._reply()
         elif name == "stats":
             if isinstance(self.model, GPT):
-                raise ValueError(f"/stats needs {ON_CPU}, and the C++ extension")
+                raise ValueError(f"/stats needs {CPU_ENGINE}, and the C++ extension")
             self.shows_speed = not self.shows_speed
         elif name != "quit":
-            raise ValueError(f"there is no /{name}; /help lists what there is")
+            raise ValueError(f"there is no /{name}; /help lists the commands")
         return name != "quit"
 
     def _set(self, name: str, value: str) -> None:
+        """Change a setting if a value is given, and print it."""
         if value:
             changed = {**self.settings, name: _number(name, value)}
-            _check(changed)
+            _check_settings(changed)
             self.settings = changed
         now = self.settings[name]
-        _say(f"{name} is {'off' if now is None else now}")
+        _print_note(f"{name} is {'off' if now is None else now}")
 
     def _reply(self) -> None:
+        """Generate the reply and print it piece by piece."""
         options = {**self.settings, **self.options}
         n, size = options.pop("max_new_tokens"), self.model.config.block_size
         if forgotten := self.conversation.make_room(size, n):
-            turns = "turn does" if forgotten == 1 else f"{forgotten} turns do"
-            _say(f"the oldest {turns} not fit into {size:,} tokens any more: forgotten")
+            turns = "turn no longer fits" if forgotten == 1 else f"{forgotten} turns no longer fit"
+            _print_note(f"the oldest {turns} into {size:,} tokens and will be left out")
         if (long := len(self.conversation.ids)) > size:
-            _say(f"of {long:,} tokens the model sees the last {size:,}")
-        with _ctrl_c(self.interactive) as interrupted:
+            _print_note(f"the model sees only the last {size:,} of {long:,} tokens")
+        with _caught_ctrl_c(self.interactive) as interrupted:
             pieces = self.conversation.reply(self.model, n, interrupted, **options)
             if not self.conversation.template.running:
                 pieces = _trimmed(pieces)
@@ -170,26 +179,27 @@ class _Session:
                 for piece in pieces:
                     print(printable(piece), end="", flush=True)
             except ERRORS:
-                if piece:  # what is wrong gets a line of its own
+                if piece:  # the error message starts on a new line
                     print(flush=True)
                 raise
         print(flush=True)
-        if self.shows_speed:
-            _say(speed(self.model))
+        if self.shows_speed and not isinstance(self.model, GPT):
+            _print_note(speed(self.model))
 
 
 def _number(name: str, value: str) -> float | None:
-    if value == "off" and name in OFF:
-        return OFF[name]
+    """Return the value of a setting from its text. Raises ValueError for a wrong one."""
+    if value == "off" and name in OFF_VALUES:
+        return OFF_VALUES[name]
     try:
-        return int(value) if name in WHOLE else float(value)
+        return int(value) if name in INTEGER_SETTINGS else float(value)
     except ValueError:
-        kind = "a whole number" if name in WHOLE else "a number"
+        kind = "a whole number" if name in INTEGER_SETTINGS else "a number"
         raise ValueError(f"/{name} takes {kind}, got {value!r:.100}") from None
 
 
-def _check(settings: dict[str, Any]) -> None:
-    """ValueError for a setting that is out of range."""
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Raise ValueError if a setting is out of range."""
     options = dict(settings)
     new_tokens(options.pop("max_new_tokens"))
     checked = Options(**options)
@@ -198,8 +208,8 @@ def _check(settings: dict[str, Any]) -> None:
 
 
 def _trimmed(pieces: Iterable[str]) -> Iterator[str]:
-    """Pieces of a text without the white space around it."""
-    held = None
+    """Yield the pieces of a text without the white space at its start and end."""
+    held = None  # white space that is dropped unless more text follows
     for piece in pieces:
         text = piece.lstrip() if held is None else held + piece
         if body := text.rstrip():
@@ -209,16 +219,19 @@ def _trimmed(pieces: Iterable[str]) -> Iterator[str]:
             held = text
 
 
-def _say(line: str) -> None:
-    """A line that is no part of the conversation: on stderr, dim where it can be."""
+def _print_note(line: str) -> None:
+    """Print a line that is not part of the conversation: on stderr, dim if it is a terminal."""
     plain = not sys.stderr.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     print(line if plain else f"\x1b[2m{line}\x1b[0m", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _ctrl_c(caught: bool) -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C is an answer to the question yielded, not an exception: between two tokens the
-    engine is whole. A second one is."""
+def _caught_ctrl_c(caught: bool) -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether Ctrl-C was pressed inside the context.
+
+    The first Ctrl-C raises nothing, because the engine must finish its decode step. A second one
+    raises KeyboardInterrupt. caught: False leaves Ctrl-C as it is.
+    """
     if not caught:
         yield lambda: False
         return
@@ -236,9 +249,9 @@ def _ctrl_c(caught: bool) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _typed() -> Iterator[str]:
-    """Lines typed at the prompt, until Ctrl-D there; Ctrl-C begins the line anew."""
-    remember = _history()
+def _typed_lines() -> Iterator[str]:
+    """Yield the lines typed at the prompt until Ctrl-D. Ctrl-C clears the line."""
+    remember = _open_history()
     while True:
         try:
             line = input("> ")
@@ -252,11 +265,11 @@ def _typed() -> Iterator[str]:
         yield line
 
 
-def _history() -> Callable[[], None]:
-    """Line editing, with the lines of earlier sessions. What is returned keeps the last line."""
+def _open_history() -> Callable[[], None]:
+    """Offer the lines of earlier chats for editing; return a function that saves the last line."""
     try:
         import readline
-    except ImportError:  # a Python without it: input() as it is
+    except ImportError:  # Python was built without it: input() has no line editing
         return lambda: None
     from gptfast.files import cache_directory
 
@@ -264,20 +277,20 @@ def _history() -> Callable[[], None]:
         path = cache_directory() / "chat_history"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
-        if path.is_file() and path.stat().st_mode & 0o077:  # it was there, for others to read
+        if path.is_file() and path.stat().st_mode & 0o077:  # an older file that others could read
             path.chmod(0o600)
         readline.clear_history()
         readline.read_history_file(path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        _say(f"lines are not kept for another session: {error}")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        _print_note(f"this chat's lines cannot be kept for the next one: {error}")
         return lambda: None
-    readline.set_history_length(HISTORY_LINES)
+    readline.set_history_length(MAX_HISTORY_LINES)
     held = readline.get_current_history_length()
 
     def remember() -> None:
         nonlocal held
         before, held = held, readline.get_current_history_length()
-        if held > before:  # neither empty nor the same as the line before
+        if held > before:  # readline skips empty and repeated lines
             with contextlib.suppress(OSError):
                 readline.append_history_file(held - before, path)
 

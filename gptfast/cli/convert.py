@@ -1,4 +1,4 @@
-"""`gptfast convert`: write a model in another form."""
+"""`gptfast convert`: write a model in another format."""
 
 import os
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Convert:
-    """Write a model in another form. What SRC is, is seen from its content.
+    """Write a model in another format. The format of SRC is recognised from its content.
 
     SRC may be OpenAI's directory, a directory or file of transformers, nanoGPT's ckpt.pt, llm.c's
     .bin, the .pth of Raschka's book, a run or checkpoint of gptfast, or gpt2 if it was downloaded.
 
-    Packed is the form that generates on the CPU without further ado: `generate`, `chat` and `eval`
-    take it, and nothing makes another form of it again.
+    The format "packed" holds the weights as the CPU engine uses them, so that it starts at once.
+    `generate`, `chat` and `eval` read it. It cannot be converted back.
 
     gptfast convert models/124M gpt2-transformers
 
@@ -33,14 +33,15 @@ class Convert:
     src: Positional[str]
     """The model to read."""
     dst: Positional[str]
-    """The file or directory to write; it must not be there yet."""
+    """The file or directory to write; it must not exist yet."""
     to: Literal["transformers", "llm.c", "nanogpt", "book", "packed"] | None = None
-    """The form (default by DST's suffix: .bin llm.c, .pt nanogpt, .pth book, else transformers; for
-    int8 packed)."""
+    """The format to write (default: from the suffix of DST: llm.c for .bin, nanogpt for .pt, book
+    for .pth, else transformers; with --dtype int8, packed)."""
     dtype: Literal["fp32", "bf16", "fp16", "int8"] | None = None
-    """Round the weights to it (default: as they are; packed, fp32)."""
+    """Data type to convert the weights to (default: unchanged; for packed, fp32)."""
     n_head: int | None = None
-    """Heads per block, where SRC does not tell (the book's; default 64 channels each)."""
+    """Number of heads per block, if SRC does not say, as the book's .pth (default: one head per 64
+    channels)."""
 
     def run(self) -> None:
         if self.to == "packed" or self.dtype == "int8":
@@ -55,6 +56,7 @@ class Convert:
         print(f"done: {n:,} parameters in {self.dst} ({self.to or format_of(self.dst)})")
 
     def _pack(self) -> None:
+        """Write the packed format, which only the engine can."""
         form = self.to or format_of(self.dst)
         if form not in ("packed", "transformers") or self.to == "transformers":
             raise ValueError(f"{form} has no int8 weights: name a directory for packed ones")

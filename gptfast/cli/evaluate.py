@@ -1,4 +1,4 @@
-"""`gptfast eval`: how well a model predicts text, and how it does on tasks."""
+"""`gptfast eval`: measure how well a model predicts text and solves tasks."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -31,42 +31,44 @@ class Eval:
     """
 
     checkpoint: Positional[str]
-    """A run, a checkpoint in it, a model in any form that `gptfast convert` reads, or gpt2."""
+    """The model: a run directory, one of its checkpoints, a model in any format that `gptfast
+    convert` reads or writes, or gpt2."""
     data: tuple[str, ...] = ()
-    """Text, .jsonl or token files, directories or globs; of prepared data, the part --part."""
+    """The text: UTF-8 text files, .jsonl files, token files, directories or globs of them. Of data
+    that `gptfast prepare` wrote, the part named by --part."""
     stride: int | None = None
-    """Slide a window of --max-length by so many tokens, for a text as a whole, as transformers'
-    recipe does (default: windows side by side, as training sees them)."""
+    """Slide a window of --max-length over the text by this many tokens, as transformers' perplexity
+    recipe does (default: windows side by side, as in training)."""
     hellaswag: str | None = None
-    """A .jsonl of contexts, endings and labels, as HellaSwag's."""
+    """A .jsonl file in HellaSwag's format: contexts, endings and labels."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness (needs pip install 'gptfast[lm-eval]')."""
+    """Names of tasks of lm-evaluation-harness (needs pip install 'gptfast[lm-eval]')."""
     limit: int | None = None
-    """Of each task the first so many examples."""
+    """Use only this many examples of each task."""
     part: Literal["train", "val", "test"] = "val"
-    """Which part of prepared data: train, val or test."""
+    """Which part of prepared data to measure."""
     batch_size: int = 8
-    """Windows or examples per batch."""
+    """Number of windows or examples per batch."""
     max_length: int | None = None
-    """Tokens per window (default the model's block_size)."""
+    """Number of tokens per window (default: the model's block_size)."""
     tokenizer: str | None = None
-    """gpt2, byte or a directory (default: the checkpoint's own)."""
+    """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: the checkpoint's)."""
     dtype: Dtype | None = None
-    """Measure the engine with weights of fp32, bf16 or int8, on the CPU (default: a packed model's
-    own, of others the model as it is)."""
+    """Measure the CPU engine with weights of this data type (default: the engine for a packed
+    model, the PyTorch model for others)."""
     device: str = "auto"
-    """cpu, cuda or auto."""
+    """cpu, cuda or auto; auto takes a GPU if there is one."""
 
     def run(self) -> None:
         if not (self.data or self.hellaswag or self.tasks):
-            raise ValueError("nothing to measure: name files (--data), --hellaswag or --tasks")
+            raise ValueError("nothing to measure: give --data, --hellaswag or --tasks")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
         model, tokenizer = load(
             self.checkpoint, self.tokenizer, self.device, self.dtype, engine=False
         )
         if self.tasks and not isinstance(model, GPT):
-            raise ValueError("--tasks measures a model as it is: leave out --dtype")
+            raise ValueError("--tasks measures the PyTorch model: leave out --dtype")
         if self.data:
             score = self._score(model, tokenizer)
             print(
@@ -74,16 +76,22 @@ class Eval:
                 f"{score.bits_per_byte:.4f} bits per byte"
             )
         if self.hellaswag:
-            options = {"batch_size": self.batch_size, "limit": self.limit}
-            found = hellaswag(model, tokenizer, self.hellaswag, **options)
+            found = hellaswag(
+                model,
+                tokenizer,
+                self.hellaswag,
+                batch_size=self.batch_size,
+                limit=self.limit,
+            )
             print(
                 f"hellaswag: acc {found.acc:.4f}, acc_norm {found.acc_norm:.4f} "
                 f"({found.examples:,} examples)"
             )
-        if self.tasks:
+        if self.tasks and isinstance(model, GPT):
             self._run_tasks(model, tokenizer)
 
     def _score(self, model: "GPT | Engine", tokenizer: Tokenizer) -> Score:
+        """Return the losses on --data."""
         T = model.config.block_size if self.max_length is None else self.max_length
         if not 1 <= T <= model.config.block_size:
             raise ValueError(
@@ -96,12 +104,14 @@ class Eval:
                 return text_score(model, source, tokenizer, **sizes)
             return sliding_score(model, source, tokenizer, stride=self.stride, **sizes)
         if self.stride is not None:
-            raise ValueError("--stride slides over one text; prompts with completions are many")
-        options = {"shuffle": False, "drop_last": False, "tokenizer": tokenizer}
-        loader = create_dataloader(source, self.batch_size, T, T, **options)
+            raise ValueError("--stride needs one text, got prompts with completions: leave it out")
+        loader = create_dataloader(
+            source, self.batch_size, T, T, shuffle=False, drop_last=False, tokenizer=tokenizer
+        )
         return loader_score(model, loader, tokenizer)
 
     def _run_tasks(self, model: GPT, tokenizer: Tokenizer) -> None:
+        """Run the tasks of lm-evaluation-harness and print its table."""
         try:
             from lm_eval import simple_evaluate
             from lm_eval.utils import make_table
@@ -111,6 +121,7 @@ class Eval:
             raise ValueError(
                 f"--tasks needs lm-evaluation-harness ({error}): pip install 'gptfast[lm-eval]'"
             ) from None
-        options = {"batch_size": self.batch_size, "max_length": self.max_length}
-        harness = GPTFastLM(model, tokenizer, **options)
+        harness = GPTFastLM(
+            model, tokenizer, batch_size=self.batch_size, max_length=self.max_length
+        )
         print(make_table(simple_evaluate(harness, tasks=list(self.tasks), limit=self.limit)))

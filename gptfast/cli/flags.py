@@ -1,10 +1,10 @@
-"""A command's flags, derived from the fields of its dataclass, on Python's own argparse.
+"""A command's flags, made from the fields of its dataclass with Python's argparse.
 
-A field `n_layer: int = 4` is the flag `--n-layer`; a field of type `Positional[str]` has no flag; a
-field that is itself a dataclass contributes its own fields. The string under a field is its help.
-Parsing returns only what was given, so that files and saved settings can come between the defaults
-and the flags. (tyro parses such dataclasses too, but it prints errors as boxes and fills in
-defaults at once, so that a second parser was needed to see what had been given.)
+A field `n_layer: int = 4` becomes the flag `--n-layer`. A field of type `Positional[str]` becomes a
+positional argument. A field that is a dataclass contributes its own fields. The string under a
+field is its help. Parsing returns only the flags that were given, because files and saved settings
+rank between the defaults and the flags. (tyro parses such dataclasses too, but it prints errors as
+boxes and fills in the defaults at once. A second parser was needed to see which flags were given.)
 """
 
 import argparse
@@ -21,26 +21,33 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 T = TypeVar("T")
 Positional = Annotated[T, "positional"]
-"""The type of a field that is given by its place on the command line, without a flag."""
-
+"""The type of a field that is a positional argument instead of a flag."""
 
 _METAVARS = {"int": "N", "float": "X"}
+GROUP_TEXT_COLUMNS = 80
+"""Width of the text below a group's title, which argparse does not wrap."""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A formatter that keeps the lines of descriptions and never breaks a line within a flag."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are ValueErrors of one line that name the remedy."""
+    """An ArgumentParser that raises a ValueError of one line instead of exiting."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
-        )
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
+        """Raise ValueError with argparse's message."""
         raise ValueError(f"{message} (see {self.prog} --help)")
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Return the values of the flags in argv by their fields' names; raise ValueError."""
-        # --n_layer is read as --n-layer.
+        """Return the value of each flag in argv by its field's name. Raises ValueError."""
+        # --n_layer means --n-layer.
         hyphenated = [_hyphenated(word) if word.startswith("--") else word for word in argv]
         values, unknown = self.parse_known_args(hyphenated)
         if unknown:
@@ -51,6 +58,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def _hyphenated(word: str) -> str:
+    """Return a flag with hyphens in its name; its value stays as it is."""
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value
 
@@ -60,12 +68,25 @@ def command_parser(
 ) -> FlagParser:
     """Return the parser of a command's flags.
 
-    command: a dataclass; its docstring is the description. no_default_shown: fields whose default
-    is not a value that a user would give, and is left out of the help.
+    command: a dataclass whose docstring is the description in the help. no_default_shown: fields
+    whose default stands for something else and does not appear in the help.
     """
     parser = FlagParser(prog=prog, description=inspect.getdoc(command))
     _add_fields(parser, parser, command, dataclasses.MISSING, no_default_shown)
+    parser.usage = _usage(parser)
     return parser
+
+
+def _usage(parser: FlagParser) -> str:
+    """Return the usage line: required flags and positional arguments; the help lists the rest."""
+    required, positional = [], []
+    for action in parser._actions:
+        values = f"{action.metavar} ..." if action.nargs == "*" else str(action.metavar)
+        if not action.option_strings:
+            positional.append(values)
+        elif action.required:
+            required.append(f"{action.option_strings[0]} {values}")
+    return " ".join([parser.prog, "[FLAGS]", *required, *positional])
 
 
 def _add_fields(
@@ -75,7 +96,10 @@ def _add_fields(
     instance: Any,
     no_default_shown: Collection[str],
 ) -> None:
-    """Add the fields of the dataclass `owner`; their defaults are those of `instance`, if any."""
+    """Add a flag for each field of the dataclass `owner`.
+
+    instance: has the defaults, or is MISSING if the fields' own defaults apply.
+    """
     hints = typing.get_type_hints(owner, include_extras=True)
     help_texts = field_help(owner)
     for field in dataclasses.fields(owner):
@@ -83,8 +107,9 @@ def _add_fields(
         default = field.default
         if instance is not dataclasses.MISSING:
             default = getattr(instance, field.name)
-        if dataclasses.is_dataclass(hint):
-            own_group = parser.add_argument_group(field.name, text or None)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            wrapped = textwrap.fill(text, GROUP_TEXT_COLUMNS, break_on_hyphens=False)
+            own_group = parser.add_argument_group(field.name, wrapped or None)
             _add_fields(parser, own_group, hint, default, no_default_shown)
             continue
         if field.name not in no_default_shown:
@@ -93,6 +118,7 @@ def _add_fields(
 
 
 def _default_text(default: Any) -> str:
+    """Return the end of a help text that shows the default; "" for an empty default."""
     if default is dataclasses.MISSING or default is None or default is False or default == ():
         return ""
     if default is True:
@@ -102,6 +128,7 @@ def _default_text(default: Any) -> str:
 
 
 def _add_flag(group: Any, name: str, hint: Any, text: str, required: bool) -> None:
+    """Add the flag or positional argument of one field of type `hint`."""
     positional = typing.get_origin(hint) is Annotated
     if positional:
         hint = typing.get_args(hint)[0]
@@ -122,12 +149,12 @@ def _add_flag(group: Any, name: str, hint: Any, text: str, required: bool) -> No
 
 
 def _value_options(hint: Any) -> dict[str, Any]:
-    """Return argparse's options for the values of a field of this type."""
+    """Return the options of argparse's add_argument for a field of this type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (UnionType, typing.Union):
         options = _value_options(next(arg for arg in args if arg is not NoneType))
         if "choices" in options:
-            # None is a choice too, but the help shows the values only.
+            # "none" is a choice too, but the help lists the values only.
             shown = "{" + ",".join(options["choices"]) + "}"
             choices = (*options["choices"], None)
             return {"choices": choices, "type": _or_none(str), "metavar": shown}
@@ -143,17 +170,17 @@ def _value_options(hint: Any) -> dict[str, Any]:
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a reader of `kind` that takes "none", as in TOML files, for None."""
+    """Return a function that converts text to `kind`, and "none" to None as in TOML files."""
 
     def read(text: str) -> Any:
         return None if text in ("none", "None") else kind(text)
 
-    read.__name__ = kind.__name__  # in argparse's message: invalid int value
+    read.__name__ = kind.__name__  # argparse puts it in its message: invalid int value
     return read
 
 
 def field_help(owner: type) -> dict[str, str]:
-    """Return the strings that stand under a dataclass's fields, those of its bases included."""
+    """Return the string below each field of a dataclass and of its bases, by the field's name."""
     texts: dict[str, str] = {}
     for base in reversed(owner.__mro__[:-1]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body

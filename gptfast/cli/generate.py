@@ -1,4 +1,4 @@
-"""`gptfast generate`: what a trained model writes."""
+"""`gptfast generate`: continue a prompt with a trained model."""
 
 import sys
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(GenerationFlags):
-    """Continue a prompt with a trained model; the text appears as it is written.
+    """Continue a prompt with a trained model. The text appears while it is generated.
 
     gptfast generate runs/book --prompt "Once upon" --temperature 0.8 --top-k 40 --seed 1
 
@@ -28,13 +28,15 @@ class Generate(GenerationFlags):
     prompt: str
     """The text to continue."""
     num_beams: int = 1
-    """Above 1, search for the likeliest text with this many beams instead of sampling."""
+    """Above 1, search for the most likely text with this many beams instead of sampling."""
     length_penalty: float = 1.0
-    """With beams: a score is divided by its length to this power; above 0 favours long texts."""
+    """With beams, a text's score is divided by its length to this power. Above 0 favours long
+    texts."""
     stop: tuple[str, ...] = ()
-    """End before the first of these strings."""
+    """End the text before the first of these strings."""
     allow_special: tuple[str, ...] = ()
-    """Special tokens that the prompt may name, '<|endoftext|>' say; others are plain text."""
+    """Special tokens to recognise in the prompt, for example '<|endoftext|>'. Others are read as
+    plain text."""
     logprobs: bool = False
     """Print each new token with its log-probability instead of the text."""
 
@@ -53,12 +55,14 @@ class Generate(GenerationFlags):
     def _print_text(
         self, model: "GPT | Engine", tokenizer: Tokenizer, options: dict[str, Any]
     ) -> None:
+        """Print the prompt and its continuation, piece by piece unless beams search for it."""
         if self.num_beams != 1:
             text = generate_text(model, tokenizer, self.prompt, self.max_new_tokens, **options)
+            assert isinstance(text, str)
             print(printable(text))
             return
         pieces = stream_text(model, tokenizer, self.prompt, self.max_new_tokens, **options)
-        # The first piece before the prompt is shown: bad input prints nothing.
+        # Generate the first piece before printing the prompt, so that bad input prints nothing.
         first = next(pieces, "")
         print(printable(self.prompt + first), end="", flush=True)
         for piece in pieces:
@@ -68,9 +72,11 @@ class Generate(GenerationFlags):
     def _print_logprobs(
         self, model: "GPT | Engine", tokenizer: Tokenizer, options: dict[str, Any]
     ) -> None:
+        """Print each new token on a line with its log-probability."""
         ids = tokenizer.encode(self.prompt, allowed_special=self.allow_special)
         options |= {"eos_id": tokenizer.eot, "tokenizer": tokenizer, "logprobs": True}
-        rows, logprobs = generate(model, [ids], self.max_new_tokens, **options)
+        generated: Any = generate(model, [ids], self.max_new_tokens, **options)
+        rows, logprobs = generated
         for token, logprob in zip(rows[0][len(ids) :], logprobs[0], strict=True):
             text = tokenizer.decode([token]) if token < tokenizer.n_vocab else f"<{token}>"
             print(f"{logprob:10.4f}  {text!r}")

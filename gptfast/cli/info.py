@@ -1,4 +1,4 @@
-"""`gptfast info`: what is installed, and who serves what."""
+"""`gptfast info`: show what is installed and which kernels run each operation."""
 
 import platform
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""What `gptfast generate` and `gptfast chat` have in common: the model, how it draws, its speed."""
+"""The flags that `gptfast generate` and `gptfast chat` share: the model, sampling and speed."""
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gptfast.engine import Engine
 
 Dtype = Literal["fp32", "bf16", "int8"]
-ON_CPU = "the engine, which on the command line runs on the CPU"
+CPU_ENGINE = "the engine, which the command line runs on the CPU only"
 
 
 def load(
@@ -29,29 +29,31 @@ def load(
     *,
     engine: bool = True,
 ) -> "tuple[GPT | Engine, Tokenizer]":
-    """The model, and the tokenizer asked for, or else the model's own.
+    """Return the model and its tokenizer, or the tokenizer given.
 
-    On the CPU it is an engine, but for where the C++ extension is missing, and with engine=False
-    where neither dtype nor a packed checkpoint asks for one.
+    On the CPU the model is an engine. It is a GPT if the C++ extension is missing, and with
+    engine=False unless dtype or a packed checkpoint needs the engine.
     """
     model = _load(checkpoint, device, dtype, engine)
     loaded = get_tokenizer(tokenizer or model.tokenizer_name or "gpt2")
     if loaded.n_vocab > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {loaded.n_vocab} tokens, the model {model.config.vocab_size}"
+            f"the tokenizer has {loaded.n_vocab} tokens, the model {model.config.vocab_size}; "
+            "choose another --tokenizer"
         )
     return model, loaded
 
 
 def _load(checkpoint: str, device: str, dtype: str | None, engine: bool) -> "GPT | Engine":
+    """Return the model on its device, as `load` says."""
     from gptfast.engine import Engine, is_packed
 
     packed = is_packed(checkpoint)
     on = torch.device("cpu") if packed and device == "auto" else choose_device(device)
     if on.type != "cpu" and (packed or dtype):
-        what = (
-            f"{checkpoint} is packed for the CPU" if packed else f"--dtype {dtype} needs {ON_CPU}"
-        )
+        what = f"{checkpoint} is packed for the CPU"
+        if not packed:
+            what = f"--dtype {dtype} needs {CPU_ENGINE}"
         raise ValueError(f"{what}: use --device cpu")
     if packed or dtype or engine and on.type == "cpu" and EXTENSION is not None:
         return Engine(checkpoint, dtype)
@@ -60,50 +62,53 @@ def _load(checkpoint: str, device: str, dtype: str | None, engine: bool) -> "GPT
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationFlags:
-    """A model and how it writes."""
+    """The flags that choose a model and how it generates text."""
 
     checkpoint: Positional[str]
-    """A run, a checkpoint in it, a model in any form that `gptfast convert` reads or writes, or
-    gpt2."""
+    """The model: a run directory, one of its checkpoints, a model in any format that `gptfast
+    convert` reads or writes, or gpt2."""
     max_new_tokens: int = 100
-    """How many tokens to add at most."""
+    """The largest number of tokens to generate."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token each time."""
+    """Divides the logits. Below 1 the text is more predictable; 0 always takes the most likely
+    token."""
     top_k: int | None = None
-    """Keep the k likeliest tokens."""
+    """Sample from the k most likely tokens only."""
     top_p: float | None = None
-    """Keep the smallest set of tokens with this probability."""
+    """Sample from the smallest set of tokens whose probabilities add up to at least
+    this."""
     min_p: float | None = None
-    """Drop tokens less likely than this share of the likeliest."""
+    """Drop tokens whose probability is below this fraction of the most likely token's."""
     repetition_penalty: float = 1.0
-    """Above 1, makes tokens that are there already less likely (1.2, say)."""
+    """Above 1, makes tokens that already occur in the text less likely, for example 1.2."""
     seed: int = 0
-    """Fixes the draw."""
+    """Seed of the sampling: the same seed gives the same text."""
     dtype: Dtype | None = None
-    """Weights as fp32, bf16 or int8, on the CPU (default: a packed model's own, else fp32)."""
+    """Data type of the weights, on the CPU only (default: that of a packed model, else fp32)."""
     lookup: bool = False
-    """Guess what comes next by what followed the same words before: the same text, sooner where
-    it repeats itself."""
+    """Prompt lookup: guess the next tokens from what followed the same tokens earlier. The text
+    stays the same and is faster where it repeats itself."""
     draft: str | None = None
-    """Let this smaller model with the same vocabulary guess: the same text, sooner where it is
-    right."""
+    """A smaller model with the same vocabulary that guesses the next tokens. The text stays the
+    same and is faster where the guesses are right."""
     stats: Literal["auto", "on", "off"] = "auto"
-    """A line on stderr with tokens and gigabytes a second; auto is where that is a terminal."""
+    """Print tokens and gigabytes per second on stderr; auto does so if stderr is a terminal."""
     tokenizer: str | None = None
-    """gpt2, byte or a directory (default: the checkpoint's own)."""
+    """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: the checkpoint's)."""
     device: str = "auto"
-    """cpu, cuda or auto."""
+    """cpu, cuda or auto; auto takes a GPU if there is one."""
 
     def load(self) -> "tuple[GPT | Engine, Tokenizer]":
+        """Return the model and its tokenizer. Raises ValueError for flags that do not fit."""
         model, tokenizer = load(self.checkpoint, self.tokenizer, self.device, self.dtype)
         asked = {"--lookup": self.lookup, "--draft": self.draft, "--stats on": self.stats == "on"}
         if isinstance(model, GPT) and any(asked.values()):
             name = next(name for name, given in asked.items() if given)
-            raise ValueError(f"{name} needs {ON_CPU}, and the C++ extension")
+            raise ValueError(f"{name} needs {CPU_ENGINE}, and the C++ extension")
         return model, tokenizer
 
     def options(self) -> dict[str, Any]:
-        """What `gptfast.generate` takes of it."""
+        """Return the flags that are options of `gptfast.generate`."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
         options = {name: getattr(self, name) for name in names}
         if self.lookup:
@@ -113,10 +118,12 @@ class GenerationFlags:
         return options
 
     def _draft(self, checkpoint: str) -> "Engine":
+        """Return the engine of the draft model, with --dtype unless it is packed."""
         from gptfast.engine import Engine, is_packed
 
         return Engine(checkpoint, None if is_packed(checkpoint) else self.dtype)
 
-    def shows_speed(self, model: "GPT | Engine") -> bool:
+    def shows_speed(self, model: "GPT | Engine") -> "TypeGuard[Engine]":
+        """Return whether to print the speed: only the engine measures it."""
         wanted = self.stats == "on" or self.stats == "auto" and is_terminal(sys.stderr)
         return wanted and not isinstance(model, GPT)

@@ -1,4 +1,4 @@
-"""`gptfast plot`: several runs in one picture."""
+"""`gptfast plot`: draw several runs in one picture."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,12 +14,12 @@ class Plot:
     gptfast plot runs/a runs/b --out comparison.png
     """
 
-    runs: Positional[tuple[str, ...]]
-    """Run directories, or their metrics.jsonl."""
+    runs: Positional[tuple[str, ...]] = ()
+    """Run directories, or their metrics.jsonl files."""
     out: str = "runs.png"
-    """The picture: .png, .pdf or .svg."""
+    """The picture to write, a .png, .pdf or .svg file."""
     x: Literal["tokens", "step", "epoch"] = "tokens"
-    """What the losses are drawn over."""
+    """The horizontal axis: tokens seen, steps or epochs."""
 
     def run(self) -> None:
         print(f"done: see {plot_runs(self.runs, self.out, x=self.x)}")

@@ -1,4 +1,4 @@
-"""`gptfast prepare`: text to token files."""
+"""`gptfast prepare`: turn text into token files."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,11 @@ from gptfast.tokenizer.vocabulary import get_tokenizer
 
 @dataclass(frozen=True)
 class Prepare:
-    """Turn text into token files that training maps into memory, end-of-text between documents.
+    """Turn text into token files, which training reads without loading them into memory.
 
-    A document is a text file or a line of a .jsonl file: its text field, or its prompt and
-    completion, of which only the completion is learnt.
+    A document is a text file or a line of a .jsonl file. Documents are separated by end-of-text. A
+    .jsonl line has either a text, or a prompt and a completion, and training learns to predict the
+    completion only.
 
     gptfast prepare --data books/ --out tokens/books --split 0.98 0.01 0.01
 
@@ -21,23 +22,23 @@ class Prepare:
     """
 
     data: tuple[str, ...]
-    """UTF-8 text files, .jsonl files, directories or globs of them."""
+    """The text: UTF-8 text files, .jsonl files, directories, or globs such as 'books/*.txt'."""
     out: str
-    """The directory to make: train_000000.bin and so on, and meta.json."""
+    """The directory to create, with train_000000.bin and so on, and meta.json."""
     tokenizer: str = "gpt2"
     """gpt2, byte, or a directory with vocab.bpe and encoder.json."""
     split: tuple[float, ...] = (0.9, 0.1)
-    """Shares of the tokens for training, validation and test; 1 for training alone."""
+    """Shares of the tokens for training, validation and test; 1 puts all into training."""
     text_field: str = "text"
-    """The key of a document's text in .jsonl."""
+    """The field of a .jsonl line that holds the text."""
     prompt_field: str = "prompt"
-    """The key of an example's prompt in .jsonl, which is read but not learnt."""
+    """The field of a .jsonl line that holds the prompt."""
     completion_field: str = "completion"
-    """The key of what follows the prompt."""
+    """The field of a .jsonl line that holds the completion."""
     shard_tokens: int = 100_000_000
-    """Tokens per file at most."""
+    """The largest number of tokens per file."""
     workers: int | None = None
-    """Threads that encode (default one per core)."""
+    """Number of threads that encode text (default: one per core)."""
 
     def run(self) -> None:
         summary = prepare(

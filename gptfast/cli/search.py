@@ -14,11 +14,11 @@ from gptfast.search.space import log_fields, parse_grid, parse_random
 
 @dataclass(frozen=True)
 class Search:
-    """Train with several settings, each in a process of its own, and compare them.
+    """Train with several settings, each in a process of its own, and compare the results.
 
-    Takes every flag of `gptfast train` for what the trials have in common. Called again after an
-    interruption, it goes on where it stopped. --out gets trial-001/ and so on, results.md,
-    results.json and a picture.
+    The flags of `gptfast train` set what all trials have in common. The same command continues a
+    search that was interrupted. The directory --out gets a run directory per trial (trial-001/ and
+    so on), results.md, results.json and a picture, search.png.
 
     gptfast search --lr-range 1e-5 1 --data book.txt --max-steps 200 --out runs/range
 
@@ -28,31 +28,32 @@ class Search:
     """
 
     train: Train = Train()
-    """What the trials have in common: the flags of `gptfast train`."""
+    """The settings that all trials have in common."""
     grid: tuple[str, ...] = ()
-    """Fields and their values, every combination of which is tried: lr=1e-3,3e-3 n_layer=2,4."""
+    """Try every combination of these values, for example lr=1e-3,3e-3 n_layer=2,4."""
     random: tuple[str, ...] = ()
-    """Fields and the ranges they are drawn from: lr=1e-4:1e-2:log dropout=0:0.3 batch_size=4:16."""
+    """Draw each setting from a range LOW:HIGH, or LOW:HIGH:log for a logarithmic one, for example
+    lr=1e-4:1e-2:log dropout=0:0.3 batch_size=4:16."""
     trials: int = 8
-    """How many to draw with --random."""
+    """Number of trials with --random."""
     lr_range: tuple[float, float] | None = None
-    """A range test instead: the rate rises from the first to the second during one run, and the
-    one at which the loss falls fastest is suggested."""
+    """Run a learning-rate range test: the rate rises from the first to the second value during one
+    run. The command then suggests the rate at which the loss fell fastest."""
     jobs: int = 1
-    """Trials at the same time."""
+    """Number of trials that run at the same time."""
     no_default_shown: ClassVar = Train.no_default_shown
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> Self:
-        """Return the command with these flags, over the settings that `train_defaults` finds.
+        """Return the command with these flags, and for the rest what `train_defaults` returns.
 
-        A search starts anew: --resume is ignored, as the search resumes by itself.
+        --resume is ignored, because a search always continues what it finds in --out.
         """
         own = {field.name for field in dataclasses.fields(cls)} - {"train"}
         common = {name: x for name, x in given.items() if name not in (*own, "resume")}
         train = train_defaults(common)
         if train.train.min_lr == SMALL_RUN.min_lr:
-            # The default run's end of the decay suits its own rate, not those that are searched.
+            # The default min_lr suits the default lr, not the rates that a search tries.
             train = apply(train, {"min_lr": None}, "")
         train = dataclasses.replace(apply(train, common, ""), resume=False)
         return apply(cls(train=train), {k: v for k, v in given.items() if k in own}, "")
@@ -77,7 +78,7 @@ class Search:
         run_search(base, trials, out, jobs=self.jobs, log_fields=log_fields(self.random))
 
     def _check(self, trial: dict[str, Any]) -> None:
-        # A bad value is refused before the first trial, not in its log.
+        """Raise ValueError for a bad value now, instead of in the log of a trial."""
         train = self.train
         if {"max_steps", "epochs"} & trial.keys():
             train = apply(train, {"max_steps": None, "epochs": None}, "--grid")

@@ -1,4 +1,4 @@
-"""A command's settings as a flat mapping: read from TOML, applied to its nested dataclasses."""
+"""The settings of a command, which is a nested dataclass, as one flat mapping as in TOML files."""
 
 import dataclasses
 import difflib
@@ -7,11 +7,14 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptfast import checks
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def _nested(command: Any) -> list[str]:
@@ -24,7 +27,7 @@ def _nested(command: Any) -> list[str]:
 
 
 def flat(command: Any) -> dict[str, Any]:
-    """Return the command's fields by name, those of its nested dataclasses beside its own."""
+    """Return the values of the command's fields and of its nested dataclasses' fields by name."""
     nested = {name: getattr(command, name) for name in _nested(command)}
     own = {
         field.name: getattr(command, field.name)
@@ -40,17 +43,16 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    # TOMLDecodeError and UnicodeDecodeError are ValueErrors; tomllib recurses into nested arrays.
+    # Bad TOML and bad UTF-8 raise ValueErrors; deeply nested arrays raise a RecursionError.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
 
 
 def apply(command: T, values: Mapping[str, Any], source: str) -> T:
-    """Return the command with these fields changed, wherever they are nested.
+    """Return a copy of the command with these values in its fields or its nested fields.
 
-    source: named in errors; "" for flags, which name themselves. "none" stands for None, which TOML
-    lacks. Raises ValueError for a key that is no field, with the one it resembles, and for a value
-    of another type than the field's.
+    "none" stands for None, which TOML does not have. source: where the values come from, for error
+    messages; "" for flags. Raises ValueError for an unknown key and for a value of a wrong type.
     """
     known, prefix = flat(command), f"{source}: " if source else ""
     for key in values:
@@ -62,6 +64,7 @@ def apply(command: T, values: Mapping[str, Any], source: str) -> T:
 
 
 def _replace(command: T, values: Mapping[str, Any], prefix: str) -> T:
+    """Return a copy of the command with these values. prefix: the start of error messages."""
     hints = typing.get_type_hints(type(command))
     changes: dict[str, Any] = {}
     for name in _nested(command):

@@ -1,4 +1,4 @@
-"""What a terminal is shown."""
+"""What the commands print on a terminal: errors, text that a model wrote, and speed."""
 
 import sys
 from typing import TYPE_CHECKING, TextIO
@@ -9,29 +9,35 @@ if TYPE_CHECKING:
     from gptfast.engine import Engine
 
 ERRORS = (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, MemoryError)
-"""What the user may act on: one line, no traceback."""
+"""The errors that a user can act on. They are printed as one line, without a traceback."""
 
 
-# What a terminal may obey rather than show: C0 but for \n and \t, DEL, C1.
+# The characters that a terminal may obey instead of showing: C0 except \n and \t, DEL, and C1.
 _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*b"\n\t"}, REPLACEMENT)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Of a standard stream, which is None where it was closed before Python began."""
+    """Return whether a standard stream is a terminal.
+
+    The stream is None if it was closed before Python started.
+    """
     return stream is not None and stream.isatty()
 
 
 def printable(text: str) -> str:
-    """What stdout gets of a model's text: all of it, but in a terminal no control character."""
+    """Return a model's text for stdout, without control characters if stdout is a terminal."""
     return text.translate(_CONTROLS) if is_terminal(sys.stdout) else text
 
 
 def speed(model: "Engine") -> str:
-    """One line of what the engine has done since this was last asked, and what it read for it."""
+    """Return one line with the engine's speed since the last call, and reset its counts.
+
+    The line has the number of tokens, tokens per second and the rate at which weights were read.
+    """
     from gptfast.engine import Stats
 
     stats, model.stats = model.stats, Stats()
-    first = bool(stats.prompt_tokens)  # a prompt's pass gives a token too
+    first = bool(stats.prompt_tokens)  # prefill gives the first token
     n = stats.new_tokens + first
     parts = [f"{n} token{'s' * (n != 1)}"]
     if stats.steps:

@@ -16,17 +16,17 @@ class TrainTokenizer:
     """
 
     data: tuple[str, ...]
-    """UTF-8 text files, .jsonl files (their text field), directories or globs of them."""
+    """The text: UTF-8 text files, .jsonl files, directories, or globs such as 'books/*.txt'."""
     out: str
-    """The directory to make: vocab.bpe and encoder.json."""
+    """The directory to create, with vocab.bpe and encoder.json."""
     vocab_size: int = 8192
-    """Number of tokens, 256 bytes and end-of-text among them; at most 65,536."""
+    """Number of tokens, at most 65,536. It includes the 256 bytes and end-of-text."""
     text_field: str = "text"
-    """The key of a document's text in .jsonl."""
+    """The field of a .jsonl line that holds the text."""
 
     def run(self) -> None:
         if not self.data:
-            raise ValueError("no text to learn from; give files, directories or globs")
+            raise ValueError("--data names no text to learn from; give files, directories or globs")
         texts = read_documents(find_files(self.data), text_field=self.text_field)
         tokenizer = train_tokenizer(texts, self.vocab_size, self.out)
         print(f"done: {tokenizer.n_vocab:,} tokens in {self.out}; use it as --tokenizer {self.out}")

@@ -1,11 +1,11 @@
-"""`gptfast train`: text or token files in, a run directory out."""
+"""`gptfast train`: train a GPT on text or token files and write a run directory."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,11 +32,11 @@ SMALL_RUN = TrainConfig(out="runs/train", lr=2e-3, min_lr=1e-4, eval_interval=10
 
 @dataclass(frozen=True)
 class Train:
-    """Train a GPT on text, watch its loss and its samples, and keep checkpoints that generate.
+    """Train a GPT on text; print its losses and text samples, and save checkpoints.
 
-    Without --data it learns from the prose that CPython itself carries. The run directory gets
-    metrics.jsonl, samples.txt, loss.png, loss.pdf and checkpoints/. Ctrl-C finishes the step, saves
-    and ends the run; --resume continues it.
+    Without --data, the model learns from the English text that Python itself brings along. The run
+    directory --out gets metrics.jsonl, samples.txt, loss.png, loss.pdf and checkpoints/. Ctrl-C
+    finishes the current step, saves a checkpoint and ends the run; --resume continues it.
 
     gptfast train --data book.txt --out runs/book --max-steps 1000
 
@@ -46,41 +46,42 @@ class Train:
     """
 
     model: GPTConfig = SMALL_MODEL
-    """The shape of the model. The defaults are a small one that learns in minutes on a CPU; GPT-2's
-    own 124M has --n-layer 12 --n-head 12 --n-embd 768 --block-size 1024."""
+    """The shape of the model. The defaults make a small model that learns in minutes on a CPU.
+    GPT-2 with 124M parameters has --n-layer 12 --n-head 12 --n-embd 768 --block-size 1024."""
     train: TrainConfig = SMALL_RUN
-    """How it is trained."""
+    """How the model is trained."""
     data: tuple[str, ...] = ()
-    """UTF-8 text files, .jsonl files, directories or globs of them, .bin token files, or a
-    directory that `gptfast prepare` wrote."""
+    """The text to learn from: UTF-8 text files, .jsonl files, directories or globs of them, .bin
+    token files, or a directory that `gptfast prepare` wrote."""
     tokenizer: str | None = None
     """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: that of the prepared
-    data, else that of --init, else gpt2; without --data, gpt2 reduced to the tokens of its text,
-    which is kept in OUT/tokenizer)."""
+    data, else that of --init, else gpt2; without --data, gpt2 reduced to the tokens of the text
+    and saved in OUT/tokenizer)."""
     batch_size: int = 8
-    """Windows per batch."""
+    """Number of windows (sequences of --max-length tokens) per batch."""
     max_length: int | None = None
-    """Tokens per window (default block_size)."""
+    """Number of tokens per window (default: block_size)."""
     stride: int | None = None
-    """Tokens from one window to the next (default max_length)."""
+    """Number of tokens between the starts of neighbouring windows (default: max_length)."""
     split: tuple[float, ...] = (0.9, 0.1)
-    """Shares of the data for training, validation and, if there is a third, test. Prepared data
-    brings its own."""
+    """Two or three shares of the data: training, validation and test. Data that `gptfast prepare`
+    wrote is split already."""
     resume: bool = False
-    """Continue the run in --out from its latest whole checkpoint, with its settings but for those
-    given here; start it if there is none."""
+    """Continue the run in --out from its latest undamaged checkpoint, or start it if there is none.
+    The settings are those of the run, except for the flags given here."""
     init: str | None = None
-    """Start from these weights, in any form that `gptfast convert` reads; their architecture and
-    tokenizer are the default."""
+    """Start from the weights of this model, in any format that `gptfast convert` reads. Its shape
+    and tokenizer become the defaults."""
     config: str | None = None
-    """A TOML file of these settings, by name with underscores (n_layer = 6; "none" for what is not
-    set). Flags overrule it. The resolved one of a run is train.toml in each checkpoint."""
-    # The tokenizer's size is the default; 1 only stands for "no more than that".
+    """A TOML file of settings, named as the flags but with underscores, for example n_layer = 6.
+    The value "none" leaves a setting unset. Flags overrule the file. Each checkpoint has the
+    settings of its run in train.toml, which can be given here."""
+    # The default of 1 means the tokenizer's size, because a smaller vocab_size is raised to it.
     no_default_shown: ClassVar = ("vocab_size",)
 
     @classmethod
-    def from_given(cls, given: Mapping[str, Any]) -> Self:
-        """Return the command with these flags, over the settings that `train_defaults` finds."""
+    def from_given(cls, given: Mapping[str, Any]) -> "Train":
+        """Return the command with these flags, and for the rest what `train_defaults` returns."""
         return apply(train_defaults(given), given, "")
 
     def run(self) -> None:
@@ -117,7 +118,7 @@ class Train:
         )
         self._introduce(trainer, sources, T)
         if left_out := getattr(loaders[0].dataset, "left_out", 0):
-            print(f"{left_out:,} examples are left out: no completion in their first {T} tokens")
+            print(f"left out {left_out:,} examples without a completion in their first {T} tokens")
         trainer.fit(resume=self.resume)
         if trainer.interrupt.requested:
             return
@@ -126,7 +127,7 @@ class Train:
         print(f"  gptfast generate {trainer.run.out} {prompt}")
 
     def tokenizer_name(self) -> str:
-        """The tokenizer asked for, or that of the data or of the weights to start from."""
+        """Return the name of the tokenizer: as given, or of the data, or of the --init weights."""
         if self.tokenizer is not None:
             return self.tokenizer
         if recorded := prepared_tokenizer(self.data):
@@ -134,6 +135,7 @@ class Train:
         return (self.init is not None and tokenizer_of(self.init)) or "gpt2"
 
     def _tokenizer(self) -> Tokenizer:
+        """Return the tokenizer; for the embedded text, GPT-2's reduced to what the text needs."""
         if self.data or self.tokenizer is not None or self.init is not None:
             return get_tokenizer(self.tokenizer_name())
         directory = Path(self.train.out) / "tokenizer"
@@ -143,6 +145,7 @@ class Train:
         return reduce_tokenizer(get_tokenizer("gpt2"), embedded_text(), directory)
 
     def _model(self, n_vocab: int) -> GPT:
+        """Return the model to train, with random weights or those of --init."""
         torch.manual_seed(self.train.seed)
         vocab_size = max(self.model.vocab_size, n_vocab)
         model = GPT(dataclasses.replace(self.model, vocab_size=vocab_size))
@@ -151,10 +154,12 @@ class Train:
         return model
 
     def _settings(self) -> dict[str, Any]:
+        """Return the settings that a checkpoint keeps besides the two configurations."""
         own = ("data", "batch_size", "max_length", "stride", "split", "init")
         return {name: flat(self)[name] for name in own}
 
     def _introduce(self, trainer: Trainer, sources: list[Source], T: int) -> None:
+        """Print the size of the data, the model and the run."""
         unit = "documents" if isinstance(sources[0], Documents) else "tokens"
         n_params = sum(p.numel() for p in trainer.model.parameters())
         print(
@@ -166,13 +171,14 @@ class Train:
 
 
 def train_defaults(given: Mapping[str, Any]) -> Train:
-    """Return what `gptfast train` takes for what the flags do not say.
+    """Return the settings of `gptfast train` before the flags are applied.
 
-    given: the flags by name. In this order, the later overruling: the small default run; the
-    architecture of --init; the settings of the run that --resume continues; the file of --config.
+    given: the values of the flags by name. The settings come from these places, and each overrules
+    the ones before: the small default run, the shape of the --init model, the run that --resume
+    continues, the file of --config.
     """
     command = Train()
-    file = read_toml(given["config"]) if given.get("config") else {}
+    file = read_toml(given["config"]) if given.get("config") is not None else {}
     layered = {**file, **given}
     init, saved = layered.get("init"), None
     if layered.get("resume"):
@@ -184,9 +190,9 @@ def train_defaults(given: Mapping[str, Any]) -> Train:
         source = layered.get("out", command.train.out)
         command = apply(command, {**saved, "out": source}, f"the settings of {source}")
     elif "lr" in layered and "min_lr" not in layered:
-        # The default run's end of the decay suits its own rate.
+        # The default min_lr suits the default lr only.
         command = apply(command, {"min_lr": None}, "--lr")
-    # One of the two, given closer to the user, takes the place of the other.
+    # max_steps or epochs from a later place replaces either of them from an earlier one.
     one_of = ("max_steps", "epochs")
     for source in (file, given):
         if any(source.get(name) not in (None, "none") for name in one_of):
@@ -197,5 +203,5 @@ def train_defaults(given: Mapping[str, Any]) -> Train:
 
 
 def load_weights(model: GPT, path: str | PathLike) -> None:
-    """Copy the weights of `open_weights` into `model`; ValueError if they do not fit."""
+    """Copy the weights at `path` into `model`. Raises ValueError if they do not fit."""
     open_weights(path).copy_to(model.config, model.state_dict())

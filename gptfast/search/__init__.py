@@ -1,1 +1,1 @@
-"""Many runs compared."""
+"""Train with several settings and compare the runs."""

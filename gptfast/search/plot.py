@@ -1,11 +1,11 @@
-"""Pictures of a search's trials."""
+"""Pictures of a search and of a learning-rate range test."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptfast.training.metrics import Row
+from gptfast.training.metrics import MetricsRow
 from gptfast.training.plot import (
     colours_of,
     draw_rows,
@@ -27,28 +27,31 @@ def _is_number(value: Any) -> bool:
 
 
 def numeric_fields(trials: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the fields that are a number in every trial and differ between some."""
+    """Return the fields that are numbers in every trial and not the same in all of them."""
     names = dict.fromkeys(name for trial in trials for name in trial)
     values = {name: [trial.get(name) for trial in trials] for name in names}
     return [n for n, v in values.items() if all(map(_is_number, v)) and len(set(v)) > 1]
 
 
-def _is_log(values: Sequence[float]) -> bool:
+def _spans_decades(values: Sequence[float]) -> bool:
+    """Return whether the values are positive and span more than a factor of 30."""
     return min(values) > 0 and max(values) > 30 * min(values)
 
 
 def plot_search(
     results: Sequence["Result"],
-    histories: Sequence[Sequence[Row]],
+    histories: Sequence[Sequence[MetricsRow]],
     out: str | PathLike,
     *,
-    log_fields: Sequence[str] = (),
+    log_fields: Collection[str] = (),
 ) -> Path:
-    """Draw a search: validation loss over tokens for each trial, and the lowest loss against each
-    of the first two fields that are numbers and vary.
+    """Draw the trials of a search, write the picture to `out` and return `out`.
 
-    results: the best trial first. histories: the rows of each result's metrics.jsonl. A field's
-    axis is logarithmic if it is one of log_fields or spans more than a factor of 30. Returns out.
+    One panel shows the validation loss of each trial over tokens. Up to two more show the lowest
+    loss against the first fields that are numbers and vary; the axis is logarithmic if the field
+    is one of log_fields or spans more than a factor of 30.
+
+    results: best trial first. histories: the rows of metrics.jsonl of each result.
     """
     fields = numeric_fields([result.settings for result in results])[:2]
     figure = new_figure(8.5 + 3.5 * len(fields), 5)
@@ -68,7 +71,7 @@ def plot_search(
 def _draw_losses(
     axes: "Axes",
     results: Sequence["Result"],
-    histories: Sequence[Sequence[Row]],
+    histories: Sequence[Sequence[MetricsRow]],
     colours: Sequence[Any],
 ) -> None:
     """Draw each trial's validation loss over tokens; the first result, the best, is thicker."""
@@ -105,14 +108,15 @@ def _draw_losses(
 def _draw_field(
     axes: "Axes", field: str, results: Sequence["Result"], colours: Sequence[Any], log: bool
 ) -> None:
+    """Draw the lowest validation loss of each trial over one field; the best trial is circled."""
     from matplotlib.ticker import MaxNLocator
 
     done = [r for r in zip(results, colours, strict=True) if r[0].status == "done"]
     values = [result.settings[field] for result, _ in done]
-    losses = [result.val_loss for result, _ in done]
+    losses = [result.val_loss for result, _ in done if result.val_loss is not None]
     axes.scatter(values, losses, c=[colour for _, colour in done], s=40, zorder=3)
     axes.scatter(values[:1], losses[:1], s=160, facecolors="none", edgecolors="black", zorder=4)
-    if log or _is_log(values):
+    if log or _spans_decades(values):
         axes.set_xscale("log")
     elif all(isinstance(value, int) for value in values):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -121,16 +125,18 @@ def _draw_field(
 
 
 def plot_range(test: "RangeTest", out: str | PathLike) -> Path:
-    """Draw a learning-rate range test: loss and smoothed loss over the rate, with the suggestion.
+    """Draw a learning-rate range test, write the picture to `out` and return `out`.
 
-    Returns out.
+    It shows the loss and the smoothed loss over the learning rate, and marks the suggested rate.
     """
     figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     axes.plot(test.lr, test.loss, color="tab:blue", alpha=0.25, linewidth=0.8, label="loss")
     axes.plot(test.lr, test.smoothed, color="tab:blue", label="smoothed")
-    marks = ((test.suggestion, "tab:red", "-", "steepest descent"),)
-    marks += ((test.tenth_of_minimum, "tab:gray", "--", "a tenth of the minimum's"),)
+    marks = (
+        (test.suggestion, "tab:red", "-", "steepest descent"),
+        (test.tenth_of_minimum, "tab:gray", "--", "a tenth of the minimum's"),
+    )
     for lr, colour, style, why in marks:
         axes.axvline(lr, color=colour, linestyle=style, label=f"{lr:.2g}, {why}")
     low, high = min(test.smoothed), max(test.smoothed)

@@ -1,4 +1,4 @@
-"""A search run and its table of trials."""
+"""Run a search and report its trials as a table and a picture."""
 
 import dataclasses
 import math
@@ -23,6 +23,7 @@ COLUMNS = {
 
 
 def _cell(name: str, value: Any) -> str:
+    """Return the text of a number in the table."""
     if value is None:
         return "-"
     if name.endswith("loss"):
@@ -33,7 +34,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _rows(results: Sequence[Result]) -> list[list[str]]:
-    """The table's cells, its head first; the best trial first, those that failed last."""
+    """Return the cells of the table, row by row: the column titles, then a row per result."""
     names = list(dict.fromkeys(name for result in results for name in result.settings))
     rows = [["trial", *names, *COLUMNS.values(), "status"]]
     for result in results:
@@ -44,7 +45,8 @@ def _rows(results: Sequence[Result]) -> list[list[str]]:
     return rows
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned_table(rows: list[list[str]]) -> str:
+    """Return a table as text: the first and last columns aligned left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -55,12 +57,14 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def _markdown(rows: list[list[str]]) -> str:
+    """Return a table, titles first, as Markdown."""
     rule = ["---", *("---:" for _ in rows[0][2:]), "---"]
     escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     return "".join(f"| {' | '.join(row)} |\n" for row in [escaped[0], rule, *escaped[1:]])
 
 
 def _order(result: Result) -> tuple[int, float]:
+    """Return the sort key of a result: finished trials by their loss, then the others."""
     rank = ("done", "interrupted", "failed").index(result.status)
     return rank, math.inf if result.val_loss is None else result.val_loss
 
@@ -74,19 +78,19 @@ def run_search(
     command: Sequence[str] = COMMAND,
     log_fields: Collection[str] = (),
 ) -> list[Result]:
-    """Train every trial, base with its settings, and return the results, best first.
+    """Train every trial, which is `base` with its own settings; return the results, best first.
 
-    Prints a table and leaves it in OUT/results.md and OUT/results.json, a picture in
-    OUT/search.png and a link to the best trial, OUT/best. Called again with the same base and
-    trials, or with more behind them, it goes on with those that are not done. log_fields: fields
-    whose axis is logarithmic. Raises as `run_trials`, and RuntimeError with the first reason if no
-    trial got to its end.
+    Prints a table, and writes it to OUT/results.md and OUT/results.json, a picture to
+    OUT/search.png and a link to the best trial to OUT/best. A second call with the same base and
+    trials, or with more trials after them, runs those that are not done. log_fields: fields whose
+    axis is logarithmic. Raises as `run_trials` does, and RuntimeError with the first reason if no
+    trial is done.
     """
     out = Path(out)
     try:
         results = run_trials(base, trials, out, jobs=jobs, command=command)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on with {out}")
+        print(f"stopped; the same command continues {out}")
         raise
     if not any(result.status == "done" for result in results):
         first = results[0]
@@ -96,18 +100,18 @@ def run_search(
         )
     results = sorted(results, key=_order)
     rows = _rows(results)
-    print(_aligned(rows))
+    print(aligned_table(rows))
     (out / "results.md").write_text(_markdown(rows), "utf-8")
     write_json(out / "results.json", [dataclasses.asdict(result) for result in results])
     replace_link(out / "best", results[0].trial)
-    histories = [_history(out / result.trial) for result in results]
+    histories = [trial_rows(out / result.trial) for result in results]
     plot_search(results, histories, out / "search.png", log_fields=log_fields)
     print(f"best: {results[0].label} ({out / results[0].trial}); see {out / 'search.png'}")
     return results
 
 
-def _history(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a trial, which has none if it failed before its first."""
+def trial_rows(directory: Path) -> list[dict[str, Any]]:
+    """Return the rows of a trial's metrics.jsonl; [] if it failed before it wrote one."""
     try:
         return read_metrics(directory)
     except ValueError:

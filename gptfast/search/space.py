@@ -1,7 +1,4 @@
-"""A grid or random search over config fields, and a learning-rate range test (Smith, 2017).
-
-Both run trials (`gptfast.trials`) in subprocesses and end with a table and a picture.
-"""
+"""The settings that a search tries: every combination of a grid, or random draws from ranges."""
 
 import contextlib
 import difflib
@@ -15,8 +12,12 @@ from typing import Any
 
 from gptfast.search.trials import Settings
 
+MAX_REPEATED_DRAWS = 1000
+"""A search ends after this many draws in a row without new settings: none are left."""
+
 
 def _number(text: str) -> int | float | None:
+    """Return the number that the text writes; None if it writes none."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
@@ -24,6 +25,7 @@ def _number(text: str) -> int | float | None:
 
 
 def _parse_value(text: str, spec: str) -> Any:
+    """Return the bool, number or string that the text writes. spec: named in errors."""
     text = text.strip()
     if text in ("true", "false"):
         return text == "true"
@@ -35,11 +37,11 @@ def _parse_value(text: str, spec: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        raise ValueError(f"{spec}: {text} is no string; close its quotes") from None
+        raise ValueError(f"{spec}: {text} is not a string; close its quotes") from None
 
 
 def _parse_specs(specs: Sequence[str], allowed: Collection[str] | None) -> dict[str, str]:
-    """NAME=REST of each spec, the name checked and with underscores."""
+    """Return REST of each spec NAME=REST by its checked name, with underscores."""
     if not specs:
         raise ValueError("no field to vary; give NAME=VALUE,VALUE")
     fields: dict[str, str] = {}
@@ -59,6 +61,7 @@ def _parse_specs(specs: Sequence[str], allowed: Collection[str] | None) -> dict[
 
 
 def _parse_list(name: str, rest: str) -> list[Any]:
+    """Return the values of a list such as 1e-3,3e-3."""
     values: list[Any] = []
     for text in rest.split(","):
         if not text.strip():
@@ -71,10 +74,11 @@ def _parse_list(name: str, rest: str) -> list[Any]:
 
 
 def parse_grid(specs: Sequence[str], *, allowed: Collection[str] | None = None) -> list[Settings]:
-    """["lr=1e-4,1e-3", "n_layer=2,4"] -> the four settings, the last field varying fastest.
+    """Return the settings of a grid, every combination of the values of its fields.
 
-    Values are numbers, true, false or strings. allowed: the names of fields there are. Raises
-    ValueError for a malformed spec, an unknown field, and a field or value given twice.
+    ["lr=1e-4,1e-3", "n_layer=2,4"] gives four settings; the last field varies fastest. Values are
+    numbers, true, false or strings. allowed: the names of the existing fields. Raises ValueError
+    for a malformed spec, an unknown field, and a field or value given twice.
     """
     fields = {name: _parse_list(name, rest) for name, rest in _parse_specs(specs, allowed).items()}
     return [dict(zip(fields, values, strict=True)) for values in product(*fields.values())]
@@ -82,22 +86,25 @@ def parse_grid(specs: Sequence[str], *, allowed: Collection[str] | None = None) 
 
 @dataclass(frozen=True)
 class _Range:
+    """The numbers from low to high; log: on a logarithmic scale."""
+
     low: float
     high: float
     log: bool
 
     def draw(self, u: float) -> float | int:
-        """The value at u in [0, 1)."""
+        """Return the value at the fraction u of the range, which is in [0, 1)."""
         whole = isinstance(self.low, int) and isinstance(self.high, int)
-        # Each integer gets the numbers that round to it.
+        # An integer gets all numbers that round to it, so that each is as likely as another.
         low, high = (self.low - 0.5, self.high + 0.5) if whole else (self.low, self.high)
         value = low * (high / low) ** u if self.log else low + (high - low) * u
-        # Four digits are exact enough, and a trial's settings can be typed.
+        # Four digits are exact enough, and short enough to type.
         value = round(value) if whole else float(f"{value:.4g}")
         return min(max(value, self.low), self.high)
 
 
 def _parse_range(name: str, rest: str) -> _Range:
+    """Return the range that LOW:HIGH or LOW:HIGH:log writes."""
     spec = f"{name}={rest}"
     low, high, *scale = (part.strip() for part in rest.split(":"))
     if scale not in ([], ["log"], ["linear"]):
@@ -110,17 +117,18 @@ def _parse_range(name: str, rest: str) -> _Range:
         raise ValueError(f"{spec} is an empty range: {low} is not below {high}")
     if scale == ["log"] and bounds[0] <= 0:
         raise ValueError(f"{spec}: a logarithmic range must start above 0, got {low}")
-    return _Range(*bounds, log=scale == ["log"])
+    return _Range(bounds[0], bounds[1], log=scale == ["log"])
 
 
 def parse_random(
     specs: Sequence[str], trials: int, seed: int = 0, *, allowed: Collection[str] | None = None
 ) -> list[Settings]:
-    """["lr=1e-4:1e-2:log", "n_layer=2:6", "dropout=0,0.1"] -> `trials` different settings.
+    """Return `trials` different settings, drawn at random.
 
-    LOW:HIGH is drawn uniformly, log-uniformly with :log, as integers where both bounds are written
-    as integers; a list is drawn from. The first settings do not depend on how many are asked for.
-    Raises ValueError as `parse_grid`, for an empty range, and where there are too few settings.
+    A spec is a range such as "lr=1e-4:1e-2:log" or "n_layer=2:6", or a list such as
+    "dropout=0,0.1". A value of a range is uniform, or log-uniform with :log, and an integer if both
+    bounds are integers. More trials only add settings after the others. Raises ValueError as
+    `parse_grid` does, for an empty range, and if there are fewer different settings.
     """
     if trials < 1:
         raise ValueError(f"trials must be >= 1, got {trials}")
@@ -130,7 +138,7 @@ def parse_random(
     }
     generator = random.Random(seed)
     drawn: list[Settings] = []
-    misses = 0
+    repeats = 0  # draws in a row that gave settings we have already
     while len(drawn) < trials:
         settings = {}
         for name, field in fields.items():
@@ -138,10 +146,10 @@ def parse_random(
             settings[name] = (
                 field.draw(u) if isinstance(field, _Range) else field[int(u * len(field))]
             )
-        misses = 0 if settings not in drawn else misses + 1
-        if not misses:
+        repeats = 0 if settings not in drawn else repeats + 1
+        if not repeats:
             drawn.append(settings)
-        elif misses == 1000:
+        elif repeats == MAX_REPEATED_DRAWS:
             raise ValueError(
                 f"found only {len(drawn)} different settings, not {trials}; lower trials"
             )
@@ -149,6 +157,6 @@ def parse_random(
 
 
 def log_fields(specs: Sequence[str]) -> list[str]:
-    """The fields that `parse_random` draws logarithmically, for the picture's axes."""
+    """Return the fields that `parse_random` draws on a logarithmic scale."""
     fields = _parse_specs(specs, None) if specs else {}
     return [name for name, rest in fields.items() if rest.rpartition(":")[2].strip() == "log"]

@@ -1,7 +1,8 @@
-"""Training runs as trials: each a subprocess with settings of its own, some at once, resumable.
+"""Run the trials of a search: training runs in subprocesses, several at once, resumable.
 
-OUT/search.json holds the base settings and the trials; OUT/trial-001 is a run directory with
-trial.toml, what the subprocess reads, log.txt, what it printed, and result.json, what came of it.
+OUT/search.json holds the base settings and the trials. OUT/trial-001 and so on are run directories.
+Each also has trial.toml, the settings that the subprocess reads; log.txt, what it printed; and
+result.json, its result.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -21,33 +22,34 @@ from typing import Any
 from gptfast.config import to_toml
 from gptfast.files import lock, write_json
 from gptfast.training.interrupt import Interrupt
-from gptfast.training.metrics import finite, read_metrics
+from gptfast.training.metrics import MetricsRow, finite, read_metrics
 
 Settings = dict[str, Any]
 COMMAND = (sys.executable, "-m", "gptfast", "train")
-POLL = 0.05
-"""Seconds between looks at the running trials."""
+POLL_INTERVAL_S = 0.05
+"""Time between checks of whether a trial has ended."""
 
 
 def short(value: Any) -> str:
-    """A setting or a number for a table or a legend."""
+    """Return a value as short text for a table or a legend."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _label(settings: Settings) -> str:
+    """Return the settings as one short line."""
     return " ".join(f"{name}={short(value)}" for name, value in settings.items())
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one trial. Losses in nats per token; None where there is no such number."""
+    """The result of one trial. Losses are in nats per token; None stands for a missing number."""
 
     trial: str
-    """Its directory's name."""
+    """The name of its directory."""
     settings: Settings
-    """What it varies."""
+    """The settings that vary between the trials."""
     status: str
-    """done, failed or interrupted."""
+    """"done", "failed" or "interrupted"."""
     val_loss: float | None
     """The lowest validation loss."""
     best_step: int | None
@@ -56,20 +58,20 @@ class Result:
     train_loss: float | None
     """Training loss at the last evaluation."""
     tokens_per_second: float | None
-    """Median."""
+    """The median over the run."""
     seconds: float
-    """In all, over every start of it."""
+    """The total time, over all starts of the trial."""
     reason: str | None
-    """Why it is not done."""
+    """Why the trial is not done; None if it is."""
 
     @property
     def label(self) -> str:
-        """Its settings, short enough for a legend."""
+        """The settings, short enough for a legend."""
         return _label(self.settings)
 
 
 def _settings(base: Settings, settings: Settings, directory: Path) -> Settings:
-    """All settings of a trial. One of max_steps and epochs takes the place of base's other."""
+    """Return all settings of a trial. Its max_steps replaces the epochs of base, or vice versa."""
     merged = {**base, **settings, "out": str(directory)}
     for name, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
         if name in settings and other not in settings:
@@ -78,7 +80,10 @@ def _settings(base: Settings, settings: Settings, directory: Path) -> Settings:
 
 
 def _open_search(out: Path, base: Settings, trials: Sequence[Settings]) -> None:
-    """Write search.json, or check that the one there is of this search, maybe with fewer trials."""
+    """Write search.json. Raises ValueError if the existing one is of another search.
+
+    The existing one may have fewer trials, the first of these.
+    """
     ours = json.loads(json.dumps({"base": base, "trials": trials}))
     file = out / "search.json"
     if file.exists():
@@ -102,7 +107,7 @@ def _open_search(out: Path, base: Settings, trials: Sequence[Settings]) -> None:
 
 
 def load_result(directory: Path) -> Result | None:
-    """What came of the trial in that directory; None if it never ended."""
+    """Return the result of the trial in that directory; None if it never ended."""
     try:
         return Result(**json.loads((directory / "result.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -110,17 +115,18 @@ def load_result(directory: Path) -> Result | None:
 
 
 def _environment(jobs: int) -> dict[str, str]:
-    # Unbuffered: the last line of the log is then the last that was written.
+    """Return the environment variables of a trial's process."""
+    # Unbuffered, so that a killed process has written all its lines to the log.
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if jobs > 1:
-        # Trials side by side share the cores instead of crowding them.
+        # Parallel trials share the cores; each would otherwise start a thread per core.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // jobs)))
     return environment
 
 
 class _Trial:
-    """One running subprocess and what it leaves."""
+    """A trial that runs in a subprocess."""
 
     def __init__(
         self, directory: Path, settings: Settings, base: Settings, command: Sequence[str], jobs: int
@@ -145,7 +151,7 @@ class _Trial:
             )
 
     def result(self, interrupted: bool) -> Result:
-        """What came of it, now that it has ended; also written to result.json."""
+        """Return the result of the ended process, and write it to result.json."""
         code = self.process.returncode
         seconds = self.seconds_before + time.perf_counter() - self.begin
         rows, damage = [], None
@@ -175,7 +181,7 @@ class _Trial:
         return result
 
     def _reason(self, code: int) -> str:
-        """The last line this process wrote, its own error message if there is one."""
+        """Return why the process failed: its error message, or else the last line it wrote."""
         if code < 0:
             return f"killed by signal {-code} ({signal.strsignal(-code)})"
         text = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
@@ -185,11 +191,13 @@ class _Trial:
         return last.removeprefix("gptfast: ")
 
 
-def _numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    # Not the untrained model: where every trial only made it worse, they would all be the same.
+def _numbers(rows: Sequence[MetricsRow]) -> dict[str, Any]:
+    """Return the numbers of a `Result` from the rows of metrics.jsonl."""
+    # Without step 0: its loss is the same in all trials, and hides those that only get worse.
     evaluations = [row for row in rows if finite(row, "val_loss") and row["step"] > 0]
-    best = min(evaluations, key=lambda row: row["val_loss"], default={})
-    last = evaluations[-1] if evaluations else {}
+    nothing: MetricsRow = {}
+    best = min(evaluations, key=lambda row: row["val_loss"], default=nothing)
+    last = evaluations[-1] if evaluations else nothing
     speeds = [row["tokens_per_second"] for row in rows if finite(row, "tokens_per_second")]
     train_loss = last["train_loss"] if finite(last, "train_loss") else None
     return {
@@ -209,11 +217,12 @@ def run_trials(
     jobs: int = 1,
     command: Sequence[str] = COMMAND,
 ) -> list[Result]:
-    """Run the trials that are not done, `jobs` at once, and return all results in order.
+    """Run the trials that are not done, `jobs` at a time, and return all results in order.
 
-    Each is `command --config OUT/trial-NNN/trial.toml --resume` with base, its settings and its
-    directory as out. On Ctrl-C or SIGTERM the running ones are asked to stop and waited for, then
-    KeyboardInterrupt is raised. Raises ValueError where out holds another search or one that runs.
+    A trial runs `command --config OUT/trial-NNN/trial.toml --resume`. The file has the settings of
+    base, those of the trial, and the trial's directory as out. After Ctrl-C or SIGTERM the running
+    trials stop, and KeyboardInterrupt is raised once they have. Raises ValueError if out holds
+    another search or one that is running.
     """
     if not trials:
         raise ValueError("a search needs at least one trial")
@@ -239,20 +248,23 @@ def _run_waiting(
     jobs: int,
     command: Sequence[str],
 ) -> None:
-    """Run what waits and add to results; KeyboardInterrupt after a signal, with nothing running."""
+    """Run the waiting trials and add their results to `results`.
+
+    Raises KeyboardInterrupt after SIGINT or SIGTERM, when no trial runs any more.
+    """
     running: list[_Trial] = []
-    asked = False
+    stopping = False
     with Interrupt() as interrupt:
         try:
             while running or (waiting and not interrupt.requested):
                 while waiting and len(running) < jobs and not interrupt.requested:
                     running.append(_Trial(*waiting.pop(0), base, command, jobs))
-                time.sleep(POLL)
-                if interrupt.requested and not asked:
-                    # After Ctrl-C in a terminal they know; to a run a second signal is no news.
+                time.sleep(POLL_INTERVAL_S)
+                if interrupt.requested and not stopping:
+                    # Ctrl-C in a terminal reached the trials too. A run ignores the second signal.
                     for trial in running:
                         trial.process.terminate()
-                    asked = True
+                    stopping = True
                 for trial in [trial for trial in running if trial.process.poll() is not None]:
                     running.remove(trial)
                     results[trial.directory] = trial.result(bool(interrupt.requested))
@@ -266,6 +278,7 @@ def _run_waiting(
 
 
 def _line(result: Result) -> str:
+    """Return the line that is printed when a trial has ended."""
     what = result.reason
     if result.status == "done":
         what = f"validation loss {result.val_loss:.4f} at step {result.best_step}"

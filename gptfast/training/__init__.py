@@ -1,1 +1,1 @@
-"""Batches to a trained model."""
+"""Train a model on batches and save checkpoints and metrics."""

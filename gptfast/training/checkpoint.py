@@ -1,13 +1,15 @@
-"""Models and checkpoints on disk. Only safetensors, JSON and TOML: nothing is ever unpickled.
+"""Write checkpoints and resume from them.
+
+They hold safetensors, JSON and TOML only, so that loading one never unpickles anything.
 
 A checkpoint is a directory:
     config.json, model.safetensors     as transformers' GPT2LMHeadModel reads them
     optimizer.safetensors              <parameter>.<exp_avg | exp_avg_sq | step | master>
     train.toml                         the run's resolved configuration
     state.json                         format, progress, RNG, configs, SHA-256 of every file
-It is written to a hidden sibling, each file and the directory synced, then renamed: at any moment a
-directory of that name is a whole checkpoint. What is replaced or deleted is renamed first; the old
-one of a replacement that was killed half-way still counts.
+It is written to a hidden directory beside it, synced to disk and then renamed. A directory with the
+name of a checkpoint is therefore always complete. A checkpoint that is replaced or deleted is first
+renamed; if a replacement is killed half-way, the old checkpoint is restored.
 """
 
 import base64
@@ -37,6 +39,7 @@ from gptfast.weights.transformers import open_directory
 
 
 def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as tensors named <parameter>.<key>."""
     return {
         f"{name}.{key}": value.detach().cpu().contiguous()
         for name, param in model.named_parameters()
@@ -54,13 +57,14 @@ def save_checkpoint(
     best: int | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write out/checkpoints/step-<progress["step"]>; its path.
+    """Write the checkpoint out/checkpoints/step-<progress["step"]> and return its path.
 
-    optimizer: None for a checkpoint of the model only. progress: whatever else JSON can hold that a
-    resumed run needs; it ends up in state.json. keep: how many of the latest stay; that of step
-    `best` stays too, and the link out/checkpoints/best points to it. texts: further files.
+    optimizer: None for a checkpoint of the model only. progress: what else a resumed run needs, as
+    values that JSON can hold; state.json keeps it. keep: how many of the latest checkpoints to
+    keep. best: the step of a checkpoint that is kept too, and to which out/checkpoints/best links.
+    texts: the contents of further files by name.
 
-    Raises OSError if it cannot be written; the checkpoints before it are then as they were.
+    Raises OSError if it cannot be written; the earlier checkpoints then stay as they were.
     """
     target = Path(out) / "checkpoints" / f"step-{progress['step']:08d}"
     old = hidden(target, "old")
@@ -94,6 +98,7 @@ def save_checkpoint(
 
 
 def _link_best(folder: Path, best: int | None) -> None:
+    """Make the link "best" point to the checkpoint of step `best`, if there is one."""
     link, name = folder / "best", f"step-{best or 0:08d}"
     if best is None or not (folder / name).is_dir():
         if link.is_symlink() and not link.exists():
@@ -103,6 +108,7 @@ def _link_best(folder: Path, best: int | None) -> None:
 
 
 def _delete_old(out: Path, keep: int, best: int | None) -> None:
+    """Delete all checkpoints but the latest `keep` and that of step `best`."""
     for path in checkpoints(out)[:-keep]:
         if best is None or path.name != f"step-{best:08d}":
             path.rename(hidden(path, "deleted"))
@@ -110,7 +116,7 @@ def _delete_old(out: Path, keep: int, best: int | None) -> None:
 
 
 def clean_up(out: str | PathLike) -> None:
-    """Remove what a save or a deletion that was killed has left; call it with no save under way."""
+    """Remove what a killed save or deletion left behind. Call it while nothing is being saved."""
     for path in Path(out).glob("checkpoints/.*"):
         ours = re.fullmatch(r"\.(step-\d+|best)\.(tmp(-\d+)?|old|deleted)", path.name)
         if ours and ours[2] == "old" and not path.with_name(ours[1]).exists():
@@ -122,7 +128,7 @@ def clean_up(out: str | PathLike) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint to damaged-step-..., so that it counts as one no more."""
+    """Rename a damaged checkpoint to damaged-step-..., so that it is no longer found."""
     target = path.with_name(f"damaged-{path.name}")
     shutil.rmtree(target, ignore_errors=True)
     path.rename(target)
@@ -131,10 +137,10 @@ def set_aside(path: Path) -> None:
 def load_checkpoint(
     path: str | PathLike, model: GPT, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Restore model, optimizer and random state from a checkpoint; returns its state.json.
+    """Restore model, optimizer and random state from a checkpoint; return its state.json.
 
-    Everything is verified before anything is changed. Raises CheckpointError for damage, ValueError
-    for a checkpoint of another architecture or of the model only.
+    Everything is verified before anything is changed. Raises CheckpointError if it is damaged, and
+    ValueError if it is of another architecture or has the model only.
     """
     path = Path(path)
     state = read_state(path)
@@ -156,8 +162,10 @@ def load_checkpoint(
 
 
 def _text(rng: Tensor) -> str:
+    """Return the bytes of a random state in base64."""
     return base64.b64encode(rng.numpy().tobytes()).decode()
 
 
 def _tensor_of_bytes(text: str) -> Tensor:
+    """Return the uint8 tensor that `_text` wrote."""
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""How much arithmetic training is, how much the machine can do, and the share that is used.
+"""Count the FLOPs of training and the share of the machine's peak that it uses (MFU).
 
 A weight that multiplies a token costs 2 FLOPs forward and 4 backward (Kaplan et al., 2020, section
 2.1), so a step costs 6 FLOPs per token and weight. Attention's two products, q k^T and p v, cost
@@ -12,10 +12,10 @@ from gptfast.config import GPTConfig
 
 
 def flops_per_token(config: GPTConfig, T: int) -> float:
-    """FLOPs of one training step, forward and backward, per token of a sequence of T tokens.
+    """Return the FLOPs of a training step, forward and backward, per token of a sequence of T.
 
-    Counts every matrix that is multiplied: four per block and the head, tied or not. Embedding
-    look-ups, biases, norms, softmax and the optimizer are left out, as in PaLM's appendix B.
+    Counts all matrix products: four matrices per block, attention, and the head, tied or not.
+    Embeddings, biases, norms, softmax and the optimizer are left out, as in PaLM's appendix B.
     Raises ValueError for a T outside [1, block_size].
     """
     if not 1 <= T <= config.block_size:
@@ -26,7 +26,7 @@ def flops_per_token(config: GPTConfig, T: int) -> float:
 
 
 def mfu(tokens_per_second: float, config: GPTConfig, T: int, peak: float) -> float:
-    """Model FLOPs utilisation (PaLM, appendix B): the share of `peak` FLOP/s that training uses."""
+    """Return the model FLOPs utilisation (PaLM, appendix B): the share of `peak` FLOP/s used."""
     if not peak > 0:
         raise ValueError(f"peak must be a number of FLOP/s > 0, got {peak}")
     return tokens_per_second * flops_per_token(config, T) / peak

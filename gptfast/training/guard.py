@@ -1,7 +1,7 @@
-"""The guard that keeps steps with bad numbers away from the weights.
+"""The guard, which keeps steps with a bad loss or gradient norm from changing the weights.
 
-A step is at fault if its loss or gradient norm is not finite or, where config.skip_zscore is set,
-an outlier: more than that many standard deviations above the mean of the steps before it.
+A number is bad if it is not finite. With config.skip_zscore it is also bad if it is an outlier:
+more than that many standard deviations above the mean of the steps before.
 """
 
 import math
@@ -14,9 +14,9 @@ from gptfast.config import TrainConfig
 MAX_PAST_STEPS = 128
 """How many past steps a new one is compared with."""
 MIN_PAST_STEPS = 16
-"""How many past steps it takes before an outlier can be told from ordinary spread."""
+"""How many past steps are needed to tell an outlier from ordinary variation."""
 MAX_SKIPS_IN_A_ROW = 100
-"""A run that skips this many steps in a row does not recover by itself, and is stopped."""
+"""A run that skips this many steps in a row is stopped, because it will not recover."""
 
 
 class Fault(NamedTuple):
@@ -28,10 +28,10 @@ class Fault(NamedTuple):
 
 
 class Guard:
-    """Judge the losses and gradient norms of steps by those of the steps before.
+    """Compares the loss and gradient norm of a step with those of the steps before.
 
-    `judge` and `may_skip` answer and change nothing; `record`, `record_skip` and `record_step`
-    count.
+    `judge` and `may_skip` change nothing; `record`, `record_skip` and `record_step` update the
+    history.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -42,7 +42,7 @@ class Guard:
         self.skipped, self.in_a_row = 0, 0
 
     def judge(self, name: str, value: float) -> Fault | None:
-        """Return what is wrong with a step of this "loss" or "grad_norm", or None."""
+        """Return what is wrong with this value of "loss" or "grad_norm", or None."""
         if not math.isfinite(value):
             return Fault(f"{name} is {value}", finite=False)
         past = self.past[name]
@@ -56,15 +56,15 @@ class Guard:
         return Fault(f"{name} {value:.4g} is an outlier, above {limit:.4g}", finite=True)
 
     def record(self, name: str, value: float) -> None:
-        """Add a finite value to those that later steps are compared with.
+        """Add a finite value to the values that later steps are compared with.
 
-        Outliers are added too, so that a lasting change is an outlier for a while only.
+        Outliers are added too, so that a lasting change soon stops being one.
         """
         if self.zscore is not None and math.isfinite(value):
             self.past[name].append(value)
 
     def may_skip(self, fault: Fault) -> bool:
-        """Return whether the configuration lets a run skip a step with such a fault."""
+        """Return whether the configuration allows a step with this fault to be skipped."""
         return fault.finite or self.skips_nonfinite
 
     @property
@@ -81,12 +81,12 @@ class Guard:
         self.in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, in JSON's types."""
+        """Return the state that a resumed run needs, as values that JSON can hold."""
         past = {name: list(values) for name, values in self.past.items()}
         return {"past": past, "skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         for name, values in state["past"].items():
             self.past[name].clear()

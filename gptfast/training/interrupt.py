@@ -1,22 +1,22 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next good moment."""
+"""Take Ctrl-C and SIGTERM as a request to stop after the current step."""
 
 import os
 import signal
 import threading
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 
 class Interrupt:
-    """While entered, SIGINT and SIGTERM set `requested` to their name and end nothing.
+    """A context in which SIGINT and SIGTERM only set `requested` to the signal's name.
 
-    A SIGINT that follows another signal raises KeyboardInterrupt at once. Handlers belong to the
-    main thread; entered in another one, this does nothing.
+    A SIGINT after another signal raises KeyboardInterrupt at once. Outside the main thread, which
+    alone may set signal handlers, the context does nothing.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -34,6 +34,6 @@ class Interrupt:
             raise KeyboardInterrupt
         if not self.requested:
             self.requested = signal.Signals(number).name
-            # Not print: the signal may have come in the middle of one.
+            # print is not safe here, because the signal may have interrupted another print.
             line = f"\n{self.requested}: finishing the step and saving; Ctrl-C stops at once\n"
             os.write(2, line.encode())

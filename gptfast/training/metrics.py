@@ -1,20 +1,20 @@
-"""The rows of metrics.jsonl, read back."""
+"""Read the rows of metrics.jsonl, the file to which a training run writes its numbers."""
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
+"""The numbers of one step by name: "step", "loss", "val_loss" and so on."""
 
 
-def read_metrics(path: str | PathLike) -> list[Row]:
-    """The rows of a run's metrics.jsonl; path is the file or the directory it lies in.
+def read_metrics(path: str | PathLike) -> list[MetricsRow]:
+    """Return the rows of a metrics.jsonl; path is the file or its run directory.
 
-    An incomplete last line, of a run that is writing or was killed, is passed over. Raises
-    ValueError where there is no such file, and for a damaged line, by its number.
+    Raises ValueError if there is no such file, and for a damaged line as `metrics_of` does.
     """
     path = Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
@@ -25,17 +25,17 @@ def read_metrics(path: str | PathLike) -> list[Row]:
         raise ValueError(f"{path} {why}; give the directory of a training run") from None
 
 
-def finite(row: Row, name: str) -> bool:
-    """Whether the row has a finite number of that name: a skipped step has no finite loss."""
+def finite(row: Mapping[str, Any], name: str) -> bool:
+    """Return whether the row has a finite number of that name: a skipped step has no loss."""
     value = row.get(name)
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def metrics_of(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl, one after the other.
+def metrics_of(file: Path) -> Iterator[MetricsRow]:
+    """Yield the rows of a metrics.jsonl, one after the other.
 
-    An incomplete last line, of a run that is writing or was killed, is passed over. Raises
-    ValueError for a damaged line, by its number.
+    Leaves out an incomplete last line, which a run is writing or was killed while writing. Raises
+    ValueError with the number of a damaged line.
     """
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -43,10 +43,10 @@ def metrics_of(file: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # also for what is not UTF-8
+            except ValueError as error:  # damaged JSON or UTF-8
                 if not line.endswith(b"\n"):
                     return
                 raise ValueError(f"{file}:{number} is damaged: {error}") from None
             if not isinstance(row, dict) or "step" not in row:
-                raise ValueError(f"{file}:{number} is damaged: a row is an object with a step")
+                raise ValueError(f"{file}:{number} is damaged: a row must be an object with a step")
             yield row

@@ -1,11 +1,11 @@
-"""Pictures of one training run and of several compared. A run is its directory or metrics.jsonl."""
+"""Pictures of the losses of one training run, or of several runs in comparison."""
 
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptfast.training.metrics import Row, finite, read_metrics
+from gptfast.training.metrics import MetricsRow, finite, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +16,7 @@ SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure of this size in inches, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,7 +26,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def colours_of(n: int) -> list[Any]:
-    """Return n colours: easy to tell apart if n is small, otherwise in the order of a rainbow."""
+    """Return n colours: distinct ones up to 10, otherwise evenly spaced ones of a rainbow."""
     from matplotlib import colormaps
 
     if n <= 10:
@@ -34,35 +35,40 @@ def colours_of(n: int) -> list[Any]:
 
 
 def draw_rows(
-    axes: "Axes", rows: Sequence[Row], x: str, y: str, *style: str, **options: Any
+    axes: "Axes", rows: Sequence[MetricsRow], x: str, y: str, *style: str, **options: Any
 ) -> None:
+    """Draw column y of the rows over column x, where both are finite numbers."""
     points = [(row[x], row[y]) for row in rows if finite(row, x) and finite(row, y)]
     axes.plot([a for a, _ in points], [b for _, b in points], *style, **options)
 
 
-def set_loss_range(axes: "Axes", histories: Sequence[Sequence[Row]], *names: str) -> None:
-    """Let the axis leave out the first evaluation, whose height would hide what runs differ in."""
+def set_loss_range(axes: "Axes", histories: Sequence[Sequence[MetricsRow]], *names: str) -> None:
+    """Fit the axis to the losses after the first evaluation.
+
+    The first one is of the untrained model, and so high that it would hide the differences later.
+    """
     evaluations = [[row for row in rows if finite(row, "val_loss")] for rows in histories]
     later = [row[n] for rows in evaluations for row in rows[1:] for n in names if finite(row, n)]
     if not later:
         return
-    # A run that rises above its start diverges, and must not set the scale.
+    # A run whose loss rises above its start diverges and must not set the scale.
     top = min(max(later), max(rows[0]["val_loss"] for rows in evaluations if rows))
     if (margin := 0.05 * (top - min(later))) > 0:
         axes.set_ylim(min(later) - margin, top + margin)
 
 
 def set_tokens_axis(axes: "Axes") -> None:
+    """Label the horizontal axis in thousands and millions: 500k, 2M."""
     from matplotlib.ticker import EngFormatter
 
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def plot_losses(history: Sequence[Row], out: str | Path) -> list[Path]:
+def plot_losses(history: Sequence[MetricsRow], out: str | Path) -> list[Path]:
     """Draw training and validation loss over epochs (below) and tokens seen (above).
 
-    history: rows with "epoch", "tokens", "train_loss" and "val_loss" (others are passed over).
-    Writes loss.png and loss.pdf into `out` and returns their paths. ValueError without such a row.
+    history: rows of metrics.jsonl; those without "val_loss" are left out. Writes loss.png and
+    loss.pdf into `out` and returns their paths. Raises ValueError if no row has "val_loss".
     """
     rows = [row for row in history if "val_loss" in row]
     if not rows:
@@ -85,9 +91,9 @@ def plot_losses(history: Sequence[Row], out: str | Path) -> list[Path]:
 
 
 def run_names(runs: Sequence[str | PathLike]) -> list[str]:
-    """Return the shortest names that tell runs apart: parts of their paths, without common ends.
+    """Return the shortest parts of the runs' paths that are different for each run.
 
-    runs/a/out and runs/b/out are a and b. Raises ValueError for the same run twice.
+    runs/a/out and runs/b/out become a and b. Raises ValueError if a run is given twice.
     """
     paths = [Path(run).resolve() for run in runs]
     parts = [list((p.parent if p.name == "metrics.jsonl" else p).parts) for p in paths]
@@ -103,11 +109,12 @@ def run_names(runs: Sequence[str | PathLike]) -> list[str]:
 
 
 def plot_runs(runs: Sequence[str | PathLike], out: str | PathLike, *, x: str = "tokens") -> Path:
-    """Compare runs in one picture: losses above (validation solid, training thin and dashed), the
-    learning rate below, over x: "tokens", "step" or "epoch".
+    """Draw several runs in one picture, write it to `out` and return `out`.
 
-    runs: directories of training runs, or their metrics.jsonl. out: a .png, .pdf or .svg file;
-    returned. Raises ValueError for a run without metrics or evaluations and for bad arguments.
+    The upper panel shows validation losses (solid) and training losses (thin and dashed), the lower
+    one learning rates. runs: run directories, or their metrics.jsonl files. out: a .png, .pdf or
+    .svg file. x: the horizontal axis, "tokens", "step" or "epoch". Raises ValueError for a run
+    without metrics or evaluations and for bad arguments.
     """
     out = Path(out)
     if x not in X_LABELS:
@@ -143,6 +150,7 @@ def plot_runs(runs: Sequence[str | PathLike], out: str | PathLike, *, x: str = "
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure to a file. Raises ValueError if that is not possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)

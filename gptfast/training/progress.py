@@ -1,8 +1,7 @@
-"""How far a run has come, and the saving and restoring of it.
+"""The progress of a run: how far it has come, saved in checkpoints and restored from them.
 
-A checkpoint of step s is written only after everything that follows step s (its row of metrics,
-evaluation and text sample) is on disk. So a run that resumes repeats what was lost and loses
-nothing.
+Before the checkpoint of a step is written, the step's metrics, evaluation and text sample are on
+disk. A resumed run therefore repeats the steps after the checkpoint and loses nothing.
 """
 
 import json
@@ -28,18 +27,18 @@ class Progress:
     """How far a run has come."""
 
     step: int = 0
-    """Optimizer steps taken, skipped ones included."""
+    """Number of optimizer steps taken, including skipped ones."""
     tokens: int = 0
-    """Targets trained on."""
+    """Number of targets that the model was trained on."""
     pending: dict[str, Any] | None = field(default_factory=dict)
-    """The row of a step that is not logged, evaluated and sampled yet; at first that of step 0."""
+    """The metrics of the last step if its log line, evaluation or sample is still to come."""
     best: dict[str, Any] | None = None
-    """"step" and "val_loss" of the evaluation with the lowest validation loss."""
+    """"step" and "val_loss" of the evaluation with the lowest validation loss so far."""
     bad_evaluations: int = 0
-    """Evaluations in a row without a lower validation loss."""
+    """Number of evaluations since the lowest validation loss."""
 
     def update_best(self, val_loss: float) -> bool:
-        """Note this step's validation loss and return whether it is the lowest; step 0 never is."""
+        """Record a validation loss and return whether it is the lowest. Step 0 does not count."""
         if self.step == 0:
             return False
         lowest = self.best["val_loss"] if self.best else math.inf
@@ -51,7 +50,7 @@ class Progress:
 
     @property
     def logged_step(self) -> int:
-        """The last step of which everything is on disk; -1 if there is none."""
+        """The last step whose metrics, evaluation and sample are on disk; -1 if there is none."""
         return self.step if self.pending is None else self.step - 1
 
 
@@ -62,7 +61,7 @@ def run_settings(
     data_sha256: str | None,
     others: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return everything that made a run, as state.json keeps it under "config"."""
+    """Return all settings of a run, which state.json keeps under "config"."""
     return {
         "model": asdict(model),
         "train": asdict(train),
@@ -74,14 +73,14 @@ def run_settings(
 
 
 def settings_toml(settings: dict[str, Any]) -> str:
-    """Return `run_settings` as a flat TOML file that `gptfast train --config` takes."""
+    """Return the settings of `run_settings` as a TOML file for `gptfast train --config`."""
     derived = ("model", "train", "vocabulary", "data_sha256")
     others = {name: value for name, value in settings.items() if name not in derived}
     return to_toml({**settings["model"], **settings["train"], **others})
 
 
 class RunCheckpoints:
-    """The checkpoints of one run: writes them and restores the newest that is whole."""
+    """Writes the checkpoints of one run and restores the newest undamaged one."""
 
     def __init__(
         self, out: Path, step: TrainStep, settings: dict[str, Any], log: Callable[[str], None]
@@ -90,9 +89,13 @@ class RunCheckpoints:
         self._toml = settings_toml(settings)
         self._saved_step: int | None = None
 
+    def is_saved(self, progress: Progress) -> bool:
+        """Return whether the last checkpoint is of the current step, with nothing pending."""
+        return self._saved_step == progress.step
+
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint of the run's step, unless the last one was of this step."""
-        if self._saved_step == progress.step:
+        """Write a checkpoint of the current step, unless `is_saved`."""
+        if self.is_saved(progress):
             return
         step, config = self.train_step, self.train_step.config
         save_checkpoint(
@@ -104,14 +107,14 @@ class RunCheckpoints:
             best=progress.best["step"] if progress.best and config.keep_best else None,
             texts={"train.toml": self._toml},
         )
-        # A step that is still pending is saved again once it is not.
+        # A pending step is saved again once it is complete.
         self._saved_step = progress.step if progress.pending is None else None
 
     def restore(self) -> Progress | None:
-        """Load the newest whole checkpoint and return its progress; None if there is none.
+        """Load the newest undamaged checkpoint; return its progress, or None if there is none.
 
-        Damaged ones that are newer are named in the log and set aside. Raises CheckpointError if
-        none is whole, ValueError if the checkpoint is of other data or another order of batches.
+        Newer, damaged checkpoints are reported in the log and renamed. Raises CheckpointError if
+        all are damaged, and ValueError if the checkpoint is of other data or batches.
         """
         damaged: dict[Path, CheckpointError] = {}
         for path in reversed(checkpoints(self.out)):
@@ -135,8 +138,8 @@ class RunCheckpoints:
         return None
 
     def _check_same_run(self, saved: dict[str, Any], path: Path) -> None:
-        """Raise ValueError if the data or its order are not those of the checkpoint."""
-        # Through JSON, as the saved ones went: it knows no tuples.
+        """Raise ValueError if the data or the order of the batches are not the checkpoint's."""
+        # JSON turned the tuples of the saved settings into lists.
         ours = json.loads(json.dumps(self.settings))
         before, now = ({**settings["train"], **settings} for settings in (saved, ours))
         for name in ("vocabulary", "data_sha256", *BATCH_SETTINGS):

@@ -1,4 +1,4 @@
-"""What a training run leaves on disk besides its checkpoints: metrics, samples, a profile."""
+"""The files of a training run besides its checkpoints: metrics, text samples and a profile."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from gptfast.training.metrics import metrics_of
 
 
 class RunDirectory:
-    """metrics.jsonl, samples.txt and, if asked for, tensorboard/, trace.json in directory `out`."""
+    """Writes metrics.jsonl, samples.txt and, on request, tensorboard/ and trace.json in `out`."""
 
     def __init__(self, out: str | Path, *, tensorboard: bool = False) -> None:
         self.out, self.tensorboard = Path(out), tensorboard
@@ -26,7 +26,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Make the directory and hold it; ValueError if that cannot be or another run has it."""
+        """Create the directory and lock it. Raises ValueError if it cannot be used."""
         with lock(self.out, LOCK_TIMEOUT_S):
             try:
                 self.metrics.open("a").close()
@@ -39,9 +39,9 @@ class RunDirectory:
                     self._writer.close()
 
     def rewind(self, step: int, *, ended: bool) -> None:
-        """Drop what was written after `step`, which happens again.
+        """Remove the rows and samples after `step`, because a resumed run writes them again.
 
-        ended: whether the run is over; if not, no row is its "final" one any more.
+        ended: whether the run is over. If not, the mark "final" is removed from its last row.
         """
         with replacing(self.metrics) as file:
             for row in metrics_of(self.metrics):
@@ -59,7 +59,7 @@ class RunDirectory:
             self._writer = _summary_writer()(str(self.out / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl, and to TensorBoard's."""
+        """Append a row to metrics.jsonl and to the files of TensorBoard."""
         self._append(self.metrics, json.dumps(row))
         if self._writer is not None:
             for name, value in row.items():
@@ -73,10 +73,10 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def profiler(self, steps: int) -> Iterator[Callable[[], None]]:
-        """A function to call after each of `steps` steps: the third to fifth go into trace.json.
+        """Yield a function to call after each of `steps` steps; write a profile to trace.json.
 
-        The file is Chrome's trace format, which ui.perfetto.dev opens. A run of fewer steps is
-        profiled from its first or second one on.
+        The profile covers the third to fifth step, or starts earlier if there are fewer steps. It
+        has Chrome's trace format, which ui.perfetto.dev opens.
         """
         trace = str(self.out / "trace.json")
         with torch.profiler.profile(
@@ -88,7 +88,7 @@ class RunDirectory:
             yield profile.step
 
     def sync(self) -> None:
-        """Wait until all of it is on the disk, so that no checkpoint is newer than its metrics."""
+        """Wait until metrics and samples are on disk: no checkpoint may be newer than they are."""
         for path in (self.metrics, self.samples):
             try:
                 with path.open("a") as file:
@@ -97,6 +97,7 @@ class RunDirectory:
                 raise OSError(f"cannot write {path}: {error.strerror}") from error
 
     def _append(self, path: Path, line: str) -> None:
+        """Append a line to a file. Raises OSError that names the file."""
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -105,11 +106,12 @@ class RunDirectory:
 
 
 def _summary_writer() -> Any:
+    """Return TensorBoard's SummaryWriter class. Raises ValueError if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            f"tensorboard was asked for, but is not installed ({error}): "
+            f"--tensorboard needs tensorboard, which is not installed ({error}): "
             "pip install 'gptfast[tensorboard]'"
         ) from None
     return SummaryWriter

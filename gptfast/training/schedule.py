@@ -1,4 +1,4 @@
-"""The learning rate of a step: a linear warm-up, then one of five shapes."""
+"""The learning rate of each step: a linear warm-up, then one of five schedules."""
 
 import math
 
@@ -6,12 +6,12 @@ from gptfast.config import TrainConfig
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """The rate of optimizer step `step`, counted from 0, of a run of `steps`.
+    """Return the learning rate of optimizer step `step`, counted from 0, in a run of `steps`.
 
-    A linear warm-up to config.lr, then by config.schedule: "cosine" (Loshchilov & Hutter, 2017) and
-    "linear" reach min_lr at the last step; "constant" stays; "wsd" stays until the last
-    decay_steps, then falls linearly to min_lr (Hu et al., 2024); "exponential" rises from min_lr to
-    lr (a range test: Smith, 2017).
+    The rate rises linearly to config.lr during the warm-up, then follows config.schedule. "cosine"
+    (Loshchilov & Hutter, 2017) and "linear" fall to min_lr at the last step. "constant" stays at
+    lr. "wsd" (Hu et al., 2024) stays at lr and falls linearly to min_lr in the last decay_steps.
+    "exponential" rises from min_lr to lr, for a learning-rate range test (Smith, 2017).
     """
     warmup = config.warmup_steps if config.warmup_steps is not None else max(1, steps // 20)
     if step < warmup:

@@ -1,4 +1,4 @@
-"""One optimizer step: forward, backward, clip, AdamW. The guard may skip or refuse it."""
+"""One optimizer step: forward, backward, gradient clipping and AdamW, watched by the guard."""
 
 import contextlib
 import fnmatch
@@ -17,11 +17,11 @@ from gptfast.optim import AdamW
 from gptfast.training.guard import Fault, Guard
 
 Batch = tuple[Tensor, Tensor]
-"""Input ids and targets, each (B, T) int64; a target of -100 does not count."""
+"""Input ids and targets, each (B, T) int64. A target of -100 is masked: it has no loss."""
 
 
 class RefusedStep(ArithmeticError):
-    """A step that would have spoilt the weights. It changed none and drew no random number."""
+    """A step that the guard refused. It left the weights and the random state as they were."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason)
@@ -29,14 +29,14 @@ class RefusedStep(ArithmeticError):
 
 
 def autocast(device: torch.device, config: TrainConfig) -> contextlib.AbstractContextManager:
-    """Return a context that runs operations in bf16 if config.precision asks for it."""
+    """Return a context that runs operations in bf16 if config.precision is "bf16"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Exclude the parameters whose names match a pattern from training.
+    """Exclude the parameters whose names match one of the patterns from training.
 
-    Raises ValueError for a pattern that no name matches, and if nothing is left to train.
+    Raises ValueError for a pattern that matches no name, and if nothing is left to train.
     """
     names = dict(model.named_parameters())
     for pattern in patterns:
@@ -52,9 +52,9 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trained parameters as two groups for AdamW.
+    """Return the parameters to train as two groups for AdamW.
 
-    Matrices and embeddings decay by weight_decay; biases and norms do not decay.
+    Matrices and embeddings have weight decay; biases and norms have none.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -64,9 +64,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class TrainStep:
-    """A model with its optimizer and its guard; `run` takes one optimizer step.
+    """A model with its optimizer and its guard. `run` takes one optimizer step.
 
-    config.freeze, activation_checkpointing, skip_below and compile are applied to the model.
+    Applies config.freeze, activation_checkpointing, skip_below and compile to the model.
     """
 
     def __init__(self, model: GPT, config: TrainConfig, device: torch.device) -> None:
@@ -85,11 +85,11 @@ class TrainStep:
         self.guard = Guard(config)
 
     def run(self, batches: Sequence[Batch], lr: float) -> dict[str, Any]:
-        """Take a step at rate lr on the mean loss over all targets of the batches.
+        """Take a step with learning rate lr on the mean loss over all targets of the batches.
 
-        Returns "loss" in nats per token, "lr", "grad_norm" before clipping and "targets", their
-        number. If the guard skips the step, "skipped" has the reason, and numbers that are not
-        finite are left out. Raises RefusedStep if the run must not continue.
+        Returns "loss" in nats per token, "lr", "grad_norm" before clipping, and "targets", the
+        number of targets. If the guard skips the step, "skipped" has the reason, and numbers that
+        are not finite are left out. Raises RefusedStep if the run must not continue.
         """
         rng, guard_before = random_state(), self.guard.state_dict()
         for group in self.optimizer.param_groups:
@@ -98,7 +98,7 @@ class TrainStep:
         counts = [int((y != -100).sum()) for _, y in batches]
         try:
             loss, norm = self._forward_backward(batches, counts), None
-        except Exception:  # e.g. an interrupted compiler: the step can be tried again
+        except Exception:  # for example from an interrupted compiler; the step can be tried again
             restore_random_state(rng)
             raise
         if sum(counts):
@@ -117,7 +117,7 @@ class TrainStep:
                 finite = {name: x for name, x in row.items() if x is not None and math.isfinite(x)}
                 return finite | {"targets": 0, "skipped": fault.reason}
         refused = self._refused(fault)
-        # As if the step had not been tried; a resumed run may skip as often again.
+        # Undo what the step changed. A resumed run may skip MAX_SKIPS_IN_A_ROW steps again.
         restore_random_state(rng)
         self.guard.load_state_dict({**guard_before, "in_a_row": 0})
         raise refused
@@ -125,7 +125,7 @@ class TrainStep:
     def _forward_backward(self, batches: Sequence[Batch], counts: Sequence[int]) -> float:
         """Accumulate gradients and return the mean loss.
 
-        Every target weighs the same, whatever its batch; counts are the targets of each batch.
+        Every target has the same weight. counts: the number of targets in each batch.
         """
         mean_loss = 0.0 if any(counts) else math.nan
         for (x, y), count in zip(batches, counts, strict=True):
@@ -139,8 +139,8 @@ class TrainStep:
         return mean_loss
 
     def _update(self) -> tuple[float, Fault | None]:
-        """Step the optimizer unless the gradient norm is at fault; return both."""
-        if self.config.skip_zscore is not None:  # an outlier is finite: ask before the step
+        """Step the optimizer unless the gradient norm is bad; return the norm and its fault."""
+        if self.config.skip_zscore is not None:  # the optimizer would not refuse an outlier
             grads = [p.grad for p in self.raw_model.parameters() if p.grad is not None]
             norm = grad_norm(grads).item()
             fault = self._judge("grad_norm", norm)
@@ -148,15 +148,18 @@ class TrainStep:
                 self.optimizer.step()
             return norm, fault
         self.optimizer.step()  # changes nothing if the norm is not finite
+        assert self.optimizer.grad_norm is not None  # max_norm is set
         norm = self.optimizer.grad_norm.item()
         return norm, self._judge("grad_norm", norm)
 
     def _judge(self, name: str, value: float) -> Fault | None:
+        """Return what is wrong with a value, and record it."""
         fault = self.guard.judge(name, value)
         self.guard.record(name, value)
         return fault
 
     def _refused(self, fault: Fault) -> RefusedStep:
+        """Return the error that names the fault and its remedy."""
         times = f" after {self.guard.in_a_row} steps skipped" if self.guard.in_a_row else ""
-        remedy = "raise --skip-zscore" if fault.finite else "--nonfinite skip passes it over"
+        remedy = "raise --skip-zscore" if fault.finite else "--nonfinite skip skips such steps"
         return RefusedStep(fault.reason + times, remedy)

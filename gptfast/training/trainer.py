@@ -1,4 +1,4 @@
-"""The training loop: take a batch, step, and after some steps log, evaluate, sample and save."""
+"""The training loop: take the batches of a step, step, then log, evaluate, sample and save."""
 
 import contextlib
 import functools
@@ -34,27 +34,29 @@ from gptfast.training.step import Batch, RefusedStep, TrainStep, autocast
 from gptfast.weights.checkpoint import checkpoints
 
 DEFAULT_EPOCHS = 5
+"""Passes over the training data if neither max_steps nor epochs is given."""
 SAMPLE_MIN_P = 0.2
+"""Min-p of the text samples: high enough for readable text from a model that is still learning."""
 
-# By the product that training uses: on some CPUs it is twice as fast as PyTorch's.
+# Measured with the matrix product of training, which is twice as fast as PyTorch's on some CPUs.
 _peak = functools.cache(functools.partial(measured_peak, product=ops.linear))
 
 
 class _EvaluationInterrupted(Exception):
-    """The run is to stop, so its evaluation was broken off."""
+    """The evaluation was stopped because the run was asked to stop."""
 
 
 class Trainer:
     """Trains a GPT and leaves checkpoints, metrics.jsonl, samples and a loss plot in config.out.
 
-    train_loader, val_loader, test_loader: from `create_dataloader`; the test loss is measured once,
-    at the end. tokenizer: for the text samples; its name is kept for whoever loads the checkpoint.
-    settings: what else made the run, in TOML's types, kept beside the configurations. data_sha256:
-    identifies the data; a run is not resumed with other data, batches or seed.
+    train_loader, val_loader, test_loader: from `create_dataloader`. The test loss is measured once,
+    at the end. tokenizer: for the text samples; checkpoints keep its name. settings: other settings
+    to keep in checkpoints, as values that TOML can hold. data_sha256: identifies the data; a run
+    cannot be resumed with other data, batches or seed.
 
-    `fit` trains. Attributes to read: `progress` (the step it is at), `total_steps`, `step` (the
-    optimizer step), `interrupt`, `history`. Raises ValueError for a loader or a run directory that
-    cannot be used.
+    `fit` trains. Attributes to read: `progress` (such as the current step), `total_steps`, `step`
+    (which takes the optimizer steps), `interrupt`, `history`. Raises ValueError for a loader or a
+    run directory that cannot be used.
     """
 
     def __init__(
@@ -93,8 +95,8 @@ class Trainer:
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Train to the last step and return the history, the rows of metrics.jsonl.
 
-        resume: continue from the latest whole checkpoint in config.out as if never interrupted, or
-        start if there is none. A fresh start in a directory that has checkpoints is a ValueError.
+        resume: continue exactly from the latest undamaged checkpoint in config.out, or start if
+        there is none. Raises ValueError for resume=False in a directory that has checkpoints.
         SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second SIGINT
         raises KeyboardInterrupt at once. A loss or gradient norm that is not finite raises
         FloatingPointError after a checkpoint of the weights before that step.
@@ -117,9 +119,9 @@ class Trainer:
         return self.history
 
     def train_step(self, batches: Sequence[Batch]) -> dict[str, Any]:
-        """Take one optimizer step at the schedule's rate and return the row of `TrainStep.run`.
+        """Take one optimizer step at the scheduled learning rate; return what `TrainStep.run` does.
 
-        Raises FloatingPointError, after a checkpoint, for a step that must not be taken.
+        Raises FloatingPointError for a step that the guard refuses, after saving a checkpoint.
         """
         progress = self.progress
         rate = learning_rate(progress.step, self.total_steps, self.config)
@@ -143,7 +145,7 @@ class Trainer:
         return row
 
     def _open(self, resume: bool) -> None:
-        """Prepare the run directory and restore the run, or seed a new one."""
+        """Prepare the run directory, and restore the run or seed a new one."""
         out = self.run.out
         clean_up(out)
         if checkpoints(out) and not resume:
@@ -154,10 +156,11 @@ class Trainer:
             self.progress = restored
         else:
             torch.manual_seed(self.config.seed)
-        # What was written after the checkpoint happens again.
+        # The steps after the checkpoint are taken again, so their rows and samples go.
         self.run.rewind(self.progress.logged_step, ended=self._is_over())
 
     def _loop(self) -> None:
+        """Train from the current step until the run is over or interrupted."""
         if self.progress.pending is not None:
             self._after_step(self.progress.pending)
         elif self._is_over():
@@ -169,17 +172,17 @@ class Trainer:
                 try:
                     row = self.train_step(batches)
                 except Exception:
-                    # Ctrl-C in a terminal ends the C++ compiler of torch.compile too.
+                    # Ctrl-C in a terminal also ended the C++ compiler that torch.compile runs.
                     if self.config.compile and self.interrupt.requested:
                         break
                     raise
                 if self._bar is not None:
                     self._bar.update()
                 profiled_step()
-                tokens += sum(x.numel() for x, _ in batches)  # masked targets cost as much
+                tokens += sum(x.numel() for x, _ in batches)  # masked targets cost as much time
                 row |= self._speed(tokens / (time.perf_counter() - start), batches[0][0].shape[1])
                 if self._after_step(row):
-                    # Evaluation and checkpoints do not count in tokens per second.
+                    # Tokens per second do not include evaluations and checkpoints.
                     start, tokens = time.perf_counter(), 0
         if self.interrupt.requested:
             self._save()
@@ -189,26 +192,30 @@ class Trainer:
             self._log(f"{self.interrupt.requested}: stopped at step {self.progress.step}, {saved}")
 
     def _batches(self) -> Iterator[list[Batch]]:
-        """Yield the batches of each step, from the run's place in the data on, until it ends."""
+        """Yield the batches of each step, from the current step to the last."""
         per_step = self.config.accumulation_steps
-        self.train_loader.batch_sampler.set_position(self.progress.step * per_step)
+        order = self.train_loader.batch_sampler
+        assert isinstance(order, BatchOrder)  # as __init__ has checked
+        order.set_position(self.progress.step * per_step)
         stream = _forever(self.train_loader)
         while not self._is_over() and not self.interrupt.requested:
             yield list(islice(stream, per_step))
 
     def _has_all_steps(self) -> bool:
+        """Return whether the last step has been taken."""
         return self.progress.step >= self.total_steps
 
     def _is_over(self) -> bool:
+        """Return whether the last step has been taken or early stopping ends the run."""
         patience = self.config.early_stopping
         return self._has_all_steps() or (
             patience is not None and self.progress.bad_evaluations >= patience
         )
 
     def _after_step(self, row: dict[str, Any]) -> bool:
-        """Log, evaluate, sample and save what is due; return whether the row was written.
+        """Log, evaluate, sample and save if it is time to; return whether the row was written.
 
-        An interrupted evaluation is saved as pending and done again by the resumed run.
+        An interrupted evaluation is saved as pending, and the resumed run repeats it.
         """
         progress = self.progress
         progress.pending = row = self._progress_row() | row
@@ -237,6 +244,7 @@ class Trainer:
         return due
 
     def _saves_now(self, improved: bool) -> bool:
+        """Return whether a checkpoint is due. improved: whether the model is the best so far."""
         step, config = self.progress.step, self.config
         every = config.checkpoint_interval or config.eval_interval
         scheduled = step > 0 and (self._is_over() or step % every == 0)
@@ -244,29 +252,35 @@ class Trainer:
         return bool(scheduled or new_best or self.interrupt.requested)
 
     def _save(self) -> None:
-        self.run.sync()  # no checkpoint is newer on disk than its row of metrics
+        """Write a checkpoint, after the metrics and samples up to its step are on disk."""
+        if self.checkpoints.is_saved(self.progress):
+            return
+        self.run.sync()
         self.checkpoints.save(self.progress)
 
     def _progress_row(self) -> dict[str, Any]:
+        """Return the step, epoch and tokens of the run so far."""
         batches = self.progress.step * self.config.accumulation_steps
         epoch = round(batches / len(self.train_loader), 6)
         return {"step": self.progress.step, "epoch": epoch, "tokens": self.progress.tokens}
 
     def _ends_epoch(self) -> bool:
+        """Return whether the current step completed a pass over the training data."""
         step, per_step = self.progress.step, self.config.accumulation_steps
         before, now = (s * per_step // len(self.train_loader) for s in (step - 1, step))
         return step > 0 and now > before
 
     def _data_of(self, step: int) -> str:
-        """Describe the batches of the step after `step`, for a message."""
+        """Return a description of the batches that step `step` + 1 takes, for a message."""
         first = step * self.config.accumulation_steps
         batches = range(first, first + self.config.accumulation_steps)
         return "; ".join(describe_batch(self.train_loader, batch) for batch in batches)
 
     def _speed(self, tokens_per_second: float, T: int) -> dict[str, float]:
+        """Return the speed, the MFU and the peak memory, for the row of a step."""
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         share = mfu(tokens_per_second, self.model.config, T, _peak(self.device, dtype))
-        # Above 1 the peak was measured while the machine was busy, and the share means nothing.
+        # Above 1, the peak was measured while the machine was busy, and the MFU means nothing.
         share_if_known = {"mfu": round(share, 4)} if share <= 1 else {}
         return {
             "tokens_per_second": round(tokens_per_second, 1),
@@ -275,8 +289,8 @@ class Trainer:
         }
 
     def _evaluate(self, row: dict[str, Any]) -> bool:
-        """Add the losses to this step's row and return whether the model is the best so far."""
-        # The same first batches at every evaluation, so that training losses compare.
+        """Add the losses to the row of the step; return whether the model is the best so far."""
+        # Every evaluation takes the same first batches, so that its training losses compare.
         n = self.config.eval_batches or len(self.val_loader)
         train_loss = self._loss_over(self.train_loader, n)
         val_loss = self._loss_over(self.val_loader, self.config.eval_batches)
@@ -292,10 +306,12 @@ class Trainer:
         return improved
 
     def _loss_over(self, loader: DataLoader, n: int | None) -> float:
+        """Return the mean loss over the first n batches of a loader; None means all."""
         with autocast(self.device, self.config):
             return loader_loss(self.model, self._until_interrupted(from_start(loader)), n)
 
     def _until_interrupted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches; raise _EvaluationInterrupted once the run is asked to stop."""
         for batch in batches:
             if self.interrupt.requested:
                 raise _EvaluationInterrupted
@@ -314,13 +330,15 @@ class Trainer:
                 min_p=SAMPLE_MIN_P,
                 seed=self.config.seed,
             )
-        except ValueError as error:  # weights that overflow are no reason to lose the checkpoint
+        except ValueError as error:  # logits that are not finite must not lose the checkpoint
             text = f"none: {error}"
+        assert isinstance(text, str)
         line = " ".join(text.split())
         self.run.write_sample(self.progress.step, line)
         self._log(f"step {self.progress.step}/{self.total_steps} | sample: {line}")
 
     def _log_row(self, row: dict[str, Any]) -> None:
+        """Print the numbers of an ordinary step."""
         if "loss" not in row or "grad_norm" not in row:
             return
         share = f" | MFU {row['mfu']:.0%}" if "mfu" in row else ""
@@ -331,13 +349,14 @@ class Trainer:
         )
 
     def _log(self, line: str) -> None:
-        # On a terminal, above the bar; elsewhere a plain line.
+        """Print a line, above the progress bar if there is one."""
         if self._bar is not None and not self._bar.disable:
             self._bar.write(line)
         else:
             print(line, file=sys.stdout, flush=True)
 
     def _profiler(self) -> contextlib.AbstractContextManager:
+        """Return a context that yields the function to call after each step."""
         if self.config.profile and not self._is_over():
             return self.run.profiler(self.total_steps - self.progress.step)
         return contextlib.nullcontext(lambda: None)
@@ -351,5 +370,6 @@ def _json_numbers(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forever(loader: DataLoader) -> Iterator[Batch]:
+    """Yield the batches of one epoch after another, without end."""
     while True:
         yield from loader
