@@ -1,16 +1,24 @@
-"""Fixtures shared by the tests of the operations.
+"""Fixtures shared by the tests.
 
-The Triton kernels are tested by the tests of the others: on a GPU where there is one, with every
-tensor made there; else on the CPU in Triton's interpreter, which has no bf16 (its casts truncate,
-its products are garbage).
+The tests of an operation run once per backend. The Triton kernels run on a GPU where there is one,
+and then every tensor is made there; otherwise they run on the CPU in Triton's interpreter, which
+has no bf16 (its casts truncate, its products are garbage).
+
+Three variables of the environment change what the whole suite runs with; `make matrix` sets them.
+OMP_NUM_THREADS is the number of threads, GPTFAST_TEST_SEED the seed of what the tests draw, and
+GPTFAST_TEST_PRODUCTS who multiplies fp32 matrices ("gptfast" or "library").
 """
 
 import os
 import sys
 from collections.abc import Iterator
 
-import pytest
-import torch
+# Before torch reads it. At the tests' sizes, several threads only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from seeds import shifted  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -30,6 +38,9 @@ from gptfast.ops.library import (  # noqa: E402
 if os.environ.get("GPTFAST_SANITIZE") == "1":
     # What `make sanitize` means to test, and not the usual build.
     assert EXTENSION and "build/sanitize/lib" in EXTENSION.__file__, EXTENSION
+PRODUCTS = os.environ.get("GPTFAST_TEST_PRODUCTS", "")
+if EXTENSION is not None:
+    EXTENSION.set_matmul_provider(PRODUCTS)
 ENGINE_LEVELS = EXTENSION.build_info()["isa_supported"] if EXTENSION else []
 # What the operations themselves differ in.
 LEVELS = [level for level in ENGINE_LEVELS if level in ("default", "avx2", "avx512")]
@@ -116,7 +127,7 @@ def products(request: pytest.FixtureRequest, isa: str) -> Iterator[str]:
     """Who multiplies fp32 matrices, at each instruction-set level."""
     EXTENSION.set_matmul_provider(request.param)
     yield request.param
-    EXTENSION.set_matmul_provider("")
+    EXTENSION.set_matmul_provider(PRODUCTS)
 
 
 @pytest.fixture
@@ -132,13 +143,10 @@ def cpp() -> None:
         pytest.skip(f"the C++ extension is not built: {MISSING}")
 
 
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
+def same_start() -> Iterator[None]:
+    """Give each test the same random state and number of threads, whatever ran before it."""
+    torch.manual_seed(shifted(0))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -7,19 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import shifted, torch_generator
 from torch import Tensor
 
 from gptfast import GPT, GPTConfig, TrainConfig, Trainer, create_dataloader, get_tokenizer
 from gptfast.data import as_tokens, embedded_text, split_tokens
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For the modules that import it: at these sizes threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny_config(**changes: Any) -> GPTConfig:
@@ -30,7 +22,7 @@ def tiny_config(**changes: Any) -> GPTConfig:
 def random_model(seed: int = 0, std: float = 0.2, **changes: Any) -> GPT:
     """A tiny model with every parameter random, so that no bias or norm is at its neutral value."""
     model = GPT(tiny_config(**changes))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_generator(seed)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=std, generator=generator)
     for module in model.modules():
@@ -40,7 +32,7 @@ def random_model(seed: int = 0, std: float = 0.2, **changes: Any) -> GPT:
 
 
 def random_ids(*shape: int, vocab_size: int = 61, seed: int = 1) -> Tensor:
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(vocab_size, shape, generator=torch_generator(seed))
 
 
 def make_trainer(
@@ -64,7 +56,7 @@ def make_trainer(
         create_dataloader(parts[0], 4, 16, 16, seed=config.seed),
         create_dataloader(parts[1], 4, 16, 16, shuffle=False, drop_last=False),
     ]
-    torch.manual_seed(init_seed)
+    torch.manual_seed(shifted(init_seed))
     model = GPT(tiny_config(vocab_size=tokenizer.n_vocab, dropout=dropout))
     return Trainer(model, config, *loaders, tokenizer=tokenizer)
 

@@ -301,7 +301,7 @@ def test_triton_same_bits_twice(triton: str, Tq: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
-def test_same_bits_twice_and_with_any_threads(isa: str, restore_threads: None) -> None:
+def test_same_bits_twice_and_with_any_threads(isa: str) -> None:
     inputs, dout = make((2, 3, 129, 129, 64), torch.float32)
     runs = []
     for threads in (1, 1, 2):

@@ -220,7 +220,7 @@ def test_ignored_rows_are_zero_whatever_their_gradient(backend: str) -> None:
     assert dlogits[::2].isfinite().all()
 
 
-def test_same_bits_twice_and_with_any_threads(isa: str, restore_threads: None) -> None:
+def test_same_bits_twice_and_with_any_threads(isa: str) -> None:
     N, V, C = 30, 5003, 16
     logits, target, weight = torch.randn(N, V), targets(N, V), torch.randn(V, C)
     runs = []

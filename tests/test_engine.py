@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
     random_ids,
     random_model,
 )
 from parity import DTYPES as TORCH_DTYPES
 from parity import assert_parity
+from seeds import shifted, torch_generator
 from torch import Tensor
 
 from gptfast import GPT, AdamW, generate, get_tokenizer
@@ -377,11 +377,11 @@ def test_int8_costs_half_a_percent_of_perplexity_at_most() -> None:
     """Of a model that has learnt something, on text held back."""
     tokenizer = get_tokenizer("byte")
     tokens = as_tokens(embedded_text()[:200_000], tokenizer)
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     model = random_model(std=0.02, vocab_size=tokenizer.n_vocab, block_size=64, n_embd=64)
     optimizer = AdamW(model.parameters(), lr=3e-3)
     for step in range(150):
-        at = torch.randint(180_000, (16, 1), generator=torch.Generator().manual_seed(step))
+        at = torch.randint(180_000, (16, 1), generator=torch_generator(step))
         window = tokens[at + torch.arange(65)]
         model(window[:, :-1], window[:, 1:]).backward()
         optimizer.step()

@@ -18,6 +18,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from seeds import numpy_generator
 
 from gptfast.plot import plot_search
 from gptfast.search import (
@@ -499,7 +500,7 @@ def curve(lr: np.ndarray, *, steepest: float, diverges: float) -> np.ndarray:
 def test_suggestion_is_where_the_loss_falls(n: int, steepest: float, noise: float) -> None:
     lr = np.geomspace(1e-6, 1, n)
     loss = curve(lr, steepest=steepest, diverges=0.03)
-    loss += noise * np.random.default_rng(n).standard_normal(n)
+    loss += noise * numpy_generator(n).standard_normal(n)
     test = range_test(lr.tolist(), loss.tolist())
     # The average lags by a twentieth of the points, 0.3 of these six decades.
     assert steepest / 2 < test.suggestion < 4 * steepest
@@ -514,7 +515,7 @@ def test_suggestion_is_where_the_loss_falls(n: int, steepest: float, noise: floa
 
 def test_smoothing_is_a_corrected_moving_average() -> None:
     assert np.allclose(smooth([5.0] * 50), 5.0)
-    values = np.random.default_rng(0).standard_normal(100)
+    values = numpy_generator(0).standard_normal(100)
     weights = 0.8 ** np.arange(100)
     expected = [
         weights[: i + 1][::-1] @ values[: i + 1] / weights[: i + 1].sum() for i in range(100)

@@ -2,7 +2,6 @@
 
 import builtins
 import json
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import python_generator
 
 from gptfast import get_tokenizer, tokenizer
 from gptfast.cli.data import TrainTokenizer
@@ -63,7 +63,7 @@ def test_trained_sizes(trained: tokenizer.Tokenizer) -> None:
 
 def test_trained_ids_equal_the_librarys(trained: tokenizer.Tokenizer) -> None:
     encode = library_encoder(Path(trained.name))
-    generator = random.Random(0)
+    generator = python_generator(0)
     text = "".join(TEXTS) + embedded_text()
     for _ in range(300):
         start = generator.randrange(len(text))
