@@ -98,7 +98,7 @@ def _bare_products(N: int) -> Callable[[], Pair]:
 _CHILD = """
 import sys, torch, torch.nn.functional as F
 from gptfast import empty_cache, ops
-from gptfast.flops import peak_memory
+from gptfast.device import peak_memory
 N, V, C, side = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 x, w = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
 target = torch.randint(V, (N,))

@@ -103,7 +103,7 @@ def _pair(config: GPTConfig, B: int, T: int, peer_of: Callable[..., Step]) -> Ca
 
 _CHILD = """
 import sys, torch
-from gptfast.flops import peak_memory
+from gptfast.device import peak_memory
 sys.path.insert(0, sys.argv[1])
 import bench_train
 config = bench_train.GPTConfig(**eval(sys.argv[2]))

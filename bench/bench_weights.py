@@ -18,7 +18,7 @@ from torch import nn
 
 from gptfast import GPT, GPTConfig
 from gptfast.weights.convert import save
-from gptfast.weights.transformers import hf_tensors
+from gptfast.weights.pretrained import hf_tensors
 
 FORMS = {
     "OpenAI's directory": "openai",
@@ -81,7 +81,7 @@ def _load_pair(config: GPTConfig, form: str) -> Callable[[], Pair]:
 
 _CHILD = """
 import sys, gptfast, gptfast.weights.load
-from gptfast.flops import peak_memory
+from gptfast.device import peak_memory
 load = gptfast.GPT.from_pretrained
 if sys.argv[2] == "peer":
     from transformers import GPT2LMHeadModel

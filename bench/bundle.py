@@ -8,7 +8,7 @@ import google_crc32c
 import numpy as np
 
 from gptfast import GPT
-from gptfast.weights.transformers import hf_tensors
+from gptfast.weights.pretrained import hf_tensors
 
 _DTYPES = {"float32": 1, "float64": 2, "int64": 9, "float16": 19}
 

@@ -12,9 +12,9 @@ from static_gpt import StaticGPT, compiled_step, generate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptfast import GPT, GPTConfig
-from gptfast.engine.gpu import GraphRows
 from gptfast.engine.gpu_model import GpuModel
-from gptfast.options import Options
+from gptfast.engine.gpu_rows import GraphRows
+from gptfast.generation.options import Options
 
 N_NEW = 128
 """Tokens that are generated."""

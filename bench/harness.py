@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import gptfast.engine  # noqa: F401 - defines engine_new
-from gptfast.ops.library import EXTENSION
+from gptfast.ops.backend import EXTENSION
 
 Run = Callable[[], object]
 

@@ -16,7 +16,7 @@ import peers
 import torch
 from harness import Case, LimitMeter, Limits, Timing, format_cost, measured_bytes, time_pair
 
-from gptfast.ops.library import EXTENSION
+from gptfast.ops.backend import EXTENSION
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen before pyplot loads

@@ -11,14 +11,14 @@ from gptfast.generate import generate
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig, TrainConfig
-    from gptfast.data import create_dataloader
+    from gptfast.data.loader import create_dataloader
     from gptfast.drop_in import accelerate, restore  # noqa: F401 - they import transformers
     from gptfast.engine import Engine
     from gptfast.model import GPT
-    from gptfast.ops.library import empty_cache, use_backend
+    from gptfast.ops.backend import empty_cache, use_backend
     from gptfast.optim import AdamW
-    from gptfast.tokenizer import get_tokenizer
-    from gptfast.trainer import Trainer
+    from gptfast.tokenizer.vocabulary import get_tokenizer
+    from gptfast.training.trainer import Trainer
     from gptfast.weights.stored import CheckpointError
 
 __version__ = "0.1.0"
@@ -46,13 +46,13 @@ _HOMES = {
     "Engine": "engine",
     "GPTConfig": "config",
     "TrainConfig": "config",
-    "Trainer": "trainer",
+    "Trainer": "training.trainer",
     "accelerate": "drop_in",
-    "create_dataloader": "data",
-    "empty_cache": "ops.library",
-    "get_tokenizer": "tokenizer",
+    "create_dataloader": "data.loader",
+    "empty_cache": "ops.backend",
+    "get_tokenizer": "tokenizer.vocabulary",
     "restore": "drop_in",
-    "use_backend": "ops.library",
+    "use_backend": "ops.backend",
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-from gptfast.fields import convert, describe
+from gptfast.checks import convert, describe
 
 PRESETS = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
@@ -202,3 +202,12 @@ class TrainConfig:
             self.skip_zscore is None or self.skip_zscore > 0,
             f"skip_zscore must be > 0, got {self.skip_zscore}",
         )
+
+
+def parameter_names(config: GPTConfig) -> list[str]:
+    """GPT's parameters in the order in which they are packed; c_attn.bias may be absent."""
+    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    modules = [f"h.{i}.{part}" for i in range(config.n_layer) for part in parts]
+    names = ["wte.weight", "wpe.weight"]
+    names += [f"{module}.{leaf}" for module in (*modules, "ln_f") for leaf in ("weight", "bias")]
+    return names if config.tie_weights else [*names, "lm_head.weight"]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops
 from gptfast.config import GPTConfig
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer
 
 
 @dataclass
@@ -221,8 +221,6 @@ class GPT(nn.Module):
         Tensors keep their dtype. Nothing is unpickled but tensors. Raises CheckpointError, a
         ValueError, for what is none of these, damaged or incomplete.
         """
-        from gptfast.weights.load import load_model
-
         return load_model(path, n_head)
 
     def save_pretrained(
@@ -233,6 +231,15 @@ class GPT(nn.Module):
 
         tokenizer: None takes the one in the files that the model was loaded from, if any.
         """
-        from gptfast.checkpoint import save_model
+        from gptfast.weights.pretrained import save_model
 
         save_model(self, directory, tokenizer or self.tokenizer_name)
+
+
+def load_model(path: str | PathLike, n_head: int | None = None) -> GPT:
+    """The model of `open_weights`, in evaluation mode."""
+    from gptfast.weights.open import open_weights, tokenizer_of
+
+    model = open_weights(path, n_head).build()
+    model.tokenizer_name = model.tokenizer_name or tokenizer_of(path)
+    return model

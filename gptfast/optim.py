@@ -1,11 +1,10 @@
 """AdamW with the global-norm clip inside the step."""
 
-import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptfast.ops.adamw import adamw, grad_norm
 
@@ -19,33 +18,6 @@ def _refuse(options: dict[str, Any]) -> None:
     for name in _REFUSED:
         if options.get(name):
             raise ValueError(f"gptfast.AdamW has no {name}; use torch.optim.AdamW for it")
-
-
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Take the parameters whose names match a pattern out of training.
-
-    Raises ValueError for a pattern that no name matches, and if nothing is left to train.
-    """
-    names = dict(model.named_parameters())
-    for pattern in patterns:
-        matching = fnmatch.filter(names, pattern)
-        if not matching:
-            raise ValueError(
-                f"freeze: no parameter matches {pattern!r}; names are like {next(iter(names))}"
-            )
-        for name in matching:
-            names[name].requires_grad_(False)
-    if not any(p.requires_grad for p in names.values()):
-        raise ValueError(f"freeze {' '.join(patterns)} leaves no parameter to train")
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and embeddings, which decay; biases and norms, which do not. Less what is frozen."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 class AdamW(torch.optim.Optimizer):

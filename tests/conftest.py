@@ -10,7 +10,6 @@ GPTFAST_TEST_PRODUCTS who multiplies fp32 matrices ("gptfast" or "library").
 """
 
 import os
-import sys
 from collections.abc import Iterator
 
 # Before torch reads it. At the tests' sizes, several threads only wait for one another.
@@ -28,12 +27,7 @@ if not GPU:
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from gptfast.engine import Engine  # noqa: E402
-from gptfast.ops.library import (  # noqa: E402
-    EXTENSION,
-    MISSING,
-    TRITON_MISSING,
-    use_backend,
-)
+from gptfast.ops.backend import EXTENSION, MISSING, TRITON_MISSING, use_backend  # noqa: E402
 
 if os.environ.get("GPTFAST_SANITIZE") == "1":
     # What `make sanitize` means to test, and not the usual build.
@@ -73,11 +67,10 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param == "engine":
             if EXTENSION is None:
                 pytest.skip(f"the C++ extension is not built: {MISSING}")
-            patch.setattr(sys.modules["gptfast.engine.engine"], "FEWEST", 0)
+            patch.setattr("gptfast.engine.engine.FEWEST", 0)
         else:
             patch.setattr(
-                sys.modules["gptfast.generate"],  # the package's name for it is the function
-                "engine_for",
+                "gptfast.generation.continuation.engine_for",
                 lambda x, n: x if isinstance(x, Engine) else None,
             )
         yield request.param

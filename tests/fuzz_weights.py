@@ -26,8 +26,8 @@ import torch
 from bundle import table, trailer, varint, write_openai
 
 from gptfast import GPT, GPTConfig
+from gptfast.model import load_model
 from gptfast.weights.convert import save
-from gptfast.weights.load import load_model
 from gptfast.weights.stored import CheckpointError
 
 SHARDED = Path(__file__).parent / "fixtures" / "openai_sharded"

@@ -11,7 +11,7 @@ from seeds import shifted, torch_generator
 from torch import Tensor
 
 from gptfast import GPT, GPTConfig, TrainConfig, Trainer, create_dataloader, get_tokenizer
-from gptfast.data import as_tokens, embedded_text, split_tokens
+from gptfast.data.tokens import as_tokens, embedded_text, split_tokens
 
 
 def tiny_config(**changes: Any) -> GPTConfig:

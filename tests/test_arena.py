@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptfast import empty_cache, ops
-from gptfast.ops.library import EXTENSION
+from gptfast.ops.backend import EXTENSION
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 

@@ -10,7 +10,7 @@ from parity import DTYPES, assert_parity, check, forward_backward, poisoned
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.ops.library import TRITON_MISSING, use_backend
+from gptfast.ops.backend import TRITON_MISSING, use_backend
 
 # (B, H, Tq, Tk, D)
 SMALL = [

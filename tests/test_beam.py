@@ -1,6 +1,5 @@
 """Beam search: transformers' own ids, alone or in a batch, and past the context by a plain loop."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from helpers import (
 )
 
 from gptfast import GPT, generate, get_tokenizer
-from gptfast.sequences import Sequences
+from gptfast.generation.sequences import Sequences
 
 pytestmark = pytest.mark.usefixtures("way")
 V = 31
@@ -201,7 +200,7 @@ def test_the_best_of_all_continuations() -> None:
 
 def test_only_living_beams_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache is reordered, not run again: after the prompt every forward is of one token."""
-    monkeypatch.setattr(sys.modules["gptfast.generate"], "engine_for", lambda model, n: None)
+    monkeypatch.setattr("gptfast.generation.continuation.engine_for", lambda model, n: None)
     widths = []
     model = open_model()
     real = GPT.hidden

@@ -24,10 +24,11 @@ from helpers import (
 )
 
 from gptfast import Engine, get_tokenizer
-from gptfast.cli import chat, conversation
-from gptfast.cli.conversation import QUESTIONS, Conversation, Template
-from gptfast.ops.library import EXTENSION
-from gptfast.tokenizer import END_OF_TEXT
+from gptfast.cli import chat
+from gptfast.generation import conversation
+from gptfast.generation.conversation import QUESTIONS, Conversation, Template
+from gptfast.ops.backend import EXTENSION
+from gptfast.tokenizer.bpe import END_OF_TEXT
 
 BYTE = get_tokenizer("byte")
 SIZE = 96

@@ -18,14 +18,10 @@ from seeds import shifted
 from torch import Tensor
 
 from gptfast import GPT, AdamW
-from gptfast.checkpoint import (
-    checkpoints,
-    find_checkpoint,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
-from gptfast.weights.load import load_model, load_weights
+from gptfast.cli.train import load_weights
+from gptfast.model import load_model
+from gptfast.training.checkpoint import load_checkpoint, save_checkpoint
+from gptfast.weights.checkpoint import checkpoints, find_checkpoint, read_state
 
 FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -143,7 +139,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
 
     before = {name: (saved / name).read_bytes() for name in FILES}
     model, optimizer = trained(seed=1)
-    monkeypatch.setattr("gptfast.checkpoint.fsync", full)
+    monkeypatch.setattr("gptfast.training.checkpoint.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(saved.parents[1], model, optimizer, {"step": 3}, keep=1)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]

@@ -17,11 +17,11 @@ from helpers import (
 
 import gptfast
 from gptfast import GPT, GPTConfig
-from gptfast.cli import COMMANDS, main
+from gptfast.cli.__init__ import COMMANDS, main
 from gptfast.cli.info import Info
 from gptfast.cli.settings import flat
 from gptfast.cli.train import Train
-from gptfast.data import embedded_text
+from gptfast.data.tokens import embedded_text
 from gptfast.ops.library import backend_of, operators
 
 

@@ -12,9 +12,9 @@ from helpers import (
 )
 
 from gptfast import GPT, get_tokenizer
-from gptfast.evaluate import perplexity, sliding_score
+from gptfast.evaluate.loss import perplexity, sliding_score
+from gptfast.model import load_model
 from gptfast.weights.convert import FORMATS, save
-from gptfast.weights.load import load_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "openai"
 NAMES = {"transformers": "hf", "llm.c": "m.bin", "nanogpt": "ckpt.pt", "book": "m.pth"}
@@ -49,7 +49,7 @@ def test_convert_from_form_to_form(capsys: Capture) -> None:
 
 def test_convert_keeps_the_vocabulary(capsys: Capture) -> None:
     pytest.importorskip("tokenizers")
-    from gptfast.tokenizer import train_tokenizer
+    from gptfast.tokenizer.train import train_tokenizer
 
     tokenizer = train_tokenizer(["the value of the name of the value"] * 3, 280, "words")
     random_model(vocab_size=tokenizer.n_vocab).save_pretrained("a", tokenizer=tokenizer)

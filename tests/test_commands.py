@@ -22,13 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptfast import GPT, get_tokenizer
-from gptfast.checkpoint import checkpoints
-from gptfast.cli import main
-from gptfast.data import embedded_text
-from gptfast.evaluate import perplexity
-from gptfast.ops.library import EXTENSION
-from gptfast.sources import load_data
-from gptfast.weights.load import load_model
+from gptfast.cli.__init__ import main
+from gptfast.data.sources import load_data
+from gptfast.data.tokens import embedded_text
+from gptfast.evaluate.loss import perplexity
+from gptfast.model import load_model
+from gptfast.ops.backend import EXTENSION
+from gptfast.weights.checkpoint import checkpoints
 
 BYTE = get_tokenizer("byte")
 NO_LOOK = ["--sample-tokens", "0", "--log-interval", "1"]

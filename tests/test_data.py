@@ -17,19 +17,12 @@ from seeds import shifted
 from torch.utils.data import DataLoader
 
 from gptfast import create_dataloader, get_tokenizer
-from gptfast.data import (
-    BatchOrder,
-    Examples,
-    Windows,
-    as_tokens,
-    describe_batch,
-    embedded_text,
-    fingerprint,
-    split_tokens,
-)
-from gptfast.prepare import prepare
-from gptfast.sources import load_data, load_part, prepared_tokenizer
-from gptfast.token_files import Documents, ShardWriter, TokenFiles, write_tokens
+from gptfast.data.loader import BatchOrder, Examples, Windows, describe_batch
+from gptfast.data.prepare import prepare
+from gptfast.data.shards import ShardWriter
+from gptfast.data.sources import load_data, load_part, prepared_tokenizer
+from gptfast.data.token_files import Documents, TokenFiles, write_tokens
+from gptfast.data.tokens import as_tokens, embedded_text, fingerprint, split_tokens
 
 VERDICT = Path(__file__).parents[2] / "shared" / "data" / "the-verdict.txt"
 FILES = settings(

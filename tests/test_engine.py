@@ -18,14 +18,14 @@ from seeds import shifted, torch_generator
 from torch import Tensor
 
 from gptfast import GPT, AdamW, generate, get_tokenizer
-from gptfast.data import as_tokens, embedded_text
-from gptfast.decode import Told
+from gptfast.data.tokens import as_tokens, embedded_text
 from gptfast.engine import Engine
 from gptfast.engine.rows import CHUNK
-from gptfast.evaluate import sliding_score, text_score
+from gptfast.evaluate.loss import sliding_score, text_score
 from gptfast.generate import generate_text, stream_text
-from gptfast.ops.library import EXTENSION
-from gptfast.options import Options
+from gptfast.generation.decoder import Told
+from gptfast.generation.options import Options
+from gptfast.ops.backend import EXTENSION
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 DTYPES = ("fp32", "bf16", "int8")

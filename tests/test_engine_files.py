@@ -14,9 +14,10 @@ from helpers import (
 from test_engine import DTYPES, prompts
 
 from gptfast import GPT, CheckpointError, generate, use_backend
+from gptfast.config import parameter_names
 from gptfast.engine import Engine, is_packed
-from gptfast.engine.packed import FILE, parameter_names
-from gptfast.ops.library import EXTENSION
+from gptfast.engine.packed import FILE
+from gptfast.ops.backend import EXTENSION
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 

@@ -14,11 +14,11 @@ from helpers import (
 from torch import Tensor
 
 from gptfast import GPT, Engine, generate, use_backend
-from gptfast.engine import gpu
-from gptfast.engine.gpu import GraphRows, gpu_rows
+from gptfast.engine import gpu_rows as gpu
 from gptfast.engine.gpu_model import GpuModel
+from gptfast.engine.gpu_rows import GraphRows, gpu_rows
 from gptfast.engine.sequences import EngineSequences
-from gptfast.options import Options
+from gptfast.generation.options import Options
 
 both = pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
 needs_gpu = pytest.mark.skipif(not GPU, reason="CUDA graphs and bf16 kernels need a GPU")

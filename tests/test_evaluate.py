@@ -12,7 +12,7 @@ from helpers import (
 from torch import Tensor
 
 from gptfast import GPT, create_dataloader
-from gptfast.evaluate import (
+from gptfast.evaluate.loss import (
     batch_loss,
     loader_loss,
     loader_score,
@@ -108,7 +108,7 @@ def test_perplexity() -> None:
 def test_every_module_keeps_its_own_mode() -> None:
     """Dropout is off inside, whoever had it on; a part kept in evaluation mode stays there."""
     from gptfast import generate
-    from gptfast.evaluate import loader_loss
+    from gptfast.evaluate.loss import loader_loss
 
     batch = [(random_ids(2, 8), random_ids(2, 8, seed=3))]
     calm = random_model()

@@ -12,8 +12,8 @@ import torch
 from commands import rows
 
 from gptfast import get_tokenizer
-from gptfast.cli import main
-from gptfast.weights.load import load_model
+from gptfast.cli.__init__ import main
+from gptfast.model import load_model
 
 TEXT = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text("utf-8")
 # (language, content) of each fenced block.

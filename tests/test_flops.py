@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptfast import GPTConfig
-from gptfast.flops import flops_per_token, measured_peak, mfu, peak_memory
+from gptfast.device import measured_peak, peak_memory
+from gptfast.training.flops import flops_per_token, mfu
 
 
 class PlainGPT(nn.Module):

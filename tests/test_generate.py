@@ -18,8 +18,8 @@ from torch import Tensor
 from gptfast import GPT, generate, ops
 from gptfast.engine.rows import Rows
 from gptfast.generate import stream
-from gptfast.options import Options
-from gptfast.sequences import ROOM, Sequences
+from gptfast.generation.options import Options
+from gptfast.generation.sequences import ROOM, Sequences
 
 pytestmark = pytest.mark.usefixtures("way")
 SAMPLING = {

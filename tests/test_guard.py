@@ -7,7 +7,7 @@ import pytest
 from seeds import numpy_generator
 
 from gptfast import TrainConfig
-from gptfast.guard import ENOUGH, WINDOW, Guard
+from gptfast.training.guard import ENOUGH, WINDOW, Guard
 
 NAMES = ("loss", "grad_norm")
 
@@ -62,7 +62,7 @@ def test_without_the_option_nothing_finite_is_at_fault() -> None:
 
 
 def test_it_gives_up_on_a_run_of_faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptfast.guard.GIVE_UP", 3)
+    monkeypatch.setattr("gptfast.training.guard.GIVE_UP", 3)
     guard = Guard(TrainConfig(nonfinite="skip"))
     fault = guard.fault("loss", math.nan)
     assert [guard.skips(fault) for _ in range(2)] == [True, True]

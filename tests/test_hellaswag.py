@@ -11,7 +11,7 @@ from helpers import (
 )
 
 from gptfast import GPT, get_tokenizer
-from gptfast.hellaswag import hellaswag
+from gptfast.evaluate.hellaswag import hellaswag
 
 BYTE = get_tokenizer("byte")
 WORDS = "the value of a name is what it was bound to last in that scope and no other".split()

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from seeds import numpy_generator
 
 from gptfast import GPT, AdamW, get_tokenizer
-from gptfast.checkpoint import load_checkpoint, save_checkpoint
-from gptfast.hellaswag import hellaswag
+from gptfast.evaluate.hellaswag import hellaswag
+from gptfast.training.checkpoint import load_checkpoint, save_checkpoint
 from gptfast.weights.stored import CheckpointError
 from gptfast.weights.tensor_bundle import read_bundle
 
@@ -392,7 +392,7 @@ def test_a_pipe_in_the_place_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sums", [{}, None, [], {"config.json": 1}], ids=str)
 def test_a_state_that_names_no_sums(sums: Any, tmp_path: Path) -> None:
-    from gptfast.checkpoint import _digest, _json
+    from gptfast.weights.checkpoint import _digest, _json
 
     path = save_checkpoint(tmp_path, random_model(), None, {"step": 1}, keep=1)
     state = json.loads((path / "state.json").read_text()) | {"sha256": sums}

@@ -14,7 +14,8 @@ from conftest import ENGINE_LEVELS
 from torch import Tensor
 
 from gptfast import ops, use_backend
-from gptfast.ops.library import EXTENSION, operators
+from gptfast.ops.backend import EXTENSION
+from gptfast.ops.library import operators
 
 gptfast_ops = torch.ops.gptfast
 
@@ -403,13 +404,13 @@ def test_use_backend_names() -> None:
 
 
 def test_use_backend_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptfast.ops import library
+    from gptfast.ops import backend
 
-    monkeypatch.setattr(library, "EXTENSION", None)
-    monkeypatch.setattr(library, "MISSING", "No module named 'gptfast._C'")
+    monkeypatch.setattr(backend, "EXTENSION", None)
+    monkeypatch.setattr(backend, "MISSING", "No module named 'gptfast._C'")
     with pytest.raises(RuntimeError, match="'cpp' is not there: No module named .*install g"):
         use_backend("cpp")
-    monkeypatch.setattr(library, "TRITON_MISSING", "triton is not installed")
+    monkeypatch.setattr(backend, "TRITON_MISSING", "triton is not installed")
     with pytest.raises(RuntimeError, match="'triton' is not there: triton is not installed"):
         use_backend("triton")
 

@@ -16,7 +16,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from gptfast import GPT, get_tokenizer  # noqa: E402
-from gptfast.lm_eval import GPTFastLM  # noqa: E402
+from gptfast.evaluate.lm_eval import GPTFastLM  # noqa: E402
 
 BYTE = get_tokenizer("byte")
 PAIRS = [("the value of", " a name"), ("", "x"), ("ab ", "c"), ("a" * 50, " tail")]
@@ -116,8 +116,8 @@ def test_as_the_harnesss_own_model(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     from lm_eval.models.huggingface import HFLM
 
-    from gptfast.data import embedded_text
-    from gptfast.tokenizer import train_tokenizer
+    from gptfast.data.tokens import embedded_text
+    from gptfast.tokenizer.train import train_tokenizer
 
     tokenizer = train_tokenizer([embedded_text()[:9000]], 300, tmp_path / "vocabulary")
     model = random_model(vocab_size=tokenizer.n_vocab, block_size=32, n_embd=128, std=0.1)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptfast import GPT, AdamW, GPTConfig, ops, use_backend
-from gptfast.ops.library import EXTENSION
+from gptfast.ops.backend import EXTENSION
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 

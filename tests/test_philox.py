@@ -8,7 +8,7 @@ from gptfast.kernels.reference.philox import philox, uniform
 
 from gptfast import ops
 from gptfast.ops.adamw import adamw
-from gptfast.ops.library import use_backend
+from gptfast.ops.backend import use_backend
 
 SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x299F31D0A4093822]
 

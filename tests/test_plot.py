@@ -9,13 +9,9 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gptfast.plot import (
-    numeric_fields,
-    plot_losses,
-    plot_runs,
-    read_metrics,
-    run_names,
-)
+from gptfast.search.plot import numeric_fields
+from gptfast.training.metrics import read_metrics
+from gptfast.training.plot import plot_losses, plot_runs, run_names
 
 HISTORY = [
     {"step": 0, "epoch": 0.0, "tokens": 0, "train_loss": 5.5, "val_loss": 5.6},

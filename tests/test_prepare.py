@@ -15,15 +15,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import gptfast.documents
-import gptfast.prepare
+import gptfast.data.documents
+import gptfast.data.prepare
+import gptfast.data.tokenize
 from gptfast import get_tokenizer
-from gptfast.data import as_tokens, embedded_text, split_tokens
-from gptfast.documents import find_files, read_documents, safe_pieces
-from gptfast.prepare import prepare
-from gptfast.sources import load_data
-from gptfast.token_files import Documents, TokenFiles, index_path, open_tokens
-from gptfast.tokenizer import Tokenizer
+from gptfast.data.documents import find_files, read_documents, safe_pieces
+from gptfast.data.prepare import prepare
+from gptfast.data.sources import load_data
+from gptfast.data.token_files import Documents, TokenFiles, index_path, open_tokens
+from gptfast.data.tokens import as_tokens, embedded_text, split_tokens
+from gptfast.tokenizer.bpe import Tokenizer
 
 FILES = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -45,7 +46,7 @@ def gpt2() -> Tokenizer:
 
 @pytest.fixture
 def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (gptfast.documents, gptfast.prepare):
+    for module in (gptfast.data.documents, gptfast.data.tokenize):
         monkeypatch.setattr(module, "PIECE", 7)
 
 
@@ -354,7 +355,9 @@ def test_few_pieces_are_under_way_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a word " * 300)
     consumed = 0
     files = [tmp_path / "a.txt"]
-    for _ in gptfast.prepare.tokenize(files, Slow(), gptfast.prepare.Fields(), workers=2):
+    for _ in gptfast.data.tokenize.tokenize(
+        files, Slow(), gptfast.data.documents.Fields(), workers=2
+    ):
         consumed += 1
         most = max(most, len(started) - consumed)
     assert consumed > 100

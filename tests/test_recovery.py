@@ -24,10 +24,10 @@ from helpers import (
 from safetensors.torch import load_file
 from seeds import python_generator
 
-import gptfast.trainer
+import gptfast.training.trainer
 from gptfast import GPT, Trainer
-from gptfast.checkpoint import _read_state, checkpoints, read_state
-from gptfast.plot import read_metrics
+from gptfast.training.metrics import read_metrics
+from gptfast.weights.checkpoint import _read_state, checkpoints, read_state
 
 STEPS = 16
 # 7 batches an epoch; an evaluation every 3 steps, a checkpoint every 2.
@@ -51,8 +51,8 @@ def train(out: Path, shim: Callable[..., None] | None = None, *args: Any) -> Non
     assert multiprocessing.parent_process(), "what is replaced below would stay replaced"
     torch.set_num_threads(1)
     # Slow, and no part of what is lost or not.
-    gptfast.trainer._peak = lambda device, dtype: 1e12
-    gptfast.trainer.plot_losses = lambda history, out: None
+    gptfast.training.trainer._peak = lambda device, dtype: 1e12
+    gptfast.training.trainer.plot_losses = lambda history, out: None
     if shim:
         shim(*args)
     trainer_at(out).fit(resume=True)
@@ -60,7 +60,7 @@ def train(out: Path, shim: Callable[..., None] | None = None, *args: Any) -> Non
 
 def calls(before: Callable[[str], None], after: Callable[[str], None]) -> None:
     """Call before and after each operation that a save does to the disk."""
-    import gptfast.checkpoint as checkpoint
+    import gptfast.files as files
 
     def wrapped(name: str, real: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ def calls(before: Callable[[str], None], after: Callable[[str], None]) -> None:
 
         return call
 
-    checkpoint.save_file = wrapped("save_file", checkpoint.save_file)
+    files.save_file = wrapped("save_file", files.save_file)
     for owner, name in (
         (os, "fsync"),
         (shutil, "rmtree"),
@@ -103,9 +103,9 @@ def kill_at_operation(n: int, when: str) -> None:
 
 def kill_in_write(n: int) -> None:
     """End this process with the n-th file half written."""
-    import gptfast.checkpoint as checkpoint
+    import gptfast.files as files
 
-    real, count = checkpoint.save_file, 0
+    real, count = files.save_file, 0
 
     def save_file(tensors: dict, path: Path, **options: Any) -> None:
         nonlocal count
@@ -115,13 +115,13 @@ def kill_in_write(n: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.save_file = save_file
+    files.save_file = save_file
 
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gptfast.trainer", "pytest", "torch._dynamo"])
+    context.set_forkserver_preload(["gptfast.training.trainer", "pytest", "torch._dynamo"])
     yield context
 
 

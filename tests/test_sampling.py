@@ -20,7 +20,7 @@ from seeds import torch_generator
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.ops.library import use_backend
+from gptfast.ops.backend import use_backend
 
 PARAMETERS = {
     "plain": {},

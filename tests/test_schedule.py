@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptfast import TrainConfig
-from gptfast.schedule import learning_rate
+from gptfast.training.schedule import learning_rate
 
 SCHEDULES = ["cosine", "linear", "constant", "wsd", "exponential"]
 

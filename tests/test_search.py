@@ -20,17 +20,11 @@ import pytest
 from matplotlib.figure import Figure
 from seeds import numpy_generator
 
-from gptfast.plot import plot_search
-from gptfast.search import (
-    log_fields,
-    lr_range,
-    parse_grid,
-    parse_random,
-    range_test,
-    run_search,
-    smooth,
-)
-from gptfast.trials import Result, load_result
+from gptfast.search.plot import plot_search
+from gptfast.search.range_test import lr_range, range_test, smooth
+from gptfast.search.report import run_search
+from gptfast.search.space import log_fields, parse_grid, parse_random
+from gptfast.search.trials import Result, load_result
 
 # What `gptfast train --config FILE --resume` does, as far as a search can see. Its losses are
 # lowest at lr = 1e-3; the setting `act` is how it ends, and `starts` counts how often it began.

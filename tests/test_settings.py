@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptfast import GPTConfig, TrainConfig
-from gptfast.checkpoint import checkpoints
-from gptfast.cli import main
+from gptfast.cli.__init__ import main
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.cli.train import SMALL_MODEL, SMALL_RUN, Train, train_defaults
 from gptfast.config import to_toml
-from gptfast.data import embedded_text
+from gptfast.data.tokens import embedded_text
+from gptfast.weights.checkpoint import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptfast.stop import Matcher, Stops, TextStream
+from gptfast.generation.stop import Matcher, Stops, TextStream
 
 
 class Pieces:

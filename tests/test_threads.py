@@ -12,7 +12,7 @@ from seeds import torch_generator
 from torch import Tensor
 
 from gptfast import AdamW, ops, use_backend
-from gptfast.ops.library import EXTENSION
+from gptfast.ops.backend import EXTENSION
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 

@@ -12,16 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptfast.data import Windows, create_dataloader, fingerprint
-from gptfast.token_files import (
-    Documents,
-    ShardWriter,
-    TokenFiles,
-    index_path,
-    open_tokens,
-    truncate_shards,
-    write_tokens,
-)
+from gptfast.data.loader import Windows, create_dataloader
+from gptfast.data.shards import ShardWriter, truncate_shards
+from gptfast.data.token_files import Documents, TokenFiles, index_path, open_tokens, write_tokens
+from gptfast.data.tokens import fingerprint
 
 FILES = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

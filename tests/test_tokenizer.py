@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from seeds import python_generator
 
-from gptfast import get_tokenizer, tokenizer
-from gptfast.data import embedded_text
+from gptfast import get_tokenizer
+from gptfast.data.tokens import embedded_text
+from gptfast.tokenizer import vocabulary as tokenizer
 
 CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken_cache"
 

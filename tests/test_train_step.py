@@ -14,9 +14,8 @@ from seeds import shifted, torch_generator
 from torch import Tensor
 
 from gptfast import GPT, TrainConfig
-from gptfast.ops.library import EXTENSION
-from gptfast.optim import freeze
-from gptfast.train_step import RefusedStep, TrainStep
+from gptfast.ops.backend import EXTENSION
+from gptfast.training.step import RefusedStep, TrainStep, freeze
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from seeds import python_generator
 
-from gptfast import get_tokenizer, tokenizer
+from gptfast import get_tokenizer
 from gptfast.cli.data import TrainTokenizer
-from gptfast.data import embedded_text
-from gptfast.tokenizer import train_tokenizer
+from gptfast.data.tokens import embedded_text
+from gptfast.tokenizer import vocabulary as tokenizer
+from gptfast.tokenizer.train import train_tokenizer
 
 EOT = "<|endoftext|>"
 TEXTS = [
@@ -304,8 +305,8 @@ def test_no_text_is_no_vocabulary(tmp_path: Path) -> None:
 
 def test_content_not_place_tells_vocabularies_apart(tmp_path: Path) -> None:
     """Prepared data goes with a copy of its vocabulary, and not with another at its place."""
-    from gptfast.prepare import prepare
-    from gptfast.sources import load_data
+    from gptfast.data.prepare import prepare
+    from gptfast.data.sources import load_data
 
     text = embedded_text()[:4000]
     (tmp_path / "a.txt").write_text(text, "utf-8")

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gptfast import GPT, TrainConfig, Trainer, create_dataloader, get_tokenizer
-from gptfast.checkpoint import checkpoints, read_state
-from gptfast.data import as_tokens, embedded_text
-from gptfast.evaluate import from_start, loader_loss
-from gptfast.optim import parameter_groups
-from gptfast.run_directory import RunDirectory
-from gptfast.schedule import learning_rate
-from gptfast.trainer import choose_device
+from gptfast.data.loader import from_start
+from gptfast.data.tokens import as_tokens, embedded_text
+from gptfast.device import choose_device
+from gptfast.evaluate.loss import loader_loss
+from gptfast.training.run_directory import RunDirectory
+from gptfast.training.schedule import learning_rate
+from gptfast.training.step import parameter_groups
+from gptfast.weights.checkpoint import checkpoints, read_state
 
 
 class PlainBlock(nn.Module):
@@ -363,7 +364,7 @@ def test_loaders_must_be_ours(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_one_runs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptfast.run_directory.PATIENCE", 0.1)
+    monkeypatch.setattr("gptfast.files.PATIENCE", 0.1)
     with RunDirectory(tmp_path).lock():
         with pytest.raises(ValueError, match="is in use by another process"):
             make_trainer(tmp_path, max_steps=2).fit()
@@ -505,7 +506,7 @@ def test_a_sample_that_cannot_be_drawn_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_a_run_of_bad_steps_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptfast.guard.GIVE_UP", 3)
+    monkeypatch.setattr("gptfast.training.guard.GIVE_UP", 3)
     trainer = make_trainer(tmp_path, max_steps=9, nonfinite="skip")
     trainer.take_step.loss = lambda x, y: trainer.model(x, y) * torch.nan
     with pytest.raises(FloatingPointError, match="loss is nan after 3 steps skipped at step 3"):

@@ -22,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gptfast import GPT, GPTConfig
-from gptfast.flops import peak_memory
+from gptfast.cli.train import load_weights
+from gptfast.device import peak_memory
+from gptfast.model import load_model
 from gptfast.weights.convert import FORMATS, save
-from gptfast.weights.load import load_model, load_weights, open_weights
+from gptfast.weights.open import open_weights
+from gptfast.weights.pretrained import hf_tensors
 from gptfast.weights.stored import CheckpointError
-from gptfast.weights.transformers import hf_tensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))
@@ -243,9 +245,10 @@ def test_saved_for_transformers_with_its_tokenizer(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from gptfast.data import embedded_text
+    from gptfast.data.tokens import embedded_text
     from gptfast.generate import generate_text
-    from gptfast.tokenizer import get_tokenizer, train_tokenizer
+    from gptfast.tokenizer.train import train_tokenizer
+    from gptfast.tokenizer.vocabulary import get_tokenizer
 
     text = embedded_text()[:20000]
     tokenizer = train_tokenizer([text], 400, tmp_path / "vocabulary")
@@ -365,7 +368,8 @@ def test_an_added_token_goes_along(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     from transformers import AutoTokenizer
 
-    from gptfast.tokenizer import get_tokenizer, train_tokenizer
+    from gptfast.tokenizer.train import train_tokenizer
+    from gptfast.tokenizer.vocabulary import get_tokenizer
 
     own = train_tokenizer(["the value of the name of the value"] * 3, 280, tmp_path / "words")
     model = wide_model(vocab_size=own.n_vocab + 1)
@@ -388,7 +392,7 @@ def test_another_tokenizers_files_do_not_stay(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     from transformers import AutoTokenizer
 
-    from gptfast.tokenizer import train_tokenizer
+    from gptfast.tokenizer.train import train_tokenizer
 
     texts = ("abcabc abd", "the the")
     words = [train_tokenizer([text] * 3, 280, tmp_path / text[:3]) for text in texts]
@@ -406,7 +410,8 @@ def test_a_tokenizer_that_splits_in_another_way(change: str, tmp_path: Path) -> 
     pytest.importorskip("tokenizers")
     from transformers import AutoTokenizer
 
-    from gptfast.tokenizer import get_tokenizer, train_tokenizer
+    from gptfast.tokenizer.train import train_tokenizer
+    from gptfast.tokenizer.vocabulary import get_tokenizer
 
     own = train_tokenizer(["the value of the name"] * 3, 270, tmp_path / "words")
     wide_model(vocab_size=270).save_pretrained(tmp_path / "m", tokenizer=own)

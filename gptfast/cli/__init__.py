@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Union
 
-from gptfast.ops.library import check_isa
+from gptfast.cli.terminal import ERRORS, one_line
+from gptfast.ops.backend import check_isa
 
 
 class _Commands(Mapping[str, type]):
@@ -46,8 +47,6 @@ COMMANDS = _Commands(
     download="weights.Download",
     info="info.Info",
 )
-ERRORS = (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, MemoryError)
-"""What the user may act on: one line, no traceback."""
 # What a command's defaults are where files that argv names have a say in them.
 _DEFAULTS = {"train": "train.train_defaults", "search": "search.search_defaults"}
 
@@ -93,12 +92,6 @@ def _check_arguments(argv: Sequence[str]) -> None:
         # What is not UTF-8 reaches Python as lone surrogates; no file of a run could hold it.
         if re.search("[\ud800-\udfff]", argument):
             raise ValueError(f"an argument is not UTF-8 text: {argument!r:.100}")
-
-
-def one_line(error: BaseException) -> str:
-    """What is wrong, in the first line of its message."""
-    message = str(error).strip() or type(error).__name__
-    return re.sub(r"^\[enforce fail.*DefaultCPUAllocator: ", "", message.splitlines()[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

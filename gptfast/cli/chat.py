@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptfast.cli import ERRORS, one_line
-from gptfast.cli.conversation import QUESTIONS, Conversation, Template
-from gptfast.cli.writing import ON_CPU, Writing, is_terminal, shown, speed
+from gptfast.cli.model_flags import ON_CPU, Writing
+from gptfast.cli.terminal import ERRORS, is_terminal, one_line, shown, speed
+from gptfast.generation.conversation import QUESTIONS, Conversation, Template
+from gptfast.generation.options import Options, new_tokens
 from gptfast.model import GPT
-from gptfast.options import Options, new_tokens
 
 if TYPE_CHECKING:
     from gptfast.engine import Engine
@@ -257,7 +257,7 @@ def _history() -> Callable[[], None]:
         import readline
     except ImportError:  # a Python without it: input() as it is
         return lambda: None
-    from gptfast.weights.load import cache_directory
+    from gptfast.files import cache_directory
 
     try:
         path = cache_directory() / "chat_history"

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from gptfast.documents import find_files, read_documents
-from gptfast.prepare import prepare
-from gptfast.tokenizer import get_tokenizer, train_tokenizer
+from gptfast.data.documents import find_files, read_documents
+from gptfast.data.prepare import prepare
+from gptfast.tokenizer.train import train_tokenizer
+from gptfast.tokenizer.vocabulary import get_tokenizer
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from gptfast.cli.writing import Dtype, load
-from gptfast.data import create_dataloader
-from gptfast.evaluate import Score, loader_score, perplexity, sliding_score, text_score
-from gptfast.hellaswag import hellaswag
+from gptfast.cli.model_flags import Dtype, load
+from gptfast.data.loader import create_dataloader
+from gptfast.data.sources import load_part
+from gptfast.data.token_files import Documents
+from gptfast.evaluate.hellaswag import hellaswag
+from gptfast.evaluate.loss import Score, loader_score, perplexity, sliding_score, text_score
 from gptfast.model import GPT
-from gptfast.sources import load_part
-from gptfast.token_files import Documents
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
     from gptfast.engine import Engine
@@ -107,7 +107,7 @@ class Eval:
             from lm_eval import simple_evaluate
             from lm_eval.utils import make_table
 
-            from gptfast.lm_eval import GPTFastLM
+            from gptfast.evaluate.lm_eval import GPTFastLM
         except ImportError as error:
             raise ValueError(
                 f"--tasks needs lm-evaluation-harness ({error}): pip install 'gptfast[lm-eval]'"

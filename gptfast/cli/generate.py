@@ -4,10 +4,11 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptfast.cli.writing import Writing, shown, speed
+from gptfast.cli.model_flags import Writing
+from gptfast.cli.terminal import shown, speed
 from gptfast.generate import generate, generate_text, stream_text
 from gptfast.model import GPT
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
     from gptfast.engine import Engine

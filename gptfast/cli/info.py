@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 import gptfast
-from gptfast.ops.library import EXTENSION, MISSING, backend_of, operators
+from gptfast.ops.backend import EXTENSION, MISSING
+from gptfast.ops.library import backend_of, operators
 
 
 @dataclass(frozen=True)

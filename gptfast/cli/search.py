@@ -9,8 +9,10 @@ import tyro
 
 from gptfast.cli.settings import apply, flat
 from gptfast.cli.train import SMALL_RUN, Train, train_defaults
-from gptfast.plot import plot_runs
-from gptfast.search import log_fields, lr_range, parse_grid, parse_random, run_search
+from gptfast.search.range_test import lr_range
+from gptfast.search.report import run_search
+from gptfast.search.space import log_fields, parse_grid, parse_random
+from gptfast.training.plot import plot_runs
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
-from gptfast.fields import convert, describe
+from gptfast.checks import convert, describe
 
 T = TypeVar("T")
 

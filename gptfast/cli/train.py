@@ -4,22 +4,24 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
 import tyro
 
-from gptfast.checkpoint import checkpoints, read_settings
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.config import GPTConfig, TrainConfig
-from gptfast.data import Source, create_dataloader, fingerprint
+from gptfast.data.loader import create_dataloader
+from gptfast.data.sources import load_data, prepared_tokenizer
+from gptfast.data.token_files import Documents
+from gptfast.data.tokens import Source, fingerprint
 from gptfast.model import GPT
 from gptfast.ops.library import backend_of, operators
-from gptfast.sources import load_data, prepared_tokenizer
-from gptfast.token_files import Documents
-from gptfast.tokenizer import get_tokenizer
-from gptfast.trainer import Trainer
-from gptfast.weights.load import load_weights, open_weights, tokenizer_of
+from gptfast.tokenizer.vocabulary import get_tokenizer
+from gptfast.training.trainer import Trainer
+from gptfast.weights.checkpoint import checkpoints, read_settings
+from gptfast.weights.open import open_weights, tokenizer_of
 
 # Learns English from the embedded text in two or three minutes on two cores.
 SMALL_MODEL = GPTConfig(vocab_size=1, block_size=128, n_layer=4, n_head=4, n_embd=128)
@@ -174,3 +176,8 @@ def train_defaults(argv: Sequence[str]) -> Train:
     if any(vars(given)[name] for name in one_of):
         file = {name: value for name, value in file.items() if name not in one_of}
     return apply(command, file, given.config) if file else command
+
+
+def load_weights(model: GPT, path: str | PathLike) -> None:
+    """Copy the weights of `open_weights` into `model`; ValueError if they do not fit."""
+    open_weights(path).copy_to(model)

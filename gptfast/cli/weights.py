@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 import tyro
 
+from gptfast.model import load_model
 from gptfast.weights.convert import check, format_of, save
-from gptfast.weights.load import load_model
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

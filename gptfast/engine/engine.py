@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from gptfast import ops
 from gptfast.config import GPTConfig
-from gptfast.decode import Told
 from gptfast.engine import packed as packing
-from gptfast.engine.gpu import rows_of
 from gptfast.engine.gpu_model import GpuModel
+from gptfast.engine.gpu_rows import rows_of
 from gptfast.engine.packed import Packed
+from gptfast.engine.request import Drawn, Request
 from gptfast.engine.sequences import EngineSequences
-from gptfast.engine.task import Drawn, Request, Task
+from gptfast.engine.task import Task
+from gptfast.generation.decoder import Told
+from gptfast.generation.options import Options, token_ids
 from gptfast.model import GPT
-from gptfast.ops.library import EXTENSION, overruled
-from gptfast.options import Options, token_ids
-from gptfast.tokenizer import Tokenizer
+from gptfast.ops.backend import EXTENSION, overruled
+from gptfast.tokenizer.bpe import Tokenizer
 
 PIECE = 128
 
@@ -277,7 +278,7 @@ def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | Gp
     if not isinstance(model_or_path, (str, PathLike)):
         raise ValueError(f"an engine is made of a GPT or a path, got {model_or_path!r:.100}")
     if not packing.is_packed(model_or_path):
-        from gptfast.weights.load import open_weights, tokenizer_of
+        from gptfast.weights.open import open_weights, tokenizer_of
 
         packed = packing.pack_weights(open_weights(model_or_path), dtype or "fp32")
         if packed.tokenizer is None:

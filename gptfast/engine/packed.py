@@ -17,11 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from gptfast.config import GPTConfig
+from gptfast.checks import one_line
+from gptfast.config import GPTConfig, parameter_names
 from gptfast.model import GPT, MLP, Attention, Block
-from gptfast.ops.library import EXTENSION, LIBRARY, MISSING, check_isa
-from gptfast.tokenizer import Tokenizer
-from gptfast.weights.stored import CheckpointError, one_line
+from gptfast.ops.backend import EXTENSION, MISSING, check_isa
+from gptfast.ops.library import LIBRARY
+from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.weights.stored import CheckpointError
 from gptfast.weights.weights import Weights, tokenizer_in
 
 DTYPES = ("fp32", "bf16", "int8")  # in the order of WeightType
@@ -29,7 +31,6 @@ CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.flo
 FILE = "packed.safetensors"
 FORMAT = "gptfast-packed-1"
 PIECE = 2**20
-
 LIBRARY.define("engine_new(int bytes) -> Tensor")
 LIBRARY.define("engine_bytes(int[] shape) -> int")
 LIBRARY.define("engine_pack(Tensor(a!) packed, int[] shape, int index, Tensor weight) -> ()")
@@ -74,15 +75,6 @@ def _new(config: GPTConfig, dtype: str) -> Tensor:
     return torch.ops.gptfast.engine_new(torch.ops.gptfast.engine_bytes(_shape(config, dtype)))
 
 
-def parameter_names(config: GPTConfig) -> list[str]:
-    """GPT's parameters in the order in which they are packed; c_attn.bias may be absent."""
-    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-    modules = [f"h.{i}.{part}" for i in range(config.n_layer) for part in parts]
-    names = ["wte.weight", "wpe.weight"]
-    names += [f"{module}.{leaf}" for module in (*modules, "ln_f") for leaf in ("weight", "bias")]
-    return names if config.tie_weights else [*names, "lm_head.weight"]
-
-
 @torch.no_grad()
 def _pack(
     config: GPTConfig, dtype: str, tensors: Iterable[tuple[str, Tensor]], tokenizer: str | None
@@ -119,9 +111,6 @@ def is_plain(model: GPT) -> bool:
 def pack_weights(weights: Weights, dtype: str) -> Packed:
     """Of files, one tensor after the other, so that no more is held than what is packed."""
     return _pack(weights.config, dtype, weights.read(), weights.tokenizer)
-
-
-# ---- Files
 
 
 def is_packed(path: str | PathLike) -> bool:
@@ -166,8 +155,8 @@ def save(
     if path.exists():
         raise ValueError(f"{path} exists; name another or delete it")
     # Loading a packed model takes none of them.
-    from gptfast.checkpoint import tokenizer_texts
-    from gptfast.token_files import fsync
+    from gptfast.files import fsync
+    from gptfast.weights.pretrained import tokenizer_texts
 
     texts, _ = tokenizer_texts(tokenizer or packed.tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gptfast.engine.rows import Rows
-from gptfast.sequences import Sequences
+from gptfast.generation.sequences import Sequences
 
 
 class EngineSequences(Sequences):

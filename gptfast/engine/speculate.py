@@ -14,7 +14,7 @@ from torch import Tensor
 from gptfast.engine.rows import Rows
 
 if TYPE_CHECKING:
-    from gptfast.engine.task import Request
+    from gptfast.engine.request import Request
 
 MOST = 11
 """Guesses at a time: with the token before them, few enough rows for one pass over the weights."""

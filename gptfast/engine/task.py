@@ -1,42 +1,17 @@
 """What the requests of one call share, and how a step's logits become their tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.decode import Told, Top, check_drawn, tops
-from gptfast.engine.gpu import rows_of
+from gptfast.engine.gpu_rows import rows_of
+from gptfast.engine.request import Drawn, Request
 from gptfast.engine.rows import Rows
 from gptfast.engine.speculate import MOST, DraftModel, Guesser, PromptLookup
-from gptfast.options import SAMPLING, Options
-
-
-class Drawn(NamedTuple):
-    request: "Request"
-    id: int
-    logprob: float | None
-    top: Top | None
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt on its way. Who receives its tokens sets `done` when it is to end."""
-
-    index: int
-    ids: list[int]
-    """The prompt and all that was drawn."""
-    left: int
-    """Tokens to draw yet."""
-    row: int = -1
-    seen: Tensor | None = None
-    """(V,) bool, of the tokens in ids, where there is a repetition penalty."""
-    most: int | None = None
-    """Guesses to try next."""
-    done: bool = False
+from gptfast.generation.decoder import Told, check_drawn, tops
+from gptfast.generation.options import SAMPLING, Options
 
 
 class Task:

@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.reference import attention as reference
-from gptfast.ops.library import (
-    autocast_enabled,
-    register,
-    register_autocast,
-    register_autograd,
-)
+from gptfast.ops.library import autocast_enabled, register, register_autocast, register_autograd
 
 _OPTIONS = "float scale, float dropout_p, Tensor? seed, Tensor? kv_len"
 

@@ -4,12 +4,7 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.reference import cross_entropy as reference
-from gptfast.ops.library import (
-    autocast_enabled,
-    register,
-    register_autocast,
-    register_autograd,
-)
+from gptfast.ops.library import autocast_enabled, register, register_autocast, register_autograd
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss"
 _LINEAR_OPTIONS = f"{_OPTIONS}, float skip_below=0.0"

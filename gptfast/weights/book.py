@@ -9,8 +9,7 @@ from torch import Tensor
 
 from gptfast.model import GPT
 from gptfast.weights.stored import CheckpointError, Stored
-from gptfast.weights.transformers import with_head
-from gptfast.weights.weights import Weights, unwrapped
+from gptfast.weights.weights import Weights, unwrapped, with_head
 
 _OUTER = {
     "wte.weight": "tok_emb.weight",

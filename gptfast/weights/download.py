@@ -17,9 +17,9 @@ import urllib3
 from tqdm import tqdm
 
 from gptfast.config import PRESETS
-from gptfast.tokenizer import SHA256
+from gptfast.files import cache_directory
+from gptfast.tokenizer.vocabulary import SHA256
 from gptfast.weights import openai, transformers
-from gptfast.weights.load import cache_directory
 from gptfast.weights.stored import CheckpointError, read_json
 
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/models"

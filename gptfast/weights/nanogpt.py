@@ -13,8 +13,8 @@ from torch import Tensor
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
 from gptfast.weights.stored import CheckpointError, Stored
-from gptfast.weights.transformers import fitted, gpt_tensors
-from gptfast.weights.weights import Weights
+from gptfast.weights.transformers import gpt_tensors
+from gptfast.weights.weights import Weights, fitted
 
 _SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 

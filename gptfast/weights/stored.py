@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gptfast.checks import one_line
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Bytes read from a mapping before it is made anew, which gives its resident pages back.
 _RESIDENT = 2**24
@@ -79,11 +81,6 @@ def map_file(path: Path) -> Tensor:
         return torch.from_file(str(path), False, path.stat().st_size, dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot read {path}: {one_line(error)}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def parse_json(text: str, path: Path) -> dict[str, Any]:

@@ -1,15 +1,11 @@
 """transformers' layout of GPT-2: config.json, and safetensors or a pickle, whole or in shards."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gptfast.config import GPTConfig
-from gptfast.model import GPT
+from gptfast.weights.pretrained import _CONV1D
 from gptfast.weights.stored import (
     CheckpointError,
     Stored,
@@ -17,42 +13,11 @@ from gptfast.weights.stored import (
     read_pickles,
     read_safetensors,
 )
-from gptfast.weights.weights import Weights, infer_config, renamed, tokenizer_in, unwrapped
+from gptfast.weights.weights import Weights, fitted, renamed, tokenizer_in, unwrapped, with_head
 
-# transformers keeps these four as Conv1D: (in, out) where nn.Linear has (out, in).
-_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # In the order in which transformers looks for them.
 FILES = ("model.safetensors", "model.safetensors.index.json")
 FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-def hf_config(config: GPTConfig, dtype: torch.dtype, eot: int | None = None) -> dict[str, Any]:
-    """config.json of a model; eot is its tokenizer's end of text, if that is known."""
-    if eot is None and config.vocab_size == 50257:
-        eot = 50256
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": None,
-        "activation_function": "gelu_new",
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "scale_attn_weights": True,
-        "tie_word_embeddings": config.tie_weights,
-        "qkv_bias": config.qkv_bias,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
 
 
 def gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
@@ -92,22 +57,6 @@ def gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
     return config
 
 
-def hf_tensors(model: GPT) -> dict[str, Tensor]:
-    """The tensors of model.safetensors."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu()
-        if name.endswith(_CONV1D):
-            tensor = tensor.t()
-        prefix = "" if name.startswith("lm_head") else "transformer."
-        tensors[prefix + name] = tensor.contiguous()
-        if name.endswith("c_attn.weight") and not model.config.qkv_bias:
-            # GPT-2's layout has no switch for it: a zero bias is the same function.
-            bias = tensor.new_zeros(3 * model.config.n_embd)
-            tensors[f"transformer.{name.removesuffix('weight')}bias"] = bias
-    return tensors
-
-
 def gpt_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """Tensors in GPT's names and layout, of those in transformers' or nanoGPT's: these are told
     apart by the orientation of c_attn. Old files' causal masks are left out."""
@@ -119,39 +68,6 @@ def gpt_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
         for name, stored in tensors.items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))
     }
-
-
-def fitted(
-    source: str, tensors: dict[str, Stored], config: GPTConfig, tokenizer: str | None = None
-) -> Weights:
-    """Weights without what the model does not keep: a tied head's copy, a zero bias. Where the
-    values say that the head is not tied, or that the bias counts, they are believed."""
-    head = "lm_head.weight"
-    if config.tie_weights and head in tensors:
-        if _same(tensors, head, "wte.weight"):
-            del tensors[head]
-        else:
-            config = replace(config, tie_weights=False)
-    biases = [name for name in tensors if name.endswith("attn.c_attn.bias")]
-    if not config.qkv_bias and biases:
-        if any(tensors[name].read().any() for name in biases):
-            config = replace(config, qkv_bias=True)
-        else:
-            tensors = {name: s for name, s in tensors.items() if name not in biases}
-    return Weights(source, config, tensors, tokenizer)
-
-
-def with_head(source: str, tensors: dict[str, Stored], n_head: int | None) -> Weights:
-    """Weights of tensors whose configuration no file tells: the head is tied if it is absent or
-    the token embedding once more."""
-    tied = "lm_head.weight" not in tensors or _same(tensors, "lm_head.weight", "wte.weight")
-    return fitted(source, tensors, infer_config(source, tensors, n_head, tie_weights=tied))
-
-
-def _same(tensors: Mapping[str, Stored], a: str, b: str) -> bool:
-    if b not in tensors or tensors[a].shape != tensors[b].shape:
-        return False
-    return torch.equal(tensors[a].read(), tensors[b].read())
 
 
 def _read_files(paths: list[Path]) -> dict[str, Stored]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
-from gptfast.tokenizer import vocabulary_in
+from gptfast.tokenizer.vocabulary import vocabulary_in
 from gptfast.weights.stored import FLOATS, CheckpointError, Stored
 
 # What wrappers put before a parameter's name: torch.compile, DistributedDataParallel.
@@ -157,3 +157,36 @@ def infer_config(
         return GPTConfig(*sizes, qkv_bias=qkv_bias, tie_weights=tie_weights)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from None
+
+
+def fitted(
+    source: str, tensors: dict[str, Stored], config: GPTConfig, tokenizer: str | None = None
+) -> Weights:
+    """Weights without what the model does not keep: a tied head's copy, a zero bias. Where the
+    values say that the head is not tied, or that the bias counts, they are believed."""
+    head = "lm_head.weight"
+    if config.tie_weights and head in tensors:
+        if _same(tensors, head, "wte.weight"):
+            del tensors[head]
+        else:
+            config = replace(config, tie_weights=False)
+    biases = [name for name in tensors if name.endswith("attn.c_attn.bias")]
+    if not config.qkv_bias and biases:
+        if any(tensors[name].read().any() for name in biases):
+            config = replace(config, qkv_bias=True)
+        else:
+            tensors = {name: s for name, s in tensors.items() if name not in biases}
+    return Weights(source, config, tensors, tokenizer)
+
+
+def with_head(source: str, tensors: dict[str, Stored], n_head: int | None) -> Weights:
+    """Weights of tensors whose configuration no file tells: the head is tied if it is absent or
+    the token embedding once more."""
+    tied = "lm_head.weight" not in tensors or _same(tensors, "lm_head.weight", "wte.weight")
+    return fitted(source, tensors, infer_config(source, tensors, n_head, tie_weights=tied))
+
+
+def _same(tensors: Mapping[str, Stored], a: str, b: str) -> bool:
+    if b not in tensors or tensors[a].shape != tensors[b].shape:
+        return False
+    return torch.equal(tensors[a].read(), tensors[b].read())

@@ -1,0 +1,148 @@
+"""What --data names, loaded: text, prompts with completions, token files, prepared directories."""
+
+import json
+import os
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from gptfast.data.documents import Fields, find_files
+from gptfast.data.prepare import FORMAT, PARTS
+from gptfast.data.token_files import Documents, TokenFiles, open_tokens
+from gptfast.data.tokenize import _load_text
+from gptfast.data.tokens import Source, _check_vocabulary, as_tokens, embedded_text, split_tokens
+from gptfast.tokenizer.bpe import Tokenizer, vocabulary
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    """meta.json of a directory that `prepare` wrote; {} where there is none."""
+    path = directory / "meta.json"
+    if not path.is_file():
+        return {}
+    try:
+        meta = json.loads(path.read_bytes())
+        if meta["format"] != FORMAT:
+            raise LookupError(f"format {meta['format']!r}, only {FORMAT} is known")
+        found = {name: meta[name] for name in ("tokenizer", "n_vocab", "tokens")}
+        return {**found, "vocabulary": meta.get("vocabulary")}
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used ({error!r}); prepare the data again") from None
+
+
+def _made_with(meta: dict[str, Any], tokenizer: Tokenizer) -> bool:
+    if meta["vocabulary"] is None:  # the first version of prepare recorded the name alone
+        return (meta["tokenizer"], meta["n_vocab"]) == (tokenizer.name, tokenizer.n_vocab)
+    return meta["vocabulary"] == vocabulary(tokenizer)
+
+
+def _part_files(path: str | PathLike) -> dict[str, list[Path]]:
+    """The *train*.bin, *val*.bin, *test*.bin of a directory; {} if it has none to train on."""
+    parts, taken = {}, set()
+    if not os.path.isdir(path):
+        return parts
+    for name in PARTS:
+        found = {p for p in Path(path).glob(f"*{name}*.bin") if p.name[0] != "."} - taken
+        if found and (parts or name == PARTS[0]):
+            parts[name] = sorted(found)
+            taken |= found
+    return parts
+
+
+def prepared_tokenizer(paths: Sequence[str | PathLike]) -> str | None:
+    """The tokenizer's name that a directory written by `prepare` records; None for other data."""
+    if len(paths) == 1 and _part_files(paths[0]):
+        return _read_meta(Path(paths[0])).get("tokenizer")
+    return None
+
+
+def _load_prepared(
+    directory: Path, tokenizer: Tokenizer, split: Sequence[float]
+) -> list[TokenFiles | Documents]:
+    meta = _read_meta(directory)
+    if meta and not _made_with(meta, tokenizer):
+        raise ValueError(
+            f"{directory} was prepared with tokenizer {meta['tokenizer']} ({meta['n_vocab']} "
+            f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); name that one"
+        )
+    sources = {name: open_tokens(files) for name, files in _part_files(directory).items()}
+    for name, source in sources.items():
+        n = len(source.span() if isinstance(source, Documents) else source)
+        if meta and meta["tokens"].get(name) != n:
+            raise ValueError(
+                f"{directory} has {n} {name} tokens, its meta.json says "
+                f"{meta['tokens'].get(name)}; prepare the data again"
+            )
+        _check_vocabulary(source, tokenizer)
+    if gone := set(meta.get("tokens", ())) - set(sources):
+        raise ValueError(
+            f"{directory} has no {', '.join(gone)} files, its meta.json names some; prepare the "
+            "data again"
+        )
+    # Parts without files are cut from the end of train, at their shares of what is left of it.
+    shares = {name: s for name, s in zip(PARTS, split, strict=False)}
+    cut = [name for name in shares if name == PARTS[0] or name not in sources]
+    if len(cut) > 1:
+        total = sum(shares[name] for name in cut) if len(cut) < len(split) else 1.0
+        ratios = [shares[name] / total for name in cut]
+        sources |= zip(cut, split_tokens(sources[PARTS[0]], ratios), strict=True)
+    return [sources[name] for name in PARTS if name in sources]
+
+
+def load_part(paths: Sequence[str | PathLike], tokenizer: Tokenizer, part: str) -> Source:
+    """One part of prepared data, "train", "val" or "test"; of any other data, all of it.
+
+    Raises ValueError as `load_data` does, and for a part that is not there.
+    """
+    sources = load_data(paths, tokenizer, (1.0,))
+    if len(paths) != 1 or not (files := _part_files(paths[0])):
+        return sources[0]
+    if part not in files:
+        raise ValueError(f"{paths[0]} has no part {part}, only {', '.join(files)}")
+    return sources[list(files).index(part)]
+
+
+def load_data(
+    paths: Sequence[str | PathLike],
+    tokenizer: Tokenizer,
+    split: Sequence[float] = (0.9, 0.1),
+    *,
+    text_field: str = "text",
+    prompt_field: str = "prompt",
+    completion_field: str = "completion",
+) -> list[Source]:
+    """The training part of what paths name, then validation and, if there is one, test.
+
+    paths: text files, directories of them, globs, .jsonl (documents, one end-of-text between
+    them, or prompts with completions); .bin token files; or one directory with *train*.bin, whose
+    *val*.bin and *test*.bin are taken as they are. What has no files of its own is cut off by
+    `split`. No paths: the embedded text.
+
+    Raises ValueError for what is missing, unreadable, of mixed kinds, or of another tokenizer.
+    """
+    if not paths:
+        return split_tokens(as_tokens(embedded_text(), tokenizer), split)
+    prepared = [path for path in paths if _part_files(path)]
+    if prepared and len(paths) > 1:
+        raise ValueError(
+            f"{prepared[0]} is a directory of token files; give it alone, or name the files"
+        )
+    if prepared:
+        return _load_prepared(Path(prepared[0]), tokenizer, split)
+    for path in filter(os.path.isdir, paths):
+        if tokens := sorted(Path(path).glob("[!.]*.bin")):
+            raise ValueError(
+                f"{path} has token files, {tokens[0].name} for one, but no *train*.bin; name those "
+                f"to train on, {Path(path) / '*.bin'} for all"
+            )
+    files = find_files(paths)
+    token_files = [path for path in files if path.suffix == ".bin"]
+    if not token_files:
+        fields = Fields(text_field, prompt_field, completion_field)
+        return split_tokens(_load_text(files, tokenizer, fields), split)
+    if len(token_files) < len(files):
+        text = next(path for path in files if path.suffix != ".bin")
+        raise ValueError(f"{token_files[0]} holds tokens, {text} text; give one kind at a time")
+    source = open_tokens(token_files)
+    _check_vocabulary(source, tokenizer)
+    return split_tokens(source, split)

@@ -1,0 +1,114 @@
+"""HellaSwag (Zellers et al., 2019) and tasks of its form: which ending follows a context?
+
+A line of JSON has "ctx", "endings" and "label", the index of the true one. As llm.c counts: acc
+takes the ending with the least loss, acc_norm that with the least loss per token.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptfast.engine.engine import Engine
+from gptfast.evaluate.loss import Row, padded, row, token_losses
+from gptfast.generation.sequences import evaluating
+from gptfast.model import GPT
+from gptfast.tokenizer.bpe import Tokenizer
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    examples: int
+    acc: float
+    acc_norm: float
+
+
+def _examples(path: Path) -> Iterator[tuple[str, list[str], int]]:
+    """Context, endings, label; ValueError naming the line that is none."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            try:
+                example = json.loads(raw.decode("utf-8-sig"))
+                context, endings, label = (example[k] for k in ("ctx", "endings", "label"))
+            except (ValueError, LookupError, TypeError, RecursionError):
+                example = None
+            if example is None or not _fits(context, endings, label):
+                raise ValueError(
+                    f'{path}, line {number}: not {{"ctx": text, "endings": [text, ...], '
+                    '"label": index of one}'
+                )
+            yield context, endings, int(label)
+
+
+def _fits(context: Any, endings: Any, label: Any) -> bool:
+    if not isinstance(context, str) or not isinstance(endings, list) or len(endings) < 2:
+        return False
+    # Some copies have the label as text.
+    index = int(label) if isinstance(label, str) and label.isdecimal() else label
+    labelled = type(index) is int and 0 <= index < len(endings)
+    return labelled and all(isinstance(ending, str) and ending.strip() for ending in endings)
+
+
+def hellaswag(
+    model: GPT | Engine,
+    tokenizer: Tokenizer,
+    path: str | PathLike,
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> Accuracy:
+    """Accuracy on a .jsonl of examples, the first `limit` of them; batch_size at a time.
+
+    Raises ValueError for a line that is no example, an empty file, an empty context or ending, and
+    a model whose losses are not finite.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    examples, losses, norms = [], [], []
+
+    def measure(rows: list[Row]) -> None:
+        x, y = padded(model, rows)
+        sums = token_losses(model, x, y).sum(1).tolist()
+        losses.extend(sums)
+        norms.extend(s / int((y != -100).sum()) for s, (_, y) in zip(sums, rows, strict=True))
+
+    with torch.no_grad(), evaluating(model):
+        rows: list[Row] = []
+        for context, endings, label in islice(_examples(Path(path)), limit):
+            ids = tokenizer.encode(context)
+            if not ids:
+                raise ValueError(f"{path}: an example has an empty context")
+            for ending in endings:
+                ending_ids = tokenizer.encode(f" {ending}")
+                # Of what is too long the beginning is cut.
+                whole = torch.tensor((ids + ending_ids)[-(model.config.block_size + 1) :])
+                rows.append(row(whole, len(ending_ids)))
+            examples.append((len(endings), label))
+            if len(examples) % batch_size == 0:
+                measure(rows)
+                rows = []
+        if rows:
+            measure(rows)
+    if not examples:
+        raise ValueError(f"{path} has no examples")
+    return _accuracy(examples, losses, norms)
+
+
+def _accuracy(examples: list[tuple[int, int]], losses: list[float], norms: list[float]) -> Accuracy:
+    if not all(map(math.isfinite, losses)):
+        raise ValueError("the model's losses are not finite; check its weights")
+    at, right = 0, [0, 0]
+    for n, label in examples:
+        for i, values in enumerate((losses, norms)):
+            here = values[at : at + n]
+            right[i] += here.index(min(here)) == label
+        at += n
+    return Accuracy(len(examples), right[0] / len(examples), right[1] / len(examples))

@@ -1,0 +1,151 @@
+"""gptfast's models under EleutherAI's lm-evaluation-harness (pip install 'gptfast[lm-eval]')."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from gptfast.engine.engine import engine_for
+from gptfast.evaluate.loss import Row, padded, row, target_losses
+from gptfast.generation.continuation import text_pieces
+from gptfast.generation.sequences import evaluating
+from gptfast.model import GPT
+from gptfast.tokenizer.bpe import END_OF_TEXT, Tokenizer
+from gptfast.tokenizer.vocabulary import get_tokenizer
+
+_Request = tuple[Any, list[int], list[int]]
+
+
+@register_model("gptfast")
+class GPTFastLM(TemplateLM):
+    """A GPT as the harness sees it.
+
+    pretrained: a GPT, or what `GPT.from_pretrained` takes. tokenizer: a Tokenizer or its name; None
+    takes that of the files, else GPT-2's.
+    """
+
+    def __init__(
+        self,
+        pretrained: GPT | str,
+        tokenizer: Tokenizer | str | None = None,
+        batch_size: int | str = 8,
+        device: str | None = None,
+        max_length: int | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        model = GPT.from_pretrained(pretrained) if isinstance(pretrained, str) else pretrained
+        self.model = model.to(device or model.wte.weight.device)
+        name = tokenizer if isinstance(tokenizer, str) else model.tokenizer_name or "gpt2"
+        self.tokens = get_tokenizer(name) if tokenizer is None or tokenizer is name else tokenizer
+        self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
+        T = model.config.block_size
+        self.max_length = T if max_length is None else int(max_length)
+        if not 1 <= self.max_length <= T:
+            raise ValueError(f"max_length must be from 1 to block_size={T}, got {max_length}")
+        self._draws = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokens.eot
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokens.name
+
+    def tok_encode(self, string: str, **_: Any) -> list[int]:
+        # As the harness's own models read it: end-of-text where its name stands.
+        return self.tokens.encode(string, allowed_special={END_OF_TEXT})
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[_Request], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Of each (key, context, continuation): its log-likelihood, and whether it is the greedy
+        one. What is too long loses its beginning."""
+        # Alike in length side by side, so that little is padding.
+        order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="loglikelihood")
+        with torch.inference_mode(), evaluating(self.model):
+            for at in range(0, len(order), self.batch_size):
+                batch = order[at : at + self.batch_size]
+                rows = [self._row(*requests[i][1:]) for i in batch]
+                x, y = padded(self.model, rows)
+                hidden = self.model.hidden(x)  # (B, T, C)
+                losses = target_losses(self.model, hidden, y).sum(1).tolist()
+                for k, i in enumerate(batch):
+                    asked = y[k] != -100
+                    likeliest = F.linear(hidden[k, asked], self.model.head_weight).argmax(-1)
+                    results[i] = (-losses[k], torch.equal(likeliest, y[k, asked]))
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
+                bar.update(len(batch))
+        bar.close()
+        return results
+
+    def _row(self, context: list[int], continuation: list[int]) -> Row:
+        if not 1 <= len(continuation) <= self.max_length:
+            raise ValueError(
+                f"a continuation has {len(continuation)} tokens; 1 to {self.max_length} can be "
+                "scored"
+            )
+        # The harness moves white space from a context's end to the continuation: all of it, maybe.
+        whole = (context or [self.prefix_token_id]) + continuation
+        return row(torch.tensor(whole[-(self.max_length + 1) :]), len(continuation))
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of whole texts, in windows that each predict what no other does."""
+        windows: list[_Request] = []
+        counts = []
+        for request in requests:
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            before = len(windows)
+            windows += [(None, *make_disjoint_window(pair)) for pair in rolling]
+            counts.append(len(windows) - before)
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        return [sum(next(scores)[0] for _ in range(n)) for n in counts]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations, or drawn, each from a seed of its own, if that is asked for; up to
+        a stop string. A context too long for what is to follow loses its beginning."""
+        texts = []
+        model = engine_for(self.model, 256) or self.model  # packed once, not for each request
+        for request in tqdm(requests, disable=disable_tqdm, desc="generate_until"):
+            context, given = request.args
+            options = normalize_gen_kwargs(dict(given), default_max_gen_toks=256)
+            n = options["max_gen_toks"]
+            ids = self.tok_encode(context) or [self.prefix_token_id]
+            if n < self.max_length:
+                ids = ids[-(self.max_length - n) :]
+            stop, sampled = [s for s in options["until"] if s], options["do_sample"]
+            drawn = {name: options.get(name) for name in ("top_p", "top_k")} if sampled else {}
+            self._draws += 1
+            pieces = text_pieces(
+                model,
+                self.tokens,
+                ids,
+                n,
+                eos_id=self.tokens.eot,
+                temperature=float(options["temperature"]) if sampled else 0.0,
+                seed=self._draws if sampled else 0,
+                stop=stop or None,
+                **drawn,
+            )
+            text = "".join(pieces)
+            texts.append(text)
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts

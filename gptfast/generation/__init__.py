@@ -1,0 +1,1 @@
+"""Prompts continued by a decoder."""

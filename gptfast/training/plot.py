@@ -1,0 +1,151 @@
+"""The pictures: of a training run, of several compared, of a search, of a learning-rate range test.
+
+Also `read_metrics`, the one reader of what a run wrote. A run is its directory, or metrics.jsonl.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptfast.training.metrics import Row, finite, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+X_LABELS = {"tokens": "tokens seen", "step": "steps", "epoch": "epochs"}
+SUFFIXES = (".png", ".pdf", ".svg")
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _colours(n: int) -> list[Any]:
+    """n colours that are easy to tell apart while n is small, and in order where it is not."""
+    from matplotlib import colormaps
+
+    if n <= 10:
+        return [colormaps["tab10"](i) for i in range(n)]
+    return [colormaps["turbo"](0.03 + 0.94 * i / (n - 1)) for i in range(n)]
+
+
+def _draw(axes: "Axes", rows: Sequence[Row], x: str, y: str, *style: str, **options: Any) -> None:
+    points = [(row[x], row[y]) for row in rows if finite(row, x) and finite(row, y)]
+    axes.plot([a for a, _ in points], [b for _, b in points], *style, **options)
+
+
+def _set_loss_range(axes: "Axes", histories: Sequence[Sequence[Row]], *names: str) -> None:
+    """Show all but the height of the first evaluation, beside which no two runs would differ."""
+    evaluations = [[row for row in rows if finite(row, "val_loss")] for rows in histories]
+    later = [row[n] for rows in evaluations for row in rows[1:] for n in names if finite(row, n)]
+    if not later:
+        return
+    # What rises above where it began, diverges: it must not set the scale.
+    top = min(max(later), max(rows[0]["val_loss"] for rows in evaluations if rows))
+    if (margin := 0.05 * (top - min(later))) > 0:
+        axes.set_ylim(min(later) - margin, top + margin)
+
+
+def _set_tokens_axis(axes: "Axes") -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def plot_losses(history: Sequence[Row], out: str | Path) -> list[Path]:
+    """Draw training and validation loss over epochs (below) and tokens seen (above).
+
+    history: rows with "epoch", "tokens", "train_loss" and "val_loss" (others are passed over).
+    Writes loss.png and loss.pdf into `out` and returns their paths. ValueError without such a row.
+    """
+    rows = [row for row in history if "val_loss" in row]
+    if not rows:
+        raise ValueError("no evaluation in the history yet: nothing to plot")
+    figure = _new_figure(7, 4.5)
+    axes = figure.add_subplot()
+    _draw(axes, rows, "epoch", "train_loss", label="training loss")
+    _draw(axes, rows, "epoch", "val_loss", "-.", label="validation loss")
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")
+    tokens = axes.twiny()
+    _draw(tokens, rows, "tokens", "val_loss", alpha=0)
+    tokens.set_xlabel("tokens seen")
+    paths = [Path(out) / f"loss.{suffix}" for suffix in ("png", "pdf")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    return paths
+
+
+def run_names(runs: Sequence[str | PathLike]) -> list[str]:
+    """The shortest names that tell runs apart: the parts of their paths, ends in common dropped.
+
+    runs/a/out and runs/b/out are a and b. Raises ValueError for the same run twice.
+    """
+    paths = [Path(run).resolve() for run in runs]
+    parts = [list((p.parent if p.name == "metrics.jsonl" else p).parts) for p in paths]
+    for i, part in enumerate(parts):
+        if part in parts[:i]:
+            raise ValueError(f"{runs[i]} is given twice; give each run once")
+    while len(parts) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    length = 1
+    while len({tuple(part[-length:]) for part in parts}) < len(parts):
+        length += 1
+    return ["/".join(part[-length:]) for part in parts]
+
+
+def plot_runs(runs: Sequence[str | PathLike], out: str | PathLike, *, x: str = "tokens") -> Path:
+    """Compare runs in one picture: losses above (validation solid, training thin and dashed), the
+    learning rate below, over x: "tokens", "step" or "epoch".
+
+    runs: directories of training runs, or their metrics.jsonl. out: a .png, .pdf or .svg file;
+    returned. Raises ValueError for a run without metrics or evaluations and for bad arguments.
+    """
+    out = Path(out)
+    if x not in X_LABELS:
+        raise ValueError(f"x must be one of {', '.join(X_LABELS)}, got {x!r}")
+    if out.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"the picture must end in one of {', '.join(SUFFIXES)}, got {out.name!r}")
+    if not runs:
+        raise ValueError("no runs to plot; give the directory of at least one training run")
+    histories = [read_metrics(run) for run in runs]
+    for run, rows in zip(runs, histories, strict=True):
+        if not any(finite(row, "val_loss") for row in rows):
+            raise ValueError(f"{run} has no evaluation yet: nothing to plot")
+    figure = _new_figure(8, 6)
+    losses, rates = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    colours = _colours(len(runs))
+    for name, rows, colour in zip(run_names(runs), histories, colours, strict=True):
+        _draw(losses, rows, x, "val_loss", color=colour, label=name)
+        _draw(losses, rows, x, "train_loss", "--", color=colour, linewidth=0.8, alpha=0.8)
+        _draw(rates, rows, x, "lr", color=colour, linewidth=1)
+    losses.plot([], [], "--", color="gray", linewidth=0.8, label="training loss")
+    losses.set_ylabel("loss (nats per token)")
+    _set_loss_range(losses, histories, "val_loss", "train_loss")
+    if x == "tokens":
+        _set_tokens_axis(losses)
+    losses.legend(fontsize="small", ncols=1 + len(runs) // 12)
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel(X_LABELS[x])
+    rates.set_ylim(bottom=0)
+    for axes in (losses, rates):
+        axes.grid(alpha=0.3)
+    _save(figure, out)
+    return out
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
