@@ -483,7 +483,7 @@ def tensor(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
     ],
     ids=lambda x: str(x).replace("\n", ""),
 )
-def test_bad_parameters(backend: str, parameters: dict, name: str) -> None:
+def test_bad_parameters(parameters: dict, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         ops.sample(torch.zeros(2, 5), **parameters)
 
