@@ -52,7 +52,7 @@ gpu:
 
 # What the compilers say of the Triton kernels, for four architectures; no GPU needed.
 audit: $(VENV)/ready-test
-	$(BIN)/python bench/compile_audit.py --out bench/results/compile_audit.md
+	$(BIN)/python bench/compile_audit.py --store
 
 clean:
 	rm -rf $(VENV) build *.egg-info gptfast/*.so

@@ -31,6 +31,26 @@ def random_model(seed: int = 0, std: float = 0.2, **changes: Any) -> GPT:
     return model
 
 
+def scripted_model(text: str) -> GPT:
+    """A model of bytes whose weights are set by hand so that it writes `text`, then ends.
+
+    Its logits depend on the position alone: at position p the byte p + 1 stands far above all
+    others, whatever was read. So a prompt has to be the beginning of the text.
+    """
+    ids = [*get_tokenizer("byte").encode(text), get_tokenizer("byte").eot]
+    T = len(ids) - 1
+    config = GPTConfig(257, block_size=T, n_layer=1, n_head=1, n_embd=T, tie_weights=False)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
+                p.zero_()
+        model.wpe.weight.copy_(torch.eye(T))
+        for position, i in enumerate(ids[1:]):
+            model.lm_head.weight[i, position] = 10.0
+    return model
+
+
 def random_ids(*shape: int, vocab_size: int = 61, seed: int = 1) -> Tensor:
     return torch.randint(vocab_size, shape, generator=torch_generator(seed))
 

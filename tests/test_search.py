@@ -29,7 +29,7 @@ from gptfast.search.trials import Result, load_result
 # What `gptfast train --config FILE --resume` does, as far as a search can see. Its losses are
 # lowest at lr = 1e-3; the setting `act` is how it ends, and `starts` counts how often it began.
 FAKE = r"""
-import json, math, os, signal, sys, time, tomllib
+import glob, json, math, os, signal, sys, time, tomllib
 config = tomllib.load(open(sys.argv[sys.argv.index("--config") + 1], "rb"))
 out, act, lr = config["out"], config.get("act", "finish"), config["lr"]
 steps = config.get("max_steps", 4)
@@ -76,7 +76,12 @@ for step in range(done, steps + 1):
         sys.exit(0)
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
-    time.sleep(config.get("pause", 0))
+if "company" in config:
+    # Ends only when so many trials have begun, which a lone one would wait for in vain.
+    while len(glob.glob(out + "/../*/starts")) < config["company"]:
+        time.sleep(0.02)
+    with open(out + "/ends", "w") as file:
+        file.write(str(time.time()))
 """
 
 
@@ -403,11 +408,14 @@ def test_jobs_run_side_by_side(
     out: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    trials = [{"lr": 10.0**-i, "pause": 0.5} for i in range(1, 5)]
+    trials = [{"lr": 10.0**-i, "company": min(i + i % 2, 4)} for i in range(1, 5)]
     run_search(BASE, trials, out, jobs=2, command=command)
-    began = sorted(float(path.read_text().split()[0]) for path in out.glob("*/starts"))
-    # Five rows at 0.5 s each: the first two start together, the third when one has ended.
-    assert began[1] - began[0] < 2.4 < began[2] - began[0]
+    names = [f"trial-{i:03d}" for i in range(1, 5)]
+    began = [float((out / name / "starts").read_text().split()[0]) for name in names]
+    ended = [float((out / name / "ends").read_text()) for name in names]
+    # The first two end only because both run. One of the others begins when one of them has ended,
+    # and the last when another has.
+    assert sorted(began)[2] >= sorted(ended)[0] and sorted(began)[3] >= sorted(ended)[1]
     threads = {path.read_text().split()[1] for path in out.glob("*/starts")}
     assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
