@@ -80,7 +80,7 @@ def _load_pair(config: GPTConfig, form: str) -> Callable[[], Pair]:
 
 
 _CHILD = """
-import sys, gptfast, gptfast.weights.load
+import sys, gptfast, gptfast.weights.open
 from gptfast.device import peak_memory
 load = gptfast.GPT.from_pretrained
 if sys.argv[2] == "peer":

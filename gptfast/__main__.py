@@ -2,6 +2,6 @@
 
 import sys
 
-from gptfast.cli.__init__ import main
+from gptfast.cli import main
 
 sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -38,12 +38,16 @@ def restore_random_state(state: list[Tensor]) -> None:
         torch.cuda.set_rng_state(rng, device)
 
 
+Product = Callable[[Tensor, Tensor], Tensor]
+
 # Large enough that a product is bound by arithmetic, small enough to be quick.
 _SIDE = {"cpu": 1536, "cuda": 8192}
 
 
-def _product_seconds(n: int, device: torch.device, dtype: torch.dtype) -> Iterator[float]:
-    """Seconds of one (n, n) by (n, n) product after the other, the first a warm-up."""
+def _product_seconds(
+    n: int, device: torch.device, dtype: torch.dtype, product: Product
+) -> Iterator[float]:
+    """Yield the seconds of one (n, n) by (n, n) product after another; the first is a warm-up."""
     generator = torch.Generator(device).manual_seed(0)
     # Values in [0.5, 1.5): never denormal, and as random as real ones (a GPU draws less power, and
     # clocks higher, on constants).
@@ -52,13 +56,21 @@ def _product_seconds(n: int, device: torch.device, dtype: torch.dtype) -> Iterat
     while True:
         start = time.perf_counter()
         # Reading one number waits for the whole product.
-        F.linear(a, b)[0, 0].item()
+        product(a, b)[0, 0].item()
         yield time.perf_counter() - start
 
 
 @torch.no_grad()
-def measured_peak(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a large matrix product on this device in this dtype, the fastest of a few.
+def measured_peak(
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    product: Product = F.linear,
+) -> float:
+    """Measure the FLOP/s of a large matrix product, the fastest of a few.
+
+    device, dtype: where and in what the product is computed. product: the function that computes
+    it, of two (n, n) tensors.
 
     Takes about 0.5 s, with the threads torch has now; whatever else runs on the machine makes a
     product slower, none makes it faster. Draws nothing from torch's own generator.
@@ -66,10 +78,10 @@ def measured_peak(device: torch.device | str, dtype: torch.dtype = torch.float32
     device = torch.device(device)
     n, largest = _SIDE[device.type] // 4, _SIDE[device.type]
     # Some CPUs have 16-bit products a hundred times slower than fp32: there a smaller one must do.
-    while n < largest and 8 * min(islice(_product_seconds(n, device, dtype), 4)) < 0.35:
+    while n < largest and 8 * min(islice(_product_seconds(n, device, dtype, product), 4)) < 0.35:
         n *= 2
     begin, seconds = time.perf_counter(), []
-    for elapsed in islice(_product_seconds(n, device, dtype), 16):
+    for elapsed in islice(_product_seconds(n, device, dtype, product), 16):
         seconds.append(elapsed)
         if len(seconds) > 3 and time.perf_counter() - begin > 0.25:
             break

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gptfast.cli.__init__ import main
+from gptfast.cli import main
 
 Capture = pytest.CaptureFixture[str]
 

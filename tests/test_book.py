@@ -8,14 +8,16 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tyro
 
 import gptfast
-from gptfast.cli.data import Prepare, TrainTokenizer
+from gptfast.cli import parse
 from gptfast.cli.evaluate import Eval
 from gptfast.cli.generate import Generate
-from gptfast.cli.search import Plot, Search
+from gptfast.cli.plot import Plot
+from gptfast.cli.prepare import Prepare
+from gptfast.cli.search import Search
 from gptfast.cli.settings import flat
+from gptfast.cli.tokenizer import TrainTokenizer
 from gptfast.cli.train import Train
 
 TEXT = (Path(__file__).parents[1] / "docs" / "book.md").read_text("utf-8")
@@ -78,7 +80,7 @@ def test_flags_named_alone_exist() -> None:
 
 def test_python_example_is_the_command() -> None:
     arguments = next(arguments for name, arguments in CALLS if name == "train")
-    wanted = flat(tyro.cli(Train, args=shlex.split(arguments)))
+    wanted = flat(parse(["train", *shlex.split(arguments)]))
     calls = {
         node.func.attr: {k.arg: eval(ast.unparse(k.value), {}) for k in node.keywords}
         for node in ast.walk(ast.parse(EXAMPLE))

@@ -17,7 +17,7 @@ from helpers import (
 
 import gptfast
 from gptfast import GPT, GPTConfig
-from gptfast.cli.__init__ import COMMANDS, main
+from gptfast.cli import COMMANDS, main
 from gptfast.cli.info import Info
 from gptfast.cli.settings import flat
 from gptfast.cli.train import Train
@@ -160,7 +160,7 @@ def test_help_names_every_flag(command: str, capsys: Capture) -> None:
 def test_help_names_every_command(capsys: Capture) -> None:
     code, out, err = run(capsys, "--help")
     assert (code, err) == (0, "")
-    assert all(f"• {name}" in out for name in COMMANDS)
+    assert all(f"\n  {name} " in out for name in COMMANDS)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import TINY, Capture, refused, run
 
-from gptfast.cli.__init__ import main
+from gptfast.cli import main
 from gptfast.data.tokens import embedded_text
 from gptfast.ops.backend import EXTENSION
 

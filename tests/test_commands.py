@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptfast import GPT, get_tokenizer
-from gptfast.cli.__init__ import main
+from gptfast.cli import main
 from gptfast.data.sources import load_data
 from gptfast.data.tokens import embedded_text
 from gptfast.evaluate.loss import perplexity

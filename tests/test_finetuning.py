@@ -13,7 +13,7 @@ from commands import rows
 from helpers import scripted_model
 
 from gptfast import get_tokenizer
-from gptfast.cli.__init__ import main
+from gptfast.cli import main
 from gptfast.model import load_model
 
 TEXT = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text("utf-8")

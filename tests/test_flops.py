@@ -102,7 +102,7 @@ def test_measured_peak_is_what_a_product_takes(dtype: torch.dtype) -> None:
 
 def test_peak_memory_is_not_the_parents() -> None:
     block = torch.ones(2**28)  # 1 GB
-    code = "from gptfast.flops import peak_memory; print(peak_memory('cpu'))"
+    code = "from gptfast.device import peak_memory; print(peak_memory('cpu'))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert peak_memory("cpu") >= 4 * block.numel() > int(child.stdout)
 

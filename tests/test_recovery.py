@@ -295,7 +295,7 @@ def send(trainer: Trainer, where: str, at_step: int, *signals: int) -> None:
         real = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if trainer.step == at_step:
+            if trainer.progress.step == at_step:
                 for number in signals:
                     os.kill(os.getpid(), number)
                     time.sleep(0.01)  # let the handler run
@@ -303,13 +303,13 @@ def send(trainer: Trainer, where: str, at_step: int, *signals: int) -> None:
 
         setattr(owner, name, call)
 
-    owner = {"take_step": trainer, "_loss_over": trainer, "_sample": trainer, "sync": trainer.run}
+    owner = {"train_step": trainer, "_loss_over": trainer, "_sample": trainer, "sync": trainer.run}
     wrap(owner[where], where)
 
 
 # In a step, in an evaluation (step 3 and 6 have one), in the sample of an epoch, in a save.
 PLACES = [
-    ("take_step", 4, 5),
+    ("train_step", 4, 5),
     ("_loss_over", 0, 0),
     ("_loss_over", 3, 3),
     ("_loss_over", 6, 6),
@@ -334,7 +334,7 @@ def test_a_signal_saves_and_ends_the_run(
     send(trainer, where, step, number)
     before = signal.getsignal(signal.SIGINT)  # ignored, where a shell runs the tests behind itself
     trainer.fit()
-    assert trainer.step == saved
+    assert trainer.progress.step == saved
     assert checkpoints(tmp_path)[-1].name == f"step-{saved:08d}"
     assert f"stopped at step {saved}, all is saved; --resume continues" in capsys.readouterr().out
     # The handlers are those of before.
@@ -343,7 +343,7 @@ def test_a_signal_saves_and_ends_the_run(
     assert_same_end(tmp_path, whole)
 
 
-@pytest.mark.parametrize(("where", "step"), [("take_step", 5), ("_loss_over", 6), ("sync", 6)])
+@pytest.mark.parametrize(("where", "step"), [("train_step", 5), ("_loss_over", 6), ("sync", 6)])
 def test_a_second_interrupt_stops_at_once(
     where: str, step: int, whole: Path, tmp_path: Path
 ) -> None:
@@ -359,16 +359,16 @@ def test_a_second_interrupt_stops_at_once(
 
 def test_a_signal_behind_the_last_look_is_saved_too(whole: Path, tmp_path: Path) -> None:
     trainer = trainer_at(tmp_path, checkpoint_interval=100)
-    real = trainer._look_up
+    real = trainer._after_step
 
-    def look_up(row: dict[str, Any]) -> bool:
+    def after_step(row: dict[str, Any]) -> bool:
         written = real(row)
-        if trainer.step == 8:
+        if trainer.progress.step == 8:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
         return written
 
-    trainer._look_up = look_up
+    trainer._after_step = after_step
     trainer.fit()
     assert checkpoints(tmp_path)[-1].name == "step-00000008"
     trainer_at(tmp_path).fit(resume=True)
@@ -393,7 +393,7 @@ def test_an_interrupted_replacement_leaves_the_old_one(tmp_path: Path) -> None:
 
 def test_a_second_sigterm_changes_nothing(whole: Path, tmp_path: Path) -> None:
     trainer = trainer_at(tmp_path)
-    send(trainer, "take_step", 5, signal.SIGTERM, signal.SIGTERM)
+    send(trainer, "train_step", 5, signal.SIGTERM, signal.SIGTERM)
     trainer.fit()
     assert checkpoints(tmp_path)[-1].name == "step-00000006"
 
@@ -441,7 +441,7 @@ def test_damaged_checkpoints_do_not_crowd_out_new_ones(whole: Path, tmp_path: Pa
         (path / "optimizer.safetensors").write_bytes(b"")
     first = read_state(checkpoints(out)[0])["step"]
     trainer = trainer_at(out, keep=1, keep_best=False)
-    send(trainer, "take_step", first, signal.SIGTERM)
+    send(trainer, "train_step", first, signal.SIGTERM)
     trainer.fit(resume=True)
     assert [read_state(path)["step"] for path in checkpoints(out)] == [first + 1]
     assert sorted(p.name for p in (out / "checkpoints").glob("damaged-*")) == [

@@ -15,6 +15,7 @@ from seeds import python_generator
 
 from gptfast import get_tokenizer
 from gptfast.data.tokens import embedded_text
+from gptfast.tokenizer import bpe
 from gptfast.tokenizer import vocabulary as tokenizer
 
 CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken_cache"
@@ -319,7 +320,7 @@ def test_a_million_spaces(space: str) -> None:
 @given(text=st.text("a1. \n\t\x1c\x85\u2003'", max_size=30))
 def test_runs_taken_out_change_nothing(text: str) -> None:
     gpt2 = get_tokenizer_once("gpt2")
-    pattern = tokenizer._LONG_SPACE.pattern.replace("500000", "2")
+    pattern = bpe._LONG_SPACE.pattern.replace("500000", "2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "_LONG_SPACE", re.compile(pattern))
+        patch.setattr(bpe, "_LONG_SPACE", re.compile(pattern))
         assert gpt2.encode(text) == gpt2._encoding.encode_ordinary(text)

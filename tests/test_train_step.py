@@ -32,7 +32,7 @@ def stepped(batches: list, **options: Any) -> tuple[GPT, dict[str, Any]]:
     model = random_model(dropout=dropout).train()
     step = TrainStep(model, TrainConfig(**options), CPU)
     torch.manual_seed(shifted(1))
-    return model, step(batches, 1e-2)
+    return model, step.run(batches, 1e-2)
 
 
 def gradients(model: GPT) -> dict[str, Tensor]:
@@ -169,12 +169,12 @@ def test_the_guard_sees_the_norm_before_the_step() -> None:
     model = random_model().train()
     step = TrainStep(model, TrainConfig(skip_zscore=3.0), CPU)
     for i in range(20):
-        step([batch(2, 9, i % 3)], 1e-4)
+        step.run([batch(2, 9, i % 3)], 1e-4)
     before = parameters(model)
     moments = {p: s["exp_avg"].clone() for p, s in step.optimizer.state.items()}
     with torch.no_grad():
         step.guard.past["grad_norm"].extend([1e-3, 1.1e-3] * 64)
-    row = step([batch(2, 9, 1)], 1e-4)
+    row = step.run([batch(2, 9, 1)], 1e-4)
     assert row["skipped"].startswith("grad_norm") and "outlier" in row["skipped"]
     assert differing(before, parameters(model)) == []
     assert all(torch.equal(s["exp_avg"], moments[p]) for p, s in step.optimizer.state.items())
@@ -185,11 +185,10 @@ def test_a_refused_step_leaves_no_trace() -> None:
     model = random_model(dropout=0.2).train()
     step = TrainStep(model, TrainConfig(skip_zscore=6.0), CPU)
     for i in range(3):
-        step([batch(2, 9, i)], 1e-4)
+        step.run([batch(2, 9, i)], 1e-4)
     judged, rng = step.guard.state_dict(), torch.get_rng_state()
-    real = step.loss
-    step.loss = lambda x, y: real(x, y) + (model.ln_f.bias * 0).sqrt().sum()
+    step.model = lambda x, y: model(x, y) + (model.ln_f.bias * 0).sqrt().sum()
     with pytest.raises(RefusedStep, match="grad_norm is (nan|inf)"):
-        step([batch(2, 9, 5)], 1e-4)
+        step.run([batch(2, 9, 5)], 1e-4)
     assert step.guard.state_dict() == judged
     assert torch.equal(torch.get_rng_state(), rng)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from seeds import python_generator
 
 from gptfast import get_tokenizer
-from gptfast.cli.data import TrainTokenizer
+from gptfast.cli.tokenizer import TrainTokenizer
 from gptfast.data.tokens import embedded_text
 from gptfast.tokenizer import vocabulary as tokenizer
 from gptfast.tokenizer.train import train_tokenizer

@@ -170,7 +170,7 @@ def cut_at(trainer: Trainer, step: int) -> None:
     real: Callable = trainer.train_step
 
     def train_step(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        if trainer.step == step:
+        if trainer.progress.step == step:
             raise Cut
         return real(batches)
 
@@ -245,7 +245,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
         tmp_path, epochs=2, log_interval=2, eval_interval=4, checkpoint_interval=3, lr=2e-3
     )
     history = trainer.fit()
-    assert trainer.steps == 14
+    assert trainer.total_steps == 14
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == history
     evaluated = {0, 4, 8, 12, 14}
@@ -282,7 +282,7 @@ def with_losses(trainer: Trainer, val_losses: dict[int, float]) -> Trainer:
     """The trainer with these validation losses, by step, instead of those it would measure."""
 
     def loss_over(loader: DataLoader, n: int | None) -> float:
-        return val_losses[trainer.step] if loader is trainer.val_loader else 5.0
+        return val_losses[trainer.progress.step] if loader is trainer.val_loader else 5.0
 
     trainer._loss_over = loss_over
     return trainer
@@ -312,7 +312,7 @@ def test_no_loss_at_all_is_never_the_best(tmp_path: Path) -> None:
     losses = {0: 4.0, 1: math.nan, 2: 3.0, 3: math.inf, 4: 2.0}
     trainer = with_losses(make_trainer(tmp_path, eval_interval=1, max_steps=4), losses)
     history = trainer.fit()
-    assert trainer.best == {"step": 4, "val_loss": 2.0}
+    assert trainer.progress.best == {"step": 4, "val_loss": 2.0}
     assert ["val_loss" in row for row in history] == [True, False, True, False, True]
 
 
@@ -320,7 +320,7 @@ def test_early_stopping(tmp_path: Path) -> None:
     options = {"eval_interval": 1, "max_steps": 8}
     trainer = with_losses(make_trainer(tmp_path, early_stopping=3, **options), FALL_AND_RISE)
     history = trainer.fit()
-    assert trainer.step == 6
+    assert trainer.progress.step == 6
     assert history[-1]["final"] and history[-1]["val_loss"] == 3.2
     assert read_state(checkpoints(tmp_path)[-1])["step"] == 6
     # Over is over, unless there is more patience.
@@ -433,14 +433,10 @@ def spoil(trainer: Trainer, step: int, part: str) -> None:
         return loss * torch.nan if part == "loss" else loss + (model.ln_f.bias * 0).sqrt().sum()
 
     def train_step(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        trainer.take_step.loss = broken if trainer.step == step else batch_loss_of(model)
+        trainer.step.model = broken if trainer.progress.step == step else model
         return real(batches)
 
     trainer.train_step = train_step
-
-
-def batch_loss_of(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, y: model(x, y)
 
 
 @pytest.mark.parametrize("part", ["loss", "grad_norm"])
@@ -475,7 +471,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, part: str) -> None
     def train_step(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         before = parameters(trainer.model)
         row = real(batches)
-        seen[trainer.step] = differing(before, parameters(trainer.model))
+        seen[trainer.progress.step] = differing(before, parameters(trainer.model))
         return row
 
     trainer.train_step = train_step
@@ -485,7 +481,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, part: str) -> None
     assert row["step"] == 4 and part not in row
     assert row["skipped"] in (f"{part} is nan", f"{part} is inf")
     assert history[-1]["tokens"] == 5 * 64
-    assert trainer.guard.skipped == 1
+    assert trainer.step.guard.skipped == 1
     # Strict JSON: no NaN in it.
     json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
 
@@ -506,9 +502,9 @@ def test_a_sample_that_cannot_be_drawn_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_a_run_of_bad_steps_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptfast.training.guard.GIVE_UP", 3)
+    monkeypatch.setattr("gptfast.training.guard.MAX_SKIPS_IN_A_ROW", 3)
     trainer = make_trainer(tmp_path, max_steps=9, nonfinite="skip")
-    trainer.take_step.loss = lambda x, y: trainer.model(x, y) * torch.nan
+    trainer.step.model = lambda x, y: trainer.model(x, y) * torch.nan
     with pytest.raises(FloatingPointError, match="loss is nan after 3 steps skipped at step 3"):
         trainer.fit()
 
@@ -528,8 +524,8 @@ def test_the_guards_state_is_resumed(tmp_path: Path) -> None:
         real = trainer.train_step
 
         def train_step(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-            factor = 10.0 if trainer.step == 21 else 1.0
-            trainer.take_step.loss = lambda x, y: model(x, y) * factor
+            factor = 10.0 if trainer.progress.step == 21 else 1.0
+            trainer.step.model = lambda x, y: model(x, y) * factor
             return real(batches)
 
         trainer.train_step = train_step
@@ -541,7 +537,7 @@ def test_the_guards_state_is_resumed(tmp_path: Path) -> None:
     assert "outlier" in next(row["skipped"] for row in whole.history if "skipped" in row)
     assert without_speed(resumed.history) == without_speed(whole.history)
     assert differing(parameters(resumed.model), parameters(whole.model)) == []
-    assert resumed.guard.state_dict() == whole.guard.state_dict()
+    assert resumed.step.guard.state_dict() == whole.step.guard.state_dict()
 
 
 def test_choose_device() -> None:

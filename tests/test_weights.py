@@ -720,8 +720,8 @@ def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
         save(model, path, form)
     size = sum(p.nbytes for p in model.parameters())
     code = (
-        "import sys, torch, gptfast, gptfast.weights.load\n"
-        "from gptfast.flops import peak_memory\n"
+        "import sys, torch, gptfast, gptfast.weights.open\n"
+        "from gptfast.device import peak_memory\n"
         "open('/proc/self/clear_refs', 'w').write('5')\n"
         "before = peak_memory('cpu')\n"
         "model = gptfast.GPT.from_pretrained(sys.argv[1])\n"

@@ -1,26 +1,27 @@
-"""The `gptfast` command, one file per group of subcommands. Flags come from dataclasses' fields."""
+"""The `gptfast` command: one file per subcommand, whose flags are the fields of a dataclass."""
 
-import contextlib
 import gc
 import importlib
+import inspect
 import io
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Union
+from typing import Any
 
 from gptfast.cli.terminal import ERRORS, one_line
 from gptfast.ops.backend import check_isa
 
 
 class _Commands(Mapping[str, type]):
-    """Commands by name. Each is imported when it is asked for: one takes nothing of another."""
+    """Commands by name. Each is imported when it is asked for, and without any of the others."""
 
     def __init__(self, **places: str) -> None:
         self._places = places
 
     def __getitem__(self, name: str) -> type:
-        return self.find(self._places[name])
+        module, _, command = self._places[name].partition(".")
+        return getattr(importlib.import_module(f"gptfast.cli.{module}"), command)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -28,63 +29,47 @@ class _Commands(Mapping[str, type]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @staticmethod
-    def find(place: str) -> Any:
-        module, _, name = place.partition(".")
-        return getattr(importlib.import_module(f"gptfast.cli.{module}"), name)
-
 
 COMMANDS = _Commands(
     train="train.Train",
     generate="generate.Generate",
     chat="chat.Chat",
     eval="evaluate.Eval",
-    prepare="data.Prepare",
-    tokenizer="data.TrainTokenizer",
+    prepare="prepare.Prepare",
+    tokenizer="tokenizer.TrainTokenizer",
     search="search.Search",
-    plot="search.Plot",
-    convert="weights.Convert",
-    download="weights.Download",
+    plot="plot.Plot",
+    convert="convert.Convert",
+    download="download.Download",
     info="info.Info",
 )
-# What a command's defaults are where files that argv names have a say in them.
-_DEFAULTS = {"train": "train.train_defaults", "search": "search.search_defaults"}
 
 
-def _tyro(argv: Sequence[str]) -> Any:
-    """The command argv asks for, or SystemExit with what is wrong in a box on stderr."""
-    import tyro
+def parse(argv: Sequence[str]) -> Any:
+    """Return the command that argv asks for, ready to `run`. Raises ValueError."""
+    if not argv or argv[0] not in COMMANDS:
+        return _no_command(argv)
+    from gptfast.cli.flags import command_parser
 
-    if argv and argv[0] in COMMANDS:
-        name, *rest = argv
-        options: dict[str, Any] = {"args": rest, "prog": f"gptfast {name}"}
-        if name in _DEFAULTS:
-            options["default"] = _Commands.find(_DEFAULTS[name])(rest)
-        return tyro.cli(COMMANDS[name], **options)
-    kinds = []
-    for name, command in COMMANDS.items():  # a line each
-        line = (command.__doc__ or "").partition("\n")[0]
-        kinds.append(Annotated[command, tyro.conf.subcommand(name, description=line)])
-    return tyro.cli(Union[tuple(kinds)], args=argv, prog="gptfast")  # noqa: UP007
+    command, prog = COMMANDS[argv[0]], f"gptfast {argv[0]}"
+    hidden = getattr(command, "no_default_shown", ())
+    given = command_parser(command, prog, no_default_shown=hidden).given(argv[1:])
+    if hasattr(command, "from_given"):  # files and saved settings come before the flags
+        return command.from_given(given)
+    return command(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
-def _parse(argv: Sequence[str]) -> Any:
-    """The command argv asks for; what tyro reports in a box becomes a one-line ValueError."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return _tyro(argv)
-    except SystemExit as error:
-        if not error.code:  # --help
-            raise
-    plain = re.sub(r"\x1b\[[\d;]*m", "", box.getvalue())  # without colours
-    # A title, the message, a rule, help texts.
-    body = re.split(r"^[ │]*[─-]+[ │]*$", plain.partition("\n")[2].lstrip(" -\n"), flags=re.M)[0]
-    message = " ".join(line.strip("│ ") for line in body.splitlines()).split()
-    if message[:2] == ["Error", "parsing"] and message[2].startswith("__tyro"):
-        message = message[3:]
-    prog = " ".join(["gptfast", *(name for name in argv[:1] if name in COMMANDS)])
-    raise ValueError(f"{' '.join(message)} (see {prog} --help)")
+def _no_command(argv: Sequence[str]) -> None:
+    """Print the help, or raise a ValueError that lists the commands."""
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: gptfast COMMAND [FLAGS]\n\ncommands (gptfast COMMAND --help says more):")
+        for name, command in COMMANDS.items():
+            line = (inspect.getdoc(command) or "").partition("\n")[0]
+            print(f"  {name:<11}{line}")
+        raise SystemExit(0)
+    names = ", ".join(COMMANDS)
+    got = f"there is no command {argv[0]!r}" if argv else "no command"
+    raise ValueError(f"{got}; choose one of {{{names}}} (see gptfast --help)")
 
 
 def _check_arguments(argv: Sequence[str]) -> None:
@@ -95,7 +80,10 @@ def _check_arguments(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; an error the user can act on is one line on stderr and exit code 1."""
+    """Run a command and return its exit code.
+
+    An error that the user can act on is one line on stderr and exit code 1.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A sample may hold what the terminal cannot show; that must not end a training run.
         sys.stdout.reconfigure(errors="replace")
@@ -106,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_arguments(argv)
         check_isa()
-        _parse(argv).run()
+        parse(argv).run()
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
         return 1

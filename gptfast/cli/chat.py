@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptfast.cli.model_flags import ON_CPU, Writing
-from gptfast.cli.terminal import ERRORS, is_terminal, one_line, shown, speed
+from gptfast.cli.model_flags import ON_CPU, GenerationFlags
+from gptfast.cli.terminal import ERRORS, is_terminal, one_line, printable, speed
 from gptfast.generation.conversation import QUESTIONS, Conversation, Template
 from gptfast.generation.options import Options, new_tokens
 from gptfast.model import GPT
@@ -36,7 +36,7 @@ HISTORY_LINES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(Writing):
+class Chat(GenerationFlags):
     """Talk with a model: a prompt a turn, the reply as it is written. /help lists the commands.
 
     The template writes a turn, and the reply follows at once. GPT-2 is no assistant: it continues
@@ -167,7 +167,7 @@ class _Session:
             piece = ""
             try:
                 for piece in pieces:
-                    print(shown(piece), end="", flush=True)
+                    print(printable(piece), end="", flush=True)
             except ERRORS:
                 if piece:  # what is wrong gets a line of its own
                     print(flush=True)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import tyro
-
+from gptfast.cli.flags import Positional
 from gptfast.cli.model_flags import Dtype, load
 from gptfast.data.loader import create_dataloader
 from gptfast.data.sources import load_part
@@ -31,7 +30,7 @@ class Eval:
     gptfast eval gpt2 --tasks lambada_openai arc_easy
     """
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Positional[str]
     """A run, a checkpoint in it, a model in any form that `gptfast convert` reads, or gpt2."""
     data: tuple[str, ...] = ()
     """Text, .jsonl or token files, directories or globs; of prepared data, the part --part."""

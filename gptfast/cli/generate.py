@@ -4,8 +4,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptfast.cli.model_flags import Writing
-from gptfast.cli.terminal import shown, speed
+from gptfast.cli.model_flags import GenerationFlags
+from gptfast.cli.terminal import printable, speed
 from gptfast.generate import generate, generate_text, stream_text
 from gptfast.model import GPT
 from gptfast.tokenizer.bpe import Tokenizer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Writing):
+class Generate(GenerationFlags):
     """Continue a prompt with a trained model; the text appears as it is written.
 
     gptfast generate runs/book --prompt "Once upon" --temperature 0.8 --top-k 40 --seed 1
@@ -55,14 +55,14 @@ class Generate(Writing):
     ) -> None:
         if self.num_beams != 1:
             text = generate_text(model, tokenizer, self.prompt, self.max_new_tokens, **options)
-            print(shown(text))
+            print(printable(text))
             return
         pieces = stream_text(model, tokenizer, self.prompt, self.max_new_tokens, **options)
         # The first piece before the prompt is shown: bad input prints nothing.
         first = next(pieces, "")
-        print(shown(self.prompt + first), end="", flush=True)
+        print(printable(self.prompt + first), end="", flush=True)
         for piece in pieces:
-            print(shown(piece), end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
 
     def _print_logprobs(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import tyro
 
+from gptfast.cli.flags import Positional
 from gptfast.cli.terminal import is_terminal
 from gptfast.device import choose_device
 from gptfast.model import GPT
@@ -61,10 +61,10 @@ def _load(checkpoint: str, device: str, dtype: str | None, engine: bool) -> "GPT
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class GenerationFlags:
     """A model and how it writes."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Positional[str]
     """A run, a checkpoint in it, a model in any form that `gptfast convert` reads or writes, or
     gpt2."""
     max_new_tokens: int = 100

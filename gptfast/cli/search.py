@@ -1,18 +1,15 @@
-"""`gptfast search` and `gptfast plot`: many runs, compared."""
+"""`gptfast search`: train with several settings and compare them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import tyro
+from typing import Any, ClassVar, Self
 
 from gptfast.cli.settings import apply, flat
 from gptfast.cli.train import SMALL_RUN, Train, train_defaults
 from gptfast.search.range_test import lr_range
 from gptfast.search.report import run_search
 from gptfast.search.space import log_fields, parse_grid, parse_random
-from gptfast.training.plot import plot_runs
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,8 @@ class Search:
     gptfast search --random lr=1e-4:1e-2:log dropout=0:0.3 --trials 8 --data book.txt --out runs/r
     """
 
-    train: tyro.conf.OmitArgPrefixes[Train] = Train()
+    train: Train = Train()
+    """What the trials have in common: the flags of `gptfast train`."""
     grid: tuple[str, ...] = ()
     """Fields and their values, every combination of which is tried: lr=1e-3,3e-3 n_layer=2,4."""
     random: tuple[str, ...] = ()
@@ -42,6 +40,22 @@ class Search:
     one at which the loss falls fastest is suggested."""
     jobs: int = 1
     """Trials at the same time."""
+    no_default_shown: ClassVar = Train.no_default_shown
+
+    @classmethod
+    def from_given(cls, given: Mapping[str, Any]) -> Self:
+        """Return the command with these flags, over the settings that `train_defaults` finds.
+
+        A search starts anew: --resume is ignored, as the search resumes by itself.
+        """
+        own = {field.name for field in dataclasses.fields(cls)} - {"train"}
+        common = {name: x for name, x in given.items() if name not in (*own, "resume")}
+        train = train_defaults(common)
+        if train.train.min_lr == SMALL_RUN.min_lr:
+            # The default run's end of the decay suits its own rate, not those that are searched.
+            train = apply(train, {"min_lr": None}, "")
+        train = dataclasses.replace(apply(train, common, ""), resume=False)
+        return apply(cls(train=train), {k: v for k, v in given.items() if k in own}, "")
 
     def run(self) -> None:
         if sum(map(bool, (self.grid, self.random, self.lr_range))) != 1:
@@ -68,30 +82,3 @@ class Search:
         if {"max_steps", "epochs"} & trial.keys():
             train = apply(train, {"max_steps": None, "epochs": None}, "--grid")
         apply(train, trial, "the search")
-
-
-def search_defaults(argv: Sequence[str]) -> Search:
-    """What `gptfast search` takes for what argv does not say: `train_defaults`, to begin anew."""
-    command = train_defaults([arg for arg in argv if arg != "--resume"])
-    # The default run's end of the decay suits its own rate, not those that are searched.
-    min_lr = None if command.train.min_lr == SMALL_RUN.min_lr else command.train.min_lr
-    train = dataclasses.replace(command.train, min_lr=min_lr)
-    return Search(train=dataclasses.replace(command, train=train, resume=False))
-
-
-@dataclass(frozen=True)
-class Plot:
-    """Draw the losses of several runs in one picture.
-
-    gptfast plot runs/a runs/b --out comparison.png
-    """
-
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run directories, or their metrics.jsonl."""
-    out: str = "runs.png"
-    """The picture: .png, .pdf or .svg."""
-    x: Literal["tokens", "step", "epoch"] = "tokens"
-    """What the losses are drawn over."""
-
-    def run(self) -> None:
-        print(f"done: see {plot_runs(self.runs, self.out, x=self.x)}")

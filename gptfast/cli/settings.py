@@ -1,4 +1,4 @@
-"""Flat settings and nested dataclasses: what a TOML file says, applied to a command's fields."""
+"""A command's settings as a flat mapping: read from TOML, applied to its nested dataclasses."""
 
 import dataclasses
 import difflib
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def _nested(command: Any) -> list[str]:
-    """The fields that are configurations themselves."""
+    """Return the names of the fields that are dataclasses themselves."""
     return [
         field.name
         for field in dataclasses.fields(command)
@@ -24,7 +24,7 @@ def _nested(command: Any) -> list[str]:
 
 
 def flat(command: Any) -> dict[str, Any]:
-    """The command's fields by name, those of its configurations beside its own."""
+    """Return the command's fields by name, those of its nested dataclasses beside its own."""
     nested = {name: getattr(command, name) for name in _nested(command)}
     own = {
         field.name: getattr(command, field.name)
@@ -35,36 +35,37 @@ def flat(command: Any) -> dict[str, Any]:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The keys of a TOML file. ValueError if it cannot be read or is none."""
+    """Return the keys of a TOML file. Raises ValueError if it cannot be read or is not TOML."""
     try:
         return tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    # Of the first, TOMLDecodeError and UnicodeDecodeError; tomllib recurses into nested arrays.
+    # TOMLDecodeError and UnicodeDecodeError are ValueErrors; tomllib recurses into nested arrays.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
 
 
 def apply(command: T, values: Mapping[str, Any], source: str) -> T:
-    """The command with these fields, wherever they are nested. `source` is named in errors.
+    """Return the command with these fields changed, wherever they are nested.
 
-    "none" stands for None, which TOML lacks. Raises ValueError for a key that is no field, with the
-    one it resembles, and for a value of another type than the field's.
+    source: named in errors; "" for flags, which name themselves. "none" stands for None, which TOML
+    lacks. Raises ValueError for a key that is no field, with the one it resembles, and for a value
+    of another type than the field's.
     """
-    known = flat(command)
+    known, prefix = flat(command), f"{source}: " if source else ""
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{source}: unknown key {key!r}{hint}")
-    return _replace(command, values, source)
+            raise ValueError(f"{prefix}unknown key {key!r}{hint}")
+    return _replace(command, values, prefix)
 
 
-def _replace(command: T, values: Mapping[str, Any], source: str) -> T:
+def _replace(command: T, values: Mapping[str, Any], prefix: str) -> T:
     hints = typing.get_type_hints(type(command))
     changes: dict[str, Any] = {}
     for name in _nested(command):
-        changes[name] = _replace(getattr(command, name), values, source)
+        changes[name] = _replace(getattr(command, name), values, prefix)
     for field in dataclasses.fields(command):
         if field.name in values and field.name not in changes:
             value, hint = values[field.name], hints[field.name]
@@ -74,9 +75,9 @@ def _replace(command: T, values: Mapping[str, Any], source: str) -> T:
                 changes[field.name] = convert(value, hint)
             except (TypeError, OverflowError):
                 raise ValueError(
-                    f"{source}: {field.name} must be {describe(hint)}, got {value!r:.100}"
+                    f"{prefix}{field.name} must be {describe(hint)}, got {value!r:.100}"
                 ) from None
     try:
         return dataclasses.replace(command, **changes)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{prefix}{error}") from None

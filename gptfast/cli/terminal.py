@@ -28,7 +28,7 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """What stdout gets of a model's text: all of it, but in a terminal no control character."""
     return text.translate(_CONTROLS) if is_terminal(sys.stdout) else text
 

@@ -1,14 +1,12 @@
 """`gptfast train`: text or token files in, a run directory out."""
 
-import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
-import tyro
 
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.config import GPTConfig, TrainConfig
@@ -43,8 +41,11 @@ class Train:
     gptfast train --data dialogues.jsonl --out runs/tuned --init runs/book --lr 1e-4
     """
 
-    model: tyro.conf.OmitArgPrefixes[GPTConfig] = SMALL_MODEL
-    train: tyro.conf.OmitArgPrefixes[TrainConfig] = SMALL_RUN
+    model: GPTConfig = SMALL_MODEL
+    """The shape of the model. The defaults are a small one that learns in minutes on a CPU; GPT-2's
+    own 124M has --n-layer 12 --n-head 12 --n-embd 768 --block-size 1024."""
+    train: TrainConfig = SMALL_RUN
+    """How it is trained."""
     data: tuple[str, ...] = ()
     """UTF-8 text files, .jsonl files, directories or globs of them, .bin token files, or a
     directory that `gptfast prepare` wrote."""
@@ -69,6 +70,13 @@ class Train:
     config: str | None = None
     """A TOML file of these settings, by name with underscores (n_layer = 6; "none" for what is not
     set). Flags overrule it. The resolved one of a run is train.toml in each checkpoint."""
+    # The tokenizer's size is the default; 1 only stands for "no more than that".
+    no_default_shown: ClassVar = ("vocab_size",)
+
+    @classmethod
+    def from_given(cls, given: Mapping[str, Any]) -> Self:
+        """Return the command with these flags, over the settings that `train_defaults` finds."""
+        return apply(train_defaults(given), given, "")
 
     def run(self) -> None:
         if len(self.split) not in (2, 3):
@@ -108,8 +116,8 @@ class Train:
         trainer.fit(resume=self.resume)
         if trainer.interrupt.requested:
             return
-        print(f"done: see {trainer.out}/loss.png; try")
-        print(f'  gptfast generate {trainer.out} --prompt "{self.train.sample_prompt}"')
+        print(f"done: see {trainer.run.out}/loss.png; try")
+        print(f'  gptfast generate {trainer.run.out} --prompt "{self.train.sample_prompt}"')
 
     def tokenizer_name(self) -> str:
         """The tokenizer asked for, or that of the data or of the weights to start from."""
@@ -135,47 +143,42 @@ class Train:
         unit = "documents" if isinstance(sources[0], Documents) else "tokens"
         n_params = sum(p.numel() for p in trainer.model.parameters())
         print(
-            f"{sum(map(len, sources)):,} {unit}, {n_params:,} parameters, {trainer.steps} steps of "
+            f"{sum(map(len, sources)):,} {unit}, {n_params:,} parameters, "
+            f"{trainer.total_steps} steps of "
             f"{self.batch_size * self.train.accumulation_steps} x {T} tokens on {trainer.device}, "
             f"kernels: {backend_of(operators()[0], trainer.device.type)}"
         )
 
 
-def train_defaults(argv: Sequence[str]) -> Train:
-    """What `gptfast train` takes for what argv does not say.
+def train_defaults(given: Mapping[str, Any]) -> Train:
+    """Return what `gptfast train` takes for what the flags do not say.
 
-    In this order, the later overruling: the small default run; the architecture of --init; the
-    settings of the run that --resume continues; the file of --config.
+    given: the flags by name. In this order, the later overruling: the small default run; the
+    architecture of --init; the settings of the run that --resume continues; the file of --config.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--out", "--init", "--config", "--lr", "--min-lr", "--max-steps", "--epochs"):
-        parser.add_argument(flag)
-    parser.add_argument("--resume", action="store_true")
-    try:
-        given, _ = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError:  # tyro will say what is wrong
-        return Train()
-    command, file = Train(), {} if given.config is None else read_toml(given.config)
-    out = file.get("out", command.train.out) if given.out is None else given.out
-    init = file.get("init") if given.init is None else given.init
-    saved = None
-    if given.resume or file.get("resume"):
-        saved = next(filter(None, map(read_settings, reversed(checkpoints(out)))), None)
+    command = Train()
+    file = read_toml(given["config"]) if given.get("config") else {}
+    layered = {**file, **given}
+    init, saved = layered.get("init"), None
+    if layered.get("resume"):
+        newest_first = reversed(checkpoints(layered.get("out", command.train.out)))
+        saved = next(filter(None, map(read_settings, newest_first)), None)
     if init not in (None, "none") and not saved:
         command = dataclasses.replace(command, model=open_weights(init).config)
     if saved:
-        command = apply(command, {**saved, "out": out}, f"the settings of {out}")
-    elif (given.lr or "lr" in file) and not (given.min_lr or "min_lr" in file):
+        source = layered.get("out", command.train.out)
+        command = apply(command, {**saved, "out": source}, f"the settings of {source}")
+    elif "lr" in layered and "min_lr" not in layered:
         # The default run's end of the decay suits its own rate.
         command = apply(command, {"min_lr": None}, "--lr")
     # One of the two, given closer to the user, takes the place of the other.
     one_of = ("max_steps", "epochs")
-    for source in (file, vars(given)):
+    for source in (file, given):
         if any(source.get(name) not in (None, "none") for name in one_of):
             command = apply(command, dict.fromkeys(one_of), "--resume")
-    if any(vars(given)[name] for name in one_of):
+    if any(given.get(name) for name in one_of):
         file = {name: value for name, value in file.items() if name not in one_of}
-    return apply(command, file, given.config) if file else command
+    return apply(command, file, given["config"]) if file else command
 
 
 def load_weights(model: GPT, path: str | PathLike) -> None:

@@ -1,4 +1,8 @@
-"""Which steps may change the weights: the finite ones and, if asked, those that are no outliers."""
+"""The guard that keeps steps with bad numbers away from the weights.
+
+A step is at fault if its loss or gradient norm is not finite or, where config.skip_zscore is set,
+an outlier: more than that many standard deviations above the mean of the steps before it.
+"""
 
 import math
 import statistics
@@ -7,11 +11,12 @@ from typing import Any, NamedTuple
 
 from gptfast.config import TrainConfig
 
-WINDOW = 128
-# Before that many steps their spread says little.
-ENOUGH = 16
-# A run that skips this many steps in a row will not recover by itself.
-GIVE_UP = 100
+MAX_PAST_STEPS = 128
+"""How many past steps a new one is compared with."""
+MIN_PAST_STEPS = 16
+"""How many past steps it takes before an outlier can be told from ordinary spread."""
+MAX_SKIPS_IN_A_ROW = 100
+"""A run that skips this many steps in a row does not recover by itself, and is stopped."""
 
 
 class Fault(NamedTuple):
@@ -19,54 +24,69 @@ class Fault(NamedTuple):
 
     reason: str
     finite: bool
+    """Whether the number at fault is finite (an outlier) or not (NaN or infinity)."""
 
 
 class Guard:
-    """Judges losses and gradient norms, step by step, against those of the steps before."""
+    """Judge the losses and gradient norms of steps by those of the steps before.
+
+    `judge` and `may_skip` answer and change nothing; `record`, `record_skip` and `record_step`
+    count.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.zscore, self.skips_nonfinite = config.skip_zscore, config.nonfinite == "skip"
-        self.past = {name: deque(maxlen=WINDOW) for name in ("loss", "grad_norm")}
+        self.past: dict[str, deque[float]] = {
+            name: deque(maxlen=MAX_PAST_STEPS) for name in ("loss", "grad_norm")
+        }
         self.skipped, self.in_a_row = 0, 0
 
-    def fault(self, name: str, value: float) -> Fault | None:
-        """What is wrong with a step of this "loss" or "grad_norm"; None if nothing is.
-
-        A finite value joins the window whatever the verdict, so that a lasting change is an outlier
-        for a while only.
-        """
+    def judge(self, name: str, value: float) -> Fault | None:
+        """Return what is wrong with a step of this "loss" or "grad_norm", or None."""
         if not math.isfinite(value):
             return Fault(f"{name} is {value}", finite=False)
-        if self.zscore is None:
+        past = self.past[name]
+        if self.zscore is None or len(past) < MIN_PAST_STEPS:
             return None
-        past, limit = self.past[name], math.inf
-        if len(past) >= ENOUGH:
-            mean = statistics.fmean(past)
-            deviation = math.sqrt(statistics.fmean((x - mean) ** 2 for x in past))
-            limit = mean + self.zscore * deviation
-        past.append(value)
+        mean = statistics.fmean(past)
+        deviation = math.sqrt(statistics.fmean((x - mean) ** 2 for x in past))
+        limit = mean + self.zscore * deviation
         if value <= limit:
             return None
         return Fault(f"{name} {value:.4g} is an outlier, above {limit:.4g}", finite=True)
 
-    def skips(self, fault: Fault) -> bool:
-        """Whether the run goes on without the step. Counts the steps that are passed over."""
-        if not fault.finite and not self.skips_nonfinite:
-            return False
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        return self.in_a_row < GIVE_UP
+    def record(self, name: str, value: float) -> None:
+        """Add a finite value to those that later steps are compared with.
 
-    def accept(self) -> None:
-        """A step has changed the weights."""
+        Outliers are added too, so that a lasting change is an outlier for a while only.
+        """
+        if self.zscore is not None and math.isfinite(value):
+            self.past[name].append(value)
+
+    def may_skip(self, fault: Fault) -> bool:
+        """Return whether the configuration lets a run skip a step with such a fault."""
+        return fault.finite or self.skips_nonfinite
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether so many steps were skipped in a row that the run should stop."""
+        return self.in_a_row >= MAX_SKIPS_IN_A_ROW
+
+    def record_skip(self) -> None:
+        """Count a step that was skipped."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+
+    def record_step(self) -> None:
+        """Note that a step has changed the weights."""
         self.in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, in JSON's types."""
+        """Return what a resumed run needs, in JSON's types."""
         past = {name: list(values) for name, values in self.past.items()}
         return {"past": past, "skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`."""
+        """Continue from what `state_dict` returned."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         for name, values in state["past"].items():
             self.past[name].clear()

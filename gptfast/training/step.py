@@ -1,10 +1,9 @@
-"""One optimizer step: forward, backward, clip, AdamW, unless the numbers are at fault."""
+"""One optimizer step: forward, backward, clip, AdamW. The guard may skip or refuse it."""
 
 import contextlib
 import fnmatch
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +11,17 @@ from torch import Tensor, nn
 
 from gptfast.config import TrainConfig
 from gptfast.device import random_state, restore_random_state
-from gptfast.evaluate.loss import batch_loss
 from gptfast.model import GPT
 from gptfast.ops.adamw import grad_norm
 from gptfast.optim import AdamW
 from gptfast.training.guard import Fault, Guard
 
 Batch = tuple[Tensor, Tensor]
+"""Input ids and targets, each (B, T) int64; a target of -100 does not count."""
 
 
 class RefusedStep(ArithmeticError):
-    """A step that would have spoilt the weights; it changed none and drew no random number."""
+    """A step that would have spoilt the weights. It changed none and drew no random number."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason)
@@ -30,92 +29,12 @@ class RefusedStep(ArithmeticError):
 
 
 def autocast(device: torch.device, config: TrainConfig) -> contextlib.AbstractContextManager:
-    """bf16 autocast if config.precision asks for it."""
+    """Return a context that runs operations in bf16 if config.precision asks for it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
-class TrainStep:
-    """Trains a model on batches, one optimizer step a call. Freezes what config.freeze names."""
-
-    def __init__(self, model: GPT, config: TrainConfig, device: torch.device) -> None:
-        self.model, self.config, self.device = model, config, device
-        freeze(model, config.freeze)
-        model.activation_checkpointing = config.activation_checkpointing
-        model.skip_below = config.skip_below
-        compiled = torch.compile(model, fullgraph=True) if config.compile else model
-        self.loss = partial(batch_loss, compiled)
-        self.optimizer = AdamW(
-            parameter_groups(model, config.weight_decay),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            max_norm=config.max_norm,
-        )
-        self.guard = Guard(config)
-
-    def __call__(self, batches: Sequence[Batch], lr: float) -> dict[str, Any]:
-        """Step on the mean loss over all targets of `batches` (x, y), each (B, T) int64.
-
-        Returns "loss" in nats per token, "lr", "grad_norm" before clipping, "targets", how many;
-        where the guard passes the step over, also "skipped", the reason, and no number that is not
-        finite. Raises RefusedStep where the run must not go on.
-        """
-        rng, judged = random_state(), self.guard.state_dict()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        counts = [int((y != -100).sum()) for _, y in batches]
-        try:
-            loss, norm = self._backward(batches, counts), None
-        except Exception:  # a compiler that was interrupted, say: the step can be tried again
-            restore_random_state(rng)
-            raise
-        fault = Fault("every target is masked", finite=True)
-        if sum(counts):
-            fault = self.guard.fault("loss", loss)
-        if fault is None:
-            norm, fault = self._update()
-        row = {"loss": loss, "lr": lr, "grad_norm": norm, "targets": sum(counts)}
-        if fault is None:
-            self.guard.accept()
-            return row
-        if not self.guard.skips(fault):
-            times = f" after {self.guard.in_a_row} steps skipped" if self.guard.in_a_row else ""
-            remedy = "raise --skip-zscore" if fault.finite else "--nonfinite skip passes it over"
-            # As if the step had not been tried; a resumed run may skip as often again.
-            restore_random_state(rng)
-            self.guard.load_state_dict({**judged, "in_a_row": 0})
-            raise RefusedStep(fault.reason + times, remedy)
-        finite = {name: x for name, x in row.items() if x is not None and math.isfinite(x)}
-        return finite | {"targets": 0, "skipped": fault.reason}
-
-    def _backward(self, batches: Sequence[Batch], counts: list[int]) -> float:
-        """Accumulate gradients; every target weighs the same, whatever its batch. The mean loss."""
-        total = 0.0 if any(counts) else math.nan
-        for (x, y), count in zip(batches, counts, strict=True):
-            if count:
-                with autocast(self.device, self.config):
-                    loss = self.loss(x, y)
-                share = count / sum(counts)
-                loss.backward(gradient=loss.new_tensor(share))
-                total += loss.item() * share
-        return total
-
-    def _update(self) -> tuple[float, Fault | None]:
-        """Step the optimizer unless the gradient norm is at fault; the norm and what is wrong."""
-        if self.config.skip_zscore is not None:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = grad_norm(grads).item()
-            if fault := self.guard.fault("grad_norm", norm):
-                return norm, fault
-            self.optimizer.step()
-            return norm, None
-        self.optimizer.step()  # changes nothing if the norm is not finite
-        norm = self.optimizer.grad_norm.item()
-        return norm, self.guard.fault("grad_norm", norm)
-
-
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Take the parameters whose names match a pattern out of training.
+    """Exclude the parameters whose names match a pattern from training.
 
     Raises ValueError for a pattern that no name matches, and if nothing is left to train.
     """
@@ -133,9 +52,111 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and embeddings, which decay; biases and norms, which do not. Less what is frozen."""
+    """Return the trained parameters as two groups for AdamW.
+
+    Matrices and embeddings decay by weight_decay; biases and norms do not decay.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
+
+
+class TrainStep:
+    """A model with its optimizer and its guard; `run` takes one optimizer step.
+
+    config.freeze, activation_checkpointing, skip_below and compile are applied to the model.
+    """
+
+    def __init__(self, model: GPT, config: TrainConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        freeze(model, config.freeze)
+        model.activation_checkpointing = config.activation_checkpointing
+        model.skip_below = config.skip_below
+        self.raw_model = model
+        self.model = torch.compile(model, fullgraph=True) if config.compile else model
+        self.optimizer = AdamW(
+            parameter_groups(model, config.weight_decay),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            max_norm=config.max_norm,
+        )
+        self.guard = Guard(config)
+
+    def run(self, batches: Sequence[Batch], lr: float) -> dict[str, Any]:
+        """Take a step at rate lr on the mean loss over all targets of the batches.
+
+        Returns "loss" in nats per token, "lr", "grad_norm" before clipping and "targets", their
+        number. If the guard skips the step, "skipped" has the reason, and numbers that are not
+        finite are left out. Raises RefusedStep if the run must not continue.
+        """
+        rng, guard_before = random_state(), self.guard.state_dict()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        counts = [int((y != -100).sum()) for _, y in batches]
+        try:
+            loss, norm = self._forward_backward(batches, counts), None
+        except Exception:  # e.g. an interrupted compiler: the step can be tried again
+            restore_random_state(rng)
+            raise
+        if sum(counts):
+            fault = self._judge("loss", loss)
+        else:
+            fault = Fault("every target is masked", finite=True)
+        if fault is None:
+            norm, fault = self._update()
+        row = {"loss": loss, "lr": lr, "grad_norm": norm, "targets": sum(counts)}
+        if fault is None:
+            self.guard.record_step()
+            return row
+        if self.guard.may_skip(fault):
+            self.guard.record_skip()
+            if not self.guard.gives_up:
+                finite = {name: x for name, x in row.items() if x is not None and math.isfinite(x)}
+                return finite | {"targets": 0, "skipped": fault.reason}
+        refused = self._refused(fault)
+        # As if the step had not been tried; a resumed run may skip as often again.
+        restore_random_state(rng)
+        self.guard.load_state_dict({**guard_before, "in_a_row": 0})
+        raise refused
+
+    def _forward_backward(self, batches: Sequence[Batch], counts: Sequence[int]) -> float:
+        """Accumulate gradients and return the mean loss.
+
+        Every target weighs the same, whatever its batch; counts are the targets of each batch.
+        """
+        mean_loss = 0.0 if any(counts) else math.nan
+        for (x, y), count in zip(batches, counts, strict=True):
+            if not count:
+                continue
+            with autocast(self.device, self.config):
+                loss = self.model(x.to(self.device), y.to(self.device))
+            share = count / sum(counts)
+            loss.backward(gradient=loss.new_tensor(share))
+            mean_loss += loss.item() * share
+        return mean_loss
+
+    def _update(self) -> tuple[float, Fault | None]:
+        """Step the optimizer unless the gradient norm is at fault; return both."""
+        if self.config.skip_zscore is not None:  # an outlier is finite: ask before the step
+            grads = [p.grad for p in self.raw_model.parameters() if p.grad is not None]
+            norm = grad_norm(grads).item()
+            fault = self._judge("grad_norm", norm)
+            if fault is None:
+                self.optimizer.step()
+            return norm, fault
+        self.optimizer.step()  # changes nothing if the norm is not finite
+        norm = self.optimizer.grad_norm.item()
+        return norm, self._judge("grad_norm", norm)
+
+    def _judge(self, name: str, value: float) -> Fault | None:
+        fault = self.guard.judge(name, value)
+        self.guard.record(name, value)
+        return fault
+
+    def _refused(self, fault: Fault) -> RefusedStep:
+        times = f" after {self.guard.in_a_row} steps skipped" if self.guard.in_a_row else ""
+        remedy = "raise --skip-zscore" if fault.finite else "--nonfinite skip passes it over"
+        return RefusedStep(fault.reason + times, remedy)

@@ -1,12 +1,12 @@
-"""`gptfast convert` and `gptfast download`: GPT-2's weights into another form, and from afar."""
+"""`gptfast convert`: write a model in another form."""
 
 import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 
+from gptfast.cli.flags import Positional
 from gptfast.model import load_model
 from gptfast.weights.convert import check, format_of, save
 
@@ -30,9 +30,9 @@ class Convert:
     gptfast convert gpt2 gpt2-int8 --dtype int8
     """
 
-    src: tyro.conf.Positional[str]
+    src: Positional[str]
     """The model to read."""
-    dst: tyro.conf.Positional[str]
+    dst: Positional[str]
     """The file or directory to write; it must not be there yet."""
     to: Literal["transformers", "llm.c", "nanogpt", "book", "packed"] | None = None
     """The form (default by DST's suffix: .bin llm.c, .pt nanogpt, .pth book, else transformers; for
@@ -69,24 +69,3 @@ class Convert:
         engine.save(self.dst)
         size = f"{engine.weight_bytes / 1e6:,.1f} MB of {engine.dtype} weights"
         print(f"done: {size} in {self.dst} (packed); try\n  gptfast chat {self.dst}")
-
-
-@dataclass(frozen=True)
-class Download:
-    """Fetch GPT-2 into the cache directory; then "gpt2" names it wherever a model is asked for.
-
-    A download that was cut goes on where it stopped. The cache is $GPTFAST_CACHE, or gptfast in
-    $XDG_CACHE_HOME or ~/.cache.
-
-    gptfast download gpt2
-    """
-
-    name: tyro.conf.Positional[Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]]
-    """Which of OpenAI's four sizes: 124M, 355M, 774M or 1558M parameters."""
-    url: str | None = None
-    """The address of a mirror with OpenAI's directories (default: OpenAI's own)."""
-
-    def run(self) -> None:
-        from gptfast.weights.download import OPENAI, download
-
-        print(f"done: {download(self.name, url=self.url or OPENAI)}")

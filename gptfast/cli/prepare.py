@@ -1,10 +1,8 @@
-"""`gptfast prepare` and `gptfast tokenizer`: text to token files, text to a vocabulary."""
+"""`gptfast prepare`: text to token files."""
 
 from dataclasses import dataclass
 
-from gptfast.data.documents import find_files, read_documents
 from gptfast.data.prepare import prepare
-from gptfast.tokenizer.train import train_tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
 
 
@@ -56,29 +54,3 @@ class Prepare:
         parts = ", ".join(f"{name} {n:,}" for name, n in summary["tokens"].items())
         print(f"{summary['documents']:,} documents; tokens: {parts}")
         print(f"done: try\n  gptfast train --data {self.out}")
-
-
-@dataclass(frozen=True)
-class TrainTokenizer:
-    """Learn a byte-pair encoding from text (needs pip install 'gptfast[tokenizers]').
-
-    gptfast tokenizer --data books/ --out vocabularies/books --vocab-size 8192
-
-    gptfast train --data books/ --tokenizer vocabularies/books --out runs/books
-    """
-
-    data: tuple[str, ...]
-    """UTF-8 text files, .jsonl files (their text field), directories or globs of them."""
-    out: str
-    """The directory to make: vocab.bpe and encoder.json."""
-    vocab_size: int = 8192
-    """Number of tokens, 256 bytes and end-of-text among them; at most 65,536."""
-    text_field: str = "text"
-    """The key of a document's text in .jsonl."""
-
-    def run(self) -> None:
-        if not self.data:
-            raise ValueError("no text to learn from; give files, directories or globs")
-        texts = read_documents(find_files(self.data), text_field=self.text_field)
-        tokenizer = train_tokenizer(texts, self.vocab_size, self.out)
-        print(f"done: {tokenizer.n_vocab:,} tokens in {self.out}; use it as --tokenizer {self.out}")
