@@ -1,14 +1,14 @@
-"""One AdamW step with global-norm clipping against `torch.optim.AdamW(fused=True)` and
+"""Measure an AdamW step with global-norm clipping against `torch.optim.AdamW(fused=True)` and
 `clip_grad_norm_`.
 
-Bytes counted, fp32: parameter and both moments read and written, the gradient read for the norm and
-again for the update: 32 a parameter. bf16 parameters with fp32 masters: 30 (two for the parameter
-written, four for the gradient read twice, 24 for master and moments). The bf16 peer keeps masters
-too: gradients copied to fp32, a step on the masters, the result copied back. Each side steps its
-own copy of a GPT-2's tensors.
+Bytes counted per fp32 parameter: 32. The parameter and both moments are read and written; the
+gradient is read for the norm and again for the update. Per bf16 parameter with an fp32 master: 30
+(2 to write the parameter, 4 to read the gradient twice, 24 for master and moments). The bf16 peer
+keeps masters too: it copies the gradients to fp32, steps the masters and copies the result back.
+Each side updates its own copy of GPT-2's tensors.
 
-The check clips the peer by the norm in float64: `clip_grad_norm_` is 0.075% off at 124M parameters
-in fp32, which alone would fail it (ours is 7e-9 off).
+The check clips the peer's gradients by a norm computed in float64: at 124M parameters in fp32,
+`clip_grad_norm_` is 0.075% off, which alone would fail the check (ours is 7e-9 off).
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ def _ours(config: GPTConfig, dtype: torch.dtype) -> _Side:
 def _peer(config: GPTConfig, dtype: torch.dtype) -> _Side:
     model = _parameters(config, dtype)
     params = list(model.parameters())
-    # fp32 itself, or fp32 masters of a bf16 model
+    # An fp32 model is updated itself, a bf16 model through its fp32 masters.
     stepped = model if dtype == torch.float32 else _parameters(config, torch.float32)
     masters = list(stepped.parameters())
     optimizer = torch.optim.AdamW(decay_groups(stepped), lr=LR, fused=True)
@@ -84,8 +84,8 @@ def _peer(config: GPTConfig, dtype: torch.dtype) -> _Side:
     return _Side(params, step, checked_step)
 
 
-def _narrow_pair(config: GPTConfig, moment_dtype: torch.dtype | None) -> Callable[[], Pair]:
-    """bf16 parameters without masters, on our side rounded stochastically."""
+def _no_masters_pair(config: GPTConfig, moment_dtype: torch.dtype | None) -> Callable[[], Pair]:
+    """Return a pair with bf16 parameters and no masters; our side rounds stochastically."""
 
     def build() -> Pair:
         model, plain = (_parameters(config, torch.bfloat16) for _ in range(2))
@@ -128,7 +128,7 @@ def _pair(config: GPTConfig, dtype: torch.dtype) -> Callable[[], Pair]:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """GPT-2's own tensors: 124M parameters in 148 of them, or a smaller model's."""
+    """Yield the cases on GPT-2's tensors (124M parameters in 148 tensors) or a smaller model's."""
     config = GPTConfig(n_layer=4, n_head=4, n_embd=320) if quick else GPTConfig()
     with torch.device("meta"):
         shapes = [p.shape for p in PlainGPT(config).parameters()]
@@ -150,7 +150,7 @@ def cases(quick: bool) -> Iterator[Case]:
             f"step, max_norm bf16 stochastic, {name} moments",
             shape,
             "AdamW(fused) on bf16 + clip_grad_norm_",
-            _narrow_pair(config, moment_dtype),
+            _no_masters_pair(config, moment_dtype),
             n_bytes=bytes_each * n_params,
             target=2.0,
         )

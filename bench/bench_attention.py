@@ -1,10 +1,10 @@
-"""Causal attention against `F.scaled_dot_product_attention`.
+"""Measure causal attention against `F.scaled_dot_product_attention`.
 
-FLOPs counted: 4 D per (query, visible key) and head forward (two products), 10 D backward (five).
-Bytes counted: keys and values once, which is what decoding one token waits for.
-Both sides read strided views of one packed (B, T, 3C) projection; "packed" adds on the peer's side
-the split, the merge of heads and the packing of the gradient that `ops.attention_qkv` spares.
-With dropout the masks differ by design: ours is checked against the reference.
+FLOPs counted per head, query and visible key: 4 D in the forward (two products), 10 D in the
+backward (five). Bytes counted when one token is decoded: keys and values, read once.
+Both sides read strided views of one packed (B, T, 3C) projection. In the "packed" cases the peer
+also splits the projection, merges the heads and packs the gradient; `ops.attention_qkv` needs none
+of that. With dropout the masks differ by design, so ours is checked against the reference.
 """
 
 from collections.abc import Callable, Iterator
@@ -101,33 +101,49 @@ def _case(
     B, H, T, D = shape
     flops = 14 * D * B * H * T * (T + 1) / 2
     label = f"{name} {dtype_name(dtype)}"
-    return Case("attention", label, str(shape), "SDPA", build, flops=flops, target=target)
+    return Case(
+        "attention",
+        label,
+        str(shape),
+        "SDPA",
+        build,
+        flops=flops,
+        target=target,
+        products=dtype_name(dtype),
+    )
 
 
-# By time, in fp32: what is asked of forward and backward against SDPA.
 TARGETS = {256: 2.4, 1024: 1.8, 2048: 1.6}
-BF16, DROPOUT = 2.0, 3.0
+"""The ratio to reach in fp32, forward and backward, by T."""
+BF16_TARGET, DROPOUT_TARGET = 2.0, 3.0
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Training (forward and backward, plain, packed and with dropout) and decoding one token."""
+    """Yield training (forward and backward; plain, packed, with dropout) and decoding a token."""
     fp32, bf16 = torch.float32, torch.bfloat16
-    batch, long = (4, 12, 256, 64), (1, 12, 1024 if quick else 2048, 64)
-    plain = [(batch, fp32), (long, fp32), (batch, bf16)]
-    main = batch if quick else (4, 12, 1024, 64)
+    short, long = (4, 12, 256, 64), (1, 12, 1024 if quick else 2048, 64)
+    plain = [(short, fp32), (long, fp32), (short, bf16)]
+    main = short if quick else (4, 12, 1024, 64)
     if not quick:
         plain = [(main, fp32), *plain, (main, bf16), (long, bf16)]
     for shape, dtype in plain:
-        target = TARGETS[shape[2]] if dtype == fp32 else BF16
+        target = TARGETS[shape[2]] if dtype == fp32 else BF16_TARGET
         yield _case("fwd+bwd", shape, dtype, _training(shape, dtype, 0.0), target)
     yield _case("packed fwd+bwd", main, fp32, _packed(main, fp32), TARGETS[main[2]])
-    for shape in [batch] if quick else [main, batch]:
-        yield _case("dropout 0.1 fwd+bwd", shape, fp32, _training(shape, fp32, 0.1), DROPOUT)
+    for shape in [short] if quick else [main, short]:
+        yield _case("dropout 0.1 fwd+bwd", shape, fp32, _training(shape, fp32, 0.1), DROPOUT_TARGET)
     for dtype in (fp32, bf16):
         B, H, T, D = shape = (1, 12, 1024, 64)
         n_bytes = 2 * B * H * T * D * dtype.itemsize
-        name, text = f"decode {dtype_name(dtype)}", f"(1, 12, 1, 64) on {T} keys"
-        yield Case("attention", name, text, "SDPA", _decode(shape, dtype), n_bytes=n_bytes)
+        yield Case(
+            "attention",
+            f"decode {dtype_name(dtype)}",
+            f"(1, 12, 1, 64) on {T} keys",
+            "SDPA",
+            _decode(shape, dtype),
+            n_bytes=n_bytes,
+            reads_only=True,
+        )
 
 
 @pytest.mark.parametrize(("case", "side"), both_sides(cases(quick=False)))

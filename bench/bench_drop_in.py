@@ -1,8 +1,9 @@
-"""What is gained in a script and a model that one has: docs/drop_in.md's replacements, one by one
-and all together, and transformers' GPT2LMHeadModel after `accelerate`.
+"""Measure what gptfast gains in an existing script and in an existing model.
 
-FLOPs counted: as bench_train's. Both sides start from the same weights and see the same batches;
-the losses of the first two steps must agree.
+The script is examples/plain.py with the replacements of docs/drop_in.md, one by one and all
+together; the model is transformers' GPT2LMHeadModel after `accelerate`. FLOPs are counted as in
+bench_train.py. Both sides start from the same weights and see the same batches; the losses of the
+first two steps must agree.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,12 +39,14 @@ Train = Callable[..., Iterator[float]]
 
 
 def script(names: Sequence[str]) -> Train:
-    """`train` of examples/plain.py with these replacements made."""
+    """Return `train` of examples/plain.py with these replacements made."""
     source = "import gptfast\nfrom gptfast import ops\n" + SCRIPT.read_text("utf-8")
     for name in names:
         before, after = REPLACEMENTS[name]
         if source.count(before) != 1:
-            raise ValueError(f"examples/plain.py has {source.count(before)} times {before!r}")
+            raise ValueError(
+                f"examples/plain.py contains {before!r} {source.count(before)} times, not once"
+            )
         source = source.replace(before, after)
         if name == "max_norm":
             source = source.replace(_CLIPPING, "")
@@ -71,7 +74,7 @@ def _transformers_pair(config: GPTConfig, B: int, T: int) -> Callable[[], Pair]:
     def build() -> Pair:
         torch.manual_seed(0)
         idx, target = torch.randint(config.vocab_size, (2, B, T))
-        target[:, -1] = -100  # labels cannot name what follows the last token
+        target[:, -1] = -100  # the labels cannot name the token after the last one
         model = GPT(config)
         ours = transformers_step(model, idx, target, accelerated=True)
         peer = transformers_step(model, idx, target)
@@ -86,7 +89,7 @@ def _transformers_pair(config: GPTConfig, B: int, T: int) -> Callable[[], Pair]:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """GPT-2 124M, or 4 layers of width 256; V = 50257 in both."""
+    """Yield the cases of GPT-2 124M, or of 4 layers of width 256; V = 50257 in both."""
     config, name, B, T = GPTConfig(), "GPT-2 124M", 4, 256
     if quick:
         config, name = GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256), "4 layers of 256"

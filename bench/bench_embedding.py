@@ -1,11 +1,11 @@
-"""The token embedding of a tied head against F.embedding and what autograd makes of it.
+"""Measure the token embedding of a tied head against F.embedding and its autograd.
 
-The backward starts from the head's gradient (V, C), which exists in either case: ours adds the rows
-of the tokens to it; autograd fills a second (V, C) gradient with zeros, adds the rows to that and
-the two gradients together.
+The backward starts from the head's gradient (V, C), which exists on both sides. Ours adds the rows
+of the tokens to it. Autograd fills a second (V, C) gradient with zeros, adds the rows to that one
+and then adds the two gradients.
 
-Bytes counted: the ids; forward, each distinct row once and x; backward, dx once and each distinct
-row of the gradient read and written. Ids are drawn from Zipf's law, as words are.
+Bytes counted: the ids; in the forward each distinct row once and x; in the backward dx once, and
+each distinct row of the gradient read and written. The ids follow Zipf's law, as words do.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ def _backward(N: int, C: int, dtype: torch.dtype) -> Callable[[], Pair]:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """GPT-2's vocabulary and width; a step of 1024 tokens, and of 16384."""
+    """Yield steps of 1024 and of 16384 tokens with GPT-2's vocabulary and width."""
     C = 128 if quick else 768
     for N, dtype in ((1024, torch.float32), (16384, torch.float32), (1024, torch.bfloat16)):
         distinct, size = _ids(N).unique().numel(), dtype.itemsize

@@ -1,22 +1,25 @@
-"""`gptfast.Engine` against llama.cpp, CTranslate2 and transformers, and against itself.
+"""Measure `gptfast.Engine` against llama.cpp, CTranslate2 and transformers, and against itself.
 
-Shapes: GPT-2 124M with random weights, 128 new tokens after a prompt of 32, or a prompt of 512 and
-one token. What the weights are does not matter to the time; that they are not GPT-2's first ones
-does to the check: matrices in blocks are 3 times as large, so that greedy text is not one id
-repeated. No two prompts begin alike: the engine keeps the keys and values of those it has seen.
+Shapes: GPT-2 124M with random weights; 128 new tokens after a prompt of 32, or one token after a
+prompt of 512. The values of the weights do not change the time, but they matter to the check: the
+matrices of the blocks are 3 times as large as at the start of training, so that greedy text is not
+one id repeated. No two prompts begin with the same id, because the engine keeps the keys and values
+of prompts it has seen.
 
-Bytes counted: every matrix once a token (the tied head's included) in the case's precision, read
-only; scales, vectors, keys and values not. FLOPs counted: 2 per parameter of a matrix, token and
-row; of a prompt, the head's for its last token alone.
+Bytes counted per token: every matrix once, with the tied head, in the case's precision; they are
+only read. Scales, vectors, keys and values are not counted. FLOPs counted per token and row: 2 for
+each parameter of a matrix; in a prompt the head counts for the last token only. No int8 product is
+measured as a limit, so int8 prefill has no share.
 
-Checked: each id that a side writes has, in `GPT`'s own fp32 logits of the text so far, the largest
-logit up to `SLACK`. A wrong id lacks 4 standard deviations and more.
+Check: each id that a side generates must have the largest logit in `GPT`'s fp32 logits of the text
+so far, up to MAX_LACK. A wrong id lacks 4 standard deviations or more.
 
-Random weights do not repeat a text, and what a lookup gains is decided by how much of one they do.
-The model of that row has the same shape and is trained here until it knows by heart a function of
-the standard library followed by the same function with two names changed. It stands for a model
-that was asked for such an edit; the share of guesses that came true is printed. The run that `make
-train` left, if it is there, shows what a small model that knows nothing of the text gains.
+Lookup gains where a text repeats what it has said, and random weights do not. So that row's model
+has the same shape but is trained here until it has memorised a function of the standard library
+followed by the same function with two names changed. It stands for a model that was asked for such
+an edit; the share of accepted guesses is printed. If `make train` has left a run, a second row
+shows the gain of a small model that does not know the text. Both sides of both rows compute their
+whole prompt, which the check verifies.
 """
 
 import atexit
@@ -34,15 +37,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import OWN_PROCESSES, Case, Pair, both_sides
-from peers import BATCH, PRECISIONS, Peer
+from harness import Case, Pair, both_sides
+from limits import DTYPES
+from peers import MAX_ROWS, PRECISIONS, Peer
+from timing import OWN_PROCESSES
 
 from gptfast import GPT, AdamW, Engine, GPTConfig, get_tokenizer
 
-PROMPT, LONG = 32, 512
+PROMPT, LONG_PROMPT = 32, 512
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
-SLACK = {"fp32": 0.02, "bf16": 0.3, "int8": 0.6}
-"""Standard deviations of the logits by which rounding may cost an id its first place."""
+MAX_LACK = {"fp32": 0.02, "bf16": 0.3, "int8": 0.6}
+"""By how many standard deviations of the logits rounding may put an id below the largest."""
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
 RUN = Path(__file__).parents[1] / "runs" / "train"
 
@@ -55,10 +60,10 @@ DECODE = (
     ("bf16", "transformers", 1, 2.7),
     ("int8", "llama.cpp", 1, 2.7),
     ("int8", "CTranslate2", 1, 3.5),
-    ("int8", "CTranslate2", BATCH, 1.5),
-    ("int8", "llama.cpp", BATCH, 1.5),
+    ("int8", "CTranslate2", MAX_ROWS, 1.5),
+    ("int8", "llama.cpp", MAX_ROWS, 1.5),
 )
-"""Precision, peer, rows, target."""
+"""The decode cases: precision, peer, rows, target."""
 PREFILL = tuple((p, name) for p in ITEM_BYTES for name, known in PRECISIONS.items() if p in known)
 
 
@@ -94,11 +99,11 @@ def _peer(config: GPTConfig, name: str, precision: str) -> Peer:
 
 
 _first_ids = itertools.count()
-"""A prompt's first id, which no other of the process has: what any call computed serves none."""
+"""First ids of prompts: each is used once, so that no prompt is served from an earlier one."""
 
 
-def _texts(B: int, T: int) -> Iterator[Prompts]:
-    """Prompts without end, for both sides; no id is the last, which CTranslate2 skips."""
+def _endless_prompts(B: int, T: int) -> Iterator[Prompts]:
+    """Yield prompts without end, for both sides, without the last id: CTranslate2 skips it."""
     generator = torch.Generator().manual_seed(1)
     while True:
         prompts = torch.randint(50256, (B, T), generator=generator).tolist()
@@ -106,22 +111,22 @@ def _texts(B: int, T: int) -> Iterator[Prompts]:
 
 
 @contextmanager
-def _computes(engine: Engine, tokens: int) -> Iterator[None]:
-    """AssertionError unless so many tokens of prompts are computed meanwhile."""
+def _computing(engine: Engine, tokens: int) -> Iterator[None]:
+    """Raise AssertionError unless the engine computes exactly `tokens` tokens of prompts."""
     before = engine.stats.prompt_tokens
     yield
     computed = engine.stats.prompt_tokens - before
     assert computed == tokens, f"{computed} tokens of prompts were computed, not {tokens}"
 
 
-def _check_greedy(model: GPT, prompts: Prompts, new: Prompts, slack: float) -> None:
-    """AssertionError for an id that is not the model's choice after what stands before it."""
+def _check_greedy(model: GPT, prompts: Prompts, new: Prompts, max_lack: float) -> None:
+    """Raise AssertionError for an id that is not the model's choice after the text before it."""
     for prompt, ids in zip(prompts, new, strict=True):
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + ids[:-1]]))[0, len(prompt) - 1 :]  # (n, V)
         of_ids = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
         lack = ((logits.amax(1) - of_ids) / logits.std(1)).max().item()
-        assert lack <= slack, f"an id lacks {lack:.3g} standard deviations of its logits"
+        assert lack <= max_lack, f"an id lacks {lack:.3g} standard deviations of its logits"
 
 
 def _greedy_pair(
@@ -129,7 +134,7 @@ def _greedy_pair(
 ) -> Callable[[], Pair]:
     def build() -> Pair:
         engine, theirs = _engine(config, precision), _peer(config, name, precision)
-        texts = _texts(B, T)
+        texts = _endless_prompts(B, T)
 
         def ours(prompts: Prompts) -> Prompts:
             return [row[T:] for row in engine.generate(prompts, n, temperature=0.0)]
@@ -139,11 +144,11 @@ def _greedy_pair(
 
         def check() -> None:
             prompts = next(texts)
-            with _computes(engine, B * T):
+            with _computing(engine, B * T):
                 results = [side(prompts) for side in (ours, peer)]
             for new in results:
                 assert all(len(ids) == n for ids in new)
-                _check_greedy(_model(config), prompts, new, SLACK[precision])
+                _check_greedy(_model(config), prompts, new, MAX_LACK[precision])
 
         return Pair(lambda: ours(next(texts)), lambda: peer(next(texts)), check)
 
@@ -153,7 +158,7 @@ def _greedy_pair(
 def _sampling_pair(config: GPTConfig, precision: str, n: int) -> Callable[[], Pair]:
     def build() -> Pair:
         engine = _engine(config, precision)
-        texts, seeds = _texts(1, PROMPT), itertools.count()
+        texts, seeds = _endless_prompts(1, PROMPT), itertools.count()
 
         def ours() -> Prompts:
             return engine.generate(next(texts), n, seed=next(seeds), **SAMPLING)
@@ -163,13 +168,13 @@ def _sampling_pair(config: GPTConfig, precision: str, n: int) -> Callable[[], Pa
 
         def check() -> None:
             for side in (ours, peer):
-                with _computes(engine, PROMPT):
+                with _computing(engine, PROMPT):
                     side()
             prompts = next(texts)
             first, again, other = (
                 engine.generate(prompts, n, seed=seed, **SAMPLING) for seed in (0, 0, 1)
             )
-            assert first == again != other, "a seed does not decide what is drawn"
+            assert first == again != other, "the seed does not decide which ids are sampled"
 
         return Pair(ours, peer, check)
 
@@ -177,7 +182,7 @@ def _sampling_pair(config: GPTConfig, precision: str, n: int) -> Callable[[], Pa
 
 
 def _code(tokenizer_name: str) -> tuple[list[int], list[int]]:
-    """A function of the standard library, and the same with two names changed."""
+    """Return a function of the standard library, and the same with two names changed."""
     tokenizer = get_tokenizer(tokenizer_name)
     source = inspect.getsource(colorsys.rgb_to_hsv)
     edited = re.sub(r"\bmaxc\b", "value", re.sub(r"\bh\b", "hue", source))
@@ -185,8 +190,8 @@ def _code(tokenizer_name: str) -> tuple[list[int], list[int]]:
 
 
 @cache
-def _knows_by_heart(config: GPTConfig) -> GPT:
-    """A model trained on the function and its edit alone, whatever the first id."""
+def _memorised(config: GPTConfig) -> GPT:
+    """Return a model trained on the function and its edit alone, after any first id."""
     torch.manual_seed(0)
     model, lr = GPT(config), 0.768 / config.n_embd
     optimizer = AdamW(model.parameters(), lr=lr, weight_decay=0.0, max_norm=1.0)
@@ -199,7 +204,6 @@ def _knows_by_heart(config: GPTConfig) -> GPT:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        # The first id is drawn anew each time, so what follows it cannot be known.
         if loss.item() < 0.02:
             return model.eval()
     raise RuntimeError(f"the model still has a loss of {loss.item():.3g} after 400 steps")
@@ -208,13 +212,16 @@ def _knows_by_heart(config: GPTConfig) -> GPT:
 def _lookup_pair(
     load: Callable[[], Engine], code: Callable[[Engine], tuple[list[int], list[int]]], n: int
 ) -> Callable[[], Pair]:
-    """The first text and the beginning of the second as the prompt."""
+    """Return decoding with lookup against decoding without, `n` tokens.
+
+    The prompt is the first text and the beginning of the second, cut at the front so that the new
+    tokens fit the model's context: past it each token recomputes its window, with lookup or not.
+    """
 
     def build() -> Pair:
         engine = load()
         source, edited = code(engine)
-        # All that the model sees, so that the first id is among it.
-        prompt = (source + edited[:8])[-engine.config.block_size :]
+        prompt = (source + edited[:8])[n - engine.config.block_size :]
 
         def generate(first: int, lookup: bool) -> Prompts:
             prompts = [[first % engine.config.vocab_size, *prompt[1:]]]
@@ -222,14 +229,14 @@ def _lookup_pair(
 
         def check() -> None:
             for side in (ours, peer):
-                with _computes(engine, len(prompt)):
+                with _computing(engine, len(prompt)):
                     side()
             first = next(_first_ids)
             guessed, accepted = engine.stats.guessed, engine.stats.accepted
             same = generate(first, True) == generate(first, False)
-            assert same, "the lookup changes what is written"
+            assert same, "lookup changes the generated ids"
             guessed, accepted = engine.stats.guessed - guessed, engine.stats.accepted - accepted
-            print(f"[{accepted} of {guessed} guesses came true]", end=" ", file=sys.stderr)
+            print(f"[{accepted} of {guessed} guesses accepted]", end=" ", file=sys.stderr)
 
         ours = lambda: generate(next(_first_ids), True)  # noqa: E731
         peer = lambda: generate(next(_first_ids), False)  # noqa: E731
@@ -239,7 +246,7 @@ def _lookup_pair(
 
 
 def _cold_start_pair(config: GPTConfig) -> Callable[[], Pair]:
-    """From the shell to the first token, the files in the page cache."""
+    """Return the time from the shell to the first token, with the files in the page cache."""
 
     def build() -> Pair:
         gptfast = str(Path(sys.executable).with_name("gptfast"))
@@ -278,53 +285,54 @@ def _greedy_cases(config: GPTConfig, shape: str, n: int) -> Iterator[Case]:
             f"{name} {PRECISIONS[name][precision]}",
             _greedy_pair(config, precision, name, B, PROMPT, n),
             n_bytes=ITEM_BYTES[precision] * (in_blocks + V * C) * n,
-            flops=2 * B * (in_blocks + V * C) * n if precision == "fp32" else 0,
+            flops=2 * B * (in_blocks + V * C) * n if precision in DTYPES else 0,
             target=target,
             reads_only=True,
+            working_set=ITEM_BYTES[precision] * (in_blocks + V * C),
+            products="bf16" if precision == "bf16" else "fp32",
             tokens=B * n,
         )
     for precision, name in PREFILL:
         yield Case(
             "prefill",
-            f"{LONG} tokens {precision}",
+            f"{LONG_PROMPT} tokens {precision}",
             shape,
             f"{name} {PRECISIONS[name][precision]}",
-            _greedy_pair(config, precision, name, 1, LONG, 1),
-            n_bytes=ITEM_BYTES[precision] * (in_blocks + V * C),
-            # The limit is that of an fp32 GEMM.
-            flops=2 * (in_blocks * LONG + V * C) if precision == "fp32" else 0,
+            _greedy_pair(config, precision, name, 1, LONG_PROMPT, 1),
+            # A long prompt is bound by products, and no int8 product is measured.
+            flops=2 * (in_blocks * LONG_PROMPT + V * C) if precision in DTYPES else 0,
             target=1.2,
-            reads_only=True,
+            products="bf16" if precision == "bf16" else "fp32",
         )
 
 
 def _own_cases(config: GPTConfig, shape: str, n: int) -> Iterator[Case]:
     for precision, target in (("fp32", 0.98), ("int8", 0.95)):
         yield Case(
-            "draw",
-            f"{n} tokens {precision} temperature, top_k, top_p",
+            "sample",
+            f"{n} tokens {precision}, temperature, top_k, top_p",
             shape,
-            "our own greedy",
+            "gptfast greedy",
             _sampling_pair(config, precision, n),
             target=target,
             tokens=n,
         )
-    by_heart = _lookup_pair(
-        lambda: Engine(_knows_by_heart(config), dtype="fp32"), lambda engine: _code("gpt2"), n
+    memorised = _lookup_pair(
+        lambda: Engine(_memorised(config), dtype="fp32"), lambda engine: _code("gpt2"), n
     )
-    own = "our own without"
-    yield Case("lookup", f"{n} tokens fp32", f"{shape}, by heart", own, by_heart, 0, 0, 1.8)
+    case, without = f"{n} tokens fp32", "gptfast without lookup"
+    yield Case("lookup", case, f"{shape}, memorised text", without, memorised, target=1.8)
     if RUN.exists():
         trained = _lookup_pair(
             lambda: Engine(RUN), lambda engine: _code(engine.tokenizer_name or "gpt2"), 64
         )
-        yield Case("lookup", "64 tokens fp32", "make train's model", own, trained)
+        yield Case("lookup", "64 tokens fp32", "make train's model", without, trained)
     cold = _cold_start_pair(config)
     yield Case("first token", "cold, packed int8", shape, "import torch", cold, target=0.667)
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """GPT-2 124M, or a model of 4 layers and width 256."""
+    """Yield the cases of GPT-2 124M, or of a model of 4 layers and width 256."""
     config, shape, n = GPTConfig(), "GPT-2 124M", 128
     if quick:
         config, shape, n = GPTConfig(n_layer=4, n_head=4, n_embd=256), "4 layers of 256", 64

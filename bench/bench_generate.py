@@ -1,7 +1,7 @@
-"""Greedy generation with a KV cache against plain PyTorch's.
+"""Measure greedy generation with a KV cache against plain PyTorch's.
 
-Bytes counted: every matrix once a token (the tied head's included), keys and values not. FLOPs
-counted: 2 per parameter of a matrix, token and row. Both sides must write the same tokens.
+Bytes counted per token: every matrix once, with the tied head, without keys and values. FLOPs
+counted per token and row: 2 for each parameter of a matrix. Both sides must write the same tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,6 +53,8 @@ def cases(quick: bool) -> Iterator[Case]:
             _pair(config, B, n_new),
             n_bytes=4 * in_matrices * n_new,
             flops=2 * B * in_matrices * n_new,
+            reads_only=True,
+            working_set=4 * in_matrices,
         )
 
 

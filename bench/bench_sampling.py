@@ -1,10 +1,10 @@
-"""Drawing one token per row against what PyTorch code does for it.
+"""Measure sampling one token per row against the same in plain PyTorch.
 
-Bytes counted: the logits, once. The logits are normal with deviation 3 (top_p=0.9 keeps some
-hundreds to thousands of tokens). Peers: the masks keep the vocabulary's width and `multinomial`
-draws from it, as nanoGPT and transformers do; "topk of k" softmaxes and draws among the k only, the
-shortest plain PyTorch there is for top-k. The draws differ by design: ours must equal the
-reference's and be a token the peer could have drawn.
+Bytes counted: the logits, read once. The logits are normal with deviation 3 (top_p=0.9 then keeps
+hundreds to thousands of tokens). The peers mask logits of the vocabulary's width and draw with
+`multinomial`, as nanoGPT and transformers do; "topk of k" computes the softmax of the k tokens only
+and draws among them, which is the shortest top-k in plain PyTorch. The two sides draw different
+tokens by design: ours must equal the reference's and be a token that the peer could have drawn.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,16 +35,16 @@ def _draw(logits: Tensor) -> Tensor:
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
 
-def _among_top_k(logits: Tensor) -> Tensor:
+def _draw_among_top_k(logits: Tensor) -> Tensor:
     values, ids = logits.topk(K)  # (B, K)
     return ids.gather(1, torch.multinomial(values.softmax(-1), 1))[:, 0]
 
 
-def _all(logits: Tensor) -> Tensor:
+def _unmasked(logits: Tensor) -> Tensor:
     return logits
 
 
-def _both(logits: Tensor) -> Tensor:
+def _mask_both(logits: Tensor) -> Tensor:
     return _mask_top_p(_mask_top_k(logits / TEMPERATURE))
 
 
@@ -79,24 +79,31 @@ TARGETS = {"plain": 25.0, "top_k=50": 28.0, "top_p=0.9": 50.0, "both, temperatur
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Plain, top-k, top-p and both with temperature; one row and a batch of rows."""
+    """Yield plain, top-k and top-p sampling, and both with a temperature; one row and several."""
     top_k, top_p = {"top_k": K}, {"top_p": P}
     both = {"temperature": TEMPERATURE, **top_k, **top_p}
     kinds = [
-        ("plain", {}, _all, "softmax+multinomial", _draw),
+        ("plain", {}, _unmasked, "softmax+multinomial", _draw),
         ("top_k=50", top_k, _mask_top_k, "topk+softmax+multinomial", None),
-        ("top_k=50", top_k, _mask_top_k, "topk of k", _among_top_k),
+        ("top_k=50", top_k, _mask_top_k, "topk of k", _draw_among_top_k),
         ("top_p=0.9", top_p, _mask_top_p, "sort+softmax+multinomial", None),
-        ("both, temperature", both, _both, "topk+sort+softmax+multinomial", None),
+        ("both, temperature", both, _mask_both, "topk+sort+softmax+multinomial", None),
     ]
     for B in (1, 8 if quick else 64):
         for name, options, mask, peer_name, draw in kinds:
             peer_draw = draw or (lambda logits, mask=mask: _draw(mask(logits)))
             build = _pair(B, options, mask, peer_draw)
-            # The leanest pipeline has no target; the usual ones do.
-            target = 0.0 if draw is _among_top_k else TARGETS[name]
-            shape = f"({B}, {V})"
-            yield Case("sampling", name, shape, peer_name, build, n_bytes=4 * B * V, target=target)
+            # The shortest pipeline has no target; the usual ones do.
+            yield Case(
+                "sampling",
+                name,
+                f"({B}, {V})",
+                peer_name,
+                build,
+                n_bytes=4 * B * V,
+                target=0.0 if draw is _draw_among_top_k else TARGETS[name],
+                reads_only=True,
+            )
 
 
 @pytest.mark.parametrize(("case", "side"), both_sides(cases(quick=False)))

@@ -1,9 +1,9 @@
-"""A whole training step, forward, backward, clipping and AdamW, against plain PyTorch's.
+"""Measure a whole training step (forward, backward, clipping, AdamW) against other models' steps.
 
-FLOPs counted: 6 per parameter of a matrix (the head's included, the embeddings' not) and token, and
-14 D per (query, visible key) and head of attention. Both sides start from the same weights and see
-the same batch, and the losses before and after an update must agree; of the book's, whose head is
-another after an update, those before.
+FLOPs counted per token: 6 for each parameter of a matrix (with the head, without the embeddings),
+and 14 D for each visible key and head of attention. Both sides start from the same weights and see
+the same batch. The losses before and after an update must agree; for the book's model, whose head
+is not tied and so differs after an update, only the losses before it.
 """
 
 import tempfile
@@ -57,8 +57,8 @@ def _plain(model: GPT, idx: Tensor, target: Tensor, compiled: bool = False) -> S
 
 
 def transformers_step(model: GPT, idx: Tensor, target: Tensor, accelerated: bool = False) -> Step:
-    """GPT2LMHeadModel as it comes, its loss by its labels, which it shifts itself; or after
-    `accelerate` and with gptfast.AdamW."""
+    """Return a step of GPT2LMHeadModel, with its own loss and torch's AdamW; `accelerated` applies
+    `gptfast.accelerate` and takes gptfast.AdamW."""
     from transformers import GPT2LMHeadModel
 
     from gptfast import accelerate
@@ -66,7 +66,9 @@ def transformers_step(model: GPT, idx: Tensor, target: Tensor, accelerated: bool
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         theirs = GPT2LMHeadModel.from_pretrained(directory).train()
-    labels = torch.cat((idx[:, :1], target[:, :-1]), 1)  # labels[t + 1] is what follows t
+    labels = torch.cat(
+        (idx[:, :1], target[:, :-1]), 1
+    )  # the model shifts its labels: labels[t + 1] follows t
     if accelerated:
         accelerate(theirs)
         optimizer = AdamW(decay_groups(theirs), lr=LR, max_norm=MAX_NORM)
@@ -87,12 +89,12 @@ def _pair(config: GPTConfig, B: int, T: int, peer_of: Callable[..., Step]) -> Ca
         torch.manual_seed(0)
         idx, target = torch.randint(config.vocab_size, (2, B, T))
         if peer_of is transformers_step:
-            target[:, -1] = -100  # its labels cannot name what follows the last token
+            target[:, -1] = -100  # the labels cannot name the token after the last one
         model, ours = _ours(config, idx, target)
         peer = peer_of(model, idx, target)
 
         def check() -> None:
-            # The book's head has weights of its own, which go another way.
+            # The book's head has weights of its own, so it differs after the first update.
             for _ in range(1 if peer_of is _book else 2):
                 torch.testing.assert_close(ours(), peer(), rtol=0, atol=1e-4)
 
@@ -121,7 +123,7 @@ print(peak_memory("cpu"))
 
 
 def _memory_pair(config: GPTConfig, B: int, T: int) -> Callable[[], Pair]:
-    """Peak resident bytes of four steps, each side in a process of its own."""
+    """Return a pair of peak resident bytes of four steps, each side in its own process."""
 
     here, shape = Path(__file__).parent, repr(vars(config))
 
@@ -132,13 +134,14 @@ def _memory_pair(config: GPTConfig, B: int, T: int) -> Callable[[], Pair]:
 
 
 def flops(config: GPTConfig, B: int, T: int) -> float:
+    """Return the FLOPs of a training step, as the module's docstring counts them."""
     C = config.n_embd
     in_matrices = config.n_layer * 12 * C * C + config.vocab_size * C
     return B * T * (6 * in_matrices + 14 * config.n_layer * C * (T + 1) / 2)
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """GPT-2 124M against every peer, or a model of 4 layers and width 256 against the first."""
+    """Yield GPT-2 124M against every peer, or a model of 4 layers and width 256 against one."""
     config, name = GPTConfig(), "GPT-2 124M"
     peers = [
         ("plain PyTorch", _plain, 1.6),

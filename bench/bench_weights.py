@@ -1,8 +1,8 @@
-"""Loading GPT-2 124M from every form, against transformers' loader: seconds and peak memory.
+"""Measure loading GPT-2 124M from every form against transformers' loader: time and peak memory.
 
-Both sides load and then read every parameter once, since transformers maps files and reads them
-later. Bytes counted: the parameters, read and written. Memory: the peak of a process that loads and
-reads, beyond what it had before.
+Both sides load and then read every parameter once, because transformers maps the files into memory
+and reads them later. Bytes counted: the parameters, read and written. Memory: the peak of a process
+that loads and reads, minus its memory before that.
 """
 
 import tempfile
@@ -34,7 +34,7 @@ _KEPT: list[tempfile.TemporaryDirectory] = []
 
 @cache
 def _files(config: GPTConfig) -> Path:
-    """A directory with the same random weights in every form; removed at the end of the process."""
+    """Return a directory with the same random weights in every form; it is removed at exit."""
     _KEPT.append(tempfile.TemporaryDirectory())
     root = Path(_KEPT[-1].name)
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def _memory_pair(config: GPTConfig, form: str) -> Callable[[], Pair]:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """GPT-2 124M, or 4 layers of width 256."""
+    """Yield time and memory for each form of GPT-2 124M, or of a model of 4 layers of width 256."""
     config = GPTConfig(n_layer=4, n_head=4, n_embd=256) if quick else GPTConfig()
     n = sum(p.numel() for p in GPT(config).parameters())
     for label, form in FORMS.items():

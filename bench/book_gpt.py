@@ -1,9 +1,9 @@
-"""The peer that teaches: GPT-2 of Raschka's *Build a Large Language Model (From Scratch)*.
+"""GPT-2 as Raschka's *Build a Large Language Model (From Scratch)* builds it, as a peer.
 
-Queries, keys and values by three layers, the attention matrix in full under a mask that is kept as
-a buffer, normalisation and GELU written out, the head a layer of its own (untied, as in the book).
-Written anew for comparison, under the book's names, so that its files are this model's; trained
-with `torch.optim.AdamW` as in its chapter 5.
+Three layers make queries, keys and values; the attention matrix is computed in full under a mask
+kept as a buffer; layer norm and GELU are written out; the head is a layer of its own, not tied.
+This is our own code under the book's parameter names, so that its files load here. The benchmark
+trains it with `torch.optim.AdamW`, as chapter 5 does.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A writer of TensorFlow's TensorBundle format, in parts that tests can damage."""
+"""Write TensorFlow's TensorBundle format, in parts that tests can damage."""
 
 import json
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ _DTYPES = {"float32": 1, "float64": 2, "int64": 9, "float16": 19}
 
 
 def varint(n: int) -> bytes:
+    """Return n in protobuf's variable-length encoding."""
     out = bytearray()
     while n > 127:
         out.append(n & 127 | 128)
@@ -22,18 +23,20 @@ def varint(n: int) -> bytes:
 
 
 def masked(data: bytes) -> int:
+    """Return the CRC-32C of data, masked as LevelDB stores it."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def field(number: int, value: int | bytes) -> bytes:
+    """Return a protobuf field: an integer as a varint, bytes with their length."""
     if isinstance(value, bytes):
         return varint(number << 3 | 2) + varint(len(value)) + value
     return varint(number << 3) + varint(value)
 
 
 def entry(array: np.ndarray, offset: int, shard: int = 0) -> bytes:
-    """BundleEntryProto of an array's bytes at `offset`."""
+    """Return the BundleEntryProto of an array whose bytes begin at `offset`."""
     data = array.tobytes()
     shape = b"".join(field(2, field(1, n)) for n in array.shape)
     out = field(1, _DTYPES[array.dtype.name]) + field(2, shape) + field(3, shard)
@@ -42,7 +45,7 @@ def entry(array: np.ndarray, offset: int, shard: int = 0) -> bytes:
 
 
 def block(entries: list[tuple[bytes, bytes]], restart_every: int = 16) -> bytes:
-    """A table's block with its trailer; keys share prefixes, as LevelDB's do."""
+    """Return a block of a table with its trailer; keys share prefixes, as in LevelDB."""
     out, restarts, last = bytearray(), [], b""
     for i, (key, value) in enumerate(entries):
         shared = 0
@@ -60,10 +63,12 @@ def block(entries: list[tuple[bytes, bytes]], restart_every: int = 16) -> bytes:
 
 
 def trailer(content: bytes) -> bytes:
+    """Return a block's type (not compressed) and checksum."""
     return b"\0" + masked(content + b"\0").to_bytes(4, "little")
 
 
 def table(entries: list[tuple[bytes, bytes]], per_block: int = 64) -> bytes:
+    """Return a whole LevelDB table of sorted keys and values."""
     out, handles = b"", []
     for i in range(0, len(entries), per_block):
         part = block(entries[i : i + per_block])
@@ -78,7 +83,7 @@ def table(entries: list[tuple[bytes, bytes]], per_block: int = 64) -> bytes:
 
 
 def write(prefix: Path, arrays: Mapping[str, np.ndarray], per_block: int = 64) -> None:
-    """`<prefix>.index` and one shard."""
+    """Write `<prefix>.index` and one shard."""
     entries, at = [(b"", field(1, 1))], 0
     with prefix.with_name(f"{prefix.name}.data-00000-of-00001").open("wb") as file:
         for name in sorted(arrays):
@@ -88,7 +93,7 @@ def write(prefix: Path, arrays: Mapping[str, np.ndarray], per_block: int = 64) -
 
 
 def write_openai(directory: Path, model: GPT) -> Path:
-    """A model as OpenAI's directory: hparams.json and a checkpoint under OpenAI's names."""
+    """Write a model as OpenAI does: hparams.json and a checkpoint under OpenAI's names."""
     c = model.config
     sizes = {"n_vocab": c.vocab_size, "n_ctx": c.block_size, "n_embd": c.n_embd}
     sizes |= {"n_head": c.n_head, "n_layer": c.n_layer}

@@ -55,7 +55,7 @@ measurement."""
 
 @dataclass(frozen=True)
 class Chip:
-    """What a program may take of a multiprocessor (AMD: compute unit) and what that one has."""
+    """The resources of a multiprocessor (AMD: compute unit) and the limits of one program."""
 
     backend: str
     arch: int | str
@@ -113,7 +113,7 @@ class Kernel:
 
 
 class Compiler:
-    """The driver of a chip that is not there: Triton compiles for it and launches nothing."""
+    """A driver for an absent chip: Triton compiles for it and launches nothing."""
 
     def __init__(self, chip: Chip) -> None:
         from triton.backends.compiler import GPUTarget
@@ -134,7 +134,7 @@ class Compiler:
 
 
 def audit(arch: str, ops: Iterable[str]) -> list[Kernel]:
-    """Compile all cases for one architecture; each kernel once, under the first case it serves."""
+    """Compile all cases for one architecture: each kernel once, under its first case."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -199,7 +199,7 @@ def _report(case: str, arch: str, options: dict, compiled) -> Kernel:  # type: i
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack, which is where ptxas spills to, per thread."""
+    """Return registers and bytes of stack per thread; ptxas spills to the stack."""
     import triton.backends.nvidia as nvidia
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -215,7 +215,7 @@ OPS += ("decode_linear",)
 
 
 def audit_all(archs: Iterable[str], ops: Iterable[str] = OPS) -> list[Kernel]:
-    """`audit` for each architecture in a process of its own, as many at once as there are cores."""
+    """Audit each architecture in a process of its own, as many at once as there are cores."""
     # The parent may be interpreting Triton; what compiles must not.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
@@ -278,7 +278,7 @@ def store(kernels: list[Kernel]) -> None:
 
 
 def table(kernels: Iterable[Kernel]) -> str:
-    """The kernels as a Markdown table."""
+    """Return the kernels as a Markdown table."""
     head = "arch case kernel tile warps stages registers shared spills programs/SM products load"
     lines = ["| " + " | ".join(head.split()) + " |", "|" + "---|" * 12]
     for k in kernels:
@@ -292,7 +292,7 @@ def table(kernels: Iterable[Kernel]) -> str:
 
 
 def predictions(kernels: Iterable[Kernel]) -> str:
-    """The cost model's table, for the kernels that it knows."""
+    """Return the table of the cost model, for the kernels that it covers."""
     head = ["kernel", "tile", "programs/SM", "MB", "GFLOP", "waves", "us", "of the limit"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     known = [k for k in kernels if k.kernel in COSTS and k.case in REFERENCE_CASES]
@@ -306,7 +306,7 @@ def predictions(kernels: Iterable[Kernel]) -> str:
 
 
 def report(kernels: list[Kernel]) -> str:
-    """The whole of compile_audit.md."""
+    """Return the text of compile_audit.md."""
     import triton
 
     parts = [f"# {HEADING.format(triton.__version__)}", INTRODUCTION, table(kernels)]

@@ -1,16 +1,16 @@
-"""A model, no measurement: what each Triton kernel costs on an H200, from the compiler's report.
+"""Predict what each Triton kernel costs on an H200, from the compiler's report: no measurement.
 
-For a reference problem of GPT-2 124M in bf16 a kernel moves `n_bytes` and does `flops` on the
-tensor cores and `exps` exponentials, in `programs` programs. It takes the longest of
+For a reference problem of GPT-2 124M in bf16, a kernel moves `n_bytes`, does `flops` on the tensor
+cores and computes `exps` exponentials, in `programs` programs. It takes the longest of
 
     bytes / (4.8 TB/s * min(1, bytes in flight on an SM / 33 KB))
     flops / 989 TFLOP/s, with the exponentials beside them where an SM holds two programs or more,
                          and after them where it holds one (16 an SM and cycle at 1.75 GHz)
 
-times the rounding up of its waves: programs / (132 * programs an SM holds). In flight is what every
-resident program loads in one step of its loop; 33 KB is bandwidth times 0.9 us of latency, Little's
-law. The limit it is compared with is the larger of bytes / 4.8 TB/s and flops / 989 TFLOP/s, of the
-useful ones: a tile on the causal diagonal computes more than it has to.
+times the rounding up of its waves: programs / (132 * programs an SM holds). The bytes in flight are
+those that all resident programs load in one step of their loops; 33 KB is the bandwidth times 0.9
+us of latency (Little's law). The limit is the larger of bytes / 4.8 TB/s and useful FLOPs / 989
+TFLOP/s: a tile on the causal diagonal computes more than it has to.
 """
 
 import math
@@ -24,15 +24,14 @@ LATENCY = 0.9e-6
 B, H, T, D = 16, 12, 1024, 64
 N, V, C = B * T, 50257, H * D
 PARAMS = 124_439_808
-ROWS = 64
-"""Rows that decode at once."""
-CHUNK = 640
-"""Rows of linear cross entropy that are handled at once."""
+DECODE_ROWS = 64
+CHUNK_ROWS = 640
+"""Rows that linear cross entropy handles at once."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a kernel does at the reference problem; step: bytes a program loads at once."""
+    """The work of a kernel on the reference problem; `step`: bytes a program loads at once."""
 
     programs: float
     n_bytes: float
@@ -47,11 +46,12 @@ def _tile(tile: str) -> tuple[int, ...]:
 
 
 def _attention(products: int, tensors: int, by_queries: bool) -> Callable[[str], Cost]:
-    """A kernel with so many products per score, reading or writing so many (B, H, T, D) tensors."""
+    """Return the cost, by tile, of a kernel with `products` products per score that reads or writes
+    `tensors` tensors (B, H, T, D)."""
 
     def cost(tile: str) -> Cost:
         m, n = _tile(tile)[:2]
-        # Blocks of scores that the causal mask leaves something of.
+        # Blocks of scores that the causal mask does not remove entirely.
         blocks = sum(math.ceil(min(T, i + m) / n) for i in range(0, T, m))
         scores, useful = B * H * blocks * m * n, B * H * T * (T + 1) / 2
         per_score = 2 * products * D
@@ -68,9 +68,9 @@ def _attention(products: int, tensors: int, by_queries: bool) -> Callable[[str],
 
 
 def _decode(tile: str) -> Cost:
-    n_bytes = 2 * 2.0 * ROWS * H * T * D
+    n_bytes = 2 * 2.0 * DECODE_ROWS * H * T * D
     block = _tile(tile)[0]
-    return Cost(ROWS * H * T / (4 * block), n_bytes, step=4.0 * block * D)
+    return Cost(DECODE_ROWS * H * T / (4 * block), n_bytes, step=4.0 * block * D)
 
 
 def _rows(passes: float) -> Callable[[str], Cost]:
@@ -78,13 +78,13 @@ def _rows(passes: float) -> Callable[[str], Cost]:
 
 
 def _chunk_rows(tile: str) -> Cost:
-    return Cost(CHUNK, 2 * 2.0 * CHUNK * V, step=2.0 * _tile(tile)[0])
+    return Cost(CHUNK_ROWS, 2 * 2.0 * CHUNK_ROWS * V, step=2.0 * _tile(tile)[0])
 
 
 def _dweight(tile: str) -> Cost:
     v, c, n = _tile(tile)
-    flops = 2.0 * CHUNK * V * C
-    n_bytes = 2.0 * CHUNK * (V + C) + 8.0 * V * C
+    flops = 2.0 * CHUNK_ROWS * V * C
+    n_bytes = 2.0 * CHUNK_ROWS * (V + C) + 8.0 * V * C
     programs = math.ceil(V / v) * math.ceil(C / c)
     return Cost(programs, n_bytes, step=2.0 * n * (v + c), flops=flops, useful_flops=flops)
 
@@ -108,7 +108,7 @@ COSTS: dict[str, Callable[[str], Cost]] = {
 
 
 def predict(kernel: str, tile: str, programs_per_sm: int) -> tuple[Cost, float, float]:
-    """The cost, the seconds it takes by the model, and the fraction of the H200's limit."""
+    """Return the cost, the predicted seconds, and the share of the H200's limit."""
     cost = COSTS[kernel](tile)
     in_flight = min(1.0, programs_per_sm * cost.step * SMS / (BYTES_PER_S * LATENCY))
     memory = cost.n_bytes / (BYTES_PER_S * in_flight)

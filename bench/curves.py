@@ -1,36 +1,33 @@
-"""How cost grows with size, and what a second thread gains: a table, JSON and a picture.
+"""Measure how cost grows with size and what more threads gain: a table, JSON and a picture.
 
 python bench/curves.py [--out DIR]
 
-For each operation the slope of log time over log size, between the larger sizes, stands beside the
-one to expect: attention quadratic in T and linear in B * H, the rest linear. Speed-ups are those of
-all threads over one, at the largest size.
+The table has, for each operation, the slope of log time over log size between the two largest
+sizes, beside the expected one: attention is quadratic in T and linear in B * H, the rest is linear.
+The speed-up is that of all threads over one, at the largest size.
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
-from harness import Run, calls_per_sample, seconds_per_call
-from run import machine
+from harness import Run
+from picture import draw
+from record import RESULTS, folder_name, machine, machine_line, save
+from timing import calls_per_sample, seconds_per_call
 
 from gptfast import AdamW, ops
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen before pyplot loads
 
 REPEATS = 9
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A family of calls by size, and the power of the size that their cost should grow with."""
+    """Calls of growing size, and the power of the size with which their cost should grow."""
 
     name: str
     sizes: tuple[int, ...]
@@ -86,12 +83,13 @@ CURVES = [
 
 
 def seconds(run: Run) -> float:
-    """The median of REPEATS samples."""
+    """Return the median time per call of REPEATS samples."""
     calls, _ = calls_per_sample(run)
     return statistics.median(seconds_per_call(run, calls) for _ in range(REPEATS))
 
 
 def measure(curve: Curve) -> dict[str, object]:
+    """Return a curve's times, its slope and its speed-up by threads."""
     costs = [seconds(curve.build(size)) for size in curve.sizes]
     (n0, t0), (n1, t1) = (curve.sizes[-2], costs[-2]), (curve.sizes[-1], costs[-1])
     run, threads = curve.build(curve.sizes[-1]), torch.get_num_threads()
@@ -109,37 +107,27 @@ def measure(curve: Curve) -> dict[str, object]:
     }
 
 
-def draw(path: Path, curves: list[dict], title: str) -> None:
-    figure, axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
-    for ax, curve in zip(axes.flat, curves, strict=True):
-        ax.loglog(curve["sizes"], curve["seconds"], marker="o")
-        ax.set_title(f"{curve['name']}: slope {curve['slope']:.2f}", fontsize=9)
-        ax.set_ylabel("seconds", fontsize=8)
-    figure.suptitle(title, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="where results go (default: bench/results)"
+    )
     args = parser.parse_args()
-    title = ", ".join(f"{key} {value}" for key, value in machine().items())
-    print(f"{title}\n\n| curve | slope | expected | {torch.get_num_threads()} threads over 1 |")
+    record = {"machine": machine(), "benchmark": "curves", "curves": []}
+    print(f"{machine_line(record)}\n")
+    print(f"| curve | slope | expected | {torch.get_num_threads()} threads over 1 |")
     print("|---|---|---|---|")
-    curves = []
     for curve in CURVES:
         result = measure(curve)
-        curves.append(result)
+        record["curves"].append(result)
         print(
             f"| {result['name']} | {result['slope']:.2f} | {result['expected']:g} | "
             f"{result['speed_up']:.2f}x |",
             flush=True,
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(), "curves": curves}
-    (args.out / "cpu-curves.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(args.out / "cpu-curves.png", curves, title)
+    path = args.out / folder_name(str(record["machine"]["cpu"])) / "curves.json"
+    save(path, record)
+    draw(path.with_suffix(".png"), record)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What `make gpu` measures: each operation beside its peers, with the bytes or FLOPs counted.
+"""The cases of `make gpu`: each operation beside its peers, with the bytes or FLOPs counted.
 
-The targets are this project's own for one H200. A peer that is not installed, or that this GPU
-or this torch does not have, is left out and named.
+The targets are this project's own for one H200. A peer that is not installed, or that this GPU or
+this torch does not support, is left out and named.
 
-Counted: attention 4 D per visible (query, key) and head forward, 10 D backward; linear cross
-entropy three products of 2 N V C; cross entropy the logits read twice and their gradient written
-once; AdamW 28 bytes a parameter plus 4 for the norm; sampling the logits once; the training step as
-in bench_train.py.
+Counted: for attention 4 D per head, query and visible key in the forward and 10 D in the backward;
+for linear cross entropy three products of 2 N V C; for cross entropy the logits read twice and
+their gradient written once; for AdamW 28 bytes a parameter, and 4 for the norm; for sampling the
+logits read once; for the training step the FLOPs of bench_train.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,12 +44,12 @@ class GpuCase:
     graph: bool = False
     """Time the replay of a CUDA graph: device time without the launches."""
     wall: bool = False
-    """Time what the host waits, launches and all."""
+    """Time how long the host waits, with the launches."""
     rounds: int = 30
     seconds: float = 20.0
-    """About what the case takes, compilation included."""
+    """About how long the case takes, with compilation."""
     smoke: bool = True
-    """Whether a smoke run walks through it: not if another case runs the same lines."""
+    """Whether a smoke run includes it: not if another case runs the same lines."""
 
 
 def dtype_of(smoke: bool) -> torch.dtype:
@@ -70,7 +70,7 @@ def _sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flex() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """FlashAttention-2 as a Triton template, what torch.compile makes of flex_attention."""
+    """Return flex_attention compiled by torch.compile: FlashAttention-2 as a Triton template."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled, masks = torch.compile(flex_attention), {}
@@ -199,7 +199,7 @@ def _adamw(smoke: bool) -> Built:
         peer.step()
 
     def check() -> None:
-        # Both have made as many steps, on gradients that the peer has clipped in place.
+        # Both have made the same number of steps; the peer has clipped its gradients in place.
         for a, b in zip(own, others, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -207,7 +207,7 @@ def _adamw(smoke: bool) -> Built:
 
 
 def _mask(logits: Tensor) -> Tensor:
-    """top_k = 50, then top_p = 0.9, as code built on torch does it."""
+    """Return the logits masked by top_k=50 and then top_p=0.9, as code built on torch does it."""
     logits = logits.masked_fill(logits < logits.topk(50).values[:, -1:], -torch.inf)
     ordered, order = logits.sort(descending=True)
     probs = ordered.softmax(-1)
@@ -218,7 +218,7 @@ def _mask(logits: Tensor) -> Tensor:
 def _sampling(B: int) -> Callable[[bool], Built]:
     def build(smoke: bool) -> Built:
         rows, V = (2, 211) if smoke else (B, 50257)
-        # No ties, which torch's sort would break at random.
+        # Without ties, which torch's sort would order at random.
         steps = torch.stack([torch.randperm(V) for _ in range(rows)])
         logits = (steps / V * 12 - 6).float()
         seed = torch.arange(rows)
@@ -231,7 +231,7 @@ def _sampling(B: int) -> Callable[[bool], Built]:
 
         @torch.inference_mode()
         def peer() -> Tensor:
-            # The exponential race: multinomial would synchronise, and cannot be captured.
+            # The largest p / Exp(1) is a draw from p; multinomial would synchronise the device.
             probs = _mask(logits.float()).softmax(-1)
             return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
 
@@ -301,8 +301,7 @@ def _train(B: int, compiled: bool) -> Callable[[bool], Built]:
     return build
 
 
-def cases() -> Iterator[GpuCase]:
-    """The rows of the table, the cheap ones first."""
+def _operation_cases() -> Iterator[GpuCase]:
     B, H, T, D = shape = (16, 12, 1024, 64)
     pairs = B * H * T * (T + 1) / 2
     name = f"bf16 causal {shape}"
@@ -337,6 +336,10 @@ def cases() -> Iterator[GpuCase]:
     )
     params = 124_439_808
     yield GpuCase("AdamW + norm + clip, 124M fp32", _adamw, n_bytes=32.0 * params, target="80%")
+
+
+def _sampling_cases() -> Iterator[GpuCase]:
+    V = 50257
     for rows, microseconds in ((1, 30), (64, 60), (512, 300)):
         yield GpuCase(
             f"sample B={rows} V={V} fp32, top_k 50, top_p 0.9",
@@ -348,8 +351,15 @@ def cases() -> Iterator[GpuCase]:
             rounds=100,
             seconds=10,
         )
-    # Batches whose logits plain PyTorch can hold in 80 GB. Ours has bf16 parameters and fp32
-    # masters, "gptfast autocast" and plain have fp32 parameters under autocast.
+
+
+def _train_cases() -> Iterator[GpuCase]:
+    """Yield batches whose logits plain PyTorch can hold in 80 GB.
+
+    "gptfast" has bf16 parameters and fp32 masters; "gptfast autocast" and the plain model have fp32
+    parameters under autocast.
+    """
+    T = 1024
     for rows, compiled in ((32, True), (16, False)):
         yield GpuCase(
             f"GPT-2 124M step bf16 B={rows} T={T}{' compiled' if compiled else ''}",
@@ -360,3 +370,10 @@ def cases() -> Iterator[GpuCase]:
             seconds=120 if compiled else 30,
             smoke=compiled,
         )
+
+
+def cases() -> Iterator[GpuCase]:
+    """Yield the rows of the table, the short ones first."""
+    yield from _operation_cases()
+    yield from _sampling_cases()
+    yield from _train_cases()

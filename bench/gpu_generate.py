@@ -1,6 +1,6 @@
-"""What `make gpu` measures of generation: the engine's rows beside gpt-fast's method.
+"""The generation cases of `make gpu`: the engine's rows beside gpt-fast's method.
 
-Counted: every matrix once a token, the head's included; keys and values not.
+Bytes counted per token: every matrix once, with the head, without keys and values.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,17 +16,16 @@ from gptfast.engine.gpu_model import GpuModel
 from gptfast.engine.gpu_rows import GraphRows
 from gptfast.generation.options import Options
 
-N_NEW = 128
-"""Tokens that are generated."""
+NEW_TOKENS = 128
 
 
 def _generate(B: int, dtype: str) -> Callable[[bool], Built]:
-    """Greedy tokens by the engine's rows, read by the host one by one, as they are streamed."""
+    """Return greedy generation by the engine's rows; the host reads each token at once."""
 
     def build(smoke: bool) -> Built:
         small = GPTConfig(vocab_size=101, block_size=16, n_layer=1, n_head=2, n_embd=32)
         config = small if smoke else GPTConfig()
-        n, prompt = (3, 4) if smoke else (N_NEW, 32)
+        n, prompt = (3, 4) if smoke else (NEW_TOKENS, 32)
         model, plain = GPT(config).to(dtype_of(smoke)), PlainGPT(config).to(dtype_of(smoke))
         plain.load_state_dict(model.state_dict())
         idx = torch.randint(config.vocab_size, (B, prompt))
@@ -50,7 +49,7 @@ def _generate(B: int, dtype: str) -> Callable[[bool], Built]:
 
         @torch.no_grad()
         def check() -> None:
-            """A prompt, and steps of given tokens: logits, and those of the ids that are chosen."""
+            """Compare logits and chosen ids after a prompt and after steps of given tokens."""
             logits = peer.logits(idx, torch.arange(prompt))
             for row in held:
                 rows.truncate(row, 0)
@@ -72,13 +71,13 @@ def _generate(B: int, dtype: str) -> Callable[[bool], Built]:
 
 
 def generation_cases() -> Iterator[GpuCase]:
-    """One stream in bf16 and int8, and a batch."""
+    """Yield one row in bf16 and in int8, and a batch."""
     matrices = 12 * 12 * 768**2 + 50257 * 768
     for rows, dtype, n_bytes in ((1, "bf16", 2), (1, "int8", 1), (8, "bf16", 2)):
         yield GpuCase(
-            f"generate {N_NEW} tokens, GPT-2 124M {dtype} B={rows}, wall time",
+            f"generate {NEW_TOKENS} tokens, GPT-2 124M {dtype} B={rows}, wall time",
             _generate(rows, dtype),
-            n_bytes=n_bytes * matrices * N_NEW,
+            n_bytes=n_bytes * matrices * NEW_TOKENS,
             target="1.3x",
             wall=True,
             rounds=10,

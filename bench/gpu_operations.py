@@ -1,4 +1,4 @@
-"""Every operation of gptfast once, for what bench/gpu.py asks of all of them."""
+"""Every operation of gptfast once, for the checks of bench/gpu.py."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ def _tensors(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
 
 
 def operations(dtype: torch.dtype, small: bool) -> dict[str, Callable[[], list[Tensor]]]:
-    """Every operation once, forward and backward, on fixed data."""
+    """Return every operation by name: forward and backward on fixed data."""
     torch.manual_seed(0)
     T, V, N = (20, 101, 20) if small else (500, 50257, 2000)
     (qkv,) = _tensors((2, T, 3 * 128), dtype=dtype)

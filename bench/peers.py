@@ -1,14 +1,14 @@
-"""llama.cpp, CTranslate2 and transformers with the weights of one `gptfast.GPT`, behind one face.
+"""Run llama.cpp, CTranslate2 and transformers with a `gptfast.GPT`'s weights, with one interface.
 
-A `Peer` is a process of its own (this file run as a script) that obeys commands over a pipe. In one
-process with torch each library would bring an OpenMP runtime, and transformers would run on the
+A `Peer` is a process of its own (this file as a script) that answers commands over a pipe. In one
+process with torch, each library would bring an OpenMP runtime, and transformers would share the
 threads, the allocator and the settings of the side it is measured against. A command and its answer
 take about 0.2 ms, which counts against the peer: 0.1% of the shortest call of a GPT-2 124M. Between
-commands the process is stopped (SIGSTOP), so that no thread of its spins while ours runs.
+commands the process is stopped (SIGSTOP), so that none of its threads spins while ours runs.
 
-Each peer goes its fastest way: llama.cpp through its C API, one `llama_decode` a step and numpy's
-argmax of the logits (its own greedy sampler first copies all of them), built for this very CPU;
-CTranslate2 with the end token forbidden, so that no text ends early.
+Each peer takes its fastest path. llama.cpp is built for this CPU and called through its C API: one
+`llama_decode` a step, then numpy's argmax of the logits (its own greedy sampler copies all of them
+first). CTranslate2 has the end token forbidden, so that no text ends early.
 """
 
 import json
@@ -34,28 +34,28 @@ PRECISIONS = {
     "CTranslate2": {"fp32": "float32", "int8": "int8"},
     "transformers": {"fp32": "float32", "bf16": "bfloat16"},
 }
-"""What each peer calls our precisions."""
-BATCH = 8
+"""Each peer's names for our precisions."""
+MAX_ROWS = 8
 
 
 def missing() -> list[str]:
-    """What is not installed of the peers, and of what writes their files."""
+    """Return the names of the packages that are not installed: peers and writers of their files."""
     needed = {**MODULES, "gguf": "gguf"}
     return [name for name, module in needed.items() if find_spec(module) is None]
 
 
 class Runner(Protocol):
-    """What every peer can do, in its own process."""
+    """The methods of every peer, in its own process."""
 
     def greedy(self, prompts: list[list[int]], n: int) -> list[list[int]]:
-        """The n ids with which each of up to BATCH equally long prompts goes on."""
+        """Return n greedy ids after each of up to MAX_ROWS prompts of the same length."""
 
     def prefill(self, prompt: list[int]) -> int:
-        """The id after a prompt, the fastest way to just that."""
+        """Return the id after a prompt, in the fastest way."""
 
 
 def write_gguf(model: "GPT", path: Path, precision: str) -> None:
-    """A GGUF without a vocabulary: matrices of type `precision`, positions and vectors in F32."""
+    """Write a GGUF file without a vocabulary: matrices as `precision`, the rest in F32."""
     import gguf
 
     kind, config = gguf.GGMLQuantizationType[precision], model.config
@@ -99,7 +99,7 @@ def write_gguf(model: "GPT", path: Path, precision: str) -> None:
 
 
 def write_ctranslate2(model: "GPT", directory: Path, precision: str) -> None:
-    """CTranslate2's directory; its ids are spelt "0", "1", …, and the last one ends a text."""
+    """Write CTranslate2's directory. Its tokens are spelt "0", "1", …; the last one ends a text."""
     from ctranslate2.specs import common_spec, transformer_spec
 
     config = model.config
@@ -151,7 +151,7 @@ WRITERS: dict[str, Callable[["GPT", Path, str], None]] = {
 
 
 class LlamaCpp:
-    """One context for a single stream and one for a batch, 1024 tokens a row, 512 a batch."""
+    """llama.cpp with one context per number of rows: 1024 tokens a row, 512 tokens a batch."""
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
         import llama_cpp
@@ -174,7 +174,7 @@ class LlamaCpp:
         return self.lib.llama_print_system_info().decode()
 
     def context(self, rows: int) -> int:
-        """An emptied context for so many sequences."""
+        """Return an empty context for `rows` sequences."""
         lib = self.lib
         if rows not in self.contexts:
             params = lib.llama_context_default_params()
@@ -189,7 +189,7 @@ class LlamaCpp:
         return context
 
     def decode(self, context: int, batch: object, outputs: int) -> np.ndarray:
-        """The ids (outputs,) that follow the batch's last tokens."""
+        """Return the greedy ids (outputs,) after the last token of each row of the batch."""
         if self.lib.llama_decode(context, batch):
             raise RuntimeError("llama_decode failed")
         logits = self.lib.llama_get_logits(context)
@@ -197,7 +197,8 @@ class LlamaCpp:
         return np.ctypeslib.as_array(logits, shape).argmax(1)
 
     def fill(self, rows: list[list[int]], start: int) -> object:
-        """The batch of all rows' tokens at positions from `start`; logits of the last ones."""
+        """Return the batch of all rows' tokens at positions from `start`. It asks for the logits
+        of each row's last token."""
         batch, i = self.batch, 0
         for row, tokens in enumerate(rows):
             for position, token in enumerate(tokens, start):
@@ -212,16 +213,16 @@ class LlamaCpp:
         rows = len(prompts)
         context = self.context(rows)
         ids = self.decode(context, self.fill(prompts, 0), rows)
-        drawn, batch, at = [ids], self.batch, len(prompts[0])
+        steps, batch, at = [ids], self.batch, len(prompts[0])
         token = np.ctypeslib.as_array(batch.token, (rows,))
         pos = np.ctypeslib.as_array(batch.pos, (rows,))
         self.fill([[i] for i in ids.tolist()], at)
         for _ in range(n - 1):
             token[:], pos[:] = ids, at
             ids = self.decode(context, batch, rows)
-            drawn.append(ids)
+            steps.append(ids)
             at += 1
-        return np.stack(drawn, 1).tolist()
+        return np.stack(steps, 1).tolist()
 
     def prefill(self, prompt: list[int]) -> int:
         return self.greedy([prompt], 1)[0][0]
@@ -264,7 +265,7 @@ class Transformers:
         self.model = GPT2LMHeadModel.from_pretrained(
             path, dtype=getattr(torch, precision), attn_implementation="sdpa"
         ).eval()
-        # Nothing ends a text, so nothing looks for its end.
+        # No id ends a text, so that no time goes into looking for it.
         self.model.generation_config.eos_token_id = None
 
     def about(self) -> str:
@@ -301,6 +302,7 @@ class Peer:
 
         if find_spec(MODULES[name]) is None:
             raise ModuleNotFoundError(f"{name} is not installed; `make bench-peers` installs it")
+        self.name = name
         theirs, path = PRECISIONS[name][precision], directory / f"{name}-{precision}"
         WRITERS[name](model, path, theirs)
         threads = str(torch.get_num_threads())
@@ -316,7 +318,8 @@ class Peer:
     def _answer(self) -> object:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the peer's process ended with {self.process.wait()}")
+            code = self.process.wait()
+            raise RuntimeError(f"{self.name} ended with code {code}; its error is above")
         self.process.send_signal(signal.SIGSTOP)
         return json.loads(line)
 
@@ -343,8 +346,8 @@ def _commands() -> Iterator[list]:
 
 
 def _serve(name: str, path: str, precision: str, threads: str) -> None:
-    """Answer each line of stdin, [method, *arguments], by a line of stdout, until it is closed."""
-    # What a library prints goes to stderr: stdout is for the answers.
+    """Answer each line of stdin, [method, *arguments], with a line of stdout until stdin closes."""
+    # stdout is for the answers; a library that prints shall do so to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     runner = RUNNERS[name](Path(path), precision, int(threads))

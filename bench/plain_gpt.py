@@ -1,7 +1,7 @@
-"""The peer of the training and generation benchmarks: GPT-2 in plain PyTorch, written as one would.
+"""GPT-2 in plain PyTorch, as one would write it: the peer of training and generation benchmarks.
 
-SDPA, `F.cross_entropy`, `torch.optim.AdamW(fused=True)` and `clip_grad_norm_`; a preallocated KV
-cache for generation. The parameters have `gptfast.GPT`'s names, so its state_dict loads.
+It uses SDPA, `F.cross_entropy` and, for generation, a preallocated KV cache. The parameters have
+`gptfast.GPT`'s names, so that its state_dict loads.
 """
 
 import torch
@@ -64,7 +64,8 @@ class PlainGPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     def hidden(self, idx: Tensor, caches: Tensor | None = None, start: int = 0) -> Tensor:
-        """idx (B, T) -> (B, T, C); caches (n_layer, 2, B, H, block_size, D) hold `start` tokens."""
+        """Return (B, T, C) for idx (B, T); the caches (n_layer, 2, B, H, block_size, D) hold the
+        `start` tokens before it."""
         x = self.wte(idx) + self.wpe(torch.arange(start, start + idx.shape[1]))
         for i, block in enumerate(self.h):
             x = block(x, None if caches is None else caches[i], start)
@@ -76,7 +77,7 @@ class PlainGPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx: Tensor, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuation of idx (B, T), each row with its prompt in front."""
+        """Return idx (B, T) with max_new_tokens greedy tokens after each row."""
         config, (B, start) = self.config, (idx.shape[0], 0)
         head_dim = config.n_embd // config.n_head
         caches = torch.empty(config.n_layer, 2, B, config.n_head, config.block_size, head_dim)
@@ -90,7 +91,7 @@ class PlainGPT(nn.Module):
 
 
 def decay_groups(model: nn.Module) -> list[dict]:
-    """AdamW's two groups: matrices and embeddings decay, biases and norms do not."""
+    """Return AdamW's two groups: matrices and embeddings decay, biases and norms do not."""
     params = list(model.parameters())
     return [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},

@@ -1,9 +1,9 @@
-"""The peer of generation on a GPU: plain PyTorch by gpt-fast's method.
+"""Plain PyTorch by gpt-fast's method: the peer of generation on a GPU.
 
-A static cache as long as the text will be, written and masked by positions that are tensors, so
-that a step is one graph for torch.compile, which fuses it and makes it a CUDA graph; its attention
-is plain products, which the compiler fuses too. int8 is weight-only, a scale an output, and left to
-the compiler, which tries out each kernel's tiles. Tokens stay on the device.
+The cache is static and as long as the text will be. Positions are tensors, so that a decode step is
+one graph, which torch.compile fuses and captures as a CUDA graph. Attention is written as plain
+products, which the compiler fuses too. int8 applies to weights only, with a scale for each output;
+the compiler chooses the tiles. Tokens stay on the device.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Int8Linear(nn.Module):
 
 
 class StaticGPT(nn.Module):
-    """PlainGPT for B rows of the same length, up to `size`. int8 rounds its layers in place."""
+    """PlainGPT for B rows of the same length, up to `size`. int8 rounds the layers in place."""
 
     def __init__(self, plain: PlainGPT, B: int, size: int, int8: bool) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class StaticGPT(nn.Module):
                         setattr(part, name, Int8Linear(linear))
 
     def logits(self, ids: Tensor, time: Tensor) -> Tensor:
-        """ids (B, T) at positions time (T,) -> logits (B, V) behind the last."""
+        """Return logits (B, V) after the last of ids (B, T), which stand at positions time (T,)."""
         B, T = ids.shape
         x = self.plain.wte(ids) + self.plain.wpe(time)
         for block, (k, v) in zip(self.plain.h, self.cache, strict=True):
@@ -70,15 +70,15 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def compiled_step(model: StaticGPT) -> Step:
-    """model.forward for one token a row, which gives ids that the call after it writes over."""
-    # mode="reduce-overhead", and gpt-fast's setting of the compiler for this function alone.
+    """Return model.forward, compiled for one token a row. The next call overwrites its ids."""
+    # What mode="reduce-overhead" sets, and gpt-fast's compiler option, for this function alone.
     options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     return torch.compile(model, fullgraph=True, options=options)
 
 
 @torch.no_grad()
 def generate(model: StaticGPT, step: Step, idx: Tensor, n: int) -> list[list[int]]:
-    """n greedy tokens behind idx (B, T); step is model.forward, compiled."""
+    """Return n greedy tokens after idx (B, T); step is model.forward, compiled."""
     time = torch.arange(idx.shape[1])
     new = [model(idx, time)]
     time = time[-1:] + 1

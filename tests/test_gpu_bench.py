@@ -1,4 +1,4 @@
-"""bench/gpu.py, which CI has no GPU for: walked through on the CPU, so that it does not rot."""
+"""bench/gpu.py runs on the CPU with --smoke, so that CI, which has no GPU, covers its code."""
 
 import json
 import subprocess

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from gptfast.training.metrics import Row
 from gptfast.training.plot import (
-    _colours,
-    _draw,
-    _new_figure,
-    _save,
-    _set_loss_range,
-    _set_tokens_axis,
+    colours_of,
+    draw_rows,
+    new_figure,
+    save_figure,
+    set_loss_range,
+    set_tokens_axis,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def _is_number(value: Any) -> bool:
 
 
 def numeric_fields(trials: Sequence[dict[str, Any]]) -> list[str]:
-    """The fields that are a number in every trial and differ between some."""
+    """Return the fields that are a number in every trial and differ between some."""
     names = dict.fromkeys(name for trial in trials for name in trial)
     values = {name: [trial.get(name) for trial in trials] for name in names}
     return [n for n, v in values.items() if all(map(_is_number, v)) and len(set(v)) > 1]
@@ -44,51 +44,62 @@ def plot_search(
     *,
     log_fields: Sequence[str] = (),
 ) -> Path:
-    """Draw a search, best trial first: validation loss over tokens per trial, and the best against
-    each of the first two fields that vary and are numbers.
+    """Draw a search: validation loss over tokens for each trial, and the lowest loss against each
+    of the first two fields that are numbers and vary.
 
-    histories: the rows of each result's metrics.jsonl. A field's axis is logarithmic if it is one
-    of log_fields or spans more than a factor of 30. Returns out.
+    results: the best trial first. histories: the rows of each result's metrics.jsonl. A field's
+    axis is logarithmic if it is one of log_fields or spans more than a factor of 30. Returns out.
     """
     fields = numeric_fields([result.settings for result in results])[:2]
-    figure = _new_figure(8.5 + 3.5 * len(fields), 5)
+    figure = new_figure(8.5 + 3.5 * len(fields), 5)
     losses, *panels = figure.subplots(
         1, 1 + len(fields), width_ratios=(1.6, *(1 for _ in fields)), squeeze=False
     )[0]
-    colours = _colours(len(results))
+    colours = colours_of(len(results))
+    _draw_losses(losses, results, histories, colours)
+    for axes, field in zip(panels, fields, strict=True):
+        _draw_field(axes, field, results, colours, field in log_fields)
+    for axes in (losses, *panels):
+        axes.grid(alpha=0.3)
+    save_figure(figure, Path(out))
+    return Path(out)
+
+
+def _draw_losses(
+    axes: "Axes",
+    results: Sequence["Result"],
+    histories: Sequence[Sequence[Row]],
+    colours: Sequence[Any],
+) -> None:
+    """Draw each trial's validation loss over tokens; the first result, the best, is thicker."""
     for result, rows, colour in zip(results, histories, colours, strict=True):
         done = result.status == "done"
-        label = result.label if done else f"{result.label} ({result.status})"
         best = result is results[0]
-        _draw(
-            losses,
+        draw_rows(
+            axes,
             rows,
             "tokens",
             "val_loss",
             "-" if done else ":",
             color=colour if done else "gray",
-            label=label,
+            label=result.label if done else f"{result.label} ({result.status})",
             linewidth=2.2 if best else 1.2,
             zorder=3 if best else 2,
         )
-    done = [rows for r, rows in zip(results, histories, strict=True) if r.status == "done"]
-    _set_loss_range(losses, done, "val_loss")
-    _set_tokens_axis(losses)
-    losses.set_xlabel("tokens seen")
-    losses.set_ylabel("validation loss (nats per token)")
+    finished = [rows for r, rows in zip(results, histories, strict=True) if r.status == "done"]
+    set_loss_range(axes, finished, "val_loss")
+    set_tokens_axis(axes)
+    axes.set_xlabel("tokens seen")
+    axes.set_ylabel("validation loss (nats per token)")
     if len(results) <= 10:
-        losses.legend(fontsize="small", loc="upper right")
-    else:
-        columns = 1 + len(results) // 36
-        losses.legend(
-            fontsize="x-small", loc="center right", bbox_to_anchor=(-0.12, 0.5), ncols=columns
-        )
-    for axes, field in zip(panels, fields, strict=True):
-        _draw_field(axes, field, results, colours, field in log_fields)
-    for axes in (losses, *panels):
-        axes.grid(alpha=0.3)
-    _save(figure, Path(out))
-    return Path(out)
+        axes.legend(fontsize="small", loc="upper right")
+        return
+    axes.legend(
+        fontsize="x-small",
+        loc="center right",
+        bbox_to_anchor=(-0.12, 0.5),
+        ncols=1 + len(results) // 36,
+    )
 
 
 def _draw_field(
@@ -110,11 +121,11 @@ def _draw_field(
 
 
 def plot_range(test: "RangeTest", out: str | PathLike) -> Path:
-    """Draw a learning-rate range test, loss and smoothed loss over the rate, the suggestion marked.
+    """Draw a learning-rate range test: loss and smoothed loss over the rate, with the suggestion.
 
     Returns out.
     """
-    figure = _new_figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     axes.plot(test.lr, test.loss, color="tab:blue", alpha=0.25, linewidth=0.8, label="loss")
     axes.plot(test.lr, test.smoothed, color="tab:blue", label="smoothed")
@@ -129,5 +140,5 @@ def plot_range(test: "RangeTest", out: str | PathLike) -> Path:
     axes.set_ylabel("training loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
-    _save(figure, Path(out))
+    save_figure(figure, Path(out))
     return Path(out)

@@ -74,11 +74,7 @@ def save_checkpoint(
         }
         state["digest"] = _digest(state)
         _write_files(temporary, {}, {"state.json": _json(state)})
-        fsync(temporary)
-        if target.exists():  # a resumed run that passes this step again
-            target.rename(_hidden(target, "old"))
-        temporary.rename(target)
-        fsync(target.parent)
+        _move_into_place(temporary, target)
         fsync(Path(out))
         _link_best(target.parent, best)
         _delete_old(Path(out), keep, best)
@@ -90,6 +86,14 @@ def save_checkpoint(
         if not target.exists() and _hidden(target, "old").exists():
             _hidden(target, "old").rename(target)
     return target
+
+
+def _move_into_place(temporary: Path, target: Path) -> None:
+    fsync(temporary)
+    if target.exists():  # a resumed run that passes this step again
+        target.rename(_hidden(target, "old"))
+    temporary.rename(target)
+    fsync(target.parent)
 
 
 def _link_best(folder: Path, best: int | None) -> None:

@@ -1,7 +1,4 @@
-"""The pictures: of a training run, of several compared, of a search, of a learning-rate range test.
-
-Also `read_metrics`, the one reader of what a run wrote. A run is its directory, or metrics.jsonl.
-"""
+"""Pictures of one training run and of several compared. A run is its directory or metrics.jsonl."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -18,7 +15,7 @@ X_LABELS = {"tokens": "tokens seen", "step": "steps", "epoch": "epochs"}
 SUFFIXES = (".png", ".pdf", ".svg")
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -27,8 +24,8 @@ def _new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _colours(n: int) -> list[Any]:
-    """n colours that are easy to tell apart while n is small, and in order where it is not."""
+def colours_of(n: int) -> list[Any]:
+    """Return n colours: easy to tell apart if n is small, otherwise in the order of a rainbow."""
     from matplotlib import colormaps
 
     if n <= 10:
@@ -36,24 +33,26 @@ def _colours(n: int) -> list[Any]:
     return [colormaps["turbo"](0.03 + 0.94 * i / (n - 1)) for i in range(n)]
 
 
-def _draw(axes: "Axes", rows: Sequence[Row], x: str, y: str, *style: str, **options: Any) -> None:
+def draw_rows(
+    axes: "Axes", rows: Sequence[Row], x: str, y: str, *style: str, **options: Any
+) -> None:
     points = [(row[x], row[y]) for row in rows if finite(row, x) and finite(row, y)]
     axes.plot([a for a, _ in points], [b for _, b in points], *style, **options)
 
 
-def _set_loss_range(axes: "Axes", histories: Sequence[Sequence[Row]], *names: str) -> None:
-    """Show all but the height of the first evaluation, beside which no two runs would differ."""
+def set_loss_range(axes: "Axes", histories: Sequence[Sequence[Row]], *names: str) -> None:
+    """Let the axis leave out the first evaluation, whose height would hide what runs differ in."""
     evaluations = [[row for row in rows if finite(row, "val_loss")] for rows in histories]
     later = [row[n] for rows in evaluations for row in rows[1:] for n in names if finite(row, n)]
     if not later:
         return
-    # What rises above where it began, diverges: it must not set the scale.
+    # A run that rises above its start diverges, and must not set the scale.
     top = min(max(later), max(rows[0]["val_loss"] for rows in evaluations if rows))
     if (margin := 0.05 * (top - min(later))) > 0:
         axes.set_ylim(min(later) - margin, top + margin)
 
 
-def _set_tokens_axis(axes: "Axes") -> None:
+def set_tokens_axis(axes: "Axes") -> None:
     from matplotlib.ticker import EngFormatter
 
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -68,16 +67,16 @@ def plot_losses(history: Sequence[Row], out: str | Path) -> list[Path]:
     rows = [row for row in history if "val_loss" in row]
     if not rows:
         raise ValueError("no evaluation in the history yet: nothing to plot")
-    figure = _new_figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
-    _draw(axes, rows, "epoch", "train_loss", label="training loss")
-    _draw(axes, rows, "epoch", "val_loss", "-.", label="validation loss")
+    draw_rows(axes, rows, "epoch", "train_loss", label="training loss")
+    draw_rows(axes, rows, "epoch", "val_loss", "-.", label="validation loss")
     axes.set_xlabel("epochs")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     tokens = axes.twiny()
-    _draw(tokens, rows, "tokens", "val_loss", alpha=0)
+    draw_rows(tokens, rows, "tokens", "val_loss", alpha=0)
     tokens.set_xlabel("tokens seen")
     paths = [Path(out) / f"loss.{suffix}" for suffix in ("png", "pdf")]
     for path in paths:
@@ -86,7 +85,7 @@ def plot_losses(history: Sequence[Row], out: str | Path) -> list[Path]:
 
 
 def run_names(runs: Sequence[str | PathLike]) -> list[str]:
-    """The shortest names that tell runs apart: the parts of their paths, ends in common dropped.
+    """Return the shortest names that tell runs apart: parts of their paths, without common ends.
 
     runs/a/out and runs/b/out are a and b. Raises ValueError for the same run twice.
     """
@@ -121,29 +120,29 @@ def plot_runs(runs: Sequence[str | PathLike], out: str | PathLike, *, x: str = "
     for run, rows in zip(runs, histories, strict=True):
         if not any(finite(row, "val_loss") for row in rows):
             raise ValueError(f"{run} has no evaluation yet: nothing to plot")
-    figure = _new_figure(8, 6)
+    figure = new_figure(8, 6)
     losses, rates = figure.subplots(2, sharex=True, height_ratios=(4, 1))
-    colours = _colours(len(runs))
+    colours = colours_of(len(runs))
     for name, rows, colour in zip(run_names(runs), histories, colours, strict=True):
-        _draw(losses, rows, x, "val_loss", color=colour, label=name)
-        _draw(losses, rows, x, "train_loss", "--", color=colour, linewidth=0.8, alpha=0.8)
-        _draw(rates, rows, x, "lr", color=colour, linewidth=1)
+        draw_rows(losses, rows, x, "val_loss", color=colour, label=name)
+        draw_rows(losses, rows, x, "train_loss", "--", color=colour, linewidth=0.8, alpha=0.8)
+        draw_rows(rates, rows, x, "lr", color=colour, linewidth=1)
     losses.plot([], [], "--", color="gray", linewidth=0.8, label="training loss")
     losses.set_ylabel("loss (nats per token)")
-    _set_loss_range(losses, histories, "val_loss", "train_loss")
+    set_loss_range(losses, histories, "val_loss", "train_loss")
     if x == "tokens":
-        _set_tokens_axis(losses)
+        set_tokens_axis(losses)
     losses.legend(fontsize="small", ncols=1 + len(runs) // 12)
     rates.set_ylabel("learning rate")
     rates.set_xlabel(X_LABELS[x])
     rates.set_ylim(bottom=0)
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
-    _save(figure, out)
+    save_figure(figure, out)
     return out
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)

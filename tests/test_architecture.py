@@ -1,0 +1,153 @@
+"""The floors of gptfast/: imports run downward, never in a circle.
+
+The table below is the map in CONTRIBUTING.md. Imports inside functions count as much as those at
+the top of a file; those for type checkers alone do not count.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "gptfast"
+# From the top floor to the bottom: rooms (files and folders of gptfast/), and what the floor does.
+FLOORS = [
+    ("__main__ cli", "the command: flags, files of settings and defaults, one file per command"),
+    ("search", "many runs compared"),
+    ("training", "batches to a trained model, step after step"),
+    ("evaluate drop_in", "how well a model predicts; transformers' model on our operations"),
+    ("__init__ generate", "the public names; the public way to continue a prompt"),
+    ("engine", "packed weights, the KV cache and the scheduler: fast generation"),
+    ("generation", "options, stops, beams, and the loop that every decoder runs"),
+    ("data", "text to token files to batches"),
+    ("model optim", "GPT and AdamW"),
+    ("weights", "models on disk, in every form, as names, shapes and tensors"),
+    ("tokenizer config ops", "text to ids; the configurations; the operations"),
+    ("device checks files", "what everything leans on"),
+]
+FLOOR_OF = {room: i for i, (rooms, _) in enumerate(FLOORS) for room in rooms.split()}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_of(path): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if "kernels" not in path.relative_to(PACKAGE).parts
+}
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every statement that runs, however deep; not what stands under TYPE_CHECKING."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from statements(child)
+
+
+def imports_of(module: str) -> set[str]:
+    """The modules of gptfast that a module imports."""
+    found = set()
+    for node in statements(ast.parse(MODULES[module].read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import; name the whole module"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in found}
+    # `from gptfast import ops` is an import of ops, not of the whole package.
+    return {name for name in found if name in MODULES} - {module}
+
+
+IMPORTS = {module: imports_of(module) for module in MODULES}
+
+
+def test_the_table_has_every_room() -> None:
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py"}
+    rooms |= {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert rooms - {"kernels"} == set(FLOOR_OF)
+    assert len(FLOORS) == 12
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_runs_upward(module: str) -> None:
+    floor = FLOOR_OF[room_of(module)]
+    upward = [name for name in IMPORTS[module] if FLOOR_OF[room_of(name)] < floor]
+    assert not upward, f"{module} imports {upward}, which stand above it"
+
+
+def circles() -> list[list[str]]:
+    """The groups of modules that import one another: strongly connected components (Tarjan)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in sorted(IMPORTS[module]):
+            if other not in index:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            group = [stack.pop()]
+            while group[-1] != module:
+                group.append(stack.pop())
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in MODULES:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def test_no_circle() -> None:
+    assert circles() == []
+
+
+def test_the_map_is_contributings() -> None:
+    """Each floor is a line of the table in CONTRIBUTING.md, in this order."""
+    lines = (ROOT / "CONTRIBUTING.md").read_text("utf-8").splitlines()
+    table = [line for line in lines if line.startswith("| ")]
+    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table]
+    wanted = [(" ".join(f"`{room}`" for room in rooms.split()), text) for rooms, text in FLOORS]
+    found = [row for row in rows if row in wanted]
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("folder", "suffixes"),
+    [("gptfast", {".py"}), ("kernels", {".py"}), ("csrc", {".cpp", ".h"}), ("bench", {".py"})],
+)
+def test_no_file_is_too_long(folder: str, suffixes: set[str]) -> None:
+    paths = [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+    assert paths
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text("utf-8").splitlines()) for p in paths}
+    assert {name: n for name, n in lengths.items() if n > 400} == {}
+
+
+@pytest.mark.parametrize("folder", ["gptfast", "bench", "kernels/reference"])
+def test_no_function_is_too_long(folder: str) -> None:
+    long = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > 50:
+                    long[f"{path.relative_to(ROOT)}:{node.name}"] = length
+    assert long == {}
