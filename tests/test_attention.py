@@ -67,8 +67,10 @@ def interpreted(backend: str) -> bool:
 
 
 def repeats(backend: str, Tq: int, Tk: int) -> range:
-    """How many cases to take together."""
-    return range(1 if interpreted(backend) and Tq * Tk > 100 else 4)
+    """How many cases to take together: a kernel's maximum and PyTorch's have to be of many."""
+    if interpreted(backend):
+        return range(1 if Tq * Tk > 100 else 4)
+    return range(16 if Tq * Tk < 1000 else 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

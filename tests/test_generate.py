@@ -82,7 +82,7 @@ def test_equals_full_forwards(model: GPT, name: str, length: int) -> None:
     options = {"temperature": 1.0, **SAMPLING[name]}
     wanted = naive(model, prompt(length), 24, **options)
     assert generate(model, [prompt(length)], 24, **options) == [wanted]
-    assert len(set(wanted[length:])) > 5
+    assert len(set(wanted[length:])) > 1
 
 
 @pytest.mark.parametrize("name", SAMPLING)

@@ -260,8 +260,12 @@ def test_gradients_are_those_of_plain_embedding(
     monkeypatch.setattr(ops, "embedding", lambda idx, weight: (F.embedding(idx, weight), weight))
     _, plain = step(model, 0)
     for name in grads:
-        if not tied or name != "wte.weight":
+        if name != "wte.weight":
             assert torch.equal(grads[name], plain[name]), name
+    # Up to two rows of a token are added with one rounding, whoever adds them.
+    if not tied:
+        few = random_ids(2, 16).flatten().bincount(minlength=61) <= 2
+        assert torch.equal(grads["wte.weight"][few], plain["wte.weight"][few])
     # A rounding of the rows' sum, and one of the result, apart.
     largest = plain["wte.weight"].abs().max().item()
     atol = 2 * torch.finfo(dtype).eps * largest
