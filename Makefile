@@ -7,15 +7,31 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test fuzz sanitize lint docs bench bench-peers gpu audit clean
+.PHONY: train test check matrix fuzz sanitize lint docs bench bench-peers gpu audit clean
 
 # Trains a small GPT on real text: set-up, then about two minutes on two cores. A second call goes on
 # where the first one stopped; remove runs/train to start over.
 train: $(VENV)/ready
 	$(BIN)/gptfast train --out runs/train --resume
 
+# Workers of the tests: one per core, 8 at most; tests that share what is slow to set up share one.
+WORKERS := -n logical --maxprocesses 8 --dist loadgroup
+
 test: $(VENV)/ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS) --durations=15
+
+# Before each commit: lint, and the tests that tell most in a minute. They are the modules that take
+# seconds and need neither processes, files of some size nor Triton's interpreter. `make test` runs all.
+CHECKED := adamw architecture attention book checkpoint config cross_entropy decode_linear embedding engine \
+	engine_files evaluate examples guard hellaswag linear mlp model philox sampling schedule settings stop \
+	threads token_files tokenizer train_step train_tokenizer
+check: lint $(VENV)/ready-test
+	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m "not triton" $(wildcard $(CHECKED:%=tests/test_%.py))
+
+# The tests under each setting in which machines differ, pairwise: about half an hour on two cores.
+# PART=--part makes the few runs of a few minutes that CI makes.
+matrix: $(VENV)/ready-test
+	$(BIN)/python tests/matrix.py $(PART)
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build beside the usual one. Python
 # itself never frees much of what it holds, so leaks are not looked for.
@@ -25,17 +41,19 @@ sanitize: $(VENV)/ready-test
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
 	GPTFAST_SANITIZE=1 \
-	$(BIN)/python -P -m pytest -q --capture=sys -p no:cacheprovider -m "not triton and not reference" $(SANITIZED:%=tests/test_%.py)
+	$(BIN)/python -P -m pytest --capture=sys -p no:cacheprovider -m "not triton and not reference" $(SANITIZED:%=tests/test_%.py)
 
 # Mutated files of every form of weights; tests/test_hostile.py runs a few of them.
 N ?= 100000
 fuzz: $(VENV)/ready-test
 	PYTHONPATH=bench $(BIN)/python tests/fuzz_weights.py --n $(N)
 
-lint: $(VENV)/ready-lint
+# mypy reads the types of what is imported, so it needs the tests' environment too.
+lint: $(VENV)/ready-lint $(VENV)/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/mypy
 
 # README, CONTRIBUTING, CHANGELOG and docs/ as a searchable site; `python -m http.server -d build/site`
 # serves it. A broken link or a name that does not exist is an error.
@@ -59,7 +77,7 @@ gpu:
 
 # What the compilers say of the Triton kernels, for four architectures; no GPU needed.
 audit: $(VENV)/ready-test
-	$(BIN)/python bench/compile_audit.py --out bench/results/compile_audit.md
+	$(BIN)/python bench/compile_audit.py --store
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info gptfast/*.so

@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU, and table what the compilers report.
 
-python bench/compile_audit.py [--arch sm_90,gfx942] [--out FILE]
+python bench/compile_audit.py [--arch sm_90,gfx942] [--store]
 
 The launchers themselves run, on tensors without storage, with every launch turned into a
 compilation for the architecture asked for: what is audited is what would run, specialised as it
@@ -10,12 +10,14 @@ every launcher.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import tokenize
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -34,6 +36,8 @@ REFERENCE_CASES = (
 )
 """The cases whose shapes are those of the cost model."""
 REPORT = Path(__file__).parent / "results" / "compile_audit.md"
+RESULTS = REPORT.with_suffix(".json")
+"""The kernels of the report as data, beside the digest of what they were compiled from."""
 HEADING = "What Triton {} makes of the kernels"
 INTRODUCTION = """\
 Written by `make audit` on a machine without a GPU, compared by tests/test_compile_audit.py. Each
@@ -226,6 +230,53 @@ def audit_all(archs: Iterable[str], ops: Iterable[str] = OPS) -> list[Kernel]:
         return [kernel for kernels in pool.map(run, archs) for kernel in kernels]
 
 
+def _code(path: Path) -> str:
+    """Return a file's tokens without comments and docstrings, which no compiler sees."""
+    with path.open("rb") as file:
+        tokens = list(tokenize.tokenize(file.readline))
+    code, starts_line = [], True
+    for token in tokens:
+        if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING):
+            continue
+        if token.type != tokenize.STRING or not starts_line:
+            code.append(token.string)
+        starts_line = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT) or (
+            starts_line and token.type == tokenize.STRING
+        )
+    return "".join(code)
+
+
+def inputs_digest() -> str:
+    """Return the SHA-256 of all that decides the report: the kernels, the cases, this file, the
+    cost model and the version of Triton."""
+    import triton
+
+    here = Path(__file__).parent
+    kernels = (here.parent / "kernels").rglob("*.py")
+    files = [*sorted(kernels), *(here / f"{name}.py" for name in ("audit_cases", "cost_model"))]
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in (*files, Path(__file__)):
+        digest.update(f"\n{path.name}\n{_code(path)}".encode())
+    return digest.hexdigest()
+
+
+def stored_kernels() -> list[Kernel] | None:
+    """Return the kernels that `make audit` stored, or None if they are of other inputs."""
+    if not RESULTS.exists():
+        return None
+    stored = json.loads(RESULTS.read_text())
+    if stored["inputs"] != inputs_digest():
+        return None
+    return [Kernel(**row) for row in stored["kernels"]]
+
+
+def store(kernels: list[Kernel]) -> None:
+    """Write the report and the data behind it."""
+    REPORT.write_text(report(kernels))
+    rows = ",\n".join(json.dumps(asdict(kernel)) for kernel in kernels)
+    RESULTS.write_text(f'{{"inputs": "{inputs_digest()}", "kernels": [\n{rows}\n]}}\n')
+
+
 def table(kernels: Iterable[Kernel]) -> str:
     """Return the kernels as a Markdown table."""
     head = "arch case kernel tile warps stages registers shared spills programs/SM products load"
@@ -268,17 +319,17 @@ def main() -> None:
     parser.add_argument("--arch", default=",".join(CHIPS), help="some of " + ", ".join(CHIPS))
     parser.add_argument("--ops", default=",".join(OPS), help="some of " + ", ".join(OPS))
     parser.add_argument("--json", action="store_true", help="one architecture, to standard output")
-    parser.add_argument("--out", type=Path, help="where the report goes; else standard output")
+    parser.add_argument("--store", action="store_true", help=f"rewrite {REPORT.name} and its data")
     args = parser.parse_args()
     archs, ops = args.arch.split(","), args.ops.split(",")
     if args.json:
         print(json.dumps([asdict(kernel) for kernel in audit(archs[0], ops)]))
         return
-    text = report(audit_all(archs, ops))
-    if args.out:
-        args.out.write_text(text)
+    kernels = audit_all(archs, ops)
+    if args.store:
+        store(kernels)
     else:
-        print(text)
+        print(report(kernels))
 
 
 if __name__ == "__main__":

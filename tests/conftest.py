@@ -1,15 +1,23 @@
-"""Fixtures shared by the tests of the operations.
+"""Fixtures shared by the tests.
 
-The Triton kernels are tested by the tests of the others: on a GPU where there is one, with every
-tensor made there; else on the CPU in Triton's interpreter, which has no bf16 (its casts truncate,
-its products are garbage).
+The tests of an operation run once per backend. The Triton kernels run on a GPU where there is one,
+and then every tensor is made there; otherwise they run on the CPU in Triton's interpreter, which
+has no bf16 (its casts truncate, its products are garbage).
+
+Three variables of the environment change what the whole suite runs with; `make matrix` sets them.
+OMP_NUM_THREADS is the number of threads, GPTFAST_TEST_SEED the seed of what the tests draw, and
+GPTFAST_TEST_PRODUCTS who multiplies fp32 matrices ("gptfast" or "library").
 """
 
 import os
 from collections.abc import Iterator
 
-import pytest
-import torch
+# Before torch reads it. At the tests' sizes, several threads only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from seeds import shifted  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -23,6 +31,9 @@ from gptfast.ops.backend import EXTENSION, MISSING, TRITON_MISSING, use_backend 
 if os.environ.get("GPTFAST_SANITIZE") == "1":
     # What `make sanitize` means to test, and not the usual build.
     assert EXTENSION and "build/sanitize/lib" in EXTENSION.__file__, EXTENSION
+PRODUCTS = os.environ.get("GPTFAST_TEST_PRODUCTS", "")
+if EXTENSION is not None:
+    EXTENSION.set_matmul_provider(PRODUCTS)
 ENGINE_LEVELS = EXTENSION.build_info()["isa_supported"] if EXTENSION else []
 # What the operations themselves differ in.
 LEVELS = [level for level in ENGINE_LEVELS if level in ("default", "avx2", "avx512")]
@@ -61,16 +72,32 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+def _by_the_parity_rule(item: pytest.Item) -> bool:
+    """Return whether the test calls parity.py's check, or a helper of its module around it."""
+    names = item.function.__code__.co_names
+    return any(name.startswith(("check", "assert_parity")) for name in names)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on the Triton kernels (`pytest -m triton` is what a GPU is needed for) and on
-    the reference, where a sanitizer has nothing to find."""
+    """Leave out what proves nothing, and mark what a GPU or a sanitizer asks for.
+
+    The parity rule does not hold the reference to itself in 16 bits. The marks are "triton" (what a
+    GPU is needed for) and "reference" (where a sanitizer has nothing to find).
+    """
+    kept = []
     for item in items:
         callspec = getattr(item, "callspec", None)
-        backend = callspec.params.get("backend") if callspec is not None else None
+        params = callspec.params if callspec is not None else {}
+        backend = params.get("backend")
+        in_16_bits = params.get("dtype") in (torch.bfloat16, torch.float16)
+        if backend == "reference" and in_16_bits and _by_the_parity_rule(item):
+            continue
         if backend == "triton" or "triton" in getattr(item, "fixturenames", ()):
             item.add_marker("triton")
         if backend == "reference":
             item.add_marker("reference")
+        kept.append(item)
+    items[:] = kept
 
 
 def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -105,7 +132,7 @@ def products(request: pytest.FixtureRequest, isa: str) -> Iterator[str]:
     """Who multiplies fp32 matrices, at each instruction-set level."""
     EXTENSION.set_matmul_provider(request.param)
     yield request.param
-    EXTENSION.set_matmul_provider("")
+    EXTENSION.set_matmul_provider(PRODUCTS)
 
 
 @pytest.fixture
@@ -121,13 +148,10 @@ def cpp() -> None:
         pytest.skip(f"the C++ extension is not built: {MISSING}")
 
 
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
+def same_start() -> Iterator[None]:
+    """Give each test the same random state and number of threads, whatever ran before it."""
+    torch.manual_seed(shifted(0))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -7,21 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import shifted, torch_generator
 from torch import Tensor
 
 from gptfast import GPT, GPTConfig, TrainConfig, Trainer, create_dataloader, get_tokenizer
 from gptfast.data.embedded import embedded_text
 from gptfast.data.tokens import as_tokens, split_tokens
 from gptfast.weights import convert
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For the modules that import it: at these sizes threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny_config(**changes: Any) -> GPTConfig:
@@ -32,7 +24,7 @@ def tiny_config(**changes: Any) -> GPTConfig:
 def random_model(seed: int = 0, std: float = 0.2, **changes: Any) -> GPT:
     """A tiny model with every parameter random, so that no bias or norm is at its neutral value."""
     model = GPT(tiny_config(**changes))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_generator(seed)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=std, generator=generator)
     for module in model.modules():
@@ -41,8 +33,28 @@ def random_model(seed: int = 0, std: float = 0.2, **changes: Any) -> GPT:
     return model
 
 
+def scripted_model(text: str) -> GPT:
+    """A model of bytes whose weights are set by hand so that it writes `text`, then ends.
+
+    Its logits depend on the position alone: at position p the byte p + 1 stands far above all
+    others, whatever was read. So a prompt has to be the beginning of the text.
+    """
+    ids = [*get_tokenizer("byte").encode(text), get_tokenizer("byte").eot]
+    T = len(ids) - 1
+    config = GPTConfig(257, block_size=T, n_layer=1, n_head=1, n_embd=T, tie_weights=False)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
+                p.zero_()
+        model.wpe.weight.copy_(torch.eye(T))
+        for position, i in enumerate(ids[1:]):
+            model.lm_head.weight[i, position] = 10.0
+    return model
+
+
 def random_ids(*shape: int, vocab_size: int = 61, seed: int = 1) -> Tensor:
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(vocab_size, shape, generator=torch_generator(seed))
 
 
 def make_trainer(
@@ -66,7 +78,7 @@ def make_trainer(
         create_dataloader(parts[0], 4, 16, 16, seed=config.seed),
         create_dataloader(parts[1], 4, 16, 16, shuffle=False, drop_last=False),
     ]
-    torch.manual_seed(init_seed)
+    torch.manual_seed(shifted(init_seed))
     model = GPT(tiny_config(vocab_size=tokenizer.n_vocab, dropout=dropout))
     return Trainer(model, config, *loaders, tokenizer=tokenizer)
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+# A maximum over fewer numbers than this hangs on single roundings: see `cases_of`.
+ENOUGH_NUMBERS = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -30,6 +32,12 @@ def assert_parity(name: str, out: Tensor, ref: Tensor, pt: Tensor, factor: float
     plain = (pt.double() - ref).abs().max().item()
     limit = factor * plain + atol
     assert error <= limit, f"{name}: error {error:.3g} > {limit:.3g} (PyTorch's own: {plain:.3g})"
+
+
+def cases_of(smallest: int, at_least: int = 4) -> int:
+    """Return how many cases to take together where the smallest tensor compared has so many
+    numbers."""
+    return max(at_least, -(-ENOUGH_NUMBERS // smallest))
 
 
 @contextmanager

@@ -20,7 +20,6 @@ import pytest
 import torch
 from commands import Capture, refused, run
 from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
     random_model,
 )
 

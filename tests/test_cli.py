@@ -12,7 +12,6 @@ import pytest
 import torch
 from commands import TINY, Capture, refused, rows, run, train
 from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
     random_model,
 )
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from commands import TINY, Capture, refused, run
-from helpers import one_thread  # noqa: F401 - applies to every test here
 
 from gptfast.cli import main
 from gptfast.data.embedded import embedded_text

@@ -8,7 +8,6 @@ import pytest
 import torch
 from commands import SIZES, Capture, done, refused, run
 from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
     random_model,
     save,
 )

@@ -15,7 +15,6 @@ from commands import TINY, Capture, done, refused, rows, run, start, train
 from helpers import (
     differing,
     disk_of,
-    one_thread,  # noqa: F401 - applies to every test here
     parameters,
     random_model,
 )

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
     random_ids,
 )
 from parity import assert_parity
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
+from seeds import shifted  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model  # noqa: E402
 
 import gptfast  # noqa: E402
@@ -30,7 +30,7 @@ V, T = 211, 33
 
 
 def make(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     sizes = {"vocab_size": V, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 3}
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = GPT2Config(
@@ -254,7 +254,7 @@ def test_dropout_is_drawn_from_torchs_generator(calls: dict[str, int]) -> None:
     ids, labels = batch()
 
     def loss(seed: int) -> Tensor:
-        torch.manual_seed(seed)
+        torch.manual_seed(shifted(seed))
         return model(input_ids=ids, labels=labels).loss
 
     assert torch.equal(loss(1), loss(1)) and not torch.equal(loss(1), loss(2))

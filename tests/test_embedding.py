@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from gptfast.kernels.reference import embedding as reference
 from parity import DTYPES, check, poisoned
+from seeds import shifted
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -99,7 +100,7 @@ def test_many_equal_tokens_are_summed_in_fp32(backend: str, dtype: torch.dtype) 
     assert torch.equal(out[[0, 2]], torch.ones(2, 24, dtype=dtype))
 
 
-def test_same_bits_with_any_number_of_threads(isa: str, restore_threads: None) -> None:
+def test_same_bits_with_any_number_of_threads(isa: str) -> None:
     idx, dx = torch.randint(50, (700,)), torch.randn(700, 300)
     results = []
     for threads in (1, 2, 5):
@@ -326,7 +327,7 @@ def test_equals_autograds_own(use: Callable) -> None:
     """The gradient, and what anyone else kept of the head's gradient before the rows came."""
     results = []
     for embed in (plain, ops.embedding):
-        torch.manual_seed(1)
+        torch.manual_seed(shifted(1))
         weight = torch.randn(12, 8, requires_grad=True)
         x, head = embed(IDX, weight)
         if embed is plain and use.__name__.endswith("in_hook"):
@@ -341,7 +342,7 @@ def test_a_node_that_waits_for_the_same_gradient() -> None:
     # Addition hands one tensor to both; `delta` is older than the embedding, so it is read later.
     results = []
     for embed in (plain, ops.embedding):
-        torch.manual_seed(1)
+        torch.manual_seed(shifted(1))
         weight, a = torch.randn(12, 8, requires_grad=True), torch.randn(12, 8, requires_grad=True)
         delta = a.sin()
         x, head = embed(IDX, weight)
@@ -354,7 +355,7 @@ def test_a_node_that_waits_for_the_same_gradient() -> None:
 def test_gradients_accumulate_over_batches() -> None:
     grads = []
     for embed in (plain, ops.embedding):
-        torch.manual_seed(1)
+        torch.manual_seed(shifted(1))
         weight = torch.randn(12, 8, requires_grad=True)
         for shift in range(3):
             loss_of(*embed((IDX + shift) % 12, weight)).backward()
@@ -414,7 +415,7 @@ def test_compiled_where_the_head_leaves_the_graph() -> None:
     compiled = torch.compile(ops.embedding, fullgraph=True, backend="aot_eager")
     results = []
     for embed in (plain, compiled):
-        torch.manual_seed(1)
+        torch.manual_seed(shifted(1))
         weight, kept = torch.randn(12, 8, requires_grad=True), []
         x, head = embed(IDX, weight)
         head = head.view_as(head) if embed is plain else head

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
     random_ids,
     random_model,
 )

@@ -8,7 +8,6 @@ import torch
 from conftest import GPU
 from gptfast.kernels.reference.decode_linear import quantize
 from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
     random_ids,
     random_model,
 )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from bench_drop_in import ALL, REPLACEMENTS, script
-from helpers import one_thread  # noqa: F401 - applies to every test here
 
 import gptfast
 from gptfast import ops

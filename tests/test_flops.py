@@ -1,8 +1,9 @@
 """FLOPs against torch's counter, and measurements against what they must exceed."""
 
+import math
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -76,28 +77,25 @@ def test_mfu_is_the_share_of_the_peak() -> None:
         mfu(1000, config, 16, 0)
 
 
-def test_measured_peak_leaves_the_generator_alone() -> None:
-    before, start = torch.get_rng_state(), time.perf_counter()
-    peak = measured_peak("cpu", torch.float32)
-    seconds = time.perf_counter() - start
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_measured_peak_leaves_the_generator_alone(dtype: torch.dtype) -> None:
+    before = torch.get_rng_state()
+    assert 0 < measured_peak("cpu", dtype) < math.inf
     assert torch.equal(torch.get_rng_state(), before)
-    # It ran at least four products of that size in that time, and a loop in Python is slower.
-    assert peak > 2 * 192**3 / seconds
-    assert peak > 1e8
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_measured_peak_is_what_a_product_takes(dtype: torch.dtype) -> None:
-    """Within a factor of ten, for this machine may be busy with other things."""
-    n, start = 384, time.perf_counter()
-    peak, total = measured_peak(torch.device("cpu"), dtype), time.perf_counter() - start
-    assert total < 10
-    a = torch.ones(n, n, dtype=dtype)
-    F.linear(a, a)
-    start = time.perf_counter()
-    for _ in range(5):
-        F.linear(a, a)
-    assert 0.1 < peak / (5 * 2 * n**3 / (time.perf_counter() - start)) < 10
+def test_measured_peak_is_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of our own, for a machine may be busy with other things."""
+    sides = []
+
+    def seconds(n: int, *_: object) -> Iterator[float]:
+        sides.append(n)
+        yield from [9.0, 0.3, 0.2, 0.4, *[0.5] * 99]
+
+    monkeypatch.setattr("gptfast.device._product_seconds", seconds)
+    peak = measured_peak("cpu")
+    assert len(set(sides)) == 1
+    assert peak == pytest.approx(2 * sides[0] ** 3 / 0.2)
 
 
 def test_peak_memory_is_not_the_parents() -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
     random_model,
 )
 

@@ -17,11 +17,11 @@ import torch
 from bundle import block, entry, field, masked, table, varint
 from fuzz_weights import Fuzzer
 from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
     random_model,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import numpy_generator
 
 from gptfast import GPT, AdamW, get_tokenizer
 from gptfast.evaluate.hellaswag import hellaswag
@@ -284,7 +284,7 @@ def test_a_compressed_or_big_endian_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [1, 100])
 def test_many_blocks(n: int, tmp_path: Path) -> None:
     """As large models have: an entry per block, and all in one."""
-    rng = np.random.default_rng(0)
+    rng = numpy_generator(0)
     from bundle import write
 
     arrays = {f"a/{i:03}": rng.standard_normal((3, i)).astype("f4") for i in range(60)}

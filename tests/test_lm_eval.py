@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
     random_model,
 )
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from conftest import GPU
 from helpers import (
     differing,
-    one_thread,  # noqa: F401 - applies to every test here
     parameters,
     random_ids,
     random_model,
     tiny_config,
 )
+from seeds import shifted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -85,7 +85,7 @@ def test_equals_transformers_after_save_pretrained(name: str, tmp_path: Path) ->
 def test_loads_what_transformers_wrote(tied: bool, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(3)
+    torch.manual_seed(shifted(3))
     config = GPT2Config(
         vocab_size=53, n_positions=20, n_embd=24, n_layer=2, n_head=3, tie_word_embeddings=tied
     )
@@ -123,7 +123,7 @@ def test_untied_head_and_no_qkv_bias_change_the_count() -> None:
 
 
 def test_initialisation() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     model = GPT(tiny_config(n_embd=64, n_layer=4, vocab_size=300, tie_weights=False))
     for name, p in model.named_parameters():
         if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
@@ -138,7 +138,7 @@ def test_initialisation() -> None:
 
 
 def test_initial_loss_is_that_of_guessing() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     model = GPT(tiny_config(vocab_size=1000))
     loss = model(random_ids(4, 16, vocab_size=1000), random_ids(4, 16, vocab_size=1000, seed=2))
     assert abs(loss.item() - math.log(1000)) < 0.1
@@ -146,7 +146,7 @@ def test_initial_loss_is_that_of_guessing() -> None:
 
 def test_manual_seed_fixes_the_initialisation() -> None:
     def drawn(seed: int) -> dict[str, Tensor]:
-        torch.manual_seed(seed)
+        torch.manual_seed(shifted(seed))
         return parameters(GPT(tiny_config()))
 
     assert differing(drawn(1), drawn(1)) == []
@@ -164,7 +164,7 @@ def test_later_tokens_do_not_change_earlier_logits() -> None:
 
 def step(model: GPT, torch_seed: int, seed: int | None = None) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one training step under torch.manual_seed(torch_seed)."""
-    torch.manual_seed(torch_seed)
+    torch.manual_seed(shifted(torch_seed))
     model.zero_grad()
     loss = model(random_ids(2, 16), random_ids(2, 16, seed=2), seed=seed)
     loss.backward()
@@ -215,7 +215,7 @@ def test_dropout_on_embedding_and_both_residual_branches() -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.register_forward_hook(hook)
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     model(random_ids(8, 16))
     assert len(dropped) == 1 + 2 * 3
     # Five standard errors for 8 * 16 * 64 draws.
@@ -260,8 +260,12 @@ def test_gradients_are_those_of_plain_embedding(
     monkeypatch.setattr(ops, "embedding", lambda idx, weight: (F.embedding(idx, weight), weight))
     _, plain = step(model, 0)
     for name in grads:
-        if not tied or name != "wte.weight":
+        if name != "wte.weight":
             assert torch.equal(grads[name], plain[name]), name
+    # Up to two rows of a token are added with one rounding, whoever adds them.
+    if not tied:
+        few = random_ids(2, 16).flatten().bincount(minlength=61) <= 2
+        assert torch.equal(grads["wte.weight"][few], plain["wte.weight"][few])
     # A rounding of the rows' sum, and one of the result, apart.
     largest = plain["wte.weight"].abs().max().item()
     atol = 2 * torch.finfo(dtype).eps * largest
@@ -329,7 +333,7 @@ def test_triton_trains_as_the_reference_does(triton: str) -> None:
     models = [random_model(std=0.1, dropout=0.2, qkv_bias=False).train() for _ in range(2)]
     losses = []
     for backend, model in zip(("reference", "triton"), models, strict=True):
-        torch.manual_seed(5)
+        torch.manual_seed(shifted(5))
         with use_backend(backend):
             losses.append(train(model, model))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)

@@ -5,7 +5,6 @@ Runs are real processes, forked from one that has everything imported and no thr
 
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import time
@@ -19,11 +18,11 @@ from helpers import (
     differing,
     disk_of,
     make_trainer,
-    one_thread,  # noqa: F401 - applies to every test here
     parameters,
     without_speed,
 )
 from safetensors.torch import load_file
+from seeds import python_generator
 
 import gptfast.training.trainer
 from gptfast import GPT, Trainer
@@ -173,7 +172,7 @@ def assert_whole(out: Path) -> None:
 
 def test_killed_at_twenty_random_moments(processes: Any, whole: Path, tmp_path: Path) -> None:
     """Whenever SIGKILL comes, the last complete checkpoint is usable and the end is the same."""
-    rng = random.Random(0)
+    rng = python_generator(0)
     duration = duration_of_a_run(processes, tmp_path)
     kills, out, runs = 0, tmp_path / "run-0", 0
     while kills < 20:
@@ -254,7 +253,7 @@ def test_killed_with_a_file_half_written(
 
 def test_terminated_at_random_moments(processes: Any, whole: Path, tmp_path: Path) -> None:
     """SIGTERM: the step is finished and saved, the exit is clean, and the end is the same."""
-    rng = random.Random(1)
+    rng = python_generator(1)
     duration = duration_of_a_run(processes, tmp_path)
     out, stops = tmp_path / "run", 0
     for _ in range(60):
@@ -403,7 +402,7 @@ def test_a_thousand_bit_flips_are_found(whole: Path, tmp_path: Path) -> None:
     """Any bit of any file of a checkpoint: the damage is seen and the file named."""
     saved = checkpoints(whole)[-1]
     shutil.copytree(saved, tmp_path / saved.name)
-    rng = random.Random(2)
+    rng = python_generator(2)
     contents = {name: (saved / name).read_bytes() for name in FILES}
     for i in range(1000):
         name = FILES[i % len(FILES)]

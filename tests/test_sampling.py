@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import DTYPES
 from scipy.stats import chisquare
+from seeds import torch_generator
 from torch import Tensor
 
 from gptfast import ops
@@ -192,7 +193,7 @@ def triton_sampling() -> ModuleType:
 def test_distribution(isa: str, parameters: dict) -> None:
     # The probabilities here come from a sort and a softmax in float64, not from the reference.
     V, n = 203, 50_000
-    logits = torch.randn(V, generator=torch.Generator().manual_seed(3)) * 2
+    logits = torch.randn(V, generator=torch_generator(3)) * 2
     p = (logits.double() / parameters.get("temperature", 1.0)).softmax(-1)
     order = p.argsort(descending=True)
     kept = torch.zeros(V, dtype=torch.bool)
@@ -286,9 +287,7 @@ def test_extreme_temperatures(draws: Draws, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_rows_do_not_depend_on_their_batch(
-    backend: str, dtype: torch.dtype, restore_threads: None
-) -> None:
+def test_rows_do_not_depend_on_their_batch(backend: str, dtype: torch.dtype) -> None:
     B, V = 3 if slow(backend) else 12, 1009
     logits = torch.randn(B, V).mul(3).to(dtype)
     parameters = {
@@ -498,7 +497,7 @@ def tensor(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
     ],
     ids=lambda x: str(x).replace("\n", ""),
 )
-def test_bad_parameters(backend: str, parameters: dict, name: str) -> None:
+def test_bad_parameters(parameters: dict, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         ops.sample(torch.zeros(2, 5), **parameters)
 

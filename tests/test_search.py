@@ -18,6 +18,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from seeds import numpy_generator
 
 from gptfast.search.plot import plot_search
 from gptfast.search.range_test import lr_range, range_test, smooth
@@ -28,7 +29,7 @@ from gptfast.search.trials import Result, load_result
 # What `gptfast train --config FILE --resume` does, as far as a search can see. Its losses are
 # lowest at lr = 1e-3; the setting `act` is how it ends, and `starts` counts how often it began.
 FAKE = r"""
-import json, math, os, signal, sys, time, tomllib
+import glob, json, math, os, signal, sys, time, tomllib
 config = tomllib.load(open(sys.argv[sys.argv.index("--config") + 1], "rb"))
 out, act, lr = config["out"], config.get("act", "finish"), config["lr"]
 steps = config.get("max_steps", 4)
@@ -75,7 +76,12 @@ for step in range(done, steps + 1):
         sys.exit(0)
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
-    time.sleep(config.get("pause", 0))
+if "company" in config:
+    # Ends only when so many trials have begun, which a lone one would wait for in vain.
+    while len(glob.glob(out + "/../*/starts")) < config["company"]:
+        time.sleep(0.02)
+    with open(out + "/ends", "w") as file:
+        file.write(str(time.time()))
 """
 
 
@@ -405,11 +411,14 @@ def test_jobs_run_side_by_side(
     out: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    trials = [{"lr": 10.0**-i, "pause": 0.5} for i in range(1, 5)]
+    trials = [{"lr": 10.0**-i, "company": min(i + i % 2, 4)} for i in range(1, 5)]
     run_search(BASE, trials, out, jobs=2, command=command)
-    began = sorted(float(path.read_text().split()[0]) for path in out.glob("trial-*/starts"))
-    # Five rows at 0.5 s each: the first two start together, the third when one has ended.
-    assert began[1] - began[0] < 2.4 < began[2] - began[0]
+    names = [f"trial-{i:03d}" for i in range(1, 5)]
+    began = [float((out / name / "starts").read_text().split()[0]) for name in names]
+    ended = [float((out / name / "ends").read_text()) for name in names]
+    # The first two end only because both run. One of the others begins when one of them has ended,
+    # and the last when another has.
+    assert sorted(began)[2] >= sorted(ended)[0] and sorted(began)[3] >= sorted(ended)[1]
     threads = {path.read_text().split()[1] for path in out.glob("trial-*/starts")}
     assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
@@ -496,7 +505,7 @@ def curve(lr: np.ndarray, *, steepest: float, diverges: float) -> np.ndarray:
 def test_suggestion_is_where_the_loss_falls(n: int, steepest: float, noise: float) -> None:
     lr = np.geomspace(1e-6, 1, n)
     loss = curve(lr, steepest=steepest, diverges=0.03)
-    loss += noise * np.random.default_rng(n).standard_normal(n)
+    loss += noise * numpy_generator(n).standard_normal(n)
     test = range_test(lr.tolist(), loss.tolist())
     # The average lags by a twentieth of the points, 0.3 of these six decades.
     assert steepest / 2 < test.suggestion < 4 * steepest
@@ -511,7 +520,7 @@ def test_suggestion_is_where_the_loss_falls(n: int, steepest: float, noise: floa
 
 def test_smoothing_is_a_corrected_moving_average() -> None:
     assert np.allclose(smooth([5.0] * 50), 5.0)
-    values = np.random.default_rng(0).standard_normal(100)
+    values = numpy_generator(0).standard_normal(100)
     weights = 0.8 ** np.arange(100)
     expected = [
         weights[: i + 1][::-1] @ values[: i + 1] / weights[: i + 1].sum() for i in range(100)

@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-import torch
 from commands import TINY, Capture, done, refused, rows, run
-from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
-)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -154,11 +150,7 @@ def tensors(out: Path) -> list[bytes]:
 def straight(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps, saved every 4, with settings far from the defaults."""
     out = tmp_path_factory.mktemp("straight") / "out"
-    # As in the tests: with another number of threads, sums are cut elsewhere.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     assert main(["train", *options(text), "--out", str(out)]) == 0
-    torch.set_num_threads(before)
     assert [path.name for path in checkpoints(out)] == ["step-00000004", "step-00000008"]
     return out
 

@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from helpers import (
-    one_thread,  # noqa: F401 - applies to every test here
     random_ids,
 )
 from test_generate import SAMPLING, count_steps, lively_model, naive, prompt

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import PRODUCTS
+from seeds import torch_generator
 from torch import Tensor
 
 from gptfast import AdamW, ops, use_backend
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is 
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch_generator(seed))
 
 
 def with_gradients(f: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -107,11 +109,11 @@ def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
 def our_products() -> None:
     EXTENSION.set_matmul_provider("gptfast")
     yield
-    EXTENSION.set_matmul_provider("")
+    EXTENSION.set_matmul_provider(PRODUCTS)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.usefixtures("restore_threads", "our_products")
+@pytest.mark.usefixtures("our_products")
 def test_number_of_threads_changes_no_bit(name: str, isa: str) -> None:
     results = []
     for threads in (1, 2, 3, 8):
@@ -122,7 +124,6 @@ def test_number_of_threads_changes_no_bit(name: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_PRODUCTS)
-@pytest.mark.usefixtures("restore_threads")
 def test_number_of_threads_with_the_librarys_products(name: str) -> None:
     """Up to the rounding of sums, which MKL may order by the number of threads."""
     EXTENSION.set_matmul_provider("library")
@@ -130,7 +131,7 @@ def test_number_of_threads_with_the_librarys_products(name: str) -> None:
     for threads in (1, 2, 8):
         torch.set_num_threads(threads)
         results.append(OPERATIONS[name]())
-    EXTENSION.set_matmul_provider("")
+    EXTENSION.set_matmul_provider(PRODUCTS)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * a.abs().max().item())
@@ -183,7 +184,7 @@ def _in_child(name: str, end: multiprocessing.connection.Connection) -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.usefixtures("restore_threads", "our_products")
+@pytest.mark.usefixtures("our_products")
 def test_a_fork_after_a_parallel_region(name: str) -> None:
     """The child neither waits for threads that are not there nor computes something else."""
     torch.set_num_threads(2)

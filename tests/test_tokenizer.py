@@ -2,7 +2,6 @@
 
 import importlib.machinery
 import importlib.util
-import random
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import python_generator
 
 from gptfast import get_tokenizer
 from gptfast.data.embedded import embedded_text
@@ -239,7 +239,7 @@ def test_corrupted_file(name: str, directory: Path) -> None:
 def test_any_corrupted_byte(name: str, directory: Path) -> None:
     """Also what could still be read: a hexadecimal digit in capitals, a tab for a space."""
     whole = (directory / name).read_bytes()
-    generator = random.Random(name)
+    generator = python_generator(len(name))
     places = [0, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(40))]
     for place in places:
         content = bytearray(whole)

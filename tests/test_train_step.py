@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers import (
     differing,
-    one_thread,  # noqa: F401 - applies to every test here
     parameters,
     random_ids,
     random_model,
 )
+from seeds import shifted, torch_generator
 from torch import Tensor
 
 from gptfast import GPT, TrainConfig
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 def batch(B: int, T: int, seed: int, masked: float = 0.0) -> tuple[Tensor, Tensor]:
     x, y = random_ids(B, T, seed=seed), random_ids(B, T, seed=seed + 100)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_generator(seed)
     return x, y.masked_fill(torch.rand(B, T, generator=generator) < masked, -100)
 
 
@@ -31,7 +31,7 @@ def stepped(batches: list, **options: Any) -> tuple[GPT, dict[str, Any]]:
     dropout = options.pop("dropout", 0.0)
     model = random_model(dropout=dropout).train()
     step = TrainStep(model, TrainConfig(**options), CPU)
-    torch.manual_seed(1)
+    torch.manual_seed(shifted(1))
     return model, step.run(batches, 1e-2)
 
 

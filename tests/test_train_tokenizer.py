@@ -2,7 +2,6 @@
 
 import builtins
 import json
-import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import python_generator
 
 from gptfast import get_tokenizer
 from gptfast.cli.tokenizer import TrainTokenizer
@@ -65,7 +65,7 @@ def test_trained_sizes(trained: tokenizer.Tokenizer) -> None:
 
 def test_trained_ids_equal_the_librarys(trained: tokenizer.Tokenizer) -> None:
     encode = library_encoder(Path(trained.name))
-    generator = random.Random(0)
+    generator = python_generator(0)
     text = "".join(TEXTS) + embedded_text()
     for _ in range(300):
         start = generator.randrange(len(text))

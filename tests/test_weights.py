@@ -14,7 +14,6 @@ import torch
 from bundle import write_openai
 from helpers import (
     differing,
-    one_thread,  # noqa: F401 - applies to every test here
     parameters,
     random_ids,
     random_model,

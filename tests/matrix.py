@@ -1,0 +1,134 @@
+"""Run the tests under the settings in which machines differ: `make matrix`.
+
+The settings are the instruction-set levels of the C++ kernels, of ATen and of oneDNN, the number
+of threads, who multiplies fp32 matrices, and the seed of everything drawn at random. Their product
+has hundreds of runs, so the runs are chosen pairwise: each value meets each value of every other
+setting at least once. `--part` makes the first few runs only, on fewer tests (CI does).
+"""
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptfast.ops.backend import EXTENSION
+
+Run = dict[str, str]
+
+# Which tests depend on the settings, by module: in every run,
+COMPUTING = (
+    "arena beam book checkpoint cli_engine drop_in engine engine_files evaluate examples generate "
+    "guard hellaswag model settings stop stream train_step trainer weights"
+)
+# in runs that bring the operations something new, for their tests take each level by themselves,
+OPERATIONS = (
+    "adamw attention cross_entropy decode_linear embedding linear mlp philox sampling threads"
+)
+LEVELS = ("GPTFAST_ISA", "GPTFAST_TEST_PRODUCTS")
+# once per level, for they start many processes,
+PROCESSES = "chat commands finetuning recovery"
+# and in a part of the matrix.
+QUICK = "engine evaluate examples generate model stream threads train_step trainer"
+# These start dozens of processes and are about files and signals, not about numbers.
+LEFT_OUT = (
+    "not triton and not reference and not test_killed and not test_a_second_interrupt "
+    "and not test_peak_memory and not interrupted_and_goes_on"
+)
+RUNS_OF_A_PART = 4
+
+
+def settings() -> dict[str, list[str]]:
+    """Return each setting's values on this machine; "" leaves the choice to the library."""
+    supported = EXTENSION.build_info()["isa_supported"] if EXTENSION is not None else []
+    return {
+        "GPTFAST_ISA": supported or [""],
+        "ATEN_CPU_CAPABILITY": ["", "default", "avx2"],
+        "ONEDNN_MAX_CPU_ISA": ["", "AVX2"],
+        "OMP_NUM_THREADS": ["1", "2", "3"],
+        "GPTFAST_TEST_PRODUCTS": ["library", "gptfast"] if supported else [""],
+        "GPTFAST_TEST_SEED": ["0", "1", "2"],
+    }
+
+
+def pairs_of(run: Run) -> set[tuple[tuple[str, str], ...]]:
+    return set(itertools.combinations(sorted(run.items()), 2))
+
+
+def pairwise(values: dict[str, list[str]]) -> Iterator[Run]:
+    """Yield runs until each value has met each value of every other setting, greedily."""
+    runs = [
+        dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
+    ]
+    missing = set().union(*map(pairs_of, runs))
+    while missing:
+        best = max(runs, key=lambda run: len(pairs_of(run) & missing))
+        missing -= pairs_of(best)
+        yield best
+
+
+def modules(runs: list[Run], index: int, part: bool) -> list[str]:
+    """Return the names of the modules that run `index` tests, given the runs before it."""
+    if part:
+        return QUICK.split()
+    run, before = runs[index], runs[:index]
+    names = COMPUTING.split()
+    bare, *others = (
+        {name: value for name, value in one.items() if name not in LEVELS} for one in (run, *before)
+    )
+    if pairs_of(bare) - set().union(*map(pairs_of, others)):
+        names += OPERATIONS.split()
+    if all(run["GPTFAST_ISA"] != other["GPTFAST_ISA"] for other in before):
+        names += PROCESSES.split()
+    return names
+
+
+def outcome(run: Run, files: list[str], extra: list[str]) -> tuple[int, str, list[str]]:
+    """Run pytest once; return its exit code, its closing line and the tests that failed."""
+    environment = {**os.environ, **{name: value for name, value in run.items() if value}}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "logical"]
+    command += ["--dist", "loadgroup", "--maxprocesses", "8", "-k", LEFT_OUT, "--tb=short"]
+    command += [f"--hypothesis-seed={run['GPTFAST_TEST_SEED']}", *extra, *files]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, flags=re.MULTILINE)
+    if done.returncode:
+        print(done.stdout, done.stderr, sep="\n")
+    lines = done.stdout.strip().splitlines() or [f"no output, exit code {done.returncode}"]
+    return done.returncode, lines[-1], failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", action="store_true", help="a few runs of a few minutes")
+    parser.add_argument("--list", action="store_true", help="name the runs and run nothing")
+    args, extra = parser.parse_known_args()
+    values, tests = settings(), Path(__file__).parent
+    runs = list(itertools.islice(pairwise(values), RUNS_OF_A_PART if args.part else None))
+    print("  ".join(values), flush=True)
+    failures: list[tuple[Run, list[str]]] = []
+    for index, run in enumerate(runs):
+        names = modules(runs, index, args.part)
+        cells = "  ".join((run[name] or "-").ljust(len(name)) for name in values)
+        if args.list:
+            print(f"{cells}  {len(names)} modules")
+            continue
+        start = time.monotonic()
+        files = [str(tests / f"test_{name}.py") for name in names]
+        code, last, failed = outcome(run, files, extra)
+        print(f"{cells}  {time.monotonic() - start:4.0f} s  {last}", flush=True)
+        if code:
+            failures.append((run, failed))
+    for run, failed in failures:
+        print("failed with", *(f"{name}={value}" for name, value in run.items() if value))
+        print(*(f"  {name}" for name in failed), sep="\n")
+    if not args.list:
+        print(f"{len(runs) - len(failures)} of {len(runs)} runs are green")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
