@@ -150,9 +150,7 @@ class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
     """
 
     @functools.wraps(theirs.GPT2LMHeadModel.forward)
-    def forward(  # type: ignore[override]  # wraps gives it a type of its own
-        self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         # A method bound before `restore` comes here too, and may ask for what is not supported.
         if type(self) is not GPT2LMHeadModel or args or not _is_supported(self, kwargs):
             return theirs.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)
@@ -231,6 +229,6 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate` in place, and return the model. Other models do not change."""
     gpt2: Any = model
     if type(gpt2) is GPT2LMHeadModel:
-        gpt2.__class__ = theirs.GPT2LMHeadModel  # type: ignore[assignment]  # narrowed by the if
+        gpt2.__class__ = theirs.GPT2LMHeadModel
         gpt2.set_attn_implementation(gpt2.__dict__.pop("_attention_before_gptfast", "sdpa"))
     return gpt2

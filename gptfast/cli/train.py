@@ -18,7 +18,7 @@ from gptfast.data.token_files import Documents
 from gptfast.data.tokens import Source, fingerprint
 from gptfast.model import GPT
 from gptfast.ops.library import backend_of, operators
-from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.bpe import BPETokenizer, Tokenizer
 from gptfast.tokenizer.train import reduce_tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.training.trainer import SAMPLE_MIN_P, Trainer
@@ -142,7 +142,9 @@ class Train:
         if checkpoints(self.train.out) and directory.is_dir():
             return get_tokenizer(str(directory))
         # With GPT-2's whole vocabulary, a model this small spends most of its time on the head.
-        return reduce_tokenizer(get_tokenizer("gpt2"), embedded_text(), directory)
+        whole = get_tokenizer("gpt2")
+        assert isinstance(whole, BPETokenizer)
+        return reduce_tokenizer(whole, embedded_text(), directory)
 
     def _model(self, n_vocab: int) -> GPT:
         """Return the model to train, with random weights or those of --init."""

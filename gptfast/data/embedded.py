@@ -62,7 +62,9 @@ def _documents() -> Iterator[tuple[str, str]]:
                 yield f"{name.as_posix()}:{line}", text
 
 
-def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[tuple[int, str]]:
+def _docstrings(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
+) -> Iterator[tuple[int, str]]:
     """Yield the line and text of every docstring of a module and of what it defines."""
     if text := ast.get_docstring(node):
         yield node.body[0].lineno, text

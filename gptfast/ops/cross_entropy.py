@@ -26,15 +26,15 @@ def _bwd_fake(dloss, logits, target, lse, ignore_index, label_smoothing, z_loss)
     return logits.new_empty(logits.shape)
 
 
-def _linear_fwd_fake(
+def _linear_fwd_fake(  # type: ignore[no-untyped-def]
     input, linear_weight, target, ignore_index, label_smoothing, z_loss, skip_below=0.0
-):  # type: ignore[no-untyped-def]
+):
     return input.new_empty(input.shape[0], dtype=_loss_dtype(input))
 
 
-def _linear_fwd_bwd_fake(
+def _linear_fwd_bwd_fake(  # type: ignore[no-untyped-def]
     input, linear_weight, target, dloss, ignore_index, label_smoothing, z_loss, skip_below=0.0
-):  # type: ignore[no-untyped-def]
+):
     total = input.new_empty((), dtype=_loss_dtype(input))
     return total, input.new_empty(input.shape), linear_weight.new_empty(linear_weight.shape)
 

@@ -16,10 +16,10 @@ def _fwd_fake(x, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, p
     return y, h, stats_fake(x, norm_weight)
 
 
-def _bwd_fake(
+def _bwd_fake(  # type: ignore[no-untyped-def]
     dy, x, h, stats, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, proj_bias,
     residual, need_dx, need_dfc, need_dproj,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     gradients = [
         (need_dx, x),
         (need_dx, norm_weight),
