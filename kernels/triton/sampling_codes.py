@@ -79,7 +79,7 @@ def weight_of(x, top, scale):
     d = (x - top).to(tl.float64) * scale
     d = tl.where(d > MIN_EXPONENT, d, MIN_EXPONENT).to(tl.float32)
     d = tl.where(d < 0.0, d, 0.0)
-    # The exp of csrc/simd.h, within one ulp; tl.exp is less exact at -20. exp(d) = 2^n * exp(r),
+    # The exp of csrc/maths.h, within one ulp; tl.exp is less exact at -20. exp(d) = 2^n * exp(r),
     # with n whole and exp(r) by a polynomial.
     z = tl.fma(d, LOG2E, ROUND_SIGNED)
     n = z - ROUND_SIGNED
