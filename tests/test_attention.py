@@ -66,18 +66,26 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and not GPU
 
 
-def repeats(backend: str, Tq: int, Tk: int) -> range:
-    """How many cases to take together: a kernel's maximum and PyTorch's have to be of many."""
+def repeats(backend: str, Tq: int, Tk: int, dtype: torch.dtype = torch.float32) -> range:
+    """How many cases to take together.
+
+    The largest error of a gradient in fp32 is that of a few queries: over 4 cases ours was up to 3
+    times PyTorch's and as often a third of it, over 64 at most 1.7 times, 1.0 on average. In 16
+    bits every number's own rounding is as large.
+    """
     if interpreted(backend):
         return range(1 if Tq * Tk > 100 else 4)
-    return range(16 if Tq * Tk < 1000 else 4)
+    return range(64 if dtype == torch.float32 else 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SMALL, ids=shape_id)
 def test_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
     check(
-        ops.attention, defined, plain, *(make(shape, dtype) for _ in repeats(backend, *shape[2:4]))
+        ops.attention,
+        defined,
+        plain,
+        *(make(shape, dtype) for _ in repeats(backend, *shape[2:4], dtype)),
     )
 
 
@@ -149,7 +157,7 @@ def test_keys_past_kv_len_are_never_read(backend: str, Tq: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_dropout(backend: str, T: int, dtype: torch.dtype) -> None:
     B = 6 if T < 100 else 1  # of few outputs the largest errors are luck
-    cases = [make((B, 2, T, T + 6, 16), dtype) for _ in repeats(backend, T, T)]
+    cases = [make((B, 2, T, T + 6, 16), dtype) for _ in repeats(backend, T, T, dtype)]
     p, seed = 0.25, 2**35 + 3
     keep = reference.dropout_scale(cases[0][0]["q"], cases[0][0]["k"], p, torch.tensor(seed))
     check(
@@ -229,7 +237,7 @@ def test_packed_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
 
     cases = [
         ({"qkv": torch.randn(B, T, 3 * H * D).to(dtype)}, torch.randn(B, T, H * D).to(dtype))
-        for _ in repeats(backend, T, T)
+        for _ in repeats(backend, T, T, dtype)
     ]
     check(lambda qkv: ops.attention_qkv(qkv, H), through(defined), through(plain), *cases)
 

@@ -1,6 +1,7 @@
 """The engine: the model's own logits by the parity rule, the same bits whatever a token is computed
 beside, and nothing left behind."""
 
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -402,7 +403,7 @@ def test_int8_costs_half_a_percent_of_perplexity_at_most() -> None:
         text_score(x, tokens[180_000:190_000], tokenizer, **sizes)
         for x in (model.eval(), Engine(model, "int8"))
     )
-    assert plain.loss < 3.0
+    assert plain.loss < 0.75 * math.log(tokenizer.n_vocab)  # it has learnt something
     assert abs(int8.loss - plain.loss) < 0.005
 
 
