@@ -273,7 +273,7 @@ def test_greedy_equals_transformers(tied: bool, penalty: float, tmp_path: Path) 
         ({"logprobs": 5}, "logprobs must be True or False, got 5"),
         ({"stop": "a"}, "stop has the string 'a': pass tokenizer="),
         ({"stop": [5]}, "stop must be a string or a list"),
-        ({"eos_id": 1.5}, "eos_id must be a token id"),
+        ({"eos_id": 1.5}, "eos_id must be an integer, got 1.5"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
 )

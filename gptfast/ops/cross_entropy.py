@@ -5,7 +5,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from gptfast import ops
 from gptfast.kernels.reference import cross_entropy as reference
 from gptfast.ops.library import autocast_enabled, register, register_autocast, register_autograd
 
@@ -273,6 +272,6 @@ def fp32_linear_cross_entropy(
     """
     is_16_bit = input.dtype in (torch.bfloat16, torch.float16)
     with torch.autocast(input.device.type, dtype=input.dtype) if is_16_bit else nullcontext():
-        return ops.linear_cross_entropy(
+        return linear_cross_entropy(
             input, linear_weight, target, ignore_index=ignore_index, reduction=reduction
         )
