@@ -103,6 +103,7 @@ class Trainer:
         """
         with self.run.lock(), Interrupt() as self.interrupt:
             self._open(resume)
+            self._peak_flops()  # half a second that must not count in the first tokens per second
             self.model.train()
             self._bar = tqdm(
                 total=self.total_steps,
@@ -276,10 +277,14 @@ class Trainer:
         batches = range(first, first + self.config.accumulation_steps)
         return "; ".join(describe_batch(self.train_loader, batch) for batch in batches)
 
+    def _peak_flops(self) -> float:
+        """Return the device's measured FLOP/s in the dtype of training."""
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        return _peak(self.device, dtype)
+
     def _speed(self, tokens_per_second: float, T: int) -> dict[str, float]:
         """Return the speed, the MFU and the peak memory, for the row of a step."""
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        share = mfu(tokens_per_second, self.model.config, T, _peak(self.device, dtype))
+        share = mfu(tokens_per_second, self.model.config, T, self._peak_flops())
         # Above 1, the peak was measured while the machine was busy, and the MFU means nothing.
         share_if_known = {"mfu": round(share, 4)} if share <= 1 else {}
         return {
