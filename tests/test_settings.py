@@ -336,3 +336,14 @@ def test_the_default_runs_decay_is_for_its_own_rate(tmp_path: Path) -> None:
     assert parse(["train", "--config", str(file(tmp_path, "lr = 5e-5"))]).train.min_lr is None
     both = file(tmp_path, "lr = 5e-5\nmin_lr = 1e-6")
     assert parse(["train", "--config", str(both)]).train.min_lr == 1e-6
+
+
+def test_a_moved_run_has_its_own_vocabulary(tmp_path: Path, capsys: Capture) -> None:
+    """The default run keeps a vocabulary in its directory, and it is found after a move."""
+    sizes = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 2 --device cpu".split()
+    limits = ["--max-steps", 1, "--eval-batches", 1, "--sample-tokens", 0]
+    done(capsys, "train", *sizes, *limits, "--out", tmp_path / "run")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    text = done(capsys, "generate", moved, "--prompt", "This is", "--max-new-tokens", 2)
+    assert text.startswith("This is")
+    done(capsys, "train", "--out", moved, "--resume", "--max-steps", 2)

@@ -89,12 +89,19 @@ def read_state(path: str | PathLike) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """Return the flat configuration in a checkpoint's train.toml; None if absent or damaged."""
+    """Return the flat configuration in a checkpoint's train.toml; None if absent or damaged.
+
+    A vocabulary that lies in the run's own directory is found there, wherever the run was moved to.
+    """
     try:
         _verify(path, _read_state(path), ("train.toml",))
-        return tomllib.loads((path / "train.toml").read_text("utf-8"))
+        settings = tomllib.loads((path / "train.toml").read_text("utf-8"))
     except (CheckpointError, KeyError, FileNotFoundError, tomllib.TOMLDecodeError):
         return None
+    own = path.absolute().parents[1] / "tokenizer"
+    if Path(str(settings.get("tokenizer"))).name == own.name and own.is_dir():
+        settings["tokenizer"] = str(own)
+    return settings
 
 
 def sha256(path: Path) -> str:
