@@ -23,8 +23,8 @@ test: $(VENV)/ready-test
 # Before each commit: lint, and the tests that tell most in a minute. They are the modules that take
 # seconds and need neither processes, files of some size nor Triton's interpreter. `make test` runs all.
 CHECKED := adamw architecture attention book checkpoint config cross_entropy decode_linear embedding engine \
-	engine_files evaluate examples guard hellaswag linear mlp model philox sampling schedule settings stop \
-	threads token_files tokenizer train_step train_tokenizer
+	engine_files evaluate examples guard hellaswag linear mlp model philox sampling schedule stop \
+	threads token_files train_step train_tokenizer
 check: lint $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m "not triton" $(wildcard $(CHECKED:%=tests/test_%.py))
 
