@@ -6,7 +6,6 @@ which describes the model too, and the tokenizer's files.
 
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -166,29 +165,16 @@ def save(
     path = Path(directory)
     if path.exists():
         raise ValueError(f"{path} exists; name another or delete it")
-    # Loading a packed model takes none of them.
-    from gptfast.files import fsync
+    # Loading a packed model needs neither.
+    from gptfast.files import new_directory, write_files
     from gptfast.weights.pretrained import tokenizer_texts
 
     texts, _ = tokenizer_texts(tokenizer or packed.tokenizer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        with (temporary / FILE).open("wb") as file:
+    with new_directory(path) as part:
+        with (part / FILE).open("wb") as file:
             file.write(_header(packed))
             file.write(_bytes_of(packed.data))
-            file.flush()
-            os.fsync(file.fileno())
-        for name, text in texts.items():
-            (temporary / name).write_text(text, "utf-8")
-            fsync(temporary / name)
-        fsync(temporary)
-        temporary.rename(path)
-        fsync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_files(part, {}, texts)
 
 
 def _metadata(path: Path) -> tuple[GPTConfig, dict[str, str]]:
