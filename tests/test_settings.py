@@ -347,3 +347,17 @@ def test_a_moved_run_has_its_own_vocabulary(tmp_path: Path, capsys: Capture) -> 
     text = done(capsys, "generate", moved, "--prompt", "This is", "--max-new-tokens", 2)
     assert text.startswith("This is")
     done(capsys, "train", "--out", moved, "--resume", "--max-steps", 2)
+
+
+def test_underscores_in_flags_but_not_in_values(capsys: Capture) -> None:
+    """--n_layer is --n-layer; a value that looks like a flag keeps its underscores."""
+    assert parse(["train", "--n_layer", "3", "--sample_prompt=--a_b"]).model.n_layer == 3
+    assert parse(["train", "--sample-prompt", "--my_flag is"]).train.sample_prompt == "--my_flag is"
+
+
+def test_a_refused_run_writes_nothing(tmp_path: Path, text: Path, capsys: Capture) -> None:
+    """A run on files keeps no vocabulary, and a refused start beside it leaves none."""
+    done(capsys, "train", *TINY, "--data", text, "--max-steps", 1, "--out", tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    refused(run(capsys, "train", "--out", tmp_path), "already holds a run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

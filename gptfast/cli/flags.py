@@ -47,20 +47,18 @@ class FlagParser(argparse.ArgumentParser):
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return the value of each flag in argv by its field's name. Raises ValueError."""
-        # --n_layer means --n-layer.
-        hyphenated = [_hyphenated(word) if word.startswith("--") else word for word in argv]
-        values, unknown = self.parse_known_args(hyphenated)
+        values, unknown = self.parse_known_args([self._with_hyphens(word) for word in argv])
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             self.error(f"unknown argument {unknown[0]!r}{hint}")
         return vars(values)
 
-
-def _hyphenated(word: str) -> str:
-    """Return a flag with hyphens in its name; its value stays as it is."""
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value
+    def _with_hyphens(self, word: str) -> str:
+        """Return --n_layer as --n-layer; what is no flag of this parser stays as it is."""
+        name, equals, value = word.partition("=")
+        flag = name.replace("_", "-")
+        return flag + equals + value if flag in self._option_string_actions else word
 
 
 def command_parser(

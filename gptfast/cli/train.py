@@ -139,8 +139,8 @@ class Train:
         if self.data or self.tokenizer is not None or self.init is not None:
             return get_tokenizer(self.tokenizer_name())
         directory = Path(self.train.out) / "tokenizer"
-        if checkpoints(self.train.out) and directory.is_dir():
-            return get_tokenizer(str(directory))
+        if checkpoints(self.train.out):  # a run that is there is read, never written to
+            return get_tokenizer(str(directory) if directory.is_dir() else "gpt2")
         # With GPT-2's whole vocabulary, a model this small spends most of its time on the head.
         whole = get_tokenizer("gpt2")
         assert isinstance(whole, BPETokenizer)

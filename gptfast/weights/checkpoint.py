@@ -98,7 +98,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
         settings = tomllib.loads((path / "train.toml").read_text("utf-8"))
     except (CheckpointError, KeyError, FileNotFoundError, tomllib.TOMLDecodeError):
         return None
-    own = path.absolute().parents[1] / "tokenizer"
+    own = path.absolute().parent.parent / "tokenizer"
     if Path(str(settings.get("tokenizer"))).name == own.name and own.is_dir():
         settings["tokenizer"] = str(own)
     return settings
