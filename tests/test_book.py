@@ -2,14 +2,12 @@
 
 import ast
 import dataclasses
-import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-import gptfast
 from gptfast.cli import parse
 from gptfast.cli.evaluate import Eval
 from gptfast.cli.generate import Generate
@@ -45,15 +43,6 @@ CALLS = re.findall(rf"\bgptfast ({'|'.join(COMMANDS)})\b([^`\n#]*)", JOINED)
 def flags_in(text: str) -> set[str]:
     flags = re.findall(r"(?<!\S)--([a-z][a-z0-9-]*)", text)
     return {flag.replace("-", "_").removeprefix("no_") for flag in flags}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_name_can_be_typed(name: str) -> None:
-    value, parts = gptfast, name.split(".")
-    for i, part in enumerate(parts[1:], 2):
-        if not hasattr(value, part):
-            importlib.import_module(".".join(parts[:i]))
-        value = getattr(value, part)
 
 
 @pytest.mark.parametrize("statement", IMPORTS)

@@ -16,15 +16,6 @@ from gptfast.model import GPT
 from gptfast.tokenizer.bpe import Tokenizer
 
 
-def batch_loss(model: GPT, x: Tensor, y: Tensor) -> Tensor:
-    """Return the mean loss, in nats, over the targets y (B, T) that are not -100, for training.
-
-    x (B, T) and y, both int64, are moved to the model's device.
-    """
-    device = model.wte.weight.device
-    return model(x.to(device), y.to(device))
-
-
 def loader_loss(
     model: GPT | Decoder, batches: Iterable[tuple[Tensor, Tensor]], max_batches: int | None = None
 ) -> float:
