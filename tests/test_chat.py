@@ -385,6 +385,19 @@ class Terminal:
         before, self.screen = self.screen[: found.end()], self.screen[found.end() :]
         return before
 
+    def press(self, key: str, pattern: str) -> str:
+        """Press a control key until the screen answers; return what `wait` returns.
+
+        A key that arrives between the prompt and readline's first look at the keyboard is lost.
+        """
+        end = time.monotonic() + 60
+        while not re.search(pattern, self.screen) and time.monotonic() < end:
+            self.type(key)
+            again = time.monotonic() + 2
+            while not re.search(pattern, self.screen) and time.monotonic() < again:
+                self._read()
+        return self.wait(pattern)
+
     def _read(self) -> bool:
         """Whether the session has not ended."""
         if select.select([self._file], [], [], 0.1)[0]:
@@ -395,11 +408,15 @@ class Terminal:
         return True
 
     def end(self) -> int:
-        """The exit code of a session that ends by itself."""
-        end = time.monotonic() + 60
+        """Press Ctrl-D until the session ends, for it may be lost as in `press`; its exit code."""
+        end = again = time.monotonic()
         try:
             while self._read():
-                assert time.monotonic() < end, self.screen
+                now = time.monotonic()
+                assert now < end + 60, self.screen
+                if now >= again:
+                    self.type("\x04")
+                    again = now + 2
             return self.process.wait(60)
         finally:
             self.process.kill()
@@ -423,18 +440,13 @@ def test_a_session_in_a_terminal(model: Path, tmp_path: Path) -> None:
     terminal.type(f"/max_new_tokens 5\r/save {tmp_path / 'kept.jsonl'}\r")
     terminal.wait("max_new_tokens is 5")
     terminal.wait(r"kept.jsonl[^\n]*\n[^\n]*> ")
-    time.sleep(0.6)  # readline shows the prompt a moment before it looks out for signals
     terminal.type("half a line")
     terminal.wait("half a line")
-    terminal.type("\x03")
-    terminal.wait(r"\n[^\n]*> ")
-    time.sleep(0.6)
-    terminal.type("\x03")
-    terminal.wait(r"\n[^\n]*> ")
-    time.sleep(0.6)
+    terminal.press("\x03", r"\n[^\n]*> ")  # Ctrl-C, with a line
+    terminal.press("\x03", r"\n[^\n]*> ")  # and without one
     terminal.type("/seed\r")
     terminal.wait("seed is 0")
-    terminal.type("\x04")  # Ctrl-D
+    terminal.wait("> ")
     assert terminal.end() == 0
     record = json.loads((tmp_path / "kept.jsonl").read_text())
     assert record["prompt"] == "the first " and record["completion"]
@@ -448,7 +460,6 @@ def test_a_session_in_a_terminal(model: Path, tmp_path: Path) -> None:
     again.wait(r"\S[^>]*\S")
     again.type("\x03")
     assert "tokens/s" not in again.wait("> ")
-    again.type("\x04")
     assert again.end() == 0
     assert (tmp_path / "cache" / "chat_history").stat().st_mode & 0o777 == 0o600
     history = (tmp_path / "cache" / "chat_history").read_text().splitlines()
