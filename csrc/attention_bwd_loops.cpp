@@ -18,9 +18,9 @@ struct QuerySums {
   float max[BQ], p[BQ], p_dp[BQ];
 };
 
-// Replaces S^T by exp2(S^T - shift), where shift is the maximum so far, and adds to sum P and sum P dP.
-void softmax_bwd_sums(float* p, const float* dp, float* shift, QuerySums& sums, int64_t keys, int64_t column,
-                      int64_t end) {
+// Replaces S^T by exp2((S^T - shift) * log2), where shift is the maximum so far, and adds to sum P and sum P dP.
+void softmax_bwd_sums(float* p, const float* dp, float log2, float* shift, QuerySums& sums, int64_t keys,
+                      int64_t column, int64_t end) {
   for (int64_t i = column; i < end; i += W) {
     const vf old = load(sums.max + i);
     vf best = old;
@@ -28,12 +28,12 @@ void softmax_bwd_sums(float* p, const float* dp, float* shift, QuerySums& sums, 
     const vf zero_at = best == -INFINITY ? vf{} : best;
     vf total = {}, weighted = {};
     for (int64_t j = 0; j < keys; ++j) {
-      const vf probability = exp2(load(p + j * BQ + i) - zero_at);
+      const vf probability = exp2((load(p + j * BQ + i) - zero_at) * log2);
       store(p + j * BQ + i, probability);
       total += probability;
       weighted += probability * load(dp + j * BQ + i);
     }
-    const vf rescale = exp2(old - zero_at);
+    const vf rescale = exp2((old - zero_at) * log2);
     store(shift + i, best);
     store(sums.max + i, best);
     store(sums.p + i, load(sums.p + i) * rescale + total);
@@ -42,12 +42,12 @@ void softmax_bwd_sums(float* p, const float* dp, float* shift, QuerySums& sums, 
 }
 
 // Normalises P^T and replaces dP^T by dS^T = P (dP - delta).
-void softmax_bwd(float* p, float* ds, const float* shift, const QuerySums& sums, int64_t keys, int64_t column,
-                 int64_t end) {
+void softmax_bwd(float* p, float* ds, float log2, const float* shift, const QuerySums& sums, int64_t keys,
+                 int64_t column, int64_t end) {
   for (int64_t i = column; i < end; i += W) {
     const vf best = load(sums.max + i), sum = load(sums.p + i);
     const vf inverse = sum == 0 ? vf{} : 1.0f / sum;  // a query that saw nothing: P = 0
-    const vf factor = exp2(load(shift + i) - (best == -INFINITY ? vf{} : best)) * inverse;
+    const vf factor = exp2((load(shift + i) - (best == -INFINITY ? vf{} : best)) * log2) * inverse;
     const vf delta = load(sums.p_dp + i) * inverse;
     for (int64_t j = 0; j < keys; ++j) {
       const vf probability = load(p + j * BQ + i) * factor;
@@ -64,11 +64,12 @@ void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace& s
                k = head_matrix<T>(args.k, b, h, args.Tk, D, space.k);
   const Matrix v = head_matrix<T>(args.v, b, h, args.Tk, D, space.v);
   const Matrix dout = head_matrix<T>(args.dout, b, h, args.Tq, D, space.dout);
+  const Scale scale = split_scale(args.scale);
   memset(space.dk, 0, sizeof(float) * args.Tk * DP);
   memset(space.dv, 0, sizeof(float) * args.Tk * DP);
   for (int64_t q0 = 0; q0 < args.Tq; q0 += BQ) {
     const int64_t rows = smaller(BQ, args.Tq - q0), first_query = args.Tk - args.Tq + q0;
-    transpose({q.row(q0), q.row_stride}, rows, D, args.scale * LOG2E, space.q_t);
+    transpose({q.row(q0), q.row_stride}, rows, D, scale.sign, space.q_t);
     transpose({dout.row(q0), dout.row_stride}, rows, D, 1.0f, space.dout_t);
     QuerySums sums = {};
     for (float& best : sums.max) best = -INFINITY;
@@ -82,7 +83,7 @@ void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace& s
       gemm(keys, end - column, D, v.row(key), v.row_stride, 1, space.dout_t + column, BQ, dp + column, BQ, false);
       if (key >= keys_seen.full) mask_diagonal(p, keys_seen, key, keys, column);
       if (args.dropout_p > 0) apply_dropout(dp, args, head, first_query, key, keys, column, end);
-      softmax_bwd_sums(p, dp, shift, sums, keys, column, end);
+      softmax_bwd_sums(p, dp, scale.log2, shift, sums, keys, column, end);
       shift += BQ;
     });
     memset(space.dq, 0, sizeof(float) * BQ * DP);
@@ -90,7 +91,7 @@ void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace& s
     for_each_run(keys_seen, [&](int64_t key, int64_t keys, int64_t column) {
       if (column >= end) return;
       float *p = space.p + key * BQ, *ds = space.ds + key * BQ;
-      softmax_bwd(p, ds, shift, sums, keys, column, end);
+      softmax_bwd(p, ds, scale.log2, shift, sums, keys, column, end);
       shift += BQ;
       if (args.dropout_p > 0) apply_dropout(p, args, head, first_query, key, keys, column, end);
       const int64_t n = rows - column, t = q0 + column;

@@ -8,8 +8,9 @@ struct Softmax {
   float max[BQ], sum[BQ], rescale[BQ];
 };
 
-// Replaces S^T by exp2(S^T - max) and updates max and sum of each query. Returns whether an earlier max changed.
-bool online_softmax(float* s, int64_t keys, int64_t column, int64_t end, Softmax& state) {
+// Replaces S^T by exp2((S^T - max) * log2) and updates max and sum of each query. Returns whether an earlier max
+// changed.
+bool online_softmax(float* s, float log2, int64_t keys, int64_t column, int64_t end, Softmax& state) {
   bool changed = false;
   for (int64_t i = 0; i < BQ; i += W) store(state.rescale + i, splat(1.0f));
   for (int64_t i = column; i < end; i += W) {
@@ -19,11 +20,11 @@ bool online_softmax(float* s, int64_t keys, int64_t column, int64_t end, Softmax
     const vf shift = best == -INFINITY ? vf{} : best;
     vf total = {};
     for (int64_t j = 0; j < keys; ++j) {
-      const vf p = exp2(load(s + j * BQ + i) - shift);
+      const vf p = exp2((load(s + j * BQ + i) - shift) * log2);
       store(s + j * BQ + i, p);
       total += p;
     }
-    const vf rescale = exp2(old - shift);
+    const vf rescale = exp2((old - shift) * log2);
     store(state.max + i, best);
     store(state.rescale + i, rescale);
     store(state.sum + i, load(state.sum + i) * rescale + total);
@@ -35,12 +36,13 @@ bool online_softmax(float* s, int64_t keys, int64_t column, int64_t end, Softmax
 template <class T>
 void fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, Matrix k, Matrix v, float* space) {
   const int64_t rows = smaller(BQ, args.Tq - q0), D = args.D, DP = round_up(D, W);
+  const Scale scale = split_scale(args.scale);
   float* queries = space;
   float* q_t = queries + BQ * DP;
   float* s = q_t + DP * BQ;
   float* out = s + BK * BQ;
   widen_rows(head_data<T>(args.q, b, h) + q0 * args.q.time_stride, args.q.time_stride, rows, D, {queries, DP});
-  transpose({queries, DP}, rows, D, args.scale * LOG2E, q_t);
+  transpose({queries, DP}, rows, D, scale.sign, q_t);
   memset(out, 0, sizeof(float) * BQ * DP);
   Softmax state;
   for (int64_t i = 0; i < BQ; ++i) state.max[i] = -INFINITY, state.sum[i] = 0.0f;
@@ -51,7 +53,7 @@ void fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, Matr
     if (column >= end) return;
     gemm(keys, end - column, D, k.row(key), k.row_stride, 1, q_t + column, BQ, s + column, BQ, false);
     if (key >= keys_seen.full) mask_diagonal(s, keys_seen, key, keys, column);
-    if (online_softmax(s, keys, column, end, state))
+    if (online_softmax(s, scale.log2, keys, column, end, state))
       for (int64_t i = column; i < rows; ++i)
         for (int64_t d = 0; d < DP; d += W) store(out + i * DP + d, load(out + i * DP + d) * state.rescale[i]);
     if (args.dropout_p > 0) apply_dropout(s, args, b * args.H + h, args.Tk - args.Tq + q0, key, keys, column, end);
@@ -62,7 +64,7 @@ void fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, Matr
   for (int64_t i = 0; i < rows; ++i) {
     const bool sees = state.sum[i] > 0 || state.sum[i] != state.sum[i];
     write_row(to + i * args.out.time_stride, out + i * DP, sees ? 1.0f / state.sum[i] : 0.0f, D);
-    lse[i] = sees ? (float)((state.max[i] + log2((double)state.sum[i])) * LN2) : -INFINITY;
+    lse[i] = sees ? (float)((state.max[i] * (double)scale.log2 + log2((double)state.sum[i])) * LN2) : -INFINITY;
   }
 }
 

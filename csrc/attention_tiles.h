@@ -47,18 +47,22 @@ constexpr Tile tiles[6][4] = {
     {tile<5, 1>, tile<5, 2>, tile<5, 3>, tile<5, 4>}, {tile<6, 1>, tile<6, 2>, tile<6, 3>, tile<6, 4>},
 };
 
-constexpr int64_t KB = 128;  // terms in a block; a longer sum is a sum of blocks, which rounds less
+// Terms in a block of a sum; a longer sum is a sum of blocks, which rounds less. A single vector of columns (few
+// queries) leaves registers and time for short blocks.
+constexpr int64_t KB = 128;
+constexpr int64_t KB_NARROW = 16;
 
 // Computes C (M x N) = A B or C += A B, where A(m, k) = a[m * a_row_stride + k * a_col_stride], B and C are row-major,
 // and N is a multiple of W.
 inline void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_row_stride, int64_t a_col_stride,
                  const float* b, int64_t b_row_stride, float* c, int64_t c_row_stride, bool accumulate) {
-  for (int64_t k = 0; k < K; k += KB)
+  const int64_t terms = N == W ? KB_NARROW : KB;
+  for (int64_t k = 0; k < K; k += terms)
     for (int64_t n = 0; n < N; n += NV * W) {
       const int64_t vectors = smaller<int64_t>(NV, (N - n) / W);
       for (int64_t m = 0; m < M; m += MR)
         tiles[smaller<int64_t>(MR, M - m) - 1][vectors - 1](
-            smaller(KB, K - k), a + m * a_row_stride + k * a_col_stride, a_row_stride, a_col_stride,
+            smaller(terms, K - k), a + m * a_row_stride + k * a_col_stride, a_row_stride, a_col_stride,
             b + k * b_row_stride + n, b_row_stride, c + m * c_row_stride + n, c_row_stride, accumulate || k > 0);
     }
 }
@@ -124,6 +128,17 @@ inline Span keys_seen_by(const AttentionArgs& args, int64_t b, int64_t q0, int64
   const int64_t diagonal = kept - args.Tq + q0;
   const int64_t full = smaller(larger<int64_t>(diagonal, 0), length);
   return {diagonal, full, smaller(larger(diagonal + rows, full), length)};
+}
+
+// The scale in two parts: S^T is K times (sign Q)^T, and P is exp2((S^T - max) * log2), so that no query is rounded,
+// the subtraction is exact where P is large, and the P of a single key is exactly 1.
+struct Scale {
+  float sign, log2;
+};
+inline Scale split_scale(float scale) {
+  const float log2 = fabsf(scale) * LOG2E;
+  if (log2 == 0) return {0.0f, 1.0f};
+  return {scale < 0 ? -1.0f : 1.0f, log2};
 }
 
 // Returns the number of columns of S^T that a block of `rows` queries uses.

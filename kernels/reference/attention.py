@@ -38,8 +38,8 @@ def dropout_scale(q: Tensor, k: Tensor, dropout_p: float, seed: Tensor) -> Tenso
 def _probabilities(
     q: Tensor, k: Tensor, scale: float, kv_len: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    visible = _visible(q, k, kv_len)
     """Return P (B, H, Tq, Tk), and lse (B, H, Tq)."""
+    visible = _visible(q, k, kv_len)
     scores = ((q @ k.transpose(-2, -1)) * scale).masked_fill(~visible, -torch.inf)
     # Not exp(scores - lse): rounding lse to fp32 is an error of |lse| * 6e-8 in all of P.
     p = torch.softmax(scores, -1).masked_fill(~visible, 0.0)
