@@ -5,9 +5,9 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Terms that are summed in fp32 before their sum is added in double. One long fp32 sum would be off by 4e-6 in the
-// loss.
-constexpr int64_t TERMS_PER_FP32_SUM = 4096;
+// Terms that are summed in fp32, in two chains a lane, before their sum is added in double. One long fp32 sum would be
+// off by 4e-6 in the loss, and so would every gradient of its row.
+constexpr int64_t TERMS_PER_FP32_SUM = 2 * 32 * W;
 
 template <class T>
 float row_max(const T* x, int64_t V) {

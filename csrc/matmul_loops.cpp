@@ -112,7 +112,9 @@ void multiply_block(const MatmulArgs& args, int64_t m, int64_t rows, int64_t n, 
 // Computes rows m0 .. m1 and columns n0 .. n1 of C.
 void run(const MatmulArgs& args, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   if (m0 >= m1 || n0 >= n1) return;
-  const int64_t blocks = (args.K + KC - 1) / KC, terms = (args.K + blocks - 1) / blocks;
+  // A sum of more than half a block is two, which rounds less.
+  const int64_t blocks = larger<int64_t>((args.K + KC - 1) / KC, args.K > KC / 2 ? 2 : 1);
+  const int64_t terms = (args.K + blocks - 1) / blocks;
   const int64_t packed_terms = smaller(blocks, MAX_PACKED_TERMS / KC) * terms;
   const int64_t packed_columns = smaller(MAX_PACKED_FLOATS / packed_terms / NR * NR, round_up(n1 - n0, NR));
   Scratch scratch(packed_terms * packed_columns + MC * terms + 4 * W);
