@@ -17,14 +17,14 @@ bool online_softmax(float* s, float log2, int64_t keys, int64_t column, int64_t 
     const vf old = load(state.max + i);
     vf best = old;
     for (int64_t j = 0; j < keys; ++j) best = max(load(s + j * BQ + i), best);
-    const vf shift = best == -INFINITY ? vf{} : best;
+    const vf zero_at = best == -INFINITY ? vf{} : best;
     vf total = {};
     for (int64_t j = 0; j < keys; ++j) {
-      const vf p = exp2((load(s + j * BQ + i) - shift) * log2);
+      const vf p = exp2((load(s + j * BQ + i) - zero_at) * log2);
       store(s + j * BQ + i, p);
       total += p;
     }
-    const vf rescale = exp2((old - shift) * log2);
+    const vf rescale = exp2((old - zero_at) * log2);
     store(state.max + i, best);
     store(state.rescale + i, rescale);
     store(state.sum + i, load(state.sum + i) * rescale + total);
@@ -134,18 +134,19 @@ void fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, floa
   float* out = s + round_up(args.Tk, W);
   float* query = out + DP;
   widen_rows(q, 0, 1, D, {query, DP});
+  const Scale scale = split_scale(args.scale);
   const int64_t n = keys_seen_by(args, b, i, 1).end;
   vf best = splat(-INFINITY), total = {};
   for (int64_t j = 0; j < n; j += W) {
     const int64_t keys = smaller<int64_t>(W, n - j);
-    vf score = scores_of(query, k + j * args.k.time_stride, args.k.time_stride, D, keys) * (args.scale * LOG2E);
+    vf score = scores_of(query, k + j * args.k.time_stride, args.k.time_stride, D, keys) * scale.sign;
     for (int64_t lane = keys; lane < W; ++lane) score[lane] = -INFINITY;
     store(s + j, score);
     best = max(score, best);
   }
-  const float top = max(best), shift = top == -INFINITY ? 0.0f : top;
+  const float top = max(best), zero_at = top == -INFINITY ? 0.0f : top;
   for (int64_t j = 0; j < n; j += W) {
-    const vf p = exp2(load(s + j) - shift);
+    const vf p = exp2((load(s + j) - zero_at) * scale.log2);
     store(s + j, p);
     total += p;
   }
@@ -155,7 +156,8 @@ void fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, floa
   const float weight = sum(total);
   const bool sees = n > 0;
   write_row(head_data<T>(args.out, b, h) + i * args.out.time_stride, out, sees ? 1.0f / weight : 0.0f, D);
-  args.lse[(b * args.H + h) * args.Tq + i] = sees ? (float)((shift + log2((double)weight)) * LN2) : -INFINITY;
+  args.lse[(b * args.H + h) * args.Tq + i] =
+      sees ? (float)((zero_at * (double)scale.log2 + log2((double)weight)) * LN2) : -INFINITY;
 }
 
 // Whether there are so few queries that dot products beat tiles.

@@ -50,7 +50,7 @@ constexpr Tile tiles[6][4] = {
 // Terms in a block of a sum; a longer sum is a sum of blocks, which rounds less. A single vector of columns (few
 // queries) leaves registers and time for short blocks.
 constexpr int64_t KB = 128;
-constexpr int64_t KB_NARROW = 16;
+constexpr int64_t KB_NARROW = 8;
 
 // Computes C (M x N) = A B or C += A B, where A(m, k) = a[m * a_row_stride + k * a_col_stride], B and C are row-major,
 // and N is a multiple of W.

@@ -183,7 +183,7 @@ class Forward {
     const float scale = (float)(1.4426950408889634 / sqrt((double)args_.D));
     for (int i = 0; i < Q; ++i)
       for (int64_t d = 0; d < D_; d += W)
-        store(q + i * D_ + d, load_head(qkv_of(segment.first + first + i, QUERY, h), d) * scale);
+        store(q + i * D_ + d, load_head(qkv_of(segment.first + first + i, QUERY, h), d));
     vf most[Q], total[Q] = {};
     for (vf& lanes : most) lanes = splat(-INFINITY);
     for (int64_t t = 0; t < padded; t += W) {
@@ -203,7 +203,7 @@ class Forward {
     for (int i = 0; i < Q; ++i) {
       const float top = max(most[i]);
       for (int64_t t = 0; t < padded; t += W) {
-        const vf p = exp2(load(scores + i * padded + t) - top);
+        const vf p = exp2((load(scores + i * padded + t) - top) * scale);  // no query is rounded by the scale
         total[i] += p;
         store(scores + i * padded + t, p);
       }

@@ -6,6 +6,9 @@ ref is the reference run in float64, its gradients by autograd through that forw
 PyTorch in the tested dtype; atol = 2 max|(ref + 0.3 - 0.3) - ref| in the tested dtype. So a kernel
 may round about as much as the PyTorch it replaces, and no constant is tuned. The rule is that of
 FlashAttention's and QuACK's test suites.
+
+Where a softmax enlarges the rounding of a few sums, both maxima are the luck of one number. There
+`check` takes PyTorch's error as the largest over several orders of those sums, which are as right.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +19,19 @@ from torch import Tensor
 
 # A maximum over fewer numbers than this hangs on single roundings: see `cases_of`.
 ENOUGH_NUMBERS = 256
+ORDERS = 8  # of a sum, where one is luck
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def assert_parity(name: str, out: Tensor, ref: Tensor, pt: Tensor, factor: float = 2.0) -> None:
-    """The rule above for one tensor."""
-    assert out.shape == ref.shape == pt.shape, f"{name}: {out.shape}, {ref.shape}, {pt.shape}"
+    """The rule above for one tensor; pt may have several results of PyTorch, one per row."""
+    shape = pt.shape[-out.ndim :] if out.ndim else ()
+    assert out.shape == ref.shape == shape, f"{name}: {out.shape}, {ref.shape}, {pt.shape}"
     assert out.dtype == pt.dtype, f"{name} is {out.dtype}, PyTorch gives {pt.dtype}"
     assert ref.dtype == torch.float64
     if not ref.numel():
         return
-    rounded = ref.to(pt.dtype)
+    rounded = ref.to(out.dtype)
     atol = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().item()
     error = (out.double() - ref).abs().max().item()
     plain = (pt.double() - ref).abs().max().item()
@@ -64,28 +69,47 @@ def forward_backward(
     return out.detach(), [x.grad for x in leaves]
 
 
+def forward_backward_in(
+    order: Tensor, f: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor | None
+) -> list[Tensor]:
+    """The output and the gradients, computed with groups of the last dimension in this order."""
+
+    def groups_in(x: Tensor, order: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, len(order)))[..., order].flatten(-2) if len(order) else x
+
+    moved = [groups_in(x, order) for x in inputs]
+    out, grads = forward_backward(f, moved, None if dout is None else groups_in(dout, order))
+    return [groups_in(x, order.argsort()) for x in (out, *grads)]
+
+
 def check(
     ours: Callable[..., Tensor],
     reference: Callable[..., Tensor],
     plain: Callable[..., Tensor],
     *cases: tuple[dict[str, Tensor], Tensor | None],
+    reordered: int = 0,
 ) -> None:
     """The rule for the output and the gradient of every input; each function takes the inputs.
 
     A case is (inputs, gradient of the output). Over several the maxima are taken together: for a
-    scalar, or a handful of numbers, one case would compare the luck of single roundings.
+    scalar, or a handful of numbers, one case would compare the luck of single roundings. With
+    `reordered` the last dimension of every tensor consists of groups of so many numbers, over which
+    the function sums in any order; PyTorch then computes it in several.
     """
+    orders = [torch.randperm(reordered) for _ in range(ORDERS if reordered else 1)]
     results = []
     for inputs, dout in cases:
         values = list(inputs.values())
         with poisoned():
             out, grads = forward_backward(ours, values, dout)
         ref, ref_grads = forward_backward(reference, [x.double() for x in values], dout)
-        pt, pt_grads = forward_backward(plain, values, dout)
-        results.append(zip([out, *grads], [ref, *ref_grads], [pt, *pt_grads], strict=True))
+        pt = [forward_backward_in(order, plain, values, dout) for order in orders]
+        plains = [torch.stack(kind) for kind in zip(*pt, strict=True)]
+        results.append(zip([out, *grads], [ref, *ref_grads], plains, strict=True))
     first = next(iter(cases[0][0].values()))
     for name, *tensors in zip(["out", *cases[0][0]], *results, strict=True):
-        out, ref, pt = (torch.stack(kind) for kind in zip(*tensors, strict=True))
+        outs, refs, pts = zip(*tensors, strict=True)
+        out, ref, pt = torch.stack(outs), torch.stack(refs), torch.stack(pts, 1)
         wide = name != "out" and first.dtype == torch.bfloat16
         name = name if name == "out" else f"d{name}"
         assert_parity(name, out, ref, pt, 3.0 if wide else 2.0)

@@ -66,27 +66,18 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and not GPU
 
 
-def repeats(backend: str, Tq: int, Tk: int, dtype: torch.dtype = torch.float32) -> range:
-    """How many cases to take together.
-
-    The largest error of a gradient in fp32 is that of a few queries: over 4 cases ours was up to 3
-    times PyTorch's and as often a third of it, over 64 at most 1.7 times, 1.0 on average. In 16
-    bits every number's own rounding is as large.
-    """
+def repeats(backend: str, Tq: int, Tk: int) -> range:
+    """How many cases to take together: the largest error is that of a few queries."""
     if interpreted(backend):
         return range(1 if Tq * Tk > 100 else 4)
-    return range(64 if dtype == torch.float32 else 16)
+    return range(8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SMALL, ids=shape_id)
 def test_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
-    check(
-        ops.attention,
-        defined,
-        plain,
-        *(make(shape, dtype) for _ in repeats(backend, *shape[2:4], dtype)),
-    )
+    cases = (make(shape, dtype) for _ in repeats(backend, *shape[2:4]))
+    check(ops.attention, defined, plain, *cases, reordered=shape[-1])
 
 
 LONG = [(1, 2, 1000, 1000, 64), (1, 1, 200, 1000, 128), (1, 1, 1, 1000, 64)]
@@ -95,17 +86,18 @@ LONG = [(1, 2, 1000, 1000, 64), (1, 1, 200, 1000, 128), (1, 1, 1, 1000, 64)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", LONG, ids=shape_id)
 def test_parity_long(shape: tuple, dtype: torch.dtype) -> None:
-    check(ops.attention, defined, plain, make(shape, dtype))
+    check(ops.attention, defined, plain, make(shape, dtype), reordered=shape[-1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", LONG if GPU else [(1, 1, 280, 300, 64)], ids=shape_id)
 def test_triton_over_many_blocks(triton: str, shape: tuple, dtype: torch.dtype) -> None:
-    check(ops.attention, defined, plain, make(shape, dtype))
+    check(ops.attention, defined, plain, make(shape, dtype), reordered=shape[-1])
 
 
 def test_parity_long_at_each_level(isa: str) -> None:
-    check(ops.attention, defined, plain, make((1, 1, 1000, 1000, 64), torch.float32))
+    case = make((1, 1, 1000, 1000, 64), torch.float32)
+    check(ops.attention, defined, plain, case, reordered=64)
 
 
 def test_equals_sdpa() -> None:
@@ -122,6 +114,7 @@ def test_scale(backend: str, scale: float) -> None:
         lambda q, k, v: defined(q, k, v, scale),
         lambda q, k, v: plain(q, k, v, scale),
         *(make((1, 2, 37, 70, 20), torch.float32) for _ in repeats(backend, 37, 70)),
+        reordered=20,
     )
 
 
@@ -129,14 +122,16 @@ def test_scale(backend: str, scale: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_kv_len(backend: str, Tq: int, dtype: torch.dtype) -> None:
     # Rows with no key, fewer keys than queries, some keys, all of them.
-    inputs, dout = make((4, 1 if interpreted(backend) else 2, Tq, 130, 16), dtype)
+    H, cases = (1, 1) if interpreted(backend) else (2, 4)
+    inputs, dout = make((4, H, Tq, 130, 16), dtype)
     kv_len = torch.tensor([0, 3, 77, 130])
     functions = [
         lambda q, k, v: ops.attention(q, k, v, kv_len=kv_len),
         lambda q, k, v: defined(q, k, v, kv_len=kv_len),
         lambda q, k, v: plain(q, k, v, kv_len=kv_len),
     ]
-    check(*functions, (inputs, dout))
+    others = [make((4, H, Tq, 130, 16), dtype) for _ in range(cases - 1)]
+    check(*functions, (inputs, dout), *others, reordered=16)
     out, (dq, dk, dv) = forward_backward(functions[0], list(inputs.values()), dout)
     assert not out[0].any() and not dq[0].any()
     for b, length in enumerate(kv_len):
@@ -157,7 +152,7 @@ def test_keys_past_kv_len_are_never_read(backend: str, Tq: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_dropout(backend: str, T: int, dtype: torch.dtype) -> None:
     B = 6 if T < 100 else 1  # of few outputs the largest errors are luck
-    cases = [make((B, 2, T, T + 6, 16), dtype) for _ in repeats(backend, T, T, dtype)]
+    cases = [make((B, 2, T, T + 6, 16), dtype) for _ in repeats(backend, T, T)]
     p, seed = 0.25, 2**35 + 3
     keep = reference.dropout_scale(cases[0][0]["q"], cases[0][0]["k"], p, torch.tensor(seed))
     check(
@@ -165,6 +160,7 @@ def test_dropout(backend: str, T: int, dtype: torch.dtype) -> None:
         lambda q, k, v: defined(q, k, v, None, p, seed),
         lambda q, k, v: plain(q, k, v, None, keep),
         *cases,
+        reordered=16,
     )
 
 
@@ -210,13 +206,13 @@ def test_layouts(backend: str, kind: str, gradient: str) -> None:
             "transposed": torch.randn(*shape[:2], shape[3], shape[2]).mT,
         }[gradient]
         cases.append((inputs, dout))
-    check(ops.attention, defined, plain, *cases)
+    check(ops.attention, defined, plain, *cases, reordered=16)
 
 
 @pytest.mark.parametrize("kind", ["packed", "every other"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_layouts_in_16_bits(isa: str, kind: str, dtype: torch.dtype) -> None:
-    check(ops.attention, defined, plain, (layout(kind, dtype), None))
+    check(ops.attention, defined, plain, (layout(kind, dtype), None), reordered=16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -237,9 +233,10 @@ def test_packed_parity(backend: str, shape: tuple, dtype: torch.dtype) -> None:
 
     cases = [
         ({"qkv": torch.randn(B, T, 3 * H * D).to(dtype)}, torch.randn(B, T, H * D).to(dtype))
-        for _ in repeats(backend, T, T, dtype)
+        for _ in repeats(backend, T, T)
     ]
-    check(lambda qkv: ops.attention_qkv(qkv, H), through(defined), through(plain), *cases)
+    functions = lambda qkv: ops.attention_qkv(qkv, H), through(defined), through(plain)
+    check(*functions, *cases, reordered=D)
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2, "seed": 9}, {"scale": 0.3}], ids=str)
@@ -268,11 +265,14 @@ def test_packed_kv_len(backend: str) -> None:
 
 @pytest.mark.parametrize("T", [1, 7, 300], ids=lambda T: f"T{T}")
 def test_large_scores_stay_finite(backend: str, T: int) -> None:
-    # Scores up to 1e5, the later keys ever larger, so that the running maximum moves at each block.
-    inputs, dout = make((1, 1, T, T, 16), torch.float32)
-    inputs["k"] *= torch.linspace(1, 1000, T)[:, None]
-    inputs["q"] *= 100
-    check(ops.attention, defined, plain, (inputs, dout))
+    # Scores up to 1e6, the later keys ever larger, so that the running maximum moves at each block.
+    # Whole numbers, so that no sum is rounded: of such scores a rounding would be a large error.
+    n = 1 if interpreted(backend) else max(8, 600 // T)  # few rows have two keys near their maximum
+    cases = [make((1, 1, T, T, 16), torch.float32) for _ in range(n)]
+    for inputs, _ in cases:
+        inputs["k"] = (2 * inputs["k"]).round() * torch.arange(1, T + 1)[:, None]
+        inputs["q"] = (50 * inputs["q"]).round()
+    check(ops.attention, defined, plain, *cases)
 
 
 def test_equal_scores_give_the_mean(backend: str) -> None:
