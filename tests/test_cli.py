@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import TINY, Capture, refused, rows, run, train
-from helpers import (
-    random_model,
-)
+from helpers import random_model
 
 import gptfast
 from gptfast import GPT, GPTConfig
@@ -22,7 +20,11 @@ from gptfast.cli.info import Info
 from gptfast.cli.settings import flat
 from gptfast.cli.train import Train
 from gptfast.data.embedded import embedded_text
+from gptfast.files import lock
 from gptfast.ops.library import backend_of, operators
+from gptfast.tokenizer.bpe import BPETokenizer
+from gptfast.tokenizer.train import reduce_tokenizer
+from gptfast.tokenizer.vocabulary import get_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,25 @@ def test_the_default_run_brings_its_vocabulary(tmp_path: Path, capsys: Capture) 
     assert "resumed from" in capsys.readouterr().out
     assert main(["generate", str(out), "--prompt", "This is", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("This is")
+
+
+def test_a_vocabulary_that_is_there_is_not_replaced(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be that of another process that has just started in the same directory."""
+    gpt2 = get_tokenizer("gpt2")
+    assert isinstance(gpt2, BPETokenizer)
+    reduce_tokenizer(gpt2, "the cat, the cat", tmp_path / "tokenizer")
+    written = (tmp_path / "tokenizer" / "encoder.json").read_bytes()
+    options = ["--max-steps", 1, "--eval-batches", 1, "--sample-tokens", 0, "--n-embd", 8]
+    code, _, err = train(capsys, *options, "--out", tmp_path)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "tokenizer" / "encoder.json").read_bytes() == written
+    monkeypatch.setattr("gptfast.cli.train.LOCK_TIMEOUT_S", 0.1)
+    with lock(tmp_path / "other"):
+        code, _, err = train(capsys, *options, "--out", tmp_path / "other")
+    assert code == 1 and "is in use by another process" in err
+    assert not (tmp_path / "other" / "tokenizer").exists()
 
 
 def test_resume_continues(text: Path, tmp_path: Path, capsys: Capture) -> None:

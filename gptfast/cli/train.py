@@ -16,6 +16,7 @@ from gptfast.data.loader import create_dataloader
 from gptfast.data.sources import load_data, prepared_tokenizer
 from gptfast.data.token_files import Documents
 from gptfast.data.tokens import Source, fingerprint
+from gptfast.files import LOCK_TIMEOUT_S, lock
 from gptfast.model import GPT
 from gptfast.ops.library import backend_of, operators
 from gptfast.tokenizer.bpe import BPETokenizer, Tokenizer
@@ -139,12 +140,16 @@ class Train:
         if self.data or self.tokenizer is not None or self.init is not None:
             return get_tokenizer(self.tokenizer_name())
         directory = Path(self.train.out) / "tokenizer"
-        if checkpoints(self.train.out):  # a run that is there is read, never written to
-            return get_tokenizer(str(directory) if directory.is_dir() else "gpt2")
-        # With GPT-2's whole vocabulary, a model this small spends most of its time on the head.
-        whole = get_tokenizer("gpt2")
-        assert isinstance(whole, BPETokenizer)
-        return reduce_tokenizer(whole, embedded_text(), directory)
+        # A vocabulary that is there is never replaced: another process may start on it just now.
+        with lock(Path(self.train.out), LOCK_TIMEOUT_S):
+            if (directory / "vocab.bpe").is_file():
+                return get_tokenizer(str(directory))
+            whole = get_tokenizer("gpt2")
+            if checkpoints(self.train.out):
+                return whole
+            # With all of GPT-2's tokens, a model this small spends most of its time on the head.
+            assert isinstance(whole, BPETokenizer)
+            return reduce_tokenizer(whole, embedded_text(), directory)
 
     def _model(self, n_vocab: int) -> GPT:
         """Return the model to train, with random weights or those of --init."""

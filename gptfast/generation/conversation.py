@@ -6,12 +6,14 @@ where the model begins to write the next prompt itself.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from gptfast.files import replacing
 from gptfast.generation.continuation import stream
 from gptfast.generation.decoder import Decoder
 from gptfast.generation.model_decoder import as_decoder
@@ -183,11 +185,12 @@ class Conversation:
             between = self.template.between or ("" if self.template.running else "\n")
             content = between.join(prompt + text for prompt, text in turns) + "\n"
         try:
-            with Path(path).expanduser().open("x", encoding="utf-8") as file:
-                file.write(content)
-        except FileExistsError:
-            raise ValueError(f"{path} exists; name another or delete it") from None
+            file = Path(path).expanduser()
+            if os.path.lexists(file):
+                raise ValueError(f"{path} exists; name another or delete it")
+            with replacing(file) as part:
+                part.write(content)
         except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+            raise ValueError(str(error)) from None
         except RuntimeError as error:  # ~ with no home directory
             raise ValueError(f"cannot write {path}: {error}") from None

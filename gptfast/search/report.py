@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from gptfast.files import replace_link, write_json
+from gptfast.files import replace_link, replacing, write_json
 from gptfast.search.plot import plot_search
 from gptfast.search.trials import COMMAND, Result, Settings, run_trials, short
 from gptfast.training.metrics import read_metrics
@@ -101,7 +101,8 @@ def run_search(
     results = sorted(results, key=_order)
     rows = _rows(results)
     print(aligned_table(rows))
-    (out / "results.md").write_text(_markdown(rows), "utf-8")
+    with replacing(out / "results.md") as file:
+        file.write(_markdown(rows))
     write_json(out / "results.json", [dataclasses.asdict(result) for result in results])
     replace_link(out / "best", results[0].trial)
     histories = [trial_rows(out / result.trial) for result in results]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.config import to_toml
-from gptfast.files import lock, write_json
+from gptfast.files import lock, replacing, write_json
 from gptfast.training.interrupt import Interrupt
 from gptfast.training.metrics import MetricsRow, finite, read_metrics
 
@@ -137,7 +137,8 @@ class _Trial:
         directory.mkdir(exist_ok=True)
         print(f"{directory.name} starts: {_label(settings)}", flush=True)
         toml = directory / "trial.toml"
-        toml.write_text(to_toml(_settings(base, settings, directory)), "utf-8")
+        with replacing(toml) as file:
+            file.write(to_toml(_settings(base, settings, directory)))
         self.log = directory / "log.txt"
         with self.log.open("ab") as log:
             self.log_start = log.tell()

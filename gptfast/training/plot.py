@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptfast.files import replacing
 from gptfast.training.metrics import MetricsRow, finite, read_metrics
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def plot_losses(history: Sequence[MetricsRow], out: str | Path) -> list[Path]:
     tokens.set_xlabel("tokens seen")
     paths = [Path(out) / f"loss.{suffix}" for suffix in ("png", "pdf")]
     for path in paths:
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path)
     return paths
 
 
@@ -153,6 +154,8 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure to a file. Raises ValueError if that is not possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        with replacing(path, "wb") as file:
+            figure.savefig(file, format=path.suffix[1:], dpi=150)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        reason = f"cannot write {path}: {error.strerror}" if error.strerror else error
+        raise ValueError(reason) from None
