@@ -9,7 +9,7 @@ BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%
 
 .PHONY: train test check matrix fuzz sanitize lint docs bench bench-peers gpu audit clean
 
-# Trains a small GPT on real text: set-up, then about two minutes on two cores. A second call goes on
+# Trains a small GPT on real text: set-up, then two to three minutes on two cores. A second call goes on
 # where the first one stopped; remove runs/train to start over.
 train: $(VENV)/ready
 	$(BIN)/gptfast train --out runs/train --resume
@@ -20,7 +20,7 @@ WORKERS := -n logical --maxprocesses 8 --dist loadgroup
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
 
-# Before each commit: lint, and the tests that tell most in a minute. They are the modules that take
+# Before each commit, under 90 seconds: lint, and the tests that tell most in a minute. They are the modules that take
 # seconds and need neither processes, files of some size nor Triton's interpreter. `make test` runs all.
 CHECKED := adamw architecture attention book checkpoint config cross_entropy decode_linear embedding engine \
 	engine_files evaluate examples guard hellaswag linear mlp model philox sampling schedule stop \
@@ -28,7 +28,7 @@ CHECKED := adamw architecture attention book checkpoint config cross_entropy dec
 check: lint $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m "not triton" $(wildcard $(CHECKED:%=tests/test_%.py))
 
-# The tests under each setting in which machines differ, pairwise: about half an hour on two cores.
+# The tests under each setting in which machines differ, pairwise: most of an hour on two cores.
 # PART=--part makes the few runs of a few minutes that CI makes.
 matrix: $(VENV)/ready-test
 	$(BIN)/python tests/matrix.py $(PART)
@@ -69,8 +69,8 @@ bench: $(VENV)/ready-test
 # `python bench/run.py --generate`. torch stays as it is.
 bench-peers: $(VENV)/ready-peers
 
-# On a machine with a GPU, whose torch, triton, pytest, hypothesis, scipy and C compiler (Triton's)
-# serve: neither the network nor the C++ extension is needed.
+# On a machine with a GPU, whose torch, triton, numpy, safetensors, setuptools >= 77, pytest,
+# hypothesis, scipy and C compiler (Triton's) serve: neither the network nor the C++ extension is needed.
 gpu:
 	GPTFAST_SKIP_EXTENSION=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps --editable .
 	$(PYTHON) bench/gpu.py

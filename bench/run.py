@@ -105,7 +105,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return the parsed arguments and the names of the benchmarks to run."""
     known = (*BENCHMARKS, GENERATE)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="smaller shapes, under two minutes")
+    parser.add_argument("--quick", action="store_true", help="smaller shapes, about two minutes")
     parser.add_argument("--only", default="", help=f"comma-separated, from {','.join(known)}")
     parser.add_argument("--generate", action="store_true", help="the engine against other engines")
     parser.add_argument(

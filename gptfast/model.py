@@ -49,6 +49,8 @@ def _norm_parameters(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
 
 
 class Attention(nn.Module):
+    """Causal self-attention with the layer norm before it and the residual after it."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
@@ -82,6 +84,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU between, the layer norm before them and the residual after."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -97,6 +101,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer of GPT-2: attention, then the perceptron."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -105,6 +111,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, seed: Tensor | int, cache: KVCache | None, layer: int) -> Tensor:
+        """Return x (B, T, C) after this layer.
+
+        seed: of attention's dropout. cache: the keys and values of earlier tokens, to which those
+        of layer number `layer` are appended; None in training.
+        """
         x = self.attn(x, self.ln_1, seed, cache, layer)
         return self.mlp(x, self.ln_2)
 

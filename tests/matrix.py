@@ -20,21 +20,21 @@ from gptfast.ops.backend import EXTENSION
 
 Run = dict[str, str]
 
-# Which tests depend on the settings, by module: in every run,
+# The modules of every run: they compute with the settings.
 COMPUTING = (
     "arena beam book checkpoint cli_engine drop_in engine engine_files evaluate examples generate "
     "guard hellaswag model settings stop stream train_step trainer weights"
 )
-# in runs that bring the operations something new, for their tests take each level by themselves,
+# The operations' tests take each level by themselves: they run where another setting is new.
 OPERATIONS = (
     "adamw attention cross_entropy decode_linear embedding linear mlp philox sampling threads"
 )
 LEVELS = ("GPTFAST_ISA", "GPTFAST_TEST_PRODUCTS")
-# once per level, for they start many processes,
+# These start many processes, so they run once per level.
 PROCESSES = "chat commands finetuning recovery"
-# and in a part of the matrix.
+# The modules of a part of the matrix.
 QUICK = "engine evaluate examples generate model stream threads train_step trainer"
-# These start dozens of processes and are about files and signals, not about numbers.
+# Left out of every run: tests that start dozens of processes and are about files and signals.
 LEFT_OUT = (
     "not triton and not reference and not test_killed and not test_a_second_interrupt "
     "and not test_peak_memory and not interrupted_and_goes_on"

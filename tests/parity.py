@@ -7,8 +7,9 @@ PyTorch in the tested dtype; atol = 2 max|(ref + 0.3 - 0.3) - ref| in the tested
 may round about as much as the PyTorch it replaces, and no constant is tuned. The rule is that of
 FlashAttention's and QuACK's test suites.
 
-Where a softmax enlarges the rounding of a few sums, both maxima are the luck of one number. There
-`check` takes PyTorch's error as the largest over several orders of those sums, which are as right.
+Where a softmax enlarges the rounding of a few sums, the largest error is that of one number, and
+whose is larger is luck. There `check` computes PyTorch's result several times, with the terms of
+those sums in other orders, and takes the largest error of all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# A maximum over fewer numbers than this hangs on single roundings: see `cases_of`.
+# The largest error of fewer numbers than this depends on single roundings: see `cases_of`.
 ENOUGH_NUMBERS = 256
-ORDERS = 8  # of a sum, where one is luck
+N_ORDERS = 8  # orders of summation in which `check` computes PyTorch's result
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,7 +73,10 @@ def forward_backward(
 def forward_backward_in(
     order: Tensor, f: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor | None
 ) -> list[Tensor]:
-    """The output and the gradients, computed with groups of the last dimension in this order."""
+    """The output and the gradients, computed with every group of the last dimension in an order.
+
+    order: a permutation of the size of a group; empty to leave the order as it is.
+    """
 
     def groups_in(x: Tensor, order: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, len(order)))[..., order].flatten(-2) if len(order) else x
@@ -92,11 +96,11 @@ def check(
     """The rule for the output and the gradient of every input; each function takes the inputs.
 
     A case is (inputs, gradient of the output). Over several the maxima are taken together: for a
-    scalar, or a handful of numbers, one case would compare the luck of single roundings. With
-    `reordered` the last dimension of every tensor consists of groups of so many numbers, over which
-    the function sums in any order; PyTorch then computes it in several.
+    scalar, or a handful of numbers, one case would compare the luck of single roundings. reordered:
+    size of the groups of the last dimension of every tensor within which PyTorch's numbers are
+    permuted, in several orders, because the function sums over them; 0 for one order, as given.
     """
-    orders = [torch.randperm(reordered) for _ in range(ORDERS if reordered else 1)]
+    orders = [torch.randperm(reordered) for _ in range(N_ORDERS if reordered else 1)]
     results = []
     for inputs, dout in cases:
         values = list(inputs.values())

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptfast.files import replacing
+
 MAGIC, VERSION = 20240520, 1
 LLAMA_MAGIC = 20240801
 HEADER_BYTES = 1024
@@ -69,7 +71,8 @@ def write_tokens(path: str | PathLike, tokens: Sequence[int] | np.ndarray | Tens
     Raises ValueError for ids outside 0..65535, no tokens, or more than 2^31 - 1.
     """
     ids = np.asarray(tokens)
-    Path(path).write_bytes(file_header(len(ids)) + as_uint16(ids).tobytes())
+    with replacing(Path(path), "wb") as file:
+        file.write(file_header(len(ids)) + as_uint16(ids).tobytes())
 
 
 def token_count(path: Path) -> tuple[int, int]:
