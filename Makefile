@@ -99,7 +99,7 @@ $(VENV)/ready-test: $(VENV)/ready
 	$(PIP) --group test
 	touch $@
 
-$(VENV)/ready-peers: $(VENV)/ready pyproject.toml
+$(VENV)/ready-peers: $(VENV)/ready-test pyproject.toml
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF" \
 	$(PIP) --no-binary llama-cpp-python torch==$(TORCH) --group peers
 	touch $@

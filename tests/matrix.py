@@ -89,7 +89,9 @@ def modules(runs: list[Run], index: int, part: bool) -> list[str]:
 
 def outcome(run: Run, files: list[str], extra: list[str]) -> tuple[int, str, list[str]]:
     """Run pytest once; return its exit code, its closing line and the tests that failed."""
-    environment = {**os.environ, **{name: value for name, value in run.items() if value}}
+    # Passive: with more threads than cores, those that wait must not keep others from computing.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    environment |= {name: value for name, value in run.items() if value}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "logical"]
     command += ["--dist", "loadgroup", "--maxprocesses", "8", "-k", LEFT_OUT, "--tb=short"]
     command += [f"--hypothesis-seed={run['GPTFAST_TEST_SEED']}", *extra, *files]

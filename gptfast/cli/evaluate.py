@@ -42,7 +42,7 @@ class Eval:
     hellaswag: str | None = None
     """A .jsonl file in HellaSwag's format: contexts, endings and labels."""
     tasks: tuple[str, ...] = ()
-    """Names of tasks of lm-evaluation-harness (needs pip install 'gptfast[lm-eval]')."""
+    """Names of tasks of lm-evaluation-harness (needs pip install lm_eval)."""
     limit: int | None = None
     """Use only this many examples of each task."""
     part: Literal["train", "val", "test"] = "val"
@@ -119,7 +119,7 @@ class Eval:
             from gptfast.evaluate.lm_eval import GPTFastLM
         except ImportError as error:
             raise ValueError(
-                f"--tasks needs lm-evaluation-harness ({error}): pip install 'gptfast[lm-eval]'"
+                f"--tasks needs lm-evaluation-harness ({error}): pip install lm_eval"
             ) from None
         harness = GPTFastLM(
             model, tokenizer, batch_size=self.batch_size, max_length=self.max_length

@@ -8,7 +8,7 @@ from gptfast.tokenizer.train import train_tokenizer
 
 @dataclass(frozen=True)
 class TrainTokenizer:
-    """Learn a byte-pair encoding from text (needs pip install 'gptfast[tokenizers]').
+    """Learn a byte-pair encoding from text (needs pip install tokenizers).
 
     gptfast tokenizer --data books/ --out vocabularies/books --vocab-size 8192
 

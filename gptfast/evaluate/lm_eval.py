@@ -1,4 +1,4 @@
-"""gptfast's models under EleutherAI's lm-evaluation-harness (pip install 'gptfast[lm-eval]')."""
+"""gptfast's models under EleutherAI's lm-evaluation-harness (pip install lm_eval)."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -112,6 +112,6 @@ def _summary_writer() -> Any:
     except ImportError as error:
         raise ValueError(
             f"--tensorboard needs tensorboard, which is not installed ({error}): "
-            "pip install 'gptfast[tensorboard]'"
+            "pip install tensorboard"
         ) from None
     return SummaryWriter
