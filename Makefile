@@ -29,7 +29,7 @@ check: lint $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m "not triton" $(wildcard $(CHECKED:%=tests/test_%.py))
 
 # The tests under each setting in which machines differ, pairwise: most of an hour on two cores.
-# PART=--part makes the few runs of a few minutes that CI makes.
+# PART=--part makes a few runs of a minute each.
 matrix: $(VENV)/ready-test
 	$(BIN)/python tests/matrix.py $(PART)
 

@@ -3,7 +3,7 @@
 The settings are the instruction-set levels of the C++ kernels, of ATen and of oneDNN, the number
 of threads, who multiplies fp32 matrices, and the seed of everything drawn at random. Their product
 has hundreds of runs, so the runs are chosen pairwise: each value meets each value of every other
-setting at least once. `--part` makes the first few runs only, on fewer tests (CI does).
+setting at least once. `--part` makes the first few runs only, on fewer tests.
 """
 
 import argparse
