@@ -20,8 +20,9 @@ WORKERS := -n logical --maxprocesses 8 --dist loadgroup
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
 
-# Before each commit, under 90 seconds: lint, and the tests that tell most in a minute. They are the modules that take
-# seconds and need neither processes, files of some size nor Triton's interpreter. `make test` runs all.
+# Before each commit, under 90 seconds: lint, and the tests that tell most in a minute. They are the
+# modules that take seconds and need neither processes, files of some size nor Triton's interpreter.
+# `make test` runs all.
 CHECKED := adamw architecture attention book checkpoint config cross_entropy decode_linear embedding engine \
 	engine_files evaluate examples guard hellaswag linear mlp model philox sampling schedule stop \
 	threads token_files train_step train_tokenizer
