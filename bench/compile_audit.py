@@ -27,6 +27,8 @@ import torch
 from audit_cases import all_cases
 from cost_model import COSTS, SMS, predict
 
+from gptfast.files import replacing
+
 REFERENCE_CASES = (
     "attention bf16 D=64",
     "attention decode bf16 D=64 Tk=1024",
@@ -272,9 +274,10 @@ def stored_kernels() -> list[Kernel] | None:
 
 def store(kernels: list[Kernel]) -> None:
     """Write the report and the data behind it."""
-    REPORT.write_text(report(kernels))
     rows = ",\n".join(json.dumps(asdict(kernel)) for kernel in kernels)
-    RESULTS.write_text(f'{{"inputs": "{inputs_digest()}", "kernels": [\n{rows}\n]}}\n')
+    with replacing(REPORT) as page, replacing(RESULTS) as data:
+        page.write(report(kernels))
+        data.write(f'{{"inputs": "{inputs_digest()}", "kernels": [\n{rows}\n]}}\n')
 
 
 def table(kernels: Iterable[Kernel]) -> str:

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from gptfast.kernels.reference.decode_linear import quantize
 from torch import Tensor
 
 from gptfast import AdamW, ops
+from gptfast.kernels.reference.decode_linear import quantize
 
 
 def _tensors(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:

@@ -10,6 +10,8 @@ import torch
 import triton
 from gpu_device import SMOKE
 
+from gptfast.files import replacing
+
 
 def machine() -> dict[str, object]:
     """Return what describes this machine; a figure without it means nothing."""
@@ -38,7 +40,8 @@ class Report:
 
     def add(self, section: str, result: object) -> None:
         self.results[section] = result
-        self.path.write_text(json.dumps(self.results, indent=1) + "\n")
+        with replacing(self.path) as file:
+            file.write(json.dumps(self.results, indent=1) + "\n")
 
     @property
     def seconds_left(self) -> float:

@@ -14,6 +14,7 @@ from harness import Case
 from limits import Share
 from timing import Timing
 
+from gptfast.files import replacing
 from gptfast.ops.backend import EXTENSION
 
 RESULTS = Path(__file__).parent / "results"
@@ -93,7 +94,8 @@ def row_label(row: Row) -> str:
 
 def save(path: Path, record: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    with replacing(path) as file:
+        file.write(json.dumps(record, indent=1) + "\n")
 
 
 def load(path: Path) -> dict:

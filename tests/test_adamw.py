@@ -8,13 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from gptfast.kernels.reference import adamw as reference
-from gptfast.kernels.reference.philox import philox
 from parity import DTYPES, assert_parity
 from seeds import shifted
 from torch import Tensor
 
 import gptfast
+from gptfast.kernels.reference import adamw as reference
+from gptfast.kernels.reference.philox import philox
 from gptfast.ops.adamw import adamw, grad_norm
 
 SHAPES = [(1,), (2, 3), (17,), (63, 5), (129,), (0,), (), (40_000,)]

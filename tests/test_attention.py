@@ -5,11 +5,11 @@ import importlib
 import pytest
 import torch
 from conftest import GPU
-from gptfast.kernels.reference import attention as reference
 from parity import DTYPES, assert_parity, check, forward_backward, poisoned
 from torch import Tensor
 
 from gptfast import ops
+from gptfast.kernels.reference import attention as reference
 from gptfast.ops.backend import TRITON_MISSING, use_backend
 
 # (B, H, Tq, Tk, D)

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPU
-from gptfast.kernels.reference import cross_entropy as reference
 from parity import DTYPES, assert_parity, cases_of, check, forward_backward, poisoned
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptfast import ops
+from gptfast.kernels.reference import cross_entropy as reference
 
 REDUCTIONS = ["mean", "sum", "none"]
 # The two operators behind linear_cross_entropy: "mean" computes the gradient with the loss, "none"

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPU
-from gptfast.kernels.reference import decode_linear as reference
-from gptfast.kernels.reference.decode_linear import quantize
 from parity import DTYPES, assert_parity, poisoned
 from torch import Tensor
 
 from gptfast import ops
+from gptfast.kernels.reference import decode_linear as reference
+from gptfast.kernels.reference.decode_linear import quantize
 
 EPS = 1e-5
 # (N, C, outputs): few rows and, from 9 on, tiles; at the borders of both.
@@ -46,13 +46,13 @@ def inputs(N: int, C: int, n_out: int, dtype: torch.dtype, int8: bool) -> dict[s
     return tensors | {"weight": weight if int8 else weight.to(dtype), "scale": scale}
 
 
-def ours(case: dict[str, Tensor], *, gelu: bool = False, wide: bool = False) -> Tensor:
+def ours(case: dict[str, Tensor], *, gelu: bool = False, fp32_out: bool = False) -> Tensor:
     norm = None
     if case["norm_weight"] is not None:
         norm = case["norm_weight"], case["norm_bias"], EPS
     rest = {name: case[name] for name in ("scale", "residual")}
     return ops.decode_linear(
-        case["x"], case["weight"], case["bias"], norm=norm, gelu=gelu, fp32_out=wide, **rest
+        case["x"], case["weight"], case["bias"], norm=norm, gelu=gelu, fp32_out=fp32_out, **rest
     )
 
 
@@ -76,14 +76,14 @@ def plain(case: dict[str, Tensor], gelu: bool) -> Tensor:
     return y if case["residual"] is None else case["residual"] + y
 
 
-def check(make: Callable[[], dict[str, Tensor]], gelu: bool, wide: bool = False) -> None:
+def check(make: Callable[[], dict[str, Tensor]], gelu: bool, fp32_out: bool = False) -> None:
     """Over four cases at once: for a handful of numbers one would compare the luck of roundings."""
     results = []
     for _ in range(4):
         case = make()
         with poisoned():
-            out = ours(case, gelu=gelu, wide=wide)
-        assert not wide or out.dtype == torch.float32
+            out = ours(case, gelu=gelu, fp32_out=fp32_out)
+        assert not fp32_out or out.dtype == torch.float32
         pt = plain(case, gelu)
         results.append((out.to(pt.dtype), defined(case, gelu), pt))
     assert_parity("y", *(torch.stack(kind) for kind in zip(*results, strict=True)))
@@ -100,7 +100,7 @@ def test_parity(backend: str, size: tuple[int, int, int], int8: bool, dtype: tor
 @both
 @weights
 @pytest.mark.parametrize("N", [3, 20], ids=["few", "more"])
-@pytest.mark.parametrize("parts", ["no norm", "no bias", "no residual", "gelu", "wide", "bare"])
+@pytest.mark.parametrize("parts", ["no norm", "no bias", "no residual", "gelu", "fp32", "bare"])
 def test_parts(backend: str, parts: str, N: int, int8: bool) -> None:
     left_out = {
         "no norm": ["norm_weight", "norm_bias"],
@@ -114,14 +114,14 @@ def test_parts(backend: str, parts: str, N: int, int8: bool) -> None:
         case = inputs(N, 70, 50, torch.float16, int8)
         return case | dict.fromkeys(left_out)
 
-    check(make, gelu=parts == "gelu", wide=parts == "wide")
+    check(make, gelu=parts == "gelu", fp32_out=parts == "fp32")
 
 
 @both
 @weights
 @pytest.mark.parametrize("N", [8, 9, 17], ids="N-{}".format)
-def test_wide_is_not_rounded(backend: str, N: int, int8: bool) -> None:
-    y = ours(inputs(N, 70, 50, torch.float16, int8), wide=True)
+def test_an_fp32_result_is_not_rounded(backend: str, N: int, int8: bool) -> None:
+    y = ours(inputs(N, 70, 50, torch.float16, int8), fp32_out=True)
     assert y.dtype == torch.float32
     # By chance one in 2**13 is representable.
     assert (y != y.half()).float().mean(1).min() > 0.9

@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from gptfast.kernels.reference import embedding as reference
 from parity import DTYPES, check, poisoned
 from seeds import shifted
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops, use_backend
+from gptfast.kernels.reference import embedding as reference
 
 gptfast_ops = torch.ops.gptfast
 Embed = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

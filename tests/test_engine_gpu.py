@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import GPU
-from gptfast.kernels.reference.decode_linear import quantize
 from helpers import (
     random_ids,
     random_model,
@@ -19,6 +18,7 @@ from gptfast.engine.gpu_model import GpuModel
 from gptfast.engine.gpu_rows import GraphRows, gpu_rows
 from gptfast.engine.sequences import EngineSequences
 from gptfast.generation.options import Options
+from gptfast.kernels.reference.decode_linear import quantize
 
 both = pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
 needs_gpu = pytest.mark.skipif(not GPU, reason="CUDA graphs and bf16 kernels need a GPU")

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gptfast.kernels.reference import linear as reference
 from parity import DTYPES, cases_of, check
 from seeds import shifted
 from torch import Tensor
 
 from gptfast import ops
+from gptfast.kernels.reference import linear as reference
 
 EPS = 1e-5
 

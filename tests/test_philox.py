@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
+from gptfast import ops
 from gptfast.kernels.reference import sampling as sampling_reference
 from gptfast.kernels.reference.attention import dropout_scale
 from gptfast.kernels.reference.philox import philox, uniform
-
-from gptfast import ops
 from gptfast.ops.adamw import adamw
 from gptfast.ops.backend import use_backend
 

@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 from conftest import GPU, TRITON_MISSING
-from gptfast.kernels.reference import sampling as reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import DTYPES
@@ -20,6 +19,7 @@ from seeds import torch_generator
 from torch import Tensor
 
 from gptfast import ops
+from gptfast.kernels.reference import sampling as reference
 from gptfast.ops.backend import use_backend
 
 PARAMETERS = {

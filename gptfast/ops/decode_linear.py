@@ -8,14 +8,14 @@ from gptfast.ops.library import register
 from gptfast.ops.linear import Norm, norm_arguments
 
 
-def _fake(x, norm_weight, norm_bias, eps, weight, scale, bias, residual, gelu, wide):  # type: ignore[no-untyped-def]
-    dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
+def _fake(x, norm_weight, norm_bias, eps, weight, scale, bias, residual, gelu, fp32_out):  # type: ignore[no-untyped-def]
+    dtype = torch.promote_types(x.dtype, torch.float32) if fp32_out else x.dtype
     return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
 
 
 _op = register(
     "decode_linear(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, "
-    "Tensor? scale, Tensor? bias, Tensor? residual, bool gelu, bool wide) -> Tensor",
+    "Tensor? scale, Tensor? bias, Tensor? residual, bool gelu, bool fp32_out) -> Tensor",
     reference.decode_linear,
     _fake,
 )

@@ -10,8 +10,9 @@ half is dropped. With a norm that is not finite, nothing changes.
 """
 
 import torch
-from gptfast.kernels.reference.philox import philox
 from torch import Tensor
+
+from gptfast.kernels.reference.philox import philox
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:

@@ -9,8 +9,9 @@ len is Tk, or kv_len[b] if it is given. For a query that sees no key, out is 0 a
 """
 
 import torch
-from gptfast.kernels.reference.philox import philox, uniform
 from torch import Tensor
+
+from gptfast.kernels.reference.philox import philox, uniform
 
 
 def _visible(q: Tensor, k: Tensor, kv_len: Tensor | None) -> Tensor:

@@ -8,16 +8,17 @@ from x to y is fp32. The weight has x's dtype and no scale, or it is int8 with a
 
 import torch
 import torch.nn.functional as F
-from gptfast.kernels.reference.linear import norm_fwd
 from torch import Tensor
+
+from gptfast.kernels.reference.linear import norm_fwd
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a floating weight (O, C) as int8 in [-127, 127], and its scale (O,), fp32."""
-    wide = weight.float()
-    scale = wide.abs().amax(1) / 127
+    exact = weight.float()
+    scale = exact.abs().amax(1) / 127
     scale = scale.where(scale > 0, 1.0)
-    return torch.round(wide / scale[:, None]).clamp(-127, 127).to(torch.int8), scale
+    return torch.round(exact / scale[:, None]).clamp(-127, 127).to(torch.int8), scale
 
 
 def decode_linear(
@@ -30,9 +31,9 @@ def decode_linear(
     bias: Tensor | None,
     residual: Tensor | None,
     gelu: bool,
-    wide: bool,
+    fp32_out: bool,
 ) -> Tensor:
-    """Return y (N, O) in x's dtype, or in fp32 if wide (fp64 for fp64 x).
+    """Return y (N, O) in x's dtype, or in fp32 if fp32_out (fp64 for fp64 x).
 
     x: (N, C), weight: (O, C), scale and bias: (O,), residual: (N, O).
     """
@@ -46,4 +47,4 @@ def decode_linear(
         y = F.gelu(y, approximate="tanh")
     if residual is not None:
         y = y + residual
-    return y if wide else y.to(x.dtype)
+    return y if fp32_out else y.to(x.dtype)

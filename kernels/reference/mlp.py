@@ -6,8 +6,9 @@ The norm is that of linear.py, GELU has its tanh form (Hendrycks & Gimpel, 2016)
 
 import torch
 import torch.nn.functional as F
-from gptfast.kernels.reference.linear import column_sums, norm_bwd, norm_fwd
 from torch import Tensor
+
+from gptfast.kernels.reference.linear import column_sums, norm_bwd, norm_fwd
 
 
 def mlp_fwd(

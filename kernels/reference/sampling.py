@@ -11,8 +11,9 @@ u is the Philox number of (seed, position). Temperature 0 takes the first id of 
 """
 
 import torch
-from gptfast.kernels.reference.philox import MASK, philox, uniform
 from torch import Tensor
+
+from gptfast.kernels.reference.philox import MASK, philox, uniform
 
 # The weight of the largest logit.
 WEIGHT_ONE = 2.0**40

@@ -19,6 +19,8 @@ import sys
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gptfast.kernels.reference import adamw as reference
 from gptfast.kernels.triton import target
 from gptfast.kernels.triton.adamw_access import (
@@ -49,7 +51,6 @@ from gptfast.kernels.triton.adamw_access import (
 )
 from gptfast.kernels.triton.adamw_tables import norm_plan, step_plan, table_on
 from gptfast.kernels.triton.philox import in_order, philox
-from torch import Tensor
 
 # arch: (elements a program, num_warps). With eight elements a thread, eight 128-bit loads are in
 # flight (fp32: p, g, m, v). With less than 64 registers a thread, an SM holds 1024 threads: 128 KB

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from gptfast.kernels.triton.adamw_tables import NormRow, StepRow
 
 # The columns of the tables.

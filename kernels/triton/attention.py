@@ -16,11 +16,12 @@ once.
 """
 
 import torch
+from torch import Tensor
+
 from gptfast.kernels.reference import attention as reference
 from gptfast.kernels.triton.attention_bwd import fill_bwd
 from gptfast.kernels.triton.attention_fwd import fill_fwd
 from gptfast.kernels.triton.attention_tiles import MAX_D
-from torch import Tensor
 
 
 def attention_fwd(

@@ -3,6 +3,8 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gptfast.kernels.triton.attention_fwd import (
     LOG2E,
     dropout_of,
@@ -15,7 +17,6 @@ from gptfast.kernels.triton.attention_fwd import (
     view_of,
 )
 from gptfast.kernels.triton.attention_tiles import BWD_DK_DV, BWD_DQ, tile
-from torch import Tensor
 
 
 @triton.jit

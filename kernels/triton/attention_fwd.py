@@ -6,10 +6,11 @@ or (pointer to the seed, p, 1 / (1 - p)).
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gptfast.kernels.triton.attention_decode import attention_decode
 from gptfast.kernels.triton.attention_tiles import FWD, tile
 from gptfast.kernels.triton.philox import in_order, philox, uniform
-from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

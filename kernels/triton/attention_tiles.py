@@ -10,6 +10,7 @@ need few registers.
 
 import torch
 import triton
+
 from gptfast.kernels.triton import target
 
 # The reference computes attention with larger head dims.

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gptfast.kernels.reference.cross_entropy import check_targets
 from gptfast.kernels.triton import target as compiled_for
 from gptfast.kernels.triton.cross_entropy_rows import (
@@ -22,7 +24,6 @@ from gptfast.kernels.triton.cross_entropy_rows import (
     linear_cross_entropy_rows_kernel,
     row_tile,
 )
-from torch import Tensor
 
 # Bytes of logits, later dlogits, in a chunk: 640 rows of GPT-2's in 16 bits.
 CHUNK_BYTES = 64 << 20

@@ -12,6 +12,7 @@ and stored by 128-bit instructions, the values of the row's two ragged ends by o
 import torch
 import triton
 import triton.language as tl
+
 from gptfast.kernels.triton import target as compiled_for
 
 # arch: (16-bit logits a step, num_warps). "in place" reads a row twice: if few rows are computed at

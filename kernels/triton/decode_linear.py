@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from gptfast.kernels.reference import decode_linear as reference
 from torch import Tensor
+
+from gptfast.kernels.reference import decode_linear as reference
 
 # Rows of x that the first kernel takes.
 MAX_ROWS = 8
@@ -123,21 +124,21 @@ def decode_linear(
     bias: Tensor | None,
     residual: Tensor | None,
     gelu: bool,
-    wide: bool,
+    fp32_out: bool,
 ) -> Tensor:
-    """Return y (N, O) for x (N, C), in x's dtype, or in fp32 if wide."""
+    """Return y (N, O) for x (N, C), in x's dtype, or in fp32 if fp32_out."""
     (N, C), n_out = x.shape, weight.shape[0]
     if C > MAX_C:
-        layer = (weight, scale, bias, residual, gelu, wide)
+        layer = (weight, scale, bias, residual, gelu, fp32_out)
         return reference.decode_linear(x, norm_weight, norm_bias, eps, *layer)
-    dtype = torch.float32 if wide else x.dtype
+    dtype = torch.float32 if fp32_out else x.dtype
     y = x.new_empty(N, n_out, dtype=dtype)
     if not y.numel():
         return y
     x, weight = x.contiguous(), weight.contiguous()
     norm = [None if t is None else t.contiguous() for t in (norm_weight, norm_bias)]
     scale, bias, residual = (None if t is None else t.contiguous() for t in (scale, bias, residual))
-    if N <= MAX_ROWS or (wide and scale is None and x.dtype != dtype):
+    if N <= MAX_ROWS or (fp32_out and scale is None and x.dtype != dtype):
         BLOCK_C = triton.next_power_of_2(C)
         BLOCK_O = min(64, max(1, WEIGHT_ELEMENTS // BLOCK_C))
         for start in range(0, N, MAX_ROWS):

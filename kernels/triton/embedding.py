@@ -14,8 +14,9 @@ Ids outside [0, V) give rows of NaN and no gradient.
 import torch
 import triton
 import triton.language as tl
-from gptfast.kernels.reference.embedding import check_ids
 from torch import Tensor
+
+from gptfast.kernels.reference.embedding import check_ids
 
 # The most positions that a program of the first launch sums, ROWS of them at a time.
 SEGMENT = 128

@@ -14,6 +14,8 @@ are whole numbers up to 2^40; their int64 sums are exact, whatever BLOCK is.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gptfast.kernels.reference import sampling as reference
 from gptfast.kernels.triton.philox import philox, uniform
 from gptfast.kernels.triton.sampling_codes import (
@@ -36,7 +38,6 @@ from gptfast.kernels.triton.sampling_cuts import (
     top_p_goal,
 )
 from gptfast.kernels.triton.target import arch
-from torch import Tensor
 
 # Tokens that fit the list, in which each is compared to each.
 LIST_SIZE = 256

@@ -7,6 +7,7 @@ narrowed by four pivots a pass, until at most LIST_SIZE tokens are in it; these 
 
 import triton
 import triton.language as tl
+
 from gptfast.kernels.triton.sampling_codes import (
     CODE_OF_MINUS_INF,
     code_above,
