@@ -151,12 +151,13 @@ def test_a_stop_scores_as_eos_does_and_is_cut_off(K: int, length_penalty: float)
 
 def test_every_continuation_stops() -> None:
     model = open_model(5)
-    prompts = [random_ids(n, vocab_size=V, seed=n).tolist() for n in (3, 8)]
+    first, *others = (random_ids(3 + i, vocab_size=V, seed=i).tolist() for i in range(30))
+    best = new_of(model, first, 1, num_beams=3)
+    # One row ends at once, the other goes on.
+    ends = next(p for p in others if new_of(model, p, 1, num_beams=3) != best)
+    prompts = [first, ends]
     stop = [[i] for i in range(V)]
     assert generate(model, prompts, 10, num_beams=3, stop=stop) == prompts
-    # One row ends at once, the other goes on.
-    best = [new_of(model, p, 1, num_beams=3)[0] for p in prompts]
-    assert best[0] != best[1]
     stop = [[i] for i in range(V) if i != best[0]]
     options = {"num_beams": 3, "length_penalty": -1.0, "stop": stop}
     rows = generate(model, prompts, 10, **options)

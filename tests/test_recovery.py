@@ -125,14 +125,20 @@ def processes() -> Iterator[Any]:
     yield context
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The straight run, never cut."""
-    out = tmp_path_factory.mktemp("whole")
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the forked processes have: PyTorch's layer norm sums in another order with three."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    trainer_at(out).fit()
+    yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """The straight run, never cut."""
+    out = tmp_path_factory.mktemp("whole")
+    trainer_at(out).fit()
     return out
 
 
