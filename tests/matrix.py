@@ -130,12 +130,12 @@ def show(run: Run, text: str) -> None:
     )
 
 
-def make_runs(runs: list[Run], part: bool, extra: list[str]) -> int:
-    """Make the runs; return how many are green."""
+def make_runs(runs: list[Run], chosen: list[int], part: bool, extra: list[str]) -> int:
+    """Make the chosen runs of all; return how many of them are green."""
     failures: list[tuple[Run, list[str]]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for index, run in enumerate(runs):
-            start = time.monotonic()
+        for index in chosen:
+            start, run = time.monotonic(), runs[index]
             names = modules(runs, index, part)
             files = [str(Path(__file__).parent / f"test_{name}.py") for name in names]
             code, last, failed = outcome(run, files, extra, scratch)
@@ -145,13 +145,14 @@ def make_runs(runs: list[Run], part: bool, extra: list[str]) -> int:
     for run, failed in failures:
         print("failed with", *(f"{name}={value}" for name, value in run.items() if value))
         print(*(f"  {name}" for name in failed), sep="\n")
-    return len(runs) - len(failures)
+    return len(chosen) - len(failures)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", action="store_true", help="a few runs of a few minutes")
     parser.add_argument("--list", action="store_true", help="name the runs and run nothing")
+    parser.add_argument("--runs", type=int, nargs="+", help="only these, by their place from 1 on")
     args, extra = parser.parse_known_args()
     values = settings()
     runs = list(itertools.islice(pairwise(values), RUNS_OF_A_PART if args.part else None))
@@ -160,9 +161,10 @@ def main() -> int:
         for index, run in enumerate(runs):
             show(run, f"{len(modules(runs, index, args.part))} modules")
         return 0
-    green = make_runs(runs, args.part, extra)
-    print(f"{green} of {len(runs)} runs are green")
-    return 0 if green == len(runs) else 1
+    chosen = [n - 1 for n in args.runs or range(1, len(runs) + 1) if 1 <= n <= len(runs)]
+    green = make_runs(runs, chosen, args.part, extra)
+    print(f"{green} of {len(chosen)} runs are green")
+    return 0 if green == len(chosen) else 1
 
 
 if __name__ == "__main__":
