@@ -47,7 +47,7 @@ from gptfast import GPT, AdamW, Engine, GPTConfig, get_tokenizer
 PROMPT, LONG_PROMPT = 32, 512
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 MAX_LACK = {"fp32": 0.02, "bf16": 0.3, "int8": 0.6}
-"""By how many standard deviations of the logits rounding may put an id below the largest."""
+"""How far below the largest logit rounding may put an id, in standard deviations of the logits."""
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
 RUN = Path(__file__).parents[1] / "runs" / "train"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from compare_cases import CASES
 
 MAX_CHANGE = 0.03
-"""By how much the new checkout may be slower before the run fails."""
+"""The largest slowdown of the new checkout for which the run does not fail."""
 
 
 class Side:

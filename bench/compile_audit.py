@@ -42,17 +42,20 @@ RESULTS = REPORT.with_suffix(".json")
 """The kernels of the report as data, beside the digest of what they were compiled from."""
 HEADING = "What Triton {} makes of the kernels"
 INTRODUCTION = """\
-Written by `make audit` on a machine without a GPU, compared by tests/test_compile_audit.py. Each
-kernel as its launcher launches it, once per set of constants, under the first case that asks for
-it.
-shared: bytes a program. spills: bytes of stack a thread (gfx942: registers), none if none spill.
-programs/SM: how many fit a multiprocessor (a compute unit). products: `tl.dot`s, and on sm_90 how
-many are wgmma. load: the widest from global memory."""
-PREDICTIONS = """\
-## What an H200 should make of them
+`make audit` writes this page on a machine without a GPU, and tests/test_compile_audit.py compares
+it. Each kernel is compiled as its launcher calls it, once for each set of constants; `case` is the
+first case that needs this set.
 
-By the model of bench/cost_model.py, at GPT-2 124M's sizes: a prediction from the table above, not a
-measurement."""
+- shared: bytes of shared memory for each program
+- spills: bytes of stack for each thread (gfx942: registers); nothing where no register spills
+- programs/SM: how many programs fit on one multiprocessor (AMD: compute unit)
+- products: the number of `tl.dot`s, and on sm_90 how many of them are wgmma
+- load: the widest load from global memory"""
+PREDICTIONS = """\
+## Predictions for an H200
+
+bench/cost_model.py predicts these times from the table above, at GPT-2 124M's sizes. Nothing here
+was measured."""
 
 
 @dataclass(frozen=True)

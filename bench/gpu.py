@@ -68,7 +68,7 @@ def main() -> None:
     if not SMOKE and not torch.cuda.is_available():
         parser.error("no GPU; --smoke runs the same code on the CPU")
     torch.set_default_device(DEVICE)
-    # What `sanitize` starts under compute-sanitizer.
+    # `sanitize` starts this under compute-sanitizer.
     if args.only == "small_launches":
         small_launches()
         return

@@ -29,11 +29,11 @@ TABLES = {
 """The benchmarks of each table."""
 
 Key = tuple[str, str, str, str]
-"""op, case, shape and peer: what a row measures, whatever the CPU."""
+"""op, case, shape and peer of a row; they are the same on every CPU."""
 Results = dict[str, dict[str, dict]]
 """The records by CPU and benchmark."""
 
-# What the README calls a peer, where its name alone says too little.
+# The README's name of a peer whose own name alone says too little.
 PEER_NAMES = {"topk of k": "topk, softmax and draw among the k"}
 SUMMARY: dict[str, Key] = {
     "attention, forward and backward": (

@@ -71,7 +71,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 def compiled_step(model: StaticGPT) -> Step:
     """Return model.forward, compiled for one token a row. The next call overwrites its ids."""
-    # What mode="reduce-overhead" sets, and gpt-fast's compiler option, for this function alone.
+    # The settings of mode="reduce-overhead" and of gpt-fast's compiler, for this function alone.
     options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     return torch.compile(model, fullgraph=True, options=options)
 

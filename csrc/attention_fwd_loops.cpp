@@ -68,7 +68,7 @@ void fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, Matr
   }
 }
 
-// ---- A few queries against a long cache: dot products and a weighted sum, no tiles.
+// A few queries against a long cache use dot products and a weighted sum, no tiles.
 
 // Returns the dot products of the query with W keys, the rows from k on, over the first NV * W dimensions.
 template <int NV, class T>

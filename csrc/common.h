@@ -1,4 +1,4 @@
-// What every wrapper needs: the loops of the level in use, dtypes, and the call of the reference for float64.
+// Code that every wrapper needs: the loops of the level in use, dtypes, and the call of the reference for float64.
 #pragma once
 
 #include <ATen/Parallel.h>

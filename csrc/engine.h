@@ -43,7 +43,7 @@ struct EngineSegment {
   int64_t n;             // number of new tokens
 };
 
-// Where the threads of one forward wait for each other. The two counters are on cache lines of their own.
+// A barrier at which the threads of one forward wait for each other. The two counters are on cache lines of their own.
 struct alignas(128) EngineBarrier {
   alignas(64) int32_t arrived = 0;
   alignas(64) int32_t phase = 0;

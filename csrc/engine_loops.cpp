@@ -126,7 +126,7 @@ class Forward {
 
   float* scratch() const { return args_.scratch + thread_ * args_.scratch_floats; }
 
-  // ---- Attention. One thread takes one head of a row: it writes the new keys and values, then computes each query.
+  // Attention. One thread takes one head of a row: it writes the new keys and values, then computes each query.
 
   void attend(int64_t layer) {
     const int64_t H = args_.n_head;

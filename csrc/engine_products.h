@@ -45,7 +45,7 @@ inline void add(vf (&total)[M][NV], const vf (&parts)[M][NV]) {
     for (int n = 0; n < NV; ++n) total[m][n] += parts[m][n];
 }
 
-// ---- The three types of weights: the form of a row of inputs, and the sums of M rows across a panel.
+// The three types of weights: the form of a row of inputs, and the sums of M rows across a panel.
 
 struct Fp32 {
   static constexpr int64_t BLOCK = 128, UNIT = 1, SIZE = 4;
@@ -224,7 +224,7 @@ struct Int8 {
   }
 };
 
-// ---- A product: y = rows W^T + bias, and what is done with it.
+// A product y = rows W^T + bias, and its epilogue.
 
 enum class Epilogue { store, add_to_y, gelu };
 

@@ -54,7 +54,7 @@ def collect(page: Path, folder: Path) -> None:
 
     text = LINK.sub(rewritten, page.read_text("utf-8"))
     if missing:
-        sys.exit(f"{page.relative_to(ROOT)} links to {missing[0]}, which is no file; correct it")
+        sys.exit(f"{page.relative_to(ROOT)} links to {missing[0]}, which is not a file; correct it")
     (folder / PLACES[page]).write_text(text, "utf-8")
 
 

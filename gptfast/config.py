@@ -63,13 +63,9 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            _require(
-                type(value) is int and value >= 1, f"{name} must be an integer >= 1, got {value!r}"
-            )
             # More is a typing error, which torch would follow until it runs out of memory.
             limit = 10**4 if name == "n_layer" else 2**31 - 1
-            _require(value <= limit, f"{name} must be at most {limit}, got {value}")
+            checks.integer(name, getattr(self, name), 1, limit)
         _check_types(self)
         _require(
             self.n_embd % self.n_head == 0,

@@ -199,13 +199,13 @@ def accelerate(model: nn.Module) -> nn.Module:
     if type(gpt2) not in (theirs.GPT2LMHeadModel, GPT2LMHeadModel):
         raise ValueError(
             f"accelerate takes transformers' GPT2LMHeadModel, got {type(gpt2).__name__}; "
-            "accelerate a model before it is wrapped"
+            "call accelerate before the model is wrapped"
         )
     if type(gpt2) is GPT2LMHeadModel and gpt2.config._attn_implementation == _NAME:
         return gpt2
     if "forward" in gpt2.__dict__:
         raise ValueError(
-            "the model's forward was replaced, by Accelerator for example; accelerate it before"
+            "the model's forward was replaced, for example by Accelerator; call accelerate first"
         )
     if gpt2.config.output_attentions:
         raise ValueError("config.output_attentions asks for attention weights; set it to False")

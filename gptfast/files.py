@@ -209,7 +209,7 @@ def replace_link(link: Path, name: str) -> None:
     try:
         temporary.symlink_to(name, target_is_directory=True)
     except OSError as error:
-        _LOGGER.warning("no link %s to %s: %s", link, name, error.strerror)
+        _LOGGER.warning("cannot make the link %s to %s: %s", link, name, error.strerror)
         return
     if link.is_dir() and not link.is_symlink():  # it was copied and its links were followed
         link.rename(hidden(link, "deleted"))

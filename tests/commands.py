@@ -1,4 +1,4 @@
-"""The gptfast command in this process, at toy size, and what a refusal looks like."""
+"""Run the gptfast command in this process at toy size, and check how it refuses bad input."""
 
 import json
 import os
@@ -18,7 +18,7 @@ TINY = ["--tokenizer", "byte", *SIZES, *"--batch-size 4 --sample-tokens 4 --devi
 
 
 def run(capsys: Capture, *args: object) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr of a command run in this process."""
+    """Run a command in this process; return its exit code, stdout and stderr."""
     capsys.readouterr()
     try:
         code = main([str(arg) for arg in args])
@@ -28,7 +28,7 @@ def run(capsys: Capture, *args: object) -> tuple[int, str, str]:
 
 
 def done(capsys: Capture, *args: object) -> str:
-    """The output of a command that must succeed and complain of nothing."""
+    """Return the output of a command that must succeed and write nothing to stderr."""
     code, out, err = run(capsys, *args)
     assert (code, err) == (0, ""), err
     return out
@@ -39,7 +39,7 @@ def train(capsys: Capture, *args: object) -> tuple[int, str, str]:
 
 
 def refused(result: tuple[int, str, str], *words: str) -> None:
-    """Exit code above 0, one line on stderr with these words, no traceback."""
+    """Check for an exit code above 0 and one line on stderr with these words, no traceback."""
     code, out, err = result
     assert code in (1, 2)
     assert "Traceback" not in out + err
@@ -50,7 +50,7 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
 
 
 def start(*args: object, **environment: str) -> subprocess.Popen[str]:
-    """The command in a process, and a process group, of its own."""
+    """Start the command in its own process and process group."""
     return subprocess.Popen(
         [sys.executable, "-m", "gptfast", *map(str, args)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
@@ -62,5 +62,5 @@ def start(*args: object, **environment: str) -> subprocess.Popen[str]:
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
+    """Return the rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -5,14 +5,14 @@ and then every tensor is made there; otherwise they run on the CPU in Triton's i
 has no bf16 (its casts truncate, its products are garbage).
 
 Three variables of the environment change what the whole suite runs with; `make matrix` sets them.
-OMP_NUM_THREADS is the number of threads, GPTFAST_TEST_SEED the seed of what the tests draw, and
-GPTFAST_TEST_PRODUCTS who multiplies fp32 matrices ("gptfast" or "library").
+OMP_NUM_THREADS is the number of threads, GPTFAST_TEST_SEED is the seed of what the tests draw, and
+GPTFAST_TEST_PRODUCTS selects who multiplies fp32 matrices ("gptfast" or "library").
 """
 
 import os
 from collections.abc import Iterator
 
-# Before torch reads it. At the tests' sizes, several threads only wait for one another.
+# Set before torch reads it. At the tests' sizes, several threads only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
@@ -21,21 +21,21 @@ from seeds import shifted  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    # Before Triton is imported by anything: it decides then.
+    # Set before anything imports Triton, which reads it on import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# cuBLAS is deterministic with this; read when its first handle is made.
+# This makes cuBLAS deterministic. It is read when the first cuBLAS handle is made.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from gptfast.ops.backend import EXTENSION, MISSING, TRITON_MISSING, use_backend  # noqa: E402
 
 if os.environ.get("GPTFAST_SANITIZE") == "1":
-    # What `make sanitize` means to test, and not the usual build.
+    # `make sanitize` must test the sanitizer build, not the usual one.
     assert EXTENSION and "build/sanitize/lib" in EXTENSION.__file__, EXTENSION
 PRODUCTS = os.environ.get("GPTFAST_TEST_PRODUCTS", "")
 if EXTENSION is not None:
     EXTENSION.set_matmul_provider(PRODUCTS)
 ENGINE_LEVELS = EXTENSION.build_info()["isa_supported"] if EXTENSION else []
-# What the operations themselves differ in.
+# The operations have kernels for these levels only.
 LEVELS = [level for level in ENGINE_LEVELS if level in ("default", "avx2", "avx512")]
 _SKIPPED = pytest.param("cpp", marks=pytest.mark.skip(f"the C++ extension is not built: {MISSING}"))
 
@@ -49,19 +49,19 @@ def _at_level(level: str) -> Iterator[str]:
 
 @pytest.fixture(params=LEVELS or [_SKIPPED])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction-set level this machine has, one after the other."""
+    """Run the test at each instruction-set level of this machine."""
     yield from _at_level(request.param)
 
 
 @pytest.fixture(params=ENGINE_LEVELS or [_SKIPPED])
 def engine_isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each level that the engine knows and this machine has."""
+    """Run the test at each of the engine's levels that this machine has."""
     yield from _at_level(request.param)
 
 
 @pytest.fixture(scope="module", params=["engine", "model"])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Generation from a GPT by an engine packed for it, however few tokens, and by the model."""
+    """Generate from a GPT by a packed engine, even for few tokens, then by the model itself."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "engine":
             if EXTENSION is None:
@@ -79,10 +79,10 @@ def _by_the_parity_rule(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what proves nothing, and mark what a GPU or a sanitizer asks for.
+    """Leave out tests that prove nothing, and mark tests for GPU and sanitizer runs.
 
-    The parity rule does not hold the reference to itself in 16 bits. The marks are "triton" (what a
-    GPU is needed for) and "reference" (where a sanitizer has nothing to find).
+    In 16 bits, the parity rule would compare the reference with itself. The mark "triton" means
+    that the test needs a GPU, "reference" that a sanitizer has nothing to find in it.
     """
     kept = []
     for item in items:
@@ -116,7 +116,7 @@ def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=["reference", "triton", *(f"cpp-{level}" for level in LEVELS or [])])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The reference, then the Triton kernels, then the C++ kernels at each level."""
+    """Run the test on the reference, the Triton kernels, and the C++ kernels at each level."""
     if request.param == "reference":
         with use_backend("reference"):
             yield request.param
@@ -129,7 +129,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=["library", "gptfast"])
 def products(request: pytest.FixtureRequest, isa: str) -> Iterator[str]:
-    """Who multiplies fp32 matrices, at each instruction-set level."""
+    """Run the test with each provider of fp32 matrix products, at each instruction-set level."""
     EXTENSION.set_matmul_provider(request.param)
     yield request.param
     EXTENSION.set_matmul_provider(PRODUCTS)
@@ -137,13 +137,13 @@ def products(request: pytest.FixtureRequest, isa: str) -> Iterator[str]:
 
 @pytest.fixture
 def triton(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The Triton kernels alone: for what only they do, or what the others do not differ in."""
+    """Run the test on the Triton kernels alone: the other backends lack or share the behaviour."""
     yield from _with_triton(request)
 
 
 @pytest.fixture
 def cpp() -> None:
-    """Skips a test of the C++ kernels where they are not built."""
+    """Skip a test of the C++ kernels where they are not built."""
     if EXTENSION is None:
         pytest.skip(f"the C++ extension is not built: {MISSING}")
 

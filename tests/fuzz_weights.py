@@ -1,10 +1,10 @@
-"""Damaged files of every form: each is refused with CheckpointError or loads, and nothing else.
+"""Load damaged files of every form: each must load or be refused with CheckpointError.
 
-    make fuzz          # 100,000 mutated files; as many as you like: N=1000000 make fuzz
+    make fuzz          # 100,000 mutated files; N=1000000 make fuzz sets another number
 
-Files are mutated as bytes, and inside their checksums: a TensorFlow index and a safetensors header
-are mutated and put together anew, so that what reads them is reached. test_hostile.py runs some in
-CI.
+Files are mutated as bytes. A TensorFlow index and a safetensors header are also mutated before
+their checksums and lengths are computed, so that the code behind those checks runs too.
+test_hostile.py runs some mutations in CI.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from gptfast.weights.convert import save
 from gptfast.weights.lazy_tensor import CheckpointError
 
 SHARDED = Path(__file__).parent / "fixtures" / "openai_sharded"
-SECONDS = 10  # that one file may take
-EXTRA_BYTES = 2**31  # that the process may grow by, address space and all
+SECONDS = 10  # the time limit for one file
+EXTRA_BYTES = 2**31  # how much the address space of the process may grow
 
 
 def tiny_model() -> GPT:
@@ -40,7 +40,7 @@ def tiny_model() -> GPT:
 
 
 class Form:
-    """A directory with a whole model in it, and the files of it that are mutated."""
+    """A directory with a complete model, and the names of its files that are mutated."""
 
     def __init__(self, path: Path, load: Path, files: list[str]) -> None:
         self.path, self.load = path, load
@@ -49,7 +49,7 @@ class Form:
 
 
 def forms(directory: Path) -> dict[str, Form]:
-    """The forms that are not pickles (of these torch's reader is in charge)."""
+    """Return the forms that are not pickles: torch's own reader handles those."""
     model, made = tiny_model(), {}
     for name in ("openai", "hf", "shards", "llmc"):
         (directory / name).mkdir()
@@ -90,10 +90,10 @@ _WORDS += [b"F64", b"BF16", b"I8", b"F8_E4M3", b"BOOL", b"U64", b"transformer.",
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
-    """One to eight changes: bits, numbers, words, pieces cut, doubled or moved."""
+    """Make one to eight changes: flip bits, write numbers or words, cut or repeat parts."""
     out = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4, 8))):
-        # Headers are where most of the meaning is.
+        # Most changes are near the beginning, where the headers are.
         at = rng.randrange(min(len(out), rng.choice((16, 1200, len(out) + 1))) + 1)
         kind = rng.randrange(8)
         if kind == 0 and at < len(out):
@@ -118,11 +118,11 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_index(content: bytes, rng: random.Random) -> bytes:
-    """A TensorFlow index whose block is mutated, its checksums and handles right all the same."""
+    """Mutate the block of a TensorFlow index but keep its checksums and handles right."""
     payload = mutate(content[: _first_block(content)], rng)
     block = payload + trailer(payload)
     handle = varint(0) + varint(len(payload))
-    rest = table([])  # for its empty blocks and its footer
+    rest = table([])  # the footer of an empty table is used
     index_payload = varint(0) + varint(1) + varint(len(handle)) + b"z" + handle
     index_payload += struct.pack("<II", 0, 1)
     if rng.random() < 0.2:
@@ -134,7 +134,7 @@ def mutate_index(content: bytes, rng: random.Random) -> bytes:
 
 @cache
 def _first_block(table_bytes: bytes) -> int:
-    """The length of a table's first block: the one whose trailer is right."""
+    """Return the length of a table's first block: the one whose trailer is right."""
     for size in range(8, len(table_bytes) - 5):
         if table_bytes[size : size + 5] == trailer(table_bytes[:size]):
             return size
@@ -142,21 +142,21 @@ def _first_block(table_bytes: bytes) -> int:
 
 
 def mutate_safetensors(content: bytes, rng: random.Random) -> bytes:
-    """A header that is mutated, and its length right all the same."""
+    """Mutate the header but keep its stated length right."""
     n = int.from_bytes(content[:8], "little")
     header = mutate(content[8 : 8 + n], rng)
     return len(header).to_bytes(8, "little") + header + content[8 + n :]
 
 
 class Fuzzer:
-    """Mutates files one after the other, in a directory of its own."""
+    """Mutates one file at a time in its own directory."""
 
     def __init__(self, directory: Path) -> None:
         self.forms = forms(directory)
         self.names = list(self.forms)
 
     def one(self, seed: int) -> str:
-        """Mutate a file as the seed says and load its model: "loaded" or "refused"."""
+        """Mutate the file that the seed selects; return whether it "loaded" or was "refused"."""
         rng = random.Random(seed)
         form = self.forms[self.names[seed % len(self.names)]]
         file = rng.choice(list(form.contents))
@@ -179,7 +179,7 @@ class Fuzzer:
 
 
 def limit_memory() -> None:
-    """What one file may make the process take; MemoryError beyond."""
+    """Limit the memory of the process, so that a file that takes more raises MemoryError."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + EXTRA_BYTES, hard))

@@ -22,7 +22,7 @@ def tiny_config(**changes: Any) -> GPTConfig:
 
 
 def random_model(seed: int = 0, std: float = 0.2, **changes: Any) -> GPT:
-    """A tiny model with every parameter random, so that no bias or norm is at its neutral value."""
+    """Return a tiny model with random parameters: no bias or norm has its neutral value."""
     model = GPT(tiny_config(**changes))
     generator = torch_generator(seed)
     for p in model.parameters():
@@ -34,10 +34,10 @@ def random_model(seed: int = 0, std: float = 0.2, **changes: Any) -> GPT:
 
 
 def scripted_model(text: str) -> GPT:
-    """A model of bytes whose weights are set by hand so that it writes `text`, then ends.
+    """Return a model of bytes whose weights are set by hand so that it writes `text`, then ends.
 
-    Its logits depend on the position alone: at position p the byte p + 1 stands far above all
-    others, whatever was read. So a prompt has to be the beginning of the text.
+    Its logits depend on the position alone: at position p, byte p + 1 has by far the largest logit,
+    whatever the input. So a prompt must be the beginning of the text.
     """
     ids = [*get_tokenizer("byte").encode(text), get_tokenizer("byte").eot]
     T = len(ids) - 1
@@ -58,14 +58,14 @@ def random_ids(*shape: int, vocab_size: int = 61, seed: int = 1) -> Tensor:
 
 
 def english() -> str:
-    """Half a megabyte of English at once; `embedded_text` takes seconds to collect its own."""
+    """Return half a megabyte of English fast; `embedded_text` takes seconds to collect its text."""
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
 def make_trainer(
     out: Path, *, dropout: float = 0.1, init_seed: int = 0, n_tokens: int = 500, **train: Any
 ) -> Trainer:
-    """A run on bytes of English: 450 training tokens are 7 batches of 4 windows of 16 an epoch."""
+    """Return a trainer on bytes of English; an epoch is 7 batches of 4 windows of 16 tokens."""
     tokenizer = get_tokenizer("byte")
     tokens = as_tokens(english()[:n_tokens], tokenizer)
     config = TrainConfig(
@@ -89,7 +89,7 @@ def make_trainer(
 
 
 def without_speed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl less what no run repeats."""
+    """Return the rows of metrics.jsonl without the columns that differ from run to run."""
     machine = ("tokens_per_second", "mfu", "memory_mb")
     return [{k: v for k, v in row.items() if k not in machine} for row in history]
 
@@ -99,12 +99,12 @@ def parameters(model: GPT) -> dict[str, Tensor]:
 
 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    """The names under which two sets of tensors are not equal bit for bit."""
+    """Return the names whose tensors are not equal bit for bit in the two sets."""
     return [name for name in {*a, *b} if name not in a or not torch.equal(a[name], b[name])]
 
 
 def disk_of(size: str, path: Path) -> Iterator[Path]:
-    """For a fixture: a file system of that size at `path`; a skip where none may be mounted."""
+    """Mount a file system of that size at `path` for a fixture; skip where that is not allowed."""
     path.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True
@@ -116,5 +116,5 @@ def disk_of(size: str, path: Path) -> Iterator[Path]:
 
 
 def save(model: GPT, path: Path | str, form: str | None = None) -> None:
-    """Write a model in one of the forms of `gptfast convert`, its tokenizer along with it."""
+    """Write a model with its tokenizer in one of the forms of `gptfast convert`."""
     convert.save(model.config, model.state_dict(), path, form, tokenizer=model.tokenizer_name)

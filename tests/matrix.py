@@ -21,27 +21,32 @@ from gptfast.ops.backend import EXTENSION
 
 Run = dict[str, str]
 
-# The modules of every run: they compute with the settings.
+# The modules of every run: they compute with the settings. Those in no list here handle files,
+# text and options.
 COMPUTING = (
-    "arena beam book checkpoint cli_engine drop_in engine engine_files evaluate examples generate "
-    "guard hellaswag model settings stop stream train_step trainer weights"
+    "arena beam book checkpoint cli_engine drop_in engine engine_files engine_gpu evaluate "
+    "examples generate guard hellaswag lm_eval model settings stop stream train_step trainer "
+    "weights"
 )
-# The operations' tests take each level by themselves: they run where another setting is new.
+# The operations' tests try each level by themselves, so they run only where another setting is new.
 OPERATIONS = (
-    "adamw attention cross_entropy decode_linear embedding linear mlp philox sampling threads"
+    "adamw attention cross_entropy decode_linear embedding library linear mlp philox sampling "
+    "threads"
 )
 LEVELS = ("GPTFAST_ISA", "GPTFAST_TEST_PRODUCTS")
 # These start many processes, so they run once per level.
 PROCESSES = "chat commands finetuning recovery"
 # The modules of a part of the matrix.
 QUICK = "engine evaluate examples generate model stream threads train_step trainer"
-# Left out of every run: tests that start dozens of processes and are about files and signals.
-LEFT_OUT = (
-    "not triton and not reference and not test_killed and not test_a_second_interrupt "
-    "and not test_peak_memory and not interrupted_and_goes_on"
+# Every run leaves out the backends without levels and threads (by the marks of conftest.py) and the
+# tests of files and signals that start dozens of processes (by name).
+MARKS = "not triton and not reference"
+NAMES = (
+    "not test_killed and not test_a_second_interrupt and not test_peak_memory "
+    "and not interrupted_and_goes_on"
 )
 RUNS_OF_A_PART = 4
-MAX_MINUTES = 30  # of a run: xdist waits forever for a worker that died at the wrong moment
+MAX_MINUTES = 30  # for one run: xdist waits forever for a worker that died at the wrong moment
 
 
 def settings() -> dict[str, list[str]]:
@@ -90,9 +95,9 @@ def modules(runs: list[Run], index: int, part: bool) -> list[str]:
 
 
 def environment(run: Run, scratch: str) -> dict[str, str]:
-    # Passive: with more threads than cores, those that wait must not keep others from computing.
+    # Passive: with more threads than cores, waiting threads must not keep others from computing.
     variables = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    # One for each vector width: torch.compile's cache does not know it (seen with torch 2.13), and
+    # One cache per vector width: torch.compile's ignores the width (seen with torch 2.13), and
     # code made for 8 floats that is compiled for 16 writes past its tensors.
     compiled = f"compiled-{run['ATEN_CPU_CAPABILITY'] or 'best'}"
     variables["TORCHINDUCTOR_CACHE_DIR"] = str(Path(scratch) / compiled)
@@ -104,7 +109,17 @@ def outcome(
 ) -> tuple[int, str, list[str]]:
     """Run pytest once; return its exit code, its closing line and the tests that failed."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "logical"]
-    command += ["--dist", "loadgroup", "--maxprocesses", "8", "-k", LEFT_OUT, "--tb=short"]
+    command += [
+        "--dist",
+        "loadgroup",
+        "--maxprocesses",
+        "8",
+        "-m",
+        MARKS,
+        "-k",
+        NAMES,
+        "--tb=short",
+    ]
     command += [f"--hypothesis-seed={run['GPTFAST_TEST_SEED']}", *extra, *files]
     try:
         done = subprocess.run(

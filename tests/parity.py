@@ -2,14 +2,14 @@
 
     max|out - ref| <= 2 max|pt - ref| + atol        (3 for bf16 gradients)
 
-ref is the reference run in float64, its gradients by autograd through that forward; pt is plain
+ref is the reference run in float64, with gradients by autograd through that forward; pt is plain
 PyTorch in the tested dtype; atol = 2 max|(ref + 0.3 - 0.3) - ref| in the tested dtype. So a kernel
-may round about as much as the PyTorch it replaces, and no constant is tuned. The rule is that of
-FlashAttention's and QuACK's test suites.
+may round about as much as the PyTorch it replaces, and no constant is tuned. FlashAttention's and
+QuACK's test suites use the same rule.
 
-Where a softmax enlarges the rounding of a few sums, the largest error is that of one number, and
-whose is larger is luck. There `check` computes PyTorch's result several times, with the terms of
-those sums in other orders, and takes the largest error of all.
+Where a softmax enlarges the rounding of a few sums, the largest error comes from one number, and it
+is luck whether the kernel's or PyTorch's is larger. There `check` computes PyTorch's result several
+times, with the terms of those sums in other orders, and takes the largest error of all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# The largest error of fewer numbers than this depends on single roundings: see `cases_of`.
+# With fewer numbers than this, the largest error depends on single roundings: see `cases_of`.
 ENOUGH_NUMBERS = 256
 N_ORDERS = 8  # orders of summation in which `check` computes PyTorch's result
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def assert_parity(name: str, out: Tensor, ref: Tensor, pt: Tensor, factor: float = 2.0) -> None:
-    """The rule above for one tensor; pt may have several results of PyTorch, one per row."""
+    """Apply the rule above to one tensor; pt may hold several results of PyTorch, one per row."""
     shape = pt.shape[-out.ndim :] if out.ndim else ()
     assert out.shape == ref.shape == shape, f"{name}: {out.shape}, {ref.shape}, {pt.shape}"
     assert out.dtype == pt.dtype, f"{name} is {out.dtype}, PyTorch gives {pt.dtype}"
@@ -41,14 +41,13 @@ def assert_parity(name: str, out: Tensor, ref: Tensor, pt: Tensor, factor: float
 
 
 def cases_of(smallest: int, at_least: int = 4) -> int:
-    """Return how many cases to take together where the smallest tensor compared has so many
-    numbers."""
+    """Return how many cases to compare together if the smallest tensor has this many numbers."""
     return max(at_least, -(-ENOUGH_NUMBERS // smallest))
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN, so that an element never written shows."""
+    """Make torch.empty return NaN, so that an element that is never written shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -60,7 +59,7 @@ def poisoned() -> Iterator[None]:
 def forward_backward(
     f: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """f(*inputs) and the gradient of every input; dout None is a gradient of ones, expanded."""
+    """Return f(*inputs) and the gradient of every input; dout=None is an expanded gradient of 1."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = f(*leaves)
     if dout is None:
@@ -73,9 +72,9 @@ def forward_backward(
 def forward_backward_in(
     order: Tensor, f: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor | None
 ) -> list[Tensor]:
-    """The output and the gradients, computed with every group of the last dimension in an order.
+    """Return the output and the gradients, with each group of the last dimension reordered.
 
-    order: a permutation of the size of a group; empty to leave the order as it is.
+    order: a permutation of the size of a group; empty keeps the order.
     """
 
     def groups_in(x: Tensor, order: Tensor) -> Tensor:
@@ -93,12 +92,12 @@ def check(
     *cases: tuple[dict[str, Tensor], Tensor | None],
     reordered: int = 0,
 ) -> None:
-    """The rule for the output and the gradient of every input; each function takes the inputs.
+    """Apply the rule to the output and the gradient of every input; each function takes the inputs.
 
-    A case is (inputs, gradient of the output). Over several the maxima are taken together: for a
-    scalar, or a handful of numbers, one case would compare the luck of single roundings. reordered:
-    size of the groups of the last dimension of every tensor within which PyTorch's numbers are
-    permuted, in several orders, because the function sums over them; 0 for one order, as given.
+    A case is (inputs, gradient of the output). Several cases share one maximum: for a scalar, or a
+    handful of numbers, one case would compare the luck of single roundings. reordered: the size of
+    the groups of every tensor's last dimension that the function sums over; PyTorch's result is
+    computed with each group permuted in several orders. 0 keeps the given order.
     """
     orders = [torch.randperm(reordered) for _ in range(N_ORDERS if reordered else 1)]
     results = []

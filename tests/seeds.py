@@ -1,4 +1,4 @@
-"""The seed of everything that the tests draw at random: GPTFAST_TEST_SEED, 0 by default.
+"""Seed everything that the tests draw at random: GPTFAST_TEST_SEED, 0 by default.
 
 `make matrix` runs the suite with several of them.
 """
@@ -13,7 +13,7 @@ SEED = int(os.environ.get("GPTFAST_TEST_SEED", "0"))
 
 
 def shifted(seed: int) -> int:
-    """Return a test's own seed, moved by the seed of the whole run."""
+    """Return a test's own seed, shifted by the seed of the whole run."""
     return seed + 1_000_003 * SEED
 
 

@@ -53,7 +53,7 @@ def test_grad_norm_same_bits_with_any_threads(isa: str) -> None:
 def run_operator(
     params: list[Tensor], steps: list[list[Tensor]], norm: float | None, step=None
 ) -> list[list[Tensor]]:  # type: ignore[no-untyped-def]
-    """`steps` updates of copies of params; returns params, exp_avgs, exp_avg_sqs."""
+    """Step copies of params, one list of gradients a step; return params, exp_avgs, exp_avg_sqs."""
     dtype = torch.promote_types(params[0].dtype, torch.float32)
     params = [p.clone() for p in params]
     m, v = ([torch.zeros_like(p, dtype=dtype) for p in params] for _ in range(2))
@@ -89,7 +89,7 @@ def test_operator_parity(backend: str, norm: float | None) -> None:
 
 
 @pytest.mark.parametrize("norm", [torch.nan, torch.inf])
-def test_operator_leaves_all_as_it_was(backend: str, norm: float) -> None:
+def test_operator_changes_nothing_if_the_norm_is_not_finite(backend: str, norm: float) -> None:
     p, m, v, step = torch.randn(20), torch.randn(20), torch.rand(20), torch.tensor(3.0)
     before = [x.clone() for x in (p, m, v, step)]
     lr, grads = torch.tensor(1.0), [torch.full((20,), torch.nan)]
@@ -108,7 +108,7 @@ def test_operator_same_bits_with_any_threads(isa: str) -> None:
 
 
 def test_operator_layouts(backend: str) -> None:
-    # A transposed parameter keeps its strides; its gradient need not share them.
+    # A transposed parameter keeps its strides; its gradient may have others.
     values, grads = torch.randn(12, 7), [torch.randn(12, 7) for _ in range(3)]
     expected = run_operator([values], [[g] for g in grads], None)
     turned = values.T.contiguous().T
@@ -127,7 +127,7 @@ def test_operator_layouts(backend: str) -> None:
 
 
 def test_step_is_seen_by_autograd(backend: str) -> None:
-    # A backward through a parameter that a step has changed is an error, not a wrong gradient.
+    # Backward through a parameter that a step has changed must raise, not give a wrong gradient.
     w = torch.randn(5, requires_grad=True)
     loss = (w * w).sum()
     loss.backward(retain_graph=True)
@@ -320,8 +320,8 @@ def test_bf16_master_is_an_fp32_run_rounded(backend: str) -> None:
 
 
 def test_bf16_stochastic_rounding_is_unbiased_and_seeded(backend: str) -> None:
-    # 10 steps of 1e-4 from 1.0, each 1/40 of bf16's spacing below 1: rounding to nearest would
-    # never move.
+    # 10 steps of 1e-4 from 1.0, each 1/40 of bf16's spacing below 1: with rounding to nearest, the
+    # parameter would never move.
     results = []
     for seed in (0, 0, 1):
         w = torch.ones(4096, dtype=torch.bfloat16, requires_grad=True)
@@ -332,7 +332,7 @@ def test_bf16_stochastic_rounding_is_unbiased_and_seeded(backend: str) -> None:
             w.grad = torch.ones_like(w)
             optimizer.step()
         results.append(w.detach())
-        # Expected: 1 - 1e-3. The spread: 10 rare steps of 2^-8 a weight, 4096 weights.
+        # The mean should be 1 - 1e-3. Its spread: 4096 weights with 10 rare steps of 2^-8 each.
         deviation = (10 * 1e-4 * 2**-8 / 4096) ** 0.5
         assert abs(w.double().mean().item() - (1 - 1e-3)) < 4 * deviation
         assert "master" not in optimizer.state[w]
@@ -368,7 +368,7 @@ def test_loading_keeps_fp32_state_of_bf16_parameters(update: str) -> None:
 
 @pytest.mark.parametrize("update", ["master", "stochastic"])
 def test_bf16_moments(update: str, backend: str) -> None:
-    """Moments rounded to bf16 at each step, from the first on, and kept so by copies and states."""
+    """Moments are rounded to bf16 at each step; copies and state dicts keep them in bf16."""
     options = {"bf16_update": update, "moment_dtype": torch.bfloat16}
     net, optimizer, history = bf16_run(**options)
     other = copy.deepcopy(net)
@@ -385,7 +385,7 @@ def test_bf16_moments(update: str, backend: str) -> None:
             assert torch.equal(optimizer.state[p][name], resumed.state[q][name])
     assert pickle.loads(pickle.dumps(optimizer)).moment_dtype == torch.bfloat16
 
-    # Two bf16 roundings a step away from what fp32 moments give.
+    # The result differs from that of fp32 moments by two bf16 roundings per step.
     plain, wide, _ = bf16_run(bf16_update=update)
     start, _ = model_and_data(torch.bfloat16)
     net, narrow, _ = bf16_run(**options)
@@ -506,7 +506,7 @@ def small(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def askew(x: Tensor) -> Tensor:
-    """x one element further: no wide load can begin there."""
+    """Return x shifted by one element in memory, so that no wide load can begin there."""
     return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
 
 
@@ -524,7 +524,7 @@ def test_configurations_agree(kernel: ModuleType, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(kernel.target, "arch", lambda arch=arch: arch)
         assert_same(run_operator(params, steps, 2.0), expected)
         assert abs(grad_norm(steps[0]).item() - exact) <= exact * 2**-22
-    # More tensors than one search looks at, and than one program's steps.
+    # There are more tensors than one search looks at, and than one program takes steps.
     monkeypatch.setattr(kernel, "SEARCH", 4)
     assert_same(run_operator(params, steps, 2.0), expected)
     assert abs(grad_norm(steps[0]).item() - exact) <= exact * 2**-22
@@ -540,7 +540,7 @@ def test_grad_norm_depends_on_shapes_alone(triton: str) -> None:
 
 
 def test_addresses_do_not_matter(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One parameter's tensors each lie askew in turn, and every step's gradients lie elsewhere.
+    # Each tensor of one parameter is misaligned in turn; every step's gradients have new addresses.
     monkeypatch.setattr(tables, "_tables", tables._Recent())
     monkeypatch.setattr(tables._Recent, "SIZE", 2)
     values = [[torch.randn(37) for _ in range(2)] for _ in range(3)] + [
@@ -560,7 +560,7 @@ def test_addresses_do_not_matter(tables: ModuleType, monkeypatch: pytest.MonkeyP
         assert len(tables._tables) <= 2
     for other in results[1:]:
         assert_same(other, results[0])
-    # The same addresses: the table of the time before.
+    # With the same addresses, the table of the previous step is used again.
     before = list(tables._tables.values())
     adamw(*lists, [], steps, lr, None, 1.0, 0.9, 0.95, 1e-8, 0.1, [0, 1], False, 0)
     adamw(*lists, [], steps, lr, None, 1.0, 0.9, 0.95, 1e-8, 0.1, [0, 1], False, 0)
@@ -609,7 +609,7 @@ def test_masters_equal_fp32_parameters(triton: str, dtype: torch.dtype | str) ->
 
 
 def test_far_elements(kernel: ModuleType) -> None:
-    # Tables that place 100 elements at 2^33 + 2^31 of a tensor, of which nothing else exists.
+    # The tables place 100 elements at 2^33 + 2^31 of a tensor; nothing else of it exists.
     tl, far, n = kernel.tl, 2**33 + 2**31, 100
     block, warps = kernel.STEP_CONFIGS["sm_90"]
     g, m, v = torch.randn(n), torch.randn(n), torch.rand(n)
@@ -689,7 +689,7 @@ def test_a_capture_keeps_its_tables(tables: ModuleType, monkeypatch: pytest.Monk
     monkeypatch.setattr(tables, "_capturing", lambda device: True)
     for _ in range(2):
         assert_same(run_operator(params, steps, 2.0), expected)
-    # Neither from the cache, which forgets, nor in memory that is written again.
+    # A capture's table is not in the cache, which forgets, nor in memory that is written again.
     assert dict(tables._tables) == before
     assert len({source.data_ptr() for source in tables._captured}) == 2
     monkeypatch.setattr(tables, "_staging", tables._Staging())

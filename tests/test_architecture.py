@@ -1,7 +1,7 @@
-"""The floors of gptfast/: imports run downward, never in a circle.
+"""Check the floors of gptfast/: imports go downward, never in a circle.
 
-The table below is the map in CONTRIBUTING.md. Imports inside functions count as much as those at
-the top of a file; those for type checkers alone do not count.
+The table below is the map in CONTRIBUTING.md. Imports inside functions count like those at the top
+of a file; imports for type checkers alone do not count.
 """
 
 import ast
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gptfast"
-# From the top floor to the bottom: rooms (files and folders of gptfast/), and what the floor does.
+# From the top floor to the bottom: its rooms (files and folders of gptfast/) and what it does.
 FLOORS = [
     ("__main__ cli", "the command: flags, files of settings and defaults, one file per command"),
     ("search", "many runs compared"),
@@ -48,7 +48,7 @@ def room_of(module: str) -> str:
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every statement that runs, however deep; not what stands under TYPE_CHECKING."""
+    """Yield every statement that runs, at any depth, except those under TYPE_CHECKING."""
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue
@@ -57,7 +57,7 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def imports_of(module: str) -> set[str]:
-    """The modules of gptfast that a module imports."""
+    """Return the modules of gptfast that a module imports."""
     found = set()
     for node in statements(ast.parse(MODULES[module].read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -87,7 +87,7 @@ def test_no_import_runs_upward(module: str) -> None:
 
 
 def circles() -> list[list[str]]:
-    """The groups of modules that import one another: strongly connected components (Tarjan)."""
+    """Return the groups of modules that import one another: strongly connected ones (Tarjan)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -119,7 +119,7 @@ def test_no_circle() -> None:
     assert circles() == []
 
 
-def test_the_map_is_contributings() -> None:
+def test_the_table_is_the_one_in_contributing() -> None:
     """Each floor is a line of the table in CONTRIBUTING.md, in this order."""
     page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     section = page.partition("## The floors of gptfast/")[2].partition("\n## ")[0]

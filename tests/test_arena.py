@@ -1,4 +1,4 @@
-"""The memory that tensors of the C++ kernels come from: reused, given back, never shared."""
+"""The memory of the C++ kernels' tensors is reused, given back and never shared."""
 
 import resource
 import threading
@@ -16,7 +16,7 @@ MB = 2**18  # floats
 
 
 def tensor(megabytes: int, value: float) -> torch.Tensor:
-    """An output of an operation of so many MB, and of one value."""
+    """Return an operation's output of so many MB that holds one value everywhere."""
     x = torch.full((256, 1), value)
     return ops.linear(x, torch.ones(megabytes * MB // 256, 1))
 
@@ -27,11 +27,11 @@ def test_memory_is_reused_and_never_shared() -> None:
     view = first[1:]
     del first
     second = tensor(4, 2.0)
-    assert second.data_ptr() != address and (view == 1).all()  # the view keeps it
+    assert second.data_ptr() != address and (view == 1).all()  # the view keeps the memory
     del view
     third = tensor(3, 3.0)
     assert third.data_ptr() == address
-    fourth = tensor(1, 4.0)  # the rest of the first
+    fourth = tensor(1, 4.0)  # takes the rest of the first block
     assert address < fourth.data_ptr() < address + 4 * MB * 4
     for t, value in ((second, 2), (third, 3), (fourth, 4)):
         assert (t == value).all()

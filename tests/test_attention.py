@@ -41,10 +41,10 @@ def visible(Tq: int, Tk: int, kv_len: Tensor | None) -> Tensor:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, scale=None, keep=None, kv_len=None) -> Tensor:  # type: ignore[no-untyped-def]
-    """softmax(QK^T) V in the inputs' dtype, with dropout factors `keep`."""
+    """Return softmax(QK^T) V in the inputs' dtype, with dropout factors `keep`."""
     mask = visible(q.shape[2], k.shape[2], kv_len)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    # Finite, so that a row which sees nothing has no NaN in its gradient.
+    # The mask is finite, so that a row which sees nothing has no NaN in its gradient.
     p = scores.masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1) * mask.any(-1, keepdim=True)
     return (p if keep is None else p * keep.to(p.dtype)) @ v
 
@@ -62,12 +62,12 @@ def make(shape: tuple, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def interpreted(backend: str) -> bool:
-    """Whether kernels run in Triton's interpreter, and cases are better few and small."""
+    """Return whether kernels run in Triton's interpreter, which is slow: cases must be small."""
     return backend == "triton" and not GPU
 
 
 def repeats(backend: str, Tq: int, Tk: int) -> range:
-    """How many cases to take together: the largest error is that of a few queries."""
+    """Return how many cases to compare together: a few queries decide the largest error."""
     if interpreted(backend):
         return range(1 if Tq * Tk > 100 else 4)
     return range(8)
@@ -121,7 +121,7 @@ def test_scale(backend: str, scale: float) -> None:
 @pytest.mark.parametrize("Tq", [1, 5, 63], ids=lambda Tq: f"Tq{Tq}")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_kv_len(backend: str, Tq: int, dtype: torch.dtype) -> None:
-    # Rows with no key, fewer keys than queries, some keys, all of them.
+    # The rows have no key, fewer keys than queries, some keys, and all of them.
     H, cases = (1, 1) if interpreted(backend) else (2, 4)
     inputs, dout = make((4, H, Tq, 130, 16), dtype)
     kv_len = torch.tensor([0, 3, 77, 130])
@@ -151,7 +151,7 @@ def test_keys_past_kv_len_are_never_read(backend: str, Tq: int) -> None:
 @pytest.mark.parametrize("T", [20, 129], ids=lambda T: f"T{T}")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_dropout(backend: str, T: int, dtype: torch.dtype) -> None:
-    B = 6 if T < 100 else 1  # of few outputs the largest errors are luck
+    B = 6 if T < 100 else 1  # with few outputs the largest error is luck
     cases = [make((B, 2, T, T + 6, 16), dtype) for _ in repeats(backend, T, T)]
     p, seed = 0.25, 2**35 + 3
     keep = reference.dropout_scale(cases[0][0]["q"], cases[0][0]["k"], p, torch.tensor(seed))
@@ -265,8 +265,8 @@ def test_packed_kv_len(backend: str) -> None:
 
 @pytest.mark.parametrize("T", [1, 7, 300], ids=lambda T: f"T{T}")
 def test_large_scores(isa: str, T: int) -> None:
-    # Scores up to 1e6, the later keys ever larger, so that the running maximum moves at each block.
-    # Whole numbers, so that no sum is rounded: of such scores a rounding would be a large error.
+    # Scores go up to 1e6 and grow from key to key, so the running maximum moves at each block. They
+    # are whole numbers, so that no sum is rounded: at this size a rounding is a large error.
     n = max(8, 600 // T)  # few queries have two keys near their maximum
     cases = [make((1, 1, T, T, 16), torch.float32) for _ in range(n)]
     for inputs, _ in cases:
@@ -277,7 +277,7 @@ def test_large_scores(isa: str, T: int) -> None:
 
 @pytest.mark.parametrize("T", [1, 7, 300], ids=lambda T: f"T{T}")
 def test_triton_large_scores(triton: str, T: int) -> None:
-    # The backward takes P from scores and lse in fp32, so P is off by a few roundings of a score.
+    # The backward computes P from scores and lse in fp32: P is off by a few roundings of a score.
     inputs, dout = make((1, 1, T, T, 16), torch.float32)
     inputs["k"] = (2 * inputs["k"]).round() * torch.arange(1, T + 1)[:, None]
     inputs["q"] = (2 * inputs["q"]).round()
@@ -389,7 +389,7 @@ def test_bad_packed_input(shape: tuple, n_head: int) -> None:
 
 @pytest.mark.parametrize("Tq", [1, 70], ids=lambda Tq: f"Tq{Tq}")
 def test_saves_what_the_reference_saves(backend: str, Tq: int) -> None:
-    # The first queries see no key: out 0, lse -inf.
+    # The first queries see no key: out is 0 and lse is -inf.
     inputs, _ = make((2, 2, Tq, 90, 16), torch.float32)
     kv_len = torch.tensor([80, 60 if Tq > 1 else 0])
     arguments = (*inputs.values(), 0.25, 0.0, None, kv_len)
@@ -400,16 +400,16 @@ def test_saves_what_the_reference_saves(backend: str, Tq: int) -> None:
     torch.testing.assert_close(lse, lse_reference, rtol=1e-6, atol=1e-6)
 
 
-# What follows only the Triton kernels have: tiles, chunks of keys, groups of heads.
+# The tests below are of what only the Triton kernels have: tiles, chunks of keys, groups of heads.
 
 
 def load(name: str):  # type: ignore[no-untyped-def]
-    """A module of kernels/triton; not at the top, as Triton need not be installed."""
+    """Import a module of kernels/triton here, not at the top: Triton may not be installed."""
     return importlib.import_module(f"gptfast.kernels.triton.{name}")
 
 
 def configurations() -> list[tuple[str, str, int]]:
-    """(architecture, kind, head dim) for each shape of the three kernels' tiles, once."""
+    """Return (architecture, kind, head dim) once for each tile shape of the three kernels."""
     if TRITON_MISSING:
         return []
     tiles, seen = load("attention_tiles"), {}
@@ -418,7 +418,7 @@ def configurations() -> list[tuple[str, str, int]]:
             for D in rows:
                 tables = (tiles.FWD, tiles.BWD_DQ, tiles.BWD_DK_DV)
                 blocks = tuple(table[arch][kind][D][:2] for table in tables)
-                # Of the head dims up to 64 that share a tile the longest stands for all.
+                # Of the head dims up to 64 that share a tile, the largest stands for all.
                 seen[kind, blocks, max(D, 64)] = arch, kind, D
     return list(seen.values())
 
@@ -429,7 +429,7 @@ def test_triton_every_tile(
 ) -> None:
     tiles = load("attention_tiles")
     monkeypatch.setattr(tiles.target, "arch", lambda: arch)
-    # Two blocks of queries and of keys, the last of each not whole.
+    # There are two blocks of queries and of keys, and the last of each is partial.
     rows = [t[arch][kind][BLOCK_D] for t in (tiles.FWD, tiles.BWD_DQ, tiles.BWD_DK_DV)]
     Tq = max(row[0] for row in rows) + 3
     Tk = Tq + 5
@@ -447,14 +447,14 @@ def test_triton_every_tile(
 
 @pytest.mark.parametrize(("Tq", "Tk"), [(64, 64), (37, 51)])
 def test_triton_dropout_mask_is_the_references(triton: str, Tq: int, Tk: int) -> None:
-    # Equal scores and the unit matrix for V: out is the mask, over how many keys a query sees.
+    # With equal scores and the unit matrix for V, out is the mask / (number of keys a query sees).
     shape, p, seed = (2, 2, Tq, 64), 0.3, -7
     q, k = torch.zeros(shape), torch.zeros(2, 2, Tk, 64)
     v = torch.eye(Tk, 64).expand(2, 2, Tk, 64)
     expected = (reference.dropout_scale(q, k, p, torch.tensor(seed)) > 0) & visible(Tq, Tk, None)
     out = ops.attention(q, k, v, dropout_p=p, seed=seed)
     assert torch.equal(out[..., :Tk] > 0, expected)
-    # In the backward of V: dV = P^T dO, with the unit matrix for dO.
+    # In the backward of V, dO is the unit matrix: dV = P^T dO.
     dout = torch.eye(Tq, 64).expand(shape)
     _, (_, _, dv) = forward_backward(
         lambda *x: ops.attention(*x, dropout_p=p, seed=seed), [q, k, v], dout
@@ -462,7 +462,7 @@ def test_triton_dropout_mask_is_the_references(triton: str, Tq: int, Tk: int) ->
     assert torch.equal(dv[..., :Tq].mT > 0, expected)
 
 
-# (size, strides) such that the last element is past 2^31: by batch, head, row of a tile, tile.
+# (size, strides) that put the last element past 2^31: by batch, head, row of a tile, tile.
 WIDE = {
     "batch": ((3, 1, 20), (2**30, 0, 128)),
     "head": ((1, 3, 20), (0, 2**30, 128)),
@@ -473,7 +473,7 @@ WIDE = {
 
 @pytest.mark.parametrize(("size", "strides"), WIDE.values(), ids=WIDE)
 def test_triton_offsets_past_2_to_the_31(triton: str, size: tuple, strides: tuple) -> None:
-    # 5 GB of address space, of which one page a row is ever touched.
+    # The tensor takes 5 GB of address space, but only one page per row is touched.
     T, D = size[2], 16
     numel = sum((n - 1) * s for n, s in zip(size, strides, strict=True)) + 8 * D
     store = torch.empty(numel, dtype=torch.float16)
@@ -508,13 +508,13 @@ def test_triton_decoding_in_chunks_of_keys(triton: str, dtype: torch.dtype) -> N
     assert_parity("out", out, ref, plain(q, k, v, kv_len=kv_len))
     for b, length in enumerate(lengths):
         if length:
-            # The same bits alone, and from a cache no longer than need be.
+            # A row alone gives the same bits, also from a cache that is only as long as it must be.
             alone = [x[b : b + 1] for x in (q, k[:, :, :length], v[:, :, :length])]
             assert torch.equal(ops.attention(*alone), out[b : b + 1])
 
 
 def test_triton_decoding_over_many_chunks(triton: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # More chunks than the combining kernel takes at a time.
+    # There are more chunks than the combining kernel takes at a time.
     monkeypatch.setattr(load("attention_decode"), "CHUNK", 64)
     inputs, _ = make((1, 1, 1, 64 * 18 + 5, 16), torch.float32)
     q, k, v = inputs.values()

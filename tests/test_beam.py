@@ -1,4 +1,4 @@
-"""Beam search: transformers' own ids, alone or in a batch, and past the context by a plain loop."""
+"""Beam search gives transformers' ids, alone or in a batch, and a plain loop's past the context."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ PENALTIES = [-1.0, 0.0, 0.5, 1.0, 2.0]
 
 
 def open_model(seed: int = 0, **changes: Any) -> GPT:
-    """No token stands far above the others, so that beams part and end at different lengths."""
+    """Return a model that prefers no token strongly: beams differ and end at different lengths."""
     model = random_model(
         seed=seed, std=0.4, **{"vocab_size": V, "block_size": 64, "tie_weights": False, **changes}
     )
@@ -36,7 +36,7 @@ def new_of(model: GPT, prompt: list[int], n: int, **options: Any) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_transformers(seed: int, tmp_path: Path) -> None:
-    """30 settings for each model, two prompts for each, eos among what beams come upon early."""
+    """Try 30 settings per model with two prompts each, and an eos that beams reach early."""
     from transformers import GPT2LMHeadModel
 
     model = open_model(seed)
@@ -91,7 +91,7 @@ def test_repetition_penalty_equals_transformers(K: int, penalty: float, tmp_path
 
 @torch.no_grad()
 def plain_beams(model: GPT, prompt: list[int], n: int, K: int) -> list[int]:
-    """Beams that never end, each token from a full forward over the last block_size tokens."""
+    """Search with beams that never end and a full forward over the last block_size tokens."""
     beams = [(0.0, prompt)]
     for _ in range(n):
         idx = [ids[-model.config.block_size :] for _, ids in beams]
@@ -115,7 +115,7 @@ def test_past_the_context(K: int, length: int) -> None:
 
 @pytest.mark.parametrize("length_penalty", PENALTIES)
 @pytest.mark.parametrize("stop", [None, "eos", "ids", "text"])
-def test_a_row_gets_what_it_gets_alone(stop: str | None, length_penalty: float) -> None:
+def test_a_row_equals_the_row_alone(stop: str | None, length_penalty: float) -> None:
     byte = get_tokenizer("byte")
     model = open_model(3, block_size=16, vocab_size=40)
     prompts = [random_ids(n, vocab_size=40, seed=n).tolist() for n in (3, 9, 1, 20)]
@@ -130,7 +130,7 @@ def test_a_row_gets_what_it_gets_alone(stop: str | None, length_penalty: float) 
     options |= {"num_beams": 3, "length_penalty": length_penalty, "repetition_penalty": 1.1}
     together = generate(model, prompts, 12, **options)
     assert together == [generate(model, [p], 12, **options)[0] for p in prompts]
-    # A penalty below 0 prefers the shortest, so rows end where their stops let them.
+    # A penalty below 0 prefers the shortest, so rows end at their first stop.
     if stop and length_penalty < 0:
         assert len({len(row) - len(p) for row, p in zip(together, prompts, strict=True)}) > 1
 
@@ -153,7 +153,7 @@ def test_every_continuation_stops() -> None:
     model = open_model(5)
     first, *others = (random_ids(3 + i, vocab_size=V, seed=i).tolist() for i in range(30))
     best = new_of(model, first, 1, num_beams=3)
-    # One row ends at once, the other goes on.
+    # One row ends at once; the other goes on.
     ends = next(p for p in others if new_of(model, p, 1, num_beams=3) != best)
     prompts = [first, ends]
     stop = [[i] for i in range(V)]
@@ -189,7 +189,7 @@ def test_logprobs_equal_full_forwards(penalty: float) -> None:
 
 
 def test_the_best_of_all_continuations() -> None:
-    """With as many beams as there are continuations of a token, none is missed in two steps."""
+    """With as many candidates as a token has continuations, two steps find the best pair."""
     model = open_model(8, vocab_size=8)
     idx = [[1, 2, 3, a, b] for a in range(8) for b in range(8)]
     logprobs = model(torch.tensor(idx)).log_softmax(-1)
@@ -201,7 +201,7 @@ def test_the_best_of_all_continuations() -> None:
 
 
 def test_only_living_beams_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache is reordered, not run again: after the prompt every forward is of one token."""
+    """The cache is reordered, not recomputed: after the prompt, every forward is of one token."""
     monkeypatch.setattr("gptfast.engine.choice.dtype_to_pack", lambda model, n: None)
     widths = []
     model = open_model()
@@ -216,7 +216,7 @@ def test_only_living_beams_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     assert widths == [(2, 5)] + [(6, 1)] * 5
 
 
-def test_select_makes_rows_of_rows() -> None:
+def test_select_repeats_and_reorders_rows() -> None:
     model = open_model()
     a, b = random_ids(2, 5, vocab_size=V)
     with torch.inference_mode():
@@ -239,7 +239,7 @@ def test_dropout_is_off_and_the_mode_restored(training: bool) -> None:
 
 
 def test_huge_length_penalties() -> None:
-    """No power of a length overflows; at this size the longest or the shortest wins."""
+    """No power of a length overflows; such a penalty makes the longest or the shortest win."""
     model = open_model()
     eos = new_of(model, [1], 20, num_beams=3)[3]
     for length_penalty in (1e5, -1e5):
@@ -250,9 +250,9 @@ def test_huge_length_penalties() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 0}, "num_beams must be from 1 to 15, got 0"),
+        ({"num_beams": 0}, "num_beams must be an integer >= 1, got 0"),
         ({"num_beams": 16}, "num_beams must be from 1 to 15, got 16: .*2 .* num_beams candidates"),
-        ({"num_beams": 2.5}, "num_beams must be an integer, got 2.5"),
+        ({"num_beams": 2.5}, "num_beams must be an integer >= 1, got 2.5"),
         ({"num_beams": 2, "temperature": 0.5}, "leave out temperature=0.5"),
         ({"num_beams": 2, "temperature": 0}, "leave out temperature=0"),
         ({"num_beams": 2, "top_k": 4}, "leave out top_k=4"),

@@ -1,4 +1,4 @@
-"""What bench/ publishes: pictures and tables come from the records, and hold what they promise."""
+"""Check the published benchmarks: pictures and tables show what the records hold."""
 
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +25,7 @@ def _name(path: Path) -> str:
 
 
 def _texts(figure: Figure) -> list[Text]:
-    """Return the texts that are drawn; ticks beyond an axis's range exist, but are not drawn."""
+    """Return the texts that are drawn, which leaves out ticks beyond an axis's range."""
     figure.canvas.draw()
     hidden = set()
     for axis in figure.findobj(Axis):
@@ -38,7 +38,7 @@ def _texts(figure: Figure) -> list[Text]:
 
 
 def _record(**changes: object) -> dict:
-    """Return a record with one row, changed as asked."""
+    """Return a record with one row, with these changes to the row."""
     row = {
         "op": "adamw",
         "case": "step",
@@ -153,7 +153,7 @@ def test_a_second_cpu_adds_a_column() -> None:
     assert "**2.00x**" in line and "**3.00x**" in line
 
 
-def test_what_stands_between_markers_is_replaced() -> None:
+def test_text_between_markers_is_replaced() -> None:
     results = {"A CPU": {"adamw": _record()}}
     marker, end = "<!-- figures: operations -->", "<!-- end of figures: operations -->"
     page = publish.filled(f"before\n{marker}\nold\n{end}\nafter\n", results)

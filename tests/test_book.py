@@ -1,4 +1,4 @@
-"""docs/book.md: the names, flags and settings it gives exist; its example is its command."""
+"""docs/book.md: its names, flags and settings exist, and its example equals its command."""
 
 import ast
 import dataclasses
@@ -19,7 +19,7 @@ from gptfast.cli.tokenizer import TrainTokenizer
 from gptfast.cli.train import Train
 
 TEXT = (Path(__file__).parents[1] / "docs" / "book.md").read_text("utf-8")
-# A command's continued lines as one.
+# Join a command's continued lines into one.
 JOINED = re.sub(r"\\\n\s*", "", TEXT)
 EXAMPLE = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
 NAMES = sorted(set(re.findall(r"\bgptfast(?:\.[A-Za-z_]\w*)+", TEXT)))
@@ -77,7 +77,7 @@ def test_python_example_is_the_command() -> None:
         and getattr(node.func, "attr", "") in ("GPTConfig", "TrainConfig")
     }
     given = {**calls["GPTConfig"], **calls["TrainConfig"]}
-    # The example sets the book's seed as well; the text, its split and its batches are loaders'.
+    # The example also sets the book's seed; its loaders choose the text, its split and its batches.
     assert given.pop("seed") == 123
     assert set(given) == flags_in(arguments) - {"data", "split", "batch_size"}
     assert given == {name: wanted[name] for name in given}

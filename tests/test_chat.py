@@ -1,4 +1,4 @@
-"""`gptfast chat`: the text that the model sees, commands, pipes, and a terminal of its own."""
+"""Test `gptfast chat`: the text that the model sees, commands, pipes, and a real terminal."""
 
 import fcntl
 import io
@@ -39,7 +39,7 @@ needs_engine = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension i
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("chat") / "model"
     tiny = random_model(vocab_size=257, block_size=SIZE)
-    with torch.no_grad():  # it never draws end-of-text
+    with torch.no_grad():  # so that it never draws end-of-text
         tiny.ln_f.bias.fill_(2.0)
         tiny.wte.weight[BYTE.eot] = -9.0
     tiny.save_pretrained(path)
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spoken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """What the model was given; it replies "one", "two" and so on, END_OF_TEXT behind each."""
+    """Record the model's input; its replies are "one", "two" and so on, each with end-of-text."""
     given: list[tuple[str, dict[str, Any]]] = []
     words = iter("one two three four five six".split())
 
@@ -110,7 +110,7 @@ def test_no_template(text: str, model: Path, capsys: Capture) -> None:
 
 
 def test_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stop is neither shown nor kept, nor is what ends a reply that is cut there."""
+    """The stop is neither shown nor kept, and no end-of-text is added to a reply cut at a stop."""
     monkeypatch.setattr(conversation, "stream", lambda *_, **__: BYTE_STREAM("yes\nQ no\nQ: me"))
     talk = Conversation(Template.parse(QUESTIONS), BYTE)
     talk.ask("a")
@@ -125,7 +125,7 @@ def BYTE_STREAM(text: str) -> Iterator[int]:  # noqa: N802 - a generator, closed
 
 
 def test_an_interrupted_reply_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the token before it; what may be a stop's beginning was not said yet."""
+    """The tokens before the interrupt are kept, except a possible beginning of a stop."""
     monkeypatch.setattr(conversation, "stream", lambda *_, **__: BYTE_STREAM("so be\nQ it"))
     talk, asked = Conversation(Template.parse(QUESTIONS), BYTE), iter(range(99))
     talk.ask("a")
@@ -140,7 +140,7 @@ def test_the_oldest_turns_are_forgotten(
     lines = f"{long}\nb\n{long}\n{long}\n" + "y" * 200 + "\n"
     code, output, err = piped(lines, monkeypatch, capsys, model, "--max-new-tokens", 20)
     assert (code, output) == (0, "one\ntwo\nthree\nfour\nfive\n")
-    # Room is for SIZE - 20 tokens.
+    # There is room for SIZE - 20 tokens.
     third = f"Q: {long}\nA:one\nQ: b\nA:two\nQ: {long}\nA:"
     assert len(third) > SIZE - 20 >= len(third) - len(f"Q: {long}\nA:one")
     assert spoken[2][0] == f"\nQ: b\nA:two\nQ: {long}\nA:"
@@ -203,7 +203,7 @@ BAD_LINES = {
     "/temperature hot": ["/temperature takes a number, got 'hot'"],
     "/temperature -1": ["temperature must be", "got -1.0"],
     "/top_k 0": ["top_k must be an integer >= 1, got 0"],
-    "/max_new_tokens -1": ["max_new_tokens must be >= 0, got -1"],
+    "/max_new_tokens -1": ["max_new_tokens must be an integer >= 0, got -1"],
     "\ud800": ["lone surrogate"],
 }
 
@@ -219,15 +219,15 @@ def test_a_bad_line_ends_a_pipe(
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["nowhere"], ["nowhere is no checkpoint"]),
+        (["nowhere"], ["nowhere is not a checkpoint"]),
         ([], ["required: CHECKPOINT"]),
         (["MODEL", "--top-p", 4], ["top_p must be in (0, 1], got 4.0"]),
-        (["MODEL", "--max-new-tokens", -1], ["max_new_tokens must be >= 0, got -1"]),
+        (["MODEL", "--max-new-tokens", -1], ["max_new_tokens must be an integer >= 0, got -1"]),
         (["MODEL", "--tokenizer", "gpt5"], ["got 'gpt5'"]),
         (["MODEL", "--dtype", "fp8"], ["--dtype", "fp8"]),
         pytest.param(
             ["MODEL", "--tokenizer", "byte", "--draft", "nowhere"],
-            ["nowhere is no checkpoint"],
+            ["nowhere is not a checkpoint"],
             marks=needs_engine,
         ),
     ],
@@ -242,7 +242,7 @@ def test_closed_stdin(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capt
     refused(run(capsys, "chat", model), "standard input, which is closed")
 
 
-def test_seeds_go_round(
+def test_seeds_wrap_around(
     model: Path, spoken: list, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     lines = f"/seed {2**63 - 1}\na\n/retry\n/retry\n"
@@ -253,7 +253,10 @@ def test_seeds_go_round(
 def interactive(
     lines: list[str], model: object, monkeypatch: pytest.MonkeyPatch, *pieces: object
 ) -> Conversation:
-    """What is left of a session where the model writes pieces, a list a turn, and raises some."""
+    """Run a session in which the model writes one list of pieces per turn and raises exceptions.
+
+    Return the conversation that the session ends with.
+    """
     turns = iter(pieces)
 
     def stream(*_: object, **__: object) -> Iterator[int]:
@@ -276,7 +279,7 @@ def interactive(
 def test_a_session_outlives_a_failed_reply(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """What came before the failure stays; of a reply that did not begin, not even the prompt."""
+    """Text from before the failure stays; if the reply did not begin, the prompt is dropped too."""
     pieces = [["yes"], [error], ["so ", error], ["no"]]
     talk = interactive(["a", "b", "c", "d"], random_model(block_size=SIZE), monkeypatch, *pieces)
     assert text_of(talk.ids) == "Q: a\nA:yes\nQ: c\nA:so \nQ: d\nA:no"
@@ -306,7 +309,7 @@ def test_generate_shows_a_terminal_no_control_characters(
     beams: int, terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     tiny = random_model(vocab_size=257)
-    with torch.no_grad():  # it writes ESC and nothing else
+    with torch.no_grad():  # so that it writes ESC and nothing else
         tiny.ln_f.weight.fill_(0.0)
         tiny.ln_f.bias.fill_(1.0)
         tiny.wte.weight[0x1B] = 9.0
@@ -323,7 +326,7 @@ def test_generate_shows_a_terminal_no_control_characters(
 def test_a_draft_of_another_vocabulary(
     command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Is refused before anything is said."""
+    """A draft with another vocabulary is refused before anything is written."""
     random_model(vocab_size=300).save_pretrained(tmp_path / "other")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     prompt = ["--prompt", "a"] if command == "generate" else []
@@ -337,7 +340,7 @@ def test_a_draft_of_another_vocabulary(
 def test_replies_are_what_generate_writes(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """With the context so far as the prompt, though only what is new of it is computed."""
+    """A reply equals `generate` on the whole context, though only new tokens are computed."""
     args = [model, "--max-new-tokens", 12, "--seed", 5, "--stats", "on", "--dtype", "int8"]
     code, output, err = piped("ab\n/temperature 0\ncd\n", monkeypatch, capsys, *args)
     assert code == 0
@@ -353,13 +356,13 @@ def test_replies_are_what_generate_writes(
 
 
 def _take_terminal() -> None:
-    """So that ^C is a signal, which the tests' own process may be told to ignore."""
+    """Make ^C a signal again, even if the tests' own process ignores it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 class Terminal:
-    """A session in a terminal of its own."""
+    """A chat session in its own terminal."""
 
     def __init__(self, *args: object, **environment: str) -> None:
         self.screen, (self._file, child) = "", pty.openpty()
@@ -378,7 +381,7 @@ class Terminal:
         os.write(self._file, text.encode())
 
     def wait(self, pattern: str) -> str:
-        """What was on the screen up to the pattern; it is gone from there."""
+        """Wait for the pattern; take the text up to its end off the screen and return it."""
         end = time.monotonic() + 60
         while not (found := re.search(pattern, self.screen)):
             assert time.monotonic() < end and self._read(), self.screen
@@ -399,16 +402,16 @@ class Terminal:
         return self.wait(pattern)
 
     def _read(self) -> bool:
-        """Whether the session has not ended."""
+        """Read what the session has written; return whether the session still runs."""
         if select.select([self._file], [], [], 0.1)[0]:
             try:
                 self.screen += os.read(self._file, 65536).decode("utf-8", "replace")
-            except OSError:  # how Linux says that nobody has the other end any more
+            except OSError:  # Linux raises it when nobody has the other end open
                 return False
         return True
 
     def end(self) -> int:
-        """Press Ctrl-D until the session ends, for it may be lost as in `press`; its exit code."""
+        """Press Ctrl-D until the session ends, as `press` does; return its exit code."""
         end = again = time.monotonic()
         try:
             while self._read():
@@ -432,7 +435,7 @@ def test_a_session_in_a_terminal(model: Path, tmp_path: Path) -> None:
     assert "a context of 96 tokens. /help lists the commands" in begin and "\x1b[2m" in begin
     terminal.type("the first\r")
     terminal.wait("the first\r\n")
-    terminal.wait(r"\S[^>]*\S")  # it writes
+    terminal.wait(r"\S[^>]*\S")  # the model is writing
     terminal.type("\x03")
     assert "tokens/s" in terminal.wait(r"\n(\x1b\[\?2004h)?> ")
     terminal.type("/nope\r")
@@ -442,8 +445,8 @@ def test_a_session_in_a_terminal(model: Path, tmp_path: Path) -> None:
     terminal.wait(r"kept.jsonl[^\n]*\n[^\n]*> ")
     terminal.type("half a line")
     terminal.wait("half a line")
-    terminal.press("\x03", r"\n[^\n]*> ")  # Ctrl-C, with a line
-    terminal.press("\x03", r"\n[^\n]*> ")  # and without one
+    terminal.press("\x03", r"\n[^\n]*> ")  # Ctrl-C with text on the line
+    terminal.press("\x03", r"\n[^\n]*> ")  # and with none
     terminal.type("/seed\r")
     terminal.wait("seed is 0")
     terminal.wait("> ")
@@ -455,7 +458,7 @@ def test_a_session_in_a_terminal(model: Path, tmp_path: Path) -> None:
     again = Terminal(*args, "--stats", "off", **cache, NO_COLOR="1")
     assert "\x1b[2m" not in again.wait("> ")
     up = "\x1b[A"
-    again.type(up * 5 + "\x01again \x05 and more\r")  # Ctrl-A, Ctrl-E: to the line's ends
+    again.type(up * 5 + "\x01again \x05 and more\r")  # Ctrl-A and Ctrl-E go to the ends of the line
     again.wait(r"and more[^\n]*\n")
     again.wait(r"\S[^>]*\S")
     again.type("\x03")

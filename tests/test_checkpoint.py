@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trips, transformers opens them, and damage of every kind is named."""
+"""Checkpoints: round trips are exact, transformers opens them, and every damage is named."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "state.jso
 
 
 def trained(seed: int = 0, **changes: Any) -> tuple[GPT, AdamW]:
-    """A random model after two optimizer steps."""
+    """Return a random model after two optimizer steps."""
     model = random_model(seed, **changes)
     optimizer = AdamW(model.parameters(), lr=1e-2, max_norm=1.0)
     for step in range(2):
@@ -46,7 +46,7 @@ def moments(model: GPT, optimizer: AdamW) -> dict[str, Tensor]:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A checkpoint of `trained()` at step 2."""
+    """Save a checkpoint of `trained()` at step 2."""
     return save_checkpoint(tmp_path / "run", *trained(), {"step": 2, "tokens": 36}, keep=2)
 
 
@@ -104,11 +104,11 @@ def test_transformers_opens_a_checkpoint(saved: Path) -> None:
     torch.testing.assert_close(theirs.eval()(idx).logits, ours(idx), rtol=0, atol=1e-4)
 
 
-def test_what_old_files_have_besides_is_passed_over(tmp_path: Path) -> None:
+def test_extra_tensors_of_old_files_are_ignored(tmp_path: Path) -> None:
     model = random_model()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    # As older writers had it: no prefix, the causal mask of each layer, the tied head once more.
+    # Older writers left out the prefix, and saved each layer's causal mask and the tied head again.
     tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
@@ -223,7 +223,7 @@ def test_no_checkpoint(tmp_path: Path, kind: str) -> None:
     if kind.endswith("-only"):
         random_model().save_pretrained(path)
         (path / FILES[kind == "config-only"]).unlink()
-    with pytest.raises(ValueError, match="model is no checkpoint"):
+    with pytest.raises(ValueError, match="model is not a checkpoint"):
         GPT.from_pretrained(path)
 
 
@@ -240,7 +240,7 @@ def edit_config(path: Path, **changes: Any) -> None:
         ({"model_type": None}, "type None"),
         ({"n_embd": "delete"}, "has no 'n_embd'"),
         ({"n_embd": None}, "n_embd"),
-        ({"n_layer": 2.0}, "n_layer must be an integer >= 1, got 2.0"),
+        ({"n_layer": 2.0}, "n_layer must be an integer from 1 to 10000, got 2.0"),
         ({"n_layer": "2"}, "n_layer"),
         ({"resid_pdrop": None}, r"config.json: dropout must be a number, got None"),
         ({"n_head": 5}, "divisible by n_head"),
@@ -267,7 +267,7 @@ def test_config_that_does_not_fit(changes: dict[str, Any], message: str, tmp_pat
     [
         ("", "damaged"),
         ("{", "damaged"),
-        ("[1]", "no JSON object"),
+        ("[1]", "not a JSON object"),
         ("\xff", "damaged"),
         ("[" * 10**5, "damaged"),
         ("9" * 5000, "damaged"),
@@ -300,7 +300,7 @@ def test_missing_tensor(tmp_path: Path) -> None:
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
-    """A pickle under the name of the weights is refused, not run."""
+    """A pickle with the name of the weights file is refused, not run."""
     random_model().save_pretrained(tmp_path)
     torch.save({"wte.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="model.safetensors is damaged"):

@@ -1,8 +1,9 @@
-"""The command line: runs that work, and one clear line for each that does not."""
+"""The command line: valid commands work, and each invalid one gets one clear line."""
 
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 import sysconfig
@@ -36,14 +37,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output directory of a finished run of 6 steps."""
+    """Return the output directory of a finished run of 6 steps."""
     out = tmp_path_factory.mktemp("run") / "out"
     assert main(["train", *TINY, "--data", str(text), "--out", str(out), "--max-steps", "6"]) == 0
     return out
 
 
 def test_installed_command(text: Path, tmp_path: Path) -> None:
-    """train and generate as a user types them, in processes of their own."""
+    """Run train and generate as a user types them, each in its own process."""
 
     def command(*args: object) -> subprocess.CompletedProcess[str]:
         script = Path(sysconfig.get_path("scripts")) / "gptfast"
@@ -64,7 +65,7 @@ def test_installed_command(text: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith("The ")
     done = command("generate", "nowhere", "--prompt", "The ")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "gptfast: nowhere is no checkpoint: there is no such directory\n"
+    assert done.stderr == "gptfast: nowhere is not a checkpoint: there is no such directory\n"
 
 
 def test_train_writes_a_run(trained: Path) -> None:
@@ -95,7 +96,7 @@ def test_without_data_it_trains_on_the_embedded_text(tmp_path: Path, capsys: Cap
 
 
 def test_the_default_run_brings_its_vocabulary(tmp_path: Path, capsys: Capture) -> None:
-    """Without --data and --tokenizer the run keeps a small vocabulary, and goes on with it."""
+    """Without --data and --tokenizer, the run saves a small vocabulary and resumes with it."""
     out = tmp_path / "run"
     options = ["--n-layer", 1, "--n-embd", 8, "--n-head", 1, "--eval-batches", 1, "--out", out]
     options += ["--sample-tokens", 4]
@@ -113,7 +114,7 @@ def test_the_default_run_brings_its_vocabulary(tmp_path: Path, capsys: Capture) 
 def test_a_vocabulary_that_is_there_is_not_replaced(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be that of another process that has just started in the same directory."""
+    """The vocabulary may belong to another process that has just started in the same directory."""
     gpt2 = get_tokenizer("gpt2")
     assert isinstance(gpt2, BPETokenizer)
     reduce_tokenizer(gpt2, "the cat, the cat", tmp_path / "tokenizer")
@@ -150,7 +151,7 @@ def test_init_starts_from_weights(
     options = ["--data", text, "--max-steps", 1, "--seed", 9, "--out", tmp_path]
     code, _, err = train(capsys, *options, "--init", trained)
     assert (code, err) == (0, "")
-    # The run it came from ended where this one begins.
+    # The run that gave the weights ended where this one begins.
     assert math.isclose(rows(tmp_path)[0]["val_loss"], rows(trained)[-1]["val_loss"], rel_tol=1e-6)
     assert rows(trained)[0]["val_loss"] - rows(trained)[-1]["val_loss"] > 1e-3
 
@@ -188,10 +189,24 @@ def test_help_names_every_flag(command: str, capsys: Capture) -> None:
     fields = {field.name for field in dataclasses.fields(COMMANDS[command])}
     if command in ("train", "search"):
         fields |= flat(Train()).keys()
-    for name in fields - {"model", "train", "checkpoint", "runs", "src", "dst", "name"}:
+    fields -= set(getattr(COMMANDS[command], "not_in_help", ()))
+    for name in fields - {"model", "train", "common", "checkpoint", "runs", "src", "dst", "name"}:
         assert f"--{name.replace('_', '-')}" in out
+    titles = re.findall(r"^[a-z]+:$", out, re.MULTILINE)
+    assert len(titles) == len(set(titles))
     if command != "info":
         assert f"\ngptfast {command} " in out, "no example"
+
+
+def test_help_shows_the_default_line_break(capsys: Capture) -> None:
+    assert r"(default: 'Q: {prompt}\nA:')" in run(capsys, "chat", "--help")[1]
+
+
+def test_help_of_search(capsys: Capture) -> None:
+    """It has a directory of its own, and no --resume."""
+    out = " ".join(run(capsys, "search", "--help")[1].split())
+    assert "(default: runs/search)" in out and "runs/train" not in out
+    assert "--no-resume" not in out
 
 
 def test_help_names_every_command(capsys: Capture) -> None:
@@ -236,7 +251,7 @@ BAD_TRAIN_FLAGS = {
     "--split 0.9 0.3": ["split ratios must be positive and sum to 1"],
     "--data nowhere.txt": ["nowhere.txt"],
     "--tokenizer gpt5": ["tokenizer must be 'gpt2', 'byte' or a directory, got 'gpt5'"],
-    "--init nowhere": ["nowhere is no checkpoint"],
+    "--init nowhere": ["nowhere is not a checkpoint"],
     "--device toaster": ["--device", "toaster"],
     "--nonsense 3": ["--nonsense"],
 }
@@ -285,7 +300,7 @@ BAD_GENERATE_FLAGS = {
     "--prompt=a --top-p=1.5": ["top_p must be in (0, 1], got 1.5"],
     "--prompt=a --min-p=2": ["min_p must be in [0, 1], got 2.0"],
     "--prompt=a --temperature=-1": ["temperature must be", "got -1.0"],
-    "--prompt=a --max-new-tokens=-1": ["max_new_tokens must be >= 0, got -1"],
+    "--prompt=a --max-new-tokens=-1": ["max_new_tokens must be an integer >= 0, got -1"],
     "--prompt=a --top-k=1.5": ["--top-k", "1.5"],
     "--prompt=a --tokenizer=gpt5": ["got 'gpt5'"],
     "--seed=1": ["--prompt"],
@@ -314,8 +329,8 @@ def test_nan_logits(tmp_path: Path, capsys: Capture) -> None:
 def test_no_checkpoint(kind: str, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "model"
     words = {
-        "missing": "model is no checkpoint: there is no such directory",
-        "empty": "model is no checkpoint: it has no config.json and model.safetensors",
+        "missing": "model is not a checkpoint: there is no such directory",
+        "empty": "model is not a checkpoint: it has no config.json with model.safetensors",
         "another-model": "model of type 'llama', not GPT-2's architecture",
         "damaged": "model.safetensors is damaged",
     }

@@ -1,4 +1,4 @@
-"""Packed models on the command line, the speed that is told, and what a command imports."""
+"""Packed models on the command line, the speed line, and the modules that a command imports."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from gptfast.ops.backend import EXTENSION
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output directory of a finished run of 6 steps."""
+    """Return the output directory of a finished run of 6 steps."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text(embedded_text()[:1500], "utf-8")
     args = ["--data", str(folder / "text.txt"), "--out", str(folder / "out"), "--max-steps", "6"]
@@ -28,7 +28,7 @@ needs_engine = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension i
 
 @needs_engine
 def test_packed(trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Written by convert; generate and eval find it to be what --dtype makes of the model."""
+    """A packed model gives generate and eval the same results as its source with --dtype."""
     packed, text = tmp_path / "packed", tmp_path / "text.txt"
     text.write_text("The value of the words. " * 20)
 
@@ -54,13 +54,13 @@ def test_packed(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
     for args in (("convert", packed, tmp_path / "new"), ("train", *TINY, "--init", packed)):
         result = run(capsys, *args, *(() if args[0] == "convert" else ("--data", text)))
-        refused(result, f"{packed} is packed for generation", "the model it was made of")
+        refused(result, f"{packed} is packed for generation", "the model it was made from")
     bf16 = tmp_path / "bf16"
     assert "bf16 weights" in told("convert", trained, bf16, "--to", "packed", "--dtype", "bf16")
 
 
 @needs_engine
-def test_speed_is_told_where_it_is_asked_for(trained: Path, capsys: Capture) -> None:
+def test_speed_is_reported_on_request(trained: Path, capsys: Capture) -> None:
     args = ["generate", trained, "--prompt", "The ", "--max-new-tokens", 5, "--stats"]
     code, out, err = run(capsys, *args, "on")
     assert code == 0 and out.startswith("The ")
@@ -76,9 +76,9 @@ BAD_PACKED = {
     "convert RUN new --to nanogpt --dtype int8": ["nanogpt has no int8 weights"],
     "convert RUN new --to packed --dtype fp16": ["packed weights are fp32, bf16 or int8, not fp16"],
     "convert RUN RUN --dtype int8": ["exists; name another or delete it"],
-    "convert nowhere new --dtype int8": ["nowhere is no checkpoint"],
+    "convert nowhere new --dtype int8": ["nowhere is not a checkpoint"],
     "generate RUN --prompt a --dtype fp16": ["--dtype", "fp16"],
-    "generate RUN --prompt a --draft nowhere": ["nowhere is no checkpoint"],
+    "generate RUN --prompt a --draft nowhere": ["nowhere is not a checkpoint"],
     "generate RUN --prompt a --lookup --num-beams 2": ["lookup and num_beams=2 do not go together"],
     "eval RUN --data a.txt --dtype fp16": ["--dtype", "fp16"],
     "eval RUN --tasks arc_easy --dtype int8": ["--tasks measures the PyTorch model"],
@@ -97,14 +97,14 @@ def test_bad_packed(
 
 
 def modules_after(code: str) -> set[str]:
-    """What a fresh Python has imported when it has run the code."""
+    """Run the code in a new Python process; return the modules that it has imported."""
     script = f"{code}\nimport sys\nprint('modules:', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return set(done.stdout.partition("modules: ")[2].split())
 
 
-def test_what_is_not_needed_is_not_imported(trained: Path) -> None:
+def test_unneeded_modules_are_not_imported(trained: Path) -> None:
     training = {
         "gptfast.training.trainer",
         "gptfast.data.loader",
@@ -124,7 +124,7 @@ def test_what_is_not_needed_is_not_imported(trained: Path) -> None:
 
 
 def test_public_names() -> None:
-    import gptfast.generate  # the submodule does not take the function's place
+    import gptfast.generate  # the submodule must not replace the function
 
     assert callable(gptfast.generate)
     assert {*gptfast.__all__, "accelerate", "restore"} <= set(dir(gptfast))

@@ -1,4 +1,4 @@
-"""`convert`, `download`, and the other commands on models in every form."""
+"""Test `convert`, `download`, and the other commands on models in every form."""
 
 import json
 import shutil
@@ -62,9 +62,9 @@ def test_convert_keeps_the_vocabulary(capsys: Capture) -> None:
 def test_convert_refuses(capsys: Capture) -> None:
     Path("there").mkdir()
     refused(run(capsys, "convert", FIXTURE, "there"), "there exists")
-    refused(run(capsys, "convert", "nowhere", "x"), "nowhere is no checkpoint")
+    refused(run(capsys, "convert", "nowhere", "x"), "nowhere is not a checkpoint")
     refused(run(capsys, "convert", FIXTURE, "x", "--to", "gguf"), "gguf")
-    refused(run(capsys, "convert", FIXTURE, "x.bin", "--dtype", "fp16"), "llm.c has fp32 and bf16")
+    refused(run(capsys, "convert", FIXTURE, "x.bin", "--dtype", "fp16"), "fp32 or bf16")
     refused(run(capsys, "convert", "gpt2", "x"), "gptfast download gpt2")
     refused(run(capsys, "convert", FIXTURE, "x.safetensors"), "form is a directory")
     assert sorted(path.name for path in Path().iterdir()) == ["there"]
@@ -91,7 +91,7 @@ def test_commands_take_every_form(form: str, capsys: Capture) -> None:
 
 
 def test_a_run_is_converted(capsys: Capture) -> None:
-    """The latest checkpoint of a run goes out in the forms that others read."""
+    """`convert` writes a run's latest checkpoint in the forms that other programs read."""
     Path("text.txt").write_text("the value of the name\n" * 40)
     tiny = ["--tokenizer", "byte", *SIZES, "--batch-size", 2, "--sample-tokens", 1]
     done(capsys, "train", *tiny, "--data", "text.txt", "--out", "run", "--max-steps", 2)
@@ -143,7 +143,7 @@ def test_download_says_what_to_do(capsys: Capture, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("gptfast.weights.download.time.sleep", lambda _: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     result = run(capsys, "download", "gpt2", "--url", "http://127.0.0.1:9")
-    refused(result, "gpt2 could not be fetched", "cache/gpt2 by hand")
+    refused(result, "gpt2 could not be downloaded", "cache/gpt2 by hand")
     refused(run(capsys, "download", "gpt3"), "gpt3")
     shutil.copytree(FIXTURE, "cache/gpt2")
     assert done(capsys, "download", "gpt2").endswith("cache/gpt2\n")

@@ -1,4 +1,4 @@
-"""Every command from end to end at toy size, stopped, out of room, diverging, and misused."""
+"""Test every command at toy size: whole, interrupted, on a full disk, diverging, and misused."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output directory of a finished run of 40 steps."""
+    """Return the output directory of a finished run of 40 steps."""
     out = tmp_path_factory.mktemp("trained") / "out"
     args = ["--data", str(text), "--out", str(out), "--max-steps", "40", "--lr", "0.01"]
     assert main(["train", *TINY, *args]) == 0
@@ -90,7 +90,7 @@ def test_prepared_data_trains_as_the_text_does(
     assert "gptfast train --data tokens" in output
     direct = [*TINY, *NO_LOOK, "--max-steps", 3]
     done(capsys, "train", *direct, "--data", data, "--out", "direct", *split)
-    # The tokenizer is on record.
+    # The prepared data records its tokenizer.
     done(capsys, "train", *direct[2:], "--data", "tokens", "--out", "prepared")
     assert losses("prepared") == losses("direct")
     last = [rows(Path(out))[-1] for out in ("prepared", "direct")]
@@ -98,7 +98,7 @@ def test_prepared_data_trains_as_the_text_does(
         assert last[0][name] == last[1][name]
 
 
-def test_a_tokenizer_of_ones_own(text: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_trained_tokenizer(text: Path, tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("tokenizers")
     output = done(capsys, "tokenizer", "--data", text, "--out", "vocabulary", "--vocab-size", 300)
     assert output.strip() == "done: 300 tokens in vocabulary; use it as --tokenizer vocabulary"
@@ -122,7 +122,7 @@ def test_eval_by_hand(trained: Path, text: Path, capsys: Capture) -> None:
         return done(capsys, "eval", trained, *args).strip()
 
     def expected(source: object, T: int = 16) -> str:
-        """Every token but the first, from at most T before it, in windows side by side."""
+        """Return the output for losses of every token but the first, in adjacent windows of T."""
         ids = torch.as_tensor(source.tensor() if hasattr(source, "tensor") else source)
         nats = 0.0
         for i in range(0, len(ids) - 1, T):
@@ -148,7 +148,7 @@ def test_eval_by_hand(trained: Path, text: Path, capsys: Capture) -> None:
 
 
 def test_eval_of_completions(trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Prompts do not count: with others in their place only what is seen of them changes."""
+    """Prompts are not scored: other prompts change only the context of the completions."""
     jsonl(tmp_path / "a.jsonl", {"prompt": "ab", "completion": "cd"})
     output = done(capsys, "eval", trained, "--data", "a.jsonl")
     logits = GPT.from_pretrained(trained)(torch.tensor([BYTE.encode("abcd")]))[0].log_softmax(-1)
@@ -167,7 +167,7 @@ def test_plot_two_runs(trained: Path, text: Path, capsys: Capture) -> None:
 
 
 def test_search_by_grid(text: Path, capsys: Capture) -> None:
-    """One trial fails, the others are ranked; a second call trains nothing anew."""
+    """One trial fails and the others are ranked; a second call trains nothing again."""
     args = [*TINY, "--data", text, "--max-steps", 5, "--sample-tokens", 0, "--out", "search"]
     grid = ["--grid", "lr=1e-5,1e-1,1e30", "--jobs", 3]
     code, output, err = run(capsys, "search", *grid, *args)
@@ -185,7 +185,7 @@ def test_search_by_grid(text: Path, capsys: Capture) -> None:
         path.stat().st_mtime_ns for path in sorted(Path("search").glob("trial-*/metrics.jsonl"))
     ]
     refused(run(capsys, "search", "--grid", "lr=1", *args), "holds another search")
-    # With the failing one's place taken, all there is to do is done.
+    # Write a result for the failed trial by hand; then nothing is left to do.
     write = Path("search/trial-003/result.json")
     write.write_text(json.dumps(results[1] | {"trial": "trial-003"}))
     output = done(capsys, "search", *grid, *args)
@@ -226,7 +226,7 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 
 def first_row(out: str) -> Callable[[], bool]:
-    """Whether training has begun there."""
+    """Return whether training has begun in that directory."""
     path = Path(out) / "metrics.jsonl"
     return lambda: path.exists() and path.stat().st_size > 0
 
@@ -238,7 +238,7 @@ ENDLESS = ["--max-steps", "1000000", "--sample-tokens", "0", "--log-interval", "
 def test_a_search_is_interrupted_and_goes_on(
     number: signal.Signals, text: Path, capsys: Capture
 ) -> None:
-    """Ctrl-C reaches search and trial, SIGTERM the search alone; the trial loses no step."""
+    """Ctrl-C reaches search and trial, SIGTERM only the search; the trial loses no step."""
     args = [*TINY, "--data", text, *ENDLESS, "--out", "search", "--eval-interval", 10**6]
     process = start("search", "--grid", "seed=1", *args, "--early-stopping", 1)
     wait_for(first_row("search/trial-001"), process)
@@ -257,7 +257,7 @@ def test_a_search_is_interrupted_and_goes_on(
     if number == signal.SIGTERM:
         return
     saved = int(checkpoints("search/trial-001")[-1].name.removeprefix("step-"))
-    # The same search but for an end, which is the one thing that must not differ: so by hand.
+    # The search refuses another end of training, so set it by hand.
     spec = Path("search/search.json")
     spec.write_text(spec.read_text().replace("1000000", str(saved + 3)))
     args = [str(saved + 3) if arg in ("1000000", 10**6) else arg for arg in args]
@@ -293,7 +293,7 @@ def test_a_second_interrupt_leaves_at_once(text: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.001)
     output, err = process.communicate(timeout=60)
-    if "all is saved" not in output:  # else the step was over before the second one came
+    if "all is saved" not in output:  # else the step ended before the second signal came
         assert process.returncode == 130
         assert err.splitlines()[-1] == "gptfast: interrupted"
     assert "Traceback" not in output + err
@@ -301,14 +301,14 @@ def test_a_second_interrupt_leaves_at_once(text: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for a checkpoint or two of the toy model."""
+    """Mount a file system with room for one or two checkpoints of the toy model."""
     yield from disk_of("300k", tmp_path / "disk")
 
 
 def test_a_full_disk(small_disk: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
     args = ["--data", text, "--max-steps", 9, "--checkpoint-interval", 1, "--keep", 9]
     result = train(capsys, *args, "--out", small_disk / "run")
-    refused(result, "cannot save", "No space left on device", "earlier checkpoints are whole")
+    refused(result, "cannot save", "No space left on device", "earlier checkpoints are intact")
     assert checkpoints(small_disk / "run")
     (tmp_path / "big.txt").write_text("a lot of text. " * 40_000)
     result = run(
@@ -321,7 +321,7 @@ def test_a_full_disk(small_disk: Path, text: Path, tmp_path: Path, capsys: Captu
 
 
 def test_divergence(text: Path, capsys: Capture) -> None:
-    """No trick: at such a rate the first step ends all."""
+    """At such a rate the first step really makes the loss infinite or NaN."""
     args = ["--data", text, "--max-steps", 9, "--lr", "1e30", "--out", "run"]
     words = ["loss is nan at step 2, on batch 1 (epoch 0): windows ", " at tokens ", "lower --lr"]
     refused(train(capsys, *args), *words, "the checkpoint of step 1 is in run")
@@ -343,7 +343,7 @@ def test_generate_options(trained: Path, capsys: Capture) -> None:
     assert greedy.startswith("The ") and len(greedy) == 24
     assert text_of("--num-beams", 1, "--temperature", 0) == greedy
     assert text_of("--num-beams", 4) == text_of("--num-beams", 4, "--seed", 9)
-    # The stop is cut off, wherever it begins.
+    # The stop is cut off where it begins.
     cut = text_of("--temperature", 0, "--stop", greedy[9:12], "never there")
     assert cut == greedy[: 4 + greedy[4:].index(greedy[9:12])]
     punished = text_of("--temperature", 0, "--repetition-penalty", 50.0)
@@ -355,7 +355,7 @@ def test_generate_options(trained: Path, capsys: Capture) -> None:
 
 
 def test_special_tokens(trained: Path, capsys: Capture) -> None:
-    """As text a special token is its letters; allowed, it is one token."""
+    """A special token is plain text by default; if it is allowed, it is one token."""
 
     def first(*options: object) -> float:
         args = ("--prompt", "<|endoftext|>", "--temperature", 0, "--logprobs", *options)
@@ -375,7 +375,7 @@ def test_special_tokens(trained: Path, capsys: Capture) -> None:
 
 
 def test_training_flags(text: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Each does what it says, told by numbers."""
+    """Numbers show that each flag does what it says."""
 
     def result(name: str, *flags: object) -> list[float]:
         args = ["--data", text, "--max-steps", 6, *NO_LOOK, "--lr", "0.01", "--warmup-steps", 0]
@@ -402,7 +402,7 @@ def test_training_flags(text: Path, tmp_path: Path, capsys: Capture) -> None:
     changed = differing(parameters(first), parameters(last))
     assert changed and not [n for n in changed if n.startswith("wte.") or ".attn." in n]
     assert {n.split(".")[-2] for n in changed} >= {"wpe", "c_fc", "ln_f"}
-    # A rate that undoes what was learnt: no second evaluation is better than the first.
+    # This rate undoes the training: no later evaluation is better than the first.
     stopping = ["--early-stopping", 2, "--eval-interval", 1, "--max-steps", 99]
     result("stopped", "--lr", 3.0, "--schedule", "constant", *stopping)
     evaluated = [row["val_loss"] for row in rows(Path("stopped"))[1:]]
@@ -488,13 +488,13 @@ BAD_COMMANDS = {
     "prepare --data text.txt --out out --tokenizer gpt5": ["got 'gpt5'"],
     "tokenizer --data nowhere --out out": ["cannot read nowhere"],
     "tokenizer --data text.txt --out out --vocab-size 100": ["vocab_size must be", "got 100"],
-    "eval nowhere --data text.txt": ["nowhere is no checkpoint"],
+    "eval nowhere --data text.txt": ["nowhere is not a checkpoint"],
     "eval RUN": ["--data"],
     "eval RUN --data": ["nothing to measure: give --data"],
     "eval RUN --data nowhere": ["cannot read nowhere"],
     "eval RUN --data text.txt --max-length 17": ["from 1 to block_size=16, got 17"],
     "eval RUN --data text.txt --max-length 0": ["from 1 to block_size=16, got 0"],
-    "eval RUN --data text.txt --batch-size 0": ["batch_size must be >= 1, got 0"],
+    "eval RUN --data text.txt --batch-size 0": ["batch_size must be an integer >= 1, got 0"],
     "eval RUN --data text.txt --part middle": ["--part", "middle"],
     "eval RUN --data tokens --part test": ["tokens has no part test"],
     "plot": ["no runs to plot"],
@@ -511,9 +511,12 @@ BAD_COMMANDS = {
     "search --grid lr=-1": ["lr must be a finite number > 0, got -1.0"],
     "search --grid n_head=3": ["n_embd must be divisible by n_head"],
     "search --grid max_steps=1 epochs=2": ["max_steps or epochs, not both"],
-    "search --grid lr=1 --jobs 0 --out out": ["jobs must be >= 1, got 0"],
+    "search --grid lr=1 --jobs 0 --out out": ["jobs must be an integer >= 1, got 0"],
+    "search --grid lr=1 --resume": ["search takes no resume", "the same command continues"],
+    "search --grid lr=1 --no-resume": ["search takes no resume", "give another --out"],
+    "search --grid lr=1 --config resume.toml": ["search takes no resume", "Leave resume out"],
     "search --random lr=2:1": ["empty range"],
-    "search --random lr=1:2 --trials 0": ["trials must be >= 1, got 0"],
+    "search --random lr=1:2 --trials 0": ["trials must be an integer >= 1, got 0"],
     "search --random lr=0:1:log": ["must start above 0"],
     "search --lr-range 1 0.1": ["the rates must be 0 < LOW < HIGH, got 1.0 and 0.1"],
     "search --lr-range 1": ["--lr-range"],
@@ -521,12 +524,12 @@ BAD_COMMANDS = {
     "train --stride 0 --out out": ["stride must be an integer >= 1, got 0"],
     "train --tokenizer= --out out": ["has no vocab.bpe"],
     "train --config= --out out": ["cannot read"],
-    "train --init= --out out": ["is no checkpoint"],
+    "train --init= --out out": ["is not a checkpoint"],
     "train --freeze nothing.* --out out": ["no parameter matches 'nothing.*'"],
     "train --out=": ["out must name a directory, got ''"],
     "generate RUN --prompt a --temperature 1e300": ["temperature must be a finite number"],
     "generate RUN --prompt a --repetition-penalty 1e300": ["repetition_penalty must be a finite"],
-    "generate RUN --prompt a --num-beams 0": ["num_beams must be from 1 to 128, got 0"],
+    "generate RUN --prompt a --num-beams 0": ["num_beams must be an integer >= 1, got 0"],
     "generate RUN --prompt a --num-beams 2 --top-k 5": ["leave out top_k=5"],
     "generate RUN --prompt a --length-penalty nan": ["length_penalty must be a finite number"],
     "generate RUN --prompt a --stop=": ["stop has an empty string"],
@@ -537,6 +540,7 @@ BAD_COMMANDS = {
 @pytest.mark.parametrize("command", BAD_COMMANDS)
 def test_bad_input(command: str, trained: Path, text: Path, capsys: Capture) -> None:
     Path("text.txt").write_bytes(text.read_bytes())
+    Path("resume.toml").write_text("resume = true")
     jsonl(Path("bad.jsonl"), {"text": "a"}, {"body": "b"})
     jsonl(Path("mixed.jsonl"), {"text": "a"}, {"prompt": "b", "completion": "c"})
     if "tokens " in command:
@@ -564,7 +568,7 @@ def test_bad_input(command: str, trained: Path, text: Path, capsys: Capture) -> 
     ids=["prompt", "stop", "out", "data"],
 )
 def test_arguments_that_are_not_utf8(args: list[str], trained: Path, capsys: Capture) -> None:
-    """As Python hands them on: a byte that is no UTF-8 is a lone surrogate."""
+    """Python passes on a byte that is not UTF-8 as a lone surrogate."""
     args = [str(trained) if arg == "RUN" else arg for arg in args]
     refused(run(capsys, *args), "an argument is not UTF-8 text", r"\udce9")
     assert list(Path().iterdir()) == []
@@ -623,7 +627,7 @@ def test_any_generation_works_or_is_refused(
         assert logprobs or result[1].startswith(prompt)
 
 
-def test_eval_of_a_part_that_is_not_there(tmp_path: Path, capsys: Capture) -> None:
+def test_eval_of_a_missing_part(tmp_path: Path, capsys: Capture) -> None:
     random_model(vocab_size=257).save_pretrained(tmp_path / "model")
     (tmp_path / "a.txt").write_text("some words " * 40)
     options = ["--data", tmp_path / "a.txt", "--tokenizer", "byte", "--out", tmp_path / "tokens"]

@@ -1,4 +1,4 @@
-"""Every Triton kernel, in every configuration, compiled ahead of time: what the compilers say."""
+"""Compile every Triton kernel in every configuration ahead of time; check what compilers report."""
 
 import os
 from pathlib import Path
@@ -8,17 +8,17 @@ from compile_audit import CHIPS, HEADING, REPORT, Kernel, audit_all, report, sto
 
 triton = pytest.importorskip("triton")
 
-# Kernels that read a handful of numbers: no load of theirs can be wide.
+# These kernels read a handful of numbers, so none of their loads can be wide.
 SMALL = {"adamw_steps_kernel", "grad_norm_sum_kernel", "attention_combine_kernel"}
 
 
-# One worker compiles, and the compilers have a process per chip.
+# One worker compiles everything; the compilers run in one process per chip.
 pytestmark = pytest.mark.xdist_group("compile_audit")
 
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    """The kernels as they were compiled from the same inputs before; compiled anew in CI."""
+    """Return the kernels as compiled from the same inputs earlier; CI compiles them again."""
     stored = None if os.environ.get("CI") == "true" else stored_kernels()
     return audit_all(CHIPS) if stored is None else stored
 
@@ -52,8 +52,8 @@ def test_memory_bound_kernels_load_128_bits(kernels: list[Kernel]) -> None:
     assert not failing(memory_bound, "sm_90", lambda k: k.load_bits >= 128)
 
 
-def test_the_report_is_of_today(kernels: list[Kernel]) -> None:
-    """The report, and the data behind it, are what `make audit` writes."""
+def test_the_report_is_up_to_date(kernels: list[Kernel]) -> None:
+    """The report and its data are what `make audit` writes."""
     written = Path(REPORT).read_text()
     if HEADING.format(triton.__version__) not in written:
         pytest.skip(f"the report is of another Triton than {triton.__version__}")

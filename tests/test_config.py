@@ -1,4 +1,4 @@
-"""The configurations: defaults, presets, and every value they refuse."""
+"""Test the configurations: defaults, presets, and the values they refuse."""
 
 import dataclasses
 from typing import Any
@@ -41,7 +41,7 @@ def test_unknown_preset_names_the_known_ones() -> None:
 @pytest.mark.parametrize("name", ["vocab_size", "block_size", "n_layer", "n_head", "n_embd"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, "2"], ids=repr)
 def test_model_sizes_are_positive_integers(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got {value!r}"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer from 1 to .*, got {value!r}"):
         GPTConfig(**{name: value})
 
 
@@ -119,10 +119,10 @@ def test_train_config_checks_types(name: str, value: object, must: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "must"),
     [
-        ("n_layer", True, "must be an integer >= 1, got True"),
-        ("n_layer", 10**9, "must be at most 10000, got 1000000000"),
-        ("n_embd", 10**30, "must be at most 2147483647, got 1000"),
-        ("vocab_size", 2**31, "must be at most 2147483647, got 2147483648"),
+        ("n_layer", True, "must be an integer, got True"),
+        ("n_layer", 10**9, "must be an integer from 1 to 10000, got 1000000000"),
+        ("n_embd", 10**30, "must be an integer from 1 to 2147483647, got 1000"),
+        ("vocab_size", 2**31, "must be an integer from 1 to 2147483647, got 2147483648"),
         ("dropout", "0", "must be a number, got '0'"),
         ("qkv_bias", None, "must be true or false, got None"),
     ],

@@ -1,4 +1,4 @@
-"""Cross entropy and linear cross entropy: parity, PyTorch's semantics, chunks, errors."""
+"""Test cross entropy and linear cross entropy: parity, PyTorch's semantics, chunks, errors."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from gptfast import ops
 from gptfast.kernels.reference import cross_entropy as reference
 
 REDUCTIONS = ["mean", "sum", "none"]
-# The two operators behind linear_cross_entropy: "mean" computes the gradient with the loss, "none"
-# does not. "sum" differs from "mean" in Python only.
+# The reductions cover the two operators behind linear_cross_entropy: "mean" computes the gradient
+# with the loss, "none" does not. "sum" differs from "mean" in Python only.
 FUSED_AND_PLAIN = ["mean", "none"]
 OPTIONS = {
     "plain": {},
@@ -28,7 +28,7 @@ OPTIONS = {
 
 
 def fewer(backend: str, N: int, cases: int) -> tuple[int, int]:
-    """Rows and cases; less in Triton's interpreter, where a row takes 20 ms."""
+    """Return the numbers of rows and cases; Triton's interpreter gets fewer: a row takes 20 ms."""
     return (max(4, N // 10), max(2, cases // 4)) if interpreted(backend) else (N, cases)
 
 
@@ -74,7 +74,7 @@ def check_cross_entropy(
 ) -> None:
     options = options or {}
     N = len(target)
-    # Gradients of order one, where the rule says most.
+    # Use gradients of order one, where the parity rule says most.
     douts = {"mean": lambda: torch.randn(()) * N, "sum": lambda: torch.randn(())}
     dout = douts.get(reduction, lambda: torch.randn(N))
     check(
@@ -98,7 +98,7 @@ def test_parity(backend: str, dtype: torch.dtype, options: dict) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_reductions(dtype: torch.dtype, reduction: str, options: dict) -> None:
-    """Reductions are Python after the operator, so one backend shows what they compute."""
+    """Reductions are Python code after the operator, so testing one backend is enough."""
     logits = [torch.randn(40, 1009).mul(4).to(dtype) for _ in range(32)]
     target = targets(40, 1009, options.get("ignore_index", -100))
     check_cross_entropy(logits, target, reduction, options)
@@ -172,12 +172,12 @@ def test_expanded_gradient(backend: str) -> None:
 def test_equal_logits(backend: str, V: int, value: float) -> None:
     loss = ops.cross_entropy(torch.full((2, V), value), torch.tensor([0, V - 1]))
     expected = torch.tensor(V, dtype=torch.float64).log()
-    # lse is rounded once at the size of the logits.
+    # lse is rounded once, at the size of the logits.
     assert abs(loss.double() - expected) <= max(expected, abs(value)) * 2**-23
 
 
 def test_masked_and_huge_logits(backend: str) -> None:
-    # -inf is how a vocabulary is masked; 1e4 overflows a softmax without its maximum.
+    # -inf masks a vocabulary; 1e4 overflows a softmax that does not subtract its maximum.
     logits = torch.randn(6, 100)
     logits[:, ::3] = -torch.inf
     logits[0, 1], logits[1, 50] = 1e4, -1e4
@@ -203,7 +203,7 @@ def test_bad_logits_spoil_their_row_only(backend: str, poison: float) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}], ids=["", "all"])
 @pytest.mark.parametrize("N", [0, 1, 3])
-def test_nothing_counts(backend: str, N: int, options: dict) -> None:
+def test_all_targets_ignored(backend: str, N: int, options: dict) -> None:
     target = torch.full((N,), -100)
     weight = torch.randn(11, 4)
     functions = {
@@ -239,7 +239,7 @@ def test_same_bits_twice_and_with_any_threads(isa: str) -> None:
         runs.append([loss, *grads])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
-    # The products of the linear one are the BLAS library's, which may split by threads.
+    # The BLAS library computes the linear one's products and may split them by threads.
     twice = [
         forward_backward(
             lambda x, w: ops.linear_cross_entropy(x, w, target),
@@ -317,7 +317,7 @@ def test_linear_parity_odd_sizes(backend: str, N: int, C: int, V: int, reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_linear_parity_in_chunks(reduction: str, dtype: torch.dtype) -> None:
-    # Logits of more than the 104 MiB a chunk may take, in fp32 and in bf16.
+    # The logits take more than the 104 MiB of a chunk, in fp32 and in bf16.
     V, C = 50257, 16
     N = 1200 if dtype == torch.float32 else 2300
     assert N * V * dtype.itemsize > 2 * 104 << 20
@@ -331,7 +331,7 @@ def test_linear_parity_in_chunks(reduction: str, dtype: torch.dtype) -> None:
     def ours(x: Tensor, w: Tensor) -> Tensor:
         if reduction == "none":
             return (ops.linear_cross_entropy(x, w, target, reduction="none") * dout)[some]
-        # "sum" and "mean" give every row one weight: keep these rows by ignoring the others.
+        # "sum" and "mean" give every row the same weight: keep these rows by ignoring the others.
         kept = torch.full_like(target, -100)
         kept[some] = target[some]
         return ops.linear_cross_entropy(x, w, kept, reduction=reduction)
@@ -395,7 +395,7 @@ def test_linear_backward_twice(backend: str, reduction: str) -> None:
 
 @pytest.mark.parametrize("factor", [1.0, -0.3])
 def test_linear_gradient_times_a_factor(backend: str, factor: float) -> None:
-    # The gradients the forward computed are scaled in place where nobody else can see them.
+    # The gradients from the forward are scaled in place where nobody else can see them.
     x, w, target = torch.randn(6, 8), torch.randn(50, 8), targets(6, 50)
     with poisoned():
         _, grads = forward_backward(
@@ -455,7 +455,7 @@ def test_linear_gradient_has_the_weight_s_dtype(backend: str, dtype: torch.dtype
 
 
 def test_linear_fp16_gradient_survives_a_loss_scale(backend: str) -> None:
-    # What a GradScaler does: gradients below fp16's 6e-8 are scaled up before they are rounded.
+    # Like a GradScaler, scale up gradients below fp16's 6e-8 before they are rounded.
     (N, _), C, V = fewer(backend, 64, 1), 16, 5003
     x, w = torch.randn(N, C).half(), torch.randn(V, C).mul(0.01).half()
     target = torch.randint(V, (N,))
@@ -483,11 +483,11 @@ def test_linear_equals_the_two_steps(backend: str) -> None:
 
 @pytest.mark.parametrize("target", [[0, 5, 1], [0, -1, 1], [0, -100, 1], [2**40, 0, 0]], ids=str)
 def test_target_out_of_range(backend: str, target: list[int]) -> None:
-    # -100 is out of range too where ignore_index is another.
+    # -100 is out of range too if ignore_index is another number.
     target, x, w = torch.tensor(target), torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
     for reduction in REDUCTIONS:
         options = {"ignore_index": -7, "reduction": reduction}
-        if x.is_cuda:  # asking would synchronise
+        if x.is_cuda:  # a check would synchronise
             assert ops.cross_entropy(x @ w.T, target, **options).isnan().any()
             assert ops.linear_cross_entropy(x, w, target, **options).isnan().any()
             continue
@@ -575,7 +575,8 @@ def test_an_empty_vocabulary_is_refused() -> None:
         ops.cross_entropy(torch.randn(2, 0), target)
 
 
-# What only the Triton kernels have: tiles, chunks of their own, int64 offsets, a GPU's semantics.
+# The tests below are of what only the Triton kernels have: tiles, their own chunks, int64 offsets,
+# and the semantics of a GPU.
 
 
 def on_arch(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
@@ -592,9 +593,9 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
 
 
 def each_tile(table: dict, sizes: int) -> list[str]:
-    """Architectures that have all tiles between them.
+    """Return architectures that together have all tiles.
 
-    In the interpreter only the first numbers count, the sizes: warps and stages do not exist there.
+    In the interpreter only the sizes (the first numbers) matter: it has no warps and stages.
     """
     found: dict[str, str] = {}
     for arch, tiles in table.items():
@@ -606,7 +607,7 @@ def each_tile(table: dict, sizes: int) -> list[str]:
 def test_triton_row_tiles(triton: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     from gptfast.kernels.triton import cross_entropy_rows
 
-    # More than one step of the longest, whole and ragged.
+    # The rows take more than one step of the longest tile, with and without a remainder.
     N, V = 2, 9001
     options = {"label_smoothing": 0.1, "z_loss": 1e-3}
     target = torch.randint(V, (N,))
@@ -628,7 +629,7 @@ def test_triton_weight_tiles(
 ) -> None:
     from gptfast.kernels.triton import cross_entropy
 
-    # Three chunks of two steps of rows; tiles that fill, and do not fill, both dimensions.
+    # There are three chunks of two steps of rows; tiles fill both dimensions or do not.
     N, V, C = 200, 140, 260
     x = torch.randn(N, C).to(dtype)
     dlogits = torch.randn(N, 256).to(dtype)
@@ -653,7 +654,7 @@ def test_triton_rows_off_16_bytes(triton: str, dtype: torch.dtype) -> None:
     A = 16 // dtype.itemsize
     for V in (1, 5, A, 2 * A + 3):
         for shift in (0, 1, A - 1):
-            # A row stride that keeps the rows' alignment, and one that does not.
+            # One row stride keeps the rows' alignment, the other does not.
             for stride in (V + 2 * A, V + A + 1):
                 memory = torch.full((3 * stride + A,), torch.nan, dtype=dtype)
                 logits = memory.as_strided((2, V), (stride, 1), shift)
@@ -688,7 +689,7 @@ def test_triton_chunk_rows() -> None:
         for N in (1, 63, 1000, 16384, 10**6):
             rows = chunk_rows(N, V, itemsize)
             assert rows == 1 or rows * row <= CHUNK_BYTES
-            # The matrix products like whole tiles, and as few chunks as there can be.
+            # Whole tiles and few chunks make the matrix products fast.
             assert rows % 64 == 0 or 64 * row > CHUNK_BYTES
             unit = 64 if rows % 64 == 0 else 1
             assert -(-N // rows) <= -(-N // max(1, CHUNK_BYTES // row // unit * unit))
@@ -700,7 +701,7 @@ def test_triton_chunk_rows() -> None:
 def test_triton_sums_in_halves_are_fp32_sums(
     triton: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    # A weight of fp32 gets its sums as they are; here the tiles of both are the same.
+    # An fp32 weight gets the sums unrounded; here the tiles are the same for both dtypes.
     on_arch(monkeypatch, "sm_100")
     N, V, C = 8, 211, 24
     in_chunks(monkeypatch, 3 * 256 * dtype.itemsize)
@@ -714,7 +715,7 @@ def test_triton_sums_in_halves_are_fp32_sums(
 
 
 def far_rows(N: int, width: int) -> Tensor:
-    """(N, width) fp16, the last rows past 2^31 elements; few pages of it are ever touched."""
+    """Return (N, width) fp16 with its last rows past 2^31 elements; few pages are touched."""
     stride = 2**30 + 5
     memory = torch.empty((N - 1) * stride + width, dtype=torch.float16)
     return memory.as_strided((N, width), (stride, 1)).copy_(torch.randn(N, width))
@@ -758,7 +759,7 @@ def test_triton_same_bits_twice(triton: str) -> None:
 def test_triton_target_out_of_range_is_nan_on_a_gpu(
     triton: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # There, asking would synchronise; the interpreter runs on the CPU, so it must be told not to.
+    # A check on a GPU would synchronise; the interpreter runs on the CPU, so switch the check off.
     from gptfast.kernels.triton import cross_entropy
 
     monkeypatch.setattr(cross_entropy, "check_targets", lambda *args: None)
@@ -768,7 +769,7 @@ def test_triton_target_out_of_range_is_nan_on_a_gpu(
     assert loss.isnan().tolist() == spoiled and loss[4] == 0
     assert lse.isfinite().all()
     dlogits = cross_entropy.cross_entropy_bwd(torch.ones(6), logits, target, lse, -7, 0.1, 0.1)
-    # As in the reference, the others' gradients are right, and no other memory is touched.
+    # As in the reference, the other rows' gradients are right and no other memory is touched.
     expected = reference.cross_entropy_bwd(torch.ones(6), logits, target, lse, -7, 0.1, 0.1)
     torch.testing.assert_close(dlogits, expected, rtol=1e-5, atol=1e-6)
     weight = torch.randn(9, 9)
@@ -777,7 +778,7 @@ def test_triton_target_out_of_range_is_nan_on_a_gpu(
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest memory any operation returned."""
+    """Record the bytes of the largest memory that any operation returned."""
 
     n_bytes = 0
 
@@ -807,7 +808,7 @@ def test_triton_logits_never_exist_at_once(triton: str, monkeypatch: pytest.Monk
 def test_linear_skip_below_keeps_its_bound(
     backend: str, skip_below: float, dtype: torch.dtype
 ) -> None:
-    """As late in training: every row all but certain, most tokens improbable everywhere."""
+    """Late in training, every row is nearly certain and most tokens are improbable everywhere."""
     N, C, V = 40, 32, 500
     w = torch.randn(V, C)
     target = torch.randint(0, 60, (N,))
@@ -828,12 +829,12 @@ def test_linear_skip_below_keeps_its_bound(
         (dx - exact_dx, near_dx - exact_dx, skip_below * w.double().abs().sum(0)),
         (dw - exact_dw, near_dw - exact_dw, skip_below * x_sum),
     ):
-        # Beside the bound, the rounding that is there without skipping.
+        # The rounding without skipping is added to the bound.
         assert (error.abs() <= bound + 2 * plain.abs().max() + 1e-12).all()
 
 
 @pytest.mark.usefixtures("cpp")
-def test_linear_skip_below_leaves_out_what_is_improbable_everywhere(isa: str) -> None:
+def test_linear_skip_below_leaves_out_tokens_improbable_everywhere(isa: str) -> None:
     N, C, V = 64, 16, 300
     w = torch.randn(V, C)
     target = torch.arange(N) % 7
@@ -854,7 +855,7 @@ def test_linear_skip_below_leaves_out_what_is_improbable_everywhere(isa: str) ->
 
 
 def test_linear_skip_below_all(backend: str) -> None:
-    """No entry above the bound: both gradients are zero, or what they are without skipping."""
+    """Without an entry above the bound, both gradients are zero or equal those without skipping."""
     x, w = torch.randn(5, 4, requires_grad=True), torch.zeros(900, 4, requires_grad=True)
     target = torch.full((5,), -100)
     ops.linear_cross_entropy(x, w, target, skip_below=0.5, reduction="sum").backward()

@@ -1,4 +1,4 @@
-"""Data: windows and batches against a naive construction, order by (seed, epoch), bad texts."""
+"""Test data: windows and batches against naive ones, order by (seed, epoch), bad texts."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def batches(loader: DataLoader) -> list[tuple[list, list]]:
 
 
 def windows_seen(loader: DataLoader) -> list[int]:
-    """The first token of each window, in the order of one pass."""
+    """Return the first token of each window, in the order of one pass."""
     return [x for first, _ in batches(loader) for x, *_ in first]
 
 
@@ -262,7 +262,7 @@ def test_sizes_that_are_no_integers(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("data", [None, b"bytes", [[1], [2, 3]], ["a"], [None], {1: 2}], ids=repr)
-def test_what_is_no_data(data: Any) -> None:
+def test_wrong_types_of_data(data: Any) -> None:
     with pytest.raises(ValueError, match="tokens must be a string or a sequence of ids, got"):
         create_dataloader(data)
 
@@ -318,13 +318,13 @@ def test_embedded_text_is_plenty_of_english() -> None:
     assert text == embedded_text()
 
 
-def test_embedded_text_says_nothing_twice() -> None:
+def test_embedded_text_has_no_repeated_paragraph() -> None:
     paragraphs = [line for line in embedded_text().split("\n") if line]
     assert len(set(paragraphs)) == len(paragraphs) > 5000
 
 
 def test_the_end_of_the_embedded_text_is_like_the_rest() -> None:
-    """The validation part is no easier: it has as much white space, which is easy to predict."""
+    """The validation part is no easier: it has as much of the easily predicted white space."""
     text = embedded_text()
     shares = [sum(map(str.isspace, part)) / len(part) for part in (text, text[-len(text) // 10 :])]
     assert abs(shares[0] - shares[1]) < 0.01
@@ -337,7 +337,7 @@ def write_shards(directory: Path, tokens: Sequence[int], shard_tokens: int) -> T
 
 
 def make_documents(pairs: Sequence[tuple[list[int], list[int]]]) -> Documents:
-    """In memory; each (prompt, completion), the completion with its end-of-text."""
+    """Return documents in memory: (prompt, completion) pairs, completions with end-of-text."""
     starts = np.cumsum([0, *(len(p) + len(c) for p, c in pairs)])
     completions = starts[:-1] + np.array([len(p) for p, _ in pairs], np.int64)
     return Documents(torch.tensor(sum((p + c for p, c in pairs), [])), starts, completions)
@@ -374,7 +374,7 @@ def test_batches_of_token_files(
         assert fingerprint(lazy) == fingerprint(part)
 
 
-# Recorded before the order became a tensor: runs that were started then resume.
+# Recorded before the order became a tensor: runs from that time must still resume.
 @pytest.mark.parametrize(
     ("options", "first"),
     [
@@ -391,7 +391,7 @@ def test_batches_of_token_files(
     ],
     ids=["keep-last", "drop-last", "in-order"],
 )
-def test_order_is_what_it_was(options: tuple, first: list[list[int]]) -> None:
+def test_order_equals_the_recorded_one(options: tuple, first: list[list[int]]) -> None:
     order = BatchOrder(*options)
     assert [next(iter(order)) for _ in range(3)] == first
 
@@ -403,7 +403,7 @@ def test_indices_of_any_batch(n: int, batch_size: int, drop_last: bool) -> None:
     walked = [batch for _ in range(3) for batch in order]
     asked = [order.indices(step) for step in range(len(walked))]
     assert asked == walked
-    # Asking in between moves nothing.
+    # Reading indices in between does not move the position.
     order.set_position(1)
     passing = iter(order)
     mixed = [(order.indices(len(walked) - 1), next(passing))[1] for _ in range(len(order) - 1)]
@@ -438,7 +438,7 @@ PAIRS = st.lists(
 def naive_examples(
     pairs: Sequence[tuple[list[int], list[int]]], max_length: int
 ) -> dict[int, tuple[list[int], list[int]]]:
-    """By document number, those that have a target."""
+    """Return the examples that have a target, by document number."""
     out = {}
     for number, (prompt, completion) in enumerate(pairs):
         x, y = [], []
@@ -524,7 +524,7 @@ def test_workers_read_files_and_examples(tmp_path: Path) -> None:
 
 
 class Interrupting(Windows):
-    """A Ctrl-C that reaches every process of the group, in the middle of a batch."""
+    """Simulates a Ctrl-C that reaches every process of the group in the middle of a batch."""
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         os.kill(os.getpid(), signal.SIGINT)
@@ -559,7 +559,7 @@ def test_describe_names_files(tmp_path: Path) -> None:
 def test_describe_examples(tmp_path: Path) -> None:
     pairs = [([1] * 4 * (i == 3), [2, 9]) for i in range(8)]
     _, part = split_tokens(make_documents(pairs), (0.25, 0.75))
-    # Document 3, the part's second, has no target within 3 tokens.
+    # Document 3, the second of this part, has no target within 3 tokens.
     loader = create_dataloader(part, 2, 3, shuffle=False)
     assert describe_batch(loader, 0) == "batch 0 (epoch 0): documents 2, 4"
     files = write_documents(tmp_path, pairs, 11)[2:]
@@ -585,7 +585,7 @@ def test_fingerprints_tell_sources_apart() -> None:
     sources = [tokens, changed, tokens[:-1], tokens[1:], tokens[:0], moved, other, moved.tokens]
     assert len({fingerprint(source) for source in sources}) == len(sources)
     assert fingerprint(changed) == fingerprint(changed.clone())
-    # Where documents lie in their files is no part of what they are.
+    # A document's place in its file does not change its fingerprint.
     pairs = [([1], [9]), ([1, 2], [3, 9]), ([4], [9])]
     assert fingerprint(make_documents(pairs)[1:2]) == fingerprint(moved)
 
@@ -647,7 +647,7 @@ THREE = (0.5, 0.3, 0.2)
         ((), (0.9, 0.1), [range(90), range(90, 100)]),
         ((), THREE, [range(50), range(50, 80), range(80, 100)]),
         (("val",), (0.9, 0.1), [range(100), range(201, 206)]),
-        # Half and a fifth of the whole are five and two of seven that are left.
+        # Half and a fifth of the whole are five and two of the seven that are left.
         (("val",), THREE, [range(71), range(201, 206), range(71, 100)]),
         (("test",), THREE, [range(62), range(62, 100), range(211, 216)]),
         (("test",), (0.9, 0.1), [range(90), range(90, 100), range(211, 216)]),
@@ -660,7 +660,7 @@ THREE = (0.5, 0.3, 0.2)
 def test_load_a_directory_of_parts(
     others: tuple[str, ...], split: tuple[float, ...], wanted: list[range], tmp_path: Path
 ) -> None:
-    # "latest" has "test" in it; what names it a training file comes first.
+    # "latest" contains "test", but a name that says training comes first.
     write_bin(tmp_path / "latest_train_000000.bin", range(40), headered=True)
     write_bin(tmp_path / "latest_train_000001.bin", range(40, 100))
     for name, start in (("val", 201), ("test", 211)):
@@ -691,7 +691,7 @@ def test_load_a_prepared_directory(tmp_path: Path) -> None:
     ]
     for data in ([], [tmp_path / "a.txt"], [tmp_path], [out, out], ["none"], [""], ["x" * 300]):
         assert prepared_tokenizer(data) is None
-    # What is being written is not looked at.
+    # Files that are still being written are ignored.
     write_bin(out / ".train_1.bin", [1, 2, 3])
     assert len(load_data([out], BYTE)) == 3
     with pytest.raises(ValueError, match=r"tokenizer byte \(257 tokens\), not gpt2 \(50257\)"):
@@ -700,7 +700,7 @@ def test_load_a_prepared_directory(tmp_path: Path) -> None:
         load_data([out, tmp_path / "a.txt"], BYTE)
     (out / "test_000000.bin").unlink()
     write_tokens(out / "val_000000.bin", [1])
-    with pytest.raises(ValueError, match="has 1 val tokens, its meta.json says 20; prepare"):
+    with pytest.raises(ValueError, match="has 1 val tokens, but its meta.json says 20; prepare"):
         load_data([out], BYTE)
 
 
@@ -726,7 +726,7 @@ def test_data_prepared_before_vocabularies_were_recorded(tmp_path: Path) -> None
         load_data([tmp_path], get_tokenizer("gpt2"))
 
 
-def test_parts_that_lack_files(tmp_path: Path) -> None:
+def test_parts_with_missing_files(tmp_path: Path) -> None:
     write_bin(tmp_path / "train.bin", range(100))
     meta = {
         "format": 1,
@@ -736,11 +736,11 @@ def test_parts_that_lack_files(tmp_path: Path) -> None:
         "tokens": {"train": 90, "val": 10},
     }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="has 100 train tokens, its meta.json says 90"):
+    with pytest.raises(ValueError, match="has 100 train tokens, but its meta.json says 90"):
         load_data([tmp_path], BYTE)
     meta["tokens"]["train"] = 100
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="has no val files, its meta.json names some"):
+    with pytest.raises(ValueError, match="has no val files, but its meta.json names some"):
         load_data([tmp_path], BYTE)
 
 
@@ -760,7 +760,7 @@ def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
     refuse_load("no file matches .*x.bin", tmp_path / "*x.bin")
     refuse_load("an empty path names no data", "")
     refuse_load("cannot read x+: File name too long; give text files", "x" * 300)
-    refuse_load(f"has token files, a.bin for one, .*; name .* {tmp_path}/\\*.bin for all", tmp_path)
+    refuse_load(f"has token files such as a.bin, .*; name .* {tmp_path}/\\*.bin for all", tmp_path)
     refuse_load("nowhere.txt", tmp_path / "nowhere.txt")
     pairs = '{"prompt": "a", "completion": "b"}'
     (tmp_path / "p.jsonl").write_text(pairs)

@@ -1,4 +1,4 @@
-"""The linear layer of generation: parity with float weights and int8 ones, rows apart, errors."""
+"""Test the linear layer of generation: parity with float and int8 weights, single rows, errors."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from gptfast.kernels.reference import decode_linear as reference
 from gptfast.kernels.reference.decode_linear import quantize
 
 EPS = 1e-5
-# (N, C, outputs): few rows and, from 9 on, tiles; at the borders of both.
+# (N, C, outputs): few rows, and from 9 rows on tiles; the sizes are at the borders of both.
 SIZES = [
     (1, 1, 1),
     (1, 24, 7),
@@ -35,7 +35,7 @@ weights = pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 
 
 def inputs(N: int, C: int, n_out: int, dtype: torch.dtype, int8: bool) -> dict[str, Tensor]:
-    """Every part there may be."""
+    """Return arguments with every optional part."""
     weight, scale = torch.randn(n_out, C) / C**0.5, None
     if int8:
         weight, scale = quantize(weight)
@@ -57,7 +57,7 @@ def ours(case: dict[str, Tensor], *, gelu: bool = False, fp32_out: bool = False)
 
 
 def defined(case: dict[str, Tensor], gelu: bool) -> Tensor:
-    """The reference in float64."""
+    """Compute the reference in float64."""
     double = {name: None if t is None else t.double() for name, t in case.items()}
     norm = double["norm_weight"], double["norm_bias"], EPS
     layer = (double[name] for name in ("weight", "scale", "bias", "residual"))
@@ -65,7 +65,7 @@ def defined(case: dict[str, Tensor], gelu: bool) -> Tensor:
 
 
 def plain(case: dict[str, Tensor], gelu: bool) -> Tensor:
-    """What one writes in PyTorch, in the dtype of x."""
+    """Compute the layer in plain PyTorch, in the dtype of x."""
     x, weight = case["x"], case["weight"].to(case["x"].dtype)
     if case["scale"] is not None:
         weight = weight * case["scale"].to(x.dtype)[:, None]
@@ -77,7 +77,7 @@ def plain(case: dict[str, Tensor], gelu: bool) -> Tensor:
 
 
 def check(make: Callable[[], dict[str, Tensor]], gelu: bool, fp32_out: bool = False) -> None:
-    """Over four cases at once: for a handful of numbers one would compare the luck of roundings."""
+    """Check parity over four cases at once: one case of few numbers compares lucky roundings."""
     results = []
     for _ in range(4):
         case = make()
@@ -123,7 +123,7 @@ def test_parts(backend: str, parts: str, N: int, int8: bool) -> None:
 def test_an_fp32_result_is_not_rounded(backend: str, N: int, int8: bool) -> None:
     y = ours(inputs(N, 70, 50, torch.float16, int8), fp32_out=True)
     assert y.dtype == torch.float32
-    # By chance one in 2**13 is representable.
+    # By chance, one number in 2**13 is representable.
     assert (y != y.half()).float().mean(1).min() > 0.9
 
 
@@ -131,7 +131,7 @@ def test_an_fp32_result_is_not_rounded(backend: str, N: int, int8: bool) -> None
 @weights
 @pytest.mark.parametrize("value", [-1e30, -60.0, 0.0, 60.0, 1e30], ids=str)
 def test_gelu_far_out(backend: str, value: float, int8: bool) -> None:
-    """No NaN, no overflow: zero or the input."""
+    """Far from 0, GELU returns zero or its input, without NaN or overflow."""
     weight, scale = torch.ones(3, 1), None
     if int8:
         weight, scale = quantize(weight)
@@ -144,7 +144,10 @@ def test_gelu_far_out(backend: str, value: float, int8: bool) -> None:
 @both
 @weights
 def test_a_row_depends_on_no_other(backend: str, int8: bool) -> None:
-    """In 2 to MAX_ROWS rows, to the bit, on the Triton kernels; PyTorch's products promise less."""
+    """A row gets the same bits in any batch of 2 to MAX_ROWS rows on the Triton kernels.
+
+    PyTorch's products guarantee equality only up to rounding.
+    """
     case = inputs(8, 100, 70, torch.float32, int8)
     y = ours(case, gelu=True)
     for i in ([0, 5], [7, 3], [3, 6, 1, 2]):
@@ -179,7 +182,7 @@ def test_quantize() -> None:
     assert scale[7] == 1 and not rounded[7].any()
     assert rounded.abs().amax(1)[torch.arange(50) != 7].eq(127).all()
     error = (rounded * scale[:, None] - weight).abs()
-    # Half a step, and a rounding of the product.
+    # The error is at most half a step and a rounding of the product.
     assert (error <= scale[:, None] * (0.5 + 127 * 2**-23)).all()
 
 
@@ -190,9 +193,9 @@ def test_errors() -> None:
         ops.decode_linear(x, weight.T)
     with pytest.raises(ValueError, match="its dtype or int8, got torch.float32 and torch.float64"):
         ops.decode_linear(x, weight.double())
-    with pytest.raises(ValueError, match="a scale with an int8 weight"):
+    with pytest.raises(ValueError, match="a scale for an int8 weight only"):
         ops.decode_linear(x, rounded)
-    with pytest.raises(ValueError, match="a scale with an int8 weight"):
+    with pytest.raises(ValueError, match="a scale for an int8 weight only"):
         ops.decode_linear(x, weight, scale=scale)
     with pytest.raises(ValueError, match=r"scale must be \(5,\) torch.float32"):
         ops.decode_linear(x, rounded, scale=scale.half())

@@ -1,5 +1,5 @@
-"""`gptfast download` against a local server that drops connections, lies about lengths and serves
-damage: what gets its name is whole, and what came is not fetched twice."""
+"""Test `gptfast download` against a local server that drops connections, states wrong lengths and
+serves damaged files: a finished download is whole, and good data is not fetched twice."""
 
 import base64
 import hashlib
@@ -22,7 +22,7 @@ DATA = "model.ckpt.data-00000-of-00001"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` under 124M/, and misbehaves as its attributes say."""
+    """Serves `files` under 124M/ with the faults that its attributes set."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -95,7 +95,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache; the fixture's sizes and sums in the place of GPT-2's; no huggingface_hub."""
+    """Set an empty cache, the fixture's sizes and checksums for GPT-2's, and no huggingface_hub."""
     monkeypatch.setenv("GPTFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 24}
@@ -116,7 +116,7 @@ def assert_whole(path: Path, server: Server) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["gpt2"]
 
 
-def test_seven_files_then_none(server: Server, cache: Path) -> None:
+def test_a_second_download_fetches_nothing(server: Server, cache: Path) -> None:
     path = fetch(server)
     assert path == cache / "gpt2"
     assert_whole(path, server)
@@ -137,7 +137,7 @@ def test_dropped_connections_are_taken_up_again(server: Server) -> None:
 
 def test_a_download_that_was_given_up_goes_on(server: Server, cache: Path) -> None:
     server.cut, server.ranges = 9000, False
-    with pytest.raises(OSError, match=f"gpt2 could not be fetched: {DATA}: cut off after 9,000"):
+    with pytest.raises(OSError, match=f"gpt2 could not be downloaded: {DATA}: cut off after 9,000"):
         fetch(server, attempts=2)
     assert not (cache / "gpt2").exists()
     before = len(server.requests)
@@ -148,13 +148,13 @@ def test_a_download_that_was_given_up_goes_on(server: Server, cache: Path) -> No
 
 @pytest.mark.parametrize("by", [500, -500])
 def test_a_wrong_length(server: Server, cache: Path, by: int) -> None:
-    """Too long: the rest never comes. Too short: what is missing shows in the checksums."""
+    """If the length is too large, the rest never comes; if too small, the checksums fail."""
     server.longer = {DATA: by}
     if by > 0:
-        # What came is all there is, and passes every check.
+        # The whole file came, and it passes every check.
         assert_whole(fetch(server, attempts=2), server)
         return
-    with pytest.raises(OSError, match="what came for gpt2 is damaged: .* truncated"):
+    with pytest.raises(OSError, match="the download of gpt2 is damaged: .* truncated"):
         fetch(server, attempts=2)
     assert not (cache / "gpt2").exists()
     server.longer = {}
@@ -186,10 +186,10 @@ def test_another_model_is_refused(server: Server) -> None:
         fetch(server)
 
 
-def test_a_changed_file_behind_a_cut(server: Server) -> None:
-    """What is there of a file is longer than the file now is: it is fetched anew."""
+def test_a_file_that_shrank_after_a_cut(server: Server) -> None:
+    """A file is fetched again if the part on disk is longer than the file now is."""
     server.cut, server.ranges = 2500, False
-    with pytest.raises(OSError, match="could not be fetched"):
+    with pytest.raises(OSError, match="could not be downloaded"):
         fetch(server, attempts=1)
     server.cut, server.ranges = None, True
     server.files["model.ckpt.meta"] = b"n" * 100
@@ -243,10 +243,10 @@ def test_hugging_face_where_openai_fails(
 
 
 def test_an_error_page_in_the_place_of_files(server: Server, cache: Path) -> None:
-    """As a network's sign-in page: seen at once, and nothing good is fetched twice later."""
+    """A network's sign-in page is detected at once; later, no good file is fetched twice."""
     whole = dict(server.files)
     server.files = dict.fromkeys(whole, b"<html>sign in</html>")
-    with pytest.raises(OSError, match="what came for gpt2 is damaged: checkpoint names no"):
+    with pytest.raises(OSError, match="the download of gpt2 is damaged: checkpoint has no"):
         fetch(server)
     server.files = whole | {"hparams.json": b"<html>sign in</html>"}
     with pytest.raises(OSError, match="hparams.json is damaged"):

@@ -1,5 +1,5 @@
-"""gptfast inside transformers' GPT2LMHeadModel: the same logits, losses, gradients, texts, files;
-undone without a trace; and a real run of transformers' Trainer."""
+"""gptfast inside transformers' GPT2LMHeadModel gives the same logits, losses, gradients, texts and
+files, works in a real run of transformers' Trainer, and can be removed without a trace."""
 
 import copy
 import filecmp
@@ -42,7 +42,7 @@ def make(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
 
 
 def batch(seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Ids and labels, some of these ignored."""
+    """Return ids and labels; some labels are ignored."""
     ids = random_ids(2, T, vocab_size=V, seed=seed)
     labels = ids.clone()
     labels[0, :9] = -100
@@ -51,7 +51,7 @@ def batch(seed: int = 1) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often gptfast's operations are called."""
+    """Count the calls of gptfast's operations."""
     counts = {"attention": 0, "linear_cross_entropy": 0}
 
     def counting(name: str) -> Callable[..., Tensor]:
@@ -64,7 +64,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return call
 
     for name in counts:
-        # Where the loss looks it up, which is its own module.
+        # Patch the loss function's own module, which is where it looks the name up.
         owner = sys.modules["gptfast.ops.cross_entropy"] if name == "linear_cross_entropy" else ops
         monkeypatch.setattr(owner, name, counting(name))
     return counts
@@ -74,7 +74,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_parity(dtype: torch.dtype, training: bool, calls: dict[str, int]) -> None:
     found: dict[str, list[list[Tensor]]] = {}
-    for seed in range(12):  # of a loss, a single number, the maximum of several is compared
+    for seed in range(12):  # a loss is one number, so compare the maximum of several
         theirs = make(seed).to(dtype).train(training)
         ours = accelerate(copy.deepcopy(theirs))
         ref = copy.deepcopy(theirs).double()
@@ -84,7 +84,7 @@ def test_parity(dtype: torch.dtype, training: bool, calls: dict[str, int]) -> No
             model.zero_grad()
             out = model(input_ids=ids, labels=labels)
             loss, logits = out.loss, out.logits
-            if model is ref:  # theirs would be rounded to fp32
+            if model is ref:  # transformers would round it to fp32
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             loss.backward()
             grads = {f"d{name}": p.grad.clone() for name, p in model.named_parameters()}
@@ -100,7 +100,7 @@ def test_parity(dtype: torch.dtype, training: bool, calls: dict[str, int]) -> No
 
 @pytest.fixture
 def heads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The calls of a layer as large as the head."""
+    """Record the calls of a layer as large as the head."""
     calls, forward = [], nn.Linear.forward
 
     def counting(self: nn.Linear, x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_no_logits_in_training(heads: list[int]) -> None:
-    """The head is not called until the logits are read, in whatever way; then once."""
+    """The head is called once, when the logits are first read in any way, and not before."""
     model = accelerate(make()).train()
     ids, labels = batch()
     wanted = model(input_ids=ids).logits
@@ -136,7 +136,7 @@ def test_no_logits_in_training(heads: list[int]) -> None:
 
 
 def test_logits_are_those_of_the_forward() -> None:
-    """Read later, under other modes, they are what they would have been."""
+    """Logits read later, under other modes, equal those computed during the forward."""
     model, (ids, labels) = accelerate(make()).train(), batch()
     out = model(input_ids=ids, labels=labels)
     with torch.no_grad():
@@ -157,8 +157,8 @@ def test_logits_are_those_of_the_forward() -> None:
         out.logits  # noqa: B018
 
 
-def test_what_accelerator_makes_of_an_output(heads: list[int]) -> None:
-    """It copies outputs by their items; the logits stay unread, and can be read."""
+def test_accelerator_copies_an_output(heads: list[int]) -> None:
+    """Accelerator copies outputs item by item; the logits stay unread and can be read later."""
     accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, mixed_precision="bf16")
     inner = accelerate(make()).train()
     model = accelerator.prepare(inner)
@@ -190,7 +190,7 @@ def test_what_accelerator_makes_of_an_output(heads: list[int]) -> None:
     ],
     ids=lambda options: "-".join(options),
 )
-def test_what_forward_takes(options: dict[str, Any]) -> None:
+def test_arguments_of_forward(options: dict[str, Any]) -> None:
     ids, labels = batch()
     for training in (True, False):
         theirs = make().train(training)
@@ -265,7 +265,7 @@ def test_dropout_is_drawn_from_torchs_generator(calls: dict[str, int]) -> None:
     model.train()
     drawn = torch.stack([loss(s) for s in range(3)])
     assert 0 < (drawn - without).abs().max() < without
-    # Checkpointing runs the forward twice and must draw the same.
+    # Checkpointing runs the forward twice and must draw the same dropout.
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -371,7 +371,7 @@ def test_models_that_share_a_config() -> None:
         assert model.transformer.h[0].attn.config is model.config
 
 
-def test_its_own_class_makes_models_too(tmp_path: Path) -> None:
+def test_an_accelerated_class_loads_models_too(tmp_path: Path) -> None:
     model = accelerate(make())
     model.save_pretrained(tmp_path)
     other = accelerate(type(model).from_pretrained(tmp_path))
@@ -380,7 +380,7 @@ def test_its_own_class_makes_models_too(tmp_path: Path) -> None:
     assert type(other) is GPT2LMHeadModel
 
 
-def test_only_who_asks_needs_transformers() -> None:
+def test_importing_gptfast_needs_no_transformers() -> None:
     import subprocess
     import sys
 
@@ -390,7 +390,7 @@ def test_only_who_asks_needs_transformers() -> None:
 
 
 class Windows(torch.utils.data.Dataset):
-    """Text of a pattern, so that it can be learnt in a few steps."""
+    """Windows of text with a pattern that can be learnt in a few steps."""
 
     def __len__(self) -> int:
         return 64
@@ -401,8 +401,8 @@ class Windows(torch.utils.data.Dataset):
 
 
 def test_a_run_of_trainer(tmp_path: Path, calls: dict[str, int]) -> None:
-    """transformers' Trainer with an accelerated model and gptfast.AdamW, beside the plain pair: the
-    same losses; saved, resumed, evaluated."""
+    """transformers' Trainer gives the same losses with an accelerated model and gptfast.AdamW as
+    with the plain pair; it saves, resumes and evaluates."""
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
@@ -445,7 +445,7 @@ def test_a_run_of_trainer(tmp_path: Path, calls: dict[str, int]) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
     assert abs(our_eval - their_eval) < 2e-3
     assert type(trainer.model) is drop_in.GPT2LMHeadModel
-    # From its checkpoint at step 6 to the same end.
+    # The run resumes from its checkpoint at step 6 and ends the same.
     final = [p.clone() for p in trainer.model.parameters()]
     import shutil
 
@@ -453,7 +453,7 @@ def test_a_run_of_trainer(tmp_path: Path, calls: dict[str, int]) -> None:
     resumed, _, again = run("ours", True, resume=True)
     torch.testing.assert_close(resumed[-6:], ours[-6:], rtol=0, atol=1e-5)
     torch.testing.assert_close(list(again.model.parameters()), final, rtol=0, atol=1e-5)
-    # What Trainer saved is transformers' and ours to load.
+    # Both transformers and gptfast load what Trainer saved.
     plain = GPT2LMHeadModel.from_pretrained(tmp_path / "ours" / "checkpoint-12").eval()
     gpt = gptfast.GPT.from_pretrained(tmp_path / "ours" / "checkpoint-12")
     ids = batch()[0]

@@ -1,4 +1,4 @@
-"""The token embedding: parity, who may see the head's gradient, compilation, ids out of range."""
+"""Test the token embedding: parity, uses of the head's gradient, compilation, ids out of range."""
 
 import importlib
 from collections.abc import Callable
@@ -27,13 +27,13 @@ def defined(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tied(embed: Embed, idx: Tensor, weight: Tensor) -> Tensor:
-    """Every row of x, then every row of the head, whose gradient nothing else holds."""
+    """Return every row of x, then every row of the head; nothing else holds the head's gradient."""
     x, head = embed(idx, weight)
     return torch.cat([x.flatten(0, -2), head * 1.0])
 
 
 def check_embedding(idx: Tensor, V: int, C: int, dtype: torch.dtype) -> None:
-    # A gradient of order one, and one that is expanded.
+    # One gradient is of order one, the other is expanded.
     douts = [torch.randn(idx.numel() + V, C), None]
     weights = [{"weight": torch.randn(V, C).to(dtype)} for _ in douts]
     check(
@@ -44,8 +44,8 @@ def check_embedding(idx: Tensor, V: int, C: int, dtype: torch.dtype) -> None:
     )
 
 
-# (shape of idx, V, C): every tile of the Triton kernels, runs over none, one and many of their
-# segments, more columns than a block.
+# (shape of idx, V, C): the sizes need every tile of the Triton kernels, runs over none, one and
+# many of their segments, and more columns than a block.
 SIZES = [
     ((1,), 1, 1),
     ((2, 3), 5, 3),
@@ -74,7 +74,7 @@ def test_runs_at_the_edges_of_segments(triton: str) -> None:
     assert kernels.SEGMENT == 128
     for lengths in ([128, 1, 127], [127, 130], [1, 255, 1], [100, 28, 257]):
         idx = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        # Small integers add up exactly: a row lost or counted twice shows.
+        # Small integers add up exactly, so a row that is lost or counted twice shows.
         dx, dweight = torch.randint(-4, 5, (len(idx), 5)).float(), torch.ones(len(lengths) + 1, 5)
         with poisoned():
             out = bwd(dweight, dx, idx)
@@ -95,7 +95,7 @@ def test_many_equal_tokens_are_summed_in_fp32(backend: str, dtype: torch.dtype) 
     dx = torch.rand(800, 24).to(dtype)
     out = bwd(torch.ones(3, 24, dtype=dtype), dx, torch.ones(800, dtype=torch.int64))
     exact = 1 + dx.double().sum(0)
-    # One rounding to nearest, and what 800 roundings in fp32 add.
+    # The error is one rounding to nearest, and 800 roundings in fp32.
     assert ((out[1].double() - exact) / exact).abs().max() < torch.finfo(dtype).eps * 0.51
     assert torch.equal(out[[0, 2]], torch.ones(2, 24, dtype=dtype))
 
@@ -127,7 +127,7 @@ def test_layouts_of_dx_and_idx(backend: str, kind: str) -> None:
 
 
 def check_past_int32() -> None:
-    # 4 GB, of which only the pages that are written ever exist.
+    # The tensor has 4 GB, but only the pages that are written ever exist.
     V, C = 2**21 + 3, 1024
     weight, last = torch.empty(V, C, dtype=torch.float16), torch.tensor([V - 1, V - 1])
     weight[-1] = 1
@@ -158,7 +158,7 @@ def test_ids_out_of_range(backend: str, bad: int) -> None:
 
 
 def test_ids_out_of_range_write_nothing(triton: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does, where nothing asks."""
+    """Without the check of ids, as on a GPU, ids out of range give NaN and write nothing."""
     kernels = importlib.import_module("gptfast.kernels.triton.embedding")
     monkeypatch.setattr(kernels, "check_ids", lambda idx, V: None)
     idx = torch.cat([torch.tensor([4, -1, 5, 2**40, -(2**40), 1]), torch.full((300,), 7)])
@@ -180,7 +180,7 @@ def loss_of(x: Tensor, head: Tensor) -> Tensor:
 
 
 def test_the_gradient_is_the_heads_own_buffer() -> None:
-    """What the op is for: no second (V, C) buffer, wherever the head's gradient comes from."""
+    """The op adds to the head's gradient in place, without a second (V, C) buffer."""
     for use in (
         loss_of,
         lambda x, head: 2 * loss_of(x, head),
@@ -230,7 +230,7 @@ def change_in_hook(x: Tensor, head: Tensor, weight: Tensor) -> list[Tensor]:
 
 
 def retain_grad(x: Tensor, head: Tensor, weight: Tensor) -> list[Tensor]:
-    # F.embedding's own head is a leaf, whose .grad is the whole gradient: take the head's here.
+    # With F.embedding, the head is a leaf whose .grad is the whole gradient: view it as a non-leaf.
     middle = head if head is not weight else weight.view_as(weight)
     middle.retain_grad()
     (x.sin().sum() + middle.sin().sum()).backward()
@@ -324,7 +324,7 @@ USES = [
 @pytest.mark.filterwarnings("ignore:Anomaly")
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_equals_autograds_own(use: Callable) -> None:
-    """The gradient, and what anyone else kept of the head's gradient before the rows came."""
+    """The gradient equals autograd's, and so do copies of the head's gradient that others kept."""
     results = []
     for embed in (plain, ops.embedding):
         torch.manual_seed(shifted(1))
@@ -339,7 +339,7 @@ def test_equals_autograds_own(use: Callable) -> None:
 
 
 def test_a_node_that_waits_for_the_same_gradient() -> None:
-    # Addition hands one tensor to both; `delta` is older than the embedding, so it is read later.
+    # Addition passes one tensor to both; `delta` is older than the embedding, so it is read later.
     results = []
     for embed in (plain, ops.embedding):
         torch.manual_seed(shifted(1))
@@ -410,7 +410,7 @@ def test_float64_is_served_by_the_reference(isa: str) -> None:
 
 
 def test_compiled_where_the_head_leaves_the_graph() -> None:
-    # Its gradient is an input of the compiled backward, and here somebody else's too.
+    # The head's gradient is an input of the compiled backward, and here other code uses it too.
     torch._dynamo.reset()
     compiled = torch.compile(ops.embedding, fullgraph=True, backend="aot_eager")
     results = []

@@ -1,5 +1,5 @@
-"""The engine: the model's own logits by the parity rule, the same bits whatever a token is computed
-beside, and nothing left behind."""
+"""The engine gives the model's logits by the parity rule, gives each token the same bits in any
+batch, and leaves no memory behind."""
 
 import math
 import os
@@ -63,9 +63,6 @@ def prompts(*lengths: int, vocab_size: int = 211) -> list[list[int]]:
     return [random_ids(n, vocab_size=vocab_size, seed=n).tolist() for n in lengths]
 
 
-# ---- Its numbers
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_logits_by_the_parity_rule(engine_isa: str, dtype: str, shape: str) -> None:
@@ -79,14 +76,14 @@ def test_logits_by_the_parity_rule(engine_isa: str, dtype: str, shape: str) -> N
 
     out = every(engine.logits)
     plain = every(partial(logits_of, model.to(tested)))
-    # Of weights rounded to the dtype, as the engine's are.
+    # The model's weights are now rounded to the dtype, like the engine's.
     ref = every(partial(logits_of, model.double()))
     assert_parity("logits", out.to(tested), ref, plain)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_is_near(engine_isa: str, shape: str) -> None:
-    """Rounding weights to 127 steps of a row's largest and inputs to 127 of a group's: about 1%."""
+    """Rounding weights to 1/127 of a row's maximum and inputs to 1/127 of a group's costs 1%."""
     model = random_model(std=0.08, **SHAPES[shape]).eval()
     ids = random_ids(model.config.block_size, vocab_size=model.config.vocab_size).tolist()
     out, ref = Engine(model, "int8").logits(ids), logits_of(model, ids)
@@ -94,8 +91,8 @@ def test_int8_is_near(engine_isa: str, shape: str) -> None:
 
 
 def test_int8_is_the_same_at_every_level_but_for_rounding(model: GPT) -> None:
-    """Sums of whole numbers are exact, however a level takes them. An input beside the border of
-    two whole numbers may be rounded to either, which shows in single logits."""
+    """Sums of whole numbers are exact in any order. An input halfway between two whole numbers may
+    be rounded to either, which changes single logits."""
     ids, engine = prompts(64)[0], Engine(model, "int8")
     before, found = EXTENSION.build_info()["isa"], []
     for level in EXTENSION.build_info()["isa_supported"]:
@@ -108,7 +105,7 @@ def test_int8_is_the_same_at_every_level_but_for_rounding(model: GPT) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_however_computed(engine_isa: str, dtype: str, model: GPT) -> None:
-    """All at once, token by token, in pieces, beside other rows, by any number of threads."""
+    """A prompt gets the same bits whole, by token, in pieces, in a batch and with more threads."""
     ids, others = prompts(50)[0], prompts(1, 13, 33, 7)
     engine = Engine(model, dtype)
     rows = engine.rows
@@ -141,7 +138,7 @@ def test_prompts_longer_than_a_chunk(model: GPT) -> None:
 @pytest.mark.parametrize("name", SAMPLING)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_prompt_alone_in_any_batch_and_streamed(dtype: str, name: str, model: GPT) -> None:
-    """Past block_size too, where rows are computed anew at each token."""
+    """The rule holds past block_size too, where rows are recomputed at each token."""
     asked, options = prompts(1, 2, 30, 63, 64, 70, 5, 5), SAMPLING[name]
     engine = Engine(model, dtype, max_batch=3)
     rows = engine.generate(asked, 20, **options)
@@ -152,7 +149,7 @@ def test_a_prompt_alone_in_any_batch_and_streamed(dtype: str, name: str, model: 
         assert rows == generate(model, asked, 20, **options)
 
 
-def test_rows_that_differ_in_all_they_are_asked(model: GPT) -> None:
+def test_rows_with_different_options(model: GPT) -> None:
     engine, asked = Engine(model, max_batch=2), prompts(3, 9, 20)
     options = {"temperature": [0.0, 0.7, 1.5], "top_k": [3, 50, 9], "seed": [1, 2, 3]}
     options["repetition_penalty"] = [1.0, 1.4, 2.0]
@@ -162,14 +159,11 @@ def test_rows_that_differ_in_all_they_are_asked(model: GPT) -> None:
         assert engine.generate([prompt], 15, **one) == [rows[n]]
 
 
-# ---- Rows that come and go
-
-
 def test_100_000_tokens_leave_nothing_behind() -> None:
     model = random_model(block_size=64, n_layer=1, vocab_size=211).eval()
     engine = Engine(model, "int8", max_batch=16)
     asked = prompts(*range(1, 60)) * 4
-    lengths = [1 + n * 7 % 60 for n in range(len(asked))]  # ended by the caller, each elsewhere
+    lengths = [1 + n * 7 % 60 for n in range(len(asked))]  # the caller ends each there
     wanted = {}
     sizes = []
     tokens = 0
@@ -200,22 +194,22 @@ def test_a_common_prefix_is_computed_once(model: GPT) -> None:
     asked = [[*common, *p] for p in prompts(3, 5, 9, 1)]
     rows = engine.generate(asked, 6, temperature=0.0)
     assert rows == [Engine(model).generate([p], 6, temperature=0.0)[0] for p in asked]
-    # Once the common part, and of each row its own.
+    # The cache holds the common part once, and each row's own part.
     assert engine.rows._n_slots - len(engine.rows._free) < 40 + sum(map(len, asked)) - 4 * 40 + 30
     assert engine.stats.prompt_tokens == 40 + 3 + 5 + 9 + 1
 
 
-def test_what_was_said_before_is_not_computed_again(model: GPT) -> None:
+def test_earlier_turns_are_not_computed_again(model: GPT) -> None:
     engine = Engine(model)
     said = engine.generate(prompts(20), 6, temperature=0.0)[0]
     before = engine.stats.prompt_tokens
     follow_up = said + [7, 8]
     rows = engine.generate([follow_up], 4, temperature=0.0)
     assert rows == Engine(model).generate([follow_up], 4, temperature=0.0)
-    assert engine.stats.prompt_tokens - before == 3  # the last drawn, and what is new
+    assert engine.stats.prompt_tokens - before == 3  # the last drawn token and two new ones
 
 
-def test_beams_share_what_they_have_in_common(model: GPT) -> None:
+def test_beams_share_their_common_tokens(model: GPT) -> None:
     engine, prompt = Engine(model), prompts(30)[0]
     most = 0
     real = engine.rows.forward
@@ -258,8 +252,8 @@ def test_threads_take_turns(model: GPT) -> None:
     assert [found[n] for n in range(len(asked))] == wanted
 
 
-def test_what_was_not_computed_is_not_kept(model: GPT) -> None:
-    """An interruption between the pieces of a prompt: its tokens are nobody's beginning."""
+def test_an_interrupted_prompt_is_not_kept(model: GPT) -> None:
+    """If a prompt is interrupted between its pieces, no later prompt reuses its tokens."""
     model = random_model(block_size=3 * MAX_STEP_TOKENS).eval()
     engine, prompt = Engine(model), random_ids(2 * MAX_STEP_TOKENS + 10).tolist()
     step, calls = engine.rows._step, []
@@ -292,14 +286,14 @@ def test_an_error_leaves_the_engine_free(model: GPT) -> None:
 def test_a_forked_child_is_not_locked_out(model: GPT) -> None:
     engine = Engine(model)
     wanted = engine.generate(prompts(5), 4, temperature=0.0)
-    with engine._lock:  # held by a thread that the child has not
+    with engine._lock:  # held by a thread that the child does not have
         child = os.fork()
         if not child:
             os._exit(0 if engine.generate(prompts(5), 4, temperature=0.0) == wanted else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_later_token_that_is_no_number(model: GPT) -> None:
+def test_a_nan_token_leaves_earlier_logits_alone(model: GPT) -> None:
     model = random_model(tie_weights=False, block_size=64).eval()
     with torch.no_grad():
         model.wte.weight[5] = torch.nan
@@ -309,12 +303,9 @@ def test_a_later_token_that_is_no_number(model: GPT) -> None:
         assert torch.equal(logits[:3], engine.logits([1, 2, 3])) and logits[3].isnan().all()
 
 
-# ---- Guesses
-
-
 @pytest.fixture
 def parrot() -> GPT:
-    """Repeats itself: its head likes what it has just read."""
+    """Return a model that repeats itself: its head prefers the token it has just read."""
     model = random_model(seed=3, std=0.05, block_size=128, vocab_size=97).eval()
     with torch.no_grad():
         model.wte.weight.mul_(8)
@@ -354,9 +345,6 @@ def test_a_useless_draft(model: GPT) -> None:
     assert engine.generate(asked, 30, seed=4, draft=other) == wanted
 
 
-# ---- Log-probabilities
-
-
 def test_logprobs_are_the_logits(model: GPT) -> None:
     engine, prompt = Engine(model), prompts(9)[0]
     rows, chosen, tops = engine.generate([prompt], 12, seed=1, logprobs=True, top_logprobs=4)
@@ -367,9 +355,6 @@ def test_logprobs_are_the_logits(model: GPT) -> None:
         assert top == list(zip(ids.tolist(), values.tolist(), strict=True))
     streamed = list(engine.stream(prompt, 12, seed=1, top_logprobs=4))
     assert streamed == list(zip(rows[0][9:], chosen[0], tops[0], strict=True))
-
-
-# ---- Scores
 
 
 def test_scores_are_the_models(model: GPT) -> None:
@@ -386,7 +371,7 @@ def test_scores_are_the_models(model: GPT) -> None:
 
 
 def test_int8_costs_half_a_percent_of_perplexity_at_most() -> None:
-    """Of a model that has learnt something, on text held back."""
+    """Train a small model, then compare perplexities on text that was held back."""
     tokenizer = get_tokenizer("byte")
     tokens = as_tokens(embedded_text()[:200_000], tokenizer)
     torch.manual_seed(shifted(0))

@@ -1,4 +1,4 @@
-"""Packed directories, damaged or whole, and what an engine refuses."""
+"""Test packed directories, damaged or whole, and the inputs that an engine refuses."""
 
 import json
 import os
@@ -27,9 +27,6 @@ def model() -> GPT:
     return random_model(block_size=64, vocab_size=211).eval()
 
 
-# ---- Files
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_packed_directory_is_the_engine(dtype: str, model: GPT, tmp_path: Path) -> None:
     engine = Engine(model, dtype)
@@ -56,7 +53,7 @@ def test_the_tokenizer_goes_along(model: GPT, tmp_path: Path) -> None:
 
 
 def _damaged(path: Path) -> Iterator[str]:
-    """Leaves another damage in the file each time."""
+    """Write one kind of damage to the file after another; yield a name for each."""
     whole = path.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:start])
@@ -73,7 +70,7 @@ def _damaged(path: Path) -> Iterator[str]:
         ("crc32c", "0"),
         ("config", "{}"),
         ("config", json.dumps({"n_layer": 10**9})),
-        # Of the right size, but other heads; and one whose count of bytes is 0 in 64 bits.
+        # The first has the right size but other heads; the other's byte count is 0 in 64 bits.
         ("config", header["__metadata__"]["config"].replace('"n_head": 2', '"n_head": 4')),
         (
             "config",
@@ -101,9 +98,6 @@ def test_damaged_files_are_refused(model: GPT, tmp_path: Path) -> None:
             Engine(tmp_path / "packed")
 
 
-# ---- What is refused
-
-
 def test_bad_input_gets_one_clear_error(model: GPT, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, int8, got 'fp8'"):
         Engine(model, "fp8")
@@ -122,8 +116,8 @@ def test_bad_input_gets_one_clear_error(model: GPT, tmp_path: Path) -> None:
         ({"draft": engine, "lookup": True}, "lookup and draft do not go together"),
         ({"lookup": True, "num_beams": 2}, "lookup and num_beams=2 do not go together"),
         ({"lookup": 3}, "lookup must be True or False, got 3"),
-        ({"top_logprobs": -1}, "top_logprobs must be from 0 to 211, got -1"),
-        ({"top_logprobs": 212}, "top_logprobs must be from 0 to 211, got 212"),
+        ({"top_logprobs": -1}, "top_logprobs must be an integer from 0 to 211, got -1"),
+        ({"top_logprobs": 212}, "top_logprobs must be an integer from 0 to 211, got 212"),
         ({"top_logprobs": 1, "num_beams": 2}, "top_logprobs"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -139,7 +133,7 @@ def test_bad_input_gets_one_clear_error(model: GPT, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_no_numbers(dtype: str, value: float, model: GPT) -> None:
+def test_nan_or_infinite_weights(dtype: str, value: float, model: GPT) -> None:
     with torch.no_grad():
         model.h[1].mlp.c_fc.weight[5, 7] = value
     engine = Engine(model, dtype)
@@ -148,7 +142,7 @@ def test_weights_that_are_no_numbers(dtype: str, value: float, model: GPT) -> No
     assert engine.generate([], 5) == []
 
 
-def test_the_operator_refuses_what_would_be_out_of_bounds(model: GPT) -> None:
+def test_the_operator_refuses_arguments_out_of_bounds(model: GPT) -> None:
     step, packed = torch.ops.gptfast.engine_step, Engine(model).packed
     cache = torch.zeros(2 * 2 * 2 * 16 * 10)  # 10 slots
     slots = torch.arange(10, dtype=torch.int32)[None]
@@ -177,8 +171,8 @@ def test_the_operator_refuses_what_would_be_out_of_bounds(model: GPT) -> None:
     torch.library.opcheck(step.default, tuple(good), test_utils=("test_schema",))
 
 
-def test_a_model_that_is_not_as_it_was_made() -> None:
-    """It generates by itself, whatever was done to it; an engine of it is refused."""
+def test_a_changed_model() -> None:
+    """A changed model still generates by itself; an engine of it is refused."""
     prompt = random_ids(5).tolist()
 
     def tied() -> GPT:
@@ -207,7 +201,7 @@ def test_a_model_that_is_not_as_it_was_made() -> None:
             wanted = generate(model, [prompt], 20, temperature=0.0)
         assert generate(model, [prompt], 20, temperature=0.0) == wanted, make.__name__
         if make in (another_eps, one_more):
-            with pytest.raises(ValueError, match="as it was made"):
+            with pytest.raises(ValueError, match="takes an unchanged gptfast.GPT"):
                 Engine(model)
         else:
             assert Engine(model).generate([prompt], 20, temperature=0.0) == wanted

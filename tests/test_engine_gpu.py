@@ -1,4 +1,4 @@
-"""The engine's rows on a device: held to the plain model, alone and in batches that change."""
+"""Compare the engine's rows on a device with the plain model, alone and in changing batches."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ SAMPLED = {"temperature": 1.2, "top_k": 9, "top_p": 0.9, "seed": [3, 4, 5]}
 
 
 def lively_model(**changes: Any) -> GPT:
-    """Positions weigh more than the last token, so that greedy text does not settle on one id."""
+    """Return a model in which positions weigh more than tokens, so greedy text keeps changing."""
     with torch.device("cpu"):
         model = random_model(std=0.4, **changes).eval()
     with torch.no_grad():
@@ -36,7 +36,7 @@ def lively_model(**changes: Any) -> GPT:
 
 
 def on_device(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
-    """A copy where the kernels run."""
+    """Return a copy on the device where the kernels run."""
     with torch.device("cpu"):
         copy = GPT(model.config)
     copy.load_state_dict(model.state_dict())
@@ -44,7 +44,7 @@ def on_device(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
 
 
 def expected(model: GPT, prompts: Sequence[Sequence[int]], n: int, **options: Any) -> list:
-    """The reference path: the plain model with its cache, on the CPU."""
+    """Generate on the reference path: the plain model with its cache, on the CPU."""
     with torch.device("cpu"), use_backend("reference"):
         return generate(model, [list(p) for p in prompts], n, **options)
 
@@ -61,7 +61,7 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 
 
 class Loop:
-    """Rows that go on together, each to its own length, as the engine drives them."""
+    """Generates several rows together, each to its own length, as the engine does."""
 
     def __init__(self, rows: GraphRows, prompts: Sequence[list[int]], **options: Any) -> None:
         self.rows, self.texts = rows, [list(p) for p in prompts]
@@ -71,7 +71,7 @@ class Loop:
         self._live: tuple[int, ...] = ()
 
     def step(self, *live: int) -> None:
-        """A token for each of these texts; a prompt's first comes of the whole prompt."""
+        """Add a token to each of these texts; a new text's whole prompt is computed first."""
         size, new = self.rows.block_size, []
         for i in live:
             text = self.texts[i]
@@ -96,7 +96,7 @@ class Loop:
 @both
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_ids_are_the_references(backend: str, options: dict[str, Any]) -> None:
-    """Unequal prompts in one batch, two of which slide past block_size."""
+    """Generate from unequal prompts in one batch, two of which slide past block_size."""
     model, prompts = lively_model(), prompts_of(3, 11, 14)
     loop = Loop(gpu_rows(on_device(model), "fp32", 4), prompts, **options)
     for _ in range(5):
@@ -112,7 +112,7 @@ def test_rows_come_and_go(backend: str) -> None:
     loop.step(1)
     loop.step(2)
     loop.step(0, 1, 2)
-    loop.step(2, 1)  # in another order, one of them resting in what is left over
+    loop.step(2, 1)  # in another order, while row 0 rests
     loop.end(1)
     loop.step(3)
     loop.step(3, 0)
@@ -125,7 +125,7 @@ def test_rows_come_and_go(backend: str) -> None:
 
 
 def test_a_step_begun_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once two steps were alike: one step too many where others follow, and none wrong."""
+    """After two equal steps the next is begun early; a change costs one step and no wrong token."""
     model, prompts = lively_model(), prompts_of(2, 3, 4)
     loop, steps = Loop(gpu_rows(on_device(model), "fp32", 4), prompts, **SAMPLED), []
     launch = gpu._Step.launch
@@ -134,9 +134,9 @@ def test_a_step_begun_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     for live in [(0, 1)] * 6 + [(1, 0), (1, 0), (1, 0, 2), (1, 0, 2), (1, 0, 2)]:
         loop.step(*live)
         counts.append(len(steps))
-    # A prompt, a step, from the second on one that is begun; the same for others, and again.
+    # A prompt launches no step, the first step one, and the second also the next; so do new rows.
     assert counts == [0, 1, 3, 4, 5, 6, 7, 9, 9, 10, 12]
-    # Row 1's last token is taken back and another put there: nothing that was begun is used.
+    # Replace row 1's last token: the step that was begun must not be used.
     row = loop._row[1]
     loop.rows.truncate(row, len(loop.rows.ids[row]) - 1)
     loop.texts[1][-2:] = [(loop.texts[1][-2] + 1) % 61]
@@ -148,7 +148,7 @@ def test_a_step_begun_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @both
 def test_several_tokens_and_truncate(backend: str) -> None:
-    """Logits behind each token asked for, of rows together and alone; what is cut off is gone."""
+    """Logits of several tokens per row are right, in a batch or alone; truncation drops tokens."""
     model, (a, b, other) = lively_model(), prompts_of(9, 12, 6)
     rows = gpu_rows(on_device(model), "fp32", 2)
     first, second = rows.new(), rows.new()
@@ -206,7 +206,7 @@ def test_forks_and_more_rows_than_at_first() -> None:
 @both
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_int8_is_the_rounded_model(backend: str, tied: bool) -> None:
-    """The plain model with the same rounded matrices writes the same."""
+    """The plain model with the same rounded matrices generates the same text."""
     model = lively_model(tie_weights=tied)
     with torch.device("cpu"):
         rounded = lively_model(tie_weights=False)
@@ -251,9 +251,6 @@ def test_weight_bytes() -> None:
 def test_another_dtype() -> None:
     with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, int8, got 'fp8'"):
         gpu_rows(lively_model(), "fp8", 1)
-
-
-# ---- Under the engine's own loop
 
 
 @pytest.fixture
@@ -303,13 +300,10 @@ def test_sequences_select() -> None:
         sequences.close()
 
 
-# ---- On a GPU
-
-
 @needs_gpu
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_a_replay_is_the_eager_step(triton: str, dtype: str) -> None:
-    """To the bit: logits and ids of steps that are captured, against the same without graphs."""
+    """Captured steps give the same ids and logits as eager ones, bit for bit."""
     model = on_device(lively_model(n_embd=64, block_size=64))
     captured, eager = gpu_rows(model, dtype, 4), gpu_rows(model, dtype, 4)
     eager.captures = False
@@ -326,7 +320,7 @@ def test_a_replay_is_the_eager_step(triton: str, dtype: str) -> None:
 
 
 @needs_gpu
-def test_graphs_are_made_anew_where_the_cache_grows(triton: str) -> None:
+def test_graphs_are_captured_again_when_the_cache_grows(triton: str) -> None:
     model, prompts = lively_model(), prompts_of(3, 9, 5)
     loop = Loop(gpu_rows(on_device(model), "fp32", 1), prompts)
     for live in ((0,), (0,), (1,), (0, 1), (2,), (0, 1, 2), (0, 1, 2)):
@@ -339,7 +333,7 @@ def test_graphs_are_made_anew_where_the_cache_grows(triton: str) -> None:
 
 @needs_gpu
 def test_bf16_is_near_the_plain_model(triton: str) -> None:
-    """Logits of a prompt and of tokens one by one: at most twice as far from fp32 as PyTorch's."""
+    """Logits are at most twice as far from fp32 as PyTorch's, for a prompt and single tokens."""
     model, (prompt,) = lively_model(n_embd=64, block_size=64), prompts_of(40)
     exact = all_logits(model, prompt)
     plain = on_device(model, torch.bfloat16)(torch.tensor([prompt]))[0].float().cpu()

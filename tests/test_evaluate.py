@@ -1,4 +1,4 @@
-"""Evaluation: the token-weighted mean by hand, without dropout, and perplexity."""
+"""Test evaluation: the token-weighted mean against one by hand, without dropout, and perplexity."""
 
 import math
 
@@ -23,7 +23,7 @@ from gptfast.generation.model_decoder import target_losses
 
 
 def by_hand(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """The mean over every target that counts, each looked up in its own log-softmax."""
+    """Return the mean loss of all targets that count, each looked up in its own log-softmax."""
     losses = []
     with torch.no_grad():
         for x, y in batches:
@@ -35,7 +35,7 @@ def by_hand(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> float:
 
 @pytest.fixture
 def batches() -> list[tuple[Tensor, Tensor]]:
-    """Batches of unequal size, one with most of its targets ignored, one with all."""
+    """Return batches of unequal size; one has most of its targets ignored, one has all."""
     shapes = [(4, 16), (4, 9), (1, 3), (2, 16), (2, 5)]
     out = [(random_ids(*s, seed=i), random_ids(*s, seed=9 + i)) for i, s in enumerate(shapes)]
     out[3][1][:, 2:] = -100
@@ -47,7 +47,7 @@ def test_mean_counts_every_token_once(batches: list[tuple[Tensor, Tensor]]) -> N
     model = random_model().eval()
     wanted = by_hand(model, batches)
     assert abs(loader_loss(model, batches) - wanted) < 1e-5
-    # The mean of the batches' means is another number.
+    # The mean of the batches' means differs.
     means = [model(x, y).item() for x, y in batches[:-1]]
     assert abs(sum(means) / len(means) - wanted) > 1e-3
 
@@ -105,7 +105,7 @@ def test_perplexity() -> None:
 
 
 def test_every_module_keeps_its_own_mode() -> None:
-    """Dropout is off inside, whoever had it on; a part kept in evaluation mode stays there."""
+    """Dropout is off during evaluation; afterwards every module has its own mode again."""
     from gptfast import generate
     from gptfast.evaluate.loss import loader_loss
 
@@ -120,12 +120,12 @@ def test_every_module_keeps_its_own_mode() -> None:
         assert [module.training for module in model.modules()] == modes
 
 
-# By a sliding window
+# The tests below use a sliding window.
 
 
 def by_the_recipe(model: GPT, tokens: Tensor, max_length: int, stride: int) -> tuple[float, float]:
-    """transformers' "Perplexity of fixed-length models", on transformers' model: the loss that its
-    perplexity is of; and all that was lost, a token once each."""
+    """Follow transformers' "Perplexity of fixed-length models" on transformers' model; return the
+    loss behind its perplexity, and the sum of the losses with each token counted once."""
     from test_weights import hf_model
 
     theirs = hf_model(model)
@@ -161,7 +161,7 @@ def test_sliding_window_is_transformers_recipe(n: int, max_length: int, stride: 
 
 
 class Bytes61:
-    """61 tokens of i % 4 bytes each, the last of them end-of-text."""
+    """A tokenizer of 61 tokens with i % 4 bytes each; the last is end-of-text."""
 
     name, n_vocab, eot = "61", 61, 60
 
@@ -194,7 +194,7 @@ def test_a_bf16_model_is_measured_in_fp32() -> None:
     model, tokens = random_model(std=0.5).bfloat16(), random_ids(300)
     score = sliding_score(model, tokens, BYTE_61, max_length=16, stride=8)
     fp32 = sliding_score(model.float(), tokens, BYTE_61, max_length=16, stride=8)
-    # Losses rounded to bf16 would be off by about 0.4 % each, in one direction or the other.
+    # Losses rounded to bf16 would each be off by about 0.4 %, up or down.
     assert 0 < abs(score.loss - fp32.loss) < 0.02 * fp32.loss
     rows = [(tokens[:16], tokens[1:17])]
     x, y = padded(rows)
@@ -211,7 +211,7 @@ def test_a_bf16_model_is_measured_in_fp32() -> None:
         ({"max_length": 16, "stride": 17}, 40, "stride must be from 1 to max_length=16, got 17"),
         ({"max_length": 17, "stride": 4}, 40, "max_length must be from 2 to block_size=16, got 17"),
         ({"max_length": 1, "stride": 1}, 40, "max_length must be from 2"),
-        ({"max_length": 16, "stride": 4}, 1, "1 are there, two are needed"),
+        ({"max_length": 16, "stride": 4}, 1, "at least two tokens, got 1"),
     ],
 )
 def test_bad_windows(options: dict[str, int], n: int, message: str) -> None:

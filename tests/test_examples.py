@@ -1,5 +1,5 @@
-"""examples/plain.py and docs/drop_in.md: each replacement alone and all together give the losses of
-the plain script, and the page says what is tested."""
+"""Check examples/plain.py and docs/drop_in.md: each replacement, and all together, give the losses
+of the plain script, and the page says what is tested."""
 
 import re
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_same_losses(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) ->
     plain = list(script(())(12, **SIZES))
     assert not any(counts.values()) and not steps
     swapped = list(script(names)(12, **SIZES))
-    # Each step's rounding is the next one's data.
+    # Roundings carry over from step to step.
     assert swapped == pytest.approx(plain, abs=2e-4)
     assert plain[-1] < plain[0] - 0.2
     assert counts == {name: 12 * CALLED[name] if name in names else 0 for name in CALLED}
@@ -48,7 +48,7 @@ def test_same_losses(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_clipping_is_on() -> None:
-    """So that max_norm in its place is seen to do something."""
+    """Clipping changes the plain script's losses, so max_norm in its place is really tested."""
     unclipped = (
         (ROOT / "examples/plain.py").read_text().replace("clip_grad_norm_", "get_total_norm")
     )

@@ -1,4 +1,4 @@
-"""docs/finetuning.md: its commands, one after the other with fewer steps, do what it says."""
+"""Run the commands of docs/finetuning.md in order with fewer steps: they do what it says."""
 
 import contextlib
 import io
@@ -24,17 +24,13 @@ FEWER = {
     "--out runs/rates": "--jobs 3 --out runs/rates",
 }
 BYTE = get_tokenizer("byte")
-# The commands run once: one worker takes all tests.
+# The commands run only once, so one worker takes all tests.
 pytestmark = pytest.mark.xdist_group("finetuning")
-
-
-def best_trial() -> str:
-    return json.loads(Path("runs/rates/results.json").read_text())[0]["trial"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each command printed, in a new directory, where the tests then are too."""
+    """Run each command in a new directory, where the tests run too; return what it printed."""
     printed = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("finetuning"))
@@ -44,8 +40,6 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             for command in content.splitlines() if language == "sh" else ():
                 for long, short in FEWER.items():
                     command = command.replace(long, short)
-                # Which trial is the best hangs on the number of steps and on the CPU.
-                command = re.sub(r"trial-\d+/", lambda _: f"{best_trial()}/", command)
                 program, *args = shlex.split(command)
                 assert program == "gptfast"
                 with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -55,14 +49,14 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def loss_of(outputs: dict[str, str], beginning: str) -> float:
-    """What `gptfast eval` said."""
+    """Return the loss that `gptfast eval` printed."""
     found = [text for command, text in outputs.items() if command.startswith(beginning)]
     form = r"loss ([\d.]+) nats per token, perplexity [\d.]+, [\d.]+ bits per byte\n"
     return float(re.fullmatch(form, found[0])[1])
 
 
 def held_back() -> list[dict[str, str]]:
-    """The examples that the test part has: the last tenth."""
+    """Return the examples of the test part: the last tenth."""
     lines = Path("questions.jsonl").read_text().splitlines()
     assert len(lines) == 190
     return [json.loads(line) for line in lines[171:]]
@@ -79,15 +73,15 @@ def test_every_step_is_there(outputs: dict[str, str]) -> None:
         assert any(flag in command for command in outputs)
 
 
-def test_what_was_learnt(outputs: dict[str, str]) -> None:
-    """The loss on completions that were held back is below the base's."""
+def test_finetuning_lowers_the_loss(outputs: dict[str, str]) -> None:
+    """The best model has a lower loss than the base on completions that were held back."""
     base = loss_of(outputs, "eval runs/base")
     assert loss_of(outputs, "eval runs/rates/best/checkpoints/best") < base
 
 
 @pytest.mark.parametrize("run", ["runs/base", "runs/rates/best/checkpoints/best"])
 def test_prompts_do_not_count(run: str, outputs: dict[str, str]) -> None:
-    """The loss is that of the completions and their end-of-text, by hand."""
+    """The loss equals one by hand over the completions and their end-of-text alone."""
     model, total, n = GPT.from_pretrained(run), 0.0, 0
     for example in held_back():
         prompt, completion = (BYTE.encode(example[name]) for name in ("prompt", "completion"))
@@ -101,7 +95,7 @@ def test_prompts_do_not_count(run: str, outputs: dict[str, str]) -> None:
 
 
 def test_prompts_are_no_targets_in_training(outputs: dict[str, str]) -> None:
-    """The tokens a run counts are those it learnt: about 15 of the 50 an example has."""
+    """A run counts only the tokens that it learns: about 15 of an example's 50."""
     steps = rows(Path("runs/tuned"))[-1]
     examples = steps["step"] * 16
     lines = Path("questions.jsonl").read_text().splitlines()[:152]
@@ -117,7 +111,7 @@ def test_frozen_is_as_it_was(outputs: dict[str, str]) -> None:
 
 
 def test_the_search_names_the_best(outputs: dict[str, str]) -> None:
-    """The best is reported, and it is: the lowest validation loss of all evaluations."""
+    """The search reports the trial with the lowest validation loss of all evaluations as best."""
     results = json.loads(Path("runs/rates/results.json").read_text())
     lowest = {
         path.parent.name: min(row["val_loss"] for row in rows(path.parent)[1:] if "val_loss" in row)
@@ -139,7 +133,7 @@ def generate_command(outputs: dict[str, str]) -> str:
 
 
 def test_the_answer_has_no_full_stop(outputs: dict[str, str]) -> None:
-    """What a model writes after so few steps is anybody's guess, but for what --stop cuts off."""
+    """After so few steps the text is unpredictable, but --stop must cut it at the full stop."""
     printed = outputs[generate_command(outputs)]
     assert printed.startswith(QUESTION)
     assert "." not in printed
@@ -148,7 +142,7 @@ def test_the_answer_has_no_full_stop(outputs: dict[str, str]) -> None:
 def test_the_answer_is_cut_at_its_full_stop(
     outputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The page's command, of a model whose weights are set so that it goes on after the answer."""
+    """Run the page's command on a model whose weights make it continue after the answer."""
     scripted_model(f"{QUESTION}It is Tuesday. It is Friday.").save_pretrained(tmp_path)
     _, _, *flags = shlex.split(generate_command(outputs))
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""FLOPs against torch's counter, and measurements against what they must exceed."""
+"""Compare FLOPs with torch's counter, and measurements with numbers they must exceed."""
 
 import math
 import subprocess
@@ -18,7 +18,7 @@ from gptfast.training.flops import flops_per_token, mfu
 
 
 class PlainGPT(nn.Module):
-    """The matrix products of a GPT-2 in plain PyTorch, attention in full, then masked."""
+    """The matrix products of a GPT-2 in plain PyTorch; attention is computed whole, then masked."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def test_counts_what_a_plain_model_multiplies(tied: bool, T: int) -> None:
 
 
 def test_gpt2_is_about_six_times_its_parameters() -> None:
-    """124M parameters less the position embedding and biases; attention adds 57 MFLOPs."""
+    """The count leaves out position embedding and biases; attention adds 57 MFLOPs."""
     per_token = flops_per_token(GPTConfig.preset("gpt2"), 1024)
     assert per_token == 6 * (85_054_464 - 119_808 + 38_597_376) + 6 * 12 * 768 * 1024
 
@@ -85,7 +85,7 @@ def test_measured_peak_leaves_the_generator_alone(dtype: torch.dtype) -> None:
 
 
 def test_measured_peak_is_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of our own, for a machine may be busy with other things."""
+    """The test times products itself, because the machine may be busy with other work."""
     sides = []
 
     def seconds(n: int, *_: object) -> Iterator[float]:
@@ -105,9 +105,9 @@ def test_peak_memory_is_not_the_parents() -> None:
     assert peak_memory("cpu") >= 4 * block.numel() > int(child.stdout)
 
 
-def test_peak_memory_grows_by_what_is_touched() -> None:
+def test_peak_memory_grows_by_the_touched_bytes() -> None:
     before = peak_memory("cpu")
-    # More than everything so far could have freed: the maximum must move.
+    # This is more than everything so far could have freed, so the maximum must rise.
     block = torch.ones(before // 8 + 2**24)
     after = peak_memory("cpu")
     assert after >= block.numel() * 4

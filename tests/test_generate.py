@@ -1,4 +1,4 @@
-"""Generation: equal to full forwards without a cache, alone or in a batch, and to transformers."""
+"""Generation equals full forwards without a cache, alone or in a batch, and transformers."""
 
 import dataclasses
 from pathlib import Path
@@ -42,7 +42,7 @@ SAMPLING = {
 
 
 def lively_model(**changes: Any) -> GPT:
-    """Positions weigh more than the last token, so that greedy text does not settle on one id."""
+    """Return a model in which positions weigh more than tokens, so greedy text keeps changing."""
     model = random_model(std=0.4, **{"tie_weights": False, **changes})
     with torch.no_grad():
         model.wpe.weight.mul_(3)
@@ -61,7 +61,7 @@ def prompt(length: int) -> list[int]:
 
 @torch.no_grad()
 def naive(model: GPT, ids: list[int], n: int, **options: float) -> list[int]:
-    """Each token from a full forward over the last block_size tokens: no cache, no batch."""
+    """Generate each token from a full forward over the last block_size tokens, without a cache."""
     model.eval()
     penalty = options.pop("repetition_penalty", 1.0)
     for _ in range(n):
@@ -113,7 +113,7 @@ def test_each_parameter_changes_the_draw(model: GPT) -> None:
     [(3, 9, 1), (16, 2, 15), (4, 20, 16, 1), (30, 17)],
     ids=["short", "to-the-context", "beyond-the-context", "all-beyond"],
 )
-def test_a_row_gets_what_it_gets_alone(model: GPT, name: str, lengths: tuple[int, ...]) -> None:
+def test_a_row_equals_the_row_alone(model: GPT, name: str, lengths: tuple[int, ...]) -> None:
     prompts = [prompt(length) for length in lengths]
     together = generate(model, prompts, 20, **SAMPLING[name])
     alone = [generate(model, [p], 20, **SAMPLING[name])[0] for p in prompts]
@@ -152,7 +152,7 @@ def test_seed_reproduces(model: GPT) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_torchs_generator_plays_no_part(model: GPT) -> None:
+def test_torchs_generator_is_not_used(model: GPT) -> None:
     torch.manual_seed(shifted(1))
     before = torch.get_rng_state()
     first = generate(model, [prompt(3)], 20, seed=7)
@@ -182,7 +182,7 @@ def test_eos_in_the_prompt_does_not_stop(model: GPT) -> None:
 
 
 def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by an element with every step of a generation, by an engine or by the model."""
+    """Return a list that grows by one element with every step of a generation."""
     calls, sample, forward = [], ops.sample, Rows.forward
     monkeypatch.setattr(ops, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
     monkeypatch.setattr(Rows, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
@@ -246,7 +246,7 @@ def test_greedy_equals_transformers(tied: bool, penalty: float, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens must be >= 0, got -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
         ({"top_k": 0}, "top_k must be an integer >= 1, got 0"),
         ({"top_k": -3}, "top_k must be .*got -3"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
@@ -264,8 +264,8 @@ def test_greedy_equals_transformers(tied: bool, penalty: float, tmp_path: Path) 
         ({"repetition_penalty": float("inf")}, "repetition_penalty must be .*got inf"),
         ({"repetition_penalty": [1.0, 1.0]}, r"repetition_penalty must be .*shape \(1,\)"),
         ({"repetition_penalty": None}, "repetition_penalty must be .*got None"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5"),
-        ({"max_new_tokens": "5"}, "max_new_tokens must be an integer, got '5'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer >= 0, got 2.5"),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be an integer >= 0, got '5'"),
         (
             {"max_new_tokens": 2**63},
             r"max_new_tokens must be below 2\*\*63, got 9223372036854775808",
@@ -273,7 +273,7 @@ def test_greedy_equals_transformers(tied: bool, penalty: float, tmp_path: Path) 
         ({"logprobs": 5}, "logprobs must be True or False, got 5"),
         ({"stop": "a"}, "stop has the string 'a': pass tokenizer="),
         ({"stop": [5]}, "stop must be a string or a list"),
-        ({"eos_id": 1.5}, "eos_id must be an integer, got 1.5"),
+        ({"eos_id": 1.5}, "eos_id must be an integer >= 0, got 1.5"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
 )
@@ -298,7 +298,7 @@ def test_flat_prompt_is_refused(model: GPT) -> None:
 @pytest.mark.parametrize(
     "idx", ["text", ["text"], 5, [1, 2], [[1.5]], torch.ones(1, 2), [[[1]]]], ids=str
 )
-def test_what_is_no_prompt(model: GPT, idx: Any) -> None:
+def test_wrong_types_of_prompts(model: GPT, idx: Any) -> None:
     with pytest.raises(ValueError, match="idx must be|must be an integer, got"):
         generate(model, idx, 3)
 
@@ -341,7 +341,7 @@ def test_logprobs_of_nothing(model: GPT) -> None:
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_memory_grows_with_what_is_generated(model: GPT, num_beams: int) -> None:
+def test_memory_grows_with_the_generated_text(model: GPT, num_beams: int) -> None:
     eos = generate(model, [prompt(4)], 12, temperature=0.0)[0][-1]
     options = {"num_beams": num_beams, "eos_id": eos}
     options |= {"temperature": 0.0} if num_beams == 1 else {"length_penalty": -2.0}

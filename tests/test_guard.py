@@ -1,4 +1,4 @@
-"""The guard against NumPy's own z-scores, and its state."""
+"""Compare the guard with NumPy's z-scores, and test its state."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def judged(guard: Guard, name: str, value: float) -> Fault | None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("zscore", [None, 3.0])
-def test_what_is_not_finite_is_at_fault(name: str, value: float, zscore: float | None) -> None:
+def test_non_finite_values_are_faults(name: str, value: float, zscore: float | None) -> None:
     guard = Guard(TrainConfig(skip_zscore=zscore))
     fault = judged(guard, name, value)
     assert fault.reason == f"{name} is {value}" and not fault.finite
@@ -34,7 +34,7 @@ def test_outliers_are_those_numpy_finds() -> None:
     rng = numpy_generator(0)
     values = rng.normal(3.0, 0.2, 500)
     values[[60, 200, 201, 350]] += 2.0
-    values[400] -= 2.0  # a low one is no harm
+    values[400] -= 2.0  # a low outlier is harmless
     guard = Guard(TrainConfig(skip_zscore=5.0))
     found = [i for i, value in enumerate(values) if judged(guard, "loss", float(value))]
     wanted = []
@@ -82,7 +82,7 @@ def test_it_gives_up_on_a_run_of_skips(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (guard.skipped, guard.in_a_row) == (5, 3)
 
 
-def test_a_question_changes_nothing() -> None:
+def test_judging_does_not_change_the_state() -> None:
     guard = Guard(TrainConfig(skip_zscore=3.0, nonfinite="skip"))
     for i in range(MAX_PAST_STEPS):
         judged(guard, "loss", 1.0 + (i % 7) / 10)

@@ -1,4 +1,4 @@
-"""HellaSwag's accuracies against a row-by-row count, as llm.c does it, and lines that are none."""
+"""Compare HellaSwag's accuracies with llm.c's row-by-row count, and test invalid lines."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ WORDS = "the value of a name is what it was bound to last in that scope and no o
 
 
 def examples(n: int) -> list[dict]:
-    """Contexts and endings of all lengths; some labels as text, as some copies have them."""
+    """Return contexts and endings of all lengths; some labels are text, as in some copies."""
     out = []
     for i in range(n):
         endings = [
@@ -31,7 +31,7 @@ def examples(n: int) -> list[dict]:
 
 
 def by_hand(model: GPT, lines: list[dict]) -> tuple[float, float]:
-    """One ending after the other, its own logits, its own mask."""
+    """Score one ending at a time, with its own logits and mask."""
     right = [0, 0]
     for line in lines:
         sums, means = [], []
@@ -96,7 +96,7 @@ def test_a_long_context_loses_its_beginning(tmp_path: Path) -> None:
 def test_a_line_that_is_no_example(line: str, tmp_path: Path) -> None:
     text = (
         "\ufeff" + json.dumps(examples(1)[0]) + "\n" + line
-    )  # the mark of some editors is no fault
+    )  # a byte-order mark, which some editors write, is accepted
     (tmp_path / "x.jsonl").write_text(text, "utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match="x.jsonl, line 2: not"):
         hellaswag(random_model(vocab_size=257), BYTE, tmp_path / "x.jsonl")
@@ -110,7 +110,7 @@ def test_nothing_to_measure(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps(line))
     with pytest.raises(ValueError, match="empty context"):
         hellaswag(random_model(vocab_size=257), BYTE, tmp_path / "x.jsonl")
-    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         hellaswag(random_model(vocab_size=257), BYTE, tmp_path / "x.jsonl", batch_size=0)
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, examples(3))))
     assert (

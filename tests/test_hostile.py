@@ -1,5 +1,5 @@
-"""Files that mean harm: no pickle is ever executed, whatever its name, and none of many mutated
-files gives anything but a model or CheckpointError."""
+"""Malicious files: no pickle is ever executed, whatever its name, and each of many mutated files
+gives a model or CheckpointError."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def legacy_file(marker: Path) -> bytes:
 
 
 def behind_the_state(marker: Path) -> bytes:
-    """Whole weights, and beside them what nanoGPT keeps its settings in."""
+    """Complete weights with a pickle in the place of nanoGPT's settings."""
     out = io.BytesIO()
     state = {f"transformer.{k}": v for k, v in random_model().state_dict().items()}
     torch.save({"model": state, "model_args": {}, "config": Hostile(marker)}, out)
@@ -76,7 +76,7 @@ KINDS = [plain_pickle, torch_file, legacy_file, behind_the_state, as_npy]
 
 
 def test_these_pickles_do_harm(tmp_path: Path) -> None:
-    """Unpickled, each of them would make the file: so that its absence means something."""
+    """Unpickling any of these makes its file, so a missing file proves that nothing was run."""
     for i, kind in enumerate(KINDS):
         marker = tmp_path / f"marker{i}"
         content = io.BytesIO(kind(marker))
@@ -152,7 +152,7 @@ def test_no_pickle_is_executed_in_a_shard(tmp_path: Path) -> None:
     path, marker = sharded_directory(tmp_path / "model"), tmp_path / "marker"
     (path / "model.safetensors.index.json").unlink()
     (path / "part.bin").write_bytes(torch_file(marker))
-    with pytest.raises(CheckpointError, match="part.bin .* is not read: it asks for"):
+    with pytest.raises(CheckpointError, match="part.bin .* was not read: it asks for"):
         GPT.from_pretrained(path)
     assert not marker.exists()
 
@@ -203,11 +203,11 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
 @given(st.integers(0, 2**32))
 @settings(max_examples=2000, deadline=2000)
 def test_mutated_files(fuzzer: Fuzzer, seed: int) -> None:
-    """`make fuzz` does the same many times over, with memory limited."""
+    """`make fuzz` does the same with many more files and limited memory."""
     assert fuzzer.one(seed) in ("loaded", "refused")
 
 
-# What a mutation is not likely to hit: an index whose checksums are right and whose sizes lie.
+# A mutation hardly ever makes this: an index with right checksums and wrong sizes.
 
 
 def bundle_of(tmp_path: Path, entries: list[tuple[bytes, bytes]]) -> Path:
@@ -231,8 +231,8 @@ LYING = {
     "other size": (entry(ARRAY, 0)[:-5] + field(5, 60), "cannot have 60 bytes"),
     "a shard that is not there": (entry(ARRAY, 0, shard=7), "cannot read .*data-00007-of-00001"),
     "slices": (entry(ARRAY, 0) + field(7, b""), "is saved in slices"),
-    "wrong wire type": (field(1, b"\1"), "of another type"),
-    "group": (varint(1 << 3 | 3), "a field is of kind 3"),
+    "wrong wire type": (field(1, b"\1"), "has the wrong type"),
+    "group": (varint(1 << 3 | 3), "a field has the unknown kind 3"),
     "long number": (varint(1 << 3) + b"\xff" * 11, "more than ten bytes"),
 }
 
@@ -246,7 +246,7 @@ def test_an_index_that_lies(what: str, tmp_path: Path) -> None:
 
 
 def test_an_index_that_would_grow(tmp_path: Path) -> None:
-    """Blocks named again and again, names made of names: small files that unpack to large ones."""
+    """A small file that unpacks to a large one (repeated blocks, names from names) is refused."""
     prefix = bundle_of(tmp_path, [])
     first = block([(b"", field(1, 1)), (b"k" * 900, b"")])
     again = block([(bytes([i]), varint(0) + varint(len(first) - 5)) for i in range(200)], 1)
@@ -283,7 +283,7 @@ def test_a_compressed_or_big_endian_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [1, 100])
 def test_many_blocks(n: int, tmp_path: Path) -> None:
-    """As large models have: an entry per block, and all in one."""
+    """An index may have one entry per block, as large models do, or all entries in one block."""
     rng = numpy_generator(0)
     from bundle import write
 
@@ -297,11 +297,11 @@ def test_many_blocks(n: int, tmp_path: Path) -> None:
 
 
 def test_tensors_that_are_not_plain(tmp_path: Path) -> None:
-    """A tensor that claims more than is stored of it, and a sparse one."""
+    """A tensor that claims more than is stored of it is refused, and so is a sparse one."""
     state = {k: v for k, v in random_model().state_dict().items()}
     for odd in (torch.zeros(1).expand(10**6, 10**6), torch.eye(3).to_sparse()):
         torch.save({**state, "wte.weight": odd}, tmp_path / "m.pth")
-        with pytest.raises(CheckpointError, match="not dense|is not read"):
+        with pytest.raises(CheckpointError, match="not dense|was not read"):
             GPT.from_pretrained(tmp_path / "m.pth")
 
 
@@ -326,7 +326,7 @@ class Large:
 
 
 def test_small_files_that_ask_for_much(tmp_path: Path) -> None:
-    """Nothing is allocated, inflated or built before it is seen that it is not there."""
+    """Missing data is noticed before anything is allocated, inflated or built."""
     asking = zipped_pickle(tmp_path / "a.pth", pickle.dumps({"a": Large()}, 2))
     with pytest.raises(CheckpointError, match="asks for a bytearray"):
         GPT.from_pretrained(asking)
@@ -338,11 +338,11 @@ def test_small_files_that_ask_for_much(tmp_path: Path) -> None:
         GPT.from_pretrained(bomb)
     one = torch.zeros(10**5)
     torch.save({f"h.{i}.ln_1.weight": one for i in range(100)}, tmp_path / "d.pth")
-    with pytest.raises(CheckpointError, match="its tensors are more than its bytes"):
+    with pytest.raises(CheckpointError, match="its tensors need more bytes than it has"):
         GPT.from_pretrained(tmp_path / "d.pth")
 
 
-def test_many_layers_that_are_not_there(tmp_path: Path) -> None:
+def test_many_missing_layers(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     tensors = {"wte.weight": torch.zeros(1, 1), "wpe.weight": torch.zeros(1, 1)}
@@ -363,7 +363,7 @@ def test_an_index_of_many_entries(tmp_path: Path) -> None:
     ["a" * 5000, "", "a\0b", "a\ud800", "gpt3", "."],
     ids=["long", "", "nul", "lone", "gpt3", "."],
 )
-def test_names_that_no_file_has(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_no_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError):
         GPT.from_pretrained(name)
@@ -386,7 +386,7 @@ def test_names_in_files(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_pipe_in_the_place_of_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m.bin")
-    with pytest.raises(CheckpointError, match="it is no file"):
+    with pytest.raises(CheckpointError, match="it is not a file"):
         GPT.from_pretrained(tmp_path / "m.bin")
 
 
@@ -399,5 +399,5 @@ def test_a_state_that_names_no_sums(sums: Any, tmp_path: Path) -> None:
     state = json.loads((path / "state.json").read_text()) | {"sha256": sums}
     state["digest"] = digest(state)
     (path / "state.json").write_text(json_text(state))
-    with pytest.raises(CheckpointError, match="state.json is damaged: it names no files"):
+    with pytest.raises(CheckpointError, match="state.json is damaged: it has no SHA-256"):
         GPT.from_pretrained(path)

@@ -1,4 +1,4 @@
-"""Registration: opcheck, autocast, torch.compile, use_backend, levels, a missing extension."""
+"""Test registration: opcheck, autocast, torch.compile, use_backend, levels, a missing extension."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def attention_samples() -> list[tuple]:
 
 
 def with_backward(samples: list[tuple], forward: object, n: int) -> list[tuple]:
-    """The forward's samples as samples of its backward; each gradient is expanded."""
+    """Turn the forward's samples into samples of its backward, with expanded gradients."""
     result = []
     for sample in samples:
         tensors, options = [x.detach() for x in sample[:n]], sample[n:]
@@ -99,7 +99,7 @@ def embedding_samples(gradient: bool) -> list[tuple]:
 
 
 def layer_samples(shapes: list[tuple[int, ...]]) -> list[tuple]:
-    """Arguments of layers of these shapes with a norm, without one, and in two dtypes."""
+    """Return arguments of layers of these shapes with a norm, without one, and in two dtypes."""
     layers = [randn(*shape, grad=True) for shape in shapes]
     norm = randn(4, grad=True), randn(4, grad=True), 1e-5
     low = [t.detach().bfloat16() for t in layers]
@@ -224,7 +224,7 @@ def test_opcheck(name: str) -> None:
 
 
 def losses(x: Tensor, w: Tensor) -> list[Tensor]:
-    """Every differentiable operation, from x (2, 12, 24) and w (40, 8)."""
+    """Return a loss of every differentiable operation, from x (2, 12, 24) and w (40, 8)."""
     q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in x.chunk(3, -1))
     out = ops.attention(q, k, v, dropout_p=0.1, seed=3).transpose(1, 2).flatten(2)
     out = out + ops.attention_qkv(x, 2)
@@ -262,7 +262,7 @@ def test_autocast(backend: str, dtype: torch.dtype) -> None:
         separate = ops.cross_entropy(x.to(dtype) @ w.to(dtype).T, target)
         grads = gradients(losses, randn(2, 12, 24), randn(40, 8))
     assert out.dtype == dtype and torch.equal(out, ops.attention(*low))
-    # As F.cross_entropy under autocast, the loss is fp32; gradients have their input's dtype.
+    # Like F.cross_entropy's under autocast, the loss is fp32; gradients have their input's dtype.
     assert loss.dtype == separate.dtype == torch.float32
     exact = ops.cross_entropy(x.to(dtype).float() @ w.to(dtype).float().T, target)
     torch.testing.assert_close(loss, exact, rtol=1e-2, atol=1e-2)
@@ -320,7 +320,7 @@ def test_an_undefined_gradient_is_none_at_all() -> None:
 
 
 class Recorder:
-    """Counts calls of the reference by replacing what `use_backend` finds there."""
+    """Counts calls of the reference by replacing the functions that `use_backend` finds there."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from gptfast.ops import library
@@ -375,7 +375,7 @@ def test_use_backend_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     assert not recorder.called
 
 
-def test_use_backend_is_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_backend_affects_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     logits, inside, done = randn(2, 5), threading.Event(), threading.Event()
 
@@ -408,10 +408,10 @@ def test_use_backend_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(backend, "EXTENSION", None)
     monkeypatch.setattr(backend, "MISSING", "No module named 'gptfast._C'")
-    with pytest.raises(RuntimeError, match="'cpp' is not there: No module named .*install g"):
+    with pytest.raises(RuntimeError, match="'cpp' is missing: No module named .*install g"):
         use_backend("cpp")
     monkeypatch.setattr(backend, "TRITON_MISSING", "triton is not installed")
-    with pytest.raises(RuntimeError, match="'triton' is not there: triton is not installed"):
+    with pytest.raises(RuntimeError, match="'triton' is missing: triton is not installed"):
         use_backend("triton")
 
 
@@ -462,7 +462,7 @@ def test_gptfast_isa(cpp: None) -> None:
 
 
 def test_gptfast_isa_of_another_machine(cpp: None) -> None:
-    """Importing is no error, the first kernel is; the reference needs no level."""
+    """Importing works; the first kernel raises; the reference needs no level."""
     code = """
 import torch
 from gptfast import ops, use_backend
@@ -510,7 +510,7 @@ LOOPS = sorted((Path(__file__).parent.parent / "csrc").glob("*_loops.cpp"))
 
 @pytest.mark.parametrize("loops", LOOPS, ids=lambda path: path.stem)
 def test_levels_share_no_symbol(loops: Path, tmp_path: Path) -> None:
-    # The linker keeps one copy of a weak symbol for all levels, perhaps one this CPU cannot run.
+    # The linker keeps one copy of a weak symbol for all levels; this CPU may be unable to run it.
     compiler = (sysconfig.get_config_var("CXX") or "g++").split()[0]
     if not (shutil.which(compiler) and shutil.which("nm")):
         pytest.skip("needs a C++ compiler and nm")

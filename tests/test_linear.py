@@ -1,4 +1,4 @@
-"""Linear layers behind a norm: parity with both providers of products, autocast, errors."""
+"""Test linear layers after a norm: parity with both providers of products, autocast, errors."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from gptfast.kernels.reference import linear as reference
 
 EPS = 1e-5
 
-# (N, C, outputs): below the size from which products are ours, and at the borders of their tiles.
+# (N, C, outputs): too small for our own products, and at the borders of their tiles.
 SIZES = [
     (1, 1, 1),
     (5, 24, 7),
@@ -136,7 +136,7 @@ def test_autocast_is_torchs(products: str, dtype: torch.dtype) -> None:
         results.append([y, *(t.grad for t in case.values())])
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
-        # Each sum is rounded once to 16 bits on either side.
+        # Each side rounds each sum once to 16 bits.
         unit = torch.finfo(dtype).eps
         assert (a - b).abs().max() <= 4 * unit * b.abs().max()
 

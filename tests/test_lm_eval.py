@@ -1,5 +1,5 @@
-"""Under lm-evaluation-harness: likelihoods by hand, those of its own Hugging Face model, and a task
-from beginning to end."""
+"""Test the model in lm-evaluation-harness: likelihoods against those by hand and those of its own
+Hugging Face model, and a whole task."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_loglikelihood_by_hand(model: GPT, batch_size: int | str) -> None:
 
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 100])
 def test_rolling(model: GPT, n: int) -> None:
-    """Every token is predicted once, the first from end-of-text, the last with a full window."""
+    """Every token is predicted once: the first from end-of-text, the last with a full window."""
     text = ("the value of a name " * 9)[:n]
     harness = GPTFastLM(model, BYTE, batch_size=3)
     (got,) = harness.loglikelihood_rolling([request("loglikelihood_rolling", text)], True)
@@ -87,7 +87,7 @@ def test_generate_until(model: GPT) -> None:
 
 
 def test_generate_until_draws(model: GPT) -> None:
-    """Each draw from a seed of its own; a temperature of 0 draws nothing; no room for it all."""
+    """Each draw has its own seed; temperature 0 is greedy; a context that is too long is cut."""
     harness = GPTFastLM(model, BYTE)
 
     def got(context: str, **options: Any) -> list[str]:
@@ -96,12 +96,12 @@ def test_generate_until_draws(model: GPT) -> None:
     assert len(set(got("the v", do_sample=True, temperature=1.0, max_gen_toks=12))) == 3
     assert len(set(got("the v", temperature=0.0, max_gen_toks=12))) == 1
     assert got("the v", max_gen_toks=0) == [""] * 3
-    # As the harness's own models do: the context loses its beginning, so that all of it fits.
+    # Like the harness's own models: the context loses its beginning, so that the rest fits.
     assert got("x" * 90 + "the value", max_gen_toks=23) == got("the value", max_gen_toks=23)
     assert got("", max_new_tokens=3) == got("<|endoftext|>", max_gen_toks=3)
 
 
-def test_end_of_text_and_what_cannot_be_scored(model: GPT) -> None:
+def test_end_of_text_and_refused_continuations(model: GPT) -> None:
     harness = GPTFastLM(model, BYTE)
     assert harness.tok_encode("a<|endoftext|>b") == [97, 256, 98]
     for continuation, n in (("", 0), ("c" * 33, 33)):
@@ -112,7 +112,7 @@ def test_end_of_text_and_what_cannot_be_scored(model: GPT) -> None:
 
 
 def test_as_the_harnesss_own_model(tmp_path: Path) -> None:
-    """The same weights and vocabulary through the harness's Hugging Face class."""
+    """The harness's Hugging Face class gives the same numbers with these weights."""
     pytest.importorskip("tokenizers")
     from lm_eval.models.huggingface import HFLM
 
@@ -133,7 +133,7 @@ def test_as_the_harnesss_own_model(tmp_path: Path) -> None:
 
 
 def test_a_task(model: GPT, tmp_path: Path) -> None:
-    """A task of the harness's form, made of local files, through its evaluator."""
+    """The harness's evaluator runs a task that is made of local files."""
     from lm_eval.tasks import TaskManager
 
     data = [{"q": "the value", "choices": [" of", " zz"], "gold": i % 2} for i in range(6)]

@@ -1,4 +1,4 @@
-"""The block's perceptron: parity, both providers of products, what is kept, autocast, errors."""
+"""Test the block's MLP: parity, both providers of products, saved tensors, autocast, errors."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def inputs(
 ) -> dict[str, Tensor]:
     tensors = {
         "x": torch.randn(N, C) - 0.5,
-        # Wide enough for both tails of the GELU.
+        # The inputs are wide enough to reach both tails of the GELU.
         "fc_weight": 3 * torch.randn(n_hidden, C) / C**0.5,
         "fc_bias": torch.randn(n_hidden),
         "proj_weight": torch.randn(n_out, n_hidden) / n_hidden**0.5,
@@ -77,7 +77,7 @@ def test_parity_without_norm(products: str) -> None:
 
 @pytest.mark.parametrize("value", [-1e30, -60.0, -12.0, 0.0, 12.0, 60.0, 1e30], ids=str)
 def test_gelu_far_out(products: str, value: float) -> None:
-    """Through weights of one number each, GELU and its slope: no NaN, no overflow."""
+    """Weights of 1 pass GELU and its slope through: neither gives NaN or overflows."""
     one, zero = torch.ones(1, 1), torch.zeros(1)
     x = torch.full((40, 1), value, requires_grad=True)
     y = ops.mlp(x, one, zero, one, zero)
@@ -102,7 +102,7 @@ def test_one_gradient_is_as_with_all(products: str, wanted: int) -> None:
 
 
 def test_second_backward_gives_the_same(products: str) -> None:
-    """Nothing that is kept is written to."""
+    """The backward does not write to saved tensors."""
     case = [t.requires_grad_() for t in inputs(40, 48, 96, 48, torch.float32).values()]
     y = ours(*case)
     first = torch.autograd.grad(y.square().sum(), case, retain_graph=True)
@@ -122,7 +122,7 @@ def test_autocast_is_torchs(products: str, dtype: torch.dtype) -> None:
         results.append([y, *(t.grad for t in case)])
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
-        # A few roundings to 16 bits lie between the two, at most one a layer and direction.
+        # The two differ by a few roundings to 16 bits, at most one per layer and direction.
         assert (a - b).abs().max() <= 8 * torch.finfo(dtype).eps * b.abs().max()
 
 

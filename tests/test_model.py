@@ -1,4 +1,4 @@
-"""The model: equal to transformers' GPT-2, initialisation, dropout, compilation, errors."""
+"""Test the model: equality with transformers', initialisation, dropout, compilation, errors."""
 
 import math
 import shutil
@@ -39,12 +39,12 @@ CONFIGS = {
 
 
 def as_ours(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of transformers in our orientation: Conv1D keeps (in, out)."""
+    """Return transformers' tensor in our orientation: its Conv1D keeps (in, out)."""
     return tensor.t() if name.endswith(CONV1D) else tensor
 
 
 def assert_equal_models(ours: GPT, theirs: torch.nn.Module, B: int, T: int) -> None:
-    """Logits, loss and every gradient to 1e-4."""
+    """Check that logits, loss and every gradient agree to 1e-4."""
     V = ours.config.vocab_size
     idx, target = random_ids(B, T, vocab_size=V), random_ids(B, T, vocab_size=V, seed=2)
     if T > 1:
@@ -163,7 +163,7 @@ def test_later_tokens_do_not_change_earlier_logits() -> None:
 
 
 def step(model: GPT, torch_seed: int, seed: int | None = None) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of one training step under torch.manual_seed(torch_seed)."""
+    """Return loss and gradients of one training step under torch.manual_seed(torch_seed)."""
     torch.manual_seed(shifted(torch_seed))
     model.zero_grad()
     loss = model(random_ids(2, 16), random_ids(2, 16, seed=2), seed=seed)
@@ -183,7 +183,7 @@ def test_manual_seed_governs_dropout() -> None:
 def test_seed_argument_governs_attention_dropout() -> None:
     model = random_model(dropout=0.3).train()
     assert step(model, 5, seed=1)[0] == step(model, 5, seed=1)[0]
-    # The rest of the dropout is the same here: only the attention mask differs.
+    # All other dropout is the same here; only the attention mask differs.
     assert step(model, 5, seed=1)[0] != step(model, 5, seed=2)[0]
     assert step(model.eval(), 5, seed=1)[0] == step(model, 6, seed=2)[0]
 
@@ -223,7 +223,7 @@ def test_dropout_on_embedding_and_both_residual_branches() -> None:
 
 
 class HeadSized(TorchDispatchMode):
-    """The places in memory where operators put something as large as the head's weight."""
+    """Record the addresses of operators' outputs that are as large as the head's weight."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ def test_a_step_makes_one_gradient_of_the_size_of_the_head() -> None:
     with HeadSized(model) as seen:
         model(idx, target).backward()
     assert seen.places == {model.wte.weight.data_ptr(), model.wte.weight.grad.data_ptr()}
-    # Into the gradient that is there, the next batch's is added.
+    # The next batch's gradient is added to the one that is there.
     with HeadSized(model) as seen:
         model(idx, target).backward()
     assert len(seen.places - {model.wte.weight.grad.data_ptr()}) == 2
@@ -262,11 +262,11 @@ def test_gradients_are_those_of_plain_embedding(
     for name in grads:
         if name != "wte.weight":
             assert torch.equal(grads[name], plain[name]), name
-    # Up to two rows of a token are added with one rounding, whoever adds them.
+    # Up to two rows of a token are added with one rounding in either way.
     if not tied:
         few = random_ids(2, 16).flatten().bincount(minlength=61) <= 2
         assert torch.equal(grads["wte.weight"][few], plain["wte.weight"][few])
-    # A rounding of the rows' sum, and one of the result, apart.
+    # The two differ by a rounding of the rows' sum and one of the result.
     largest = plain["wte.weight"].abs().max().item()
     atol = 2 * torch.finfo(dtype).eps * largest
     torch.testing.assert_close(grads["wte.weight"], plain["wte.weight"], rtol=0, atol=atol)
@@ -313,7 +313,7 @@ def test_backends_agree(dropout: float) -> None:
 
 
 def train(model: GPT, f: Callable[..., Tensor], steps: int = 3) -> list[float]:
-    """The losses of a few optimizer steps on one batch."""
+    """Return the losses of a few optimizer steps on one batch."""
     optimizer = AdamW(model.parameters(), lr=1e-2, max_norm=1.0)
     idx, target = random_ids(2, 13), random_ids(2, 13, seed=2)
     target[0, 0] = -100
@@ -329,7 +329,7 @@ def train(model: GPT, f: Callable[..., Tensor], steps: int = 3) -> list[float]:
 
 @pytest.mark.skipif(GPU, reason="on a GPU: bench/gpu.py")
 def test_triton_trains_as_the_reference_does(triton: str) -> None:
-    # No bias: that of the keys has a gradient of 0, and Adam makes steps of its rounding.
+    # Without biases: that of the keys has a gradient of 0, and Adam turns its roundings into steps.
     models = [random_model(std=0.1, dropout=0.2, qkv_bias=False).train() for _ in range(2)]
     losses = []
     for backend, model in zip(("reference", "triton"), models, strict=True):
@@ -352,7 +352,7 @@ def test_bf16_with_fp32_masters_trains_compiled() -> None:
 
 
 def test_a_step_never_waits_for_the_device() -> None:
-    """Reading a number off the meta device, which has none, would raise."""
+    """The meta device holds no numbers, so a step that reads one would raise."""
     with torch.device("meta"):
         model = GPT(tiny_config(dropout=0.1)).bfloat16()
         optimizer = AdamW(model.parameters(), max_norm=1.0)
@@ -367,7 +367,7 @@ def test_bf16_autocast_is_near_fp32() -> None:
     loss, grads = step(model, 0)
     with torch.autocast("cpu", torch.bfloat16):
         bf16_loss, bf16_grads = step(model, 0)
-    # bf16 keeps 8 bits: a few times 2^-8 of the logits' size.
+    # bf16 keeps 8 bits, so allow a few times 2^-8 of the logits' size.
     assert bf16_loss != loss
     assert abs(bf16_loss - loss) < 0.02 * loss
     for name, grad in grads.items():
@@ -418,7 +418,7 @@ def test_target_of_another_shape() -> None:
 
 
 def mixed(name: str) -> object:
-    """A call with inputs that differ in dtype or device."""
+    """Call the model with inputs that differ in dtype or device."""
     x, w, y = torch.zeros(3, 8), torch.zeros(5, 8), torch.zeros(3, dtype=torch.int64)
     q = torch.zeros(1, 2, 3, 8)
     calls = {

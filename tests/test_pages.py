@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/: the Python examples run, and what the pages name exists.
+"""Check README, CONTRIBUTING and docs/: Python examples run, and the things they name exist.
 
 docs/finetuning.md and docs/book.md have tests of their own.
 """
@@ -25,7 +25,7 @@ EXAMPLES = {
     for name, text in TEXTS.items()
     if name not in ("finetuning.md", "book.md")
 }
-# The runs of the examples, shorter and on smaller models.
+# Make the examples' runs shorter and their models smaller.
 SMALLER = {"n_layer=4, n_head=4, n_embd=128": "n_layer=1, n_head=2, n_embd=16"}
 SMALLER |= {"max_steps=100": "max_steps=2", "embedded_text(),": "embedded_text()[:40_000],"}
 COMMAND = re.compile(r"^gptfast ([a-z]+)((?:\\\n|[^\n#])*)", re.MULTILINE)
@@ -39,7 +39,7 @@ COMMANDS = [
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models that the examples name, tiny, in the current directory."""
+    """Write tiny models with the names that the examples use to the current directory."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16))
@@ -62,7 +62,7 @@ def test_the_examples_run(page: str, models: None) -> None:
 
 @cache
 def options_of(command: str) -> set[str]:
-    """Return the options that the help of a command lists; of none, the commands."""
+    """Return the options that a command's help lists; without a command, return the commands."""
     script = f"from gptfast.cli import main; main({[*command.split(), '--help']})"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
     assert process.returncode == 0, process.stderr
@@ -92,7 +92,7 @@ def test_names_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_files_exist(page: str) -> None:
-    """Paths of the repository, and of gptfast/ where the page says its folders only."""
+    """Paths that the pages name exist in the repository, or in gptfast/ for short ones."""
     folders = sorted({path.name for path in (*ROOT.iterdir(), *(ROOT / "gptfast").iterdir())})
     for path in re.findall(rf"`((?:{'|'.join(map(re.escape, folders))})/[\w./]+)`", TEXTS[page]):
         if not path.startswith(("docs/_", "build/")):
@@ -100,7 +100,7 @@ def test_files_exist(page: str) -> None:
 
 
 def test_the_links_lead_somewhere(tmp_path: Path) -> None:
-    """`make docs` checks the rest; this needs nothing installed."""
+    """Local links lead to files; `make docs` checks the rest but needs packages."""
     command = [sys.executable, str(ROOT / "docs/site.py"), str(tmp_path / "pages")]
     process = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert process.returncode == 0, process.stderr

@@ -1,4 +1,4 @@
-"""Philox-4x32-10 against the known answers of Random123, and C++ against it through the ops."""
+"""Compare Philox-4x32-10 with Random123's known answers, and the C++ ops with Philox."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_uniform_is_tritons_mapping() -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dropout_mask_equals_reference(isa: str, seed: int) -> None:
-    # Equal scores and v = identity: row i of the output is mask / (i + 1) / (1 - p).
+    # With equal scores and v = identity, row i of the output is mask / (i + 1) / (1 - p).
     B, H, T, p = 2, 3, 70, 0.3
     q, k = torch.zeros(B, H, T, 8), torch.zeros(B, H, T, 8)
     v = torch.eye(T).expand(B, H, T, T)
@@ -67,7 +67,7 @@ def test_dropout_mask_of_a_suffix_of_queries(isa: str) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sampling_uniform_equals_reference(isa: str, seed: int) -> None:
-    # With equal logits the token is floor(u * V): 16 bits of u.
+    # With equal logits the token is floor(u * V), which shows 16 bits of u.
     V = 2**16
     position = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**62 + 12345])
     seeds = torch.full_like(position, seed)
@@ -79,8 +79,8 @@ def test_sampling_uniform_equals_reference(isa: str, seed: int) -> None:
 @pytest.mark.parametrize("numel", [1, 15, 33, 70_001])
 @pytest.mark.parametrize("seed", [0, -1, 2**40 + 7])
 def test_stochastic_rounding_equals_reference(isa: str, numel: int, seed: int) -> None:
-    # beta1 = beta2 = eps = 0 make the update p - lr * sign(g), exact in fp32: only the rounding,
-    # of 16 random bits, is left to differ.
+    # beta1 = beta2 = eps = 0 make the update p - lr * sign(g), which is exact in fp32: only the
+    # rounding with 16 random bits can differ.
     start = torch.rand(numel).add(1).bfloat16()
     lr = torch.tensor(1234567 * 2.0**-30, dtype=torch.float64)
     rounded = {}
@@ -112,5 +112,5 @@ def test_stochastic_rounding_equals_reference(isa: str, numel: int, seed: int) -
     assert torch.equal(rounded["cpp"].view(torch.int16), rounded["reference"].view(torch.int16))
     assert (rounded["cpp"].double() - exact).abs().max() < 2**-7  # one bf16 step in [1, 2)
     if numel > 1000:
-        # Unbiased: the mean error of a rounding of step 2^-7 or finer.
+        # Unbiased: this bounds the mean error of roundings with a step of 2^-7 or finer.
         assert (rounded["cpp"].double() - exact).mean().abs() < 4 * 2**-7 * (12 * numel) ** -0.5

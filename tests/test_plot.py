@@ -1,4 +1,4 @@
-"""The pictures: what is on their axes, and that they are pictures; the reader of metrics.jsonl."""
+"""Test the pictures (their axes and files) and the reader of metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_axes_hold_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (epochs.get_xlabel(), tokens.get_xlabel()) == ("epochs", "tokens seen")
     assert "loss" in epochs.get_ylabel()
     assert epochs.get_legend() is not None
-    # Both scales start and end with the run, so that epoch and tokens line up.
+    # Both scales start and end with the run, so that epochs and tokens line up.
     shares = [
         [(x - low) / (high - low) for x in ends]
         for (low, high), ends in ((epochs.get_xlim(), (0, 1)), (tokens.get_xlim(), (0, 1280)))
@@ -51,7 +51,7 @@ def test_files_are_pictures(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["loss.png", "loss.pdf"]
     pixels = matplotlib.image.imread(paths[0])[..., :3]
     assert min(pixels.shape[:2]) > 400
-    # Two coloured lines, not just black axes on white.
+    # The picture has two coloured lines, not just black axes on white.
     coloured = np.ptp(pixels, axis=-1) > 0.3
     assert 500 < coloured.sum() < 0.1 * coloured.size
     pdf = paths[1].read_bytes()
@@ -89,7 +89,7 @@ def test_read_metrics_reads_a_directory_or_its_file(tmp_path: Path) -> None:
 def test_an_incomplete_last_line_is_passed_over(tail: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", end="")
     with (run / "metrics.jsonl").open("ab") as file:
-        # Cut within a character too.
+        # The cut may also be within a character.
         file.write(tail.encode()[:-1] if tail.endswith("é") else tail.encode())
     assert read_metrics(run) == HISTORY
 
@@ -154,13 +154,13 @@ def test_plot_runs_compares(
     values = {0: [5.6, 4.4, 4.0], 1: [5.5, 4.1, 3.2], 2: [5.6, 4.4, 9.0], 3: [5.5, 4.1, 3.2]}
     for i, expected in values.items():
         assert np.allclose(lines[i][1], list(zip(at, expected, strict=True)))
-    # Validation and training of a run share its colour; only the latter is dashed.
+    # A run's validation and training lines share its colour; only the training line is dashed.
     styles = [(line.get_color(), line.get_linestyle()) for line in losses.lines[:4]]
     assert styles[0][0] == styles[1][0] != styles[2][0] == styles[3][0]
     assert [style for _, style in styles] == ["-", "--"] * 2
     assert np.allclose(drawn(rates)[0][1], [[row[x], 0.1] for row in HISTORY])
     assert np.allclose(drawn(rates)[1][1], [[skipped[x], 0.2]])
-    # All that came after the first evaluation is in sight, less what diverged.
+    # Everything after the first evaluation is in sight, except what diverged.
     low, high = losses.get_ylim()
     assert low < 3.2 < 4.4 < high < 9.0
     pixels = matplotlib.image.imread(out)[..., :3]

@@ -1,4 +1,4 @@
-"""prepare: pieces against whole texts, parts against split_tokens, layouts, what it refuses."""
+"""Test prepare: pieces against whole texts, parts against split_tokens, layouts, refusals."""
 
 import json
 import os
@@ -31,7 +31,7 @@ FILES = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 BYTE = get_tokenizer("byte")
-# Words, runs of white space, apostrophes, numbers, marks, scripts without spaces, odd spaces.
+# Texts have words, runs of white space, apostrophes, numbers, marks, scripts without spaces.
 WORDS = "a I'll 's ' don't 1 23 é 漢字 かな ع 😀 e\u0301 . ?! - <|endoftext|> xxxxxxxxxxxxx".split()
 SPACES = [" ", " ", "  ", "\n", "\n\n", "\t", " \n ", "\r\n", "\u00a0", "\u2003", "\x1c", "\x85"]
 TEXTS = st.lists(
@@ -76,11 +76,11 @@ def test_pieces_give_the_whole_texts_tokens(gpt2: Tokenizer, text: str, size: in
     assert sum(map(gpt2.encode, pieces), []) == gpt2.encode(text)
 
 
-def test_pieces_are_cut_wherever_they_may_be() -> None:
+def test_pieces_are_cut_wherever_possible() -> None:
     assert list(safe_pieces(["one two", " three\nfo", "ur  five"])) == [
         "one", " two three", "\nfour  five"
     ]  # fmt: skip
-    # Seen only once the character after the space is there.
+    # A piece is cut only once the character after the space is there.
     assert list(safe_pieces(["a", " ", "b", " c"])) == ["a", " b", " c"]
     assert list(safe_pieces(["漢字", "かな", "  \n"])) == ["漢字かな  \n"]
 
@@ -93,7 +93,7 @@ def test_files_read_piecewise(
 ) -> None:
     folder = tmp_path_factory.mktemp("text")
     for i, text in enumerate(texts):
-        # Seven bytes at a time cut characters of several bytes, too.
+        # Reading seven bytes at a time also cuts characters of several bytes.
         (folder / f"{i}.txt").write_bytes(text.encode())
     wanted = gpt2.encode(texts[0])
     for text in texts[1:]:
@@ -143,7 +143,7 @@ def test_layout_of_the_directory(tmp_path: Path) -> None:
     (tmp_path / "b.md").write_text("ij")
     out = tmp_path / "new" / "out"
     summary = prepare([tmp_path / "?.*"], out, BYTE, split=(0.8, 0.2), shard_tokens=5)
-    # Nine of eleven tokens; 256 is end-of-text.
+    # The part has nine of eleven tokens; 256 is end-of-text.
     header = np.zeros(256, "<i4")
     contents = {"train_000000": b"abcde", "train_000001": b"fgh\0", "val_000000": b"ij"}
     for name, text in contents.items():
@@ -178,7 +178,7 @@ def test_jsonl_texts(gpt2: Tokenizer, tmp_path: Path) -> None:
 
 @FILES
 @given(
-    # With fewer, a part of a seventh can be empty.
+    # With fewer documents, a part of a seventh can be empty.
     pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=8, max_size=20),
     weights=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     shard_tokens=st.integers(1, 200),
@@ -213,7 +213,7 @@ def test_prompts_and_completions(
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Iterator[Any]:
-    """Checks that prepare raises this, and leaves nothing but what was there."""
+    """Check that prepare raises this error and leaves only the files that were there."""
 
     def check(error: type[BaseException], message: str, *paths: Path, **options: Any) -> None:
         before = sorted(tmp_path.rglob("*"))
@@ -236,7 +236,7 @@ def refused(tmp_path: Path) -> Iterator[Any]:
         ('{"prompt": null, "completion": ""}', "field 'prompt' must be a string, got None"),
         ('{"text": "\\ud800"}', "field 'text' has half of a surrogate pair"),
         ("[" * 100_000, "is not JSON"),
-        ('{"prompt": "x", "completion": "y"}', "is a prompt and a completion, those before it pl"),
+        ('{"prompt": "x", "completion": "y"}', "is a prompt and a completion, but the data"),
     ],
     ids="syntax list field empty completion number null surrogate deep mixed".split(),
 )
@@ -248,11 +248,11 @@ def test_bad_lines(line: str, message: str, tmp_path: Path, refused: Any) -> Non
 
 def test_text_after_prompts(tmp_path: Path, refused: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x", "completion": "y"}, {"text": "z"}])
-    refused(ValueError, "a.jsonl:2 is plain text, those before it a prompt and a compl", path)
+    refused(ValueError, "a.jsonl:2 is plain text, but the data before it is a prompt and a", path)
     path.write_text(path.read_text().splitlines()[0])
     (tmp_path / "b.txt").write_text("text")
     refused(
-        ValueError, "b.txt is plain text, those before", tmp_path / "a.jsonl", tmp_path / "b.txt"
+        ValueError, "b.txt is plain text, but the data", tmp_path / "a.jsonl", tmp_path / "b.txt"
     )
 
 
@@ -282,7 +282,7 @@ def test_bad_arguments(tmp_path: Path, refused: Any) -> None:
     text.write_text("some text")
     (tmp_path / "a.bin").write_bytes(b"\0\0")
     refused(ValueError, "no text to prepare")
-    refused(ValueError, "a.bin holds tokens already", text, tmp_path / "a.bin")
+    refused(ValueError, "a.bin is a token file already", text, tmp_path / "a.bin")
     refused(ValueError, "one to three shares", text, split=(0.25,) * 4)
     refused(ValueError, "sum to 1, got", text, split=(0.5, 0.4))
     refused(ValueError, "positive and sum to 1", text, split=())
@@ -322,7 +322,7 @@ def test_a_full_disk(tmp_path: Path, refused: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_where_nothing_can_be_made(tmp_path: Path) -> None:
+def test_an_out_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     with pytest.raises(OSError, match="^cannot write .*out: Not a directory"):
         prepare([tmp_path / "a.txt"], tmp_path / "a.txt" / "out", BYTE)
@@ -407,7 +407,7 @@ def test_nothing_found(tmp_path: Path) -> None:
 
 
 def test_a_file_counts_once(tmp_path: Path) -> None:
-    """Named twice, through a link, or by a glob that goes round in a loop of links."""
+    """A file counts once, even if named twice, through a link, or by a glob over a link loop."""
     (tmp_path / "d").mkdir()
     file = tmp_path / "d" / "a.txt"
     file.write_text("words")
@@ -441,11 +441,11 @@ def test_suffixes_in_capitals(tmp_path: Path) -> None:
 def test_a_directory_of_tokens_is_no_text(train: bool, tmp_path: Path) -> None:
     (tmp_path / ("train_000000.bin" if train else "a.bin")).write_bytes(bytes(20))
     data = re.escape(str(tmp_path if train else tmp_path / "*.bin"))
-    with pytest.raises(ValueError, match=f"holds tokens already, .* and no text; .*'{data}'"):
+    with pytest.raises(ValueError, match=f"has token files such as .* and no text; .*'{data}'"):
         prepare([tmp_path], tmp_path / "out", BYTE)
 
 
-def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
+def test_files_of_killed_runs_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -463,7 +463,7 @@ def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_pieces")
-def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\ufeffsome \ufeffwords", "utf-8")
     (tmp_path / "b.jsonl").write_text('\ufeff{"text": "more"}\n', "utf-8")
     assert list(read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"])) == [
@@ -476,7 +476,7 @@ def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
         list(read_documents([tmp_path / "a.txt"]))
 
 
-def test_a_broken_link_below_is_named(tmp_path: Path) -> None:
+def test_a_broken_link_in_a_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.txt").symlink_to("nowhere")
     with pytest.raises(ValueError, match="cannot read .*nowhere: No such file.*give text files"):
         find_files([tmp_path])

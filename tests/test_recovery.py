@@ -1,6 +1,6 @@
-"""Runs that are killed, interrupted, damaged or out of room: nothing is lost, the end is the same.
+"""Killed and interrupted runs, damaged checkpoints, full disks: nothing is lost by a resumed run.
 
-Runs are real processes, forked from one that has everything imported and no threads.
+Runs are real processes, forked from one that has imported everything and has no threads.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ from gptfast.training.metrics import read_metrics
 from gptfast.weights.checkpoint import _read_state, checkpoints, read_state
 
 STEPS = 16
-# 7 batches an epoch; an evaluation every 3 steps, a checkpoint every 2.
+# An epoch has 7 batches; every 3 steps comes an evaluation, every 2 a checkpoint.
 OPTIONS = {"max_steps": STEPS, "checkpoint_interval": 2, "dropout": 0.2, "skip_zscore": 50.0}
 FILES = [
     "config.json",
@@ -42,15 +42,15 @@ FILES = [
 
 
 def trainer_at(out: Path, **changes: Any) -> Trainer:
-    # Where there is a checkpoint, the weights a new process starts from must not matter.
+    # With a checkpoint, the new process's own initial weights must not matter.
     return make_trainer(out, init_seed=99 if checkpoints(out) else 0, **{**OPTIONS, **changes})
 
 
 def train(out: Path, shim: Callable[..., None] | None = None, *args: Any) -> None:
-    """The body of a child process: one run, resumed if it can be, with `shim` in its way."""
+    """Run or resume one run in a child process, after `shim` has patched its operations."""
     assert multiprocessing.parent_process(), "what is replaced below would stay replaced"
     torch.set_num_threads(1)
-    # Slow, and no part of what is lost or not.
+    # Measuring the peak and plotting are slow, and no test here needs them.
     gptfast.training.trainer._peak = lambda device, dtype: 1e12
     gptfast.training.trainer.plot_losses = lambda history, out: None
     if shim:
@@ -59,7 +59,7 @@ def train(out: Path, shim: Callable[..., None] | None = None, *args: Any) -> Non
 
 
 def calls(before: Callable[[str], None], after: Callable[[str], None]) -> None:
-    """Call before and after each operation that a save does to the disk."""
+    """Call `before` and `after` around each disk operation of a save."""
     import gptfast.files as files
 
     def wrapped(name: str, real: Callable) -> Callable:
@@ -86,7 +86,7 @@ def calls(before: Callable[[str], None], after: Callable[[str], None]) -> None:
 
 
 def kill_at_operation(n: int, when: str) -> None:
-    """End this process for good before or after the n-th operation."""
+    """Kill this process before or after the n-th operation."""
     count = 0
 
     def die(name: str) -> None:
@@ -102,7 +102,7 @@ def kill_at_operation(n: int, when: str) -> None:
 
 
 def kill_in_write(n: int) -> None:
-    """End this process with the n-th file half written."""
+    """Kill this process when the n-th file is half written."""
     import gptfast.files as files
 
     real, count = files.save_file, 0
@@ -127,7 +127,7 @@ def processes() -> Iterator[Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As the forked processes have: PyTorch's layer norm sums in another order with three."""
+    """Use one thread like the forked processes: the order of layer norm's sums depends on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -136,14 +136,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
-    """The straight run, never cut."""
+    """Run once without interruption."""
     out = tmp_path_factory.mktemp("whole")
     trainer_at(out).fit()
     return out
 
 
 def duration_of_a_run(processes: Any, tmp_path: Path) -> float:
-    for out in (tmp_path / "first", tmp_path / "timed"):  # the first waits for the fork server
+    for out in (tmp_path / "first", tmp_path / "timed"):  # the first run waits for the fork server
         start = time.perf_counter()
         timed = processes.Process(target=train, args=(out,))
         timed.start()
@@ -159,7 +159,7 @@ def assert_same_end(out: Path, whole: Path) -> None:
         last = checkpoints(run_out)[-1]
         assert last.name == f"step-{STEPS:08d}"
         assert sorted(path.name for path in last.iterdir()) == FILES
-        # Nothing that was killed half-way is left lying about.
+        # No half-written files are left.
         hidden = [p for p in (run_out / "checkpoints").iterdir() if p.name.startswith(".")]
         assert hidden == []
     for file in ("model.safetensors", "optimizer.safetensors"):
@@ -171,13 +171,13 @@ def assert_same_end(out: Path, whole: Path) -> None:
 
 
 def assert_whole(out: Path) -> None:
-    """Every directory that bears a checkpoint's name is a whole one."""
+    """Check that every directory with a checkpoint's name is a whole checkpoint."""
     for path in checkpoints(out):
         read_state(path)
 
 
 def test_killed_at_twenty_random_moments(processes: Any, whole: Path, tmp_path: Path) -> None:
-    """Whenever SIGKILL comes, the last complete checkpoint is usable and the end is the same."""
+    """After SIGKILL at any time, the last complete checkpoint works and the end is the same."""
     rng = python_generator(0)
     duration = duration_of_a_run(processes, tmp_path)
     kills, out, runs = 0, tmp_path / "run-0", 0
@@ -212,7 +212,7 @@ def operations_of_a_run(out: Path, processes: Any) -> int:
 
 
 def count_operations(queue: Any) -> None:
-    """Put the number of operations of the run into the queue when it ends."""
+    """Put the run's number of operations into the queue when it ends."""
     import multiprocessing.util as util
 
     names: list[str] = []
@@ -224,7 +224,7 @@ def count_operations(queue: Any) -> None:
 def test_killed_at_the_operations_of_a_save(
     processes: Any, whole: Path, tmp_path: Path, when: str
 ) -> None:
-    """At every write, fsync, rename and deletion of two saves in the middle of the run."""
+    """Kill at every write, fsync, rename and deletion of two saves in the middle of the run."""
     total = operations_of_a_run(tmp_path / "counted", processes)
     first = total // 3
     for n in range(first, min(total, first + 45)):
@@ -258,7 +258,7 @@ def test_killed_with_a_file_half_written(
 
 
 def test_terminated_at_random_moments(processes: Any, whole: Path, tmp_path: Path) -> None:
-    """SIGTERM: the step is finished and saved, the exit is clean, and the end is the same."""
+    """After SIGTERM the step is finished and saved, the exit is clean, and the end is the same."""
     rng = python_generator(1)
     duration = duration_of_a_run(processes, tmp_path)
     out, stops = tmp_path / "run", 0
@@ -295,7 +295,7 @@ def signal_soon(seconds: float) -> None:
 
 
 def send(trainer: Trainer, where: str, at_step: int, *signals: int) -> None:
-    """Send this process the signals when the trainer is in that place at that step."""
+    """Send this process the signals when the trainer reaches that place at that step."""
 
     def wrap(owner: Any, name: str) -> None:
         real = getattr(owner, name)
@@ -313,7 +313,7 @@ def send(trainer: Trainer, where: str, at_step: int, *signals: int) -> None:
     wrap(owner[where], where)
 
 
-# In a step, in an evaluation (step 3 and 6 have one), in the sample of an epoch, in a save.
+# During a step, an evaluation (steps 3 and 6 have one), the sample of an epoch, and a save.
 PLACES = [
     ("train_step", 4, 5),
     ("_loss_over", 0, 0),
@@ -338,12 +338,12 @@ def test_a_signal_saves_and_ends_the_run(
 ) -> None:
     trainer = trainer_at(tmp_path)
     send(trainer, where, step, number)
-    before = signal.getsignal(signal.SIGINT)  # ignored, where a shell runs the tests behind itself
+    before = signal.getsignal(signal.SIGINT)  # ignored in a background job
     trainer.fit()
     assert trainer.progress.step == saved
     assert checkpoints(tmp_path)[-1].name == f"step-{saved:08d}"
     assert f"stopped at step {saved}, all is saved; --resume continues" in capsys.readouterr().out
-    # The handlers are those of before.
+    # The old handlers are back.
     assert signal.getsignal(signal.SIGINT) is before
     trainer_at(tmp_path).fit(resume=True)
     assert_same_end(tmp_path, whole)
@@ -363,7 +363,7 @@ def test_a_second_interrupt_stops_at_once(
     assert_same_end(tmp_path, whole)
 
 
-def test_a_signal_behind_the_last_look_is_saved_too(whole: Path, tmp_path: Path) -> None:
+def test_a_signal_after_the_last_check_is_saved_too(whole: Path, tmp_path: Path) -> None:
     trainer = trainer_at(tmp_path, checkpoint_interval=100)
     real = trainer._after_step
 
@@ -382,13 +382,13 @@ def test_a_signal_behind_the_last_look_is_saved_too(whole: Path, tmp_path: Path)
 
 
 def test_an_interrupted_replacement_leaves_the_old_one(tmp_path: Path) -> None:
-    """Between its two renames: the checkpoint is still seen, loaded and not overwritten."""
+    """Between the two renames, the old checkpoint is still found, loaded and not overwritten."""
     options = {"keep": 1, "keep_best": False, "checkpoint_interval": 100}
     trainer = trainer_at(tmp_path, **options)
     send(trainer, "_loss_over", 6, signal.SIGTERM)
     trainer.fit()
     (path,) = checkpoints(tmp_path)
-    # What SIGKILL between them leaves.
+    # SIGKILL between the renames leaves this.
     path.rename(path.with_name(f".{path.name}.old"))
     (hidden,) = checkpoints(tmp_path)
     assert read_state(hidden)["step"] == 6 and GPT.from_pretrained(tmp_path)
@@ -405,7 +405,7 @@ def test_a_second_sigterm_changes_nothing(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_thousand_bit_flips_are_found(whole: Path, tmp_path: Path) -> None:
-    """Any bit of any file of a checkpoint: the damage is seen and the file named."""
+    """A flipped bit in any file of a checkpoint is found, and the file is named."""
     saved = checkpoints(whole)[-1]
     shutil.copytree(saved, tmp_path / saved.name)
     rng = python_generator(2)
@@ -456,7 +456,7 @@ def test_damaged_checkpoints_do_not_crowd_out_new_ones(whole: Path, tmp_path: Pa
 
 
 def test_a_copied_run_goes_on(whole: Path, tmp_path: Path) -> None:
-    """Its link followed by the copy, and files of others beside the checkpoints."""
+    """The copy has a directory for the link, and foreign files beside the checkpoints."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     shutil.rmtree(checkpoints(out)[-1])
@@ -472,7 +472,7 @@ def test_a_copied_run_goes_on(whole: Path, tmp_path: Path) -> None:
 
 
 def test_every_bit_of_the_state_counts(whole: Path, tmp_path: Path) -> None:
-    """Also those that spell the same numbers otherwise, as in 3E-05."""
+    """Even a bit that only changes the spelling of a number, as in 3E-05, is found."""
     saved = checkpoints(whole)[-1]
     content = (saved / "state.json").read_bytes()
     start = content.index(b'"tokens"')
@@ -492,23 +492,23 @@ def test_when_every_checkpoint_is_damaged(whole: Path, tmp_path: Path) -> None:
     for path in checkpoints(out):
         (path / "model.safetensors").write_bytes(b"")
     metrics = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole: .*model.safetensors"):
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged: .*model.safetensors"):
         trainer_at(out).fit(resume=True)
     assert (out / "metrics.jsonl").read_bytes() == metrics
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for two checkpoints and a bit."""
+    """Mount a file system with room for little more than two checkpoints."""
     yield from disk_of("800k", tmp_path / "disk")
 
 
 def test_no_space_left(small_disk: Path, whole: Path, tmp_path: Path) -> None:
-    """The save that does not fit is named; what was there before is whole and resumable."""
+    """The error names the save that does not fit; older checkpoints are whole and resumable."""
     out = small_disk / "run"
     with pytest.raises(OSError, match="cannot save .*step-00000004.*No space left on device"):
         trainer_at(out, keep=9).fit()
-    # The temporary one is gone, and those before are whole.
+    # The temporary checkpoint is gone, and the older ones are whole.
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert names == ["best", "step-00000002", "step-00000003"]
     assert_whole(out)
@@ -521,7 +521,7 @@ def test_no_space_left(small_disk: Path, whole: Path, tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written_is_named(name: str, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    # No save before the first sample, which would come to /dev/full first.
+    # No save may come before the first sample, because it would write to /dev/full first.
     trainer = trainer_at(tmp_path, checkpoint_interval=100, eval_interval=100)
     real = trainer._loop
 

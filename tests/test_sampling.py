@@ -1,6 +1,6 @@
-"""Sampling: the kept sets, the distribution, the same tokens on every backend, errors.
+"""Test sampling: the kept sets, the distribution, the same tokens on every backend, errors.
 
-Triton's interpreter takes a tenth of a second a row: it gets fewer rows, where there is no GPU.
+Triton's interpreter takes a tenth of a second per row, so it gets fewer rows.
 """
 
 import importlib
@@ -35,7 +35,7 @@ PARAMETERS = {
 
 
 def kept_weights(logits: Tensor, **parameters: float) -> Tensor:
-    """The reference's integer weights (B, V)."""
+    """Return the reference's integer weights (B, V)."""
     B, V = logits.shape
     values = {"temperature": 1.0, "top_k": V, "top_p": 1.0, "min_p": 0.0, **parameters}
     dtypes = {"top_k": torch.int64}
@@ -44,7 +44,7 @@ def kept_weights(logits: Tensor, **parameters: float) -> Tensor:
 
 
 def expected_draws(logits: Tensor, seed: int, position: Tensor, **parameters: float) -> Tensor:
-    """The reference's tokens from one row of logits (V,): its weights serve all draws."""
+    """Return the reference's tokens from one row of logits (V,), whose weights serve all draws."""
     mass = kept_weights(logits[None], **parameters)[0].cumsum(-1)
     u = reference.draw_uniform(torch.full_like(position, seed), position)
     return torch.searchsorted(mass, (u.double() * mass[-1].double()).long(), right=True)
@@ -59,10 +59,10 @@ Draws = Callable[..., Tensor]
 
 @pytest.fixture
 def draws(backend: str) -> Draws:
-    """Draws n tokens from one row of logits (V,), at positions 0 .. n - 1.
+    """Draw n tokens from one row of logits (V,), at positions 0 .. n - 1.
 
-    The interpreter draws three, the first and the last of the kept ids among them; they are those
-    of the reference, and so are taken to be the others.
+    The interpreter draws only three, among them the first and the last of the kept ids. They equal
+    the reference's, whose tokens then stand for the others.
     """
 
     def draw(logits: Tensor, n: int, seed: int = 0, **parameters: float) -> Tensor:
@@ -95,7 +95,7 @@ def test_greedy_is_the_first_maximum(backend: str, V: int, dtype: torch.dtype) -
 def test_same_tokens_as_the_reference(
     backend: str, V: int, rows: int, n: int, parameters: dict
 ) -> None:
-    # 38,400 draws a level in all.
+    # This makes 38,400 draws per level.
     if backend == "reference":
         pytest.skip("is what the others are compared with")
     if slow(backend):
@@ -110,7 +110,7 @@ def test_same_tokens_as_the_reference(
 
 
 def mixed_rows(V: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    """24 rows of logits and parameters that differ from row to row."""
+    """Return 24 rows of logits and parameters that differ from row to row."""
     B = 24
     return torch.randn(B, V).mul(2).to(dtype), {
         "temperature": torch.tensor([0.0, 0.5, 1.0, 2.0]).repeat(6),
@@ -161,7 +161,7 @@ def test_same_tokens_with_ties(**drawn: object) -> None:
     check_ties(16, **drawn)
 
 
-# The fixture sets the backend: once for all examples is right.
+# The fixture sets the backend once for all examples, which is right.
 @settings(
     max_examples=150 if GPU else 8,
     deadline=None,
@@ -169,7 +169,7 @@ def test_same_tokens_with_ties(**drawn: object) -> None:
 )
 @given(**TIES)
 def test_same_tokens_with_ties_in_triton(triton: str, **drawn: object) -> None:
-    # With lists of 16 tokens, most rows are searched and drawn from in blocks, as long rows are.
+    # With lists of 16 tokens, most rows are searched and drawn from in blocks, like long rows.
     with mock.patch.multiple(triton_sampling(), LIST_SIZE=16, tile=lambda V: (32, 2, 1)):
         check_ties(16 if GPU else 2, **drawn)
 
@@ -193,7 +193,7 @@ def triton_sampling() -> ModuleType:
 def test_distribution(isa: str, parameters: dict) -> None:
     # The probabilities here come from a sort and a softmax in float64, not from the reference.
     V, n = 203, 50_000
-    # Evenly spread, so that every limit keeps several, in an order of their own.
+    # The logits are evenly spread and shuffled, so that every limit keeps several.
     logits = torch.linspace(-6, 6, V)[torch.randperm(V, generator=torch_generator(3))]
     p = (logits.double() / parameters.get("temperature", 1.0)).softmax(-1)
     order = p.argsort(descending=True)
@@ -208,7 +208,7 @@ def test_distribution(isa: str, parameters: dict) -> None:
     drawn = ops.sample(logits.expand(n, V), seed=11, position=torch.arange(n), **parameters)
     counts = torch.bincount(drawn, minlength=V).double()
     assert not counts[~kept].any()
-    rare = p * n < 5  # pooled, as the test's approximation asks
+    rare = p * n < 5  # the chi-squared test needs rare tokens pooled
     observed = [*counts[~rare].tolist(), counts[rare].sum().item()]
     expected = [*(p[~rare] * n).tolist(), (p[rare] * n).sum().item()]
     if expected[-1] == 0:
@@ -218,7 +218,7 @@ def test_distribution(isa: str, parameters: dict) -> None:
 
 @pytest.mark.parametrize("k", [1, 5, 31, 130, 600], ids=lambda k: f"k{k}")
 def test_top_k_is_exact_and_ties_go_to_the_lowest_id(draws: Draws, k: int) -> None:
-    # Ten levels of equal logits, shuffled; hot enough that every kept token turns up.
+    # Shuffle ten levels of equal logits; the temperature is high, so every kept token turns up.
     V = 640
     logits = torch.randint(10, (V,)).float()
     order = torch.sort(logits, descending=True, stable=True).indices
@@ -317,7 +317,7 @@ def test_layouts(backend: str, kind: str) -> None:
         "every other column": torch.randn(B, 666)[:, ::2],
         "rows of a wider matrix": torch.randn(B, 400)[:, 5:338],
         "expanded": torch.randn(1, 333).expand(B, -1),
-        # What stands in the pad of a vocabulary is nobody's business.
+        # The padding of a vocabulary may hold anything.
         "padded": torch.full((B, 344), torch.nan)[:, :333].copy_(torch.randn(B, 333)),
     }[kind]
     before = logits.clone()
@@ -349,7 +349,7 @@ def test_seeds_and_positions_have_64_bits(backend: str) -> None:
 
 TILES = [] if TRITON_MISSING else sorted({*sum(triton_sampling().TILES.values(), ())})
 if not GPU:
-    # The interpreter knows no warps.
+    # The interpreter has no warps.
     TILES = list({tile[:2]: tile for tile in TILES}.values())
 
 
@@ -373,8 +373,8 @@ def test_every_tile(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_misaligned_rows_keep_exactly_k(triton: str, dtype: torch.dtype) -> None:
-    # Nearly equal weights: one token more or less would move the draws. V is odd: each row starts
-    # at another distance from the aligned address below; all rows are searched in blocks.
+    # With nearly equal weights, one token more or less would move the draws. V is odd, so each row
+    # has another misalignment; all rows are searched in blocks.
     B, V = 4, 333
     logits = torch.randn(B, V).mul(0.01).to(dtype)
     options = {
@@ -420,7 +420,7 @@ def test_a_gpu_reports_rows_by_minus_one(triton: str, small: int) -> None:
 
 @pytest.mark.parametrize("small", [16, 256])
 def test_parameters_a_gpu_does_not_check(triton: str, small: int) -> None:
-    # Whatever they are, the kernel ends, with an id of the row or -1.
+    # With any values, the kernel ends with an id of the row or -1.
     nan, inf, V = torch.nan, torch.inf, 40
     nonsense = {
         "temperature": [nan, -1.0, inf, -inf],
@@ -448,7 +448,7 @@ def test_parameters_a_gpu_does_not_check(triton: str, small: int) -> None:
 
 
 def test_offsets_past_32_bits(triton: str) -> None:
-    # 2^31 elements, of which only those of three rows are ever touched.
+    # There are 2^31 elements, but only those of three rows are touched.
     V, stride = 300, 2**30 + 3
     logits = torch.empty(2 * stride + V, dtype=torch.float16).as_strided((3, V), (stride, 1))
     logits.copy_(torch.randn(3, V))
@@ -525,7 +525,7 @@ def test_rows_that_cannot_be_sampled(backend: str, bad: str, V: int, temperature
             logits[1, column] = float(bad.split()[1])
         else:
             logits[1] = float(bad.split()[1])
-        if logits.is_cuda:  # asking would synchronise
+        if logits.is_cuda:  # a check would synchronise
             drawn = ops.sample(logits, temperature=temperature)
             assert drawn[1] == -1 and drawn[0] >= 0 and drawn[2] >= 0
             continue

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: each at known steps, and never out of its bounds."""
+"""Test learning-rate schedules: known values, and rates that stay in their bounds."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ SCHEDULES = ["cosine", "linear", "constant", "wsd", "exponential"]
         ),
         # A fifth of 21 steps is four.
         ({"warmup_steps": 0, "schedule": "wsd"}, {0: 1.0, 16: 1.0, 18: 0.55, 20: 0.1}),
-        # No stable part is left.
+        # Nothing is left of the stable part.
         (
             {"warmup_steps": 10, "schedule": "wsd", "decay_steps": 100, "min_lr": 0.0},
             {9: 1.0, 10: 1.0, 15: 0.5, 20: 0.0},

@@ -1,4 +1,4 @@
-"""Search: specs, trials in subprocesses (a script stands in for training), tables, range tests."""
+"""Test search: specs, trials in subprocesses (a script replaces training), tables, range tests."""
 
 import json
 import math
@@ -26,8 +26,8 @@ from gptfast.search.report import run_search
 from gptfast.search.space import log_fields, parse_grid, parse_random
 from gptfast.search.trials import Result, load_result
 
-# What `gptfast train --config FILE --resume` does, as far as a search can see. Its losses are
-# lowest at lr = 1e-3; the setting `act` is how it ends, and `starts` counts how often it began.
+# This script does what a search sees of `gptfast train --config FILE --resume`. Its losses are
+# lowest at lr = 1e-3; the setting `act` decides how it ends, and `starts` counts its starts.
 FAKE = r"""
 import glob, json, math, os, signal, sys, time, tomllib
 config = tomllib.load(open(sys.argv[sys.argv.index("--config") + 1], "rb"))
@@ -154,8 +154,8 @@ def test_random_draws_are_in_their_ranges() -> None:
     assert set(columns["batch_size"]) == set(range(4, 17))
     assert all(isinstance(x, int) and 8 <= x <= 512 for x in columns["n_embd"])
     assert set(columns["act"]) == {"x", "y"}
-    # Half of the draws lie below the middle of a range, the geometric one if it is logarithmic;
-    # 400 fair coins are within 4 standard deviations, 40, of that.
+    # Half of the draws lie below the middle of a range, the geometric middle if it is logarithmic;
+    # 400 fair coins are within 4 standard deviations, 40, of half.
     for name, middle in (("lr", 1e-3), ("dropout", 0.15), ("n_embd", 64)):
         assert abs(sum(x < middle for x in columns[name]) - 200) < 40
     assert all(abs(n - 400 / 13) < 4 * 5.5 for n in Counter(columns["batch_size"]).values())
@@ -164,7 +164,7 @@ def test_random_draws_are_in_their_ranges() -> None:
 def test_random_is_fixed_by_its_seed() -> None:
     assert parse_random(SPACE, 20, seed=1)[:5] == parse_random(SPACE, 5, seed=1)
     assert parse_random(SPACE, 5, seed=1) != parse_random(SPACE, 5, seed=2)
-    # Written down, so that a search of today goes on tomorrow.
+    # The draws are written here, so that later versions can continue a search of today.
     first_two = [{"lr": 0.004885, "n": 7}, {"lr": 0.0006937, "n": 3}]
     assert parse_random(["lr=1e-4:1e-2:log", "n=1:9"], 2, seed=0) == first_two
 
@@ -194,7 +194,7 @@ def test_bad_ranges(specs: list[str], message: str) -> None:
 
 
 def test_trials_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="trials must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="trials must be an integer >= 1, got 0"):
         parse_random(["lr=1:2"], 0)
 
 
@@ -264,7 +264,7 @@ def test_picture_shows_the_trials(
 
 
 def test_a_search_with_many_trials_is_readable(tmp_path: Path) -> None:
-    """Every trial has a colour of its own, and the legend leaves the curves alone."""
+    """Every trial has its own colour, and the legend does not cover the curves."""
     rates = np.geomspace(1e-4, 1e-2, 20)
     results = [
         Result(f"trial-{i:03d}", {"lr": lr}, "done", 4 + i / 20, 2, 5.0, 4.0, 9.0, 1.0, None)
@@ -305,11 +305,11 @@ def test_failures_come_last_with_their_reasons(out: Path, command: list[str]) ->
     assert (crash.best_step, crash.val_loss) == (1, 3 + 4 * math.exp(-1))
     table = (out / "results.md").read_text()
     assert r"failed: loss is inf \| at step 2 |" in table
-    assert "| - | - | - | - | - |" in table  # the silent one has no numbers
+    assert "| - | - | - | - | - |" in table  # the trial without output has no numbers
 
 
 def test_the_untrained_model_does_not_count(out: Path, command: list[str]) -> None:
-    """A run that makes the model it starts from worse: its best is what it got to."""
+    """If training makes the initial model worse, a trial's best loss still comes from training."""
     best = run_search({**BASE, "rising": 1.0}, LRS[:1], out, command=command)[0]
     assert (best.best_step, best.val_loss) == (1, 5.0)
 
@@ -324,7 +324,7 @@ def test_all_failed(out: Path, command: list[str]) -> None:
     assert not (out / "results.md").exists()
 
 
-def test_a_search_goes_on_with_what_is_not_done(
+def test_a_search_continues_with_unfinished_trials(
     out: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = {**BASE, "lr": 1e-3}
@@ -341,7 +341,7 @@ def test_a_search_goes_on_with_what_is_not_done(
     }
     assert starts(out) == {"trial-001": 1, "trial-002": 2, "trial-003": 2}
     assert "1 of 3 trials are done already" in capsys.readouterr().out
-    # Of two starts, and without the rows it had: the fake goes on behind them.
+    # The trial started twice and kept its old rows: the fake continues after them.
     rows = (out / "trial-003/metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert (out / "trial-003/log.txt").read_text().count("hello") == 2
@@ -391,7 +391,7 @@ def test_steps_and_epochs_replace_each_other(out: Path, command: list[str]) -> N
 
 @pytest.mark.parametrize("jobs", [0, -1])
 def test_jobs_must_be_positive(jobs: int, out: Path) -> None:
-    with pytest.raises(ValueError, match=f"jobs must be >= 1, got {jobs}"):
+    with pytest.raises(ValueError, match=f"jobs must be an integer >= 1, got {jobs}"):
         run_search(BASE, LRS, out, jobs=jobs)
 
 
@@ -416,15 +416,15 @@ def test_jobs_run_side_by_side(
     names = [f"trial-{i:03d}" for i in range(1, 5)]
     began = [float((out / name / "starts").read_text().split()[0]) for name in names]
     ended = [float((out / name / "ends").read_text()) for name in names]
-    # The first two end only because both run. One of the others begins when one of them has ended,
-    # and the last when another has.
+    # The first two can end only if both run. Of the others, one begins when one of them has ended,
+    # and the last when another has ended.
     assert sorted(began)[2] >= sorted(ended)[0] and sorted(began)[3] >= sorted(ended)[1]
     threads = {path.read_text().split()[1] for path in out.glob("trial-*/starts")}
     assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
 
 def when_hanging(out: Path, n: int, act: Callable[[], Any]) -> threading.Thread:
-    """Call `act` from another thread once n trials hang."""
+    """Call `act` from another thread as soon as n trials hang."""
 
     def wait() -> None:
         end = time.time() + 20
@@ -432,7 +432,7 @@ def when_hanging(out: Path, n: int, act: Callable[[], Any]) -> threading.Thread:
             time.sleep(0.02)
         try:
             act()
-        except BaseException:  # the search must not hang with its trials
+        except BaseException:  # otherwise the search would hang with its trials
             os.kill(os.getpid(), signal.SIGTERM)
             raise
 
@@ -464,7 +464,7 @@ def test_interruption_waits_and_goes_on_later(
     assert not (out / "results.md").exists()
     assert starts(out) == {"trial-001": 1, "trial-002": 1}
     for name in starts(out):
-        # Gracefully, with code 0, and yet not done.
+        # The trial exited with code 0 but is not done.
         result = load_result(out / name)
         assert (result.status, result.reason) == ("interrupted", "stopped before its last step")
         assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 2
@@ -490,7 +490,7 @@ def test_a_second_ctrl_c_kills(out: Path, command: list[str]) -> None:
 
 
 def curve(lr: np.ndarray, *, steepest: float, diverges: float) -> np.ndarray:
-    """From 10 down to 4, most steeply at one rate, and up beyond another."""
+    """Return losses that fall from 10 to 4, most steeply at one rate, and rise after another."""
     x = np.log10(lr)
     return (
         10
@@ -512,7 +512,7 @@ def test_suggestion_is_where_the_loss_falls(n: int, steepest: float, noise: floa
     lowest = lr[np.argmin(curve(lr, steepest=steepest, diverges=0.03))]
     assert lowest / 3 < 10 * test.tenth_of_minimum < 3 * lowest
     assert test.suggestion < 10 * test.tenth_of_minimum
-    # What is kept ends soon after the loss passed 1.25 times the first one, at lr 0.04.
+    # The kept part ends soon after the loss passes 1.25 times the first one, at lr 0.04.
     assert 0.03 < test.lr[-1] < 0.2
     assert len(test.lr) == len(test.loss) == len(test.smoothed)
     assert test.loss == loss[: len(test.loss)].tolist()
@@ -548,7 +548,7 @@ def test_lr_range_suggests_and_draws(
     wanted = {"schedule": "exponential", "lr": 1.0, "min_lr": 1e-5, "warmup_steps": 0}
     wanted |= {"log_interval": 1, "early_stopping": "none", "max_steps": 100}
     assert {name: config[name] for name in wanted} == wanted
-    # It diverged, and what came before counts all the same.
+    # The run diverged, but the losses from before still count.
     assert load_result(out / "trial-001").status == "failed"
     assert 0.05 < test.lr[-1] < 0.5
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Settings in layers: defaults, --init, what a resumed run had, a TOML file, flags overrule."""
+"""Test settings in layers: defaults, --init, a resumed run's settings, a TOML file, flags."""
 
 import dataclasses
 import shutil
@@ -33,7 +33,7 @@ def file(tmp_path: Path, content: str) -> Path:
     return path
 
 
-# One of every type of field there is.
+# One field of every type.
 EVERY_TYPE = """
 n_layer = 3                     # an integer
 lr = 1                          # a number, written as an integer
@@ -79,7 +79,7 @@ BAD_FILES = {
     "n_layer = 1.5": "n_layer must be an integer, got 1.5",
     "n_layer = true": "n_layer must be an integer, got True",
     'n_layer = "none"': "n_layer must be an integer, got 'none'",
-    "n_layer = 0": "n_layer must be an integer >= 1, got 0",
+    "n_layer = 0": "n_layer must be an integer from 1 to 10000, got 0",
     'lr = "fast"': "lr must be a number, got 'fast'",
     "lr = 1979-05-27": "lr must be a number, got datetime.date(1979, 5, 27)",
     f"lr = {10**400}": "lr must be a number below 2**63 in size, got 1000",
@@ -106,7 +106,7 @@ def test_bad_file(content: str, tmp_path: Path, capsys: Capture) -> None:
     refused(run(capsys, "train", "--config", path), str(path), BAD_FILES[content])
 
 
-def test_no_near_match_no_guess(tmp_path: Path, capsys: Capture) -> None:
+def test_no_suggestion_without_a_near_match(tmp_path: Path, capsys: Capture) -> None:
     path = file(tmp_path, "wholly_unknown_thing = 3")
     assert "did you mean" not in run(capsys, "train", "--config", path)[2]
 
@@ -141,14 +141,14 @@ def test_flags_overrule_the_file(text: Path, tmp_path: Path, capsys: Capture) ->
 
 
 def tensors(out: Path) -> list[bytes]:
-    """The last checkpoint's safetensors, byte for byte."""
+    """Return the bytes of the last checkpoint's safetensors."""
     last = checkpoints(out)[-1]
     return [(last / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
 
 
 @pytest.fixture(scope="module")
 def straight(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps, saved every 4, with settings far from the defaults."""
+    """Train for 8 steps, saved every 4, with settings far from the defaults."""
     out = tmp_path_factory.mktemp("straight") / "out"
     assert main(["train", *options(text), "--out", str(out)]) == 0
     assert [path.name for path in checkpoints(out)] == ["step-00000004", "step-00000008"]
@@ -164,9 +164,9 @@ def options(text: Path) -> list[str]:
 
 
 def test_resume_needs_no_flag(straight: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Cut at step 4 and continued with --resume alone, the end is the straight run's, bit for bit.
+    """A run cut at step 4 and continued with --resume alone ends the same, bit for bit.
 
-    A flag that is given overrules what was saved, and so does a file.
+    A flag overrules the saved settings, and so does a file.
     """
     out = tmp_path / "out"
     done(capsys, "train", *options(text), "--out", out)
@@ -202,7 +202,7 @@ def test_the_resolved_file_repeats_the_run(straight: Path, tmp_path: Path, capsy
 def test_init_brings_architecture_and_tokenizer(
     straight: Path, text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """No size and no tokenizer is named; the training settings are not inherited."""
+    """--init sets size and tokenizer, which are not named here, but no training settings."""
     done(capsys, "train", "--init", straight, "--data", text, "--out", tmp_path, "--max-steps", 1)
     ours, theirs = (read_toml(checkpoints(o)[-1] / "train.toml") for o in (tmp_path, straight))
     for name in (*get_type_hints(GPTConfig), "tokenizer"):
@@ -231,7 +231,7 @@ def test_resume_ignores_a_damaged_train_toml(straight: Path, tmp_path: Path) -> 
 
 
 def values_of(hint: Any) -> st.SearchStrategy:
-    """Values of a field's type, among them many that its range refuses."""
+    """Return a strategy for values of a field's type; its range refuses many of them."""
     if args := get_args(hint):
         if type(None) in args:
             return st.none() | values_of(args[0])
@@ -248,7 +248,7 @@ def values_of(hint: Any) -> st.SearchStrategy:
 
 @st.composite
 def configs(draw: st.DrawFn, cls: Any) -> Any:
-    """Configurations with a few fields of any value that they admit."""
+    """Return a strategy for configurations in which a few fields have any valid value."""
     hints = get_type_hints(cls)
     names = draw(st.lists(st.sampled_from(sorted(hints)), unique=True, max_size=8))
     config = cls()
@@ -314,7 +314,7 @@ def test_apply_changes_nothing_it_was_given() -> None:
 
 
 def test_a_moved_run_goes_on_where_it_lies(straight: Path, tmp_path: Path) -> None:
-    """`out` is where the run was found, not where it was made."""
+    """`out` is the directory in which the run was found, not that in which it was made."""
     shutil.copytree(straight, tmp_path / "moved", symlinks=True)
     command = parse(["train", "--resume", "--out", str(tmp_path / "moved")])
     assert command.train.out == str(tmp_path / "moved")
@@ -339,7 +339,7 @@ def test_the_default_runs_decay_is_for_its_own_rate(tmp_path: Path) -> None:
 
 
 def test_a_moved_run_has_its_own_vocabulary(tmp_path: Path, capsys: Capture) -> None:
-    """The default run keeps a vocabulary in its directory, and it is found after a move."""
+    """The default run keeps a vocabulary in its directory, which is found after a move."""
     sizes = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 2 --device cpu".split()
     limits = ["--max-steps", 1, "--eval-batches", 1, "--sample-tokens", 0]
     done(capsys, "train", *sizes, *limits, "--out", tmp_path / "run")
@@ -350,13 +350,13 @@ def test_a_moved_run_has_its_own_vocabulary(tmp_path: Path, capsys: Capture) -> 
 
 
 def test_underscores_in_flags_but_not_in_values(capsys: Capture) -> None:
-    """--n_layer is --n-layer; a value that looks like a flag keeps its underscores."""
+    """--n_layer means --n-layer, but a value that looks like a flag keeps its underscores."""
     assert parse(["train", "--n_layer", "3", "--sample_prompt=--a_b"]).model.n_layer == 3
     assert parse(["train", "--sample-prompt", "--my_flag is"]).train.sample_prompt == "--my_flag is"
 
 
 def test_a_refused_run_writes_nothing(tmp_path: Path, text: Path, capsys: Capture) -> None:
-    """A run on files keeps no vocabulary, and a refused start beside it leaves none."""
+    """A run on files keeps no vocabulary, and a refused start in its directory leaves none."""
     done(capsys, "train", *TINY, "--data", text, "--max-steps", 1, "--out", tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     refused(run(capsys, "train", "--out", tmp_path), "already holds a run")

@@ -1,4 +1,4 @@
-"""Where a continuation ends and what its text is: against plain searches of the whole text."""
+"""Compare the end and the text of a continuation with plain searches of the whole text."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from gptfast.generation.stop import Matcher, Stops, TextStream
 
 
 class Pieces:
-    """A tokenizer whose tokens are cut without regard to characters; 30 is end-of-text."""
+    """A tokenizer whose tokens may hold parts of characters; 30 is end-of-text."""
 
     name = "pieces"
     tokens = [
@@ -33,21 +33,21 @@ class Pieces:
 
 
 PIECES = Pieces()
-# Some ids are beyond the tokenizer's: a model may have more.
+# Some ids are beyond the tokenizer's, because a model may have more.
 ids_lists = st.lists(st.integers(0, PIECES.n_vocab + 2), max_size=30)
 stop_texts = st.lists(st.text("abc€é😀\ufffd ", min_size=1, max_size=4), max_size=3)
 stop_ids = st.lists(st.lists(st.integers(0, PIECES.n_vocab), min_size=1, max_size=3), max_size=2)
 
 
 def whole_characters(ids: Sequence[int]) -> str:
-    """The text that stays whatever comes next."""
+    """Return the text that stays the same whatever comes next."""
     data = PIECES.decode_bytes([i for i in ids if i < PIECES.eot])
     nexts = (b"", b"\x80" * 3, b"\x90" * 3, b"\xbf" * 3)
     return os.path.commonprefix([(data + more).decode("utf-8", "replace") for more in nexts])
 
 
 def first_text_stop(text: str, texts: Sequence[str]) -> int | None:
-    """Where the stop that is complete first, the longest of those, begins."""
+    """Return where the stop begins that is complete first; the longest one if several are."""
     for end in range(len(text) + 1):
         found = [len(one) for one in texts if text[:end].endswith(one)]
         if found:
@@ -58,7 +58,7 @@ def first_text_stop(text: str, texts: Sequence[str]) -> int | None:
 def plain_end(
     ids: Sequence[int], eos: int | None, texts: Sequence[str], lists: Sequence[Sequence[int]]
 ) -> tuple[int, str]:
-    """How many ids are kept, and their text, by looking through everything after each token."""
+    """Return the number of kept ids and their text by searching everything after each token."""
     for n in range(1, len(ids) + 1):
         seen = ids[:n]
         start = first_text_stop(whole_characters(seen), texts)
@@ -107,7 +107,7 @@ def test_equals_a_search_of_everything(
     for i in ids:
         pieces.append(stream.feed(i))
         counts.append(stream.kept)
-        # What was let out once is never taken back.
+        # Text that was returned is never taken back.
         assert text.startswith("".join(pieces))
         if stream.ended:
             break
@@ -121,7 +121,7 @@ def test_equals_a_search_of_everything(
 
 @settings(max_examples=300, deadline=None)
 @given(ids=ids_lists)
-def test_without_stops_every_whole_character_is_let_out(ids: list[int]) -> None:
+def test_without_stops_every_whole_character_is_returned(ids: list[int]) -> None:
     stream, text = TextStream(PIECES, Stops()), ""
     for n, i in enumerate(ids, 1):
         text += stream.feed(i)
@@ -133,7 +133,7 @@ def test_without_stops_every_whole_character_is_let_out(ids: list[int]) -> None:
 @settings(max_examples=300, deadline=None)
 @given(ids=ids_lists, texts=st.lists(st.text("abc€", min_size=1, max_size=4), min_size=1))
 def test_nothing_is_held_back_without_need(ids: list[int], texts: list[str]) -> None:
-    """What is held is the beginning of a stop string."""
+    """Only text that may be the beginning of a stop string is held back."""
     stream, text = TextStream(PIECES, stops(None, texts, [])), ""
     for n, i in enumerate(ids, 1):
         text += stream.feed(i)
@@ -145,7 +145,7 @@ def test_nothing_is_held_back_without_need(ids: list[int], texts: list[str]) -> 
 
 @settings(max_examples=200, deadline=None)
 @given(ids=ids_lists, texts=stop_texts, lists=stop_ids, at=st.integers(0, 10))
-def test_a_fork_goes_its_own_way(
+def test_a_fork_is_independent(
     ids: list[int], texts: list[str], lists: list[list[int]], at: int
 ) -> None:
     stream = TextStream(PIECES, stops(None, texts, lists))
@@ -163,7 +163,7 @@ def test_a_fork_goes_its_own_way(
 
 @settings(max_examples=500, deadline=None)
 @given(pattern=st.text("ab", min_size=1, max_size=6), text=st.text("ab", max_size=30))
-def test_matcher_knows_what_the_text_ends_with(pattern: str, text: str) -> None:
+def test_matcher_state_is_the_longest_prefix_at_the_end(pattern: str, text: str) -> None:
     matcher, state = Matcher(pattern), 0
     for n, character in enumerate(text, 1):
         state = matcher.advance(state, character)
@@ -177,16 +177,16 @@ def test_matcher_knows_what_the_text_ends_with(pattern: str, text: str) -> None:
         ("", None, "stop has an empty string"),
         (["a", ""], None, "stop has an empty string"),
         ([[]], None, "stop has an empty id list"),
-        ([1, 2], None, r"got 1 in it; one list of ids is stop=\[\[1, 2\]\]"),
+        ([1, 2], None, r"got 1 in it; write one list of ids as stop=\[\[1, 2\]\]"),
         (5, None, "stop must be a string or a list .*, got 5"),
         ({"a"}, None, "stop must be a string or a list"),
         (b"ab", None, "got 97 in it"),
         ([[1.5]], None, "each token id in a stop list must be an integer, got 1.5"),
         ([None], None, "got None in it"),
         ("\ud800", None, r"a stop string has the lone surrogate '\\ud800' at character 0"),
-        (None, "x", "eos_id must be an integer, got 'x'"),
-        (None, 1.5, "eos_id must be an integer, got 1.5"),
-        (None, -1, "eos_id must be a token id .*, got -1"),
+        (None, "x", "eos_id must be an integer >= 0, got 'x'"),
+        (None, 1.5, "eos_id must be an integer >= 0, got 1.5"),
+        (None, -1, "eos_id must be an integer >= 0, got -1"),
     ],
 )
 def test_stops_refused(stop: object, eos_id: object, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Streams, stops and text: the same ids and the same text, whole or token by token."""
+"""Test streams, stops and text: ids and text are the same whole or token by token."""
 
 import re
 
@@ -34,7 +34,7 @@ def test_alone_batched_streamed_and_uncached_are_one(model: GPT, name: str) -> N
 
 
 def byte_model(seed: int = 0) -> GPT:
-    """Draws bytes of two-byte characters and ASCII, with few repetitions."""
+    """Return a model that draws bytes of two-byte characters and ASCII, with few repetitions."""
     model = lively_model(vocab_size=400)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.3)
@@ -44,7 +44,7 @@ def byte_model(seed: int = 0) -> GPT:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_stop_strings_and_ids(seed: int) -> None:
-    """Stops taken from what is generated without: rows end before them, alone or together."""
+    """Rows end before their stops, alone or in a batch; the stops come from a run without any."""
     byte, model = get_tokenizer("byte"), byte_model()
     prompts = [list(b"ab"), list("caf\u00e9".encode()), list(b"x")]
     options = {"seed": seed, "temperature": 0.9, "tokenizer": byte}
@@ -59,7 +59,7 @@ def test_stop_strings_and_ids(seed: int) -> None:
         found = [(n, len(ascii_run)) for n in [text.find(ascii_run.encode())] if n >= 0]
         for one in stop[1:]:
             found += [(n, len(one)) for n in range(60) if ids[n : n + len(one)] == one][:1]
-        # The one that is complete first ends the row, where it began.
+        # The stop that is complete first ends the row, at the place where that stop begins.
         first = min(found, key=lambda run: (sum(run), run[0]), default=(60, 0))
         assert row == p + ids[: first[0]]
         assert [*row[len(p) :]] == list(stream(model, p, 60, stop=stop, **options))
@@ -83,7 +83,7 @@ def test_generation_ends_with_its_stops(model: GPT, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
-def test_between_two_ids_the_caller_is_in_its_own_modes(training: bool) -> None:
+def test_between_two_ids_the_caller_keeps_its_own_modes(training: bool) -> None:
     model = lively_model(dropout=0.5).train(training)
     wanted = generate(model, [prompt(3)], 12, seed=1)[0][3:]
     ids = stream(model, prompt(3), 12, seed=1)
@@ -116,7 +116,7 @@ def test_streams_side_by_side(model: GPT) -> None:
     [
         (([], 3), {}, ValueError, "prompt 0 is empty"),
         (([61], 3), {}, IndexError, "token id 61"),
-        (([1], -1), {}, ValueError, "max_new_tokens must be >= 0"),
+        (([1], -1), {}, ValueError, "max_new_tokens must be an integer >= 0"),
         (([1], 3), {"top_p": 2.0}, ValueError, "top_p must be"),
         (([1], 3), {"repetition_penalty": 0}, ValueError, "repetition_penalty must be"),
         (([1], 3), {"stop": ""}, ValueError, "stop has an empty string|pass tokenizer"),
@@ -137,11 +137,11 @@ def test_a_stream_refuses_when_it_is_called(
             )
 
 
-def test_what_is_no_option(model: GPT) -> None:
+def test_unknown_and_unsupported_options(model: GPT) -> None:
     byte, of_bytes = get_tokenizer("byte"), lively_model(vocab_size=257)
     for name, message in (
         ("foo", "^there is no option 'foo'; there are temperature, top_k"),
-        ("logprobs", "^logprobs are of ids, not of text; use generate or stream"),
+        ("logprobs", "^logprobs works with ids, not with text; use generate or stream"),
     ):
         for function in (generate_text, stream_text):
             with pytest.raises(TypeError, match=message):
@@ -182,7 +182,7 @@ def test_streamed_text_equals_the_whole(seed: int, stops: bool) -> None:
 
 def test_beams_as_text() -> None:
     byte, model = get_tokenizer("byte"), byte_model()
-    with torch.no_grad():  # ASCII alone has a positive score, so 30 characters come
+    with torch.no_grad():  # only ASCII has a positive score, so there are 30 characters
         model.lm_head.weight[:0x21] = 0
         model.lm_head.weight[0x7F:] = 0
     free = generate_text(model, byte, "ab", 30, num_beams=3)
@@ -194,7 +194,7 @@ def test_beams_as_text() -> None:
 
 def test_text_to_text() -> None:
     byte = get_tokenizer("byte")
-    # More ids than the tokenizer has: those stand for no text.
+    # The model has more ids than the tokenizer; the extra ones have no text.
     model = lively_model(vocab_size=400)
     ids = generate(model, [byte.encode("ab")], 60, seed=2, eos_id=byte.eot)[0]
     assert max(ids) >= byte.n_vocab
@@ -204,7 +204,7 @@ def test_text_to_text() -> None:
 
 
 @pytest.mark.parametrize("prompt", [5, None, [5], ["a", None], "\ud800", b"ab"], ids=repr)
-def test_what_is_no_text(prompt: object) -> None:
+def test_wrong_types_of_text(prompt: object) -> None:
     byte, model = get_tokenizer("byte"), byte_model()
     with pytest.raises(ValueError, match="must be a string|lone surrogate"):
         generate_text(model, byte, prompt, 3)

@@ -1,4 +1,4 @@
-"""Threads and forks: the same bits from any number of threads, many at once, and in a child."""
+"""Results have the same bits with any number of threads, in several callers, and after a fork."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -95,7 +95,7 @@ OPERATIONS = {
         *(linear, mlp, embedding, adamw, sample),
     )
 }
-# Those whose products are the library's, which promises nothing of the kind.
+# The library computes these products, and it does not promise the same bits.
 WITH_PRODUCTS = ("linear_cross_entropy", "linear", "mlp")
 
 
@@ -125,7 +125,7 @@ def test_number_of_threads_changes_no_bit(name: str, isa: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_PRODUCTS)
 def test_number_of_threads_with_the_librarys_products(name: str) -> None:
-    """Up to the rounding of sums, which MKL may order by the number of threads."""
+    """Results differ only by the rounding of sums, whose order in MKL may depend on the threads."""
     EXTENSION.set_matmul_provider("library")
     results = []
     for threads in (1, 2, 8):
@@ -178,7 +178,7 @@ def test_use_backend_is_one_threads() -> None:
 
 
 def _in_child(name: str, end: multiprocessing.connection.Connection) -> None:
-    # As numbers: a tensor would go through a file of shared memory.
+    # Send numbers, because a tensor would go through a file of shared memory.
     end.send([t.tolist() for t in OPERATIONS[name]()] + [torch.get_num_threads()])
 
 
@@ -186,10 +186,10 @@ def _in_child(name: str, end: multiprocessing.connection.Connection) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.usefixtures("our_products")
 def test_a_fork_after_a_parallel_region(name: str) -> None:
-    """The child neither waits for threads that are not there nor computes something else."""
+    """The child does not wait for threads that it lacks, and computes the same."""
     torch.set_num_threads(2)
     large = torch.ones(512, 512)
-    (large @ large).exp()  # PyTorch's own and MKL's parallel regions too
+    (large @ large).exp()  # starts PyTorch's and MKL's parallel regions too
     expected = OPERATIONS[name]()
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()

@@ -1,4 +1,4 @@
-"""Token files: layouts byte by byte, views against lists, 2^31 tokens, damaged files."""
+"""Test token files: layouts byte by byte, views against lists, 2^31 tokens, damaged files."""
 
 import copy
 import os
@@ -24,7 +24,7 @@ IDS = st.lists(st.integers(0, 65535), min_size=1, max_size=40)
 
 
 def llm_c(tokens: Sequence[int], count: int | None = None, version: int = 1) -> bytes:
-    """A file as llm.c's data scripts write it, by hand."""
+    """Write a file by hand in the layout of llm.c's data scripts."""
     header = np.zeros(256, dtype=np.int32)
     header[0], header[1] = 20240520, version
     header[2] = len(tokens) if count is None else count
@@ -36,7 +36,7 @@ def nanogpt(tokens: Sequence[int]) -> bytes:
 
 
 def shards(directory: Path, parts: Sequence[Sequence[int]]) -> list[Path]:
-    """One file for each part, llm.c's and nanoGPT's in turn."""
+    """Write one file for each part, in llm.c's and nanoGPT's layout by turns."""
     paths = []
     for i, part in enumerate(parts):
         path = directory / f"part{i}.bin"
@@ -129,7 +129,7 @@ def test_random_bytes_are_tokens_or_a_value_error(content: bytes, tmp_path: Path
         (llm_c([1, 2, 3]) + b"\0\0", "1032 bytes, but its header says 3 tokens, 1030 bytes"),
         (llm_c([1], count=-1), "its header says -1 tokens"),
         (llm_c([1, 2])[:500], "500 bytes, but its header says 2 tokens"),
-        (llm_c([1], version=2), "a.bin has version 2 of llm.c's header; only 1 is known"),
+        (llm_c([1], version=2), "a.bin has version 2 of llm.c's header; only 1 can be read"),
         (np.array([20240801, 7, 1, 5], "<i4").tobytes(), "Llama 3's 32-bit tokens"),
     ],
     ids="empty no-tokens odd cut trailing negative header-cut version llama".split(),
@@ -273,14 +273,14 @@ def test_sidecars_for_all_or_none(tmp_path: Path) -> None:
 
 
 def sparse(path: Path, n: int, headered: bool, near_end: Sequence[int]) -> Path:
-    """A file of n tokens that takes no room: zeros, and near_end as its last ones."""
+    """Write a sparse file of n tokens that takes no room: zeros, then `near_end`."""
     offset = 1024 if headered else 0
     with path.open("wb") as file:
         file.write(llm_c([], count=n) if headered else b"")
         file.truncate(offset + 2 * n)
         file.seek(offset + 2 * (n - len(near_end)))
         file.write(nanogpt(near_end))
-    # Blocks of 512 bytes: what the file really takes.
+    # st_blocks counts blocks of 512 bytes that the file really takes.
     assert os.stat(path).st_blocks * 512 < 2**20
     return path
 

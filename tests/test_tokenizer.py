@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, GPT-2's known ids, and each place its two files may come from."""
+"""Test tokenizers: round trips, GPT-2's known ids, and every source of its two files."""
 
 import importlib.machinery
 import importlib.util
@@ -22,7 +22,7 @@ CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken_cache"
 
 
 def gpt2_files() -> tuple[Path, Path] | None:
-    """vocab.bpe and encoder.json on this machine, if there are any."""
+    """Return vocab.bpe and encoder.json on this machine, if it has them."""
     found = [pair for pair in tokenizer._candidates() if pair[0].is_file() and pair[1].is_file()]
     return found[0] if found else None
 
@@ -32,7 +32,7 @@ needs_gpt2 = pytest.mark.skipif(gpt2_files() is None, reason="GPT-2's BPE files 
 
 @pytest.fixture
 def no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with no wheel, no cache and no network."""
+    """Imitate a machine with no wheel, no cache and no network."""
 
     def offline(name: str) -> tiktoken.Encoding:
         raise ConnectionError("no route to host")
@@ -47,7 +47,7 @@ def no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A directory with GPT-2's two files under their own names."""
+    """Make a directory with GPT-2's two files under their own names."""
     for source, name in zip(gpt2_files(), ("vocab.bpe", "encoder.json"), strict=True):
         shutil.copy(source, tmp_path / name)
         (tmp_path / name).chmod(0o644)
@@ -149,7 +149,7 @@ def test_special_tokens_refused(name: str, allowed: Any, message: str) -> None:
     ],
     ids=["high", "escaped-byte", "pair", "bytes", "none"],
 )
-def test_what_is_no_text(name: str, text: Any, message: str) -> None:
+def test_wrong_types_of_text(name: str, text: Any, message: str) -> None:
     for allowed in ((), {EOT}):
         with pytest.raises(ValueError, match=message):
             get_tokenizer_once(name).encode(text, allowed)
@@ -196,7 +196,7 @@ def test_equals_tiktokens_own_gpt2(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_directory(directory: Path, no_sources: None) -> None:
     gpt2 = get_tokenizer(str(directory))
     assert gpt2.encode("Hello, I am") == [15496, 11, 314, 716]
-    # The name finds it again from any working directory.
+    # The tokenizer's name works from any working directory.
     assert gpt2.name == str(directory.resolve())
 
 
@@ -237,7 +237,7 @@ def test_corrupted_file(name: str, directory: Path) -> None:
 @needs_gpt2
 @pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
 def test_any_corrupted_byte(name: str, directory: Path) -> None:
-    """Also what could still be read: a hexadecimal digit in capitals, a tab for a space."""
+    """Changes that could still be read are found too: a capital hex digit, a tab for a space."""
     whole = (directory / name).read_bytes()
     generator = python_generator(len(name))
     places = [0, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(40))]
@@ -252,7 +252,7 @@ def test_any_corrupted_byte(name: str, directory: Path) -> None:
 @needs_gpt2
 @pytest.mark.parametrize("place", ["header", "merge", "space", "newline", "end"])
 def test_both_files_corrupted(place: str, directory: Path) -> None:
-    """Then their contents must fit: the first changed only in form, the second in any place."""
+    """Two changed files must fit each other; here encoder.json changes only in form."""
     encoder, bpe = directory / "encoder.json", directory / "vocab.bpe"
     encoder.write_bytes(encoder.read_bytes().replace(b"\\u00e2", b"\\u00E2", 1))
     content = bytearray(bpe.read_bytes())
@@ -304,7 +304,7 @@ def test_falls_back_to_tiktokens_own_download(
 @needs_gpt2
 @pytest.mark.parametrize("space", [" ", "\n", "\u2003", "\r\n \xa0"], ids=ascii)
 def test_a_million_spaces(space: str) -> None:
-    """More than tiktoken's regex can hold: the words are those that GPT-2's split makes."""
+    """The text is too long for tiktoken's regex, but its words are those of GPT-2's split."""
     gpt2 = get_tokenizer_once("gpt2")
     run = space * (1_200_000 // len(space))
     for before, after in (("text", "more"), ("", ""), (EOT, EOT)):

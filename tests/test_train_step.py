@@ -1,4 +1,4 @@
-"""One optimizer step: accumulation, masks, frozen parts, precision, recomputation, compilation."""
+"""Test one optimizer step: accumulation, masks, freezing, precision, recomputation, compilation."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def batch(B: int, T: int, seed: int, masked: float = 0.0) -> tuple[Tensor, Tenso
 
 
 def stepped(batches: list, **options: Any) -> tuple[GPT, dict[str, Any]]:
-    """A model after one step on these batches, and the step's row."""
+    """Return a model after one step on these batches, and the step's row."""
     dropout = options.pop("dropout", 0.0)
     model = random_model(dropout=dropout).train()
     step = TrainStep(model, TrainConfig(**options), CPU)
@@ -41,7 +41,7 @@ def gradients(model: GPT) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("masked", [0.0, 0.7], ids=["all", "masked"])
 def test_accumulated_batches_are_one_large_batch(masked: float) -> None:
-    """Every target weighs the same, however unequally the batches are masked."""
+    """Every target has the same weight, even if the batches are masked unequally."""
     parts = [batch(2, 9, 1), batch(2, 9, 2, masked), batch(2, 9, 3, masked / 2)]
     whole = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
     small, row = stepped(parts)
@@ -80,7 +80,7 @@ def test_a_frozen_part_stays(patterns: tuple[str, ...], frozen: Any) -> None:
     model, _ = stepped([batch(2, 9, 1)], freeze=patterns)
     changed = differing(parameters(model), parameters(random_model()))
     assert set(changed) == {name for name, _ in model.named_parameters() if not frozen(name)}
-    # What is trained gets the gradient it would get anyway.
+    # The trained parts get the same gradient as without freezing.
     free, _ = stepped([batch(2, 9, 1)])
     wanted = {name: g for name, g in gradients(free).items() if not frozen(name)}
     assert differing(gradients(model), wanted) == []
@@ -94,7 +94,7 @@ def test_a_frozen_part_stays(patterns: tuple[str, ...], frozen: Any) -> None:
     ],
     ids=["no-match", "all"],
 )
-def test_freezing_that_cannot_be(patterns: list[str], message: str) -> None:
+def test_impossible_freezing(patterns: list[str], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         freeze(random_model(), patterns)
     assert str(caught.value) == message
@@ -111,7 +111,7 @@ def test_activation_checkpointing_changes_memory_only(dropout: float) -> None:
 
 
 def test_skip_below_reaches_the_head() -> None:
-    """At 0.999 the head's gradient is all but gone, and with it everybody's; at 0 it is whole."""
+    """At 0.999 the head's gradient, and so every other, nearly vanishes; at 0 it is whole."""
     batches = [batch(2, 16, 1)]
     plain, row = stepped(batches)
     none, _ = stepped(batches, skip_below=0.0)
@@ -123,7 +123,7 @@ def test_skip_below_reaches_the_head() -> None:
 
 
 def test_activation_checkpointing_saves_memory() -> None:
-    """Bytes kept for the backward: a block's input instead of its activations."""
+    """Fewer bytes are kept for the backward: a block's input instead of its activations."""
 
     def kept(recomputes: bool) -> int:
         model = random_model(n_layer=4, block_size=64).train()
@@ -148,7 +148,7 @@ def test_bf16_autocast() -> None:
     fp32, wanted = stepped(batches)
     bf16, row = stepped(batches, precision="bf16")
     assert {p.dtype for p in bf16.parameters()} == {torch.float32}
-    # bf16 has 8 bits: close, and not the same.
+    # bf16 has 8 bits, so the losses are close but not the same.
     assert row["loss"] == pytest.approx(wanted["loss"], rel=2e-2)
     assert row["loss"] != wanted["loss"]
     for name, grad in gradients(fp32).items():
@@ -181,7 +181,7 @@ def test_the_guard_sees_the_norm_before_the_step() -> None:
 
 
 def test_a_refused_step_leaves_no_trace() -> None:
-    """Guard and random state are as if it had not been tried."""
+    """The guard and the random state are as if the step had never been tried."""
     model = random_model(dropout=0.2).train()
     step = TrainStep(model, TrainConfig(skip_zscore=6.0), CPU)
     for i in range(3):

@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: trained, written, read back; and pairs of files that do not fit."""
+"""Train a tokenizer, write it and read it back; refuse pairs of files that do not fit."""
 
 import builtins
 import json
@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.Tokenizer:
 
 
 def library_encoder(directory: Path) -> Callable[[str], list[int]]:
-    """The tokenizers library's own encoding by the two files."""
+    """Return the tokenizers library's own encoder for the two files."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     merges = [tuple(line.split(" ")) for line in (directory / "vocab.bpe").read_text().split("\n")]
@@ -58,7 +58,7 @@ def test_trained_sizes(trained: tokenizer.Tokenizer) -> None:
     assert lines[1] == "e r" or len(lines[1].split(" ")) == 2
     assert sorted(path.name for path in directory.iterdir()) == ["encoder.json", "vocab.bpe"]
     assert get_tokenizer(trained.name).encode("the cat") == trained.encode("the cat")
-    # Words of the texts have become tokens.
+    # Some words of the texts are tokens now.
     assert len(trained.encode(" the")) == 1
     assert len(trained.encode(embedded_text()[:60_000])) < 60_000 / 2
 
@@ -174,7 +174,7 @@ UNFIT: dict[str, tuple[Callable[[list[str]], Any], Callable[[dict[str, int]], An
     "extra-token": (
         lambda m: 0,
         lambda v: v.update(zz=len(v)),
-        "vocab.bpe does not fit: .*no line makes 'zz'",
+        "vocab.bpe does not fit: .*no merge makes the token 'zz'",
     ),
     "hole": (
         lambda m: 0,
@@ -194,18 +194,18 @@ UNFIT: dict[str, tuple[Callable[[list[str]], Any], Callable[[dict[str, int]], An
     "float": (
         lambda m: 0,
         lambda v: v.update({EOT: 5.0}),
-        "encoder.json does not fit: .*no JSON object of tokens and",
+        "encoder.json does not fit: .*not a JSON object of tokens and",
     ),
     "bool": (
         lambda m: 0,
         lambda v: v.update({"!": False}),
-        "encoder.json does not fit: .*no JSON object of tokens and",
+        "encoder.json does not fit: .*not a JSON object of tokens and",
     ),
-    "lost-merge": (lambda m: m.pop(-2), lambda v: 0, "vocab.bpe does not fit: .*no line makes"),
+    "lost-merge": (lambda m: m.pop(-2), lambda v: 0, "vocab.bpe does not fit: .*no merge makes"),
     "merge-order": (
         lambda m: m.insert(1, m.pop(2)),
         lambda v: 0,
-        "vocab.bpe does not fit: .*(whose id is out of order|no merge of two tokens made before)",
+        "vocab.bpe does not fit: .*(whose id is out of order|does not merge two earlier tokens)",
     ),
     "swapped-ids": (
         lambda m: 0,
@@ -215,22 +215,22 @@ UNFIT: dict[str, tuple[Callable[[list[str]], Any], Callable[[dict[str, int]], An
     "three-parts": (
         lambda m: m.insert(1, "a b c"),
         lambda v: 0,
-        "vocab.bpe does not fit: .*line 2, 'a b c', is no merge",
+        "vocab.bpe does not fit: .*line 2, 'a b c', does not merge",
     ),
     "one-part": (
         lambda m: m.insert(1, "ab"),
         lambda v: 0,
-        "vocab.bpe does not fit: .*line 2, 'ab', is no merge",
+        "vocab.bpe does not fit: .*line 2, 'ab', does not merge",
     ),
     "empty-line": (
         lambda m: m.insert(1, ""),
         lambda v: 0,
-        "vocab.bpe does not fit: .*line 2, '', is no merge",
+        "vocab.bpe does not fit: .*line 2, '', does not merge",
     ),
     "unknown-part": (
         lambda m: m.insert(1, "a zz"),
         lambda v: 0,
-        "vocab.bpe does not fit: .*line 2, 'a zz', is no merge",
+        "vocab.bpe does not fit: .*line 2, 'a zz', does not merge",
     ),
     "unknown-token": (
         lambda m: m.insert(1, "Q Z"),
@@ -288,7 +288,7 @@ def test_vocab_bpe_that_is_no_text(trained: tokenizer.Tokenizer, tmp_path: Path)
 
 
 def test_a_directorys_own_order_of_ids(trained: tokenizer.Tokenizer, tmp_path: Path) -> None:
-    """End-of-text may come first: OpenAI's order of ids is not the only one."""
+    """Ids need not have OpenAI's order: end-of-text may come first."""
     vocab = json.loads((Path(trained.name) / "encoder.json").read_text())
     vocab = {token: 0 if token == EOT else i + 1 for token, i in vocab.items()}
     shutil.copy(Path(trained.name) / "vocab.bpe", tmp_path)
@@ -305,7 +305,7 @@ def test_no_text_is_no_vocabulary(tmp_path: Path) -> None:
 
 
 def test_content_not_place_tells_vocabularies_apart(tmp_path: Path) -> None:
-    """Prepared data goes with a copy of its vocabulary, and not with another at its place."""
+    """Prepared data fits a copy of its vocabulary, but not another one in the same place."""
     from gptfast.data.prepare import prepare
     from gptfast.data.sources import load_data
 
@@ -325,7 +325,7 @@ def test_content_not_place_tells_vocabularies_apart(tmp_path: Path) -> None:
 
 
 def test_a_reduced_vocabulary_splits_words_alike(tmp_path: Path) -> None:
-    """A word is split as before unless a token of it stands in the text only once."""
+    """A word is split as before unless one of its tokens occurs only once in the text."""
     gpt2, text = get_tokenizer("gpt2"), embedded_text()[:200_000]
     reduced = reduce_tokenizer(gpt2, text, tmp_path / "reduced")
     assert reduced.n_vocab < 6000 and reduced.eot == reduced.n_vocab - 1

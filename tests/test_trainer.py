@@ -1,4 +1,4 @@
-"""The trainer: equal to plain PyTorch, repeatable, resumable bit for bit, and what it writes."""
+"""Test the trainer: equality with plain PyTorch, repeatable and resumed runs, and its files."""
 
 import json
 import math
@@ -58,7 +58,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """GPT-2 of nothing but torch.nn."""
+    """GPT-2 made only of torch.nn."""
 
     def __init__(self, V: int, block_size: int, n_layer: int, n_head: int, C: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PlainGPT(nn.Module):
 
 
 def test_a_run_equals_plain_pytorch(tmp_path: Path) -> None:
-    """The same model, batches and schedule without a line of ours: 1e-4 in loss at every step."""
+    """The same run without our code agrees to 1e-4 in loss at every step."""
     steps, warmup, lr, min_lr = 30, 5, 3e-3, 1e-4
     tokens = as_tokens(embedded_text()[:4000], get_tokenizer("byte"))
 
@@ -127,7 +127,7 @@ def test_a_run_equals_plain_pytorch(tmp_path: Path) -> None:
         math.isclose(row["grad_norm"], norm, rel_tol=1e-3)
         for row, norm in zip(rows, norms, strict=True)
     )
-    # It learned, and the clip had something to do.
+    # The run learned, and clipping had an effect.
     assert losses[-1] < losses[0] - 0.8
     assert min(norms) < 1.5 < max(norms)
 
@@ -163,11 +163,11 @@ def test_a_seed_fixes_the_run(tmp_path: Path, threads: int) -> None:
 
 
 class Cut(Exception):
-    """Stands for a power failure."""
+    """Represents a power failure."""
 
 
 def cut_at(trainer: Trainer, step: int) -> None:
-    """Let the trainer fail when it is about to take the step after `step`."""
+    """Make the trainer fail just before the step after `step`."""
     real: Callable = trainer.train_step
 
     def train_step(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def cut_at(trainer: Trainer, step: int) -> None:
     trainer.train_step = train_step
 
 
-# 7 batches an epoch, a checkpoint every 2 steps.
+# An epoch has 7 batches, and every 2 steps there is a checkpoint.
 @pytest.mark.parametrize("cuts", [(2,), (5,), (7,), (8, 13), (1, 14, 15)], ids=str)
 def test_a_run_cut_and_resumed_is_the_same_run(tmp_path: Path, cuts: tuple[int, ...]) -> None:
     options = {"max_steps": 16, "checkpoint_interval": 2, "dropout": 0.2, "seed": 6}
@@ -187,7 +187,7 @@ def test_a_run_cut_and_resumed_is_the_same_run(tmp_path: Path, cuts: tuple[int, 
     out = tmp_path / "cut"
 
     def restarted() -> Trainer:
-        # With a checkpoint, the weights the new process starts from must not matter.
+        # With a checkpoint, the new process's own initial weights must not matter.
         return make_trainer(out, init_seed=99 if checkpoints(out) else 0, **options)
 
     for step in cuts:
@@ -241,7 +241,7 @@ def test_parameter_groups(tied: bool) -> None:
     assert len(decay["params"]) + len(rest["params"]) == len(names)
 
 
-def test_what_a_run_leaves(tmp_path: Path) -> None:
+def test_files_of_a_run(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path, epochs=2, log_interval=2, eval_interval=4, checkpoint_interval=3, lr=2e-3
     )
@@ -280,7 +280,7 @@ def test_keep(tmp_path: Path, keep: int) -> None:
 
 
 def with_losses(trainer: Trainer, val_losses: dict[int, float]) -> Trainer:
-    """The trainer with these validation losses, by step, instead of those it would measure."""
+    """Return the trainer with these validation losses by step in the place of measured ones."""
 
     def loss_over(loader: DataLoader, n: int | None) -> float:
         return val_losses[trainer.progress.step] if loader is trainer.val_loader else 5.0
@@ -301,7 +301,7 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, interval: int) -> None:
     assert kept == ["best", "step-00000003", "step-00000006"]
     assert read_state(tmp_path / "checkpoints" / "best")["step"] == 3
     assert GPT.from_pretrained(tmp_path / "checkpoints" / "best").config == trainer.model.config
-    # The run goes on and a better one takes its place.
+    # The run continues, and a better checkpoint replaces the best one.
     again = with_losses(make_trainer(tmp_path, max_steps=8, **options), FALL_AND_RISE)
     again.fit(resume=True)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -324,7 +324,7 @@ def test_early_stopping(tmp_path: Path) -> None:
     assert trainer.progress.step == 6
     assert history[-1]["final"] and history[-1]["val_loss"] == 3.2
     assert read_state(checkpoints(tmp_path)[-1])["step"] == 6
-    # Over is over, unless there is more patience.
+    # A stopped run stays stopped unless it gets more patience.
     again = with_losses(make_trainer(tmp_path, early_stopping=3, **options), FALL_AND_RISE)
     assert again.fit(resume=True) == history
     more = with_losses(make_trainer(tmp_path, early_stopping=4, **options), FALL_AND_RISE)
@@ -396,7 +396,7 @@ def test_profile(tmp_path: Path, steps: int) -> None:
     make_trainer(tmp_path, max_steps=steps, profile=True).fit()
     trace = json.loads((tmp_path / "trace.json").read_text())
     names = [event.get("name") for event in trace["traceEvents"]]
-    # Two parameter groups: two calls a step.
+    # Two parameter groups make two calls per step.
     assert names.count("gptfast::adamw") == 2 * min(3, steps)
 
 
@@ -430,7 +430,7 @@ def spoil(trainer: Trainer, step: int, part: str) -> None:
 
     def broken(x: Tensor, y: Tensor) -> Tensor:
         loss = model(x, y)
-        # The square root's slope at 0 is infinite, its value is not.
+        # The square root's value at 0 is finite, but its slope is not.
         return loss * torch.nan if part == "loss" else loss + (model.ln_f.bias * 0).sqrt().sum()
 
     def train_step(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -483,7 +483,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, part: str) -> None
     assert row["skipped"] in (f"{part} is nan", f"{part} is inf")
     assert history[-1]["tokens"] == 5 * 64
     assert trainer.step.guard.skipped == 1
-    # Strict JSON: no NaN in it.
+    # The file is strict JSON, without NaN.
     json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
 
 

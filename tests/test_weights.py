@@ -1,5 +1,5 @@
-"""Every form of GPT-2's weights: read as its own library reads it, written so that it does, and
-refused with one error where it is not whole."""
+"""Every form of GPT-2's weights: read like its own library reads it, written so that the library
+can read it, and refused with one error if it is damaged."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))
 from make_openai import HPARAMS, values  # noqa: E402
 
-# 64 channels a head, so that the book's form is whole.
+# The book's form needs 64 channels per head.
 SIZES: dict[str, Any] = {"n_embd": 128, "n_head": 2, "block_size": 16}
 NAMES = {"transformers": "hf", "llm.c": "m.bin", "nanogpt": "ckpt.pt", "book": "m.pth"}
 
@@ -44,7 +44,7 @@ def wide_model(seed: int = 0, **changes: Any) -> GPT:
 
 
 def hf_model(model: GPT) -> nn.Module:
-    """transformers' own model with the same weights, by its own state_dict."""
+    """Return transformers' own model with the same weights, set through its state_dict."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
@@ -73,7 +73,7 @@ def assert_same_logits(model: GPT, theirs: nn.Module) -> None:
 
 
 def openai_in_transformers() -> nn.Module:
-    """transformers' model with the values of the fixture, carried over by hand."""
+    """Return transformers' model with the fixture's values, copied by hand."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -99,7 +99,7 @@ def openai_in_transformers() -> nn.Module:
 
 @pytest.mark.parametrize("name", ["openai", "openai_sharded"])
 def test_tensorflows_checkpoint(name: str) -> None:
-    """Files that TensorFlow wrote (see fixtures/make_openai.py), whole and in shards."""
+    """Read files that TensorFlow wrote (see fixtures/make_openai.py), whole and in shards."""
     model = GPT.from_pretrained(FIXTURES / name)
     assert (model.config.n_layer, model.config.vocab_size) == (2, 120)
     assert_same_logits(model, openai_in_transformers())
@@ -143,7 +143,7 @@ def test_a_name_in_checkpoint_is_looked_up_beside_it(openai: Path) -> None:
         ("hparams.json", lambda b: b.replace(b'"n_layer": 2', b'"n_layer": 1'), "does not know"),
         ("hparams.json", lambda b: b.replace(b"120", b"121"), r"shape \(120, 24\), .*\(121, 24\)"),
         ("hparams.json", lambda b: b[:-1], "hparams.json is damaged"),
-        ("model.ckpt.index", lambda b: b[:-1], "does not end as a table does"),
+        ("model.ckpt.index", lambda b: b[:-1], "does not end with the footer of a table"),
         ("model.ckpt.index", lambda b: b[:100] + b"!" + b[101:], "checksum of the block at 0"),
         ("model.ckpt.index", lambda b: b"", "does not end"),
         ("model.ckpt.data-00000-of-00001", lambda b: b[:5000], "truncated"),
@@ -175,7 +175,7 @@ def test_transformers_files(kind: str, prefix: str, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     tensors = {prefix + name.removeprefix("transformer."): t for name, t in tensors.items()}
-    # As older writers had it: the causal mask of each layer, the tied head once more.
+    # Older writers also saved the causal mask of each layer and the tied head again.
     tensors |= {f"{prefix}h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
     tensors |= {f"{prefix}h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
     tensors["lm_head.weight"] = tensors[f"{prefix}wte.weight"].clone()
@@ -215,9 +215,9 @@ def test_transformers_own_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ({"x": "../model.safetensors"}, "which is no file beside it"),
-        ({"x": "absent.safetensors"}, "which is no file beside it"),
-        ({"x": "a.safetensors"}, "names 'x', which 'a.safetensors' has not"),
+        ({"x": "../model.safetensors"}, "but that file is not beside it"),
+        ({"x": "absent.safetensors"}, "but that file is not beside it"),
+        ({"x": "a.safetensors"}, "names 'x', but 'a.safetensors' does not have it"),
         ({"x": 1}, "no weight_map"),
         ([], "no weight_map"),
     ],
@@ -245,7 +245,7 @@ def test_a_single_file(config: bool, tied: bool, tmp_path: Path) -> None:
 
 
 def test_saved_for_transformers_with_its_tokenizer(tmp_path: Path) -> None:
-    """Text to text: what transformers writes for a directory is what gptfast writes for it."""
+    """transformers and gptfast write the same text for the same directory and prompt."""
     pytest.importorskip("tokenizers")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -272,19 +272,19 @@ def test_saved_for_transformers_with_its_tokenizer(tmp_path: Path) -> None:
         inputs = their_tokenizer(prompt, return_tensors="pt")
         ids = theirs.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
         assert ours == their_tokenizer.decode(ids, skip_special_tokens=True)
-    # And once more through, by transformers' hand: its tokenizer.json is read too.
+    # transformers saves its tokenizer again, as a tokenizer.json, which is read too.
     their_tokenizer.save_pretrained(tmp_path / "again")
     assert get_tokenizer(str(tmp_path / "again")).sha256 == tokenizer.sha256
     loaded.save_pretrained(tmp_path / "third")
     assert (tmp_path / "third/merges.txt").read_text() == (tmp_path / "hf/merges.txt").read_text()
 
 
-# What the values say
+# Files that contradict one another, and unusual values
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_bias_that_config_json_denies(trained: bool, tmp_path: Path) -> None:
-    """transformers keeps our qkv_bias=false through its own training, which moves the biases."""
+    """transformers keeps our qkv_bias=false while its own training changes the biases."""
     model = wide_model(qkv_bias=False)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -332,7 +332,7 @@ def test_one_dtype(tmp_path: Path) -> None:
 
 
 def test_safetensors_whose_first_byte_is_a_pickles(tmp_path: Path) -> None:
-    """The header's length comes first, and may begin with 0x80, as pickles do."""
+    """The header's length comes first, and may begin with 0x80 like a pickle."""
     model = wide_model(tie_weights=False)
     for pad in range(0, 400, 8):
         save_file(
@@ -358,7 +358,7 @@ def test_two_tensors_of_a_name(tmp_path: Path) -> None:
     tensors = hf_tensors(wide_model().config, wide_model().state_dict())
     tensors["wte.weight"] = torch.zeros(61, 128)
     torch.save(tensors, tmp_path / "m.pth")
-    with pytest.raises(CheckpointError, match="two tensors for 'wte.weight'"):
+    with pytest.raises(CheckpointError, match="two tensors stand for 'wte.weight'"):
         GPT.from_pretrained(tmp_path / "m.pth")
 
 
@@ -372,7 +372,7 @@ def test_numbers_of_numpy_beside_the_weights(tmp_path: Path) -> None:
 
 
 def test_an_added_token_goes_along(tmp_path: Path) -> None:
-    """GPT-2 with a [PAD] of one's own: loaded, saved and converted without losing it."""
+    """GPT-2 with an added [PAD] token is loaded, saved and converted without losing it."""
     pytest.importorskip("tokenizers")
     from transformers import AutoTokenizer
 
@@ -435,16 +435,16 @@ def test_a_tokenizer_that_splits_in_another_way(change: str, tmp_path: Path) -> 
         "space": {"pre_tokenizer": {**level, "add_prefix_space": True}},
     }[change]
     path.write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="no byte-level BPE with GPT-2's split"):
+    with pytest.raises(ValueError, match="not a byte-level BPE with GPT-2's split"):
         get_tokenizer(str(tmp_path / "n"))
 
 
 def test_a_vocabulary_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The weights are saved all the same."""
+    """If the vocabulary is gone, the weights are saved without it."""
     model = wide_model()
     model.tokenizer_name = str(tmp_path / "gone")
     model.save_pretrained(tmp_path / "m")
-    assert "saved without a tokenizer" in caplog.text
+    assert "its tokenizer cannot be loaded" in caplog.text
     assert differing(parameters(GPT.from_pretrained(tmp_path / "m")), parameters(model)) == []
 
 
@@ -458,10 +458,10 @@ def test_a_vocabulary_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_round_trip_is_exact(form: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model, path = wide_model(**changes), tmp_path / NAMES[form]
     if form in ("llm.c", "nanogpt") and "tie_weights" in changes:
-        with pytest.raises(ValueError, match="ties the head"):
+        with pytest.raises(ValueError, match="needs a head tied to the embedding"):
             save(model, path, form)
         return
-    save(model, path)  # the form by its suffix
+    save(model, path)  # the suffix selects the form
     loaded = GPT.from_pretrained(path)
     idx = random_ids(2, 16)
     assert torch.equal(loaded(idx), model.eval()(idx))
@@ -473,8 +473,8 @@ def test_round_trip_is_exact(form: str, changes: dict[str, Any], tmp_path: Path)
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_all_ways_lead_to_all(form: str, tmp_path: Path) -> None:
-    """From OpenAI's through this form into each other, and every one is the same model."""
+def test_any_form_converts_to_any_other(form: str, tmp_path: Path) -> None:
+    """OpenAI's model stays the same through this form and then each of the others."""
     first = GPT.from_pretrained(FIXTURES / "openai")
     save(first, tmp_path / NAMES[form], form)
     n_head = HPARAMS["n_head"] if form == "book" else None
@@ -487,7 +487,7 @@ def test_all_ways_lead_to_all(form: str, tmp_path: Path) -> None:
         assert differing(parameters(third), parameters(first)) == []
 
 
-def test_heads_that_no_file_tells(tmp_path: Path) -> None:
+def test_a_number_of_heads_that_no_file_states(tmp_path: Path) -> None:
     save(GPT.from_pretrained(FIXTURES / "openai"), tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match=r"how many heads .* n_head \(24 channels\)"):
         GPT.from_pretrained(tmp_path / "m.pth")
@@ -506,13 +506,13 @@ def test_bf16(form: str, tmp_path: Path) -> None:
 
 
 def test_llmc_has_no_fp16(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="fp32 and bf16, the model is torch.float16"):
+    with pytest.raises(ValueError, match="fp32 or bf16, but the model is torch.float16"):
         save(wide_model().half(), tmp_path / "m.bin")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_llmc_by_hand(tmp_path: Path) -> None:
-    """The file's layout, written here once more from llm.c's description of it."""
+    """A file written by hand from llm.c's description loads, and equals the one that we write."""
     model = wide_model(vocab_size=61)
     state = model.state_dict()
     header = np.zeros(256, "<i4")
@@ -545,15 +545,15 @@ def change_header(index: int, value: int) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b: b[:-4], "bytes, its header asks for"),
-        (lambda b: b + b"1234", "bytes, its header asks for"),
+        (lambda b: b[:-4], "bytes, but its header asks for"),
+        (lambda b: b + b"1234", "bytes, but its header asks for"),
         (lambda b: b[:500], "is truncated"),
-        (change_header(1, 4), "version 4; 3 .fp32. and 5 .bf16."),
-        (change_header(1, 5), "bytes, its header asks for"),
+        (change_header(1, 4), "version 4; only 3 .fp32. and 5 .bf16."),
+        (change_header(1, 5), "bytes, but its header asks for"),
         (change_header(3, 2**31 - 1), "the embedding has 128 rows"),
-        (change_header(4, -1), "n_layer must be an integer >= 1"),
+        (change_header(4, -1), "n_layer must be an integer from 1 to 10000, got -1"),
         (change_header(5, 3), "divisible by n_head"),
-        (change_header(0, 7), "is no checkpoint"),
+        (change_header(0, 7), "is not a checkpoint"),
     ],
 )
 def test_damaged_llmc(change: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:
@@ -565,7 +565,7 @@ def test_damaged_llmc(change: Callable[[bytes], bytes], message: str, tmp_path: 
 
 
 def nanogpt_content(model: GPT, prefix: str = "", bias: bool = True) -> dict[str, Any]:
-    """A ckpt.pt as nanoGPT's train.py writes it, by its own layout: (out, in) everywhere."""
+    """Return a ckpt.pt as nanoGPT's train.py writes it: every matrix is (out, in)."""
     state = {f"{prefix}transformer.{name}": t for name, t in model.state_dict().items()}
     state[f"{prefix}lm_head.weight"] = model.wte.weight.detach()
     if not bias:
@@ -615,7 +615,7 @@ def test_nanogpt_without_biases(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}], ids=["qkv-bias", "no-qkv-bias"])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["state_dict", "with-optimizer"])
 def test_the_books_model(changes: dict[str, Any], wrapped: bool, tmp_path: Path) -> None:
-    """Files of a model in the book's names, with buffers and all; and it takes ours, strictly."""
+    """We read files with the book's names and buffers, and its model loads ours strictly."""
     from book_gpt import BookGPT
 
     model = wide_model(tie_weights=False, **changes)
@@ -648,7 +648,7 @@ def test_the_books_missing_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_start_from_any_form(form: str, tmp_path: Path) -> None:
-    """--init: the weights go into a model of the same shape, and into no other."""
+    """--init loads weights into a model of the same shape and into no other."""
     source, path = wide_model(), tmp_path / NAMES[form]
     save(source, path, form)
     model = wide_model(seed=1)
@@ -681,7 +681,7 @@ def test_a_name_is_looked_up_in_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
         GPT.from_pretrained("gpt2")
     shutil.copytree(FIXTURES / "openai", tmp_path / "cache" / "gpt2")
     assert GPT.from_pretrained("gpt2").config.n_embd == 24
-    # What is here comes first.
+    # A local directory comes first.
     monkeypatch.chdir(tmp_path)
     wide_model().save_pretrained("gpt2")
     assert GPT.from_pretrained("gpt2").config.n_embd == 128
@@ -690,7 +690,7 @@ def test_a_name_is_looked_up_in_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("content", [b"", b"GGUF\x03", b"\x00" * 100, b"text\n" * 9])
 def test_a_file_of_no_known_form(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(content)
-    with pytest.raises(CheckpointError, match="m is no checkpoint"):
+    with pytest.raises(CheckpointError, match="m is not a checkpoint"):
         GPT.from_pretrained(tmp_path / "m")
 
 
@@ -701,7 +701,7 @@ def test_a_file_of_no_known_form(content: bytes, tmp_path: Path) -> None:
     "form", ["openai", *FORMATS, "legacy", "shards", "bin-shards", "with-optimizer"]
 )
 def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
-    """At most 1.15 times the model, measured in a process of its own that loads and no more."""
+    """A process that only loads the model needs at most 1.15 times its size."""
     import subprocess
 
     config = GPTConfig(50257, 64, 8, 8, 512)  # 51 million parameters
@@ -747,7 +747,7 @@ def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
 
 
 def test_open_weights_reads_no_tensor(tmp_path: Path) -> None:
-    """Shape and names are known at once: of a file whose tensors are damaged too."""
+    """Shapes and names are read without the tensors, even if those are damaged."""
     path = shutil.copytree(FIXTURES / "openai", tmp_path / "x")
     data = path / "model.ckpt.data-00000-of-00001"
     data.write_bytes(bytes(data.stat().st_size))

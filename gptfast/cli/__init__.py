@@ -53,8 +53,8 @@ def parse(argv: Sequence[str]) -> Any:
     from gptfast.cli.flags import command_parser
 
     command, prog = COMMANDS[argv[0]], f"gptfast {argv[0]}"
-    hidden = getattr(command, "no_default_shown", ())
-    given = command_parser(command, prog, no_default_shown=hidden).given(argv[1:])
+    hidden = {name: getattr(command, name, ()) for name in ("no_default_shown", "not_in_help")}
+    given = command_parser(command, prog, **hidden).given(argv[1:])
     if hasattr(command, "from_given"):  # it reads files and saved settings, then the flags
         return command.from_given(given)
     return command(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})

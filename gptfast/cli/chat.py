@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,11 +15,8 @@ from gptfast.checks import one_line
 from gptfast.cli.model_flags import CPU_ENGINE, GenerationFlags
 from gptfast.cli.terminal import ERRORS, is_terminal, printable, speed
 from gptfast.generation.conversation import QUESTIONS, Conversation, Template
+from gptfast.generation.decoder import Decoder, Stats
 from gptfast.generation.options import Options, new_tokens
-from gptfast.model import GPT
-
-if TYPE_CHECKING:
-    from gptfast.engine import Engine
 
 HELP = """\
 /retry             replace the last reply with another one
@@ -73,12 +70,12 @@ class Chat(GenerationFlags):
         options = {k: v for k, v in self.options().items() if k not in SETTINGS}
         Options(**options).check_beams(model.config.vocab_size)  # the draft model is loaded now
         conversation = Conversation(template, tokenizer)
-        shows_speed = self.shows_speed(model)
+        shows_speed = self.shows_speed and model.stats is not None
         session = _Session(model, conversation, settings, options, shows_speed)
         if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
             session.run(line.rstrip("\r\n") for line in sys.stdin)
             return
-        kind = f"{self.checkpoint}" + ("" if isinstance(model, GPT) else f" in {model.dtype}")
+        kind = self.checkpoint + (f" in {model.dtype}" if model.dtype else "")
         size = model.config.block_size
         _print_note(
             f"{kind}, a context of {size:,} tokens. /help lists the commands, Ctrl-D ends the chat."
@@ -93,7 +90,7 @@ class _Session:
 
     def __init__(
         self,
-        model: "GPT | Engine",
+        model: Decoder,
         conversation: Conversation,
         settings: dict[str, Any],
         options: dict[str, Any],
@@ -145,7 +142,7 @@ class _Session:
             self.settings["seed"] = (self.settings["seed"] + 1 + 2**63) % 2**64 - 2**63
             self._reply()
         elif name == "stats":
-            if isinstance(self.model, GPT):
+            if self.model.stats is None:
                 raise ValueError(f"/stats needs {CPU_ENGINE}, and the C++ extension")
             self.shows_speed = not self.shows_speed
         elif name != "quit":
@@ -183,8 +180,9 @@ class _Session:
                     print(flush=True)
                 raise
         print(flush=True)
-        if self.shows_speed and not isinstance(self.model, GPT):
-            _print_note(speed(self.model))
+        if self.shows_speed and self.model.stats:
+            _print_note(speed(self.model.stats))
+            self.model.stats = Stats()
 
 
 def _number(name: str, value: str) -> float | None:

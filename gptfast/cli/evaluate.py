@@ -3,13 +3,21 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from gptfast.checks import integer
 from gptfast.cli.flags import Positional
 from gptfast.cli.model_flags import Dtype, load
 from gptfast.data.loader import create_dataloader
 from gptfast.data.sources import load_part
 from gptfast.data.token_files import Documents
 from gptfast.evaluate.hellaswag import hellaswag
-from gptfast.evaluate.loss import Score, loader_score, perplexity, sliding_score, text_score
+from gptfast.evaluate.loss import (
+    Score,
+    loader_score,
+    perplexity,
+    sliding_score,
+    text_score,
+    window_length,
+)
 from gptfast.model import GPT
 from gptfast.tokenizer.bpe import Tokenizer
 
@@ -62,8 +70,7 @@ class Eval:
     def run(self) -> None:
         if not (self.data or self.hellaswag or self.tasks):
             raise ValueError("nothing to measure: give --data, --hellaswag or --tasks")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        integer("batch_size", self.batch_size, 1)  # now, before the model is loaded
         model, tokenizer = load(
             self.checkpoint, self.tokenizer, self.device, self.dtype, engine=False
         )
@@ -92,11 +99,7 @@ class Eval:
 
     def _score(self, model: "GPT | Engine", tokenizer: Tokenizer) -> Score:
         """Return the losses on --data."""
-        T = model.config.block_size if self.max_length is None else self.max_length
-        if not 1 <= T <= model.config.block_size:
-            raise ValueError(
-                f"max_length must be from 1 to block_size={model.config.block_size}, got {T}"
-            )
+        T = window_length(self.max_length, model.config.block_size)
         source = load_part(self.data, tokenizer, self.part)
         sizes = {"max_length": T, "batch_size": self.batch_size}
         if not isinstance(source, Documents):

@@ -62,15 +62,20 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def command_parser(
-    command: type, prog: str, *, no_default_shown: Collection[str] = ()
+    command: type,
+    prog: str,
+    *,
+    no_default_shown: Collection[str] = (),
+    not_in_help: Collection[str] = (),
 ) -> FlagParser:
     """Return the parser of a command's flags.
 
     command: a dataclass whose docstring is the description in the help. no_default_shown: fields
-    whose default stands for something else and does not appear in the help.
+    whose default stands for something else and does not appear in the help. not_in_help: fields
+    that the command refuses itself, with an error that names the remedy.
     """
     parser = FlagParser(prog=prog, description=inspect.getdoc(command))
-    _add_fields(parser, parser, command, dataclasses.MISSING, no_default_shown)
+    _add_fields(parser, parser, command, dataclasses.MISSING, no_default_shown, not_in_help)
     parser.usage = _usage(parser)
     return parser
 
@@ -93,6 +98,7 @@ def _add_fields(
     owner: type,
     instance: Any,
     no_default_shown: Collection[str],
+    not_in_help: Collection[str],
 ) -> None:
     """Add a flag for each field of the dataclass `owner`.
 
@@ -108,9 +114,11 @@ def _add_fields(
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             wrapped = textwrap.fill(text, GROUP_TEXT_COLUMNS, break_on_hyphens=False)
             own_group = parser.add_argument_group(field.name, wrapped or None)
-            _add_fields(parser, own_group, hint, default, no_default_shown)
+            _add_fields(parser, own_group, hint, default, no_default_shown, not_in_help)
             continue
-        if field.name not in no_default_shown:
+        if field.name in not_in_help:
+            text = argparse.SUPPRESS
+        elif field.name not in no_default_shown:
             text += _default_text(default)
         _add_flag(group, field.name, hint, text, default is dataclasses.MISSING)
 
@@ -121,7 +129,9 @@ def _default_text(default: Any) -> str:
         return ""
     if default is True:
         return " (default: on)"
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    if "\n" in shown:
+        shown = repr(shown)
     return f" (default: {shown})"
 
 

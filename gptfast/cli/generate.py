@@ -2,16 +2,13 @@
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gptfast.cli.model_flags import GenerationFlags
 from gptfast.cli.terminal import printable, speed
 from gptfast.generate import generate, generate_text, stream_text
-from gptfast.model import GPT
+from gptfast.generation.decoder import Decoder
 from gptfast.tokenizer.bpe import Tokenizer
-
-if TYPE_CHECKING:
-    from gptfast.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +46,10 @@ class Generate(GenerationFlags):
             self._print_logprobs(model, tokenizer, options)
         else:
             self._print_text(model, tokenizer, options | {"allowed_special": self.allow_special})
-        if self.shows_speed(model) and self.num_beams == 1:
-            print(speed(model), file=sys.stderr)
+        if self.shows_speed and model.stats and self.num_beams == 1:
+            print(speed(model.stats), file=sys.stderr)
 
-    def _print_text(
-        self, model: "GPT | Engine", tokenizer: Tokenizer, options: dict[str, Any]
-    ) -> None:
+    def _print_text(self, model: Decoder, tokenizer: Tokenizer, options: dict[str, Any]) -> None:
         """Print the prompt and its continuation, piece by piece unless beams search for it."""
         if self.num_beams != 1:
             text = generate_text(model, tokenizer, self.prompt, self.max_new_tokens, **options)
@@ -70,7 +65,7 @@ class Generate(GenerationFlags):
         print()
 
     def _print_logprobs(
-        self, model: "GPT | Engine", tokenizer: Tokenizer, options: dict[str, Any]
+        self, model: Decoder, tokenizer: Tokenizer, options: dict[str, Any]
     ) -> None:
         """Print each new token on a line with its log-probability."""
         ids = tokenizer.encode(self.prompt, allowed_special=self.allow_special)

@@ -2,13 +2,15 @@
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from gptfast.cli.flags import Positional
 from gptfast.cli.terminal import is_terminal
 from gptfast.device import choose_device
+from gptfast.generation.decoder import Decoder
+from gptfast.generation.model_decoder import as_decoder
 from gptfast.model import GPT
 from gptfast.ops.backend import EXTENSION
 from gptfast.tokenizer.bpe import Tokenizer
@@ -98,14 +100,18 @@ class GenerationFlags:
     device: str = "auto"
     """cpu, cuda or auto; auto takes a GPU if there is one."""
 
-    def load(self) -> "tuple[GPT | Engine, Tokenizer]":
+    def load(self) -> tuple[Decoder, Tokenizer]:
         """Return the model and its tokenizer. Raises ValueError for flags that do not fit."""
         model, tokenizer = load(self.checkpoint, self.tokenizer, self.device, self.dtype)
-        asked = {"--lookup": self.lookup, "--draft": self.draft, "--stats on": self.stats == "on"}
-        if isinstance(model, GPT) and any(asked.values()):
-            name = next(name for name, given in asked.items() if given)
-            raise ValueError(f"{name} needs {CPU_ENGINE}, and the C++ extension")
-        return model, tokenizer
+        decoder = as_decoder(model)
+        for name, given, works in (
+            ("--lookup", self.lookup, decoder.can_guess),
+            ("--draft", self.draft, decoder.can_guess),
+            ("--stats on", self.stats == "on", decoder.stats is not None),
+        ):
+            if given and not works:
+                raise ValueError(f"{name} needs {CPU_ENGINE}, and the C++ extension")
+        return decoder, tokenizer
 
     def options(self) -> dict[str, Any]:
         """Return the flags that are options of `gptfast.generate`."""
@@ -123,7 +129,7 @@ class GenerationFlags:
 
         return Engine(checkpoint, None if is_packed(checkpoint) else self.dtype)
 
-    def shows_speed(self, model: "GPT | Engine") -> "TypeGuard[Engine]":
-        """Return whether to print the speed: only the engine measures it."""
-        wanted = self.stats == "on" or self.stats == "auto" and is_terminal(sys.stderr)
-        return wanted and not isinstance(model, GPT)
+    @property
+    def shows_speed(self) -> bool:
+        """Whether to print the speed if the model measures it."""
+        return self.stats == "on" or self.stats == "auto" and is_terminal(sys.stderr)

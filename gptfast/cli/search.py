@@ -27,7 +27,7 @@ class Search:
     gptfast search --random lr=1e-4:1e-2:log dropout=0:0.3 --trials 8 --data book.txt --out runs/r
     """
 
-    train: Train = Train()
+    common: Train = Train(train=dataclasses.replace(SMALL_RUN, out="runs/search"))
     """The settings that all trials have in common."""
     grid: tuple[str, ...] = ()
     """Try every combination of these values, for example lr=1e-3,3e-3 n_layer=2,4."""
@@ -42,26 +42,32 @@ class Search:
     jobs: int = 1
     """Number of trials that run at the same time."""
     no_default_shown: ClassVar = Train.no_default_shown
+    not_in_help: ClassVar = ("resume",)
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> Self:
         """Return the command with these flags, and for the rest what `train_defaults` returns.
 
-        --resume is ignored, because a search always continues what it finds in --out.
+        Raises ValueError for resume, because a search always continues what it finds in --out.
         """
-        own = {field.name for field in dataclasses.fields(cls)} - {"train"}
-        common = {name: x for name, x in given.items() if name not in (*own, "resume")}
-        train = train_defaults(common)
+        own = {field.name for field in dataclasses.fields(cls)} - {"common"}
+        common = {name: x for name, x in given.items() if name not in own}
+        train = train_defaults(common, cls().common)
+        if train.resume or "resume" in given:
+            raise ValueError(
+                "search takes no resume: the same command continues a search. Leave resume out, or "
+                "give another --out to start anew"
+            )
         if train.train.min_lr == SMALL_RUN.min_lr:
             # The default min_lr suits the default lr, not the rates that a search tries.
             train = apply(train, {"min_lr": None}, "")
-        train = dataclasses.replace(apply(train, common, ""), resume=False)
-        return apply(cls(train=train), {k: v for k, v in given.items() if k in own}, "")
+        train = apply(train, common, "")
+        return apply(cls(common=train), {k: v for k, v in given.items() if k in own}, "")
 
     def run(self) -> None:
         if sum(map(bool, (self.grid, self.random, self.lr_range))) != 1:
             raise ValueError("give one of --grid, --random and --lr-range")
-        base = flat(self.train)
+        base = flat(self.common)
         out = base.pop("out")
         for name in ("resume", "config"):
             del base[name]
@@ -71,7 +77,7 @@ class Search:
         if self.grid:
             trials = parse_grid(self.grid, allowed=base)
         else:
-            seed = self.train.train.seed
+            seed = self.common.train.seed
             trials = parse_random(self.random, self.trials, seed, allowed=base)
         for trial in trials:
             self._check(trial)
@@ -79,7 +85,7 @@ class Search:
 
     def _check(self, trial: dict[str, Any]) -> None:
         """Raise ValueError for a bad value now, instead of in the log of a trial."""
-        train = self.train
+        train = self.common
         if {"max_steps", "epochs"} & trial.keys():
             train = apply(train, {"max_steps": None, "epochs": None}, "--grid")
         apply(train, trial, "the search")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TextIO
 from gptfast.generation.stop import REPLACEMENT
 
 if TYPE_CHECKING:
-    from gptfast.engine import Engine
+    from gptfast.generation.decoder import Stats
 
 ERRORS = (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, MemoryError)
 """The errors that a user can act on. They are printed as one line, without a traceback."""
@@ -29,21 +29,14 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS) if is_terminal(sys.stdout) else text
 
 
-def speed(model: "Engine") -> str:
-    """Return one line with the engine's speed since the last call, and reset its counts.
-
-    The line has the number of tokens, tokens per second and the rate at which weights were read.
-    """
-    from gptfast.engine import Stats
-
-    stats, model.stats = model.stats, Stats()
+def speed(stats: "Stats") -> str:
+    """Return one line: the number of tokens, tokens per second and the rate of reading weights."""
     first = bool(stats.prompt_tokens)  # prefill gives the first token
     n = stats.new_tokens + first
     parts = [f"{n} token{'s' * (n != 1)}"]
     if stats.steps:
-        rate = stats.steps * model.weight_bytes / stats.seconds
         parts.append(f"{stats.new_tokens / stats.seconds:.1f} tokens/s")
-        parts.append(f"{rate / 1e9:.3g} GB/s of weights")
+        parts.append(f"{stats.bytes_read / stats.seconds / 1e9:.3g} GB/s of weights")
     if stats.guessed:
         parts.append(f"{stats.accepted} of {stats.guessed} guesses right")
     text = ", ".join(parts)

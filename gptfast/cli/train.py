@@ -83,7 +83,7 @@ class Train:
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> "Train":
         """Return the command with these flags, and for the rest what `train_defaults` returns."""
-        return apply(train_defaults(given), given, "")
+        return apply(train_defaults(given, cls()), given, "")
 
     def run(self) -> None:
         if len(self.split) not in (2, 3):
@@ -177,14 +177,13 @@ class Train:
         )
 
 
-def train_defaults(given: Mapping[str, Any]) -> Train:
+def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
     """Return the settings of `gptfast train` before the flags are applied.
 
     given: the values of the flags by name. The settings come from these places, and each overrules
-    the ones before: the small default run, the shape of the --init model, the run that --resume
+    the ones before: those of `command`, the shape of the --init model, the run that --resume
     continues, the file of --config.
     """
-    command = Train()
     file = read_toml(given["config"]) if given.get("config") is not None else {}
     layered = {**file, **given}
     init, saved = layered.get("init"), None

@@ -54,11 +54,12 @@ def _text_files_below(directory: Path) -> list[Path]:
         if tokens := sorted(directory.glob("[!.]*.bin")):
             data = directory if any("train" in p.name for p in tokens) else directory / "*.bin"
             raise ValueError(
-                f"{directory} holds tokens already, {tokens[0].name} for one, and no text; train "
-                f"on them as they are (--data '{data}')"
+                f"{directory} has token files such as {tokens[0].name} and no text; train on "
+                f"them as they are (--data '{data}')"
             )
         raise ValueError(
-            f"{directory} has no {', '.join(TEXT_SUFFIXES)} files in it and no *train*.bin"
+            f"{directory} has no {', '.join(TEXT_SUFFIXES)} files in it and no *train*.bin; give "
+            "a directory with text or token files"
         )
     return sorted(found)
 
@@ -93,7 +94,7 @@ def _files_of(path: Path) -> list[Path]:
     matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
     matches = sorted(match for match in matches if not match.is_dir())
     if not matches:
-        raise ValueError(f"no file matches {path}")
+        raise ValueError(f"no file matches {path}; give text files")
     return matches
 
 
@@ -213,8 +214,8 @@ def read_records(
                 elif prompted != (record.prompt is not None):
                     kinds = ("plain text", "a prompt and a completion")
                     raise ValueError(
-                        f"{where} is {kinds[not prompted]}, those before it {kinds[prompted]}; "
-                        "give one kind at a time"
+                        f"{where} is {kinds[not prompted]}, but the data before it is "
+                        f"{kinds[prompted]}; give one kind at a time"
                     )
                 yield record
         except OSError as error:

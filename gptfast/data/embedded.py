@@ -33,7 +33,7 @@ _SMALL_LETTERS = re.compile(r"[a-z]{2}|[aAI]")
 
 @functools.cache
 def embedded_text() -> str:
-    """Return about 600 kilobytes of English: the prose that explains Python, in Python itself.
+    """Return about 670 kilobytes of English: the prose that explains Python, in Python itself.
 
     It is the plain sentences of the topics of `help()` and of the docstrings and comments of the
     standard library's source files, a paragraph a line. Code, tables and repeated paragraphs are

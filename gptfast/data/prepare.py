@@ -142,7 +142,7 @@ def _text_files(paths: Sequence[str | PathLike]) -> list[Path]:
     if not files:
         raise ValueError("no text to prepare; give files, directories or globs")
     if tokens := [path for path in files if path.suffix == ".bin"]:
-        raise ValueError(f"{tokens[0]} holds tokens already; train on it as it is")
+        raise ValueError(f"{tokens[0]} is a token file already; train on it as it is")
     return files
 
 

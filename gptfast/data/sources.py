@@ -24,7 +24,7 @@ def _read_meta(directory: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
         if meta["format"] != META_FORMAT:
-            raise LookupError(f"format {meta['format']!r}, only {META_FORMAT} is known")
+            raise LookupError(f"format {meta['format']!r} is not {META_FORMAT}")
         found = {name: meta[name] for name in ("tokenizer", "n_vocab", "tokens")}
         return {**found, "vocabulary": meta.get("vocabulary")}
     except (LookupError, TypeError, ValueError) as error:
@@ -65,21 +65,21 @@ def _load_prepared(directory: Path, tokenizer: Tokenizer, split: Sequence[float]
     if meta and not _made_with(meta, tokenizer):
         raise ValueError(
             f"{directory} was prepared with tokenizer {meta['tokenizer']} ({meta['n_vocab']} "
-            f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); name that one"
+            f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); use that tokenizer"
         )
     opened = {name: open_tokens(files) for name, files in _part_files(directory).items()}
     for name, source in opened.items():
         n = len(source.span() if isinstance(source, Documents) else source)
         if meta and meta["tokens"].get(name) != n:
             raise ValueError(
-                f"{directory} has {n} {name} tokens, its meta.json says "
+                f"{directory} has {n} {name} tokens, but its meta.json says "
                 f"{meta['tokens'].get(name)}; prepare the data again"
             )
         check_vocabulary(source, tokenizer)
     if gone := set(meta.get("tokens", ())) - set(opened):
         raise ValueError(
-            f"{directory} has no {', '.join(gone)} files, its meta.json names some; prepare the "
-            "data again"
+            f"{directory} has no {', '.join(gone)} files, but its meta.json names some; prepare "
+            "the data again"
         )
     # Parts without files of their own are cut from the end of train, by their shares.
     sources: dict[str, Source] = dict(opened)
@@ -135,8 +135,8 @@ def load_data(
     for path in filter(os.path.isdir, paths):
         if tokens := sorted(Path(path).glob("[!.]*.bin")):
             raise ValueError(
-                f"{path} has token files, {tokens[0].name} for one, but no *train*.bin; name those "
-                f"to train on, {Path(path) / '*.bin'} for all"
+                f"{path} has token files such as {tokens[0].name}, but no *train*.bin; name the "
+                f"files to train on, for example {Path(path) / '*.bin'} for all of them"
             )
     files = find_files(paths)
     token_files = [path for path in files if path.suffix == ".bin"]
@@ -145,7 +145,9 @@ def load_data(
         return split_tokens(load_text(files, tokenizer, fields), split)
     if len(token_files) < len(files):
         text = next(path for path in files if path.suffix != ".bin")
-        raise ValueError(f"{token_files[0]} holds tokens, {text} text; give one kind at a time")
+        raise ValueError(
+            f"{token_files[0]} holds tokens, but {text} holds text; give one kind at a time"
+        )
     source = open_tokens(token_files)
     check_vocabulary(source, tokenizer)
     return split_tokens(source, split)

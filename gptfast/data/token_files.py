@@ -87,16 +87,16 @@ def token_count(path: Path) -> tuple[int, int]:
     if not size:
         raise ValueError(f"{path} is empty; write it again")
     if head[0] == LLAMA_MAGIC:
-        raise ValueError(f"{path} holds Llama 3's 32-bit tokens; GPT-2's have 16 bits")
+        raise ValueError(f"{path} has Llama 3's 32-bit tokens; give GPT-2's, which have 16 bits")
     if head[0] != MAGIC:
         if size % 2:
             raise ValueError(
-                f"{path} has {size} bytes, an odd number: it is cut off, or no file of uint16 "
-                "tokens; write it again"
+                f"{path} has {size} bytes, an odd number: it is cut off, or its tokens are not "
+                "uint16; write it again"
             )
         return 0, size // 2
     if head[1] != VERSION:
-        raise ValueError(f"{path} has version {head[1]} of llm.c's header; only 1 is known")
+        raise ValueError(f"{path} has version {head[1]} of llm.c's header; only 1 can be read")
     if size != HEADER_BYTES + 2 * head[2]:
         raise ValueError(
             f"{path} has {size} bytes, but its header says {head[2]} tokens, "
@@ -293,7 +293,7 @@ def open_tokens(paths: Sequence[str | PathLike]) -> TokenFiles | Documents:
     plain = [path for path in files if not index_path(path).is_file()]
     if plain and len(plain) < len(files):
         raise ValueError(
-            f"{plain[0]} has no {index_path(plain[0]).name} beside it, others have theirs; do not "
-            "mix prompts and completions with plain text, or prepare the data again"
+            f"{plain[0]} has no {index_path(plain[0]).name} beside it, but other files have one; "
+            "do not mix prompts and completions with plain text, or prepare the data again"
         )
     return TokenFiles(files) if plain or not files else Documents.open(files)

@@ -98,5 +98,5 @@ def check_vocabulary(source: TokenFiles | Documents, tokenizer: Tokenizer) -> No
     if highest >= tokenizer.n_vocab:
         raise ValueError(
             f"{tokens.paths[0]} has token {highest}, out of range for the {tokenizer.n_vocab} of "
-            f"tokenizer {tokenizer.name}; name the tokenizer that it was made with"
+            f"tokenizer {tokenizer.name}; use the tokenizer that made the file"
         )

@@ -15,7 +15,7 @@ MIN_TOKENS_TO_PACK = 16
 
 
 def decoder_for(model: GPT | Decoder, n: int) -> Decoder:
-    """Return what samples n tokens: a decoder as it is; for a model, an engine where that pays."""
+    """Return the decoder for n tokens: a decoder as it is; for a model, an engine if that pays."""
     if isinstance(model, Decoder):
         return model
     dtype = dtype_to_pack(model, n)

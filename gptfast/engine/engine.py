@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast import ops
+from gptfast.checks import integer
 from gptfast.config import GPTConfig
 from gptfast.engine import packed as packing
 from gptfast.engine.gpu_model import GpuModel
@@ -24,7 +25,7 @@ from gptfast.engine.request import Request
 from gptfast.engine.sequences import EngineSequences
 from gptfast.engine.task import Sampled, Task
 from gptfast.generation import continuation
-from gptfast.generation.decoder import Continuation, Decoder, Job, SampledToken
+from gptfast.generation.decoder import Continuation, Decoder, Job, SampledToken, Stats
 from gptfast.generation.options import LogprobOptions, Options, token_ids
 from gptfast.generation.sequences import Sequences
 from gptfast.generation.stop import Stops, id_stream
@@ -34,26 +35,6 @@ from gptfast.weights.packed import is_packed
 
 LOGITS_CHUNK_TOKENS = 128
 """Tokens whose logits are computed at a time: those of one GPT-2 token are 200 KB."""
-
-
-@dataclass
-class Stats:
-    """What an engine has done since it was made, or since its `stats` were replaced."""
-
-    prompt_tokens: int = 0
-    """Prompt tokens that were computed; those shared with another sequence are not."""
-    prompt_seconds: float = 0.0
-    """Time for them."""
-    new_tokens: int = 0
-    """Tokens of decode steps; the first new token comes from the prefill and is not counted."""
-    steps: int = 0
-    """Decode steps: passes over the weights."""
-    seconds: float = 0.0
-    """Time for them."""
-    guessed: int = 0
-    """Tokens that were guessed."""
-    accepted: int = 0
-    """Guesses that were right."""
 
 
 class Engine(Decoder):
@@ -74,16 +55,15 @@ class Engine(Decoder):
     """
 
     can_guess = True
+    stats: Stats
 
     def __init__(
         self, model_or_path: GPT | str | PathLike, dtype: str | None = None, *, max_batch: int = 16
     ) -> None:
-        if type(max_batch) is not int or max_batch < 1:
-            raise ValueError(f"max_batch must be an integer >= 1, got {max_batch!r}")
+        self.max_batch = integer("max_batch", max_batch, 1)
         self.packed = _pack(model_or_path, dtype)
-        self.max_batch = max_batch
         self.stats = Stats()
-        self.rows = rows_of(self.packed, min(max_batch, 4))
+        self.rows = rows_of(self.packed, min(self.max_batch, 4))
         self._lock = threading.Lock()
         # Rows of ended requests: a later prompt may begin with their tokens.
         self._ended: deque[int] = deque()
@@ -109,7 +89,7 @@ class Engine(Decoder):
         """A name or directory for `get_tokenizer`, if the model's files have one."""
         return self.packed.tokenizer
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Bytes that a decode step reads: all weights but the position embeddings."""
         return self.packed.weight_bytes
@@ -120,7 +100,7 @@ class Engine(Decoder):
         Raises ValueError if it exists, and for an engine on a GPU.
         """
         if not isinstance(self.packed, Packed):
-            raise ValueError("an engine on a GPU cannot be saved: make one of model.cpu()")
+            raise ValueError("an engine on a GPU cannot be saved: make an engine from model.cpu()")
         packing.save(self.packed, directory, tokenizer)
 
     def generate(
@@ -153,7 +133,7 @@ class Engine(Decoder):
         job = continuation.checked_stream_job(self, prompt, max_new_tokens, checked, asked)
         return continuation.stream_job(self, job)
 
-    # ---- Decoder
+    # The methods of Decoder.
 
     def decode(self, job: Job) -> list[Continuation]:
         """Sample all continuations; where one ends, the next prompt takes its place."""
@@ -190,7 +170,7 @@ class Engine(Decoder):
                 loss[:n] = self.losses(ids[:n].tolist(), target[:n])
         return losses
 
-    # ---- One sequence
+    # Logits and losses of one sequence.
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Return the logits (T, V) fp32 after each of 1 to block_size ids.
@@ -213,7 +193,9 @@ class Engine(Decoder):
         """Yield the logits after LOGITS_CHUNK_TOKENS ids at a time."""
         prompt = token_ids([ids], self.config.vocab_size)[0]
         if len(prompt) > self.config.block_size:
-            raise ValueError(f"{len(prompt)} ids are more than block_size={self.config.block_size}")
+            raise ValueError(
+                f"{len(prompt)} ids are more than block_size={self.config.block_size}; give fewer"
+            )
         with self._lock:
             self._release_ended()
             row = self.rows.new()
@@ -226,7 +208,7 @@ class Engine(Decoder):
             finally:
                 self.rows.release(row)
 
-    # ---- The scheduler
+    # The scheduler.
 
     def draw(self, job: Job) -> Iterator[Sampled]:
         """Return a job's tokens as they are sampled, each with its request. No beams, no stops.
@@ -285,6 +267,7 @@ class Engine(Decoder):
             sampled = task.step(self.rows, live, tokens, guesses)
         self.stats.seconds += time.perf_counter() - start
         self.stats.steps += 1
+        self.stats.bytes_read += self.weight_bytes
         self.stats.new_tokens += len(sampled)
         self.stats.guessed += sum(map(len, guesses))
         self.stats.accepted += len(sampled) - len(live)
@@ -335,18 +318,18 @@ os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
 def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | GpuModel:
-    """Return the packed weights of what Engine takes."""
+    """Return the packed weights of a model or path that Engine takes."""
     if isinstance(model_or_path, nn.Module):
         if not isinstance(model_or_path, GPT) or not packing.is_plain(model_or_path):
             raise ValueError(
-                f"the engine takes a GPT as it was made, got {type(model_or_path).__name__} with "
-                "other modules or parameters; generate with the model itself"
+                f"the engine takes an unchanged gptfast.GPT, got {type(model_or_path).__name__} "
+                "with other modules or parameters; generate with the model itself"
             )
         if model_or_path.wte.weight.device.type != "cpu":
             return GpuModel(model_or_path, dtype or "fp32")
         return packing.pack_model(model_or_path, dtype or "fp32")
     if not isinstance(model_or_path, (str, PathLike)):
-        raise ValueError(f"an engine is made of a GPT or a path, got {model_or_path!r:.100}")
+        raise ValueError(f"an engine takes a GPT or a path, got {model_or_path!r:.100}")
     if not is_packed(model_or_path):
         from gptfast.weights.open import open_weights
 
@@ -354,6 +337,6 @@ def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | Gp
     packed = packing.load(model_or_path)
     if dtype not in (None, packed.dtype):
         raise ValueError(
-            f"{model_or_path} is packed as {packed.dtype}, not {dtype}; pack its model again"
+            f"{model_or_path} is packed as {packed.dtype}, not {dtype}; pack the model again"
         )
     return packed

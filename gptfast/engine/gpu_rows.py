@@ -9,7 +9,7 @@ without graphs (a CPU, for tests).
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,28 @@ class _Ahead(NamedTuple):
     out: tuple[Tensor, Tensor]
 
 
+class _Inputs(NamedTuple):
+    """The inputs of a step, each with one integer per slot: the rows of one tensor, in this order.
+
+    The rows from `time` on grow by 1 per step.
+    """
+
+    ids: Any
+    in_use: Any
+    """1 for slots in use, else 0."""
+    time: Any
+    """Positions of the ids."""
+    place: Any
+    """Places in the cache for their keys and values."""
+    kv_len: Any
+    """Lengths with these ids."""
+    position: Any
+    """Positions of the tokens to sample."""
+
+
+_GROWING = slice(_Inputs._fields.index("time"), None)
+
+
 class _Step:
     """The decode step of n rows in the first n slots, with inputs and outputs at fixed addresses.
 
@@ -46,47 +68,47 @@ class _Step:
     def __init__(self, rows: "GraphRows", n: int) -> None:
         self._rows, self._n = rows, n
         device = rows.device
-        # By line: ids, positions, places in the cache, lengths with this token, positions of the
-        # token to sample, and 1 for slots in use. The lines from positions on grow by 1 per step.
-        self.numbers = torch.zeros(6, n, dtype=torch.int64, device=device)
+        # One tensor, which `_Inputs` names, so that all inputs are copied at once.
+        self.inputs = torch.zeros(len(_Inputs._fields), n, dtype=torch.int64, device=device)
         one = torch.ones(n, device=device)
         # These defaults sample the likeliest token.
         self._sampling = [one * 0, one.long(), one, one * 0, one.long()]
-        self._given: Sequence[Tensor] = ()
+        self._set: Sequence[Tensor] = ()
         self._graphs: list[tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = []
         if rows.captures:
             self._host = torch.empty(n, dtype=torch.int64, device="cpu", pin_memory=True)
 
-    def give(self, sampling: Sequence[Tensor]) -> bool:
-        """Copy the parameters (M,) of the first rows; return whether they are as before."""
-        if not sampling or sampling is self._given:
-            return bool(sampling)
+    def has_sampling(self, sampling: Sequence[Tensor]) -> bool:
+        """Return whether this very object was set last; False if it is empty."""
+        return bool(sampling) and sampling is self._set
+
+    def set_sampling(self, sampling: Sequence[Tensor]) -> None:
+        """Copy the parameters (M,) of the first rows."""
         for mine, given in zip(self._sampling, sampling, strict=True):
             mine[: len(given)] = given
-        self._given = sampling
-        return False
+        self._set = sampling
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         model, cache = self._rows.model, self._rows.cache[:, :, : self._n]
-        ids, time, place, kv_len, position, in_use = self.numbers
-        size = model.config.block_size
-        x = model.hidden(ids[:, None], time[:, None], cache, place[:, None], kv_len, size)
+        inputs = _Inputs(*self.inputs)
+        ids, time, place = (x[:, None] for x in (inputs.ids, inputs.time, inputs.place))  # (n, 1)
+        x = model.hidden(ids, time, cache, place, inputs.kv_len, model.config.block_size)
         logits = model.head(x[:, 0], fp32_out=True)  # (n, V)
         sampling = dict(zip(SAMPLING, self._sampling, strict=True))
-        drawn = ops.sample(logits, position=position, **sampling)
-        ids.copy_(drawn.clamp(min=0))
-        self.numbers[1:5] += in_use
+        drawn = ops.sample(logits, position=inputs.position, **sampling)
+        inputs.ids.copy_(drawn.clamp(min=0))
+        self.inputs[_GROWING] += inputs.in_use
         return logits, drawn
 
     def _capture(self) -> None:
-        before = self.numbers.clone()
+        before = self.inputs.clone()
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             # Before the capture, kernels are compiled and libraries make their workspaces.
             for _ in range(2):
                 self._compute()
-                self.numbers.copy_(before)
+                self.inputs.copy_(before)
         current.wait_stream(stream)
         for _ in range(2):
             graph = torch.cuda.CUDAGraph()
@@ -218,7 +240,9 @@ class GraphRows(BaseRows):
     ) -> tuple[Tensor, Tensor]:
         n, held = len(rows), [len(self.ids[row]) for row in rows]
         step, begun = self._step(n), None
-        steady = step.give(sampling)
+        steady = step.has_sampling(sampling)
+        if sampling and not steady:
+            step.set_sampling(sampling)
         if steady and ahead and ahead[:4] == (rows, ids, held, positions):
             logits, drawn = ahead.out
         else:
@@ -248,11 +272,11 @@ class GraphRows(BaseRows):
     def _fill(self, step: _Step, ids: list[int], held: list[int], positions: Sequence[int]) -> None:
         n = len(ids)
         after = [length + 1 for length in held]
-        numbers = torch.tensor([ids, held, held, after, positions, [1] * n], device="cpu")
+        used = _Inputs(ids, [1] * n, time=held, place=held, kv_len=after, position=positions)
         # Unused slots: token 0 at position 0, written to the unread last place, seeing one key.
-        unused = torch.tensor([0, 0, self.block_size, 1, 0, 0], device="cpu")[:, None]
-        rest = unused.expand(-1, step.numbers.shape[1] - n)
-        step.numbers.copy_(torch.cat((numbers, rest), 1))
+        unused = _Inputs(0, 0, time=0, place=self.block_size, kv_len=1, position=0)
+        rest = torch.tensor(unused, device="cpu")[:, None].expand(-1, step.inputs.shape[1] - n)
+        step.inputs.copy_(torch.cat((torch.tensor(used, device="cpu"), rest), 1))
 
     def _run_batched(
         self, rows: Sequence[int], new: Sequence[list[int]], last: Sequence[int]

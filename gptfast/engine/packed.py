@@ -187,7 +187,7 @@ def _metadata(path: Path) -> tuple[GPTConfig, dict[str, str]]:
             raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
         config, dtype = GPTConfig(**json.loads(metadata["config"])), metadata["dtype"]
         if dtype not in DTYPES or size != [torch.ops.gptfast.engine_bytes(_shape(config, dtype))]:
-            raise ValueError(f"{size} bytes are no model of this shape in {dtype!r}")
+            raise ValueError(f"a model of this shape in {dtype!r} does not have {size} bytes")
         return config, metadata
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None

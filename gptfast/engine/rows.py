@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     """Tokens of a row for one call of the operator."""
 
     row: int
-    start: int  # the position of the first
+    start: int  # the position of the first token
     tokens: Sequence[int]
     wanted: int  # the number of last tokens whose logits are wanted
 
@@ -111,7 +111,7 @@ class Rows(BaseRows):
         self._width = -(-(config.n_embd // config.n_head) // 16) * 16
         self._cache = torch.empty(0, dtype=CACHE_DTYPES[packed.dtype], device=self.device)
         self._n_slots = 0
-        self._users: list[int] = []  # of each slot, how many rows use it
+        self._users: list[int] = []  # the number of rows that use each slot
         self._free: list[int] = []  # a heap
         self._slots = torch.zeros(0, self.block_size, dtype=torch.int32, device=self.device)
         self._table = self._slots.numpy()
@@ -158,7 +158,7 @@ class Rows(BaseRows):
         try:
             return self._forward(rows, tokens, wanted or [1] * len(rows), sampling, positions)
         except BaseException:
-            for row in rows:  # what was computed of them is unknown
+            for row in rows:  # it is unknown how much of them was computed
                 self.truncate(row, 0)
             raise
 

@@ -33,7 +33,7 @@ class EngineSequences(Sequences):
         self._new = [[i] for i in ids.tolist()]
 
     def select(self, rows: Tensor) -> None:
-        """Make sequence i what sequence rows[i] is now; there may be more of them than before."""
+        """Replace sequence i by a copy of sequence rows[i]; their number may change."""
         self.tokens, self.length = self.tokens[rows], self.length[rows]
         before, left = self._mine, set(self._mine)
         self._mine = []

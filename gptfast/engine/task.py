@@ -18,7 +18,7 @@ Sampled = tuple[Request, SampledToken]
 
 
 class Task:
-    """What all requests of one call share: a job's options for each prompt, and its guesser."""
+    """The options and the guesser that all requests of one call share; an option per prompt."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         options, batch = job.options, len(job.prompts)
@@ -35,8 +35,8 @@ class Task:
             draft = rows_of(options.draft.packed, 1)
             if draft.device != device:
                 raise ValueError(
-                    f"draft is on {draft.device}, the model on {device}; make both engines of "
-                    "models on one device"
+                    f"draft is on {draft.device}, but the model is on {device}; make both engines "
+                    "from models on one device"
                 )
             self.guesser = DraftModel(draft, self._sampling)
         elif options.lookup:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gptfast.checks import integer
 from gptfast.evaluate.loss import Example, example, padded
 from gptfast.generation.decoder import Decoder
 from gptfast.generation.model_decoder import as_decoder
@@ -73,11 +74,10 @@ def hellaswag(
     batch_size examples are computed at a time. Raises ValueError for a line that is no example, an
     empty file, an empty context or ending, and a model whose losses are not finite.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    batch_size = integer("batch_size", batch_size, 1)
     decoder = as_decoder(model)
     examples: list[tuple[int, int]] = []  # the number of endings, and the true one
-    losses: list[float] = []  # of each ending
+    losses: list[float] = []  # one for each ending
     norms: list[float] = []  # the same per token
 
     def measure(endings: list[Example]) -> None:

@@ -13,7 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from gptfast.engine.choice import decoder_for
-from gptfast.evaluate.loss import Example, example, padded
+from gptfast.evaluate.loss import Example, example, padded, window_length
 from gptfast.generation.continuation import checked_stream_job, stream_pieces, text_options
 from gptfast.generation.model_decoder import target_losses
 from gptfast.generation.sequences import evaluating
@@ -52,10 +52,8 @@ class GPTFastLM(TemplateLM):
             tokenizer = get_tokenizer(tokenizer or model.tokenizer_name or "gpt2")
         self.tokens: Tokenizer = tokenizer
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
-        T = model.config.block_size
-        self.max_length = T if max_length is None else int(max_length)
-        if not 1 <= self.max_length <= T:
-            raise ValueError(f"max_length must be from 1 to block_size={T}, got {max_length}")
+        given = None if max_length is None else int(max_length)
+        self.max_length = window_length(given, model.config.block_size)
         self._draws = 0
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from gptfast.checks import integer
 from gptfast.data.token_files import TokenFiles
 from gptfast.generation.decoder import Decoder
 from gptfast.generation.model_decoder import as_decoder
@@ -98,6 +99,17 @@ def loader_score(
     return Score(loss, loss * n, n, n_bytes)
 
 
+def window_length(max_length: int | None, block_size: int, *, least: int = 1) -> int:
+    """Return how many tokens a window has: max_length, or block_size for None.
+
+    Raises ValueError for a max_length outside [least, block_size].
+    """
+    n = block_size if max_length is None else integer("max_length", max_length)
+    if not least <= n <= block_size:
+        raise ValueError(f"max_length must be from {least} to block_size={block_size}, got {n}")
+    return n
+
+
 def _windows(n: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Yield windows over n tokens: begin, end, and how many tokens the one before did not have."""
     before = 0
@@ -126,10 +138,7 @@ def sliding_score(
     new tokens less one. Raises ValueError for a stride outside [1, max_length], a max_length
     outside [2, block_size], and fewer than two tokens.
     """
-    if not 2 <= max_length <= model.config.block_size:
-        raise ValueError(
-            f"max_length must be from 2 to block_size={model.config.block_size}, got {max_length}"
-        )
+    max_length = window_length(max_length, model.config.block_size, least=2)
     if not 1 <= stride <= max_length:
         raise ValueError(f"stride must be from 1 to max_length={max_length}, got {stride}")
     windows = list(_windows(len(tokens), max_length, stride))
@@ -153,10 +162,7 @@ def text_score(
     first is predicted once. Raises ValueError for a max_length outside [1, block_size]
     and for fewer than two tokens.
     """
-    if not 1 <= max_length <= model.config.block_size:
-        raise ValueError(
-            f"max_length must be from 1 to block_size={model.config.block_size}, got {max_length}"
-        )
+    max_length = window_length(max_length, model.config.block_size)
     # A window shares its first token, an input only, with the end of the one before.
     windows = list(_windows(len(tokens), max_length + 1, max_length))
     return _measure(model, tokens, tokenizer, windows, batch_size)[1]
@@ -171,9 +177,8 @@ def _measure(
 ) -> tuple[list[tuple[float, int]], Score]:
     """Return each window's nats and number of predictions, if it has any, and the score of all."""
     if len(tokens) < 2:
-        raise ValueError(f"no tokens to evaluate: {len(tokens)} are there, two are needed")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        raise ValueError(f"evaluation needs at least two tokens, got {len(tokens)}; use more text")
+    batch_size = integer("batch_size", batch_size, 1)
     lengths = byte_lengths(tokenizer, model.config.vocab_size)
     windows = [window for window in windows if window[1] - window[0] > 1]
     found: list[tuple[float, int]] = []

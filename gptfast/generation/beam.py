@@ -159,7 +159,7 @@ def beam_search(sequences: Sequences, job: Job, vocab_size: int) -> list[Continu
 
 
 def _follow(sequences: Sequences, batch: Sequence[Hypotheses], beams: int) -> None:
-    """Make the sequences those of the running beams; each prompt had `beams` of them before."""
+    """Make the sequences follow the running beams; each prompt had `beams` sequences before."""
     device = sequences.tokens.device
     parents = [n * beams + beam.parent for n, one in enumerate(batch) for beam in one.running]
     if parents != list(range(len(batch) * beams)):

@@ -27,7 +27,7 @@ def checked_job(
     options: Options,
     logprobs: LogprobOptions | None = None,
 ) -> Job:
-    """Return what was asked for as a job.
+    """Return the checked arguments as a job.
 
     Raises ValueError for an option out of range or that the decoder does not have, and for an empty
     prompt; IndexError for an id outside the vocabulary.
@@ -37,7 +37,10 @@ def checked_job(
     logprobs.check(V)
     options.check_beams(V)
     if logprobs.top and options.num_beams != 1:
-        raise ValueError("top_logprobs are of what is drawn; leave it out or take num_beams=1")
+        raise ValueError(
+            f"beam search has no top_logprobs: leave out top_logprobs={logprobs.top} or take "
+            "num_beams=1"
+        )
     options.sampling(len(prompts), device)
     options.penalty(len(prompts), device)
     if not decoder.can_guess:
@@ -93,7 +96,7 @@ def stream_job(decoder: Decoder, job: Job) -> Iterator[Any]:
 
     An id that may turn out to be part of a stop is held back until it is certain.
     """
-    # Outside the generator, so that the call and not the first token raises what is wrong.
+    # Outside the generator, so that the call raises errors, not the first token.
     tokens = decoder.decode_stream(job)
 
     def ids() -> Iterator[Any]:

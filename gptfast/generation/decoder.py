@@ -63,11 +63,35 @@ class Job:
     logprobs: LogprobOptions = LogprobOptions()
 
 
+@dataclass
+class Stats:
+    """The work of an engine since it was made, or since its `stats` were replaced."""
+
+    prompt_tokens: int = 0
+    """Prompt tokens that were computed; those shared with another sequence are not."""
+    prompt_seconds: float = 0.0
+    """Time for them."""
+    new_tokens: int = 0
+    """Tokens of decode steps; the first new token comes from the prefill and is not counted."""
+    steps: int = 0
+    """Decode steps: passes over the weights."""
+    seconds: float = 0.0
+    """Time for them."""
+    bytes_read: int = 0
+    """Bytes of weights that they read."""
+    guessed: int = 0
+    """Tokens that were guessed."""
+    accepted: int = 0
+    """Guesses that were right."""
+
+
 class Decoder(ABC):
     """A model that generates."""
 
     can_guess: bool
     """Whether it checks guessed tokens, so that the options lookup and draft mean something."""
+    stats: Stats | None = None
+    """Its work so far; None if it is not measured."""
 
     @property
     @abstractmethod
@@ -77,7 +101,12 @@ class Decoder(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where tokens are sampled and losses computed."""
+        """The device that samples tokens and computes losses."""
+
+    @property
+    def dtype(self) -> str | None:
+        """The data type of packed weights; None for a model as it is."""
+        return None
 
     @abstractmethod
     def decode(self, job: Job) -> list[Continuation]:

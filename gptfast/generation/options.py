@@ -52,7 +52,7 @@ class Options:
         eos_id: a continuation ends after this token and keeps it.
         stop: a string, or a list of strings and lists of ids, looked for among the new tokens. A
             continuation ends before its stop: no token that holds a part of the stop is returned.
-            Of several stops the one that is complete first counts.
+            If there are several stops, the one that is complete first counts.
         tokenizer: the tokenizer that turns ids into text; needed for stop strings.
     Guessing, with an engine and without beams, which makes generation faster where guesses are
     right and never changes the tokens:
@@ -84,7 +84,7 @@ class Options:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name in ("logprobs", "top_logprobs"):
-                raise TypeError(f"{name} are of ids, not of text; use generate or stream")
+                raise TypeError(f"{name} works with ids, not with text; use generate or stream")
             if name not in known:
                 raise TypeError(f"there is no option {name!r}; there are {', '.join(known)}")
         return cls(**options)
@@ -126,8 +126,8 @@ class Options:
 
     def check_beams(self, vocab_size: int) -> None:
         """Raise ValueError for beams out of range or together with options that exclude them."""
-        n = integer("num_beams", self.num_beams)
-        if n < 1 or n > 1 and 2 * n > vocab_size:
+        n = integer("num_beams", self.num_beams, 1)
+        if n > 1 and 2 * n > vocab_size:
             raise ValueError(
                 f"num_beams must be from 1 to {max(1, vocab_size // 2)}, got {n}: beam search "
                 f"keeps 2 * num_beams candidates, the vocabulary has {vocab_size} tokens"
@@ -171,7 +171,7 @@ class Options:
 
 @dataclass(frozen=True)
 class LogprobOptions:
-    """Which log-probabilities to return with the new tokens.
+    """The choice of log-probabilities to return with the new tokens.
 
     logprobs: that of each token: the log-softmax in fp32 of the model's own logits, before penalty,
     temperature and truncation. top: those of so many of the likeliest tokens at each position.
@@ -187,9 +187,7 @@ class LogprobOptions:
 
     def check(self, vocab_size: int) -> None:
         """Raise ValueError for values of other types or out of range."""
-        n = integer("top_logprobs", self.top)
-        if not 0 <= n <= vocab_size:
-            raise ValueError(f"top_logprobs must be from 0 to {vocab_size}, got {self.top}")
+        integer("top_logprobs", self.top, 0, vocab_size)
         if not isinstance(self.logprobs, bool):
             raise ValueError(f"logprobs must be True or False, got {self.logprobs!r}")
 
@@ -222,9 +220,7 @@ def _number(name: str, value: Any, batch: int, device: torch.device) -> Any:
 
 def new_tokens(max_new_tokens: Any) -> int:
     """Return max_new_tokens as an int. Raises ValueError unless it is one in [0, 2**63)."""
-    n = integer("max_new_tokens", max_new_tokens)
-    if n < 0:
-        raise ValueError(f"max_new_tokens must be >= 0, got {n}")
+    n = integer("max_new_tokens", max_new_tokens, 0)
     if n >= 2**63:
         raise ValueError(f"max_new_tokens must be below 2**63, got {n}")
     return n

@@ -116,7 +116,7 @@ class Sequences:
         self.length, self.longest = self.length + 1, self.longest + 1
 
     def select(self, rows: Tensor) -> None:
-        """Make sequence i what sequence rows[i] is now; there may be more of them than before."""
+        """Replace sequence i by a copy of sequence rows[i]; their number may change."""
         self.tokens, self.length = self.tokens[rows], self.length[rows]
         cache = self._cache
         cache.length = cache.length[rows]

@@ -1,8 +1,8 @@
-"""Where a continuation ends: at end-of-text, stop strings or stop ids; and its text up to there.
+"""The end of a continuation, at end-of-text, a stop string or stop ids, and its text up to there.
 
 Stops are found one symbol at a time by the automaton of Knuth, Morris and Pratt (1977), so the
-result does not depend on how the text was cut into tokens. Of two stops, the one that is complete
-first counts; if the same character completes both, the one that began first.
+result does not depend on how the text was cut into tokens. If two stops are found, the one that is
+complete first counts; if the same character completes both, the one that began first counts.
 """
 
 import codecs
@@ -16,7 +16,7 @@ from gptfast import checks
 from gptfast.tokenizer.bpe import Tokenizer
 
 REPLACEMENT = "\ufffd"
-"""What stands for bytes that are not UTF-8."""
+"""The character that replaces bytes that are not UTF-8."""
 
 Stop = str | Sequence[str | Sequence[int]]
 
@@ -42,7 +42,7 @@ class Matcher:
 
 @dataclass(frozen=True)
 class Stops:
-    """What ends a continuation: an id that it keeps, and strings and id lists that it does not."""
+    """The stops of a continuation: an id that it keeps, and strings and id lists that it drops."""
 
     eos_id: int | None = None
     texts: tuple[Matcher, ...] = ()
@@ -57,15 +57,15 @@ class Stops:
         Raises ValueError for an argument of another form, IndexError for an id outside the
         vocabulary.
         """
-        if eos_id is not None and (eos_id := checks.integer("eos_id", eos_id)) < 0:
-            raise ValueError(f"eos_id must be a token id (an integer >= 0) or None, got {eos_id}")
+        if eos_id is not None:
+            eos_id = checks.integer("eos_id", eos_id, 0)
         if stop is not None and not isinstance(stop, Sequence):
             raise ValueError(f"stop must be a string or a list of strings and id lists, got {stop}")
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         texts = [one for one in stops if isinstance(one, str)]
         if texts and tokenizer is None:
             raise ValueError(
-                f"stop has the string {texts[0]!r}: pass tokenizer=, by which ids become text"
+                f"stop has the string {texts[0]!r}: pass tokenizer=, which turns ids into text"
             )
         for text in texts:
             checks.text("a stop string", text)
@@ -79,7 +79,7 @@ def _id_list(one: Any, vocab_size: int) -> list[int]:
     if not isinstance(one, Sequence):
         raise ValueError(
             f"stop must be a string or a list of strings and id lists, got {one!r} in it; "
-            "one list of ids is stop=[[1, 2]]"
+            "write one list of ids as stop=[[1, 2]]"
         )
     ids = [checks.integer("each token id in a stop list", i) for i in one]
     for i in ids:

@@ -27,7 +27,7 @@ _adamw = register(
 
 
 def adamw(params: list[Tensor], *args: object) -> None:
-    """One step in place; the arguments are the schema's."""
+    """Take one step in place; the arguments are the schema's."""
     _adamw(params, *args)
-    # What ATen's in-place operators do: a backward that saved the old values is now an error.
+    # As ATen's in-place operators do: a backward that saved the old values is now an error.
     torch.autograd.graph.increment_version(params)

@@ -110,13 +110,15 @@ class use_backend:  # noqa: N801 - reads as the function it is used as
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
         if name == "cpp" and EXTENSION is None:
             raise RuntimeError(
-                f"backend 'cpp' is not there: {MISSING}; install g++ and reinstall gptfast"
+                f"backend 'cpp' is missing: {MISSING}; install g++ and reinstall gptfast"
             )
         if name == "triton" and TRITON_MISSING:
-            raise RuntimeError(f"backend 'triton' is not there: {TRITON_MISSING}; pip install it")
+            raise RuntimeError(
+                f"backend 'triton' is missing: {TRITON_MISSING}; run pip install triton"
+            )
         if name == "triton" and not torch.cuda.is_available() and not _interpreted():
             raise RuntimeError(
-                "backend 'triton' is not there: no GPU; to run its kernels on the CPU in Triton's "
+                "backend 'triton' needs a GPU; to run its kernels on the CPU in Triton's "
                 "interpreter, set TRITON_INTERPRET=1 before Python starts"
             )
         self.name = name

@@ -45,7 +45,10 @@ def _check(
                 f"{tuple(given.shape)} {given.dtype} on {given.device}"
             )
     if (scale is not None) != (weight.dtype == torch.int8):
-        raise ValueError("decode_linear needs a scale with an int8 weight, and with no other")
+        raise ValueError(
+            f"decode_linear needs a scale for an int8 weight only, got {weight.dtype} "
+            f"{'without a scale' if scale is None else 'with a scale'}"
+        )
 
 
 def decode_linear(

@@ -28,7 +28,7 @@ class _Parameter(NamedTuple):
     dtype: torch.dtype
     off: float  # the value that None stands for
     is_valid: Callable[[float], bool]  # for a Python number
-    wording: str  # of what the number must be
+    wording: str  # the valid numbers, for error messages
 
 
 _PARAMETERS = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from gptfast.checks import integer
 from gptfast.search.trials import Settings
 
 MAX_REPEATED_DRAWS = 1000
@@ -130,8 +131,7 @@ def parse_random(
     bounds are integers. More trials only add settings after the others. Raises ValueError as
     `parse_grid` does, for an empty range, and if there are fewer different settings.
     """
-    if trials < 1:
-        raise ValueError(f"trials must be >= 1, got {trials}")
+    trials = integer("trials", trials, 1)
     fields = {
         name: _parse_range(name, rest) if ":" in rest else _parse_list(name, rest)
         for name, rest in _parse_specs(specs, allowed).items()

@@ -19,6 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from gptfast.checks import integer
 from gptfast.config import to_toml
 from gptfast.files import lock, replacing, write_json
 from gptfast.training.interrupt import Interrupt
@@ -227,8 +228,7 @@ def run_trials(
     """
     if not trials:
         raise ValueError("a search needs at least one trial")
-    if jobs < 1:
-        raise ValueError(f"jobs must be >= 1, got {jobs}")
+    jobs = integer("jobs", jobs, 1)
     out, base = Path(out), {name: value for name, value in base.items() if name != "out"}
     with lock(out):
         _open_search(out, base, trials)

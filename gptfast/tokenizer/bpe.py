@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
 
 
 def vocabulary(tokenizer: Tokenizer | None) -> str | None:
-    """Return what identifies a tokenizer's ids: a digest of its tokens, or else its name."""
+    """Return a text that identifies a tokenizer's ids: a digest of its tokens, or its name."""
     return getattr(tokenizer, "sha256", None) or getattr(tokenizer, "name", None)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,8 +60,8 @@ def _from_files(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> "tiktoken
             _check_merges(contents[name], ranks)
     except ValueError as error:
         raise ValueError(
-            f"{paths[name]} does not fit: {error} (its SHA-256 is {sums[name]}, GPT-2's {name} has "
-            f"{SHA256[name]})"
+            f"{paths[name]} does not fit: {error}; give the two files of one tokenizer (its "
+            f"SHA-256 is {sums[name]}, GPT-2's {name} has {SHA256[name]})"
         ) from None
     return _encoding("gpt2" if not others else str(vocab_bpe.parent), ranks)
 
@@ -74,7 +75,7 @@ def _from_tokenizer_json(path: Path) -> "tiktoken.Encoding":
             or raw["normalizer"]
             or not _is_gpt2s(raw["pre_tokenizer"])
         ):
-            raise ValueError("it is no byte-level BPE with GPT-2's split of text")
+            raise ValueError("it is not a byte-level BPE with GPT-2's split of text")
         added = {token["content"]: token["id"] for token in raw["added_tokens"]}
         ids = _read_encoder(json.dumps({**raw["model"]["vocab"], **added}).encode())
         ordinary = {token: i for token, i in ids.items() if token not in added}
@@ -120,7 +121,8 @@ def _read_encoder(content: bytes) -> dict[str, int]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         ids = dict(pairs)
         if len(ids) < len(pairs):
-            raise ValueError("a token stands in it twice")
+            twice = Counter(token for token, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"token {twice[:80]!r} is in it more than once")
         return ids
 
     try:
@@ -128,7 +130,7 @@ def _read_encoder(content: bytes) -> dict[str, int]:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()):
-        raise ValueError("it is no JSON object of tokens and their ids")
+        raise ValueError("it is not a JSON object of tokens and their ids")
     if sorted(ids.values()) != list(range(len(ids))):
         raise ValueError(f"its {len(ids)} ids are not 0 to {len(ids) - 1}, each once")
     for token in (END_OF_TEXT, *BYTE_SYMBOLS):
@@ -148,16 +150,16 @@ def _check_merges(content: bytes, ranks: Mapping[str, int]) -> None:
         parts = line.split(" ")
         token = "".join(parts)
         if len(parts) != 2 or not known.issuperset(parts):
-            raise ValueError(f"line {number}, {line[:80]!r}, is no merge of two tokens made before")
+            raise ValueError(f"line {number}, {line[:80]!r}, does not merge two earlier tokens")
         if token not in ranks:
-            raise ValueError(f"line {number} makes {token[:80]!r}, which encoder.json has not")
+            raise ValueError(f"line {number} makes {token[:80]!r}, which is not in the vocabulary")
         if ranks[token] <= last or token in known:
             raise ValueError(f"line {number} makes {token[:80]!r}, whose id is out of order")
         known.add(token)
         last = ranks[token]
     if len(known) != len(ranks):
         token = next(token for token in ranks if token not in known)
-        raise ValueError(f"no line makes {token[:80]!r} of encoder.json")
+        raise ValueError(f"no merge makes the token {token[:80]!r}")
 
 
 def _candidates() -> Iterator[tuple[Path, Path]]:
@@ -179,7 +181,7 @@ def _gpt2_encoding() -> "tiktoken.Encoding":
 
     try:
         return tiktoken.get_encoding("gpt2")  # tiktoken downloads, checks and caches
-    except Exception as error:  # of requests, the disk or a checksum: there is no such file
+    except Exception as error:  # from requests, the disk or a checksum: no file was found
         raise OSError(
             "GPT-2's vocab.bpe and encoder.json were not found and could not be downloaded "
             f"({type(error).__name__}); name a directory that holds them (--tokenizer DIR), run "

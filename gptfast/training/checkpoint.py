@@ -90,7 +90,7 @@ def save_checkpoint(
         _delete_old(Path(out), keep, best)
     except OSError as error:
         why = error.strerror or error
-        raise OSError(f"cannot save {target}: {why}; earlier checkpoints are whole") from error
+        raise OSError(f"cannot save {target}: {why}; earlier checkpoints are intact") from error
     finally:
         if not target.exists() and old.exists():
             old.rename(target)

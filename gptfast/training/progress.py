@@ -134,7 +134,7 @@ class RunCheckpoints:
             return progress
         if damaged:
             first = next(iter(damaged.values()))
-            raise CheckpointError(f"no checkpoint in {self.out} is whole: {first}")
+            raise CheckpointError(f"every checkpoint in {self.out} is damaged: {first}")
         return None
 
     def _check_same_run(self, saved: dict[str, Any], path: Path) -> None:

@@ -102,7 +102,8 @@ class TrainStep:
             restore_random_state(rng)
             raise
         if sum(counts):
-            fault = self._judge("loss", loss)
+            fault = self.guard.judge("loss", loss)
+            self.guard.record("loss", loss)
         else:
             fault = Fault("every target is masked", finite=True)
         if fault is None:
@@ -143,20 +144,16 @@ class TrainStep:
         if self.config.skip_zscore is not None:  # the optimizer would not refuse an outlier
             grads = [p.grad for p in self.raw_model.parameters() if p.grad is not None]
             norm = grad_norm(grads).item()
-            fault = self._judge("grad_norm", norm)
+            fault = self.guard.judge("grad_norm", norm)
             if fault is None:
                 self.optimizer.step()
-            return norm, fault
-        self.optimizer.step()  # changes nothing if the norm is not finite
-        assert self.optimizer.grad_norm is not None  # max_norm is set
-        norm = self.optimizer.grad_norm.item()
-        return norm, self._judge("grad_norm", norm)
-
-    def _judge(self, name: str, value: float) -> Fault | None:
-        """Return what is wrong with a value, and record it."""
-        fault = self.guard.judge(name, value)
-        self.guard.record(name, value)
-        return fault
+        else:
+            self.optimizer.step()  # changes nothing if the norm is not finite
+            assert self.optimizer.grad_norm is not None  # max_norm is set
+            norm = self.optimizer.grad_norm.item()
+            fault = self.guard.judge("grad_norm", norm)
+        self.guard.record("grad_norm", norm)
+        return norm, fault
 
     def _refused(self, fault: Fault) -> RefusedStep:
         """Return the error that names the fault and its remedy."""

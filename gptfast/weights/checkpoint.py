@@ -45,13 +45,14 @@ def find_checkpoint(path: str | PathLike) -> Path:
     path = Path(path)
     if not path.is_dir():
         why = "it is not a directory" if path.exists() else "there is no such directory"
-        raise CheckpointError(f"{path} is no checkpoint: {why}")
+        raise CheckpointError(f"{path} is not a checkpoint: {why}")
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return path
     if found := checkpoints(path):
         return found[-1]
     raise CheckpointError(
-        f"{path} is no checkpoint: it has no config.json and model.safetensors, and no checkpoints/"
+        f"{path} is not a checkpoint: it has no config.json with model.safetensors, and no "
+        "checkpoints/"
     )
 
 
@@ -127,11 +128,11 @@ def _read_state(path: Path) -> dict[str, Any]:
         )
     sums = state.get("sha256")
     if not isinstance(sums, dict) or not {"config.json", "model.safetensors"} <= sums.keys():
-        raise CheckpointError(f"{path / 'state.json'} is damaged: it names no files and sums")
-    # The text too: another spelling of a number has its value.
+        raise CheckpointError(f"{path / 'state.json'} is damaged: it has no SHA-256 of the files")
+    # Compare the text too: the digest is the same for another spelling of a number.
     if state.get("digest") != digest(state) or text != json_text(state):
         raise CheckpointError(
-            f"{path / 'state.json'} is damaged: its digest is not that of its values"
+            f"{path / 'state.json'} is damaged: its digest does not match its values"
         )
     return state
 

@@ -36,7 +36,7 @@ _SUFFIXES = {".bin": "llm.c", ".pt": "nanogpt", ".pth": "book"}
 def format_of(path: str | PathLike) -> str:
     """Return the form that a path's suffix stands for: .bin, .pt or .pth, else transformers."""
     if Path(path).suffix == ".safetensors":
-        raise ValueError(f"transformers' form is a directory: give one in the place of {path}")
+        raise ValueError(f"transformers' form is a directory: give one instead of {path}")
     return _SUFFIXES.get(Path(path).suffix, "transformers")
 
 

@@ -78,7 +78,7 @@ def _check_small(path: Path, name: str) -> None:
     """Remove a small file and raise OSError if it is not the model's; an error page, say."""
     try:
         if path.name == "checkpoint" and b"model_checkpoint_path" not in path.read_bytes():
-            raise CheckpointError("checkpoint names no checkpoint")
+            raise CheckpointError("checkpoint has no model_checkpoint_path")
         if path.name == "hparams.json":
             hparams = read_json(path)
             wrong = [k for k, v in PRESETS[name].items() if hparams.get(k) != v]
@@ -86,7 +86,7 @@ def _check_small(path: Path, name: str) -> None:
                 raise CheckpointError(f"hparams.json is not {name}'s: {wrong[0]} differs")
     except CheckpointError as error:
         path.unlink()
-        raise OSError(f"what came for {name} is damaged: {error}; try again") from None
+        raise OSError(f"the download of {name} is damaged: {error}; try again") from None
 
 
 def _reason(error: BaseException) -> str:
@@ -140,7 +140,7 @@ def _transfer(address: str, part: Path, quiet: bool) -> bytes | None:
             if length and int(length[1]) == start:
                 return None
             part.unlink()
-            raise _Cut("what had come is no part of the server's file")
+            raise _Cut("the partial file here does not match the server's file")
         if response.status_code >= 500:
             raise _Cut(f"the server answered {response.status_code}")
         response.raise_for_status()
@@ -152,7 +152,7 @@ def _transfer(address: str, part: Path, quiet: bool) -> bytes | None:
             size = part.stat().st_size
             if size > total:
                 part.unlink()
-            raise _Cut(f"{size:,} of {total:,} bytes came")
+            raise _Cut(f"received {size:,} of {total:,} bytes")
         # Content-MD5 is that of the range that was sent, Azure's own header that of the whole file.
         md5 = response.headers.get("x-ms-blob-content-md5") or (
             response.headers.get("Content-MD5") if start == 0 else None
@@ -165,7 +165,7 @@ def _total(response: requests.Response, start: int) -> int | None:
     if response.status_code == 206:
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         if not span or int(span[1]) != start:
-            raise OSError(f"the server answered another range than the one from {start}")
+            raise OSError(f"the server did not send the bytes from {start} on; try another url")
         return int(span[2])
     length = response.headers.get("Content-Length")
     return int(length) if length else None
@@ -204,7 +204,7 @@ def _check(part: Path, name: str) -> None:
         for file in FILES:
             if file not in SHA256:
                 (part / file).unlink(missing_ok=True)
-        raise OSError(f"what came for {name} is damaged: {error}; try again") from None
+        raise OSError(f"the download of {name} is damaged: {error}; try again") from None
 
 
 def _from_hub(name: str, target: Path, why: str) -> Path:
@@ -219,8 +219,8 @@ def _from_hub(name: str, target: Path, why: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise OSError(
-            f"{name} could not be fetched: {why}. Go on later with the same command, install "
-            f"huggingface_hub to try Hugging Face, or {by_hand}"
+            f"{name} could not be downloaded: {why}; run the same command later to continue, "
+            f"install huggingface_hub to try Hugging Face, or {by_hand}"
         ) from None
     part = target.with_name(f".{name}.hub")
     try:
@@ -229,11 +229,11 @@ def _from_hub(name: str, target: Path, why: str) -> Path:
         )
         config = transformers.open_directory(part).config
         if PRESETS[name].items() - vars(config).items():
-            raise CheckpointError("it is of another size")
-    except Exception as error:  # of whatever transport huggingface_hub uses
+            raise CheckpointError(f"the files are not {name}'s: the size of the model differs")
+    except Exception as error:  # from any transport that huggingface_hub uses
         raise OSError(
-            f"{name} could not be fetched: {why}, nor from Hugging Face ({type(error).__name__}). "
-            f"Go on later with the same command, or {by_hand}"
+            f"{name} could not be downloaded: {why}, nor from Hugging Face "
+            f"({type(error).__name__}); run the same command later to continue, or {by_hand}"
         ) from None
     shutil.rmtree(part / ".cache", ignore_errors=True)
     publish(part, target)

@@ -98,7 +98,7 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # no JSON, or a number of 5,000 digits
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+        raise CheckpointError(f"{path} is damaged: it is not a JSON object")
     return value
 
 
@@ -135,7 +135,7 @@ def read_safetensors(*paths: Path) -> dict[str, LazyTensor]:
 
 # The keys under which nanoGPT, the book and others keep the weights beside the optimizer's state.
 _STATE_KEYS = ("model", "model_state_dict", "state_dict")
-# What a numpy scalar beside the weights, such as a loss, is made of; under its old and new name.
+# The classes of a numpy scalar beside the weights, such as a loss, under its old and new name.
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _NUMPY: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -167,7 +167,7 @@ def read_pickles(*paths: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
             own = {k: _plain(v, path) for k, v in state.items() if _named(k, v)}
             # A tied head may share the embedding's bytes, hence twice the size of the file.
             if sum(tensor.nbytes for tensor in own.values()) > 2 * path.stat().st_size:
-                raise CheckpointError(f"{path} is damaged: its tensors are more than its bytes")
+                raise CheckpointError(f"{path} is damaged: its tensors need more bytes than it has")
             tensors |= own
         return tensors
 
@@ -194,7 +194,7 @@ def _check_pickle(path: Path) -> None:
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
     if large:
-        raise CheckpointError(f"{path} is not read: it is compressed or asks for a bytearray")
+        raise CheckpointError(f"{path} was not read: it is compressed or asks for a bytearray")
 
 
 def _holds(file: BinaryIO, word: bytes) -> bool:
@@ -210,7 +210,7 @@ def _holds(file: BinaryIO, word: bytes) -> bool:
 def _unpickle(path: Path, mapped: bool) -> dict[str, Any]:
     try:
         with (
-            warnings.catch_warnings(action="ignore"),  # of protocols that damaged files name
+            warnings.catch_warnings(action="ignore"),  # about protocols that damaged files name
             torch.serialization.safe_globals(_NUMPY),
         ):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -218,7 +218,7 @@ def _unpickle(path: Path, mapped: bool) -> dict[str, Any]:
         asked = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
         why = f"it asks for {asked[1] or asked[2]}" if asked else type(error).__name__
         raise CheckpointError(
-            f"{path} is damaged or holds more than tensors, and is not read: {why}"
+            f"{path} is damaged or holds more than tensors, so it was not read: {why}"
         ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors")

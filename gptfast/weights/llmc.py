@@ -43,7 +43,7 @@ def _read_header(path: Path, header: bytes) -> tuple[GPTConfig, torch.dtype, int
     assert magic == MAGIC
     if version not in _DTYPES:
         raise CheckpointError(
-            f"{path} is llm.c's version {version}; 3 (fp32) and 5 (bf16) can be read"
+            f"{path} has llm.c's version {version}; only 3 (fp32) and 5 (bf16) can be read"
         )
     try:
         config = GPTConfig(V, T, n_layer, n_head, C)
@@ -70,7 +70,7 @@ def open_file(path: Path) -> Weights:
             end += padding
     if (size := path.stat().st_size) != end:
         raise CheckpointError(
-            f"{path} is damaged: it has {size:,} bytes, its header asks for {end:,}"
+            f"{path} is damaged: it has {size:,} bytes, but its header asks for {end:,}"
         )
     mapped = MappedFiles(lambda: {"": map_file(path)})
     tensors = {name: _lazy(mapped, part, dtype, shape) for name, (part, shape) in parts.items()}
@@ -91,9 +91,14 @@ def write(config: GPTConfig, state: Mapping[str, Tensor], file: IO[bytes]) -> No
     embedding = state["wte.weight"]
     version = {dtype: version for version, dtype in _DTYPES.items()}.get(embedding.dtype)
     if version is None:
-        raise ValueError(f"llm.c has fp32 and bf16, the model is {embedding.dtype}; give a --dtype")
+        raise ValueError(
+            f"llm.c's form holds fp32 or bf16, but the model is {embedding.dtype}; give a --dtype"
+        )
     if not config.tie_weights:
-        raise ValueError("llm.c ties the head to the embedding; this model's head is its own")
+        raise ValueError(
+            "llm.c's form needs a head tied to the embedding, but this model's head is separate; "
+            "choose transformers' form"
+        )
     padded_rows = -(-config.vocab_size // _PADDING_ROWS) * _PADDING_ROWS
     sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
     header = np.zeros(_HEADER_BYTES // 4, "<i4")

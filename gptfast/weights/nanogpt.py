@@ -66,7 +66,10 @@ def to_content(config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Any]
     Raises ValueError for an untied head, which nanoGPT does not have.
     """
     if not config.tie_weights:
-        raise ValueError("nanoGPT ties the head to the embedding; this model's head is its own")
+        raise ValueError(
+            "nanoGPT's form needs a head tied to the embedding, but this model's head is separate; "
+            "choose transformers' form"
+        )
     theirs = {f"transformer.{name}": tensor for name, tensor in state.items()}
     if not config.qkv_bias:
         for i in range(config.n_layer):

@@ -73,16 +73,16 @@ def _open_directory(path: Path) -> Weights:
         return _open_file(path / "ckpt.pt", None)
     if not ours and is_packed(path):
         raise CheckpointError(
-            f"{path} is packed for generation, by gptfast.Engine, `gptfast generate` or "
-            "`gptfast chat`; take the model it was made of"
+            f"{path} is packed for generation and works only with gptfast.Engine, "
+            "`gptfast generate` and `gptfast chat`; use the model it was made from"
         )
     return checkpoint.open_directory(path)
 
 
 def _open_file(path: Path, n_head: int | None) -> Weights:
     if not path.is_file():
-        why = "it is no file" if path.exists() else "there is no such directory"
-        raise CheckpointError(f"{path} is no checkpoint: {why}")
+        why = "it is not a file" if path.exists() else "there is no such directory"
+        raise CheckpointError(f"{path} is not a checkpoint: {why}")
     with path.open("rb") as file:
         start = file.read(16)
     if start[:4] == llmc.MAGIC.to_bytes(4, "little"):
@@ -95,8 +95,8 @@ def _open_file(path: Path, n_head: int | None) -> Weights:
             return nanogpt.open_tensors(path, raw, extras)
     else:
         raise CheckpointError(
-            f"{path} is no checkpoint: it begins neither as safetensors nor as what torch.save or "
-            "llm.c writes; of OpenAI's and transformers' models give the directory"
+            f"{path} is not a checkpoint: it is not a file of safetensors, torch.save or llm.c; "
+            "give the directory of an OpenAI or transformers model"
         )
     if book.recognise(raw):
         return book.open_tensors(path, raw, n_head)

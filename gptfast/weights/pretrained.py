@@ -70,7 +70,7 @@ def tokenizer_texts(tokenizer: Tokenizer | str | None) -> tuple[dict[str, str], 
             tokenizer = get_tokenizer(tokenizer)
         except (OSError, ValueError) as error:
             logging.getLogger(__name__).warning(
-                "the model is saved without a tokenizer of ours: %s", error
+                "the model is saved, but its tokenizer cannot be loaded: %s", error
             )
             return texts, None
     if isinstance(tokenizer, BPETokenizer) and not texts:

@@ -21,7 +21,7 @@ from gptfast.weights.lazy_tensor import CheckpointError, LazyTensor, MappedFiles
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER, _TRAILER = 48, 5
-# What an index says of one tensor is some 30 bytes; GPT-2 XL's has 582 of them.
+# An index has some 30 bytes for each tensor; GPT-2 XL has 582 tensors.
 _MAX_INDEX, _MAX_ENTRIES = 2**22, 20_000
 _MAX_KEY, _MAX_DIMS = 1024, 254
 # tensorflow/core/framework/types.proto
@@ -75,19 +75,19 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             content, at = message[at : at + n], at + n
             value = content if kind == 2 else int.from_bytes(content, "little")
         else:
-            raise _Damaged(f"a field is of kind {kind}")
+            raise _Damaged(f"a field has the unknown kind {kind}")
         yield tag >> 3, value
 
 
 def _number(value: int | bytes) -> int:
     if isinstance(value, bytes):
-        raise _Damaged("a number is of another type")
+        raise _Damaged("a number has the wrong type")
     return value
 
 
 def _message(value: int | bytes) -> bytes:
     if not isinstance(value, bytes):
-        raise _Damaged("a message is of another type")
+        raise _Damaged("a message has the wrong type")
     return value
 
 
@@ -132,7 +132,7 @@ def _block(table: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
     if not _crc_is(table[offset : end + 1], crc):
         raise _Damaged(f"the checksum of the block at {offset} is wrong")
     if kind != 0:
-        raise _Damaged("its blocks are compressed, as TensorFlow's own writer never does")
+        raise _Damaged("its blocks are compressed, which TensorFlow's own writer never does")
     return _entries(table[offset:end])
 
 
@@ -159,7 +159,7 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _read_index(table: bytes) -> tuple[int, dict[str, _Entry]]:
     """Return the number of shards, and each tensor's entry by name."""
     if len(table) < _FOOTER or int.from_bytes(table[-8:], "little") != _MAGIC:
-        raise _Damaged("it does not end as a table does")
+        raise _Damaged("it does not end with the footer of a table")
     footer = table[-_FOOTER:-8]
     _, at = _varint(footer, 0)  # the handle of the meta index, which nobody writes
     _, at = _varint(footer, at)
@@ -223,7 +223,7 @@ def _lazy(name: str, entry: _Entry, mapped: MappedFiles, path: Path) -> LazyTens
     for size in entry.shape:
         n *= size
     if entry.sliced:
-        raise CheckpointError(f"{path}: {name} is saved in slices, as no GPT-2 is; save it whole")
+        raise CheckpointError(f"{path}: {name} is saved in slices; save it as one tensor")
     if n * dtype.itemsize != entry.size:
         raise CheckpointError(
             f"{path}: {name} of shape {tuple(entry.shape)} {dtype} cannot have {entry.size} bytes"

@@ -64,7 +64,7 @@ def gpt_config(raw: dict[str, Any], path: Path) -> GPTConfig:
     for name, allowed in fixed.items():
         if name in raw and raw[name] not in allowed:
             raise CheckpointError(
-                f"{path}: {name} is {raw[name]!r}, gptfast's GPT has {allowed[0]!r}"
+                f"{path}: {name} is {raw[name]!r}, but gptfast's GPT needs {allowed[0]!r}"
             )
     return config
 
@@ -102,11 +102,11 @@ def _read_shards(index: Path) -> dict[str, LazyTensor]:
     for file in files:
         path = index.parent / file
         if Path(file).name != file or not path.is_file() or path.suffix != Path(files[0]).suffix:
-            raise CheckpointError(f"{index} names {file!r:.200}, which is no file beside it")
+            raise CheckpointError(f"{index} names {file!r:.200}, but that file is not beside it")
     tensors = _read_files([index.parent / file for file in files])
     for name in where:
         if name not in tensors:
-            raise CheckpointError(f"{index} names {name!r}, which {where[name]!r} has not")
+            raise CheckpointError(f"{index} names {name!r}, but {where[name]!r} does not have it")
     return tensors
 
 

@@ -111,7 +111,7 @@ def renamed(
     result: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         if rename(name) in result:
-            raise CheckpointError(f"there are two tensors for {rename(name)!r}, {name!r} for one")
+            raise CheckpointError(f"two tensors stand for {rename(name)!r}, one of them {name!r}")
         result[rename(name)] = tensor
     return result
 

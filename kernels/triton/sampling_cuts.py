@@ -15,9 +15,9 @@ from gptfast.kernels.triton.sampling_codes import (
     end_of,
     fold,
     kept_mass,
-    key_of,
     load_codes,
     logit_of,
+    lowest_code_of,
     rank_list,
     weight_of,
 )
@@ -29,9 +29,9 @@ N_PARTS = tl.constexpr(5)
 # leave LIST_SIZE of 2^64 codes.
 TURNS_BY_LOGIT = tl.constexpr(3)
 MAX_TURNS = tl.constexpr(40)
-# Of the int32 keys.
+# The limit of bound_of_top_k, which searches int32 keys.
 MAX_BOUND_TURNS = tl.constexpr(24)
-# exp(-30) * 2^40 rounds to 0.1: what is this many temperatures below the top weighs nothing.
+# exp(-30) * 2^40 rounds to 0.1: a logit this many temperatures below the top has no weight.
 TEMPERATURES_TO_ZERO = tl.constexpr(30.0)
 # Whole numbers below it are exact in fp64.
 TWO_TO_53 = tl.constexpr(2**53)
@@ -47,7 +47,7 @@ def _pivot(lo, hi, low, high, turn, PART: tl.constexpr):
     x = low * (1.0 - PART / 5.0) + high * (PART / 5.0)
     x = tl.where(x == x, x, 0.0)
     by_code = lo + ((hi >> 3) - (lo >> 3)) // N_PARTS * (8 * PART)
-    code = tl.where(turn < TURNS_BY_LOGIT, key_of(x).to(tl.int64) << 32, by_code)
+    code = tl.where(turn < TURNS_BY_LOGIT, lowest_code_of(x), by_code)
     return tl.minimum(tl.maximum(code, lo + 1), hi - 1)
 
 
@@ -68,10 +68,10 @@ def _pivots(lo, hi, lowest, top, turn):
 def bound_of_top_k(maxima, top, k, BLOCK: tl.constexpr):
     """Return a code that at least k of the row's tokens reach, and few more; k <= BLOCK.
 
-    maxima: of BLOCK parts of the row, so each one that reaches a code stands for at least one token
-    that does.
+    maxima: the largest logit of each of BLOCK parts of the row. Where one reaches a code, so does
+    at least one token.
     """
-    code = key_of(maxima).to(tl.int64) << 32
+    code = lowest_code_of(maxima)
     lowest = tl.min(tl.where(maxima > float("-inf"), maxima, float("inf")), 0)
     lo = tl.full([], CODE_OF_MINUS_INF, tl.int64)
     hi = code_above(top)
@@ -207,7 +207,7 @@ def cut_by_top_p(
     GRANULE: tl.constexpr, BLOCK: tl.constexpr, LIST_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Return the code of the last token that top_p keeps of the n tokens with code >= cut."""
-    # What is further down weighs nothing.
+    # Tokens further down have no weight.
     lowest = tl.maximum(lowest, top - TEMPERATURES_TO_ZERO * temperature)
     total = kept_mass(row, mass_ptr, cut, 0.0, top, scale, GRANULE, BLOCK)
     if total > 0:
