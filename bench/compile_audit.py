@@ -47,7 +47,7 @@ it. Each kernel is compiled as its launcher calls it, once for each set of const
 first case that needs this set.
 
 - shared: bytes of shared memory for each program
-- spills: bytes of stack for each thread (gfx942: registers); nothing where no register spills
+- spills: bytes of stack for each thread (gfx942: registers); 0 where no register spills
 - programs/SM: how many programs fit on one multiprocessor (AMD: compute unit)
 - products: the number of `tl.dot`s, and on sm_90 how many of them are wgmma
 - load: the widest load from global memory"""

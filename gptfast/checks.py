@@ -10,7 +10,7 @@ from typing import Any, Literal
 def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """Return the value as an int; ValueError, calling it `name`, unless least <= value <= most."""
     try:
-        n = operator.index(value)
+        n = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         n = None
     if n is not None and (least is None or n >= least) and (most is None or n <= most):
@@ -18,7 +18,12 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
     limits = "" if least is None else f" >= {least}"
     if most is not None:
         limits = f" from {least} to {most}" if least is not None else f" <= {most}"
-    raise ValueError(f"{name} must be an integer{limits}, got {value!r:.100}")
+    raise ValueError(f"{name} must be an integer{limits}, got {_quoted(value)}")
+
+
+def _quoted(value: Any) -> str:
+    """Return the beginning of a value's repr, on one line."""
+    return " ".join(repr(value).splitlines())[:100]
 
 
 def text(name: str, value: Any) -> str:
@@ -44,10 +49,10 @@ def field(name: str, value: Any, hint: Any) -> Any:
     try:
         return _convert(value, hint)
     except TypeError:
-        raise ValueError(f"{name} must be {_describe(hint)}, got {value!r:.100}") from None
+        raise ValueError(f"{name} must be {_describe(hint)}, got {_quoted(value)}") from None
     except OverflowError:
         limit = f"{_describe(hint)} below 2**63 in size"
-        raise ValueError(f"{name} must be {limit}, got {value!r:.100}") from None
+        raise ValueError(f"{name} must be {limit}, got {_quoted(value)}") from None
 
 
 def _convert(value: Any, hint: Any) -> Any:

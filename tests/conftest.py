@@ -81,8 +81,9 @@ def _by_the_parity_rule(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out tests that prove nothing, and mark tests for GPU and sanitizer runs.
 
-    In 16 bits, the parity rule would compare the reference with itself. The mark "triton" means
-    that the test needs a GPU, "reference" that a sanitizer has nothing to find in it.
+    In 16 bits, the parity rule would compare the reference with itself. The mark "triton" is for
+    tests on the Triton kernels, which a GPU run selects; "reference" is for tests in which a
+    sanitizer of the C++ kernels has nothing to find.
     """
     kept = []
     for item in items:

@@ -165,7 +165,7 @@ def make_runs(runs: list[Run], chosen: list[int], part: bool, extra: list[str]) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", action="store_true", help="a few runs of a few minutes")
+    parser.add_argument("--part", action="store_true", help="four runs of a minute each")
     parser.add_argument("--list", action="store_true", help="name the runs and run nothing")
     parser.add_argument("--runs", type=int, nargs="+", help="only these, by their place from 1 on")
     args, extra = parser.parse_known_args()
@@ -176,7 +176,10 @@ def main() -> int:
         for index, run in enumerate(runs):
             show(run, f"{len(modules(runs, index, args.part))} modules")
         return 0
-    chosen = [n - 1 for n in args.runs or range(1, len(runs) + 1) if 1 <= n <= len(runs)]
+    for n in args.runs or ():
+        if not 1 <= n <= len(runs):
+            parser.error(f"--runs takes places from 1 to {len(runs)}, got {n}")
+    chosen = [n - 1 for n in args.runs or range(1, len(runs) + 1)]
     green = make_runs(runs, chosen, args.part, extra)
     print(f"{green} of {len(chosen)} runs are green")
     return 0 if green == len(chosen) else 1

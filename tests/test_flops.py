@@ -85,7 +85,7 @@ def test_measured_peak_leaves_the_generator_alone(dtype: torch.dtype) -> None:
 
 
 def test_measured_peak_is_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test times products itself, because the machine may be busy with other work."""
+    """The times are invented, because the machine may be busy with other work."""
     sides = []
 
     def seconds(n: int, *_: object) -> Iterator[float]:

@@ -252,7 +252,7 @@ def test_any_corrupted_byte(name: str, directory: Path) -> None:
 @needs_gpt2
 @pytest.mark.parametrize("place", ["header", "merge", "space", "newline", "end"])
 def test_both_files_corrupted(place: str, directory: Path) -> None:
-    """Two changed files must fit each other; here encoder.json changes only in form."""
+    """If both files changed, encoder.json only in form, a damaged vocab.bpe does not fit it."""
     encoder, bpe = directory / "encoder.json", directory / "vocab.bpe"
     encoder.write_bytes(encoder.read_bytes().replace(b"\\u00e2", b"\\u00E2", 1))
     content = bytearray(bpe.read_bytes())

@@ -18,7 +18,7 @@ Sampled = tuple[Request, SampledToken]
 
 
 class Task:
-    """The options and the guesser that all requests of one call share; an option per prompt."""
+    """One call's options, with a value for each prompt, and the guesser of all its requests."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         options, batch = job.options, len(job.prompts)

@@ -102,7 +102,7 @@ def loader_score(
 def window_length(max_length: int | None, block_size: int, *, least: int = 1) -> int:
     """Return how many tokens a window has: max_length, or block_size for None.
 
-    Raises ValueError for a max_length outside [least, block_size].
+    Raises ValueError unless max_length is an integer in [least, block_size].
     """
     n = block_size if max_length is None else integer("max_length", max_length)
     if not least <= n <= block_size:

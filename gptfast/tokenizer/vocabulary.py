@@ -60,8 +60,8 @@ def _from_files(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> "tiktoken
             _check_merges(contents[name], ranks)
     except ValueError as error:
         raise ValueError(
-            f"{paths[name]} does not fit: {error}; give the two files of one tokenizer (its "
-            f"SHA-256 is {sums[name]}, GPT-2's {name} has {SHA256[name]})"
+            f"{paths[name]} does not fit: {error}; give the two files of one tokenizer (this "
+            f"file's SHA-256 is {sums[name]}, GPT-2's {name} has {SHA256[name]})"
         ) from None
     return _encoding("gpt2" if not others else str(vocab_bpe.parent), ranks)
 

@@ -210,7 +210,7 @@ def _check(part: Path, name: str) -> None:
 def _from_hub(name: str, target: Path, why: str) -> Path:
     """Fetch a model in transformers' form by huggingface_hub, and return its directory.
 
-    why: why OpenAI's form could not be fetched, for the message of the OSError.
+    why: why OpenAI's form could not be downloaded, for the message of the OSError.
     """
     by_hand = (
         f"put the files {', '.join(FILES)} of GPT-2 {_DIRECTORIES[name]} into {target} by hand"

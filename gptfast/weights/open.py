@@ -73,8 +73,8 @@ def _open_directory(path: Path) -> Weights:
         return _open_file(path / "ckpt.pt", None)
     if not ours and is_packed(path):
         raise CheckpointError(
-            f"{path} is packed for generation and works only with gptfast.Engine, "
-            "`gptfast generate` and `gptfast chat`; use the model it was made from"
+            f"{path} is packed for generation: only gptfast.Engine and `gptfast generate`, `chat` "
+            "and `eval` take it; use the model it was made from"
         )
     return checkpoint.open_directory(path)
 
