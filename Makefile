@@ -15,7 +15,7 @@ train: $(VENV)/ready
 	$(BIN)/gptfast train --out runs/train --resume
 
 # Workers of the tests: one per core, 8 at most; tests that share what is slow to set up share one.
-WORKERS := -n logical --maxprocesses 8 --dist loadgroup
+WORKERS := -n logical --maxprocesses 8
 
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15

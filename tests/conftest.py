@@ -11,6 +11,8 @@ GPTFAST_TEST_PRODUCTS selects who multiplies fp32 matrices ("gptfast" or "librar
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 # Set before torch reads it. At the tests' sizes, several threads only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -70,6 +72,22 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
         else:
             patch.setattr("gptfast.engine.choice.dtype_to_pack", lambda model, n: None)
         yield request.param
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Send the modules whose fixtures take long to one worker, and any other test to any worker.
+
+    xdist's own mark for this, xdist_group, has no effect with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = Path(nodeid.partition("::")[0]).stem
+            return module if module in ("test_compile_audit", "test_finetuning") else nodeid
+
+    return Scheduler(config, log)
 
 
 def _by_the_parity_rule(item: pytest.Item) -> bool:

@@ -108,18 +108,8 @@ def outcome(
     run: Run, files: list[str], extra: list[str], scratch: str
 ) -> tuple[int, str, list[str]]:
     """Run pytest once; return its exit code, its closing line and the tests that failed."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "logical"]
-    command += [
-        "--dist",
-        "loadgroup",
-        "--maxprocesses",
-        "8",
-        "-m",
-        MARKS,
-        "-k",
-        NAMES,
-        "--tb=short",
-    ]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["-n", "logical", "--maxprocesses", "8", "-m", MARKS, "-k", NAMES]
     command += [f"--hypothesis-seed={run['GPTFAST_TEST_SEED']}", *extra, *files]
     try:
         done = subprocess.run(

@@ -12,10 +12,6 @@ triton = pytest.importorskip("triton")
 SMALL = {"adamw_steps_kernel", "grad_norm_sum_kernel", "attention_combine_kernel"}
 
 
-# One worker compiles everything; the compilers run in one process per chip.
-pytestmark = pytest.mark.xdist_group("compile_audit")
-
-
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
     """Return the kernels as compiled from the same inputs earlier; CI compiles them again."""

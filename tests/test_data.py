@@ -754,7 +754,9 @@ def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
     write_bin(tmp_path / "a.bin", range(100))
     write_bin(tmp_path / "gpt2.bin", [1, 50256, 3])
     (tmp_path / "none").mkdir()
-    refuse_load("a.bin holds tokens, but .*a.txt holds text", tmp_path / "a.txt", tmp_path / "a.bin")
+    refuse_load(
+        "a.bin holds tokens, but .*a.txt holds text", tmp_path / "a.txt", tmp_path / "a.bin"
+    )
     refuse_load("gpt2.bin has token 50256, out of range for the 257", tmp_path / "gpt2.bin")
     refuse_load("none has no .txt, .* files in it and no", tmp_path / "none")
     refuse_load("no file matches .*x.bin", tmp_path / "*x.bin")

@@ -24,8 +24,6 @@ FEWER = {
     "--out runs/rates": "--jobs 3 --out runs/rates",
 }
 BYTE = get_tokenizer("byte")
-# The commands run only once, so one worker takes all tests.
-pytestmark = pytest.mark.xdist_group("finetuning")
 
 
 @pytest.fixture(scope="module", autouse=True)
