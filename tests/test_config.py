@@ -119,7 +119,7 @@ def test_train_config_checks_types(name: str, value: object, must: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "must"),
     [
-        ("n_layer", True, "must be an integer, got True"),
+        ("n_layer", True, "must be an integer from 1 to 10000, got True"),
         ("n_layer", 10**9, "must be an integer from 1 to 10000, got 1000000000"),
         ("n_embd", 10**30, "must be an integer from 1 to 2147483647, got 1000"),
         ("vocab_size", 2**31, "must be an integer from 1 to 2147483647, got 2147483648"),
