@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.reference import attention as reference
-from gptfast.ops.library import autocast_enabled, register, register_autocast, register_autograd
+from gptfast.ops.autograd import gradients, needs_reference, register_autograd
+from gptfast.ops.library import autocast_enabled, register, register_autocast
 
 _OPTIONS = "float scale, float dropout_p, Tensor? seed, Tensor? kv_len"
 
@@ -67,8 +68,11 @@ def _backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
     if dout is None:
         return (None,) * 7
     q, k, v, out, lse, seed, kv_len = ctx.saved_tensors
-    grads = _bwd(dout, q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed, kv_len)
-    return *grads, None, None, None, None
+    options = ctx.scale, ctx.dropout_p, seed, kv_len
+    if needs_reference():
+        forward = lambda *inputs: reference.attention_fwd(*inputs, *options)[0]  # noqa: E731
+        return *gradients(forward, (q, k, v), dout), None, None, None, None
+    return *_bwd(dout, q, k, v, out, lse, *options), None, None, None, None
 
 
 def _qkv_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -82,8 +86,11 @@ def _qkv_backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
     if dout is None:
         return (None,) * 6
     qkv, out, lse, seed, kv_len = ctx.saved_tensors
-    dqkv = _qkv_bwd(dout, qkv, out, lse, ctx.n_head, ctx.scale, ctx.dropout_p, seed, kv_len)
-    return dqkv, None, None, None, None, None
+    options = ctx.n_head, ctx.scale, ctx.dropout_p, seed, kv_len
+    if needs_reference():
+        forward = lambda qkv: reference.attention_qkv_fwd(qkv, *options)[0]  # noqa: E731
+        return *gradients(forward, (qkv,), dout), None, None, None, None, None
+    return _qkv_bwd(dout, qkv, out, lse, *options), None, None, None, None, None
 
 
 register_autograd(_fwd, _backward, _setup)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.reference import cross_entropy as reference
-from gptfast.ops.library import autocast_enabled, register, register_autocast, register_autograd
+from gptfast.ops.autograd import gradients, is_batch, needs_reference, register_autograd
+from gptfast.ops.library import autocast_enabled, register, register_autocast
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss"
 _LINEAR_OPTIONS = f"{_OPTIONS}, float skip_below=0.0"
@@ -79,6 +80,9 @@ def _backward(ctx, dloss, dlse):  # type: ignore[no-untyped-def]
     if dloss is None:
         return (None,) * 5
     logits, target, lse = ctx.saved_tensors
+    if needs_reference():
+        forward = lambda x: reference.cross_entropy_fwd(x, target, *ctx.options)[0]  # noqa: E731
+        return *gradients(forward, (logits,), dloss), None, None, None, None
     return _bwd(dloss, logits, target, lse, *ctx.options), None, None, None, None
 
 
@@ -88,23 +92,48 @@ def _linear_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _linear_backward(ctx, dloss):  # type: ignore[no-untyped-def]
-    _, dinput, dweight = _linear_fwd_bwd(*ctx.saved_tensors, dloss, *ctx.options)
-    return dinput, dweight, None, None, None, None, None
+    input, linear_weight, target = ctx.saved_tensors
+    if needs_reference():
+        grads = _linear_gradients(input, linear_weight, target, dloss, ctx.options)
+    else:
+        grads = _linear_fwd_bwd(input, linear_weight, target, dloss, *ctx.options)[1:]
+    return *grads, *(None,) * 5
+
+
+def _linear_gradients(
+    input: Tensor, linear_weight: Tensor, target: Tensor, dloss: Tensor, options: list
+) -> list[Tensor | None]:
+    """Return dinput and dlinear_weight, which can be differentiated again."""
+    return gradients(
+        lambda x, weight: reference.linear_cross_entropy_fwd(x, weight, target, *options),
+        (input, linear_weight),
+        dloss,
+    )
 
 
 def _fused_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     # Else autograd would fill a (V, C) gradient with zeros for each output without one.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    input, linear_weight, target, dloss, *ctx.options = inputs
+    # The inputs are for a second derivative.
+    ctx.save_for_backward(input, linear_weight, target, dloss, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _fused_backward(ctx, dtotal, _, __):  # type: ignore[no-untyped-def]
     if dtotal is None:
         return (None,) * 8
+    input, linear_weight, target, dloss, *grads = ctx.saved_tensors
+    if ctx.needs_input_grad[3]:
+        raise RuntimeError(
+            "linear_cross_entropy_fwd_bwd has no derivative with respect to dloss; "
+            'use linear_cross_entropy with reduction="none"'
+        )
+    if needs_reference():
+        scaled = dloss * dtotal.to(dloss.dtype)
+        grads = _linear_gradients(input, linear_weight, target, scaled, ctx.options)
     # The forward computed both gradients for dtotal = 1.
-    grads = list(ctx.saved_tensors)
-    if _owned(dtotal):
+    elif _owned(dtotal):
         _scale(grads, dtotal)
     else:
         grads = [grad * dtotal.to(grad.dtype) for grad in grads]
@@ -114,11 +143,11 @@ def _fused_backward(ctx, dtotal, _, __):  # type: ignore[no-untyped-def]
 def _owned(dtotal: Tensor) -> bool:
     """Return whether the saved gradients may be changed and returned, without a (V, C) copy.
 
-    They may not while tracing, where only functional code is allowed, nor where the graph is used
-    again, by another backward or for a second derivative.
+    They may not while tracing, where only functional code is allowed, nor where another backward
+    will use the graph again, nor for a batch of dtotal.
     """
-    kept = torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled()
-    return type(dtotal) is Tensor and not kept
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    return type(dtotal) is Tensor and not kept and not is_batch(dtotal)
 
 
 register_autograd(_fwd, _backward, _setup)

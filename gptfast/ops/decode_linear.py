@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.reference import decode_linear as reference
+from gptfast.ops.autograd import register_reference_autograd
 from gptfast.ops.library import register
 from gptfast.ops.linear import Norm, norm_arguments
 
@@ -19,6 +20,7 @@ _op = register(
     reference.decode_linear,
     _fake,
 )
+register_reference_autograd(_op)
 
 
 def _check(

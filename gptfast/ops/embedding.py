@@ -7,6 +7,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gptfast.kernels.reference import embedding as reference
+from gptfast.ops.autograd import (
+    is_batch,
+    is_transformed,
+    needs_reference,
+    register_reference_autograd,
+)
 from gptfast.ops.library import register
 
 
@@ -26,6 +32,7 @@ _bwd = register(
     reference.embedding_bwd,
     _bwd_fake,
 )
+register_reference_autograd(_fwd)
 
 
 class _Embedding(torch.autograd.Function):
@@ -47,7 +54,7 @@ class _Embedding(torch.autograd.Function):
         (idx,) = ctx.saved_tensors
         if dx is None:
             return None, dhead
-        if torch.is_grad_enabled():  # create_graph: this backward will be differentiated
+        if needs_reference() or is_batch(dx) or is_batch(dhead):
             in_range = (idx >= 0) & (idx < ctx.V)
             rows = torch.ops.aten.embedding_dense_backward(
                 dx, idx.where(in_range, -1), ctx.V, -1, False
@@ -126,6 +133,8 @@ def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"idx must be int64, got {idx.dtype}")
     if idx.device != weight.device:
         raise ValueError(f"idx is on {idx.device}, weight on {weight.device}; move one of them")
-    if torch.is_grad_enabled() and weight.requires_grad:
+    # torch.compile cannot trace is_transformed; the operator asks again when the graph runs.
+    transformed = not torch.compiler.is_compiling() and is_transformed()
+    if torch.is_grad_enabled() and weight.requires_grad and not transformed:
         return _Embedding.apply(idx, weight)
     return _fwd(weight, idx), weight

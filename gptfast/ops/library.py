@@ -95,11 +95,6 @@ def register(
     return op
 
 
-def register_autograd(op: torch._ops.OpOverload, backward: Callable, setup: Callable) -> None:
-    """Register an operator's backward; setup(ctx, inputs, output) saves what it needs."""
-    torch.library.register_autograd(op.name(), backward, setup_context=setup, lib=LIBRARY)
-
-
 def autocast_enabled(x: torch.Tensor) -> bool:
     """Return whether autocast is on for x's device; some devices (meta) have no autocast."""
     device = x.device.type

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.reference import linear as reference
-from gptfast.ops.library import autocast_enabled, register, register_autocast, register_autograd
+from gptfast.ops.autograd import gradients, needs_reference, register_autograd
+from gptfast.ops.library import autocast_enabled, register, register_autocast
 
 Norm = tuple[Tensor, Tensor, float]
 """weight (C,), bias (C,) and eps of a layer norm."""
@@ -62,13 +63,23 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
+def _forward(eps: float, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    """Return the reference's y without a residual, whose gradient is dy."""
+    norm_weight, norm_bias, weight, bias = parameters
+    return reference.linear_fwd(x, norm_weight, norm_bias, eps, weight, bias, None)[0]
+
+
 def _backward(ctx, dy, dstats):  # type: ignore[no-untyped-def]
     if dy is None:
         return (None,) * 7
     x, norm_weight, norm_bias, weight, bias, stats = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    need_dx, need_dweight = any(needs[:3]), any(needs[4:6])
-    grads = _bwd(dy, x, norm_weight, norm_bias, ctx.eps, weight, bias, stats, need_dx, need_dweight)
+    if needs_reference():
+        inputs = x, norm_weight, norm_bias, weight, bias
+        grads = gradients(lambda *inputs: _forward(ctx.eps, *inputs), inputs, dy)
+    else:
+        needed = any(needs[:3]), any(needs[4:6])
+        grads = _bwd(dy, x, norm_weight, norm_bias, ctx.eps, weight, bias, stats, *needed)
     dx, dnorm_weight, dnorm_bias, dweight, dbias = grads
     return tuple(
         grad if need else None

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from gptfast.kernels.reference import mlp as reference
-from gptfast.ops.library import autocast_enabled, register, register_autocast, register_autograd
+from gptfast.ops.autograd import gradients, needs_reference, register_autograd
+from gptfast.ops.library import autocast_enabled, register, register_autocast
 from gptfast.ops.linear import Norm, check_layer, gradient_fake, norm_arguments, stats_fake
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias, float eps"
@@ -57,14 +58,24 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
+def _forward(eps: float, residual: bool, *inputs: Tensor) -> Tensor:
+    """Return the reference's y."""
+    return reference.mlp_fwd(*inputs[:3], eps, *inputs[3:], residual)[0]
+
+
 def _backward(ctx, dy, dh, dstats):  # type: ignore[no-untyped-def]
     if dy is None:
         return (None,) * 9
     x, h, stats, norm_weight, norm_bias, *layers = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    needed = any(needs[:3]), any(needs[4:6]), any(needs[6:8])
-    grads = _bwd(dy, x, h, stats, norm_weight, norm_bias, ctx.eps, *layers, ctx.residual, *needed)
-    places = (*grads[:3], None, *grads[3:], None)
+    if needs_reference():
+        inputs = x, norm_weight, norm_bias, *layers
+        grads = gradients(lambda *i: _forward(ctx.eps, ctx.residual, *i), inputs, dy)
+    else:
+        norm = norm_weight, norm_bias, ctx.eps
+        needed = any(needs[:3]), any(needs[4:6]), any(needs[6:8])
+        grads = _bwd(dy, x, h, stats, *norm, *layers, ctx.residual, *needed)
+    places = *grads[:3], None, *grads[3:], None
     return tuple(grad if need else None for grad, need in zip(places, needs, strict=True))
 
 
