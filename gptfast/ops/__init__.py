@@ -4,9 +4,12 @@ from gptfast.ops.attention import attention, attention_qkv
 from gptfast.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from gptfast.ops.decode_linear import decode_linear
 from gptfast.ops.embedding import embedding
+from gptfast.ops.flops import register_formulas
 from gptfast.ops.linear import linear
 from gptfast.ops.mlp import mlp
 from gptfast.ops.sampling import sample
+
+register_formulas()
 
 __all__ = [
     "attention",

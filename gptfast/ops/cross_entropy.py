@@ -284,7 +284,9 @@ def _gradient_in_forward(x: Tensor, linear_weight: Tensor) -> bool:
     # In fp16 a gradient computed before the loss is scaled (GradScaler) would underflow.
     is_fp16 = (torch.get_autocast_dtype(x.device.type) if autocast else x.dtype) == torch.float16
     differentiable = x.requires_grad or linear_weight.requires_grad
-    return torch.is_grad_enabled() and differentiable and not is_fp16
+    # torch.jit.trace runs the function again, without gradients, and compares the graphs.
+    traced = torch.jit.is_tracing()
+    return torch.is_grad_enabled() and differentiable and not is_fp16 and not traced
 
 
 def fp32_linear_cross_entropy(

@@ -11,10 +11,15 @@ A row whose target is ignore_index has loss 0 and gradient 0 for any dloss.
 import torch
 from torch import Tensor
 
+from gptfast.kernels.reference.vmap import is_batched
+
 
 def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
-    """Raise IndexError for a target outside [0, V) on the CPU; a GPU would have to synchronise."""
-    if target.device.type != "cpu":
+    """Raise IndexError for a target outside [0, V), on the CPU and not under vmap.
+
+    A GPU would have to synchronise.
+    """
+    if target.device.type != "cpu" or is_batched(target):
         return
     bad = target[((target < 0) | (target >= V)) & (target != ignore_index)]
     if bad.numel():
@@ -43,7 +48,7 @@ def cross_entropy_fwd(
         loss = loss + label_smoothing * (lse - x.mean(-1))
     if z_loss > 0:
         loss = loss + z_loss * lse.square()
-    # Only a GPU gets here with a target out of range; the row's loss becomes NaN.
+    # Only on a GPU or under vmap can a target be out of range here; its loss becomes NaN.
     loss = torch.where(in_range, loss, torch.nan)
     return torch.where(ignored, 0.0, loss), lse.double()
 

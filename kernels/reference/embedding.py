@@ -10,10 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptfast.kernels.reference.vmap import is_batched
+
 
 def check_ids(idx: Tensor, V: int) -> None:
-    """Raise IndexError for an id outside [0, V) on the CPU; a GPU would have to synchronise."""
-    if idx.device.type != "cpu" or not idx.numel():
+    """Raise IndexError for an id outside [0, V), on the CPU and not under vmap.
+
+    A GPU would have to synchronise.
+    """
+    if idx.device.type != "cpu" or not idx.numel() or is_batched(idx):
         return
     low, high = idx.min().item(), idx.max().item()
     if low < 0 or high >= V:
@@ -26,7 +31,7 @@ def embedding_fwd(weight: Tensor, idx: Tensor) -> Tensor:
     check_ids(idx, V)
     in_range = (idx >= 0) & (idx < V)
     x = F.embedding(idx.where(in_range, 0), weight)
-    # Only a GPU gets here with an id out of range; its row becomes NaN.
+    # Only on a GPU or under vmap can an id be out of range here; its row becomes NaN.
     return x.masked_fill(~in_range[..., None], torch.nan)
 
 
