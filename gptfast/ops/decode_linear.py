@@ -1,4 +1,4 @@
-"""A linear layer for generation only, without a gradient: schema, fake, public function."""
+"""A linear layer for generation, without a backward kernel: schema, fake, public function."""
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def decode_linear(
     x: (..., C) floating; weight: (O, C) in x's dtype, or int8 with scale (O,) fp32, as `quantize`
     in kernels/reference/decode_linear.py makes them; bias: (O,), residual: (..., O) in x's dtype;
     norm: (weight (C,), bias (C,), eps). Returns (..., O) in x's dtype, with fp32_out in fp32, in
-    which all is computed. For inference: there is no gradient.
+    which all is computed. For inference: where a gradient is asked for, the reference computes it.
 
     Raises ValueError for inputs that do not fit.
     """
