@@ -268,7 +268,7 @@ WAYS: dict[str, Callable] = {
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @every_case
 @pytest.mark.filterwarnings("error:.*an autograd kernel was not registered")
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("error:There is a performance drop")
 def test_same_as_plain(case: Case, way: Callable, dtype: torch.dtype) -> None:
     inputs = inputs_of(case, dtype)
     try:
@@ -356,7 +356,6 @@ def test_model(way: str, checkpointing: bool, dtype: torch.dtype) -> None:
     assert_same(ours, expected, dtype)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_gradient_of_each_sample() -> None:
     model = random_model(dropout=0.0)
     idx, target = random_ids(3, 9), random_ids(3, 9, seed=2)
@@ -413,7 +412,6 @@ COMPILED = ("grad", "vmap", "jvp", "vmap-of-grad")
 
 @pytest.mark.parametrize("way", COMPILED)
 @pytest.mark.parametrize("name", ["attention", "head", "linear", "embedding-head", "mlp"])
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_compiled_transform_is_right_or_refused(name: str, way: str) -> None:
     torch._dynamo.reset()
     case = CASES[name]

@@ -7,6 +7,7 @@ instead, plain PyTorch that autograd differentiates as often and in whichever mo
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def register_autograd(op: torch._ops.OpOverload, backward: Callable, setup: Call
     def autograd(keyset: torch._C.DispatchKeySet, *args: object) -> object:
         return reference(*args) if is_transformed() else kernel(keyset, *args)
 
-    LIBRARY.impl(op._schema.name.removeprefix("gptfast::"), autograd, "Autograd", with_keyset=True)
+    _implement(op, autograd)
 
 
 def register_reference_autograd(op: torch._ops.OpOverload) -> None:
@@ -67,7 +68,27 @@ def register_reference_autograd(op: torch._ops.OpOverload) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
+    _implement(op, autograd)
+
+
+def _implement(op: torch._ops.OpOverload, autograd: Callable) -> None:
+    """Register an operator's implementation for autograd, and its rule for vmap."""
+
+    def vmapped(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple:
+        """Call the operator once for each sample; PyTorch would too, with a warning."""
+        samples = []
+        for i in range(info.batch_size):
+            sample = (
+                x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)
+            )
+            samples.append(op(*sample))
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        outputs = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+        return outputs, (0,) * len(outputs)
+
     LIBRARY.impl(op._schema.name.removeprefix("gptfast::"), autograd, "Autograd", with_keyset=True)
+    torch.library.register_vmap(op, vmapped, lib=LIBRARY)
 
 
 def gradients(
