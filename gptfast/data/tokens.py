@@ -58,9 +58,7 @@ def _as_tensor(ids: Any) -> Tensor:
         array = np.asarray(ids)
         return torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iub" else array)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"tokens must be a string or a sequence of ids, got {ids!r:.40}"
-        ) from None
+        raise ValueError(f"tokens must be a string or a sequence of ids, got {ids!r:.40}") from None
 
 
 def samples(tokens: Tensor | TokenFiles) -> Iterator[np.ndarray]:
