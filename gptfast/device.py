@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +51,11 @@ def _product_seconds(
     generator = torch.Generator(device).manual_seed(0)
     # Random values in [0.5, 1.5): none is denormal. With constants a GPU would draw less power and
     # clock higher.
-    options: dict[str, Any] = dict(dtype=torch.float32, device=device, generator=generator)
-    a, b = ((torch.rand(n, n, **options) + 0.5).to(dtype) for _ in "ab")
+    a, b = (
+        torch.rand(n, n, dtype=torch.float32, device=device, generator=generator) + 0.5
+        for _ in "ab"
+    )
+    a, b = a.to(dtype), b.to(dtype)
     while True:
         start = time.perf_counter()
         # Reading one number waits for the whole product.
