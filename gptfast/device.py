@@ -51,7 +51,10 @@ def _product_seconds(
     generator = torch.Generator(device).manual_seed(0)
     # Random values in [0.5, 1.5): none is denormal. With constants a GPU would draw less power and
     # clock higher.
-    a, b = (torch.rand(n, n, device=device, generator=generator) + 0.5 for _ in "ab")
+    a, b = (
+        torch.rand(n, n, dtype=torch.float32, device=device, generator=generator) + 0.5
+        for _ in "ab"
+    )
     a, b = a.to(dtype), b.to(dtype)
     while True:
         start = time.perf_counter()

@@ -255,6 +255,8 @@ def test_huge_length_penalties() -> None:
         ({"num_beams": 2.5}, "num_beams must be an integer >= 1, got 2.5"),
         ({"num_beams": 2, "temperature": 0.5}, "leave out temperature=0.5"),
         ({"num_beams": 2, "temperature": 0}, "leave out temperature=0"),
+        ({"num_beams": 2, "temperature": [0.0]}, r"leave out temperature=\[0.0\]"),
+        ({"num_beams": 2, "temperature": torch.zeros(1)}, "leave out temperature=tensor"),
         ({"num_beams": 2, "top_k": 4}, "leave out top_k=4"),
         ({"num_beams": 2, "top_p": 0.5}, "leave out top_p=0.5"),
         ({"num_beams": 2, "min_p": 0.1}, "leave out min_p=0.1"),

@@ -65,6 +65,19 @@ def jsonl(path: Path, *records: dict[str, str]) -> None:
 PROMPTED = [{"prompt": f"{n} + {n} =", "completion": f" {2 * n}"} for n in range(60)]
 
 
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_an_empty_file_in_a_directory(command: str, text: Path) -> None:
+    """Its line is on stderr, once."""
+    Path("data").mkdir()
+    Path("data/text.txt").write_bytes(text.read_bytes())
+    Path("data/none.md").touch()
+    own = ["--tokenizer", "byte"] if command == "prepare" else [*TINY, "--max-steps", "1"]
+    with start(command, "--data", "data", "--out", "out", *own) as process:
+        _, err = process.communicate()
+    assert process.returncode == 0
+    assert err.splitlines()[0] == "skipped data/none.md: it is empty" and err.count("skipped") == 1
+
+
 @pytest.mark.parametrize("kind", ["file", "directory", "glob", "jsonl", "prompts"])
 def test_prepared_data_trains_as_the_text_does(
     kind: str, text: Path, tmp_path: Path, capsys: Capture
@@ -531,6 +544,11 @@ BAD_COMMANDS = {
     "generate RUN --prompt a --repetition-penalty 1e300": ["repetition_penalty must be a finite"],
     "generate RUN --prompt a --num-beams 0": ["num_beams must be an integer >= 1, got 0"],
     "generate RUN --prompt a --num-beams 2 --top-k 5": ["leave out top_k=5"],
+    "generate RUN --prompt a --num-beams 2 --temperature 0": ["leave out temperature=0.0"],
+    "generate RUN --prompt a --num-beams 2 --top-p 0.5": ["leave out top_p=0.5"],
+    "generate RUN --prompt a --num-beams 2 --min-p 0.1": ["leave out min_p=0.1"],
+    "prepare --data empty --out out": ["empty has only empty files, such as a.txt"],
+    "train --data empty --out out": ["empty has only empty files, such as a.txt"],
     "generate RUN --prompt a --length-penalty nan": ["length_penalty must be a finite number"],
     "generate RUN --prompt a --stop=": ["stop has an empty string"],
     "info now": ["now"],
@@ -541,6 +559,8 @@ BAD_COMMANDS = {
 def test_bad_input(command: str, trained: Path, text: Path, capsys: Capture) -> None:
     Path("text.txt").write_bytes(text.read_bytes())
     Path("resume.toml").write_text("resume = true")
+    Path("empty").mkdir()
+    Path("empty/a.txt").touch()
     jsonl(Path("bad.jsonl"), {"text": "a"}, {"body": "b"})
     jsonl(Path("mixed.jsonl"), {"text": "a"}, {"prompt": "b", "completion": "c"})
     if "tokens " in command:

@@ -1,9 +1,12 @@
 """Test packed directories, damaged or whole, and the inputs that an engine refuses."""
 
+import copy
 import json
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +28,23 @@ pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is 
 @pytest.fixture
 def model() -> GPT:
     return random_model(block_size=64, vocab_size=211).eval()
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.copy, copy.deepcopy, pickle.dumps, lambda engine: copy.deepcopy({"draft": engine})],
+    ids=["copy", "deepcopy", "pickle", "deepcopy-of-a-holder"],
+)
+def test_a_copy_says_what_to_do(
+    duplicate: Callable[[Any], Any], model: GPT, tmp_path: Path
+) -> None:
+    engine = Engine(model)
+    with pytest.raises(TypeError, match="call engine.save.* Engine.directory") as raised:
+        duplicate(engine)
+    assert "\n" not in str(raised.value)
+    engine.save(tmp_path / "packed")  # the remedy works, and the engine still does
+    rows = Engine(tmp_path / "packed").generate(prompts(9), 5, temperature=0.0)
+    assert rows == engine.generate(prompts(9), 5, temperature=0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

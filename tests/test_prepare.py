@@ -277,6 +277,122 @@ def test_bad_files(name: str, content: bytes, message: str, tmp_path: Path, refu
     refused(ValueError, f"{name}:? ?{message}", tmp_path / "good.txt", tmp_path / name)
 
 
+EMPTY = {
+    "a.txt": b"",
+    "b.md": b" \n\t",
+    "c.TEXT": b"",
+    "d/e.jsonl": b"\n",
+    "f.txt": b"\xef\xbb\xbf\n",
+}
+
+
+def write_empty(directory: Path) -> list[Path]:
+    """Write files without text below a directory; return them as `find_files` sorts them."""
+    for name, content in EMPTY.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return sorted(directory / name for name in EMPTY)
+
+
+@pytest.mark.parametrize("named_by", ["directory", "glob"])
+def test_empty_files_are_skipped_by_name(
+    named_by: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty = write_empty(tmp_path / "data")
+    (tmp_path / "data" / "d" / "text.txt").write_text("some text")
+    (tmp_path / "data" / "z.jsonl").write_text('{"text": " "}')  # a document, if a short one
+    path = tmp_path / "data" if named_by == "directory" else tmp_path / "data" / "**" / "*.*"
+    summary = prepare([path], tmp_path / "out", BYTE, split=(1.0,))
+    assert sorted(caplog.messages) == [f"skipped {file}: it is empty" for file in empty]
+    assert all("\n" not in message for message in caplog.messages)
+    wanted = [*BYTE.encode("some text"), BYTE.eot, *BYTE.encode(" ")]
+    assert (summary["documents"], tokens_of(tmp_path / "out", "train")) == (2, wanted)
+    assert load_data([path], BYTE, (1.0,))[0].tolist() == wanted  # what train and eval read
+    sources = json.loads((tmp_path / "out" / "meta.json").read_text())["sources"]
+    assert [Path(source).name for source in sources] == ["text.txt", "z.jsonl"]
+
+
+def test_an_empty_file_is_named_once_and_many_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "text.txt").write_text("some text")
+    for i in range(25):
+        (tmp_path / f"{i:02}.txt").touch()
+    assert find_files([tmp_path]) == [tmp_path / "text.txt"]
+    assert len(caplog.messages) == 21
+    assert caplog.messages[-1] == "skipped 5 more empty files"
+
+
+@pytest.mark.parametrize("named_by", ["directory", "glob"])
+def test_nothing_but_empty_files(named_by: str, tmp_path: Path, refused: Any) -> None:
+    write_empty(tmp_path / "data")
+    (tmp_path / "text.txt").write_text("some text")
+    path = tmp_path / "data" if named_by == "directory" else tmp_path / "data" / "*.txt"
+    message = f"{re.escape(str(path))} has only empty files, such as a.txt"
+    for paths in ([path], [tmp_path / "text.txt", path]):
+        refused(ValueError, message, *paths)
+        with pytest.raises(ValueError, match=message):
+            load_data(paths, BYTE)
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_file_named_by_itself(name: str, tmp_path: Path, refused: Any) -> None:
+    """It is an error also beside its directory, in which it would be skipped."""
+    write_empty(tmp_path)
+    (tmp_path / "text.txt").write_text("some text")
+    refused(ValueError, f"{name} is empty", tmp_path / "text.txt", tmp_path / name)
+    refused(ValueError, f"{name} is empty", tmp_path, tmp_path / name)
+
+
+def test_a_pipe_of_a_glob_is_read_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    writer = threading.Thread(target=(tmp_path / "a.txt").write_text, args=["some text"])
+    writer.start()
+    assert "".join(read_documents(find_files([tmp_path / "*.txt"]))) == "some text"
+    writer.join()
+
+
+NULS = {  # texts, and whether they are accepted
+    "one in 100 kB": ("Some words here. " * 3000 + "\0" + "Some words here. " * 3000, True),
+    "runs of them": ("\0\0\0 and \0" + "word " * 200, True),
+    "one in a hundred": ("\0" + "x" * 99, True),
+    "one in ninety-nine": ("x" * 98 + "\0", False),
+    "one in a hundred bytes": ("\0" + "é" * 50, True),
+    "short": ("a\0b", False),
+    "alone": ("\0", False),
+    "UTF-16 of English": ("Some words here. ".encode("utf-16-le").decode("latin-1") * 9, False),
+    "UTF-16 of Russian": ("Вот слова и ещё. ".lower().encode("utf-16-be").decode() * 9, False),
+    "UTF-32": ("Some words here. ".encode("utf-32-be").decode() * 9, False),
+    "binary at the end": ("Some words here. " * 500 + "\0" * 500, False),
+}
+
+
+@pytest.mark.parametrize("kind", NULS)
+@pytest.mark.usefixtures("tiny_pieces")
+def test_nuls_are_treated_alike(kind: str, tmp_path: Path) -> None:
+    """The same texts are accepted, with the same ids, and refused in the same words."""
+    text, accepted = NULS[kind]
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "good"}, {"text": text}])
+    write_jsonl(tmp_path / "c.jsonl", [{"prompt": "good", "completion": text}])
+    if accepted:
+        assert "".join(read_documents([tmp_path / "a.txt"])) == text
+        assert list(read_documents([tmp_path / "b.jsonl"])) == ["good", text]
+        assert list(read_documents([tmp_path / "c.jsonl"])) == ["good", text]
+        prepare([tmp_path / "a.txt"], tmp_path / "out", BYTE, split=(1.0,))
+        assert tokens_of(tmp_path / "out", "train") == BYTE.encode(text)
+        return
+    wrong = f"is binary: it has a NUL byte at {text.encode().index(0)}, and {text.count(chr(0))} in"
+    for name, where in (
+        ("a.txt", "a.txt"),
+        ("b.jsonl", "b.jsonl:2: field 'text'"),
+        ("c.jsonl", "c.jsonl:1: field 'completion'"),
+    ):
+        with pytest.raises(ValueError, match=f"{where} {wrong}"):
+            list(read_documents([tmp_path / name]))
+
+
 def test_bad_arguments(tmp_path: Path, refused: Any) -> None:
     text = tmp_path / "a.txt"
     text.write_text("some text")

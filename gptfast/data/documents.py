@@ -3,6 +3,7 @@
 import codecs
 import glob
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,13 @@ from typing import Any
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl")
 BYTE_ORDER_MARK = "\ufeff"  # put at the start of a UTF-8 file by some editors; no text
 READ_BYTES = 1 << 20
+# A NUL is a character like any other, but a text with a larger share of them is binary: in UTF-16
+# without a byte-order mark every second byte of English is NUL, and one in some fifteen of Russian.
+MAX_NUL_SHARE = 0.01
+# Characters that are read at a time to see whether a file is empty, and files that are listed.
+READ_CHARACTERS = 1 << 12
+_MAX_LISTED_FILES = 20
+_LOG = logging.getLogger(__name__)
 # Everything up to the last place where a text may be cut: no word of GPT-2's split (SPLIT in
 # tokenizer/bpe.py) crosses from a non-space into a space, and only runs of spaces depend on what
 # follows them.
@@ -67,8 +75,9 @@ def _text_files_below(directory: Path) -> list[Path]:
 def find_files(paths: Sequence[str | PathLike]) -> list[Path]:
     """Return the files that paths name: files, text files below directories, matches of globs.
 
-    A file that is named twice, also through a link, counts once. Raises ValueError naming a path
-    that is missing or matches nothing.
+    A file that is named twice, also through a link, counts once. Empty files that a directory has
+    or a glob matches are left out, with a line in the log. Raises ValueError naming a path that is
+    missing, matches nothing or has only empty files.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -86,7 +95,7 @@ def find_files(paths: Sequence[str | PathLike]) -> list[Path]:
 
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
-        return _text_files_below(path)
+        return _without_empty(path, _text_files_below(path))
     if path.exists():
         return [path]
     if not glob.has_magic(str(path)):
@@ -95,7 +104,34 @@ def _files_of(path: Path) -> list[Path]:
     matches = sorted(match for match in matches if not match.is_dir())
     if not matches:
         raise ValueError(f"no file matches {path}; give text files")
-    return matches
+    return _without_empty(path, matches)
+
+
+def _without_empty(path: Path, files: list[Path]) -> list[Path]:
+    """Return the files of a directory or a glob that are not empty, and log the others."""
+    empty = [file for file in files if file.suffix.lower() != ".bin" and _is_empty(file)]
+    if len(empty) == len(files):
+        raise ValueError(
+            f"{path} has only empty files, such as {files[0].name}; training needs text"
+        )
+    for file in empty[:_MAX_LISTED_FILES]:
+        _LOG.warning("skipped %s: it is empty", file)
+    if len(empty) > _MAX_LISTED_FILES:
+        _LOG.warning("skipped %d more empty files", len(empty) - _MAX_LISTED_FILES)
+    kept = set(files) - set(empty)
+    return [file for file in files if file in kept]
+
+
+def _is_empty(path: Path) -> bool:
+    """Return whether a file has nothing but white space."""
+    if not path.is_file():  # a pipe can be read only once
+        return False
+    # What is not UTF-8 becomes a character that is no space; the reader of the file refuses it.
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        while text := file.read(READ_CHARACTERS):
+            if not text.isspace():
+                return False
+    return True
 
 
 def safe_pieces(chunks: Iterable[str]) -> Iterator[str]:
@@ -121,12 +157,13 @@ def _chunks(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[str]:
     """Yield a UTF-8 file's text as it is read. Raises ValueError for an empty or binary file."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     start, blank = 0, True
+    n_nuls, first_nul = 0, 0
     with path.open("rb") as file:
         while content := file.read(READ_BYTES):
             chunk = _decode(path, decoder, content, start)
-            if b"\0" in content:
-                at = start + content.index(0)
-                raise ValueError(f"{path} is binary: it has a NUL byte at {at}")
+            if found := content.count(0):
+                first_nul = first_nul if n_nuls else start + content.index(0)
+                n_nuls += found
             if not start:
                 chunk = chunk.removeprefix(BYTE_ORDER_MARK)
             blank = blank and not chunk.strip()
@@ -136,6 +173,16 @@ def _chunks(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[str]:
     _decode(path, decoder, b"", start)
     if blank:
         raise ValueError(f"{path} is empty; training needs text")
+    if n_nuls > MAX_NUL_SHARE * start:
+        raise ValueError(f"{path} {_binary(first_nul, n_nuls, start)}")
+
+
+def _binary(first: int, n_nuls: int, n_bytes: int) -> str:
+    """Return what is wrong with a text of n_bytes bytes that has more NULs than a text may have."""
+    return (
+        f"is binary: it has a NUL byte at {first}, and {n_nuls} in {n_bytes} bytes are more than "
+        f"1 in {1 / MAX_NUL_SHARE:.0f}; give UTF-8 text"
+    )
 
 
 def _decode(path: Path, decoder: codecs.IncrementalDecoder, content: bytes, start: int) -> str:
@@ -183,13 +230,21 @@ def _jsonl_record(where: str, line: bytes, fields: Fields) -> Record:
     for name in (fields.prompt, fields.completion) if prompted else (fields.text,):
         if name not in record:
             raise ValueError(f"{where} has no field {name!r}, only {', '.join(record) or 'none'}")
-        text = record[name]
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: field {name!r} must be a string, got {text!r:.40}")
-        if not text.isascii() and re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{where}: field {name!r} has half of a surrogate pair")
-        texts.append(text)
+        texts.append(_field_text(f"{where}: field {name!r}", record[name]))
     return Record(texts[-1], prompt=texts[0] if prompted else None)
+
+
+def _field_text(where: str, text: Any) -> str:
+    """Return the value of a field. Raises ValueError unless it is a text as a file may have it."""
+    if not isinstance(text, str):
+        raise ValueError(f"{where} must be a string, got {text!r:.40}")
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{where} has half of a surrogate pair")
+    if n_nuls := text.count("\0"):
+        content = text.encode()
+        if n_nuls > MAX_NUL_SHARE * len(content):
+            raise ValueError(f"{where} {_binary(content.index(0), n_nuls, len(content))}")
+    return text
 
 
 def read_records(

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,21 +42,23 @@ def as_tokens(text_or_tokens: str | Tokens, tokenizer: Tokenizer | None = None) 
     """
     if isinstance(text_or_tokens, str):
         text_or_tokens = (tokenizer or get_tokenizer("gpt2")).encode(text_or_tokens)
-    if isinstance(text_or_tokens, np.ndarray):
-        text_or_tokens = text_or_tokens.astype(np.int64)
-    try:
-        if isinstance(text_or_tokens, bytes | bytearray):
-            raise TypeError
-        tokens = torch.as_tensor(text_or_tokens)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"tokens must be a string or a sequence of ids, got {text_or_tokens!r:.40}"
-        ) from None
+    tokens = text_or_tokens if isinstance(text_or_tokens, Tensor) else _as_tensor(text_or_tokens)
     if tokens.dim() != 1:
         raise ValueError(f"tokens must be one sequence (n,), got shape {tuple(tokens.shape)}")
     if tokens.numel() and (tokens.is_floating_point() or tokens.min() < 0):
         raise ValueError("tokens must be integers >= 0, got floating-point or negative ones")
     return tokens.to(torch.int64)
+
+
+def _as_tensor(ids: Any) -> Tensor:
+    """Return a sequence or an array of numbers as a tensor in the dtype that NumPy gives them."""
+    try:
+        if isinstance(ids, bytes | bytearray):
+            raise TypeError
+        array = np.asarray(ids)
+        return torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iub" else array)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"tokens must be a string or a sequence of ids, got {ids!r:.40}") from None
 
 
 def samples(tokens: Tensor | TokenFiles) -> Iterator[np.ndarray]:

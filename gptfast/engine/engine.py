@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,13 @@ class Engine(Decoder):
         job = continuation.checked_stream_job(self, prompt, max_new_tokens, checked, asked)
         return continuation.stream_job(self, job)
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Raise TypeError for copy, deepcopy and pickle: the lock and the cache are not values."""
+        raise TypeError(
+            "an Engine is neither copied nor pickled: call engine.save(directory) and make another "
+            "one with Engine(directory), or Engine(model) on a GPU"
+        )
+
     # The methods of Decoder.
 
     def decode(self, job: Job) -> list[Continuation]:
@@ -162,7 +169,7 @@ class Engine(Decoder):
                 sequences.close()
 
     def token_losses(self, x: Tensor, y: Tensor) -> Tensor:
-        losses = torch.zeros(y.shape)
+        losses = torch.zeros(y.shape, dtype=torch.float32)
         for loss, ids, target in zip(losses, x, y, strict=True):
             asked = (target != -100).nonzero()[:, 0].tolist()
             if asked:

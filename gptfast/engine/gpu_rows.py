@@ -70,7 +70,7 @@ class _Step:
         device = rows.device
         # One tensor, which `_Inputs` names, so that all inputs are copied at once.
         self.inputs = torch.zeros(len(_Inputs._fields), n, dtype=torch.int64, device=device)
-        one = torch.ones(n, device=device)
+        one = torch.ones(n, dtype=torch.float32, device=device)
         # These defaults sample the likeliest token.
         self._sampling = [one * 0, one.long(), one, one * 0, one.long()]
         self._set: Sequence[Tensor] = ()
@@ -226,7 +226,7 @@ class GraphRows(BaseRows):
         logits = self.model.head(torch.cat(states), fp32_out=True)  # (M, V)
         if not sampling:
             return logits, NO_IDS
-        position = torch.tensor(positions, device=self.device)
+        position = torch.tensor(positions, dtype=torch.int64, device=self.device)
         parameters = dict(zip(SAMPLING, sampling, strict=True))
         return logits, ops.sample(logits, position=position, **parameters).cpu()
 
@@ -275,8 +275,8 @@ class GraphRows(BaseRows):
         used = _Inputs(ids, [1] * n, time=held, place=held, kv_len=after, position=positions)
         # Unused slots: token 0 at position 0, written to the unread last place, seeing one key.
         unused = _Inputs(0, 0, time=0, place=self.block_size, kv_len=1, position=0)
-        rest = torch.tensor(unused, device="cpu")[:, None].expand(-1, step.inputs.shape[1] - n)
-        step.inputs.copy_(torch.cat((torch.tensor(used, device="cpu"), rest), 1))
+        rest = _int64(unused)[:, None].expand(-1, step.inputs.shape[1] - n)
+        step.inputs.copy_(torch.cat((_int64(used), rest), 1))
 
     def _run_batched(
         self, rows: Sequence[int], new: Sequence[list[int]], last: Sequence[int]
@@ -303,8 +303,8 @@ class GraphRows(BaseRows):
             rows = ([*ids, *[0] * rest], [*at, *[0] * rest], [*at, *[end] * rest])
             for number, row in zip(numbers, rows, strict=True):
                 number.append(row)
-        idx, time, place = torch.tensor(numbers, device="cpu").to(self.device)
-        kv_len = torch.tensor([start + T for start in starts], device="cpu").to(self.device)
+        idx, time, place = _int64(numbers).to(self.device)
+        kv_len = _int64([start + T for start in starts]).to(self.device)
         cache = self.cache[:, :, slot : slot + len(new)]
         size = min(end, max(starts) + T)
         return self.model.hidden(idx, time, cache, place, kv_len, size)
@@ -341,6 +341,10 @@ class GraphRows(BaseRows):
 
 def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def _int64(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def gpu_rows(model: GPT, dtype: str, max_batch: int) -> GraphRows:

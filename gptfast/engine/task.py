@@ -104,7 +104,7 @@ class Task:
             return rows.forward(row, tokens, wanted, self._chosen, positions)
         logits, _ = rows.forward(row, tokens, wanted)
         scores = self._penalised(logits, self._penalty, requests, guesses)
-        position = torch.tensor(positions, device=logits.device)
+        position = torch.tensor(positions, dtype=torch.int64, device=logits.device)
         sampling = dict(zip(SAMPLING, self._chosen, strict=True))
         return logits, ops.sample(scores, position=position, **sampling)
 

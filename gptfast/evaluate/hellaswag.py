@@ -93,8 +93,8 @@ def hellaswag(
         for ending in endings:
             ending_ids = tokenizer.encode(f" {ending}")
             # A text that is too long loses its beginning.
-            whole = torch.tensor((ids + ending_ids)[-(decoder.config.block_size + 1) :])
-            batch.append(example(whole, len(ending_ids)))
+            whole = (ids + ending_ids)[-(decoder.config.block_size + 1) :]
+            batch.append(example(torch.tensor(whole, dtype=torch.int64), len(ending_ids)))
         examples.append((len(endings), label))
         if len(examples) % batch_size == 0:
             measure(batch)

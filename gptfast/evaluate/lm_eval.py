@@ -103,8 +103,8 @@ class GPTFastLM(TemplateLM):
                 "scored"
             )
         # A context is empty if it was white space, which the harness moves to the continuation.
-        whole = (context or [self.prefix_token_id]) + continuation
-        return example(torch.tensor(whole[-(self.max_length + 1) :]), len(continuation))
+        whole = ((context or [self.prefix_token_id]) + continuation)[-(self.max_length + 1) :]
+        return example(torch.tensor(whole, dtype=torch.int64), len(continuation))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

@@ -144,8 +144,9 @@ def beam_search(sequences: Sequences, job: Job, vocab_size: int) -> list[Continu
         stream = id_stream(options.tokenizer, job.stops)
     batch = [Hypotheses([Beam(0.0, 0.0, 0, None, stream)]) for _ in range(B)]
     for step in range(1, job.n + 1):
-        running = torch.tensor([[beam.total for beam in one.running] for one in batch])
-        running = running.to(sequences.tokens.device)  # (B, beams)
+        totals = [[beam.total for beam in one.running] for one in batch]
+        running = torch.tensor(totals, dtype=torch.float32)  # (B, beams)
+        running = running.to(sequences.tokens.device)
         length = _length(step, float(options.length_penalty))
         best = _top(sequences, running, options.num_beams, length, penalty)
         for one, values in zip(batch, best, strict=True):
@@ -163,6 +164,6 @@ def _follow(sequences: Sequences, batch: Sequence[Hypotheses], beams: int) -> No
     device = sequences.tokens.device
     parents = [n * beams + beam.parent for n, one in enumerate(batch) for beam in one.running]
     if parents != list(range(len(batch) * beams)):
-        sequences.select(torch.tensor(parents, device=device))
+        sequences.select(torch.tensor(parents, dtype=torch.int64, device=device))
     ids = [beam.end.id for one in batch for beam in one.running if beam.end]
-    sequences.append(torch.tensor(ids, device=device))
+    sequences.append(torch.tensor(ids, dtype=torch.int64, device=device))

@@ -20,6 +20,7 @@ Number = float | Sequence[float] | Tensor
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 """The parameters of `ops.sample` in their order, without the position."""
+_INTEGERS = ("top_k", "seed")
 
 
 @runtime_checkable
@@ -211,7 +212,12 @@ def _number(name: str, value: Any, batch: int, device: torch.device) -> Any:
     try:
         if isinstance(value, str):
             raise ValueError
-        return torch.tensor(value, device=device)
+        # In float64 first: torch's default dtype could be too short for what was written.
+        numbers = torch.tensor(value, dtype=torch.float64, device=device)
+        if name not in _INTEGERS:
+            return numbers
+        integers = torch.tensor(value, dtype=torch.int64, device=device)
+        return integers if torch.equal(integers.double(), numbers) else numbers
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(
             f"{name} must be a number, or one for each of {batch} rows, got {value!r}"

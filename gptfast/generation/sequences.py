@@ -46,7 +46,7 @@ def _head(model: GPT, x: Tensor, last: Tensor) -> Tensor:
 
 def prefill(model: GPT, tokens: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
     """Fill the cache with prompts (B, T), padded after their lengths; return logits (B, V)."""
-    length = torch.tensor(lengths, device=tokens.device)
+    length = torch.tensor(lengths, dtype=torch.int64, device=tokens.device)
     logits = _head(model, model.hidden(tokens, cache=cache), length - 1)
     cache.length, cache.longest = length, tokens.shape[1]
     cache.ragged = min(lengths) < tokens.shape[1]
@@ -87,9 +87,9 @@ class Sequences:
         self.longest = max(self._lengths)  # on the host, so that no step waits for the device
         tokens = torch.zeros(len(prompts), self.longest + MIN_ROOM_TOKENS, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
+            tokens[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         self.tokens = tokens.to(device)
-        self.length = torch.tensor(self._lengths, device=device)  # (B,)
+        self.length = torch.tensor(self._lengths, dtype=torch.int64, device=device)  # (B,)
 
     def logits(self) -> Tensor:
         """Return next-token logits (B, V)."""
