@@ -20,6 +20,7 @@ from gptfast.generation.decoder import (
 from gptfast.generation.sequences import Sequences, evaluating
 from gptfast.generation.stop import id_stream
 from gptfast.model import GPT
+from gptfast.modules import is_plain
 from gptfast.ops.cross_entropy import fp32_linear_cross_entropy
 
 HOST_CHECK_INTERVAL = 8
@@ -32,8 +33,13 @@ def target_losses(model: GPT, hidden: Tensor, y: Tensor) -> Tensor:
     fp32 in nats, for models in 16 bits too; 0 where the target is -100. There is no gradient.
     """
     with torch.no_grad():
-        weight = model.head_weight
-        return fp32_linear_cross_entropy(hidden, weight, y, reduction="none").float()
+        weight = model.weight_of_plain_head()
+        if is_plain(weight):
+            return fp32_linear_cross_entropy(hidden, weight, y, reduction="none").float()
+        logits = model.head(hidden).flatten(0, 1)  # (B * T, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = ops.cross_entropy(logits, y.reshape(-1), reduction="none")
+        return losses.view(y.shape).float()
 
 
 class ModelDecoder(Decoder):
@@ -53,7 +59,7 @@ class ModelDecoder(Decoder):
 
     @property
     def device(self) -> torch.device:
-        return self.model.wte.weight.device
+        return self.model.device
 
     def decode(self, job: Job) -> list[Continuation]:
         """Sample until every continuation has ended; those that end early go on until then."""

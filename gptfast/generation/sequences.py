@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.model import GPT, KVCache
+from gptfast.kv_cache import KVCache
+from gptfast.model import GPT
 
 MIN_ROOM_TOKENS = 64
 """New tokens for which there is room at first; the room doubles when it is full."""
@@ -41,7 +42,7 @@ def penalised(logits: Tensor, penalty: Tensor) -> Tensor:
 def _head(model: GPT, x: Tensor, last: Tensor) -> Tensor:
     """Return the logits (B, V) at position last[b] of x (B, T, C)."""
     row = torch.arange(x.shape[0], device=x.device)
-    return F.linear(x[row, last], model.head_weight)
+    return model.head(x[row, last])
 
 
 def prefill(model: GPT, tokens: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
@@ -57,7 +58,7 @@ def decode_one_token(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
     """Append ids (B,) to the cache; return the logits (B, V) of the next token."""
     x = model.hidden(ids[:, None], cache=cache)  # (B, 1, C)
     cache.length, cache.longest = cache.length + 1, cache.longest + 1
-    return F.linear(x[:, 0], model.head_weight)
+    return model.head(x[:, 0])
 
 
 def window_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class Sequences:
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]]) -> None:
         self.model = model
-        self._hold(prompts, model.wte.weight.device)
+        self._hold(prompts, model.device)
         size = min(self.tokens.shape[1], model.config.block_size)
         self._cache = model.new_cache(len(prompts), size)
 
