@@ -177,7 +177,10 @@ class GPT(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Return the logits (..., V) of what `hidden` returned, x (..., C)."""
-        return self._logits(x, self.weight_of_plain_head())
+        weight = self.weight_of_plain_head()
+        if weight is None and x.dim() == 2:  # it may expect (B, T, C), as in training
+            return self._logits(x[:, None], weight)[:, 0]
+        return self._logits(x, weight)
 
     def weight_of_plain_head(self) -> Tensor | None:
         """Return the weight (V, C) if the head is nothing but a product; None if it is a module.
@@ -264,6 +267,11 @@ class GPT(nn.Module):
         logits = self._logits(x, head_weight)  # (B, T, V)
         if target is None:
             return logits
+        if target.shape != idx.shape:
+            raise ValueError(
+                f"target must be int64 of shape {tuple(idx.shape)}, got {target.dtype} of shape "
+                f"{tuple(target.shape)}"
+            )
         return ops.cross_entropy(logits.flatten(0, 1), target.reshape(-1))
 
     @classmethod
@@ -320,7 +328,7 @@ def foreign_part(model: nn.Module, *, saving: bool = False) -> str | None:
     for name, module in model.named_modules():
         kind, where = type(module), name or "the model"
         known = kind in _PARTS or is_own_class(module) or saving and isinstance(module, _PARTS)
-        if not known:
+        if not known or not (name or isinstance(module, GPT)):
             return f"{where} is a {kind.__module__}.{kind.__qualname__}"
         if not saving and has_hooks(module):
             return f"{where} has a hook or a forward of its own"
@@ -330,12 +338,13 @@ def foreign_part(model: nn.Module, *, saving: bool = False) -> str | None:
     config: Any = model.config
     shapes, found = parameter_shapes(config), dict(model.named_parameters(remove_duplicate=False))
     for name in shapes | found:
-        if name not in found or name not in shapes or shapes[name] != found[name].shape:
-            shape = tuple(found[name].shape) if name in found else None
-            return f"its {name} is {shape} and not {shapes.get(name)}"
+        if name not in found or name not in shapes:
+            return f"it {'has' if name in found else 'lacks'} the parameter {name}"
+        if shapes[name] != found[name].shape:
+            return f"its {name} is {tuple(found[name].shape)} instead of {shapes[name]}"
         if not is_plain(found[name]):
             return f"its {name} is a {type(found[name]).__name__}"
-    return next((f"it has a buffer {name}" for name, _ in model.named_buffers()), None)
+    return next((f"it has the buffer {name}" for name, _ in model.named_buffers()), None)
 
 
 def check_saveable(model: GPT) -> None:

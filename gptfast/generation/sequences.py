@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptfast.kv_cache import KVCache
 from gptfast.model import GPT
+from gptfast.modules import must_be_called
 
 MIN_ROOM_TOKENS = 64
 """New tokens for which there is room at first; the room doubles when it is full."""
@@ -37,6 +38,12 @@ def penalised(logits: Tensor, penalty: Tensor) -> Tensor:
     This is CTRL's repetition penalty (Keskar et al., 2019); logits and penalty broadcast.
     """
     return torch.where(logits < 0, logits * penalty, logits / penalty)
+
+
+def whole_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
+    """Return next-token logits (B, V) by calling the model on tokens (B, T), without a cache."""
+    logits = model(tokens.clamp(min=0))  # (B, T, V)
+    return logits[torch.arange(len(tokens), device=tokens.device), length - 1]
 
 
 def _head(model: GPT, x: Tensor, last: Tensor) -> Tensor:
@@ -67,6 +74,8 @@ def window_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
     start = (length - block_size).clamp(min=0)
     at = start[:, None] + torch.arange(block_size, device=tokens.device)  # (B, block_size)
     window = tokens.gather(1, at).clamp(min=0)
+    if must_be_called(model):
+        return whole_logits(model, window, length - start)
     return _head(model, model.hidden(window), length - start - 1)
 
 
@@ -98,6 +107,9 @@ class Sequences:
         if self.longest > block_size:
             cache.longest = 0
             return window_logits(self.model, self.tokens, self.length)
+        if must_be_called(self.model):
+            cache.longest = 0
+            return whole_logits(self.model, self.tokens[:, : self.longest], self.length)
         if not cache.longest:
             prompts = self.tokens[:, : self.longest]
             return prefill(self.model, prompts, self._lengths, cache)
