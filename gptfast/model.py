@@ -5,7 +5,6 @@ B batch, T time, C channels (n_embd), H heads, D head dimension, V vocabulary.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
 
@@ -16,36 +15,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops
-from gptfast.config import GPTConfig
+from gptfast.config import GPTConfig, parameter_shapes
+from gptfast.kv_cache import KVCache
+from gptfast.modules import (
+    any_global_hooks,
+    attention_weights,
+    embedding_weight,
+    foreign_option,
+    has_hooks,
+    is_own_class,
+    is_plain,
+    linear_weights,
+    mlp_weights,
+)
 from gptfast.tokenizer.bpe import Tokenizer
-
-
-@dataclass
-class KVCache:
-    """Keys and values of past tokens, in preallocated tensors (B, H, size, D) per layer."""
-
-    k: list[Tensor]
-    v: list[Tensor]
-    length: Tensor  # (B,) int64, tokens in each row
-    longest: int  # the largest length, on the host so that no step waits for the device
-    ragged: bool  # whether the lengths differ; if not, one slice serves all rows
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, H, T, D) to a layer's; return all its keys and values so far."""
-        end = self.longest + k.shape[2]
-        if self.ragged:
-            time = self.length[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
-            row = torch.arange(k.shape[0], device=k.device)[:, None]
-            self.k[layer][row, :, time] = k.transpose(1, 2)
-            self.v[layer][row, :, time] = v.transpose(1, 2)
-        else:
-            self.k[layer][:, :, self.longest : end] = k
-            self.v[layer][:, :, self.longest : end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
-
-
-def _norm_parameters(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-    return norm.weight, norm.bias, norm.eps
 
 
 class Attention(nn.Module):
@@ -62,18 +45,25 @@ class Attention(nn.Module):
         self, x: Tensor, norm: nn.LayerNorm, seed: Tensor | int, cache: KVCache | None, layer: int
     ) -> Tensor:
         """Return x (B, T, C) plus the output of attention."""
-        qkv = ops.linear(
-            x, self.c_attn.weight, self.c_attn.bias, norm=_norm_parameters(norm)
-        )  # (B, T, 3C)
-        out = self._attend(qkv, seed, cache, layer)  # (B, T, C)
-        if self.training and self.drop.p > 0:
-            return x + self.drop(ops.linear(out, self.c_proj.weight, self.c_proj.bias))
-        return ops.linear(out, self.c_proj.weight, self.c_proj.bias, residual=x)
+        weights = attention_weights(norm, self._modules)
+        if weights is None:
+            out = self._attend(self.c_attn(norm(x)), seed, cache, layer)  # (B, T, C)
+            return x + self.drop(self.c_proj(out))
+        first, c_attn, c_proj = weights
+        qkv = ops.linear(x, *c_attn, norm=first)  # (B, T, 3C)
+        out = self._attend(qkv, seed, cache, layer)
+        if self._dropout_p() > 0:
+            return x + self.drop(ops.linear(out, *c_proj))
+        return ops.linear(out, *c_proj, residual=x)
+
+    def _dropout_p(self) -> float:
+        """Return the probability that `drop` applies now; 0 if something else took its place."""
+        drop: Any = self._modules["drop"]
+        return getattr(drop, "p", 0.0) if drop.training else 0.0
 
     def _attend(self, qkv: Tensor, seed: Tensor | int, cache: KVCache | None, layer: int) -> Tensor:
         if cache is None:
-            p = self.drop.p if self.training else 0.0
-            return ops.attention_qkv(qkv, self.n_head, dropout_p=p, seed=seed)
+            return ops.attention_qkv(qkv, self.n_head, dropout_p=self._dropout_p(), seed=seed)
         B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
         q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(
             2, 0, 3, 1, 4
@@ -94,10 +84,15 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Return x (B, T, C) plus the output of the perceptron."""
-        layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
-        if self.training and self.drop.p > 0:
-            return x + self.drop(ops.mlp(x, *layers, norm=_norm_parameters(norm)))
-        return ops.mlp(x, *layers, norm=_norm_parameters(norm), residual=True)
+        weights = mlp_weights(norm, self._modules)
+        if weights is None:
+            hidden = F.gelu(self.c_fc(norm(x)), approximate="tanh")  # (B, T, 4C)
+            return x + self.drop(self.c_proj(hidden))
+        first, layers = weights
+        drop: Any = self._modules["drop"]
+        if drop.training and drop.p > 0:
+            return x + drop(ops.mlp(x, *layers, norm=first))
+        return ops.mlp(x, *layers, norm=first, residual=True)
 
 
 class Block(nn.Module):
@@ -160,22 +155,67 @@ class GPT(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The (V, C) weight of the head, which is the token embedding's if it is tied."""
-        return self.wte.weight if self.config.tie_weights else self.lm_head.weight
+        if not self.config.tie_weights:
+            return self.lm_head.weight
+        if "lm_head" in self._modules:
+            raise ValueError(
+                "model.lm_head was set, but the head is tied to wte and ignores it; delete it, "
+                "or make the model with GPTConfig(tie_weights=False)"
+            )
+        weight = getattr(self.wte, "weight", None)
+        if not isinstance(weight, Tensor) or weight.shape[1:] != (self.config.n_embd,):
+            raise ValueError(
+                f"the head is tied to wte, but a {type(self.wte).__name__} has no weight (V, C); "
+                "make the model with GPTConfig(tie_weights=False)"
+            )
+        return weight
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    def head(self, x: Tensor) -> Tensor:
+        """Return the logits (..., V) of what `hidden` returned, x (..., C)."""
+        weight = self.weight_of_plain_head()
+        if weight is None and x.dim() == 2:  # it may expect (B, T, C), as in training
+            return self._logits(x[:, None], weight)[:, 0]
+        return self._logits(x, weight)
+
+    def weight_of_plain_head(self) -> Tensor | None:
+        """Return the weight (V, C) if the head is nothing but a product; None if it is a module.
+
+        A module of its own (tie_weights=False) counts as one that must be called if it has hooks
+        or a bias, or took the place of the nn.Linear that was there.
+        """
+        if self.config.tie_weights:
+            return self.head_weight
+        weights = None if any_global_hooks() else linear_weights(self._modules["lm_head"])
+        return None if weights is None or weights[1] is not None else weights[0]
+
+    def _logits(self, x: Tensor, head_weight: Tensor | None) -> Tensor:
+        return self.lm_head(x) if head_weight is None else F.linear(x, head_weight)
 
     def new_cache(self, B: int, size: int) -> KVCache:
         """Return an empty cache for B rows of up to `size` tokens, in the model's dtype."""
-        config, like = self.config, self.wte.weight
+        # wte may be a module without a weight, or with one in integers.
+        config, like = self.config, next(p for p in self.parameters() if p.is_floating_point())
         shape = (B, config.n_head, size, config.n_embd // config.n_head)
         k, v = ([like.new_zeros(shape) for _ in range(config.n_layer)] for _ in "kv")
         return KVCache(k, v, torch.zeros(B, dtype=torch.int64, device=like.device), 0, False)
 
-    def _embed(self, idx: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows of wte (B, T, C), and the weight (V, C) for the head.
+    def _embed(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the rows of wte (B, T, C), and `weight_of_plain_head`.
 
         A tied weight gets the gradients of both uses in one tensor if the head takes it from here.
         """
-        x, head_weight = ops.embedding(idx, self.wte.weight)
-        return x, head_weight if self.config.tie_weights else self.lm_head.weight
+        weight = None if any_global_hooks() else embedding_weight(self._modules["wte"])
+        if weight is None:
+            return self.wte(idx), self.weight_of_plain_head()
+        x, head_weight = ops.embedding(idx, weight)
+        if self.config.tie_weights and "lm_head" not in self._modules:
+            return x, head_weight
+        return x, self.weight_of_plain_head()
 
     def hidden(
         self, idx: Tensor, *, seed: Tensor | int = 0, cache: KVCache | None = None
@@ -222,9 +262,17 @@ class GPT(nn.Module):
             seed = torch.randint(2**62, (), device=idx.device) if draws else 0
         x, head_weight = self._embed(idx)
         x = self._stream(x, seed)
+        if target is not None and is_plain(head_weight):
+            return ops.linear_cross_entropy(x, head_weight, target, skip_below=self.skip_below)
+        logits = self._logits(x, head_weight)  # (B, T, V)
         if target is None:
-            return F.linear(x, head_weight)  # (B, T, V)
-        return ops.linear_cross_entropy(x, head_weight, target, skip_below=self.skip_below)
+            return logits
+        if target.shape != idx.shape:
+            raise ValueError(
+                f"target must be int64 of shape {tuple(idx.shape)}, got {target.dtype} of shape "
+                f"{tuple(target.shape)}"
+            )
+        return ops.cross_entropy(logits.flatten(0, 1), target.reshape(-1))
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike, *, n_head: int | None = None) -> Self:
@@ -258,12 +306,55 @@ class GPT(nn.Module):
 
         It gets config.json, model.safetensors and, for a byte-pair encoding, vocab.json, merges.txt
         and tokenizer_config.json. tokenizer: None takes the one in the files that the model was
-        loaded from, if any. Raises OSError.
+        loaded from, if any. Raises OSError, and ValueError for a model with modules of others.
         """
         from gptfast.weights.pretrained import save_model
 
+        check_saveable(self)
         tokenizer_or_name = tokenizer or self.tokenizer_name
         save_model(self.config, self.state_dict(), directory, tokenizer_or_name)
+
+
+_PARTS = (GPT, Block, Attention, MLP)
+
+
+def foreign_part(model: nn.Module, *, saving: bool = False) -> str | None:
+    """Return what in a model its configuration and weights do not say, in words; None if nothing.
+
+    saving: a file promises nothing about hooks, nor about what a subclass of GPT does.
+    """
+    if not saving and any_global_hooks():
+        return "there are hooks on all modules"
+    for name, module in model.named_modules():
+        kind, where = type(module), name or "the model"
+        known = kind in _PARTS or is_own_class(module) or saving and isinstance(module, _PARTS)
+        if not known or not (name or isinstance(module, GPT)):
+            return f"{where} is a {kind.__module__}.{kind.__qualname__}"
+        if not saving and has_hooks(module):
+            return f"{where} has a hook or a forward of its own"
+        option = foreign_option(module)
+        if option is not None:
+            return f"{where} has {option}"
+    config: Any = model.config
+    shapes, found = parameter_shapes(config), dict(model.named_parameters(remove_duplicate=False))
+    for name in shapes | found:
+        if name not in found or name not in shapes:
+            return f"it {'has' if name in found else 'lacks'} the parameter {name}"
+        if shapes[name] != found[name].shape:
+            return f"its {name} is {tuple(found[name].shape)} instead of {shapes[name]}"
+        if not is_plain(found[name]):
+            return f"its {name} is a {type(found[name]).__name__}"
+    return next((f"it has the buffer {name}" for name, _ in model.named_buffers()), None)
+
+
+def check_saveable(model: GPT) -> None:
+    """Raise ValueError if a file with the weights of a GPT would not be this model."""
+    part = foreign_part(model, saving=True)
+    if part is not None:
+        raise ValueError(
+            f"a saved model holds the weights of a GPT alone, but {part}; merge it "
+            "(peft: merge_and_unload) or put back the module that was there"
+        )
 
 
 class _WithoutInitialisation(TorchFunctionMode):

@@ -1,13 +1,11 @@
 """The choice between a model as it is and an engine that is packed for one call."""
 
 import torch
-from torch import nn
 
 from gptfast.engine.engine import Engine
-from gptfast.engine.packed import is_plain
 from gptfast.generation.decoder import Decoder
 from gptfast.generation.model_decoder import ModelDecoder
-from gptfast.model import GPT
+from gptfast.model import GPT, foreign_part
 from gptfast.ops.backend import EXTENSION, overruled
 
 MIN_TOKENS_TO_PACK = 16
@@ -30,12 +28,4 @@ def dtype_to_pack(model: GPT, n: int) -> str | None:
     kinds = {(p.dtype, p.device.type) for p in model.parameters()}
     names = {(torch.float32, "cpu"): "fp32", (torch.bfloat16, "cpu"): "bf16"}
     dtype = names.get(kinds.pop()) if len(kinds) == 1 else None
-    return None if dtype is None or _has_hooks(model) or not is_plain(model) else dtype
-
-
-def _has_hooks(model: GPT) -> bool:
-    """Return whether anyone asked to see what passes through the model's modules."""
-    hooks = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
-    for module in model.modules():
-        hooks += [module._forward_hooks, module._forward_pre_hooks]
-    return any(hooks)
+    return None if dtype is None or foreign_part(model) is not None else dtype

@@ -29,7 +29,7 @@ from gptfast.generation.decoder import Continuation, Decoder, Job, SampledToken,
 from gptfast.generation.options import LogprobOptions, Options, token_ids
 from gptfast.generation.sequences import Sequences
 from gptfast.generation.stop import Stops, id_stream
-from gptfast.model import GPT
+from gptfast.model import GPT, foreign_part
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.weights.packed import is_packed
 
@@ -327,10 +327,11 @@ os.register_at_fork(after_in_child=_unlock_after_fork)
 def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | GpuModel:
     """Return the packed weights of a model or path that Engine takes."""
     if isinstance(model_or_path, nn.Module):
-        if not isinstance(model_or_path, GPT) or not packing.is_plain(model_or_path):
+        part = foreign_part(model_or_path)
+        if part is not None or not isinstance(model_or_path, GPT):
             raise ValueError(
-                f"the engine takes an unchanged gptfast.GPT, got {type(model_or_path).__name__} "
-                "with other modules or parameters; generate with the model itself"
+                f"the engine takes an unchanged gptfast.GPT, but {part}; merge it (peft: "
+                "merge_and_unload), remove it, or generate with the model itself"
             )
         if model_or_path.wte.weight.device.type != "cpu":
             return GpuModel(model_or_path, dtype or "fp32")

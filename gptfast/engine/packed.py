@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptfast.checks import one_line
-from gptfast.config import GPTConfig, parameter_shapes
-from gptfast.model import GPT, MLP, Attention, Block
+from gptfast.config import GPTConfig
+from gptfast.model import GPT
 from gptfast.ops.backend import EXTENSION, MISSING, check_isa
 from gptfast.ops.library import LIBRARY
 from gptfast.tokenizer.bpe import Tokenizer
@@ -104,22 +104,9 @@ def _pack(
 
 
 def pack_model(model: GPT, dtype: str) -> Packed:
-    """Return the packed weights of a model on the CPU that `is_plain`, which does not change."""
+    """Return the packed weights of a model on the CPU that has no `foreign_part`."""
     tensors = model.named_parameters(remove_duplicate=False)
     return _pack(model.config, dtype, tensors, model.tokenizer_name)
-
-
-_BUILDING_BLOCKS = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList)
-_PLAIN = (GPT, Block, Attention, MLP, *_BUILDING_BLOCKS)
-
-
-def is_plain(model: GPT) -> bool:
-    """Return whether modules and parameters are those GPT made, so that its weights say it all."""
-    for module in model.modules():
-        if type(module) not in _PLAIN or isinstance(module, nn.LayerNorm) and module.eps != 1e-5:
-            return False
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return names == parameter_shapes(model.config).keys()
 
 
 def pack_weights(weights: Weights, dtype: str) -> Packed:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -47,7 +46,7 @@ class GPTFastLM(TemplateLM):
     ) -> None:
         super().__init__()
         model = GPT.from_pretrained(pretrained) if isinstance(pretrained, str) else pretrained
-        self.model = model.to(device or model.wte.weight.device)
+        self.model = model.to(device or model.device)
         if tokenizer is None or isinstance(tokenizer, str):
             tokenizer = get_tokenizer(tokenizer or model.tokenizer_name or "gpt2")
         self.tokens: Tokenizer = tokenizer
@@ -83,12 +82,12 @@ class GPTFastLM(TemplateLM):
             for at in range(0, len(order), self.batch_size):
                 batch = order[at : at + self.batch_size]
                 x, y = padded([self._example(*requests[i][1:]) for i in batch])
-                x, y = x.to(self.model.wte.weight.device), y.to(self.model.wte.weight.device)
+                x, y = x.to(self.model.device), y.to(self.model.device)
                 hidden = self.model.hidden(x)  # (B, T, C)
                 losses = target_losses(self.model, hidden, y).sum(1).tolist()
                 for k, i in enumerate(batch):
                     asked = y[k] != -100
-                    likeliest = F.linear(hidden[k, asked], self.model.head_weight).argmax(-1)
+                    likeliest = self.model.head(hidden[k, asked]).argmax(-1)
                     results[i] = (-losses[k], torch.equal(likeliest, y[k, asked]))
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])

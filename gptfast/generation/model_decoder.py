@@ -20,10 +20,17 @@ from gptfast.generation.decoder import (
 from gptfast.generation.sequences import Sequences, evaluating
 from gptfast.generation.stop import id_stream
 from gptfast.model import GPT
+from gptfast.modules import is_plain, must_be_called
 from gptfast.ops.cross_entropy import fp32_linear_cross_entropy
 
 HOST_CHECK_INTERVAL = 8
 """Tokens between two looks at whether all rows have ended, each of which waits for the device."""
+
+
+def _losses(logits: Tensor, y: Tensor) -> Tensor:
+    """Return `target_losses` from logits (B, T, V)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    return ops.cross_entropy(logits, y.reshape(-1), reduction="none").view(y.shape).float()
 
 
 def target_losses(model: GPT, hidden: Tensor, y: Tensor) -> Tensor:
@@ -32,8 +39,10 @@ def target_losses(model: GPT, hidden: Tensor, y: Tensor) -> Tensor:
     fp32 in nats, for models in 16 bits too; 0 where the target is -100. There is no gradient.
     """
     with torch.no_grad():
-        weight = model.head_weight
-        return fp32_linear_cross_entropy(hidden, weight, y, reduction="none").float()
+        weight = model.weight_of_plain_head()
+        if is_plain(weight):
+            return fp32_linear_cross_entropy(hidden, weight, y, reduction="none").float()
+        return _losses(model.head(hidden), y)
 
 
 class ModelDecoder(Decoder):
@@ -53,7 +62,7 @@ class ModelDecoder(Decoder):
 
     @property
     def device(self) -> torch.device:
-        return self.model.wte.weight.device
+        return self.model.device
 
     def decode(self, job: Job) -> list[Continuation]:
         """Sample until every continuation has ended; those that end early go on until then."""
@@ -80,8 +89,10 @@ class ModelDecoder(Decoder):
 
     def token_losses(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad(), evaluating(self.model):
-            hidden = self.model.hidden(x.to(self.device))
-            return target_losses(self.model, hidden, y.to(self.device))
+            x, y = x.to(self.device), y.to(self.device)
+            if must_be_called(self.model):
+                return _losses(self.model(x), y)
+            return target_losses(self.model, self.model.hidden(x), y)
 
     def mean_loss(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad(), evaluating(self.model):

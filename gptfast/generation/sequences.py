@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.model import GPT, KVCache
+from gptfast.kv_cache import KVCache
+from gptfast.model import GPT
+from gptfast.modules import must_be_called
 
 MIN_ROOM_TOKENS = 64
 """New tokens for which there is room at first; the room doubles when it is full."""
@@ -38,10 +40,16 @@ def penalised(logits: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(logits < 0, logits * penalty, logits / penalty)
 
 
+def whole_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
+    """Return next-token logits (B, V) by calling the model on tokens (B, T), without a cache."""
+    logits = model(tokens.clamp(min=0))  # (B, T, V)
+    return logits[torch.arange(len(tokens), device=tokens.device), length - 1]
+
+
 def _head(model: GPT, x: Tensor, last: Tensor) -> Tensor:
     """Return the logits (B, V) at position last[b] of x (B, T, C)."""
     row = torch.arange(x.shape[0], device=x.device)
-    return F.linear(x[row, last], model.head_weight)
+    return model.head(x[row, last])
 
 
 def prefill(model: GPT, tokens: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
@@ -57,7 +65,7 @@ def decode_one_token(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
     """Append ids (B,) to the cache; return the logits (B, V) of the next token."""
     x = model.hidden(ids[:, None], cache=cache)  # (B, 1, C)
     cache.length, cache.longest = cache.length + 1, cache.longest + 1
-    return F.linear(x[:, 0], model.head_weight)
+    return model.head(x[:, 0])
 
 
 def window_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
@@ -66,6 +74,8 @@ def window_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
     start = (length - block_size).clamp(min=0)
     at = start[:, None] + torch.arange(block_size, device=tokens.device)  # (B, block_size)
     window = tokens.gather(1, at).clamp(min=0)
+    if must_be_called(model):
+        return whole_logits(model, window, length - start)
     return _head(model, model.hidden(window), length - start - 1)
 
 
@@ -78,7 +88,7 @@ class Sequences:
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]]) -> None:
         self.model = model
-        self._hold(prompts, model.wte.weight.device)
+        self._hold(prompts, model.device)
         size = min(self.tokens.shape[1], model.config.block_size)
         self._cache = model.new_cache(len(prompts), size)
 
@@ -97,6 +107,9 @@ class Sequences:
         if self.longest > block_size:
             cache.longest = 0
             return window_logits(self.model, self.tokens, self.length)
+        if must_be_called(self.model):
+            cache.longest = 0
+            return whole_logits(self.model, self.tokens[:, : self.longest], self.length)
         if not cache.longest:
             prompts = self.tokens[:, : self.longest]
             return prefill(self.model, prompts, self._lengths, cache)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gptfast.device import random_state, restore_random_state
 from gptfast.files import fsync, hidden, json_text, new_directory, replace_link, write_files
-from gptfast.model import GPT
+from gptfast.model import GPT, check_saveable
 from gptfast.weights.checkpoint import (
     CHECKPOINT_FORMAT,
     checkpoints,
@@ -64,8 +64,10 @@ def save_checkpoint(
     keep. best: the step of a checkpoint that is kept too, and to which out/checkpoints/best links.
     texts: the contents of further files by name.
 
-    Raises OSError if it cannot be written; the earlier checkpoints then stay as they were.
+    Raises OSError if it cannot be written, and ValueError for a model with modules of others; the
+    earlier checkpoints then stay as they were.
     """
+    check_saveable(model)
     target = Path(out) / "checkpoints" / f"step-{progress['step']:08d}"
     old = hidden(target, "old")
     try:

@@ -20,7 +20,7 @@ from gptfast.data.loader import BatchOrder, describe_batch, from_start
 from gptfast.device import choose_device, measured_peak, peak_memory
 from gptfast.evaluate.loss import loader_loss, perplexity
 from gptfast.generate import generate_text
-from gptfast.model import GPT
+from gptfast.model import GPT, check_saveable
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.training.checkpoint import clean_up
 from gptfast.training.flops import mfu
@@ -71,6 +71,7 @@ class Trainer:
         settings: dict[str, Any] | None = None,
         data_sha256: str | None = None,
     ) -> None:
+        check_saveable(model)  # now, not at the first checkpoint
         for loader in (train_loader, val_loader, test_loader):
             if loader is not None and not isinstance(loader.batch_sampler, BatchOrder):
                 raise ValueError("the loaders must come from gptfast.create_dataloader")
