@@ -60,15 +60,15 @@ def cross_entropy_cases() -> Iterator[Case]:
 
     def alone(dtype: torch.dtype, V: int, options: tuple) -> None:
         logits, target = empty(N, V, dtype=dtype), empty(N, dtype=torch.int64)
-        loss, lse = cross_entropy.cross_entropy_fwd(logits, target, *options)
-        cross_entropy.cross_entropy_bwd(loss, logits, target, lse, *options)
+        loss, stats = cross_entropy.cross_entropy_fwd(logits, target, *options)
+        cross_entropy.cross_entropy_bwd(loss, logits, target, stats, *options)
 
     def linear(dtype: torch.dtype, options: tuple) -> None:
         x, w = empty(N, 768, dtype=dtype), empty(50257, 768, dtype=dtype)
         target, dloss = empty(N, dtype=torch.int64), empty(N, dtype=FP32)
         cross_entropy.linear_cross_entropy_fwd(x, w, target, *options)
         _, *grads = cross_entropy.linear_cross_entropy_fwd_bwd(x, w, target, dloss, *options)
-        cross_entropy.scale_(grads, empty(dtype=FP32))
+        cross_entropy.scale_(*grads, target, empty(dtype=FP32), options[0])
 
     plain, every = (-100, 0.0, 0.0), (-100, 0.1, 1e-4)
     for dtype in (BF16, FP16, FP32):

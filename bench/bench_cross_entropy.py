@@ -55,8 +55,8 @@ def _warm_pair(N: int, dtype: torch.dtype) -> Callable[[], Pair]:
         fwd, bwd = torch.ops.gptfast.cross_entropy_fwd, torch.ops.gptfast.cross_entropy_bwd
 
         def ours() -> tuple[Tensor, ...]:
-            loss, lse = fwd(logits, target, *options)
-            return loss.mean(), bwd(per_row, logits, target, lse, *options)
+            loss, stats = fwd(logits, target, *options)
+            return loss.mean(), bwd(per_row, logits, target, stats, *options)
 
         def peer() -> tuple[Tensor, ...]:
             torch.ops.aten._log_softmax.out(logits, 1, False, out=log_p)

@@ -36,6 +36,8 @@ CrossEntropyArgs arguments(const Tensor& logits, const Tensor& target, int64_t i
   return args;
 }
 
+Tensor make_stats(const Tensor& loss) { return at::empty({loss.size(0), STATS}, loss.options().dtype(at::kDouble)); }
+
 using RowLoop = void (*)(const CrossEntropyArgs&, int64_t, int64_t);
 void for_each_row(RowLoop f, const CrossEntropyArgs& args, int64_t N) {
   at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) { f(args, begin, end); });
@@ -49,30 +51,30 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits_in, const Tens
   const Tensor logits = contiguous_rows(logits_in), target = target_in.contiguous();
   const int64_t N = logits.size(0);
   check_targets(target, N, logits.size(1), ignore_index);
-  Tensor loss = at::empty({N}, logits.options().dtype(at::kFloat)), lse = at::empty_like(loss, at::kDouble);
+  Tensor loss = at::empty({N}, logits.options().dtype(at::kFloat)), stats = make_stats(loss);
   CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
   args.loss = loss.data_ptr<float>();
-  args.lse = lse.data_ptr<double>();
+  args.stats = stats.data_ptr<double>();
   for_each_row(loops().cross_entropy->fwd, args, N);
-  return {loss, lse};
+  return {loss, stats};
 }
 
-Tensor cross_entropy_bwd(const Tensor& dloss_in, const Tensor& logits_in, const Tensor& target_in, const Tensor& lse_in,
-                         int64_t ignore_index, double label_smoothing, double z_loss) {
+Tensor cross_entropy_bwd(const Tensor& dloss_in, const Tensor& logits_in, const Tensor& target_in,
+                         const Tensor& stats_in, int64_t ignore_index, double label_smoothing, double z_loss) {
   if (logits_in.scalar_type() == at::kDouble)
-    return reference<decltype(cross_entropy_bwd)>("gptfast::cross_entropy_bwd", dloss_in, logits_in, target_in, lse_in,
+    return reference<decltype(cross_entropy_bwd)>("gptfast::cross_entropy_bwd", dloss_in, logits_in, target_in, stats_in,
                                                   ignore_index, label_smoothing, z_loss);
   const Tensor logits = contiguous_rows(logits_in), target = target_in.contiguous();
-  const Tensor dloss = dloss_in.to(at::kFloat).contiguous(), lse = lse_in.contiguous();
+  const Tensor dloss = dloss_in.to(at::kFloat).contiguous(), stats = stats_in.contiguous();
   const int64_t N = logits.size(0);
   check_targets(target, N, logits.size(1), ignore_index);
-  TORCH_CHECK_VALUE(dloss.numel() == N && lse.numel() == N && lse.scalar_type() == at::kDouble,
-                    "cross_entropy: dloss and float64 lse must have ", N, " elements, one per row, got ", dloss.numel(),
-                    " and ", lse.numel());
+  TORCH_CHECK_VALUE(dloss.numel() == N && stats.numel() == N * STATS && stats.scalar_type() == at::kDouble,
+                    "cross_entropy: dloss must be (", N, ",) and stats float64 (", N, ", ", STATS, "), got ",
+                    dloss.sizes(), " and ", stats.scalar_type(), " ", stats.sizes());
   Tensor dlogits = make_tensor(logits.sizes(), logits.options());
   CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
   args.dloss = dloss.const_data_ptr<float>();
-  args.lse = lse.data_ptr<double>();
+  args.stats = stats.data_ptr<double>();
   args.dlogits = dlogits.data_ptr();
   for_each_row(loops().cross_entropy->bwd, args, N);
   return dlogits;
@@ -116,12 +118,12 @@ Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight_in, co
   const Tensor weight = weight_in.to(input.scalar_type());
   const Tensor target = target_in.contiguous();
   check_targets(target, input.size(0), weight.size(0), ignore_index);
-  Tensor loss = at::empty({input.size(0)}, input.options().dtype(at::kFloat)), lse = at::empty_like(loss, at::kDouble);
+  Tensor loss = at::empty({input.size(0)}, input.options().dtype(at::kFloat)), stats = make_stats(loss);
   for_each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
     CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
     args.target += row;
     args.loss = loss.data_ptr<float>() + row;
-    args.lse = lse.data_ptr<double>() + row;
+    args.stats = stats.data_ptr<double>() + row * STATS;
     for_each_row(loops().cross_entropy->fwd, args, n);
   });
   return loss;
@@ -165,7 +167,9 @@ struct HeadGradients {
 Tensor keep_columns(const Tensor& dlogits, const float* dloss, double skip_below) {
   const int64_t N = dlogits.size(0), V = dlogits.size(1);
   std::vector<float> limits(N);
-  for (int64_t i = 0; i < N; ++i) limits[i] = static_cast<float>(skip_below * std::abs(dloss[i]));
+  // Nothing is small beside inf: such a row keeps every column.
+  for (int64_t i = 0; i < N; ++i)
+    limits[i] = std::isfinite(dloss[i]) ? static_cast<float>(skip_below * std::abs(dloss[i])) : 0.0f;
   std::vector<uint8_t> marks(V);
   constexpr int64_t COLUMNS_PER_STRIP = 256;
   at::parallel_for(0, (V + COLUMNS_PER_STRIP - 1) / COLUMNS_PER_STRIP, 1, [&](int64_t begin, int64_t end) {
@@ -205,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
   check_targets(target, N, weight.size(0), ignore_index);
   TORCH_CHECK_VALUE(dloss.dim() == 1 && dloss.size(0) == N, "linear_cross_entropy: dloss must be (", N, ",), got ",
                     dloss.sizes());
-  Tensor loss = at::empty({N}, input.options().dtype(at::kFloat)), lse = at::empty_like(loss, at::kDouble);
+  Tensor loss = at::empty({N}, input.options().dtype(at::kFloat)), stats = make_stats(loss);
   Tensor dinput = make_tensor(input.sizes(), input.options());
   // Several chunks add up in fp32: a 16-bit sum would round away what each one adds.
   const bool one_chunk = N <= chunk_rows(N, weight.size(0), input.element_size());
@@ -216,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
     CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
     args.target += row;
     args.loss = loss.data_ptr<float>() + row;
-    args.lse = lse.data_ptr<double>() + row;
+    args.stats = stats.data_ptr<double>() + row * STATS;
     args.dloss = dloss.const_data_ptr<float>() + row;
     args.dlogits = logits.data_ptr();
     for_each_row(loops().cross_entropy->fwd_bwd, args, n);

@@ -19,8 +19,8 @@ float row_max(const T* x, int64_t V) {
   return max(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
-// Computes exps = sum_j exp(x_j - top) and, if SUM_VALUES, values = sum_j x_j. The latter is in double throughout, for
-// the loss is its small difference from another large number.
+// Computes exps = sum_j exp(x_j - top) and, if SUM_VALUES, values = sum_j (x_j - top). The latter is in double
+// throughout: no difference is rounded, and none overflows.
 template <bool SUM_VALUES, class T>
 void row_sums(const T* x, int64_t V, float top, double& exps, double& values) {
   exps = values = 0;
@@ -33,13 +33,14 @@ void row_sums(const T* x, int64_t V, float top, double& exps, double& values) {
       for (int i = 0; i < 2; ++i) {
         const vf value = load(x + j + i * W);
         e[i] += exp(value - top);
-        if (SUM_VALUES) v += __builtin_convertvector(value, vd);
+        if (SUM_VALUES) v += __builtin_convertvector(value, vd) - top;
       }
     for (; j < end; j += W) {
       const int64_t lanes = smaller<int64_t>(W, end - j);
       const vf value = load_n(x + j, lanes);
       e[0] += keep_lanes(exp(value - top), lanes);
-      if (SUM_VALUES) v += __builtin_convertvector(value, vd);
+      if (SUM_VALUES)
+        for (int64_t i = 0; i < lanes; ++i) v[i] += (double)value[i] - top;
     }
     exps += sum(e[0] + e[1]);
     if (SUM_VALUES) values = add_lanes(values, v);
@@ -50,21 +51,24 @@ template <class T>
 void fwd_row(const CrossEntropyArgs& args, int64_t row) {
   const T* x = (const T*)args.logits + row * args.row_stride;
   const int64_t target = args.target[row], V = args.V;
+  double* stats = args.stats + row * STATS;
+  if (target == args.ignore_index) {
+    args.loss[row] = 0;
+    stats[STAT_TOP] = stats[STAT_EXP_SUM] = 0;
+    return;
+  }
   const float top = row_max(x, V), smoothing = args.label_smoothing;
   double exps, values;
   if (smoothing > 0)
     row_sums<true>(x, V, top, exps, values);
   else
     row_sums<false>(x, V, top, exps, values);
-  const double lse = top + log(exps);
-  args.lse[row] = lse;
-  if (target == args.ignore_index) {
-    args.loss[row] = 0;
-    return;
-  }
-  double loss = (1.0 - smoothing) * (lse - load_one(x + target));
-  if (smoothing > 0) loss += smoothing * (lse - values / V);
-  if (args.z_loss > 0) loss += args.z_loss * lse * lse;
+  stats[STAT_TOP] = top;
+  stats[STAT_EXP_SUM] = exps;
+  const double log_sum = log(exps), below_top = (double)top - load_one(x + target);
+  double loss = (1.0 - smoothing) * (log_sum + below_top);
+  if (smoothing > 0) loss += smoothing * (log_sum - values / V);
+  if (args.z_loss > 0) loss += args.z_loss * (top + log_sum) * (top + log_sum);
   args.loss[row] = (float)loss;
 }
 
@@ -77,15 +81,17 @@ void bwd_row(const CrossEntropyArgs& args, int64_t row) {
     memset((void*)dx, 0, sizeof(T) * V);
     return;
   }
-  const double lse = args.lse[row], dloss = args.dloss[row], smoothing = args.label_smoothing;
-  const double scale = 1 + 2 * args.z_loss * lse, at_target = load_one(x + target);
-  const float high = (float)lse, low = (float)(lse - high);
-  const float factor = (float)(dloss * scale), offset = (float)(dloss * smoothing / V);
+  const double exp_sum = args.stats[row * STATS + STAT_EXP_SUM], dloss = args.dloss[row];
+  const float top = (float)args.stats[row * STATS + STAT_TOP], smoothing = args.label_smoothing;
+  const double at_target = load_one(x + target), lse = args.z_loss > 0 ? top + log(exp_sum) : 0;
+  const double scale = 1 + 2 * args.z_loss * lse;
+  const float factor = (float)(dloss * scale / exp_sum), offset = (float)(dloss * smoothing / V);
   int64_t j = 0;
-  for (; j + W <= V; j += W) store(dx + j, exp((load(x + j) - high) - low) * factor - offset);
-  if (j < V) store_part(dx + j, exp((load_part(x + j, V - j) - high) - low) * factor - offset, V - j);
+  for (; j + W <= V; j += W) store(dx + j, exp(load(x + j) - top) * factor - offset);
+  if (j < V) store_part(dx + j, exp(load_part(x + j, V - j) - top) * factor - offset, V - j);
   // In double: the terms cancel where the target is nearly certain.
-  const double dtarget = dloss * (::exp(at_target - lse) * scale - smoothing / V - (1 - smoothing));
+  const double p = ::exp(at_target - top) / exp_sum;
+  const double dtarget = dloss * (p * scale - smoothing / V - (1.0 - smoothing));
   store_part(dx + target, splat((float)dtarget), 1);
 }
 

@@ -48,10 +48,14 @@ struct CrossEntropyArgs {
   const void* logits;     // (N, V), rows row_stride apart
   const int64_t* target;  // (N,)
   float* loss;            // (N,)
-  double* lse;            // (N,); fp32 would be off by |lse| * 6e-8, and every gradient with it
+  double* stats;          // (N, STATS); of an ignored row both are 0
   const float* dloss;     // (N,)
   void* dlogits;          // (N, V) contiguous; bwd may write over the logits
 };
+// The columns of stats: a row's maximum m and sum_j exp(x_j - m). Their logarithm m + log(sum) would round the sum away
+// where |m| is large.
+constexpr int64_t STAT_TOP = 0, STAT_EXP_SUM = 1, STATS = 2;
+
 struct CrossEntropyLoops {
   void (*fwd)(const CrossEntropyArgs&, int64_t begin, int64_t end);      // rows
   void (*bwd)(const CrossEntropyArgs&, int64_t begin, int64_t end);      // rows

@@ -70,9 +70,9 @@ def cross_entropy_samples() -> list[tuple]:
 def cross_entropy_bwd_samples() -> list[tuple]:
     result = []
     for logits, target, *options in cross_entropy_samples():
-        lse = gptfast_ops.cross_entropy_fwd(logits.detach(), target, *options)[1]
+        stats = gptfast_ops.cross_entropy_fwd(logits.detach(), target, *options)[1]
         for dloss in (torch.ones(()).expand(3), torch.randn(6)[::2]):
-            result.append((dloss, logits.detach(), target, lse, *options))
+            result.append((dloss, logits.detach(), target, stats, *options))
     return result
 
 
@@ -205,7 +205,7 @@ def samples(name: str) -> list[tuple]:
         "linear_bwd": linear_layer_bwd_samples,
         "mlp_fwd": mlp_samples,
         "mlp_bwd": mlp_bwd_samples,
-        "scale_": lambda: [([randn(3, 4), randn(5, 2, dtype=torch.bfloat16).T], torch.tensor(0.5))],
+        "scale_": lambda: [(randn(3, 4), randn(7, 4), TARGET, torch.tensor(0.5), -100)],
         "embedding_fwd": lambda: embedding_samples(gradient=False),
         "embedding_bwd": lambda: embedding_samples(gradient=True),
         "grad_norm": lambda: [([randn(3, 4), randn(5, 6).T, torch.ones(()).expand(3)],)],

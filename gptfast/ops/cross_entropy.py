@@ -19,10 +19,10 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
 
 def _fwd_fake(logits, target, ignore_index, label_smoothing, z_loss):  # type: ignore[no-untyped-def]
     loss = logits.new_empty(logits.shape[0], dtype=_loss_dtype(logits))
-    return loss, torch.empty_like(loss, dtype=torch.float64)
+    return loss, loss.new_empty(loss.shape[0], 2, dtype=torch.float64)
 
 
-def _bwd_fake(dloss, logits, target, lse, ignore_index, label_smoothing, z_loss):  # type: ignore[no-untyped-def]
+def _bwd_fake(dloss, logits, target, stats, ignore_index, label_smoothing, z_loss):  # type: ignore[no-untyped-def]
     return logits.new_empty(logits.shape)
 
 
@@ -39,17 +39,17 @@ def _linear_fwd_bwd_fake(  # type: ignore[no-untyped-def]
     return total, input.new_empty(input.shape), linear_weight.new_empty(linear_weight.shape)
 
 
-def _scale_fake(x, factor):  # type: ignore[no-untyped-def]
+def _scale_fake(dinput, dlinear_weight, target, factor, ignore_index):  # type: ignore[no-untyped-def]
     return None
 
 
 _fwd = register(
-    f"cross_entropy_fwd(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor loss, Tensor lse)",
+    f"cross_entropy_fwd(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor loss, Tensor stats)",
     reference.cross_entropy_fwd,
     _fwd_fake,
 )
 _bwd = register(
-    f"cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse, {_OPTIONS}) "
+    f"cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor stats, {_OPTIONS}) "
     "-> Tensor dlogits",
     reference.cross_entropy_bwd,
     _bwd_fake,
@@ -66,7 +66,12 @@ _linear_fwd_bwd = register(
     reference.linear_cross_entropy_fwd_bwd,
     _linear_fwd_bwd_fake,
 )
-_scale = register("scale_(Tensor(a!)[] x, Tensor factor) -> ()", reference.scale_, _scale_fake)
+_scale = register(
+    "scale_(Tensor(a!) dinput, Tensor(b!) dlinear_weight, Tensor target, Tensor factor, "
+    "int ignore_index) -> ()",
+    reference.scale_,
+    _scale_fake,
+)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -76,14 +81,14 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dloss, dlse):  # type: ignore[no-untyped-def]
+def _backward(ctx, dloss, dstats):  # type: ignore[no-untyped-def]
     if dloss is None:
         return (None,) * 5
-    logits, target, lse = ctx.saved_tensors
+    logits, target, stats = ctx.saved_tensors
     if needs_reference():
         forward = lambda x: reference.cross_entropy_fwd(x, target, *ctx.options)[0]  # noqa: E731
         return *gradients(forward, (logits,), dloss), None, None, None, None
-    return _bwd(dloss, logits, target, lse, *ctx.options), None, None, None, None
+    return _bwd(dloss, logits, target, stats, *ctx.options), None, None, None, None
 
 
 def _linear_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -134,9 +139,10 @@ def _fused_backward(ctx, dtotal, _, __):  # type: ignore[no-untyped-def]
         grads = _linear_gradients(input, linear_weight, target, scaled, ctx.options)
     # The forward computed both gradients for dtotal = 1.
     elif _owned(dtotal):
-        _scale(grads, dtotal)
+        _scale(*grads, target, dtotal, ctx.options[0])
     else:
-        grads = [grad * dtotal.to(grad.dtype) for grad in grads]
+        factors = reference.gradient_factors(target, dtotal, ctx.options[0])
+        grads = [grad * f.to(grad.dtype) for grad, f in zip(grads, factors, strict=True)]
     return *grads, *(None,) * 6
 
 

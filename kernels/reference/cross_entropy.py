@@ -1,11 +1,12 @@
 """Cross entropy over rows of logits, alone or after the LM head, in plain PyTorch.
 
 For a row with target t, smoothing e and vocabulary size V:
-    lse = log sum_j exp(x_j)
-    loss = (1 - e) * (lse - x_t) + e * (lse - mean_j x_j) + z_loss * lse^2
-    p_j = exp(x_j - lse)
+    top = max_j x_j,  s_j = x_j - top,  exp_sum = sum_j exp(s_j),  lse = top + log(exp_sum)
+    loss = (1 - e) * (log(exp_sum) - s_t) + e * (log(exp_sum) - mean_j s_j) + z_loss * lse^2
+    p_j = exp(s_j) / exp_sum
     dx_j = dloss * ((1 - e) * (p_j - [j = t]) + e * (p_j - 1 / V) + 2 z_loss lse p_j)
-A row whose target is ignore_index has loss 0 and gradient 0 for any dloss.
+Only z_loss has lse as a whole: next to a large top the sum would round away. A row whose target is
+ignore_index has loss 0 and gradient 0 for any logits and any dloss.
 """
 
 import torch
@@ -32,32 +33,40 @@ def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
 def cross_entropy_fwd(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """Return loss (N,), fp32 (fp64 for fp64 logits), and lse (N,), fp64.
+    """Return loss (N,), fp32 (fp64 for fp64 logits), and stats (N, 2), fp64.
 
-    logits: (N, V), target: (N,).
+    logits: (N, V), target: (N,). stats holds top and exp_sum of each row, 0 if it is ignored.
+    The loss can be differentiated any number of times.
     """
     V = logits.shape[-1]
     check_targets(target, V, ignore_index)
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    lse = torch.logsumexp(x, -1)
     ignored = target == ignore_index
     in_range = (target >= 0) & (target < V)
-    picked = x.gather(-1, target.where(in_range, 0)[:, None])[:, 0]
-    loss = (1 - label_smoothing) * (lse - picked)
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # Autograd multiplies a gradient of 0 by what an ignored row holds, NaN for example.
+    x = torch.where(ignored[:, None], 0.0, x)
+    # The result would be the same for any other top, so it is a constant to autograd.
+    top = x.detach().amax(-1)
+    s = x - top[:, None]
+    exp_sum = s.exp().sum(-1)
+    log_sum = exp_sum.log()
+    picked = s.gather(-1, target.where(in_range, 0)[:, None])[:, 0]
+    loss = (1 - label_smoothing) * (log_sum - picked)
     if label_smoothing > 0:
-        loss = loss + label_smoothing * (lse - x.mean(-1))
+        loss = loss + label_smoothing * (log_sum - s.mean(-1))
     if z_loss > 0:
-        loss = loss + z_loss * lse.square()
+        loss = loss + z_loss * (top + log_sum).square()
     # Only on a GPU or under vmap can a target be out of range here; its loss becomes NaN.
     loss = torch.where(in_range, loss, torch.nan)
-    return torch.where(ignored, 0.0, loss), lse.double()
+    stats = torch.stack([top, exp_sum], -1).double()
+    return torch.where(ignored, 0.0, loss), torch.where(ignored[:, None], 0.0, stats)
 
 
 def cross_entropy_bwd(
     dloss: Tensor,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -71,7 +80,9 @@ def cross_entropy_bwd(
     if label_smoothing > 0:
         dlogits = dlogits + label_smoothing * (p - 1 / V)
     if z_loss > 0:
-        dlogits = dlogits + 2 * z_loss * lse.to(dtype)[:, None] * p
+        top, exp_sum = stats.unbind(-1)
+        lse = (top + exp_sum.log()).to(dtype)
+        dlogits = dlogits + 2 * z_loss * lse[:, None] * p
     dlogits = dlogits * dloss.to(dtype)[:, None]
     ignored = (target == ignore_index)[:, None]
     return dlogits.masked_fill(ignored, 0.0).to(logits.dtype).contiguous()
@@ -114,16 +125,31 @@ def linear_cross_entropy_fwd_bwd(
     weight = linear_weight.to(input.dtype)
     logits = input @ weight.T
     options = (ignore_index, label_smoothing, z_loss)
-    loss, lse = cross_entropy_fwd(logits, target, *options)
-    dlogits = cross_entropy_bwd(dloss, logits, target, lse, *options)
+    loss, stats = cross_entropy_fwd(logits, target, *options)
+    dlogits = cross_entropy_bwd(dloss, logits, target, stats, *options)
     dtype = linear_weight.dtype
     return (loss * dloss).sum(), dlogits @ weight, dlogits.to(dtype).T @ input.to(dtype)
 
 
-def scale_(x: list[Tensor], factor: Tensor) -> None:
-    """Multiply every x by a scalar, in place; a factor of 1 writes nothing."""
+def gradient_factors(target: Tensor, factor: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return what to multiply dinput (N, C) and dlinear_weight (V, C) by, for a scalar factor.
+
+    It is 1 where the gradient is 0 because of ignored targets: 0 times inf or NaN would be NaN.
+    """
+    counts = target != ignore_index
+    return torch.where(counts, factor, 1.0)[:, None], torch.where(counts.any(), factor, 1.0)
+
+
+def scale_(
+    dinput: Tensor, dlinear_weight: Tensor, target: Tensor, factor: Tensor, ignore_index: int
+) -> None:
+    """Multiply both gradients by a scalar, in place; a factor of 1 writes nothing.
+
+    The gradient of ignored rows stays 0, whatever the factor.
+    """
     # Only on the CPU: reading the factor of a GPU would synchronise.
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return
-    for t in x:
-        t.mul_(factor.to(t.dtype))
+    dinput_factor, dweight_factor = gradient_factors(target, factor, ignore_index)
+    dinput.mul_(dinput_factor.to(dinput.dtype))
+    dlinear_weight.mul_(dweight_factor.to(dlinear_weight.dtype))

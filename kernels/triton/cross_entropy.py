@@ -1,6 +1,6 @@
 """Cross entropy, alone or after the LM head; kernels/reference/cross_entropy.py is the definition.
 
-    loss = lse - x_target;  dx_j = dloss * (exp(x_j - lse) - [j = target])
+    loss = log sum - (x_target - top);  dx_j = dloss * (exp(x_j - top) / sum - [j = target])
     logits = input weight^T;  dinput = dlogits weight;  dweight = dlogits^T input
 
 With the head, a chunk of rows is computed at a time: torch.mm writes the logits to a padded buffer,
@@ -120,12 +120,33 @@ def linear_cross_entropy_dweight_kernel(
 
 
 @triton.jit
-def scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
-    """Multiply n elements by the factor, unless it is 1."""
+def _any_counts(target_ptr, N, ignore_index, BLOCK: tl.constexpr):
+    counts = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, N, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        target = tl.load(target_ptr + at, mask=at < N, other=ignore_index)
+        counts = tl.maximum(counts, (target != ignore_index).to(tl.int32))
+    return tl.max(counts, 0) > 0
+
+
+@triton.jit
+def scale_kernel(x_ptr, factor_ptr, target_ptr, n, N, ignore_index, BLOCK: tl.constexpr):
+    """Multiply each group of n elements by the factor, unless it is 1.
+
+    The gradients of a group come from N targets. If these are all ignored, the group is 0 and stays
+    0 if the factor is not finite.
+    """
     factor = tl.load(factor_ptr).to(tl.float32)
+    group = tl.program_id(0).to(tl.int64)
+    # No target is read for a finite factor.
+    unclear = tl.where(tl.abs(factor) < float("inf"), 0, N)
+    if unclear > 0:
+        counts = _any_counts(target_ptr + group * N, unclear, ignore_index, BLOCK)
+        factor = tl.where(counts, factor, 1.0)
     if factor != 1.0:
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        x_ptr += group * n
+        first = tl.program_id(1).to(tl.int64) * BLOCK
+        step = tl.num_programs(1).to(tl.int64) * BLOCK
         for begin in range(first, n, step):
             at = begin + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
@@ -153,25 +174,25 @@ def _aligned(x: Tensor) -> tuple[Tensor, int]:
 def cross_entropy_fwd(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """Return loss (N,), fp32, and lse (N,), fp64, for logits (N, V) and target (N,)."""
+    """Return loss (N,), fp32, and stats (N, 2), fp64, for logits (N, V) and target (N,)."""
     N, V = logits.shape
     check_targets(target, V, ignore_index)
     loss = logits.new_empty(N, dtype=torch.float32)
-    lse = logits.new_empty(N, dtype=torch.float64)
-    _loss(_rows(logits), target.contiguous(), loss, lse, ignore_index, label_smoothing, z_loss)
-    return loss, lse
+    stats = logits.new_empty(N, 2, dtype=torch.float64)
+    _loss(_rows(logits), target.contiguous(), loss, stats, ignore_index, label_smoothing, z_loss)
+    return loss, stats
 
 
 def _loss(
     logits: Tensor,
     target: Tensor,
     loss: Tensor,
-    lse: Tensor | None,
+    stats: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
 ) -> None:
-    """Fill loss (N,) and, unless it is None, lse (N,)."""
+    """Fill loss (N,) and, unless it is None, stats (N, 2)."""
     N, V = logits.shape
     if not N:
         return
@@ -180,7 +201,7 @@ def _loss(
         memory,
         target,
         loss,
-        lse,
+        stats,
         V,
         shift,
         logits.stride(0),
@@ -196,7 +217,7 @@ def cross_entropy_bwd(
     dloss: Tensor,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -214,7 +235,7 @@ def cross_entropy_bwd(
         dloss,
         memory,
         target.contiguous(),
-        lse.contiguous(),
+        stats.contiguous(),
         dlogits,
         V,
         shift,
@@ -337,10 +358,24 @@ def _add_dweight(
     )
 
 
-def scale_(x: list[Tensor], factor: Tensor) -> None:
-    """Multiply every x by a scalar, in place."""
-    for t in x:
-        n = t.numel()
-        if n:
+def scale_(
+    dinput: Tensor, dlinear_weight: Tensor, target: Tensor, factor: Tensor, ignore_index: int
+) -> None:
+    """Multiply both gradients by a scalar, in place; those of ignored rows stay 0."""
+    target = target.contiguous()
+    # Each row of dinput comes from one target, dlinear_weight from all.
+    for x, groups, block in ((dinput, len(target), 1024), (dlinear_weight, 1, 4096)):
+        if x.numel():
+            n = x.numel() // groups
             # Few programs: most often the factor is 1 and there is nothing to do.
-            scale_kernel[(min(triton.cdiv(n, 4096), 2048),)](t, factor, n, BLOCK=4096, num_warps=8)
+            grid = (groups, min(triton.cdiv(n, block), 2048))
+            scale_kernel[grid](
+                x,
+                factor,
+                target,
+                n,
+                len(target) // groups,
+                ignore_index,
+                BLOCK=block,
+                num_warps=block // 512,
+            )

@@ -1,7 +1,9 @@
 """The row kernels of cross entropy: the loss, the gradient, and both at once.
 
-    loss = (1 - e) (lse - x_target) + e (lse - mean x) + z_loss lse^2
-    dx_j = exp(x_j - lse) * factor - offset, except at the target
+    loss = (1 - e) (log sum + (top - x_target)) + e (log sum + (top - mean x)) + z_loss lse^2
+    dx_j = exp(x_j - top) * factor - offset, except at the target
+
+where top is the row's maximum, sum that of exp(x_j - top), and lse = top + log sum.
 
 One program a row. In the forward, each thread keeps the largest logit it has seen and the sum of
 exponentials relative to it, rescaled once per 16 bytes of the row; threads are joined at the end.
@@ -65,7 +67,10 @@ def _row_loss(
     BLOCK: tl.constexpr,
     A: tl.constexpr,
 ):
-    """Return a row's loss as if it were not ignored, its lse and its target's logit, all fp64."""
+    """Return a row's loss as if it were not ignored, its top, its sum and its target's logit.
+
+    The loss and the sum are fp64.
+    """
     picked = tl.load(x_ptr + lo + tl.where(in_range, target, 0)).to(tl.float32)
     # The mean is computed relative to one logit: a sum of large numbers would round.
     finite = (picked > float("-inf")) & (picked < float("inf"))
@@ -91,16 +96,18 @@ def _row_loss(
     highest = tl.maximum(tl.max(top, 0), tl.max(ragged, 0))
     safe = tl.where(highest == float("-inf"), 0.0, highest)
     exp_sum = tl.sum(exps * tl.exp(top - safe), 0) + tl.sum(tl.exp(ragged - safe), 0)
-    # fp64 once a row: in fp32, a logit of 1e4 would give the loss an error of 5e-4.
-    lse = highest.to(tl.float64) + tl.log(exp_sum.to(tl.float64))
-    picked = picked.to(tl.float64)
-    loss = (1.0 - label_smoothing) * (lse - picked)
+    # fp64 once a row; log_sum is added to differences of logits, as a large one would swallow it.
+    exp_sum = exp_sum.to(tl.float64)
+    log_sum = tl.log(exp_sum)
+    top64 = highest.to(tl.float64)
+    loss = (1.0 - label_smoothing) * (log_sum + (top64 - picked.to(tl.float64)))
     if SMOOTHING:
         value_sum = tl.sum(values, 0) + tl.sum(tl.where(inside, ragged - pivot, 0.0), 0)
-        loss += label_smoothing * (lse - pivot.to(tl.float64) - value_sum.to(tl.float64) / V)
-    loss += z_loss * lse * lse
+        below_pivot = top64 - pivot.to(tl.float64) - value_sum.to(tl.float64) / V
+        loss += label_smoothing * (log_sum + below_pivot)
+    loss += z_loss * (top64 + log_sum) * (top64 + log_sum)
     # Only a GPU gets here with a target out of range: the CPU raises.
-    return tl.where(in_range, loss, float("nan")), lse, picked
+    return tl.where(in_range, loss, float("nan")), highest, exp_sum, picked
 
 
 @triton.jit
@@ -113,7 +120,8 @@ def _store_gradient(
     in_range,
     ignored,
     dloss,
-    lse,
+    top,
+    exp_sum,
     picked,
     label_smoothing,
     z_loss,
@@ -121,18 +129,15 @@ def _store_gradient(
     A: tl.constexpr,
 ):
     """Store the row's gradient at dx_ptr + lo, from its logits at x_ptr + lo; 0 if ignored."""
-    # lse in two parts: rounded to fp32 it is off by 5e-4 at 1e4, a relative error of every p.
-    high = lse.to(tl.float32)
-    low = (lse - high.to(tl.float64)).to(tl.float32)
     dloss = dloss.to(tl.float64)
-    z = 2.0 * z_loss * lse
+    z = 2.0 * z_loss * (top.to(tl.float64) + tl.log(exp_sum))
     share = dloss * label_smoothing / V
-    # In fp64, as it cancels when the target is nearly certain.
-    p = tl.exp(picked - lse)
+    # In fp64, as it cancels when the target is nearly certain. Then it is the top: exp(0) is exact.
+    p = tl.exp(picked - top).to(tl.float64) / exp_sum
     dtarget = dloss * ((p - 1.0) + z * p + label_smoothing) - share
-    # An ignored row reads -inf as its logits: exp(-inf - 0) * 0 - 0 is 0 for any dloss and lse.
-    high = tl.where(ignored, 0.0, high)
-    factor = tl.where(ignored, 0.0, (dloss * (1.0 + z) * tl.exp(-low)).to(tl.float32))
+    # An ignored row reads -inf as its logits: exp(-inf - 0) * 0 - 0 is 0 for any dloss and top.
+    top = tl.where(ignored, 0.0, top)
+    factor = tl.where(ignored, 0.0, (dloss * (1.0 + z) / exp_sum).to(tl.float32))
     offset = tl.where(ignored, 0.0, share.to(tl.float32))
     dtarget = dtarget.to(tl.float32)
     target_at = tl.where(in_range & (ignored == 0), lo + target, -1)
@@ -143,11 +148,11 @@ def _store_gradient(
         whole = ((granule >= lo) & (granule + A <= hi))[:, None]
         at = granule[:, None] + tl.arange(0, A)[None, :]
         x = tl.load(x_ptr + at, mask=whole & (ignored == 0), other=float("-inf")).to(tl.float32)
-        dx = tl.where(at == target_at, dtarget, tl.exp(x - high) * factor - offset)
+        dx = tl.where(at == target_at, dtarget, tl.exp(x - top) * factor - offset)
         tl.store(dx_ptr + at, dx.to(dtype), mask=whole)
     at, inside = _ragged(lo, hi, A)
     x = tl.load(x_ptr + at, mask=inside & (ignored == 0), other=float("-inf")).to(tl.float32)
-    dx = tl.where(at == target_at, dtarget, tl.exp(x - high) * factor - offset)
+    dx = tl.where(at == target_at, dtarget, tl.exp(x - top) * factor - offset)
     tl.store(dx_ptr + at, dx.to(dtype), mask=inside)
 
 
@@ -156,7 +161,7 @@ def cross_entropy_fwd_kernel(
     logits_ptr,
     target_ptr,
     loss_ptr,
-    lse_ptr,
+    stats_ptr,
     V,
     shift,
     stride,
@@ -172,14 +177,13 @@ def cross_entropy_fwd_kernel(
     ignored = target == ignore_index
     in_range = (target >= 0) & (target < V)
     x_ptr, lo = _row(row, logits_ptr, shift, stride, A)
-    # The logits of an ignored row are needed only if lse is stored.
-    wanted = (ignored == 0) | (lse_ptr is not None)
-    loss, lse, _ = _row_loss(
-        x_ptr, lo, V, target, in_range, wanted, label_smoothing, z_loss, SMOOTHING, BLOCK, A
+    loss, top, exp_sum, _ = _row_loss(
+        x_ptr, lo, V, target, in_range, ignored == 0, label_smoothing, z_loss, SMOOTHING, BLOCK, A
     )
     tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss).to(tl.float32))
-    if lse_ptr is not None:
-        tl.store(lse_ptr + row, lse)
+    if stats_ptr is not None:
+        tl.store(stats_ptr + row * 2, tl.where(ignored, 0.0, top).to(tl.float64))
+        tl.store(stats_ptr + row * 2 + 1, tl.where(ignored, 0.0, exp_sum))
 
 
 @triton.jit
@@ -187,7 +191,7 @@ def cross_entropy_bwd_kernel(
     dloss_ptr,
     logits_ptr,
     target_ptr,
-    lse_ptr,
+    stats_ptr,
     dlogits_ptr,
     V,
     shift,
@@ -210,7 +214,7 @@ def cross_entropy_bwd_kernel(
         x_ptr, lo = _row(row, logits_ptr, shift, stride, A)
     else:
         x_ptr = logits_ptr + (row * stride + shift - lo)
-    picked = tl.load(x_ptr + lo + tl.where(in_range, target, 0)).to(tl.float64)
+    picked = tl.load(x_ptr + lo + tl.where(in_range, target, 0)).to(tl.float32)
     _store_gradient(
         dx_ptr,
         x_ptr,
@@ -220,7 +224,8 @@ def cross_entropy_bwd_kernel(
         in_range,
         ignored,
         tl.load(dloss_ptr + row * dloss_stride).to(tl.float32),
-        tl.load(lse_ptr + row),
+        tl.load(stats_ptr + row * 2).to(tl.float32),
+        tl.load(stats_ptr + row * 2 + 1),
         picked,
         label_smoothing,
         z_loss,
@@ -251,7 +256,7 @@ def linear_cross_entropy_rows_kernel(
     ignored = target == ignore_index
     in_range = (target >= 0) & (target < V)
     x_ptr, lo = _row(row, logits_ptr, 0, stride, A)
-    loss, lse, picked = _row_loss(
+    loss, top, exp_sum, picked = _row_loss(
         x_ptr, lo, V, target, in_range, ignored == 0, label_smoothing, z_loss, SMOOTHING, BLOCK, A
     )
     tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss).to(tl.float32))
@@ -267,7 +272,8 @@ def linear_cross_entropy_rows_kernel(
         in_range,
         ignored,
         dloss,
-        lse,
+        top,
+        exp_sum,
         picked,
         label_smoothing,
         z_loss,
