@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map_only
@@ -22,7 +22,7 @@ aten: Any = torch.ops.aten
 _MAX_ROWS_IN_SAMPLE = 16
 
 
-class Linear:
+class _Product:
     """hidden (B, T, C) times weight (V, C), to be computed as it would have been at once.
 
     It keeps the modes of the forward, and the weight's storage. An optimizer's step copies the
@@ -57,16 +57,19 @@ class Linear:
         if not same or not weight.untyped_storage().nbytes() or not self._same_sample():
             raise RuntimeError(
                 "output.logits are computed when first read, and the head's weight or its input "
-                "has changed since the forward; read them before you change it by hand (any "
-                "torch.optim.Optimizer may step before)"
+                "has changed since the forward; read them before the change"
             )
+        # A layer, so that those who count or time layers see the head.
+        V, C = weight.shape
+        head = nn.Linear(C, V, bias=False, device="meta")
+        head.weight = nn.Parameter(weight, requires_grad=False)
         kind, dtype, enabled = self.autocast
         with (
             torch.inference_mode(self.inference),
             torch.no_grad(),
             torch.autocast(kind, dtype=dtype, enabled=enabled),
         ):
-            return F.linear(hidden, weight)  # (B, T, V)
+            return head(hidden)  # (B, T, V)
 
     def _same_sample(self) -> bool:
         return torch.equal(_sample(self.values[1]), self.sample)
@@ -152,6 +155,7 @@ class DeferredTensor(Tensor):
     ) -> "DeferredTensor":
         self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         self.deferred, self.plain = deferred, None
+        torch._C._set_throw_on_mutable_data_ptr(self)  # an error instead of a null pointer
         return self
 
     def like(self, deferred: Deferred, dtype: torch.dtype | None = None) -> "DeferredTensor":
@@ -161,6 +165,9 @@ class DeferredTensor(Tensor):
     def read(self) -> Tensor:
         """Return the plain tensor: always the same one, and autograd knows it as this one."""
         if self.plain is None:
+            if torch._C._are_functorch_transforms_active():  # the forward was outside of them
+                with temporarily_clear_interpreter_stack():
+                    return self.read()
             if self.requires_grad:
                 with torch.inference_mode(False), torch.enable_grad():
                     self.plain = _Read.apply(self)
@@ -174,14 +181,14 @@ class DeferredTensor(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         self = args[0] if args else None
-        if func in _WITHOUT_VALUES and (not isinstance(self, DeferredTensor) or not self.plain):
+        if func in _WITHOUT_VALUES and (not isinstance(self, DeferredTensor) or self.plain is None):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.read, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Serve what passes __torch_function__ by, such as the functions that are written in C++.
@@ -229,24 +236,24 @@ class _DeferredLinear(torch.autograd.Function):
     """A node of the graph that stands where the product's own node would."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, linear: Linear) -> Tensor:
-        ctx.linear = linear
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, product: _Product) -> Tensor:
+        ctx.product = product
         shape = (*hidden.shape[:-1], weight.shape[0])
-        deferred = Deferred(linear.compute)
-        _pending[deferred] = linear
-        return DeferredTensor(deferred, shape, linear.dtype, hidden.device)
+        deferred = Deferred(product.compute)
+        _pending[deferred] = product
+        return DeferredTensor(deferred, shape, product.dtype, hidden.device)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        linear: Linear = ctx.linear
-        if not linear.unchanged():
+        product: _Product = ctx.product
+        if not product.unchanged():
             raise RuntimeError(
                 "the head's weight or its input has changed since the forward, so output.logits "
                 "have no gradient any more; call backward before the change"
             )
         # With a graph of the gradients, they need the inputs' own place in the graph.
         hidden, weight = (
-            (linear.hidden, linear.weight) if torch.is_grad_enabled() else linear.values
+            (product.hidden, product.weight) if torch.is_grad_enabled() else product.values
         )
         dhidden = dweight = None
         if ctx.needs_input_grad[0]:
@@ -267,11 +274,11 @@ def deferred_linear(hidden: Tensor, weight: Tensor) -> Tensor:
     """
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
-    return _DeferredLinear.apply(hidden, weight, Linear(hidden, weight))
+    return _DeferredLinear.apply(hidden, weight, _Product(hidden, weight))
 
 
 # A product is dropped from here when nobody can ask for its values any more.
-_pending: weakref.WeakKeyDictionary[Deferred, Linear] = weakref.WeakKeyDictionary()
+_pending: weakref.WeakKeyDictionary[Deferred, _Product] = weakref.WeakKeyDictionary()
 _spares = WeakTensorKeyDictionary()  # the memory of old copies, by weight
 _hooks: list[Any] = []
 
@@ -283,9 +290,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     waiting = [x for deferred, x in _pending.items() if deferred.pending and x.unchanged()]
     own = {id(p) for group in optimizer.param_groups for p in group["params"]} if waiting else ()
     copies: dict[int, _Copy] = {}
-    for linear in waiting:
-        key = id(linear.weight)
+    for product in waiting:
+        key = id(product.weight)
         if key in own:
-            copies[key] = copies.get(key) or _Copy(linear.weight)
-            linear.keep(copies[key])
+            copies[key] = copies.get(key) or _Copy(product.weight)
+            product.keep(copies[key])
     _spares.clear()

@@ -9,7 +9,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_tracing
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -149,7 +148,7 @@ class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
         if torch.compiler.is_compiling():
             return CausalLMOutputWithCrossAttentions(loss=loss, **rest)
         weight = self.lm_head.weight
-        logits = F.linear(hidden, weight) if _is_traced(hidden) else deferred_linear(hidden, weight)
+        logits = self.lm_head(hidden) if _is_traced(hidden) else deferred_linear(hidden, weight)
         return LazyLogits(loss=loss, logits=logits, **rest)
 
 
