@@ -176,6 +176,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     Attention without a mask (no padding) becomes `ops.attention`, with dropout from torch's
     generator. With labels, the loss becomes `ops.linear_cross_entropy`: in training, logits are
     computed only when they are read from the output (never in compiled code), in evaluation always.
+    After the step of a torch.optim optimizer too, they are those of the forward, but have no
+    gradient any more; after any other change of the head's weight, reading raises RuntimeError.
     Logits, loss and gradients are the same up to rounding; generate, save_pretrained and Trainer
     work as before. There are no attention weights, as with SDPA, and no second derivatives.
     transformers still serves a head with hooks and a loss of your own. The model gets its own copy
