@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 aten: Any = torch.ops.aten
-_MAX_ROWS_IN_SAMPLE = 16
+_ROWS_IN_SAMPLE = 16  # and columns
 
 
 class _Product:
@@ -33,7 +33,7 @@ class _Product:
         self.hidden, self.weight = hidden, weight
         self.values = hidden.detach(), weight.detach()  # they stay if `weight.data` is replaced
         self.versions = [_version(x) for x in self.values]
-        self.sample = _sample(weight)
+        self.sample = _sample(self.values[1])
         self.copy: _Copy | None = None
         self.inference = torch.is_inference_mode_enabled()
         kind = hidden.device.type
@@ -72,7 +72,8 @@ class _Product:
             return head(hidden)  # (B, T, V)
 
     def _same_sample(self) -> bool:
-        return torch.equal(_sample(self.values[1]), self.sample)
+        now = _sample(self.values[1])
+        return now is None or self.sample is None or torch.equal(now, self.sample)
 
     def keep(self, copy: "_Copy") -> None:
         """Use a copy of the weight from now on."""
@@ -100,10 +101,12 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """Return the bytes of some entries; NaN equals itself there."""
-    steps = [max(1, size // _MAX_ROWS_IN_SAMPLE) for size in weight.shape]
-    some = weight.detach()[:: steps[0], :: steps[1]]
+def _sample(weight: Tensor) -> Tensor | None:
+    """Return the bytes of some entries, where NaN equals itself, or None if there are none."""
+    if type(weight) is not Tensor or weight.is_meta:  # a fake tensor, for example
+        return None
+    steps = [max(1, size // _ROWS_IN_SAMPLE) for size in weight.shape]
+    some = weight[:: steps[0], :: steps[1]]
     return some.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
@@ -172,7 +175,7 @@ class DeferredTensor(Tensor):
                 with torch.inference_mode(False), torch.enable_grad():
                     self.plain = _Read.apply(self)
             else:
-                self.plain = self.deferred.get()
+                self.plain = self.deferred.get().detach()  # it may get requires_grad of its own
         return self.plain
 
     @classmethod

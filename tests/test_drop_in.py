@@ -24,6 +24,7 @@ from helpers import (
 )
 from parity import assert_parity
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -412,6 +413,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "copy": lambda v: copy.copy(v.detach()),
     "reduced": lambda v: ForkingPickler.loads(ForkingPickler.dumps(v.detach())),
     "data": lambda v: v.data,
+    "leaf": lambda v: [leaf_of(v), v.detach().requires_grad, v.detach() * 2],
     "no grad": lambda v: torch.no_grad()(lambda: v * 2)(),
     "grad of": lambda v: torch.autograd.grad(v, list(v.model.parameters()), G),
     "grad to": lambda v: torch.autograd.grad((v * G).sum(), v),
@@ -420,6 +422,13 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "retain_grad": lambda v: [v.retain_grad(), (v * G).sum().backward(), v.grad],
     "compiled": lambda v: torch.compile(lambda x: (x * 2).detach(), backend="eager")(v),
 }
+
+
+def leaf_of(v: Tensor) -> Tensor:
+    leaf = v.detach().requires_grad_()
+    (leaf * G).sum().backward()
+    assert leaf.is_leaf
+    return leaf.grad
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -476,6 +485,25 @@ def test_what_does_not_compute(heads: list[int]) -> None:
     assert len(heads) == 1
     (mapped.logits * G).sum().backward()
     assert len(seen) == 1 and torch.equal(seen[0], G)
+
+
+@pytest.mark.parametrize("name", ["fake", "gather", "reduce"])
+def test_below_autograd(name: str, process_group: None) -> None:
+    """Functions of the dispatcher get the values."""
+    ours = pair()[0][0]
+    if name == "fake":
+        with FakeTensorMode():
+            ids, labels = batch()
+            out = accelerate(make()).train()(input_ids=ids, labels=labels)
+            assert unread(out).shape == out.logits.shape == G.shape
+        return
+    v, found = unread(ours).detach(), [torch.empty(G.shape)]
+    if name == "gather":
+        torch.distributed.all_gather(found, v)
+    else:
+        torch.distributed.all_reduce(v)
+        found = [v]
+    assert torch.equal(found[0] + 0, ours.logits)
 
 
 def test_a_copy_that_is_too_late_is_refused() -> None:
