@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_tracing
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as theirs
 
 from gptfast import ops
+from gptfast.deferred import DeferredTensor, deferred_linear
 from gptfast.ops.cross_entropy import fp32_linear_cross_entropy
 
 _NAME = "gptfast"
@@ -92,41 +94,17 @@ def causal_loss(
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
-class _Pending:
-    """Logits (B, T, V) that are not computed yet; `read` does it as the forward would have."""
-
-    def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
-        self.head, self.hidden, self.version = head, hidden, head.weight._version
-        self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        kind = hidden.device.type
-        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-
-    def read(self) -> Tensor:
-        """Return the logits. Raises RuntimeError if the head's weight has changed since."""
-        if self.head.weight._version != self.version:
-            raise RuntimeError(
-                "output.logits are computed when first read, and the head has changed since the "
-                "forward; read them before optimizer.step()"
-            )
-        kind, dtype, enabled = self.autocast
-        with (
-            torch.inference_mode(self.inference),
-            torch.set_grad_enabled(self.grad),
-            torch.autocast(kind, dtype=dtype, enabled=enabled),
-        ):
-            return self.head(self.hidden)
-
-
 class LazyLogits(CausalLMOutputWithCrossAttentions):
-    """An output whose logits are computed when they are first read, by name or by index.
+    """An output whose logits are a plain tensor by name, by index and when it is saved or copied.
 
-    items() and values() do not compute them, because Accelerator copies an output by these.
+    items(), values() and pytrees give a DeferredTensor, because Accelerator copies an output by
+    these, and DistributedDataParallel and FSDP look through it, without reading the logits.
     """
 
     def _read(self) -> None:
-        pending = self.__dict__.get("logits")
-        if isinstance(pending, _Pending):
-            self["logits"] = pending.read()  # the attribute too
+        logits = self.__dict__.get("logits")
+        if isinstance(logits, DeferredTensor):
+            self["logits"] = logits.read()  # the attribute too
 
     def __getattribute__(self, name: str) -> Any:
         if name == "logits":
@@ -134,13 +112,17 @@ class LazyLogits(CausalLMOutputWithCrossAttentions):
         return super().__getattribute__(name)
 
     def __getitem__(self, key: Any) -> Any:
-        if key in ("loss", 0):
-            return self.loss
-        self._read()
-        return super().__getitem__(key)
+        if isinstance(key, str):
+            return self.logits if key == "logits" else super().__getitem__(key)
+        names = tuple(self)[key]
+        return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
 
     def get(self, key: str, default: Any = None) -> Any:
         return self[key] if key in self else default
+
+    def __reduce__(self) -> Any:
+        # Whoever loads it needs no gptfast.
+        return CausalLMOutputWithCrossAttentions(**self).__reduce__()
 
 
 class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
@@ -165,8 +147,15 @@ class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
             return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **rest)
         if torch.compiler.is_compiling():
             return CausalLMOutputWithCrossAttentions(loss=loss, **rest)
-        pending: Any = _Pending(self.lm_head, hidden)
-        return LazyLogits(loss=loss, logits=pending, **rest)
+        weight = self.lm_head.weight
+        logits = self.lm_head(hidden) if _is_traced(hidden) else deferred_linear(hidden, weight)
+        return LazyLogits(loss=loss, logits=logits, **rest)
+
+
+def _is_traced(hidden: Tensor) -> bool:
+    """Return whether torch.func, forward-mode AD or torch.jit.trace follows every operation."""
+    tangent = torch.autograd.forward_ad.unpack_dual(hidden).tangent
+    return torch._C._are_functorch_transforms_active() or tangent is not None or is_tracing()
 
 
 def _is_supported(model: GPT2LMHeadModel, kwargs: dict[str, Any]) -> bool:
@@ -187,6 +176,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     Attention without a mask (no padding) becomes `ops.attention`, with dropout from torch's
     generator. With labels, the loss becomes `ops.linear_cross_entropy`: in training, logits are
     computed only when they are read from the output (never in compiled code), in evaluation always.
+    After the step of a torch.optim optimizer too, they are those of the forward, but have no
+    gradient any more; after any other change of the head's weight, reading raises RuntimeError.
     Logits, loss and gradients are the same up to rounding; generate, save_pretrained and Trainer
     work as before. There are no attention weights, as with SDPA, and no second derivatives.
     transformers still serves a head with hooks and a loss of your own. The model gets its own copy

@@ -17,7 +17,10 @@ FLOORS = [
     ("__main__ cli", "the command: flags, files of settings and defaults, one file per command"),
     ("search", "many runs compared"),
     ("training", "batches to a trained model, step after step"),
-    ("evaluate drop_in", "how well a model predicts; transformers' model on our operations"),
+    (
+        "evaluate drop_in deferred",
+        "how well a model predicts; transformers' model on our operations",
+    ),
     ("__init__ generate", "the public names; the public way to continue a prompt"),
     ("engine", "packed weights, the KV cache and the scheduler: fast generation"),
     ("generation", "options, stops, beams, and the loop that every decoder runs"),
