@@ -25,6 +25,8 @@ from gptfast.ops.cross_entropy import fp32_linear_cross_entropy
 _NAME = "gptfast"
 # Arguments of transformers' attention that `ops.attention` does not have.
 _UNSUPPORTED = ("position_bias", "softcap")
+# Arguments of transformers' forward by which somebody asks for keys and values.
+_CACHES = ("use_cache", "cache", "past_key_values")
 
 
 def attention(
@@ -138,6 +140,8 @@ class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
             return theirs.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)
         labels = kwargs["labels"]
         kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "return_dict")}
+        if self.training and all(kwargs.get(name) is None for name in _CACHES):
+            kwargs["use_cache"] = False
         outputs = self.transformer(input_ids, return_dict=True, **kwargs)
         hidden = outputs.last_hidden_state  # (B, T, C)
         loss = causal_loss(hidden, self.lm_head.weight, labels, **kwargs)
@@ -178,8 +182,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     computed only when they are read from the output (never in compiled code), in evaluation always.
     After the step of a torch.optim optimizer too, they are those of the forward, but have no
     gradient any more; after any other change of the head's weight, reading raises RuntimeError.
-    Logits, loss and gradients are the same up to rounding; generate, save_pretrained and Trainer
-    work as before. There are no attention weights, as with SDPA, and no second derivatives.
+    Logits, loss and gradients are the same up to rounding, derivatives of gradients too; generate,
+    save_pretrained and Trainer work as before. There are no attention weights, as with SDPA, and in
+    training with labels no cache of keys and values unless use_cache=True is passed.
     transformers still serves a head with hooks and a loss of your own. The model gets its own copy
     of its config. `restore` undoes it.
 

@@ -165,8 +165,20 @@ def pair() -> tuple[list[Any], list[Any]]:
     """Return the outputs in training of an accelerated model and of a plain one, and the models."""
     theirs, (ids, labels) = make().train(), batch()
     models = [accelerate(copy.deepcopy(theirs)), theirs]
-    outs = [m(input_ids=ids, labels=labels, output_hidden_states=True) for m in models]
+    options = {"output_hidden_states": True, "use_cache": True}
+    outs = [m(input_ids=ids, labels=labels, **options) for m in models]
     return outs, models
+
+
+def test_no_cache_in_training_unless_asked_for() -> None:
+    model, (ids, labels) = accelerate(make().train()), batch()
+    out = model(input_ids=ids, labels=labels)
+    assert [*out] == ["loss", "logits"]
+    assert all(value.detach() is not None for value in out.values())
+    asked = model(input_ids=ids, labels=labels, use_cache=True)
+    evaluated = model.eval()(input_ids=ids, labels=labels)
+    assert [*asked] == [*evaluated] == [*make()(input_ids=ids, labels=labels)]
+    assert len(asked) == 3
 
 
 def gradients(model: nn.Module) -> list[Tensor | None]:
