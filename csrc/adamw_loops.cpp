@@ -27,6 +27,18 @@ inline void random_words(int64_t index, const AdamWTensor& t, uint64_t seed, uin
   memcpy(out, fours, sizeof fours);
 }
 
+// Rounds x to an element type and returns it as fp32. Where x is NaN, so is the result.
+inline vf round_to(vf x, float) { return x; }
+inline vf round_to(vf x, fp16) { return widen_half(narrow_half(x)); }
+inline vf round_to(vf x, bf16) { return x == x ? (vf)(round_bits(x) & 0xFFFF0000u) : x; }
+
+// Returns the master, or the parameter where it is not the rounded master: there somebody else has written to it.
+template <class T>
+inline vf follow(vf master, vf param) {
+  const vf rounded = round_to(master, T{});
+  return ((vi)rounded == (vi)param) | ((rounded != rounded) & (param != param)) ? master : param;
+}
+
 // Returns the updated parameters and writes the updated moments.
 template <class M>
 inline vf update(const AdamWTensor& t, const AdamWArgs& args, vf p, vf g, M* exp_avg, M* exp_avg_sq, int64_t n) {
@@ -61,7 +73,8 @@ void step_elements(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, i
     prefetch(grad + j);
     prefetch(exp_avg + j);
     prefetch(exp_avg_sq + j);
-    vf p = t.master ? load_n(t.master + j, n) : load_n(param + j, n);
+    vf p = load_n(param + j, n);
+    if (t.master) p = follow<T>(load_n(t.master + j, n), p);
     p = update(t, args, p, load_n(grad + j, n), exp_avg + j, exp_avg_sq + j, n);
     if (t.master) store_n(t.master + j, p, n);
     if (args.stochastic) {

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.ops.adamw import adamw, grad_norm
+from gptfast import dtensor
+from gptfast.ops.adamw import adamw
 
 # torch.optim.AdamW's other keywords, with their defaults. Those that choose an implementation are
 # ignored; those that change the mathematics are refused.
@@ -33,14 +34,22 @@ class AdamW(torch.optim.Optimizer):
     the first step and without max_norm. `max_norm=float("inf")` measures the norm without clipping.
     With max_norm, a step whose norm is not finite changes no parameter, moment or step count.
     bf16_update: for 16-bit parameters, "master" keeps an fp32 copy in the state; "stochastic" (bf16
-    only) rounds stochastically, and `seed` makes the rounding reproducible.
+    only) rounds stochastically, and `seed` makes the rounding reproducible. What others write to a
+    parameter between two steps (`load_state_dict`, averaging, an edit under `no_grad`) counts: the
+    next step starts from the parameter wherever it differs from the rounded fp32 copy.
     moment_dtype: data type of the moments; None is fp32, or fp64 for fp64 parameters.
     torch.bfloat16, for bfloat16 parameters only, halves the memory of the moments.
+
+    Parameters may be DTensors, as `torch.distributed.fsdp.fully_shard` and tensor parallelism make
+    them. Each process updates its own part, and one all-reduce makes the norm that of all parts, so
+    every process must call `step`. Under `FullyShardedDataParallel`, `step` works without max_norm
+    only.
 
     After the first step on a GPU, a step can be captured in a CUDA graph. Replays use the current
     lr if it is a tensor on the GPU, and the captured value if it is a number.
 
-    Raises ValueError for values out of range and for amsgrad, maximize and differentiable.
+    Raises ValueError for values out of range, for amsgrad, maximize and differentiable, and for
+    other tensor subclasses.
     """
 
     def __init__(
@@ -94,16 +103,17 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be {must}, got {value}")
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
-            if param.is_complex():
-                raise ValueError("gptfast.AdamW takes real parameters, got a complex one")
-            if self.moment_dtype == torch.bfloat16 and param.dtype != torch.bfloat16:
-                raise ValueError(
-                    f"moment_dtype=torch.bfloat16 needs bfloat16 parameters, got {param.dtype}"
-                )
-            if self.bf16_update == "stochastic" and param.dtype == torch.float16:
-                raise ValueError(
-                    "bf16_update='stochastic' is for bfloat16; use 'master' for float16"
-                )
+            dtensor.check_parameter(param)
+            self._check_dtype(param.dtype)
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        """Raise ValueError for a parameter's data type that the options do not allow."""
+        if dtype.is_complex:
+            raise ValueError("gptfast.AdamW takes real parameters, got a complex one")
+        if self.moment_dtype == torch.bfloat16 and dtype != torch.bfloat16:
+            raise ValueError(f"moment_dtype=torch.bfloat16 needs bfloat16 parameters, got {dtype}")
+        if self.bf16_update == "stochastic" and dtype == torch.float16:
+            raise ValueError("bf16_update='stochastic' is for bfloat16; use 'master' for float16")
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class copies the groups only; a copy without these could not step.
@@ -119,49 +129,95 @@ class AdamW(torch.optim.Optimizer):
         state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
 
-    def _init_master(self, param: Tensor) -> None:
-        """Create the fp32 copy of a 16-bit parameter if it needs one."""
-        if param.dtype.itemsize == 2 and self.bf16_update == "master":
+    def _fit_state(self, param: Tensor) -> None:
+        """Create the state of a parameter, or fit it to what the parameter has become since.
+
+        Raises ValueError if the parameter has another shape now.
+        """
+        state, dtype = self.state[param], param.dtype
+        if "step" not in state:
+            self._init_state(param)
+        if dtype.itemsize != 2 or self.bf16_update != "master":
+            state.pop("master", None)
+        elif "master" not in state:
             # It is also missing after loading torch's state, which has none.
-            if "master" not in self.state[param]:
-                self.state[param]["master"] = param.detach().float()
+            state["master"] = param.detach().float()
+        widest = torch.promote_types(dtype, torch.float32)
+        for name in ("exp_avg", "exp_avg_sq", "master"):
+            if name not in state:
+                continue
+            if state[name].shape != param.shape:
+                raise ValueError(
+                    f"a parameter has the shape {tuple(param.shape)}, but its {name} has "
+                    f"{tuple(state[name].shape)}; make a new optimizer after changing a shape"
+                )
+            state[name] = dtensor.placed_as(state[name], param, name)
+            # bf16 moments may stand beside bf16 parameters only.
+            if state[name].dtype not in (widest, dtype if dtype == torch.bfloat16 else widest):
+                state[name] = state[name].to(widest)
+
+    def _gradient(self, param: Tensor) -> Tensor | None:
+        """Return the local gradient of a parameter, if it has one, after fitting its state."""
+        grad = param.grad
+        if grad is None:
+            return None
+        if grad.layout != torch.strided:
+            raise ValueError("gptfast.AdamW takes dense gradients, got a sparse one")
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"a parameter has the shape {tuple(param.shape)}, but its gradient has "
+                f"{tuple(grad.shape)}; call zero_grad() after changing a shape"
+            )
+        self._check_dtype(param.dtype)
+        self._fit_state(param)
+        return dtensor.local([dtensor.placed_as(grad, param, "gradient")])[0]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         closure: recomputes the loss and the gradients; its result is returned.
+
+        Raises ValueError for a sparse gradient, for a parameter whose shape has changed since its
+        first step, and with max_norm under `FullyShardedDataParallel`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        present = [grad for grad in grads if grad is not None]
-        if any(grad.layout != torch.strided for grad in present):
-            raise ValueError("gptfast.AdamW takes dense gradients, got a sparse one")
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self.max_norm is not None:
+            dtensor.check_whole(params)
+        # Nothing is updated before all checks have passed.
+        grads = [self._gradient(p) for p in params]
         norm = None
-        if self.max_norm is not None and present:
-            norm = self.grad_norm = grad_norm(present)
+        if self.max_norm is not None:
+            norm = dtensor.global_norm(params, grads)
+            self.grad_norm = self.grad_norm if norm is None else norm
         first_id = 0
         for group in self.param_groups:
-            self._step_group(group, first_id, norm)
-            first_id += len(group["params"])
+            n = len(group["params"])
+            self._step_group(group, grads[first_id : first_id + n], first_id, len(params), norm)
+            first_id += n
         return loss
 
-    def _step_group(self, group: dict[str, Any], first_id: int, norm: Tensor | None) -> None:
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        grads: list[Tensor | None],
+        first_id: int,
+        n_params: int,
+        norm: Tensor | None,
+    ) -> None:
         """Update the parameters of a group, all of one device and dtype at a time.
 
-        first_id: the number of parameters in the groups before. norm: of all gradients.
+        grads: local ones. first_id: the number of parameters in the groups before. n_params: in all
+        groups. norm: of all gradients.
         """
-        ids = [i for i, p in enumerate(group["params"]) if p.grad is not None]
         by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i in ids:
-            param = group["params"][i]
-            by_kind.setdefault((param.device, param.dtype), []).append(i)
-            if "step" not in self.state[param]:
-                self._init_state(param)
-            self._init_master(param)
+        for i, param in enumerate(group["params"]):
+            if grads[i] is not None:
+                by_kind.setdefault((param.device, param.dtype), []).append(i)
         for (device, dtype), kind in by_kind.items():
             params = [group["params"][i] for i in kind]
             states = [self.state[p] for p in params]
@@ -170,11 +226,11 @@ class AdamW(torch.optim.Optimizer):
                 # On the CPU: a copy to the GPU would wait for it and break a CUDA graph's capture.
                 lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
             adamw(
-                params,
-                [p.grad for p in params],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                [s["master"] for s in states if "master" in s],
+                dtensor.local(params),
+                [grads[i] for i in kind],
+                dtensor.local([s["exp_avg"] for s in states]),
+                dtensor.local([s["exp_avg_sq"] for s in states]),
+                dtensor.local([s["master"] for s in states if "master" in s]),
                 [s["step"] for s in states],
                 lr,
                 norm if norm is None else norm.to(device),
@@ -182,7 +238,8 @@ class AdamW(torch.optim.Optimizer):
                 *group["betas"],
                 group["eps"],
                 group["weight_decay"],
-                [first_id + i for i in kind],
+                # Each part of a parameter has random numbers of its own.
+                [first_id + i + n_params * dtensor.shard_index(group["params"][i]) for i in kind],
                 dtype == torch.bfloat16 and self.bf16_update == "stochastic",
                 self.seed,
             )
