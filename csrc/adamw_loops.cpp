@@ -27,16 +27,11 @@ inline void random_words(int64_t index, const AdamWTensor& t, uint64_t seed, uin
   memcpy(out, fours, sizeof fours);
 }
 
-// Rounds x to an element type and returns it as fp32. Where x is NaN, so is the result.
-inline vf round_to(vf x, float) { return x; }
-inline vf round_to(vf x, fp16) { return widen_half(narrow_half(x)); }
-inline vf round_to(vf x, bf16) { return x == x ? (vf)(round_bits(x) & 0xFFFF0000u) : x; }
-
-// Returns the master, or the parameter where it is not the rounded master: there somebody else has written to it.
-template <class T>
-inline vf follow(vf master, vf param) {
-  const vf rounded = round_to(master, T{});
-  return ((vi)rounded == (vi)param) | ((rounded != rounded) & (param != param)) ? master : param;
+// Whether lanes of param are master rounded to T. Where both are NaN, this does not matter.
+inline vi is_rounded(vf param, vf master, float) { return (vi)param == (vi)master; }
+inline vi is_rounded(vf param, vf master, fp16) { return (vi)param == (vi)widen_half(narrow_half(master)); }
+inline vi is_rounded(vf param, vf master, bf16) {
+  return (((vu)param ^ round_bits(master)) < 0x10000u) & (master == master);
 }
 
 // Returns the updated parameters and writes the updated moments.
@@ -60,31 +55,43 @@ inline void prefetch(const T* p) {
   __builtin_prefetch((const char*)p + PREFETCH_BYTES);
 }
 
-// begin is a multiple of ELEMENTS_PER_PHILOX.
+// Steps n <= W elements from element j. random: a word for each.
 template <class T, class M>
-void step_elements(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
-  T* param = (T*)t.param;
-  const T* grad = (const T*)t.grad;
-  M *exp_avg = (M*)t.exp_avg, *exp_avg_sq = (M*)t.exp_avg_sq;
+[[gnu::always_inline]] inline void step_vector(const AdamWTensor& t, const AdamWArgs& args, const uint32_t* random,
+                                               int64_t j, int64_t n) {
+  T* param = (T*)t.param + j;
+  const T* grad = (const T*)t.grad + j;
+  M *exp_avg = (M*)t.exp_avg + j, *exp_avg_sq = (M*)t.exp_avg_sq + j;
+  prefetch(param);
+  prefetch(grad);
+  prefetch(exp_avg);
+  prefetch(exp_avg_sq);
+  vf p = load_n(param, n);
+  if (t.master) {
+    // Where the parameter is not the rounded master, somebody else has written to it.
+    const vf master = load_n(t.master + j, n);
+    p = is_rounded(p, master, T{}) ? master : p;
+  }
+  p = update(t, args, p, load_n(grad, n), exp_avg, exp_avg_sq, n);
+  if (t.master) store_n(t.master + j, p, n);
+  if (args.stochastic) {
+    vu words;
+    memcpy(&words, random, sizeof words);
+    p = round_stochastic(p, words);  // now a bf16 value, which the store keeps exactly
+  }
+  store_n(param, p, n);
+}
+
+// begin is a multiple of ELEMENTS_PER_PHILOX. By value: a store could change what is in memory.
+template <class T, class M>
+void step_elements(const AdamWTensor t, const AdamWArgs args, int64_t begin, int64_t end) {
   uint32_t random[ELEMENTS_PER_PHILOX];
-  for (int64_t j = begin; j < end; j += W) {
-    const int64_t n = smaller<int64_t>(W, end - j);
-    prefetch(param + j);
-    prefetch(grad + j);
-    prefetch(exp_avg + j);
-    prefetch(exp_avg_sq + j);
-    vf p = load_n(param + j, n);
-    if (t.master) p = follow<T>(load_n(t.master + j, n), p);
-    p = update(t, args, p, load_n(grad + j, n), exp_avg + j, exp_avg_sq + j, n);
-    if (t.master) store_n(t.master + j, p, n);
-    if (args.stochastic) {
-      const int64_t at = (j - begin) % ELEMENTS_PER_PHILOX;
-      if (at == 0) random_words(j, t, args.seed, random);
-      vu words;
-      memcpy(&words, random + at, sizeof words);
-      p = round_stochastic(p, words);  // now a bf16 value, which the store keeps exactly
-    }
-    store_n(param + j, p, n);
+  for (int64_t j = begin; j < end; j += ELEMENTS_PER_PHILOX) {
+    if (args.stochastic) random_words(j, t, args.seed, random);
+    const int64_t n = smaller(ELEMENTS_PER_PHILOX, end - j);
+    int64_t i = 0;
+    for (; n - i >= W; i += W) step_vector<T, M>(t, args, random + i, j + i, W);
+    if (n - i > 0) step_vector<T, M>(t, args, random + i, j + i, n - i);
   }
 }
 

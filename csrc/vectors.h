@@ -171,7 +171,7 @@ static inline void store(float* p, vf x) { *(vf_any*)p = x; }
 static inline vu round_bits(vf x) { return (vu)x + 0x7FFFu + (((vu)x >> 16) & 1u); }
 static inline void store(bf16* p, vf x) {
   const vu nan = splat(0x7FC0u);
-  *(vh_any*)p = narrow((vu)(x == x) ? round_bits(x) >> 16 : nan);
+  *(vh_any*)p = narrow(x == x ? round_bits(x) >> 16 : nan);
 }
 static inline void store(fp16* p, vf x) { *(vh_any*)p = narrow_half(x); }
 

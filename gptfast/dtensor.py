@@ -20,16 +20,19 @@ def _dtensor_type() -> Any:
 
 def is_dtensor(t: Tensor) -> bool:
     """Return whether t is a DTensor."""
+    return any_in([t])
+
+
+def any_in(tensors: list[Tensor]) -> bool:
+    """Return whether one of the tensors is a DTensor."""
     kind = _dtensor_type()
-    return kind is not None and isinstance(t, kind)
+    return kind is not None and any(isinstance(t, kind) for t in tensors)
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:
     """Return each DTensor's part on this process, in the same memory; other tensors unchanged."""
     kind = _dtensor_type()
-    if kind is None:
-        return tensors
-    parts = [t.to_local() if isinstance(t, kind) else t for t in tensors]
+    parts = [t.to_local() if kind and isinstance(t, kind) else t for t in tensors]
     # A part that is still on its way is an AsyncCollectiveTensor.
     return [part.wait() if hasattr(part, "wait") else part for part in parts]
 
@@ -64,7 +67,7 @@ def check_whole(params: list[Tensor]) -> None:
 
 
 def placed_as(t: Tensor, param: Tensor, name: str) -> Tensor:
-    """Return t with the placements of param, of which it is the gradient or a part of the state.
+    """Return t, a parameter's gradient or a part of its state, with the parameter's placements.
 
     Raises ValueError if only one of the two is a DTensor.
     """
@@ -80,6 +83,11 @@ def placed_as(t: Tensor, param: Tensor, name: str) -> Tensor:
         if x.placements != of.placements or x.device_mesh != of.device_mesh:
             return x.redistribute(of.device_mesh, of.placements)
     return t
+
+
+def local_gradient(param: Tensor, grad: Tensor | None) -> Tensor | None:
+    """Return the part of a gradient that belongs to this process's part of the parameter."""
+    return None if grad is None else local([placed_as(grad, param, "gradient")])[0]
 
 
 def _sharding(param: Tensor) -> tuple[Any, tuple[int, ...]]:

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from gptfast import dtensor
-from gptfast.ops.adamw import adamw
+from gptfast.ops.adamw import adamw, grad_norm
 
 # torch.optim.AdamW's other keywords, with their defaults. Those that choose an implementation are
 # ignored; those that change the mathematics are refused.
 _IGNORED = {"foreach": None, "fused": None, "capturable": False}
 _REFUSED = {"amsgrad": False, "maximize": False, "differentiable": False}
+
+# What the state holds in the shape of the parameter.
+_LIKE_THE_PARAMETER = ("exp_avg", "exp_avg_sq", "master")
 
 
 def _refuse(options: dict[str, Any]) -> None:
@@ -134,7 +137,7 @@ class AdamW(torch.optim.Optimizer):
 
         Raises ValueError if the parameter has another shape now.
         """
-        state, dtype = self.state[param], param.dtype
+        state, shape, dtype = self.state[param], param.shape, param.dtype
         if "step" not in state:
             self._init_state(param)
         if dtype.itemsize != 2 or self.bf16_update != "master":
@@ -142,22 +145,22 @@ class AdamW(torch.optim.Optimizer):
         elif "master" not in state:
             # It is also missing after loading torch's state, which has none.
             state["master"] = param.detach().float()
-        widest = torch.promote_types(dtype, torch.float32)
-        for name in ("exp_avg", "exp_avg_sq", "master"):
-            if name not in state:
+        for name in _LIKE_THE_PARAMETER:
+            x = state.get(name)
+            if x is None:
                 continue
-            if state[name].shape != param.shape:
+            if x.shape != shape:
                 raise ValueError(
-                    f"a parameter has the shape {tuple(param.shape)}, but its {name} has "
-                    f"{tuple(state[name].shape)}; make a new optimizer after changing a shape"
+                    f"a parameter has the shape {tuple(shape)}, but its {name} has "
+                    f"{tuple(x.shape)}; make a new optimizer after changing a shape"
                 )
-            state[name] = dtensor.placed_as(state[name], param, name)
-            # bf16 moments may stand beside bf16 parameters only.
-            if state[name].dtype not in (widest, dtype if dtype == torch.bfloat16 else widest):
-                state[name] = state[name].to(widest)
+            # In most steps the first comparison is all that happens.
+            if x.dtype != (torch.float64 if dtype == torch.float64 else torch.float32):
+                if not x.dtype == dtype == torch.bfloat16:
+                    state[name] = x.to(torch.promote_types(dtype, torch.float32))
 
     def _gradient(self, param: Tensor) -> Tensor | None:
-        """Return the local gradient of a parameter, if it has one, after fitting its state."""
+        """Return the gradient of a parameter, if it has one, after fitting the state."""
         grad = param.grad
         if grad is None:
             return None
@@ -168,9 +171,8 @@ class AdamW(torch.optim.Optimizer):
                 f"a parameter has the shape {tuple(param.shape)}, but its gradient has "
                 f"{tuple(grad.shape)}; call zero_grad() after changing a shape"
             )
-        self._check_dtype(param.dtype)
         self._fit_state(param)
-        return dtensor.local([dtensor.placed_as(grad, param, "gradient")])[0]
+        return grad
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -189,15 +191,24 @@ class AdamW(torch.optim.Optimizer):
         if self.max_norm is not None:
             dtensor.check_whole(params)
         # Nothing is updated before all checks have passed.
+        for dtype in {p.dtype for p in params}:
+            self._check_dtype(dtype)
         grads = [self._gradient(p) for p in params]
+        split = dtensor.any_in(params)
+        if split:
+            grads = [dtensor.local_gradient(p, g) for p, g in zip(params, grads, strict=True)]
         norm = None
         if self.max_norm is not None:
-            norm = dtensor.global_norm(params, grads)
+            present = [grad for grad in grads if grad is not None]
+            if split:
+                norm = dtensor.global_norm(params, grads)
+            elif present:
+                norm = grad_norm(present)
             self.grad_norm = self.grad_norm if norm is None else norm
         first_id = 0
         for group in self.param_groups:
             n = len(group["params"])
-            self._step_group(group, grads[first_id : first_id + n], first_id, len(params), norm)
+            self._step_group(group, grads[first_id : first_id + n], first_id, norm, split)
             first_id += n
         return loss
 
@@ -206,13 +217,13 @@ class AdamW(torch.optim.Optimizer):
         group: dict[str, Any],
         grads: list[Tensor | None],
         first_id: int,
-        n_params: int,
         norm: Tensor | None,
+        split: bool,
     ) -> None:
         """Update the parameters of a group, all of one device and dtype at a time.
 
-        grads: local ones. first_id: the number of parameters in the groups before. n_params: in all
-        groups. norm: of all gradients.
+        grads: of the group; first_id: the number of parameters in the groups before; norm: of all
+        gradients; split: whether there are DTensors.
         """
         by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, param in enumerate(group["params"]):
@@ -221,16 +232,21 @@ class AdamW(torch.optim.Optimizer):
         for (device, dtype), kind in by_kind.items():
             params = [group["params"][i] for i in kind]
             states = [self.state[p] for p in params]
+            stochastic = dtype == torch.bfloat16 and self.bf16_update == "stochastic"
+            ids = [first_id + i for i in kind]
+            if stochastic and split:
+                ids = [self._id_of_part(i, p) for i, p in zip(ids, params, strict=True)]
             lr = group["lr"]
             if not isinstance(lr, Tensor):
                 # On the CPU: a copy to the GPU would wait for it and break a CUDA graph's capture.
                 lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
+            local: Callable[[list[Tensor]], list[Tensor]] = dtensor.local if split else list
             adamw(
-                dtensor.local(params),
+                local(params),
                 [grads[i] for i in kind],
-                dtensor.local([s["exp_avg"] for s in states]),
-                dtensor.local([s["exp_avg_sq"] for s in states]),
-                dtensor.local([s["master"] for s in states if "master" in s]),
+                local([s["exp_avg"] for s in states]),
+                local([s["exp_avg_sq"] for s in states]),
+                local([s["master"] for s in states if "master" in s]),
                 [s["step"] for s in states],
                 lr,
                 norm if norm is None else norm.to(device),
@@ -238,16 +254,22 @@ class AdamW(torch.optim.Optimizer):
                 *group["betas"],
                 group["eps"],
                 group["weight_decay"],
-                # Each part of a parameter has random numbers of its own.
-                [first_id + i + n_params * dtensor.shard_index(group["params"][i]) for i in kind],
-                dtype == torch.bfloat16 and self.bf16_update == "stochastic",
+                ids,
+                stochastic,
                 self.seed,
             )
+
+    def _id_of_part(self, param_id: int, param: Tensor) -> int:
+        """Return a number for this process's part of a parameter: each part rounds differently."""
+        n_params = sum(len(group["params"]) for group in self.param_groups)
+        return param_id + n_params * dtensor.shard_index(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this class or of torch's AdamW, in the data types it was saved in.
 
         The base class would round fp32 moments to the data type of a 16-bit parameter.
+
+        Raises ValueError if only one of a parameter and its state is a DTensor.
         """
         for group in state_dict["param_groups"]:
             _refuse(group)
@@ -257,7 +279,8 @@ class AdamW(torch.optim.Optimizer):
         for saved_id, param in zip(saved_ids, params, strict=True):
             for name, saved in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(saved, Tensor) and name != "step":
-                    self.state[param][name] = saved.to(param.device, copy=True)
+                    copy = saved.to(param.device, copy=True)
+                    self.state[param][name] = dtensor.placed_as(copy, param, name)
                 elif name == "step":
                     step = torch.as_tensor(saved, dtype=torch.float32)
                     self.state[param][name] = step.to(param.device, copy=True)
