@@ -36,12 +36,12 @@ inline vi is_rounded(vf param, vf master, bf16) {
 
 // Returns the updated parameters and writes the updated moments.
 template <class M>
-inline vf update(const AdamWTensor& t, const AdamWArgs& args, vf p, vf g, M* exp_avg, M* exp_avg_sq, int64_t n) {
+inline vf update(const AdamWTensor& t, const AdamWArgs& args, vf p, vf g, M* exp_avg, M* exp_avg_sq) {
   g = g * args.clip;
-  const vf m = load_n(exp_avg, n) * args.beta1 + g * args.one_minus_beta1;
-  const vf v = load_n(exp_avg_sq, n) * args.beta2 + g * g * args.one_minus_beta2;
-  store_n(exp_avg, m, n);
-  store_n(exp_avg_sq, v, n);
+  const vf m = load(exp_avg) * args.beta1 + g * args.one_minus_beta1;
+  const vf v = load(exp_avg_sq) * args.beta2 + g * g * args.one_minus_beta2;
+  store(exp_avg, m);
+  store(exp_avg_sq, v);
   return p * args.decay - t.step_size * (m / (square_root(v) * t.inv_sqrt_bias2 + args.eps));
 }
 
@@ -55,44 +55,70 @@ inline void prefetch(const T* p) {
   __builtin_prefetch((const char*)p + PREFETCH_BYTES);
 }
 
-// Steps n <= W elements from element j. random: a word for each.
+// Steps the first n elements of t, a multiple of W. index: of the first one in the parameter, a multiple of W.
+// Compiled once, for the last vector too: which products are fused with a sum must not depend on an element's place.
 template <class T, class M>
-[[gnu::always_inline]] inline void step_vector(const AdamWTensor& t, const AdamWArgs& args, const uint32_t* random,
-                                               int64_t j, int64_t n) {
-  T* param = (T*)t.param + j;
-  const T* grad = (const T*)t.grad + j;
-  M *exp_avg = (M*)t.exp_avg + j, *exp_avg_sq = (M*)t.exp_avg_sq + j;
-  prefetch(param);
-  prefetch(grad);
-  prefetch(exp_avg);
-  prefetch(exp_avg_sq);
-  vf p = load_n(param, n);
-  if (t.master) {
-    // Where the parameter is not the rounded master, somebody else has written to it.
-    const vf master = load_n(t.master + j, n);
-    p = is_rounded(p, master, T{}) ? master : p;
+[[gnu::noipa]] void step_vectors(const AdamWTensor t, const AdamWArgs args, int64_t index, int64_t n) {
+  T* param = (T*)t.param;
+  const T* grad = (const T*)t.grad;
+  M *exp_avg = (M*)t.exp_avg, *exp_avg_sq = (M*)t.exp_avg_sq;
+  uint32_t random[ELEMENTS_PER_PHILOX];
+  for (int64_t j = 0; j < n; j += W) {
+    prefetch(param + j);
+    prefetch(grad + j);
+    prefetch(exp_avg + j);
+    prefetch(exp_avg_sq + j);
+    vf p = load(param + j);
+    if (t.master) {
+      // Where the parameter is not the rounded master, somebody else has written to it.
+      const vf master = load(t.master + j);
+      p = is_rounded(p, master, T{}) ? master : p;
+    }
+    p = update(t, args, p, load(grad + j), exp_avg + j, exp_avg_sq + j);
+    if (t.master) store(t.master + j, p);
+    if (args.stochastic) {
+      const int64_t at = j % ELEMENTS_PER_PHILOX;
+      if (at == 0) random_words(index + j, t, args.seed, random);
+      vu words;
+      memcpy(&words, random + at, sizeof words);
+      p = round_stochastic(p, words);  // now a bf16 value, which the store keeps exactly
+    }
+    store(param + j, p);
   }
-  p = update(t, args, p, load_n(grad, n), exp_avg, exp_avg_sq, n);
-  if (t.master) store_n(t.master + j, p, n);
-  if (args.stochastic) {
-    vu words;
-    memcpy(&words, random, sizeof words);
-    p = round_stochastic(p, words);  // now a bf16 value, which the store keeps exactly
-  }
-  store_n(param, p, n);
 }
 
-// begin is a multiple of ELEMENTS_PER_PHILOX. By value: a store could change what is in memory.
+// begin is a multiple of W.
 template <class T, class M>
-void step_elements(const AdamWTensor t, const AdamWArgs args, int64_t begin, int64_t end) {
-  uint32_t random[ELEMENTS_PER_PHILOX];
-  for (int64_t j = begin; j < end; j += ELEMENTS_PER_PHILOX) {
-    if (args.stochastic) random_words(j, t, args.seed, random);
-    const int64_t n = smaller(ELEMENTS_PER_PHILOX, end - j);
-    int64_t i = 0;
-    for (; n - i >= W; i += W) step_vector<T, M>(t, args, random + i, j + i, W);
-    if (n - i > 0) step_vector<T, M>(t, args, random + i, j + i, n - i);
-  }
+void step_elements(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
+  const int64_t n = (end - begin) % W;
+  AdamWTensor at = t;
+  const auto move_to = [&](int64_t j) {
+    at.param = (T*)t.param + j;
+    at.grad = (const T*)t.grad + j;
+    at.exp_avg = (M*)t.exp_avg + j;
+    at.exp_avg_sq = (M*)t.exp_avg_sq + j;
+    at.master = t.master ? t.master + j : nullptr;
+  };
+  move_to(begin);
+  step_vectors<T, M>(at, args, begin, end - begin - n);
+  if (!n) return;
+  // The last elements, in a copy as long as a vector.
+  move_to(end - n);
+  AdamWTensor copy = at;
+  T param[W] = {}, grad[W] = {};
+  M exp_avg[W] = {}, exp_avg_sq[W] = {};
+  float master[W] = {};
+  memcpy(copy.param = param, at.param, n * sizeof(T));
+  memcpy(grad, at.grad, n * sizeof(T));
+  memcpy(copy.exp_avg = exp_avg, at.exp_avg, n * sizeof(M));
+  memcpy(copy.exp_avg_sq = exp_avg_sq, at.exp_avg_sq, n * sizeof(M));
+  if (t.master) memcpy(copy.master = master, at.master, n * sizeof(float));
+  copy.grad = grad;
+  step_vectors<T, M>(copy, args, end - n, W);
+  memcpy(at.param, param, n * sizeof(T));
+  memcpy(at.exp_avg, exp_avg, n * sizeof(M));
+  memcpy(at.exp_avg_sq, exp_avg_sq, n * sizeof(M));
+  if (t.master) memcpy(at.master, master, n * sizeof(float));
 }
 
 void step(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {

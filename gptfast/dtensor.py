@@ -26,7 +26,7 @@ def is_dtensor(t: Tensor) -> bool:
 def any_in(tensors: list[Tensor]) -> bool:
     """Return whether one of the tensors is a DTensor."""
     kind = _dtensor_type()
-    return kind is not None and any(isinstance(t, kind) for t in tensors)
+    return kind is not None and any(issubclass(t, kind) for t in set(map(type, tensors)))
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:

@@ -14,8 +14,14 @@ from gptfast.ops.adamw import adamw, grad_norm
 _IGNORED = {"foreach": None, "fused": None, "capturable": False}
 _REFUSED = {"amsgrad": False, "maximize": False, "differentiable": False}
 
-# What the state holds in the shape of the parameter.
-_LIKE_THE_PARAMETER = ("exp_avg", "exp_avg_sq", "master")
+_HALVES = frozenset({torch.float16, torch.bfloat16})
+# The dtype of the moments of a parameter, from its own.
+_WIDEST = dict.fromkeys((torch.float32, *_HALVES), torch.float32) | {torch.float64: torch.float64}
+
+
+def _fits(state: torch.dtype, param: torch.dtype) -> bool:
+    """Return whether a state of this dtype can stand beside a parameter of that dtype."""
+    return state is _WIDEST.get(param) or state is param is torch.bfloat16
 
 
 def _refuse(options: dict[str, Any]) -> None:
@@ -106,7 +112,8 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be {must}, got {value}")
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
-            dtensor.check_parameter(param)
+            if param.requires_grad:
+                dtensor.check_parameter(param)
             self._check_dtype(param.dtype)
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
@@ -125,8 +132,13 @@ class AdamW(torch.optim.Optimizer):
 
     def _init_state(self, param: Tensor) -> None:
         """Create the step count and the moments of a parameter."""
+        dtensor.check_parameter(param)
+        if param.dtype not in _WIDEST:
+            raise ValueError(
+                f"gptfast.AdamW takes float16 to float64 parameters, got {param.dtype}"
+            )
         state = self.state[param]
-        widest = torch.promote_types(param.dtype, torch.float32)
+        widest = _WIDEST[param.dtype]
         dtype = torch.bfloat16 if self.moment_dtype == torch.bfloat16 else widest
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
@@ -137,41 +149,48 @@ class AdamW(torch.optim.Optimizer):
 
         Raises ValueError if the parameter has another shape now.
         """
-        state, shape, dtype = self.state[param], param.shape, param.dtype
+        state, dtype = self.state[param], param.dtype
         if "step" not in state:
             self._init_state(param)
-        if dtype.itemsize != 2 or self.bf16_update != "master":
+        if not self._wants_master(dtype):
             state.pop("master", None)
         elif "master" not in state:
             # It is also missing after loading torch's state, which has none.
             state["master"] = param.detach().float()
-        for name in _LIKE_THE_PARAMETER:
+        for name in ("exp_avg", "exp_avg_sq", "master"):
             x = state.get(name)
             if x is None:
                 continue
-            if x.shape != shape:
+            if x.shape != param.shape:
                 raise ValueError(
-                    f"a parameter has the shape {tuple(shape)}, but its {name} has "
+                    f"a parameter has the shape {tuple(param.shape)}, but its {name} has "
                     f"{tuple(x.shape)}; make a new optimizer after changing a shape"
                 )
-            # In most steps the first comparison is all that happens.
-            if x.dtype != (torch.float64 if dtype == torch.float64 else torch.float32):
-                if not x.dtype == dtype == torch.bfloat16:
-                    state[name] = x.to(torch.promote_types(dtype, torch.float32))
+            if not _fits(x.dtype, dtype):
+                state[name] = x.to(_WIDEST[dtype])
 
-    def _gradient(self, param: Tensor) -> Tensor | None:
-        """Return the gradient of a parameter, if it has one, after fitting the state."""
-        grad = param.grad
-        if grad is None:
-            return None
+    def _wants_master(self, dtype: torch.dtype) -> bool:
+        return dtype in _HALVES and self.bf16_update == "master"
+
+    def _gradient(self, param: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient of a parameter after checking it and fitting the state."""
+        # Runs for each parameter of each step, so it looks at one tensor of the state only.
+        shape, dtype, state = param.shape, param.dtype, self.state[param]
         if grad.layout != torch.strided:
             raise ValueError("gptfast.AdamW takes dense gradients, got a sparse one")
-        if grad.shape != param.shape:
+        if grad.shape != shape:
             raise ValueError(
-                f"a parameter has the shape {tuple(param.shape)}, but its gradient has "
+                f"a parameter has the shape {tuple(shape)}, but its gradient has "
                 f"{tuple(grad.shape)}; call zero_grad() after changing a shape"
             )
-        self._fit_state(param)
+        moment = state.get("exp_avg")
+        if (
+            moment is None
+            or moment.shape != shape
+            or not _fits(moment.dtype, dtype)
+            or ("master" in state) != self._wants_master(dtype)
+        ):
+            self._fit_state(param)
         return grad
 
     @torch.no_grad()
@@ -193,7 +212,7 @@ class AdamW(torch.optim.Optimizer):
         # Nothing is updated before all checks have passed.
         for dtype in {p.dtype for p in params}:
             self._check_dtype(dtype)
-        grads = [self._gradient(p) for p in params]
+        grads = [None if (g := p.grad) is None else self._gradient(p, g) for p in params]
         split = dtensor.any_in(params)
         if split:
             grads = [dtensor.local_gradient(p, g) for p, g in zip(params, grads, strict=True)]
@@ -258,6 +277,9 @@ class AdamW(torch.optim.Optimizer):
                 stochastic,
                 self.seed,
             )
+            if split:
+                # A DTensor counts its versions apart from its local tensor.
+                torch.autograd.graph.increment_version(params)
 
     def _id_of_part(self, param_id: int, param: Tensor) -> int:
         """Return a number for this process's part of a parameter: each part rounds differently."""

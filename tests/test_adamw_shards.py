@@ -24,6 +24,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 
 import gptfast  # noqa: E402
+from gptfast.ops.adamw import adamw  # noqa: E402
 
 WORLD = 4
 MAX_SECONDS = 100  # for all cases together, on a busy machine
@@ -478,12 +479,39 @@ def test_four_processes(case: str, reports: list[dict[str, str]]) -> None:
         assert report.get(case, "did not end").startswith("ok"), f"{rank}: {report.get(case)}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_bits_do_not_depend_on_an_element_s_place(isa: str, dtype: torch.dtype) -> None:
+    """A part of a tensor takes the step that it takes in the whole, wherever its vectors begin."""
+    whole = [torch.randn(157).to(dtype), torch.randn(157).to(dtype), torch.randn(157)]
+    whole += [torch.rand(157), whole[0].float()]
+    lr = torch.tensor(1e-2, dtype=torch.float64)
+
+    def stepped(parts: list[slice]) -> list[Tensor]:
+        lists = [[x[part].clone() for part in parts] for x in whole]
+        if dtype == torch.float32:
+            lists[4] = []
+        steps, ids = [torch.tensor(2.0) for _ in parts], list(range(len(parts)))
+        adamw(*lists, steps, lr, None, 1.0, 0.9, 0.95, 1e-8, 0.1, ids, False, 0)
+        return [torch.cat(x) for x in lists if x]
+
+    expected = stepped([slice(0, 157)])
+    for at in (1, 2, 3, 5, 15, 16, 17, 33, 64, 100):
+        for a, b in zip(stepped([slice(0, at), slice(at, 157)]), expected, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_other_subclasses_are_refused() -> None:
     pair = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
     with pytest.raises(ValueError, match="got TwoTensor; use torch.optim.AdamW"):
         gptfast.AdamW([pair])
     with pytest.raises(ValueError, match="got TwoTensor"):
         gptfast.AdamW([nn.Parameter(torch.ones(2))]).add_param_group({"params": [pair]})
+    # A frozen one, as quantised models have, is never stepped.
+    gptfast.AdamW([pair.requires_grad_(False), nn.Parameter(torch.ones(2))], max_norm=1.0).step()
+    late = gptfast.AdamW([pair])
+    pair.requires_grad_().grad = TwoTensor(torch.ones(2), torch.ones(2))
+    with pytest.raises(ValueError, match="got TwoTensor"):
+        late.step()
 
 
 def test_a_subclass_without_dispatch_is_a_plain_tensor() -> None:
