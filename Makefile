@@ -23,8 +23,8 @@ test: $(VENV)/ready-test
 # Before each commit, under 90 seconds: lint, and the tests that tell most in a minute. They are the
 # modules that take seconds and need neither processes, files of some size nor Triton's interpreter.
 # `make test` runs all.
-CHECKED := adamw architecture attention book checkpoint config cross_entropy decode_linear embedding engine \
-	engine_files evaluate examples guard hellaswag linear mlp model philox sampling schedule stop \
+CHECKED := adamw adamw_masters architecture attention book checkpoint config cross_entropy decode_linear embedding \
+	engine engine_files evaluate examples guard hellaswag linear mlp model philox sampling schedule stop \
 	threads token_files train_step train_tokenizer
 check: lint $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m "not triton" $(wildcard $(CHECKED:%=tests/test_%.py))
@@ -36,7 +36,8 @@ matrix: $(VENV)/ready-test
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build beside the usual one. Python
 # itself never frees much of what it holds, so leaks are not looked for.
-SANITIZED := attention cross_entropy linear mlp embedding adamw sampling philox library threads engine engine_files
+SANITIZED := attention cross_entropy linear mlp embedding adamw adamw_masters sampling philox library threads engine \
+	engine_files
 sanitize: $(VENV)/ready-test
 	GPTFAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \

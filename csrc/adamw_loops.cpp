@@ -27,14 +27,21 @@ inline void random_words(int64_t index, const AdamWTensor& t, uint64_t seed, uin
   memcpy(out, fours, sizeof fours);
 }
 
+// Whether lanes of param are master rounded to T. Where both are NaN, this does not matter.
+inline vi is_rounded(vf param, vf master, float) { return (vi)param == (vi)master; }
+inline vi is_rounded(vf param, vf master, fp16) { return (vi)param == (vi)widen_half(narrow_half(master)); }
+inline vi is_rounded(vf param, vf master, bf16) {
+  return (((vu)param ^ round_bits(master)) < 0x10000u) & (master == master);
+}
+
 // Returns the updated parameters and writes the updated moments.
 template <class M>
-inline vf update(const AdamWTensor& t, const AdamWArgs& args, vf p, vf g, M* exp_avg, M* exp_avg_sq, int64_t n) {
+inline vf update(const AdamWTensor& t, const AdamWArgs& args, vf p, vf g, M* exp_avg, M* exp_avg_sq) {
   g = g * args.clip;
-  const vf m = load_n(exp_avg, n) * args.beta1 + g * args.one_minus_beta1;
-  const vf v = load_n(exp_avg_sq, n) * args.beta2 + g * g * args.one_minus_beta2;
-  store_n(exp_avg, m, n);
-  store_n(exp_avg_sq, v, n);
+  const vf m = load(exp_avg) * args.beta1 + g * args.one_minus_beta1;
+  const vf v = load(exp_avg_sq) * args.beta2 + g * g * args.one_minus_beta2;
+  store(exp_avg, m);
+  store(exp_avg_sq, v);
   return p * args.decay - t.step_size * (m / (square_root(v) * t.inv_sqrt_bias2 + args.eps));
 }
 
@@ -48,31 +55,70 @@ inline void prefetch(const T* p) {
   __builtin_prefetch((const char*)p + PREFETCH_BYTES);
 }
 
-// begin is a multiple of ELEMENTS_PER_PHILOX.
+// Steps the first n elements of t, a multiple of W. index: of the first one in the parameter, a multiple of W.
+// Compiled once, for the last vector too: which products are fused with a sum must not depend on an element's place.
 template <class T, class M>
-void step_elements(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
+[[gnu::noipa]] void step_vectors(const AdamWTensor t, const AdamWArgs args, int64_t index, int64_t n) {
   T* param = (T*)t.param;
   const T* grad = (const T*)t.grad;
   M *exp_avg = (M*)t.exp_avg, *exp_avg_sq = (M*)t.exp_avg_sq;
   uint32_t random[ELEMENTS_PER_PHILOX];
-  for (int64_t j = begin; j < end; j += W) {
-    const int64_t n = smaller<int64_t>(W, end - j);
+  for (int64_t j = 0; j < n; j += W) {
     prefetch(param + j);
     prefetch(grad + j);
     prefetch(exp_avg + j);
     prefetch(exp_avg_sq + j);
-    vf p = t.master ? load_n(t.master + j, n) : load_n(param + j, n);
-    p = update(t, args, p, load_n(grad + j, n), exp_avg + j, exp_avg_sq + j, n);
-    if (t.master) store_n(t.master + j, p, n);
+    vf p = load(param + j);
+    if (t.master) {
+      // Where the parameter is not the rounded master, somebody else has written to it.
+      const vf master = load(t.master + j);
+      p = is_rounded(p, master, T{}) ? master : p;
+    }
+    p = update(t, args, p, load(grad + j), exp_avg + j, exp_avg_sq + j);
+    if (t.master) store(t.master + j, p);
     if (args.stochastic) {
-      const int64_t at = (j - begin) % ELEMENTS_PER_PHILOX;
-      if (at == 0) random_words(j, t, args.seed, random);
+      const int64_t at = j % ELEMENTS_PER_PHILOX;
+      if (at == 0) random_words(index + j, t, args.seed, random);
       vu words;
       memcpy(&words, random + at, sizeof words);
       p = round_stochastic(p, words);  // now a bf16 value, which the store keeps exactly
     }
-    store_n(param + j, p, n);
+    store(param + j, p);
   }
+}
+
+// begin is a multiple of W.
+template <class T, class M>
+void step_elements(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
+  const int64_t n = (end - begin) % W;
+  AdamWTensor at = t;
+  const auto move_to = [&](int64_t j) {
+    at.param = (T*)t.param + j;
+    at.grad = (const T*)t.grad + j;
+    at.exp_avg = (M*)t.exp_avg + j;
+    at.exp_avg_sq = (M*)t.exp_avg_sq + j;
+    at.master = t.master ? t.master + j : nullptr;
+  };
+  move_to(begin);
+  step_vectors<T, M>(at, args, begin, end - begin - n);
+  if (!n) return;
+  // The last elements, in a copy as long as a vector.
+  move_to(end - n);
+  AdamWTensor copy = at;
+  T param[W] = {}, grad[W] = {};
+  M exp_avg[W] = {}, exp_avg_sq[W] = {};
+  float master[W] = {};
+  memcpy(copy.param = param, at.param, n * sizeof(T));
+  memcpy(grad, at.grad, n * sizeof(T));
+  memcpy(copy.exp_avg = exp_avg, at.exp_avg, n * sizeof(M));
+  memcpy(copy.exp_avg_sq = exp_avg_sq, at.exp_avg_sq, n * sizeof(M));
+  if (t.master) memcpy(copy.master = master, at.master, n * sizeof(float));
+  copy.grad = grad;
+  step_vectors<T, M>(copy, args, end - n, W);
+  memcpy(at.param, param, n * sizeof(T));
+  memcpy(at.exp_avg, exp_avg, n * sizeof(M));
+  memcpy(at.exp_avg_sq, exp_avg_sq, n * sizeof(M));
+  if (t.master) memcpy(at.master, master, n * sizeof(float));
 }
 
 void step(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {

@@ -167,10 +167,11 @@ static inline vf load(const bf16* p) { return (vf)(widen(*(const vh_any*)p) << 1
 static inline vf load(const fp16* p) { return widen_half(*(const vh_any*)p); }
 
 static inline void store(float* p, vf x) { *(vf_any*)p = x; }
+// Returns bits whose upper half is x as bf16, rounded to nearest even, unless x is NaN.
+static inline vu round_bits(vf x) { return (vu)x + 0x7FFFu + (((vu)x >> 16) & 1u); }
 static inline void store(bf16* p, vf x) {
-  const vu bits = (vu)x, rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const vu nan = splat(0x7FC0u);
-  *(vh_any*)p = narrow((vu)(x == x) ? rounded : nan);
+  *(vh_any*)p = narrow(x == x ? round_bits(x) >> 16 : nan);
 }
 static inline void store(fp16* p, vf x) { *(vh_any*)p = narrow_half(x); }
 

@@ -6,12 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast import dtensor
 from gptfast.ops.adamw import adamw, grad_norm
 
 # torch.optim.AdamW's other keywords, with their defaults. Those that choose an implementation are
 # ignored; those that change the mathematics are refused.
 _IGNORED = {"foreach": None, "fused": None, "capturable": False}
 _REFUSED = {"amsgrad": False, "maximize": False, "differentiable": False}
+
+_HALVES = frozenset({torch.float16, torch.bfloat16})
+# The dtype of the moments of a parameter, from its own.
+_WIDEST = dict.fromkeys((torch.float32, *_HALVES), torch.float32) | {torch.float64: torch.float64}
+
+
+def _fits(state: torch.dtype, param: torch.dtype) -> bool:
+    """Return whether a state of this dtype can stand beside a parameter of that dtype."""
+    return state is _WIDEST.get(param) or state is param is torch.bfloat16
 
 
 def _refuse(options: dict[str, Any]) -> None:
@@ -33,14 +43,22 @@ class AdamW(torch.optim.Optimizer):
     the first step and without max_norm. `max_norm=float("inf")` measures the norm without clipping.
     With max_norm, a step whose norm is not finite changes no parameter, moment or step count.
     bf16_update: for 16-bit parameters, "master" keeps an fp32 copy in the state; "stochastic" (bf16
-    only) rounds stochastically, and `seed` makes the rounding reproducible.
+    only) rounds stochastically, and `seed` makes the rounding reproducible. What others write to a
+    parameter between two steps (`load_state_dict`, averaging, an edit under `no_grad`) counts: the
+    next step starts from the parameter wherever it differs from the rounded fp32 copy.
     moment_dtype: data type of the moments; None is fp32, or fp64 for fp64 parameters.
     torch.bfloat16, for bfloat16 parameters only, halves the memory of the moments.
+
+    Parameters may be DTensors, as `torch.distributed.fsdp.fully_shard` and tensor parallelism make
+    them. Each process updates its own part, and one all-reduce makes the norm that of all parts, so
+    every process must call `step`. Under `FullyShardedDataParallel`, `step` works without max_norm
+    only.
 
     After the first step on a GPU, a step can be captured in a CUDA graph. Replays use the current
     lr if it is a tensor on the GPU, and the captured value if it is a number.
 
-    Raises ValueError for values out of range and for amsgrad, maximize and differentiable.
+    Raises ValueError for values out of range, for amsgrad, maximize and differentiable, and for
+    other tensor subclasses.
     """
 
     def __init__(
@@ -94,16 +112,18 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be {must}, got {value}")
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
-            if param.is_complex():
-                raise ValueError("gptfast.AdamW takes real parameters, got a complex one")
-            if self.moment_dtype == torch.bfloat16 and param.dtype != torch.bfloat16:
-                raise ValueError(
-                    f"moment_dtype=torch.bfloat16 needs bfloat16 parameters, got {param.dtype}"
-                )
-            if self.bf16_update == "stochastic" and param.dtype == torch.float16:
-                raise ValueError(
-                    "bf16_update='stochastic' is for bfloat16; use 'master' for float16"
-                )
+            if param.requires_grad:
+                dtensor.check_parameter(param)
+            self._check_dtype(param.dtype)
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        """Raise ValueError for a parameter's data type that the options do not allow."""
+        if dtype.is_complex:
+            raise ValueError("gptfast.AdamW takes real parameters, got a complex one")
+        if self.moment_dtype == torch.bfloat16 and dtype != torch.bfloat16:
+            raise ValueError(f"moment_dtype=torch.bfloat16 needs bfloat16 parameters, got {dtype}")
+        if self.bf16_update == "stochastic" and dtype == torch.float16:
+            raise ValueError("bf16_update='stochastic' is for bfloat16; use 'master' for float16")
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class copies the groups only; a copy without these could not step.
@@ -112,69 +132,140 @@ class AdamW(torch.optim.Optimizer):
 
     def _init_state(self, param: Tensor) -> None:
         """Create the step count and the moments of a parameter."""
+        dtensor.check_parameter(param)
+        if param.dtype not in _WIDEST:
+            raise ValueError(
+                f"gptfast.AdamW takes float16 to float64 parameters, got {param.dtype}"
+            )
         state = self.state[param]
-        widest = torch.promote_types(param.dtype, torch.float32)
+        widest = _WIDEST[param.dtype]
         dtype = torch.bfloat16 if self.moment_dtype == torch.bfloat16 else widest
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
 
-    def _init_master(self, param: Tensor) -> None:
-        """Create the fp32 copy of a 16-bit parameter if it needs one."""
-        if param.dtype.itemsize == 2 and self.bf16_update == "master":
+    def _fit_state(self, param: Tensor) -> None:
+        """Create the state of a parameter, or fit it to what the parameter has become since.
+
+        Raises ValueError if the parameter has another shape now.
+        """
+        state, dtype = self.state[param], param.dtype
+        if "step" not in state:
+            self._init_state(param)
+        if not self._wants_master(dtype):
+            state.pop("master", None)
+        elif "master" not in state:
             # It is also missing after loading torch's state, which has none.
-            if "master" not in self.state[param]:
-                self.state[param]["master"] = param.detach().float()
+            state["master"] = param.detach().float()
+        for name in ("exp_avg", "exp_avg_sq", "master"):
+            x = state.get(name)
+            if x is None:
+                continue
+            if x.shape != param.shape:
+                raise ValueError(
+                    f"a parameter has the shape {tuple(param.shape)}, but its {name} has "
+                    f"{tuple(x.shape)}; make a new optimizer after changing a shape"
+                )
+            if not _fits(x.dtype, dtype):
+                state[name] = x.to(_WIDEST[dtype])
+
+    def _wants_master(self, dtype: torch.dtype) -> bool:
+        return dtype in _HALVES and self.bf16_update == "master"
+
+    def _gradient(self, param: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient of a parameter after checking it and fitting the state."""
+        # Runs for each parameter of each step, so it looks at one tensor of the state only.
+        shape, dtype, state = param.shape, param.dtype, self.state[param]
+        if grad.layout != torch.strided:
+            raise ValueError("gptfast.AdamW takes dense gradients, got a sparse one")
+        if grad.shape != shape:
+            raise ValueError(
+                f"a parameter has the shape {tuple(shape)}, but its gradient has "
+                f"{tuple(grad.shape)}; call zero_grad() after changing a shape"
+            )
+        moment = state.get("exp_avg")
+        if (
+            moment is None
+            or moment.shape != shape
+            or not _fits(moment.dtype, dtype)
+            or ("master" in state) != self._wants_master(dtype)
+        ):
+            self._fit_state(param)
+        return grad
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         closure: recomputes the loss and the gradients; its result is returned.
+
+        Raises ValueError for a sparse gradient, for a parameter whose shape has changed since its
+        first step, and with max_norm under `FullyShardedDataParallel`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        present = [grad for grad in grads if grad is not None]
-        if any(grad.layout != torch.strided for grad in present):
-            raise ValueError("gptfast.AdamW takes dense gradients, got a sparse one")
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self.max_norm is not None:
+            dtensor.check_whole(params)
+        # Nothing is updated before all checks have passed.
+        for dtype in {p.dtype for p in params}:
+            self._check_dtype(dtype)
+        grads = [None if (g := p.grad) is None else self._gradient(p, g) for p in params]
+        split = dtensor.any_in(params)
+        if split:
+            grads = [dtensor.local_gradient(p, g) for p, g in zip(params, grads, strict=True)]
         norm = None
-        if self.max_norm is not None and present:
-            norm = self.grad_norm = grad_norm(present)
+        if self.max_norm is not None:
+            present = [grad for grad in grads if grad is not None]
+            if split:
+                norm = dtensor.global_norm(params, grads)
+            elif present:
+                norm = grad_norm(present)
+            self.grad_norm = self.grad_norm if norm is None else norm
         first_id = 0
         for group in self.param_groups:
-            self._step_group(group, first_id, norm)
-            first_id += len(group["params"])
+            n = len(group["params"])
+            self._step_group(group, grads[first_id : first_id + n], first_id, norm, split)
+            first_id += n
         return loss
 
-    def _step_group(self, group: dict[str, Any], first_id: int, norm: Tensor | None) -> None:
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        grads: list[Tensor | None],
+        first_id: int,
+        norm: Tensor | None,
+        split: bool,
+    ) -> None:
         """Update the parameters of a group, all of one device and dtype at a time.
 
-        first_id: the number of parameters in the groups before. norm: of all gradients.
+        grads: of the group; first_id: the number of parameters in the groups before; norm: of all
+        gradients; split: whether there are DTensors.
         """
-        ids = [i for i, p in enumerate(group["params"]) if p.grad is not None]
         by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i in ids:
-            param = group["params"][i]
-            by_kind.setdefault((param.device, param.dtype), []).append(i)
-            if "step" not in self.state[param]:
-                self._init_state(param)
-            self._init_master(param)
+        for i, param in enumerate(group["params"]):
+            if grads[i] is not None:
+                by_kind.setdefault((param.device, param.dtype), []).append(i)
         for (device, dtype), kind in by_kind.items():
             params = [group["params"][i] for i in kind]
             states = [self.state[p] for p in params]
+            stochastic = dtype == torch.bfloat16 and self.bf16_update == "stochastic"
+            ids = [first_id + i for i in kind]
+            if stochastic and split:
+                ids = [self._id_of_part(i, p) for i, p in zip(ids, params, strict=True)]
             lr = group["lr"]
             if not isinstance(lr, Tensor):
                 # On the CPU: a copy to the GPU would wait for it and break a CUDA graph's capture.
                 lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
+            local: Callable[[list[Tensor]], list[Tensor]] = dtensor.local if split else list
             adamw(
-                params,
-                [p.grad for p in params],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                [s["master"] for s in states if "master" in s],
+                local(params),
+                [grads[i] for i in kind],
+                local([s["exp_avg"] for s in states]),
+                local([s["exp_avg_sq"] for s in states]),
+                local([s["master"] for s in states if "master" in s]),
                 [s["step"] for s in states],
                 lr,
                 norm if norm is None else norm.to(device),
@@ -182,15 +273,25 @@ class AdamW(torch.optim.Optimizer):
                 *group["betas"],
                 group["eps"],
                 group["weight_decay"],
-                [first_id + i for i in kind],
-                dtype == torch.bfloat16 and self.bf16_update == "stochastic",
+                ids,
+                stochastic,
                 self.seed,
             )
+            if split:
+                # A DTensor counts its versions apart from its local tensor.
+                torch.autograd.graph.increment_version(params)
+
+    def _id_of_part(self, param_id: int, param: Tensor) -> int:
+        """Return a number for this process's part of a parameter: each part rounds differently."""
+        n_params = sum(len(group["params"]) for group in self.param_groups)
+        return param_id + n_params * dtensor.shard_index(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this class or of torch's AdamW, in the data types it was saved in.
 
         The base class would round fp32 moments to the data type of a 16-bit parameter.
+
+        Raises ValueError if only one of a parameter and its state is a DTensor.
         """
         for group in state_dict["param_groups"]:
             _refuse(group)
@@ -200,7 +301,8 @@ class AdamW(torch.optim.Optimizer):
         for saved_id, param in zip(saved_ids, params, strict=True):
             for name, saved in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(saved, Tensor) and name != "step":
-                    self.state[param][name] = saved.to(param.device, copy=True)
+                    copy = saved.to(param.device, copy=True)
+                    self.state[param][name] = dtensor.placed_as(copy, param, name)
                 elif name == "step":
                     step = torch.as_tensor(saved, dtype=torch.float32)
                     self.state[param][name] = step.to(param.device, copy=True)

@@ -30,8 +30,8 @@ COMPUTING = (
 )
 # The operations' tests try each level by themselves, so they run only where another setting is new.
 OPERATIONS = (
-    "adamw attention cross_entropy decode_linear embedding library linear mlp philox sampling "
-    "threads"
+    "adamw adamw_masters attention cross_entropy decode_linear embedding library linear mlp philox "
+    "sampling threads"
 )
 LEVELS = ("GPTFAST_ISA", "GPTFAST_TEST_PRODUCTS")
 # These start many processes, so they run once per level.

@@ -598,7 +598,8 @@ def test_stochastic_rounding_equals_the_reference(triton: str, layout: str) -> N
 def test_masters_equal_fp32_parameters(triton: str, dtype: torch.dtype | str) -> None:
     dtype = torch.bfloat16 if dtype == "bf16" else dtype
     grads = small(dtype)
-    p, masters = small(dtype), small()
+    masters = small()
+    p = [x.to(dtype) for x in masters]
     m, v = ([torch.zeros_like(x) for x in masters] for _ in range(2))
     steps, ids = [torch.zeros(()) for _ in p], list(range(len(p)))
     expected = run_operator(masters, [[g.float() for g in grads]], 0.3)

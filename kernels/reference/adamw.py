@@ -6,7 +6,8 @@
 
 The arithmetic is fp32 (fp64 for fp64 parameters). A 16-bit parameter is either its fp32 master,
 rounded, or is rounded stochastically: (Philox word >> 16) is added to the fp32 bits, then the low
-half is dropped. With a norm that is not finite, nothing changes.
+half is dropped. An element that is not its rounded master was written by somebody else since the
+last step: p is then the element itself. With a norm that is not finite, nothing changes.
 """
 
 import torch
@@ -32,6 +33,15 @@ def _round_stochastic(p: Tensor, param_id: int, step: Tensor, seed: int) -> Tens
     bits = p.view(torch.int32) + (word >> 16).to(torch.int32)
     rounded = (bits & -0x10000).view(torch.float32)
     return torch.where(p.isfinite(), rounded, p).to(torch.bfloat16)
+
+
+def _follow(master: Tensor, param: Tensor) -> Tensor:
+    """Return the master, or the parameter where it is not the rounded master."""
+    rounded = master.to(param.dtype)
+    # Compared as bits: 0 and -0 differ. Two NaN are the same, whatever their bits.
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[param.itemsize]
+    same = (rounded.view(bits) == param.view(bits)) | (rounded.isnan() & param.isnan())
+    return torch.where(same, master, param.to(master.dtype))
 
 
 def adamw(
@@ -67,7 +77,7 @@ def adamw(
         bias1, bias2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
         # 0-d doubles do not promote fp32 tensors: the arithmetic below stays in `dtype`.
         denominator = v.sqrt() / bias2.sqrt() + eps
-        p = (masters[i] if masters else param).to(dtype)
+        p = (_follow(masters[i], param) if masters else param).to(dtype)
         p = p * (1 - lr.double() * weight_decay) - (lr.double() / bias1) * (m / denominator)
         rounded = _round_stochastic(p, param_ids[i], step, seed) if stochastic else p
         updates = [(param, rounded), (exp_avgs[i], m), (exp_avg_sqs[i], v), (steps[i], step)]

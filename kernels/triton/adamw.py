@@ -44,6 +44,7 @@ from gptfast.kernels.triton.adamw_access import (
     SCALAR_STEP,
     SCALAR_STEP_SIZE,
     bf16_bits,
+    follow,
     load,
     pointer_to,
     row_of,
@@ -174,12 +175,11 @@ def _update(
     grad_ptr = pointer_to(grad, GRAD, ALIGNED) + start + elements
     exp_avg_ptr = pointer_to(exp_avg, EXP_AVG, ALIGNED) + start + elements
     exp_avg_sq_ptr = pointer_to(exp_avg_sq, EXP_AVG_SQ, ALIGNED) + start + elements
+    p = load(param_ptr, mask, PARAM, MASKED)
     if MASTER:
         master = tl.load(table_ptr + stride * COLUMN_MASTER)
         master_ptr = pointer_to(master, tl.float32, ALIGNED) + start + elements
-        p = load(master_ptr, mask, tl.float32, MASKED)
-    else:
-        p = load(param_ptr, mask, PARAM, MASKED)
+        p = follow(load(master_ptr, mask, tl.float32, MASKED), p, PARAM)
     g = load(grad_ptr, mask, GRAD, MASKED) * clip
     m = load(exp_avg_ptr, mask, EXP_AVG, MASKED)
     v = load(exp_avg_sq_ptr, mask, EXP_AVG_SQ, MASKED)

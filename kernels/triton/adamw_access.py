@@ -76,14 +76,31 @@ def bf16_bits(x, addend):
 
 
 @triton.jit
-def store(ptr, x, mask, DTYPE: tl.constexpr, MASKED: tl.constexpr):
-    """Round fp32 x to DTYPE and store it."""
+def rounded(x, DTYPE: tl.constexpr):
+    """Round fp32 x to DTYPE, to nearest, ties to even; bf16 is returned as its bits."""
     if DTYPE == tl.bfloat16:
-        # To nearest, ties to even.
         odd = (x.to(tl.uint32, bitcast=True) >> 16) & 1
         x = bf16_bits(x, odd + 0x7FFF)
     else:
         x = x.to(DTYPE)
+    return x
+
+
+@triton.jit
+def follow(master, param, DTYPE: tl.constexpr):
+    """Return fp32 master, or fp32 param where it is not the master rounded to DTYPE."""
+    own = rounded(master, DTYPE)
+    if DTYPE == tl.bfloat16:
+        own = (own.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    own = own.to(tl.float32)
+    same = own.to(tl.uint32, bitcast=True) == param.to(tl.uint32, bitcast=True)
+    return tl.where(same | ((own != own) & (param != param)), master, param)
+
+
+@triton.jit
+def store(ptr, x, mask, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    """Round fp32 x to DTYPE and store it."""
+    x = rounded(x, DTYPE)
     if MASKED:
         tl.store(ptr, x, mask=mask)
     else:
