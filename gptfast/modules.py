@@ -52,11 +52,6 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def must_be_called(module: nn.Module) -> bool:
-    """Return whether the call of a whole model does more than its parts: see `has_hooks`."""
-    return any_global_hooks() or has_hooks(module)
-
-
 def is_own_class(module: nn.Module) -> bool:
     """Return whether a module is one of PyTorch's of which a GPT is made, not of a subclass."""
     kind = type(module)

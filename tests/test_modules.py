@@ -20,6 +20,7 @@ import gptfast
 from gptfast import GPT, Engine, TrainConfig, Trainer, ops
 from gptfast.engine.choice import dtype_to_pack
 from gptfast.evaluate import token_losses
+from gptfast.generation.sequences import model_to_call
 from gptfast.model import foreign_part
 from gptfast.ops.backend import EXTENSION
 
@@ -105,8 +106,8 @@ class Quantized(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-class Doubled(Tensor):
-    """A tensor subclass that stands for twice its values, as torchao's stand for others."""
+class Doubled(nn.Parameter):
+    """A parameter that stands for twice its values, as those of torchao and GGUF for others."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -133,7 +134,7 @@ def with_own_forward(layer: nn.Module) -> None:
 
 
 def doubled(layer: nn.Linear) -> None:
-    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
+    layer.weight = Doubled(layer.weight.detach(), requires_grad=False)
 
 
 def pruned_for_good(layer: nn.Module) -> None:
@@ -582,10 +583,13 @@ def test_hooks_of_the_whole_model_run_in_generation() -> None:
     assert gptfast.generate(model, [[1], [2, 3]], 17) == [[1] + [7] * 17, [2, 3] + [7] * 17]
     assert gptfast.generate(model, [[1]], 3, num_beams=2) == [[1, 7, 7, 7]]
     assert list(gptfast.generate.__globals__["stream"](model, [4], 3)) == [7, 7, 7]
+    for wrapped in (torch.compile(model), nn.Sequential(model)):  # its hooks, not the wrapper's
+        assert model_to_call(wrapped) is model
     sevens = torch.full((1, 4), 7)
     assert token_losses(model, sevens, sevens).max() < 1e-6
     handle.remove()
     assert gptfast.generate(model, [[1]], 17, temperature=0.0) != [[1] + [7] * 17]
+    assert model_to_call(model) is model_to_call(torch.compile(model)) is None
 
 
 # peft.

@@ -54,6 +54,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_examples_run(page: str, models: None) -> None:
     if "transformers" in EXAMPLES[page]:
         pytest.importorskip("transformers")
+    if "peft" in EXAMPLES[page]:
+        pytest.importorskip("peft")
     code = EXAMPLES[page]
     for long, short in SMALLER.items():
         code = code.replace(long, short)

@@ -17,10 +17,10 @@ from gptfast.generation.decoder import (
     check_sampled,
     top_logprobs,
 )
-from gptfast.generation.sequences import Sequences, evaluating
+from gptfast.generation.sequences import Sequences, evaluating, model_to_call
 from gptfast.generation.stop import id_stream
 from gptfast.model import GPT
-from gptfast.modules import is_plain, must_be_called
+from gptfast.modules import is_plain
 from gptfast.ops.cross_entropy import fp32_linear_cross_entropy
 
 HOST_CHECK_INTERVAL = 8
@@ -90,8 +90,9 @@ class ModelDecoder(Decoder):
     def token_losses(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad(), evaluating(self.model):
             x, y = x.to(self.device), y.to(self.device)
-            if must_be_called(self.model):
-                return _losses(self.model(x), y)
+            whole = model_to_call(self.model)
+            if whole is not None:
+                return _losses(whole(x), y)
             return target_losses(self.model, self.model.hidden(x), y)
 
     def mean_loss(self, x: Tensor, y: Tensor) -> Tensor:

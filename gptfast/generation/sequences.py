@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptfast.kv_cache import KVCache
 from gptfast.model import GPT
-from gptfast.modules import must_be_called
+from gptfast.modules import any_global_hooks, has_hooks
 
 MIN_ROOM_TOKENS = 64
 """New tokens for which there is room at first; the room doubles when it is full."""
@@ -38,6 +38,16 @@ def penalised(logits: Tensor, penalty: Tensor) -> Tensor:
     This is CTRL's repetition penalty (Keskar et al., 2019); logits and penalty broadcast.
     """
     return torch.where(logits < 0, logits * penalty, logits / penalty)
+
+
+def model_to_call(model: nn.Module) -> GPT | None:
+    """Return the GPT in a model, itself or in a wrapper, if a call of it does more than its parts.
+
+    It then has hooks or a forward of its own, which the steps with a cache would leave out.
+    """
+    gpts = (module for module in model.modules() if isinstance(module, GPT))
+    gpt = model if isinstance(model, GPT) else next(gpts, None)
+    return gpt if gpt is not None and (any_global_hooks() or has_hooks(gpt)) else None
 
 
 def whole_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
@@ -74,8 +84,9 @@ def window_logits(model: GPT, tokens: Tensor, length: Tensor) -> Tensor:
     start = (length - block_size).clamp(min=0)
     at = start[:, None] + torch.arange(block_size, device=tokens.device)  # (B, block_size)
     window = tokens.gather(1, at).clamp(min=0)
-    if must_be_called(model):
-        return whole_logits(model, window, length - start)
+    whole = model_to_call(model)
+    if whole is not None:
+        return whole_logits(whole, window, length - start)
     return _head(model, model.hidden(window), length - start - 1)
 
 
@@ -107,9 +118,10 @@ class Sequences:
         if self.longest > block_size:
             cache.longest = 0
             return window_logits(self.model, self.tokens, self.length)
-        if must_be_called(self.model):
+        whole = model_to_call(self.model)
+        if whole is not None:
             cache.longest = 0
-            return whole_logits(self.model, self.tokens[:, : self.longest], self.length)
+            return whole_logits(whole, self.tokens[:, : self.longest], self.length)
         if not cache.longest:
             prompts = self.tokens[:, : self.longest]
             return prefill(self.model, prompts, self._lengths, cache)
