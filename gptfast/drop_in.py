@@ -25,7 +25,8 @@ from gptfast.ops.cross_entropy import fp32_linear_cross_entropy
 _NAME = "gptfast"
 # Arguments of transformers' attention that `ops.attention` does not have.
 _UNSUPPORTED = ("position_bias", "softcap")
-# Arguments of transformers' forward by which somebody asks for keys and values.
+# Arguments of transformers' forward by which somebody asks for keys and values, and their names in
+# its output.
 _CACHES = ("use_cache", "cache", "past_key_values")
 
 
@@ -140,12 +141,13 @@ class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
             return theirs.GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)
         labels = kwargs["labels"]
         kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "return_dict")}
-        if self.training and all(kwargs.get(name) is None for name in _CACHES):
-            kwargs["use_cache"] = False
         outputs = self.transformer(input_ids, return_dict=True, **kwargs)
         hidden = outputs.last_hidden_state  # (B, T, C)
         loss = causal_loss(hidden, self.lm_head.weight, labels, **kwargs)
-        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        left_out = {"last_hidden_state"}
+        if self.training and all(kwargs.get(name) is None for name in _CACHES):
+            left_out |= {*_CACHES}
+        rest = {name: value for name, value in outputs.items() if name not in left_out}
         if not self.training:
             logits = self.lm_head(hidden)
             return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **rest)

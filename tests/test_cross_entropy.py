@@ -167,13 +167,164 @@ def test_expanded_gradient(backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("V", [7, 50257])
-@pytest.mark.parametrize("value", [0.0, -1e4, 1e4], ids=lambda x: f"logit {x:g}")
-def test_equal_logits(backend: str, V: int, value: float) -> None:
-    loss = ops.cross_entropy(torch.full((2, V), value), torch.tensor([0, V - 1]))
-    expected = torch.tensor(V, dtype=torch.float64).log()
-    # lse is rounded once, at the size of the logits.
-    assert abs(loss.double() - expected) <= max(expected, abs(value)) * 2**-23
+def offsets_of(dtype: torch.dtype) -> list[float]:
+    """Return offsets of a row's logits up to the largest numbers of the dtype."""
+    limits = torch.finfo(dtype)
+    offsets = [0.0, 1e3, 1e6, -1e6, 1e15, -1e15, 1e30, limits.min, limits.max / 2, limits.max]
+    return [offset for offset in offsets if abs(offset) <= limits.max]
+
+
+def far_logits(N: int, V: int, offset: float, dtype: torch.dtype) -> Tensor:
+    """Return (N, V) around the offset; from some offset on, all are equal."""
+    limits = torch.finfo(dtype)
+    return (torch.randn(N, V).double() * 3 + offset).clamp(limits.min, limits.max).to(dtype)
+
+
+def options_at(offset: float, dtype: torch.dtype) -> dict[str, dict]:
+    """Return OPTIONS without those whose loss overflows the dtype, by z_loss * offset^2."""
+    most = torch.finfo(dtype).max
+    return {k: v for k, v in OPTIONS.items() if 2 * v.get("z_loss", 0) * offset**2 < most}
+
+
+@pytest.mark.parametrize("V", [1, 2, 1009, 50257])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_parity_at_offsets(backend: str, dtype: torch.dtype, V: int) -> None:
+    N, cases = fewer(backend, 8, 4 if V > 2 else 32)
+    if V > 10_000:
+        N, cases = (1, 1) if interpreted(backend) else (4, 1)
+    target = torch.randint(V, (N,))
+    for offset in offsets_of(dtype):
+        logits = [far_logits(N, V, offset, dtype) for _ in range(cases)]
+        every = options_at(offset, dtype)
+        for name in ["smoothing"] if interpreted(backend) else every:
+            check_cross_entropy(logits, target, "none", every[name])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reductions_at_offsets(reduction: str) -> None:
+    for offset in offsets_of(torch.float32):
+        for options in options_at(offset, torch.float32).values():
+            logits = [far_logits(40, 331, offset, torch.float32) for _ in range(8)]
+            target = targets(40, 331, options.get("ignore_index", -100))
+            check_cross_entropy(logits, target, reduction, options)
+
+
+@pytest.mark.parametrize("V", [1, 2, 7, 1009, 50257])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_equal_logits(backend: str, dtype: torch.dtype, V: int) -> None:
+    target = torch.tensor([0, V - 1])
+    onehot = torch.nn.functional.one_hot(target, V).double()
+    smoothing = 0.0 if V < 10_000 else 0.1
+    log_V = torch.tensor(V, dtype=torch.float64).log()
+    wanted = 1 / V - (1 - smoothing) * onehot - smoothing / V
+    for value in offsets_of(dtype):
+        loss, (dlogits,) = forward_backward(
+            lambda x: ops.cross_entropy(x, target, reduction="none", label_smoothing=smoothing),
+            [torch.full((2, V), value, dtype=dtype)],
+            torch.ones(2),
+        )
+        # One rounding of the result, and those of its terms in fp32.
+        eps = torch.finfo(dtype).eps + 2 * torch.finfo(torch.float32).eps
+        assert ((loss.double() - log_V).abs() <= eps * log_V).all()
+        tiny = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the smallest number
+        assert ((dlogits.double() - wanted).abs() <= eps * (1 / V + onehot) + tiny).all()
+
+
+@pytest.mark.parametrize("V", [1, 2, 331, 50257])
+def test_the_reference_is_as_exact_as_pytorch(V: int) -> None:
+    target = torch.randint(V, (8,))
+    for offset in offsets_of(torch.float32):
+        logits = [far_logits(8, V, offset, torch.float32) for _ in range(32 if V < 1000 else 4)]
+        for options in options_at(offset, torch.float32).values():
+
+            def run(f: Callable, x: Tensor, options: dict = options) -> list[Tensor]:
+                dloss = torch.ones(len(target), dtype=x.dtype)
+                loss, (dx,) = forward_backward(lambda x: f(x, target, "none", options), [x], dloss)
+                return [loss, dx]
+
+            ours, exact, pytorch = (
+                [torch.stack(kind) for kind in zip(*results, strict=True)]
+                for results in (
+                    [run(defined, x) for x in logits],
+                    [run(plain, x.double()) for x in logits],
+                    [run(plain, x) for x in logits],
+                )
+            )
+            for name, *tensors in zip(["loss", "dlogits"], ours, exact, pytorch, strict=True):
+                assert_parity(name, *tensors, factor=1.0)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_reference_can_be_differentiated_again(options: dict) -> None:
+    target = targets(4, 7, options.get("ignore_index", -100))
+    for offset in (0.0, -1e6):
+        x = torch.randn(4, 7, dtype=torch.float64) + offset
+        tangent = torch.randn(4, 7, dtype=torch.float64)
+
+        def ours(x: Tensor) -> Tensor:
+            return defined(x, target, "sum", options)
+
+        def pytorch(x: Tensor) -> Tensor:
+            return plain(x, target, "sum", options)
+
+        # At an offset, only what does not have lse^2 is of order one.
+        size = max(1.0, abs(offset)) ** 2 if "z_loss" in options else 1.0
+        for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+            out, expected = transform(ours)(x), transform(pytorch)(x)
+            torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-12 * size)
+        out, expected = (torch.func.jvp(f, (x,), (tangent,)) for f in (ours, pytorch))
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9 * size)
+    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(ours, (x,))
+
+
+def special_rows() -> Tensor:
+    """Return rows with infinities, NaN and the ends of fp32's range."""
+    inf, most = torch.inf, torch.finfo(torch.float32).max
+    x = torch.randn(10, 37)
+    x[0] = -inf
+    x[1, 30] = torch.nan
+    x[2, 30] = inf
+    x[3, ::2] = -inf  # at the target
+    x[4, 1::2] = -inf
+    x[5] = torch.nan
+    x[6] = inf
+    x[7, :30], x[7, 30:] = -most, most
+    x[8], x[8, 0] = -inf, 5.0  # nothing but the target is possible
+    x[9, 1:] = -most / 64
+    return x
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_special_values_are_pytorchs(backend: str, dtype: torch.dtype, smoothing: float) -> None:
+    target, logits = torch.zeros(10, dtype=torch.int64), special_rows().to(dtype)
+    (loss, (dlogits,)), (expected, (dexpected,)) = (
+        forward_backward(
+            lambda x, f=f: f(x, target, reduction="none", label_smoothing=smoothing),
+            [x],
+            torch.ones(10),
+        )
+        for f, x in ((ops.cross_entropy, logits), (F.cross_entropy, logits.double()))
+    )
+    close = {"rtol": max(1e-6, torch.finfo(dtype).eps), "atol": 1e-6, "equal_nan": True}
+    torch.testing.assert_close(loss, expected.to(dtype), **close)
+    torch.testing.assert_close(dlogits, dexpected.to(dtype), **close)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_ignored_rows_may_hold_anything(backend: str, options: dict) -> None:
+    logits = torch.cat([special_rows(), torch.randn(2, 37)])
+    target = torch.full((12,), options.get("ignore_index", -100))
+    target[-1] = 1
+    functions = {
+        "operator": lambda x: ops.cross_entropy(x, target, reduction="none", **options),
+        "definition": lambda x: defined(x, target, "none", options),
+    }
+    for f in functions.values():
+        loss, (dlogits,) = forward_backward(f, [logits], torch.ones(12))
+        assert not loss[:-1].any() and not dlogits[:-1].any()
+        assert loss[-1].isfinite() and dlogits[-1].isfinite().all()
 
 
 def test_masked_and_huge_logits(backend: str) -> None:
@@ -227,6 +378,90 @@ def test_ignored_rows_are_zero_whatever_their_gradient(backend: str) -> None:
     )
     assert not loss[1::2].any() and not dlogits[1::2].any()
     assert dlogits[::2].isfinite().all()
+
+
+def with_incoming(
+    f: Callable, inputs: Sequence[Tensor], dout: float, retain_graph: bool
+) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = f(*leaves)
+    out.backward(torch.full_like(out, dout), retain_graph=retain_graph)
+    return [x.grad for x in leaves]
+
+
+def spoiled_cases() -> dict[str, tuple[Tensor, Tensor, Tensor, dict]]:
+    """Return input (N, C), linear_weight (V, C), target and options by name."""
+    N, C, V = 6, 4, 9
+    x, w, some = torch.randn(N, C), torch.randn(V, C), targets(N, V)
+    certain, zero = w * 200, w.clone()
+    zero[:, 1] = 0  # a column of dinput is 0
+    some_zero = x.clone()
+    some_zero[:, 2] = 0  # a column of dlinear_weight is 0
+    every = torch.randint(V, (N,))
+    return {
+        "ignored rows": (x, w, some, {}),
+        "none ignored": (x, w, every, {}),
+        "all ignored": (x, w, torch.full((N,), -100), {}),
+        "another ignore_index": (x, w, some.where(some >= 0, 3), {"ignore_index": 3}),
+        "p = 0": (x, certain, some, {}),
+        "zeros": (some_zero, zero, some, {}),
+        "V = 1": (x, w[:1], some.clamp(max=0), {}),
+        "smoothing": (x, w, some, {"label_smoothing": 0.1}),
+        "one row": (x[:1], w, every[:1], {}),
+    }
+
+
+@pytest.mark.parametrize("dout", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("case", spoiled_cases())
+def test_spoiled_gradients_spoil_what_they_do_in_pytorch(
+    backend: str, case: str, reduction: str, dout: float
+) -> None:
+    x, w, target, options = spoiled_cases()[case]
+    options = {**options, "reduction": reduction}
+    expected = with_incoming(
+        lambda x, w: F.cross_entropy(x @ w.T, target, **options), [x, w], dout, False
+    )
+    functions = {
+        "alone": lambda x, w: ops.cross_entropy(x @ w.T, target, **options),
+        "linear": lambda x, w: ops.linear_cross_entropy(x, w, target, **options),
+        "skip": lambda x, w: ops.linear_cross_entropy(x, w, target, skip_below=1e-3, **options),
+    }
+    ignored = target == options.get("ignore_index", -100)
+    for f in functions.values():
+        for retain_graph in (False, True):
+            grads = with_incoming(f, [x, w], dout, retain_graph)
+            assert not grads[0][ignored].any()
+            for grad, other in zip(grads, expected, strict=True):
+                assert torch.equal(grad.isfinite(), other.isfinite())
+
+
+@pytest.mark.parametrize("reduction", FUSED_AND_PLAIN)
+@pytest.mark.parametrize("options", ["plain", "smoothing"])
+def test_linear_equal_logits(backend: str, options: str, reduction: str) -> None:
+    N, C, V = 12, 8, 37
+    target, x, w = targets(N, V), torch.randn(N, C), torch.randn(V, C)
+    counts, w[:, 0] = target != -100, 1.0
+    smoothing = OPTIONS[options].get("label_smoothing", 0.0)
+    dlogits = torch.full((N, V), (1 - smoothing) / V, dtype=torch.float64)
+    dlogits[counts, target[counts]] -= 1 - smoothing
+    dlogits = dlogits * counts[:, None] / counts.sum()
+    for value in (2.0**50, -(2.0**50), -(2.0**100), 2.0**126):
+        x[:, 0] = value  # a sum with the other products rounds to it
+        loss, grads = forward_backward(
+            lambda x, w: ops.linear_cross_entropy(
+                x, w, target, reduction=reduction, **OPTIONS[options]
+            ),
+            [x, w],
+            torch.ones(N) / counts.sum() if reduction == "none" else None,
+        )
+        expected = torch.tensor(float(V)).log()
+        expected = expected * counts if reduction == "none" else expected
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        for grad, a, b in zip(grads, (dlogits, dlogits.T), (w.double(), x.double()), strict=True):
+            # The bound of a sum in any order, with some roundings more in its terms.
+            bound = (len(b) + 8) * 2.0**-24 * (a.abs() + (a != 0) / N) @ b.abs()
+            assert ((grad.double() - a @ b).abs() <= bound).all()
 
 
 def test_same_bits_twice_and_with_any_threads(isa: str) -> None:
@@ -406,14 +641,23 @@ def test_linear_gradient_times_a_factor(backend: str, factor: float) -> None:
         torch.testing.assert_close(grad, one * factor, rtol=1e-6, atol=0)
 
 
-def test_scale(backend: str) -> None:
-    x = [torch.randn(9001), torch.randn(3, 7).half(), torch.empty(0)]
-    for factor in (1.0, 0.3, torch.nan):
-        scaled = [t.clone() for t in x]
-        torch.ops.gptfast.scale_(scaled, torch.tensor(factor))
-        for t, before in zip(scaled, x, strict=True):
-            rtol = 2 * torch.finfo(t.dtype).eps if factor == 0.3 else 0
-            torch.testing.assert_close(t, before * factor, rtol=rtol, atol=0, equal_nan=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(("N", "C", "V"), [(3, 2500, 4), (9, 7, 3), (2, 1, 1), (0, 5, 6)])
+def test_scale(backend: str, N: int, C: int, V: int, dtype: torch.dtype) -> None:
+    x, w, target = torch.randn(N, C).to(dtype), torch.randn(V, C).to(dtype), torch.arange(N) % V
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 0, "equal_nan": True}
+    for factor in (1.0, 0.3, torch.nan, -torch.inf):
+        for ignored in (slice(0, None, 2), slice(0, 0), slice(0, None)):
+            some, dinput, dweight = target.clone(), x.clone(), w.clone()
+            some[ignored], dinput[ignored] = -100, 0
+            dweight *= bool((some >= 0).any())
+            before = dinput.clone(), dweight.clone()
+            torch.ops.gptfast.scale_(dinput, dweight, some, torch.tensor(factor), -100)
+            assert not dinput[ignored].any()
+            counts = some >= 0
+            torch.testing.assert_close(dinput[counts], before[0][counts] * factor, **close)
+            wanted = before[1] * factor if counts.any() else torch.zeros(V, C, dtype=dtype)
+            torch.testing.assert_close(dweight, wanted, **close)
 
 
 @pytest.mark.parametrize("reduction", FUSED_AND_PLAIN)
@@ -543,14 +787,15 @@ def test_inputs_unchanged(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (x, w, target), strict=True))
 
 
-def check_lse_of_a_long_row() -> None:
+def check_stats_of_a_long_row() -> None:
     # One fp32 sum over 50,257 terms would cost 4e-6.
     logits = torch.randn(4, 50257)
     with poisoned():
-        loss, lse = torch.ops.gptfast.cross_entropy_fwd(logits, torch.arange(4), -100, 0.0, 0.0)
+        loss, stats = torch.ops.gptfast.cross_entropy_fwd(logits, torch.arange(4), -100, 0.0, 0.0)
     ref = logits.double().logsumexp(-1)
-    assert lse.dtype == torch.float64
-    assert (lse - ref).abs().max() < 5e-7
+    top, exp_sum = stats.unbind(-1)
+    assert stats.dtype == torch.float64 and torch.equal(top, logits.double().amax(-1))
+    assert (top + exp_sum.log() - ref).abs().max() < 5e-7
     assert_parity(
         "loss",
         loss,
@@ -559,12 +804,12 @@ def check_lse_of_a_long_row() -> None:
     )
 
 
-def test_lse_of_a_long_row(isa: str) -> None:
-    check_lse_of_a_long_row()
+def test_stats_of_a_long_row(isa: str) -> None:
+    check_stats_of_a_long_row()
 
 
-def test_triton_lse_of_a_long_row(triton: str) -> None:
-    check_lse_of_a_long_row()
+def test_triton_stats_of_a_long_row(triton: str) -> None:
+    check_stats_of_a_long_row()
 
 
 def test_an_empty_vocabulary_is_refused() -> None:
@@ -726,11 +971,11 @@ def test_triton_offsets_are_int64(triton: str, monkeypatch: pytest.MonkeyPatch) 
     logits, target = far_rows(N, V), torch.randint(V, (N,))
     near = logits.clone(memory_format=torch.contiguous_format)
     op = torch.ops.gptfast
-    loss, lse = op.cross_entropy_fwd(logits, target, -100, 0.0, 0.0)
+    loss, stats = op.cross_entropy_fwd(logits, target, -100, 0.0, 0.0)
     expected = op.cross_entropy_fwd(near, target, -100, 0.0, 0.0)
-    torch.testing.assert_close((loss, lse), expected, rtol=1e-6, atol=0)
-    dlogits = op.cross_entropy_bwd(torch.ones(N), logits, target, lse, -100, 0.0, 0.0)
-    expected = op.cross_entropy_bwd(torch.ones(N), near, target, lse, -100, 0.0, 0.0)
+    torch.testing.assert_close((loss, stats), expected, rtol=1e-6, atol=0)
+    dlogits = op.cross_entropy_bwd(torch.ones(N), logits, target, stats, -100, 0.0, 0.0)
+    expected = op.cross_entropy_bwd(torch.ones(N), near, target, stats, -100, 0.0, 0.0)
     assert torch.equal(dlogits, expected)
     in_chunks(monkeypatch, 2 * 128 * 2)
     x, w, dloss = far_rows(N, C), torch.randn(V, C).half(), torch.rand(N)
@@ -764,13 +1009,13 @@ def test_triton_target_out_of_range_is_nan_on_a_gpu(
 
     monkeypatch.setattr(cross_entropy, "check_targets", lambda *args: None)
     logits, target = torch.randn(6, 9), torch.tensor([0, -1, 9, 2**40, -7, 8])
-    loss, lse = cross_entropy.cross_entropy_fwd(logits, target, -7, 0.1, 0.1)
+    loss, stats = cross_entropy.cross_entropy_fwd(logits, target, -7, 0.1, 0.1)
     spoiled = [False, True, True, True, False, False]
     assert loss.isnan().tolist() == spoiled and loss[4] == 0
-    assert lse.isfinite().all()
-    dlogits = cross_entropy.cross_entropy_bwd(torch.ones(6), logits, target, lse, -7, 0.1, 0.1)
+    assert stats.isfinite().all()
+    dlogits = cross_entropy.cross_entropy_bwd(torch.ones(6), logits, target, stats, -7, 0.1, 0.1)
     # As in the reference, the other rows' gradients are right and no other memory is touched.
-    expected = reference.cross_entropy_bwd(torch.ones(6), logits, target, lse, -7, 0.1, 0.1)
+    expected = reference.cross_entropy_bwd(torch.ones(6), logits, target, stats, -7, 0.1, 0.1)
     torch.testing.assert_close(dlogits, expected, rtol=1e-5, atol=1e-6)
     weight = torch.randn(9, 9)
     linear = cross_entropy.linear_cross_entropy_fwd(logits, weight, target, -7, 0.0, 0.0)

@@ -2,9 +2,9 @@
 
 For a row with target t, smoothing e and vocabulary size V:
     top = max_j x_j,  s_j = x_j - top,  exp_sum = sum_j exp(s_j),  lse = top + log(exp_sum)
-    loss = (1 - e) * (log(exp_sum) - s_t) + e * (log(exp_sum) - mean_j s_j) + z_loss * lse^2
-    p_j = exp(s_j) / exp_sum
-    dx_j = dloss * ((1 - e) * (p_j - [j = t]) + e * (p_j - 1 / V) + 2 z_loss lse p_j)
+    log p_j = s_j - log(exp_sum)
+    loss = -(1 - e) * log p_t - e * mean_j log p_j + z_loss * lse^2
+    dx_j = dloss * (p_j - (1 - e) [j = t] - e / V + 2 z_loss lse p_j)
 Only z_loss has lse as a whole: next to a large top the sum would round away. A row whose target is
 ignore_index has loss 0 and gradient 0 for any logits and any dloss.
 """
@@ -49,13 +49,14 @@ def cross_entropy_fwd(
     top = x.detach().amax(-1)
     s = x - top[:, None]
     exp_sum = s.exp().sum(-1)
-    log_sum = exp_sum.log()
-    picked = s.gather(-1, target.where(in_range, 0)[:, None])[:, 0]
-    loss = (1 - label_smoothing) * (log_sum - picked)
+    log_p = s - exp_sum.log()[:, None]
+    loss = -log_p.gather(-1, target.where(in_range, 0)[:, None])[:, 0]
     if label_smoothing > 0:
-        loss = loss + label_smoothing * (log_sum - s.mean(-1))
+        loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(-1)
     if z_loss > 0:
-        loss = loss + z_loss * (top + log_sum).square()
+        # From x anew: so autograd rounds the sum of both gradients once, as the formula does.
+        lse = top + (x - top[:, None]).logsumexp(-1)
+        loss = loss + z_loss * lse.square()
     # Only on a GPU or under vmap can a target be out of range here; its loss becomes NaN.
     loss = torch.where(in_range, loss, torch.nan)
     stats = torch.stack([top, exp_sum], -1).double()
@@ -72,13 +73,12 @@ def cross_entropy_bwd(
     z_loss: float,
 ) -> Tensor:
     """Return dlogits (N, V) in the logits' dtype for dloss (N,)."""
-    V = logits.shape[-1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    V = logits.shape[-1]
     p = torch.softmax(logits.to(dtype), -1)
     onehot = torch.arange(V, device=logits.device) == target[:, None]
-    dlogits = (1 - label_smoothing) * (p - onehot.to(dtype))
-    if label_smoothing > 0:
-        dlogits = dlogits + label_smoothing * (p - 1 / V)
+    share = label_smoothing / V
+    dlogits = p - torch.full_like(p, share).masked_fill(onehot, 1 - label_smoothing + share)
     if z_loss > 0:
         top, exp_sum = stats.unbind(-1)
         lse = (top + exp_sum.log()).to(dtype)

@@ -17,6 +17,9 @@ import triton.language as tl
 
 from gptfast.kernels.triton import target as compiled_for
 
+# Logits times it are summed in fp32 without overflow. Products with a power of two are exact.
+SMALL = tl.constexpr(2.0**-32)
+
 # arch: (16-bit logits a step, num_warps). "in place" reads a row twice: if few rows are computed at
 # once, the second time is from the L2 cache.
 ROW_TILES = {
@@ -92,7 +95,7 @@ def _row_loss(
         exps = exps * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
         top = new
         if SMOOTHING:
-            values += tl.sum(tl.where(whole, x - pivot, 0.0), 1)
+            values += tl.sum(tl.where(whole, x * SMALL - pivot * SMALL, 0.0), 1)
     highest = tl.maximum(tl.max(top, 0), tl.max(ragged, 0))
     safe = tl.where(highest == float("-inf"), 0.0, highest)
     exp_sum = tl.sum(exps * tl.exp(top - safe), 0) + tl.sum(tl.exp(ragged - safe), 0)
@@ -102,9 +105,9 @@ def _row_loss(
     top64 = highest.to(tl.float64)
     loss = (1.0 - label_smoothing) * (log_sum + (top64 - picked.to(tl.float64)))
     if SMOOTHING:
-        value_sum = tl.sum(values, 0) + tl.sum(tl.where(inside, ragged - pivot, 0.0), 0)
-        below_pivot = top64 - pivot.to(tl.float64) - value_sum.to(tl.float64) / V
-        loss += label_smoothing * (log_sum + below_pivot)
+        at_ends = tl.sum(tl.where(inside, ragged * SMALL - pivot * SMALL, 0.0), 0)
+        mean = pivot.to(tl.float64) + (tl.sum(values, 0) + at_ends).to(tl.float64) / SMALL / V
+        loss += label_smoothing * (log_sum + (top64 - mean))
     loss += z_loss * (top64 + log_sum) * (top64 + log_sum)
     # Only a GPU gets here with a target out of range: the CPU raises.
     return tl.where(in_range, loss, float("nan")), highest, exp_sum, picked
