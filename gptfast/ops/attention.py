@@ -129,7 +129,9 @@ def _check_floats(**tensors: Tensor) -> None:
 def _seed_tensor(seed: int | Tensor, dropout_p: float, device: torch.device) -> Tensor | None:
     if dropout_p == 0:
         return None
-    return seed if isinstance(seed, Tensor) else torch.full((), seed, device=device)
+    return (
+        seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+    )
 
 
 def attention(

@@ -107,7 +107,7 @@ def _alone() -> tuple[int, ...]:
     this process, so they are measured each time, in some 60 us.
     """
     with _disable_current_modes(), torch.enable_grad(), torch.device("cpu"):
-        x = torch.ones(2).requires_grad_()
+        x = torch.ones(2, dtype=torch.float32).requires_grad_()
         _Probe.apply(x).square().sum().backward()
     return _Probe.holders
 

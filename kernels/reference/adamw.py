@@ -27,7 +27,7 @@ def _round_stochastic(p: Tensor, param_id: int, step: Tensor, seed: int) -> Tens
     index = torch.arange(p.numel(), device=p.device)
     param, domain = torch.full_like(index, param_id), torch.full_like(index, 2)
     counter_step = step.to(torch.int64).to(p.device).expand_as(index)
-    key = torch.tensor(seed, device=p.device)
+    key = torch.tensor(seed, dtype=torch.int64, device=p.device)
     words = torch.stack(philox(index >> 2, param, counter_step, domain, key), -1)
     word = words.gather(-1, (index & 3)[:, None])[:, 0].view(p.shape)
     bits = p.view(torch.int32) + (word >> 16).to(torch.int32)
@@ -83,4 +83,6 @@ def adamw(
         updates = [(param, rounded), (exp_avgs[i], m), (exp_avg_sqs[i], v), (steps[i], step)]
         updates += [(masters[i], p)] if masters else []
         for old, new in updates:
-            old.copy_(torch.where(torch.as_tensor(proceed), new.to(old.dtype), old))
+            old.copy_(
+                torch.where(torch.as_tensor(proceed, dtype=torch.bool), new.to(old.dtype), old)
+            )
