@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits_in, const Tens
 Tensor cross_entropy_bwd(const Tensor& dloss_in, const Tensor& logits_in, const Tensor& target_in,
                          const Tensor& stats_in, int64_t ignore_index, double label_smoothing, double z_loss) {
   if (logits_in.scalar_type() == at::kDouble)
-    return reference<decltype(cross_entropy_bwd)>("gptfast::cross_entropy_bwd", dloss_in, logits_in, target_in, stats_in,
-                                                  ignore_index, label_smoothing, z_loss);
+    return reference<decltype(cross_entropy_bwd)>("gptfast::cross_entropy_bwd", dloss_in, logits_in, target_in,
+                                                  stats_in, ignore_index, label_smoothing, z_loss);
   const Tensor logits = contiguous_rows(logits_in), target = target_in.contiguous();
   const Tensor dloss = dloss_in.to(at::kFloat).contiguous(), stats = stats_in.contiguous();
   const int64_t N = logits.size(0);

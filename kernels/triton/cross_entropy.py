@@ -138,10 +138,9 @@ def scale_kernel(x_ptr, factor_ptr, target_ptr, n, N, ignore_index, BLOCK: tl.co
     """
     factor = tl.load(factor_ptr).to(tl.float32)
     group = tl.program_id(0).to(tl.int64)
-    # No target is read for a finite factor.
-    unclear = tl.where(tl.abs(factor) < float("inf"), 0, N)
-    if unclear > 0:
-        counts = _any_counts(target_ptr + group * N, unclear, ignore_index, BLOCK)
+    finite = tl.abs(factor) < float("inf")
+    if finite == 0:
+        counts = _any_counts(target_ptr + group * N, N, ignore_index, BLOCK)
         factor = tl.where(counts, factor, 1.0)
     if factor != 1.0:
         x_ptr += group * n
