@@ -455,3 +455,16 @@ def test_bad_arguments(idx: Tensor, weight: Tensor, message: str) -> None:
 def test_the_kernel_refuses_what_does_not_fit(cpp: None, dweight: Tensor, dx: Tensor) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         gptfast_ops.embedding_bwd(dweight, dx, IDX)
+
+
+def test_compiled_backward_is_the_kernels() -> None:
+    # torch.compile reads the Python of the backward, where the reference serves other derivatives.
+    torch._dynamo.reset()
+    weight = torch.randn(12, 8).bfloat16().requires_grad_()
+    results = []
+    for embed in (ops.embedding, torch.compile(ops.embedding, fullgraph=True, backend="aot_eager")):
+        weight.grad = None
+        x, head = embed(IDX, weight)
+        loss_of(x.float(), head.float()).backward()
+        results.append(weight.grad)
+    assert torch.equal(*results)

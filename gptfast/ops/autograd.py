@@ -19,7 +19,13 @@ from gptfast.ops.library import LIBRARY
 
 
 def is_transformed() -> bool:
-    """Return whether this code runs under a transform of torch.func or in forward mode."""
+    """Return whether this code runs under a transform of torch.func or in forward mode.
+
+    False while torch.compile reads Python code, as it cannot follow this question: the operators
+    ask again when it runs them.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
@@ -36,7 +42,9 @@ def is_batch(gradient: Tensor | None) -> bool:
     Such a batch has no memory of its own. An operator that returns new tensors is then called once
     for each gradient in it; one that writes to its arguments is an error.
     """
-    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
+    if gradient is None or torch.compiler.is_dynamo_compiling():
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def register_autograd(op: torch._ops.OpOverload, backward: Callable, setup: Callable) -> None:

@@ -112,12 +112,6 @@ def _alone() -> tuple[int, ...]:
     return _Probe.holders
 
 
-def _is_traced_or_transformed() -> bool:
-    """Return whether `_Embedding` cannot be used: under torch.jit.trace, torch.func or tangents."""
-    # torch.compile cannot trace is_transformed; the operator asks again when the graph runs.
-    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or is_transformed())
-
-
 def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows of weight, and the weight for a head tied to it: (weight[idx], weight).
 
@@ -139,6 +133,8 @@ def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"idx must be int64, got {idx.dtype}")
     if idx.device != weight.device:
         raise ValueError(f"idx is on {idx.device}, weight on {weight.device}; move one of them")
-    if torch.is_grad_enabled() and weight.requires_grad and not _is_traced_or_transformed():
+    # torch.func and tangents need more than _Embedding has, and torch.jit.trace cannot save it.
+    plain = torch.jit.is_tracing() or is_transformed()
+    if torch.is_grad_enabled() and weight.requires_grad and not plain:
         return _Embedding.apply(idx, weight)
     return _fwd(weight, idx), weight
