@@ -33,11 +33,11 @@ def attention_fwd(
     seed: Tensor | None,
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp32."""
+    """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp64."""
     if q.shape[3] > MAX_D:
         return reference.attention_fwd(q, k, v, scale, dropout_p, seed, kv_len)
     out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64)
     fill_fwd(q, k, v, out, lse, scale, dropout_p, seed, kv_len)
     return out, lse
 
@@ -86,7 +86,7 @@ def attention_qkv_fwd(
     if C3 // (3 * n_head) > MAX_D:
         return reference.attention_qkv_fwd(qkv, n_head, scale, dropout_p, seed, kv_len)
     out = qkv.new_empty(B, T, C3 // 3)
-    lse = qkv.new_empty(B, n_head, T, dtype=torch.float32)
+    lse = qkv.new_empty(B, n_head, T, dtype=torch.float64)
     heads = _unpack(qkv, n_head)
     fill_fwd(*heads, _heads(out, n_head), lse, scale, dropout_p, seed, kv_len)
     return out, lse
