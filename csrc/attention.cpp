@@ -45,6 +45,9 @@ AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, doubl
   return args;
 }
 
+// Whether the reference computes: in fp64, and where heads have no dimensions.
+bool only_reference(const Tensor& x) { return x.scalar_type() == at::kDouble || (x.dim() > 0 && x.size(-1) == 0); }
+
 void run_fwd(AttentionArgs& args, const Tensor& out, const Tensor& lse) {
   args.out = heads(out);
   args.lse = lse.data_ptr<double>();
@@ -68,7 +71,7 @@ void run_bwd(AttentionArgs& args, const Tensor& dout, const Tensor& out, const T
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double scale,
                                          double dropout_p, const OptionalTensor& seed, const OptionalTensor& kv_len) {
-  if (q_in.scalar_type() == at::kDouble)
+  if (only_reference(q_in))
     return reference<decltype(attention_fwd)>("gptfast::attention_fwd", q_in, k_in, v_in, scale, dropout_p, seed,
                                               kv_len);
   const Tensor q = contiguous_rows(q_in), k = contiguous_rows(k_in), v = contiguous_rows(v_in);
@@ -83,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
                                                  const Tensor& v_in, const Tensor& out, const Tensor& lse, double scale,
                                                  double dropout_p, const OptionalTensor& seed,
                                                  const OptionalTensor& kv_len) {
-  if (q_in.scalar_type() == at::kDouble)
+  if (only_reference(q_in))
     return reference<decltype(attention_bwd)>("gptfast::attention_bwd", dout, q_in, k_in, v_in, out, lse, scale,
                                               dropout_p, seed, kv_len);
   const Tensor q = contiguous_rows(q_in), k = contiguous_rows(k_in), v = contiguous_rows(v_in);
@@ -110,7 +113,7 @@ AttentionArgs packed_arguments(const Tensor& qkv, int64_t n_head, double scale, 
 
 std::tuple<Tensor, Tensor> attention_qkv_fwd(const Tensor& qkv_in, int64_t n_head, double scale, double dropout_p,
                                              const OptionalTensor& seed, const OptionalTensor& kv_len) {
-  if (qkv_in.scalar_type() == at::kDouble)
+  if (only_reference(qkv_in))
     return reference<decltype(attention_qkv_fwd)>("gptfast::attention_qkv_fwd", qkv_in, n_head, scale, dropout_p, seed,
                                                   kv_len);
   const Tensor qkv = contiguous_rows(qkv_in);
@@ -124,7 +127,7 @@ std::tuple<Tensor, Tensor> attention_qkv_fwd(const Tensor& qkv_in, int64_t n_hea
 
 Tensor attention_qkv_bwd(const Tensor& dout, const Tensor& qkv_in, const Tensor& out, const Tensor& lse, int64_t n_head,
                          double scale, double dropout_p, const OptionalTensor& seed, const OptionalTensor& kv_len) {
-  if (qkv_in.scalar_type() == at::kDouble)
+  if (only_reference(qkv_in))
     return reference<decltype(attention_qkv_bwd)>("gptfast::attention_qkv_bwd", dout, qkv_in, out, lse, n_head, scale,
                                                   dropout_p, seed, kv_len);
   const Tensor qkv = contiguous_rows(qkv_in);

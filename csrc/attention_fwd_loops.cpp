@@ -86,6 +86,7 @@ void fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, cons
     const auto [key, n, column] = run;
     if (column >= end) return;
     gemm(terms, n, end - column, D, k.row(key), k.row_stride, 1, q_t + column, BQ, s + column, BQ, false);
+    limit_scores(s, run, end);
     mask_diagonal(s, keys_seen, run, (R)-INFINITY);
     if (online_softmax(s, scale.log2, run, end, state))
       for (int64_t i = column; i < rows; ++i)
@@ -175,7 +176,7 @@ void fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, R* s
   Vec<R> best = splat((R)-INFINITY), total = {};
   for (int64_t j = 0; j < n; j += lanes) {
     const int64_t keys = smaller<int64_t>(lanes, n - j);
-    Vec<R> score = scores_of(query, k + j * args.k.time_stride, args.k.time_stride, D, keys) * scale.sign;
+    Vec<R> score = limited(scores_of(query, k + j * args.k.time_stride, args.k.time_stride, D, keys) * scale.sign);
     for (int64_t lane = keys; lane < lanes; ++lane) score[lane] = -INFINITY;
     store(s + j, score);
     best = max(score, best);
@@ -198,6 +199,14 @@ void fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, R* s
 
 // Whether there are so few queries that dot products beat tiles.
 bool decodes(const AttentionArgs& args) { return args.Tq <= 8 && args.dropout_p == 0; }
+
+// The products of keys and dimensions up to which a query computes in fp64. More keys take time, and average errors.
+constexpr int64_t FP64_DECODE_WORK = 1 << 13;
+
+bool fwd_in_fp64(const AttentionArgs& args) {
+  if (!decodes(args)) return computes_in_fp64(args);
+  return args.dtype == Dtype::fp32 && args.Tk * args.D <= FP64_DECODE_WORK;
+}
 
 // An item is a query where attention decodes, else a block of queries.
 int64_t count_items(const AttentionArgs& args) {
@@ -230,7 +239,7 @@ void fwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
 }
 
 void fwd(const AttentionArgs& args, int64_t begin, int64_t end) {
-  if (computes_in_fp64(args)) return fwd_range<float, double>(args, begin, end);
+  if (fwd_in_fp64(args)) return fwd_range<float, double>(args, begin, end);
   by_dtype(args.dtype, [&](auto type) { fwd_range<decltype(type), float>(args, begin, end); });
 }
 

@@ -22,9 +22,9 @@ constexpr int64_t BQ = 64;             // queries in a block
 constexpr int64_t BK = 128;            // keys in a block
 constexpr int64_t DIAGONAL_KEYS = 16;  // keys in a group on the diagonal
 constexpr double LOG2E = 1.44269504088896341;
-// The queries, or the products of queries, keys and dimensions, up to which fp32 attention computes in fp64.
-constexpr int64_t FP64_QUERIES = 8;
-constexpr int64_t FP64_WORK = 1 << 17;
+// fp32 attention computes in fp64 up to this many queries, or products of queries, keys and dimensions.
+constexpr int64_t FP64_QUERIES = 16;
+constexpr int64_t FP64_WORK = 1 << 15;
 
 // Sets c to the product of a tile, or adds it.
 template <class R, int MR, int NV>
@@ -62,7 +62,7 @@ constexpr Tile<R> tiles[6][4] = {
 constexpr int64_t KB = 128;
 constexpr int64_t KB_SHORT = 16;
 constexpr int64_t KB_NARROW = 8;
-constexpr int64_t SHORT_SUM_QUERIES = 256;
+constexpr int64_t SHORT_SUM_QUERIES = 128;
 
 inline int64_t terms_of(const AttentionArgs& args) { return args.Tq < SHORT_SUM_QUERIES ? KB_SHORT : KB; }
 
@@ -177,6 +177,14 @@ void for_each_run(const Span& s, F f) {
     const int64_t column = larger<int64_t>(key - s.diagonal, 0) / W * W;
     if (column < BQ) f(Run{key, smaller(DIAGONAL_KEYS, s.end - key), column});
   }
+}
+
+// Makes scores of a run, up to column `end`, infinite where fp32 would.
+template <class R>
+void limit_scores(R* s, const Run& run, int64_t end) {
+  if constexpr (std::is_same_v<R, double>)
+    for (int64_t j = 0; j < run.keys; ++j)
+      for (int64_t i = run.column; i < end; i += LANES<R>) store(s + j * BQ + i, limited(load(s + j * BQ + i)));
 }
 
 // Sets S^T rows of a run to `value` where the query comes before the key.

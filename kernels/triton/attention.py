@@ -34,7 +34,7 @@ def attention_fwd(
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp64."""
-    if q.shape[3] > MAX_D:
+    if not 0 < q.shape[3] <= MAX_D:
         return reference.attention_fwd(q, k, v, scale, dropout_p, seed, kv_len)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float64)
@@ -56,7 +56,7 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, contiguous, in the inputs' dtype."""
     options = (scale, dropout_p, seed, kv_len)
-    if q.shape[3] > MAX_D:
+    if not 0 < q.shape[3] <= MAX_D:
         return reference.attention_bwd(dout, q, k, v, out, lse, *options)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     fill_bwd(dout, q, k, v, out, lse, grads, *options)
@@ -83,7 +83,7 @@ def attention_qkv_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, T, C) and lse (B, H, T) for qkv (B, T, 3C), which is not copied."""
     B, T, C3 = qkv.shape
-    if C3 // (3 * n_head) > MAX_D:
+    if not 0 < C3 // (3 * n_head) <= MAX_D:
         return reference.attention_qkv_fwd(qkv, n_head, scale, dropout_p, seed, kv_len)
     out = qkv.new_empty(B, T, C3 // 3)
     lse = qkv.new_empty(B, n_head, T, dtype=torch.float64)
@@ -105,7 +105,7 @@ def attention_qkv_bwd(
 ) -> Tensor:
     """Return dqkv (B, T, 3C)."""
     options = (scale, dropout_p, seed, kv_len)
-    if qkv.shape[2] // (3 * n_head) > MAX_D:
+    if not 0 < qkv.shape[2] // (3 * n_head) <= MAX_D:
         return reference.attention_qkv_bwd(dout, qkv, out, lse, n_head, *options)
     dqkv = qkv.new_empty(qkv.shape)
     q, k, v = _unpack(qkv, n_head)

@@ -5,41 +5,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.kernels.triton.attention_decode import factor_of, number_of, parts_of
-from gptfast.kernels.triton.attention_fwd import (
-    LOG2E,
+from gptfast.kernels.triton.attention_access import (
     dot,
-    dropout_of,
     exponential,
-    group_of,
     keep,
     key_range,
     length_of,
+    limited,
     program,
     rows_of,
-    view_of,
+    split_lse,
     wide,
 )
+from gptfast.kernels.triton.attention_decode import factor_of, number_of, parts_of
+from gptfast.kernels.triton.attention_fwd import dropout_of, group_of, view_of
+from gptfast.kernels.triton.attention_nonfinite import (
+    any_nonfinite,
+    dk_dv_of_visible,
+    dq_of_visible,
+    merged,
+)
 from gptfast.kernels.triton.attention_tiles import BWD_DK_DV, BWD_DQ, number, tile
-
-
-@triton.jit
-def _split_lse(lse_ptrs, mask, c, NUMBER: tl.constexpr, EXACT: tl.constexpr):
-    """Return shift and rest, with which `exponential` gives P.
-
-    lse is fp64: in fp32 it would be off by |lse| * 6e-8, and every P with it.
-    """
-    lse = tl.load(lse_ptrs, mask=mask, other=-float("inf")) * LOG2E
-    # P is 0 for a query that sees no key, or only keys whose score is -inf.
-    empty = lse == -float("inf")
-    lse = tl.where(empty, 0.0, lse)
-    if EXACT:
-        shift = (lse / c).to(NUMBER)
-        rest = (lse - shift.to(tl.float64) * c).to(NUMBER)
-    else:
-        shift = lse.to(NUMBER)
-        rest = shift
-    return shift, tl.where(empty, float("inf"), rest)
 
 
 @triton.jit
@@ -59,14 +45,16 @@ def _dq_blocks(
         if EXACT:
             # Bit for bit the products of the other kernel; these shapes also take fewer registers.
             zeros = tl.zeros([BLOCK_N, q_tile.shape[0]], NUMBER)
-            s = tl.trans(dot(k_tile, tl.trans(q_tile), zeros))
+            s = limited(tl.trans(dot(k_tile, tl.trans(q_tile), zeros)), NUMBER)
             dp = tl.trans(dot(v_tile, tl.trans(dout_tile), zeros))
         else:
             s = tl.dot(q_tile, tl.trans(k_tile))
             dp = tl.dot(dout_tile, tl.trans(v_tile))
         p = exponential(s, c, shift[:, None], rest[:, None], EXACT)
         if start + BLOCK_N > full:
-            p = tl.where(keys[None, :] <= last[:, None], p, 0.0)
+            visible = keys[None, :] <= last[:, None]
+            p = tl.where(visible, p, 0.0)
+            dp = tl.where(visible, dp, 0.0)
         if dropout is not None:
             dp = tl.where(keep(dropout, head, position, start, BLOCK_N), dp * dropout[2], 0.0)
         if SUMS:
@@ -99,7 +87,7 @@ def attention_bwd_dq_kernel(
     if NEGATIVE:
         q_tile = -q_tile
     rows = head.to(tl.int64) * Tq + queries
-    shift, rest = _split_lse(lse_ptr + rows, queries < Tq, c, NUMBER, EXACT)
+    shift, rest = split_lse(lse_ptr + rows, queries < Tq, c, NUMBER, EXACT)
     k_ptrs = rows_of(k, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
     v_ptrs = rows_of(v, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
 
@@ -129,6 +117,12 @@ def attention_bwd_dq_kernel(
         acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, shift, rest, last, full, end,
         n_keys, D, c, dropout, head, Tk - Tq + queries, BLOCK_N, EVEN_D, False, NUMBER, EXACT,
     )  # fmt: skip
+    if any_nonfinite(acc):
+        again = dq_of_visible(
+            dout, q, k, v, head, H, queries, last, end, Tk - Tq + queries, Tq, D, c, shift, rest,
+            delta, dropout, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+        )  # fmt: skip
+        acc = merged(acc, again)
     if total_ptr is not None:
         acc /= total[:, None]
     dq_tile = (acc * number_of(scale, NUMBER)).to(dq[0].dtype.element_ty)
@@ -172,11 +166,11 @@ def attention_bwd_dk_dv_kernel(
         q_tile = wide(tl.load(q_ptrs + row * q[3], mask=mask, other=0.0), NUMBER)
         dout_tile = wide(tl.load(dout_ptrs + row * dout[3], mask=mask, other=0.0), NUMBER)
         # Queries after the last have P = exp2(-inf) = 0.
-        shift, rest = _split_lse(lse_ptr + queries, queries < Tq, c, NUMBER, EXACT)
+        shift, rest = split_lse(lse_ptr + queries, queries < Tq, c, NUMBER, EXACT)
         delta = tl.load(delta_ptr + queries, mask=queries < Tq, other=0.0)
         # (keys, queries), like everything below: P and dS then do not go through shared memory.
         zeros = tl.zeros([BLOCK_N, BLOCK_M], NUMBER)
-        s = dot(k_tile, tl.trans(q_tile), zeros)
+        s = limited(dot(k_tile, tl.trans(q_tile), zeros), NUMBER)
         dp = dot(v_tile, tl.trans(dout_tile), zeros)
         p = exponential(s, c, shift[None, :], rest[None, :], EXACT)
         last = tl.minimum(length - Tq + queries, n_keys - 1)
@@ -196,6 +190,12 @@ def attention_bwd_dk_dv_kernel(
             ds = tl.where(last[None, :] > 0, ds, 0.0)
         dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
 
+    if any_nonfinite(dk_acc) or any_nonfinite(dv_acc):
+        dk_again, dv_again = dk_dv_of_visible(
+            dout, q, k, v, lse_ptr, delta_ptr, total_ptr, head, H, key, first, length, n_keys, Tk,
+            Tq, D, c, dropout, BLOCK_N, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+        )  # fmt: skip
+        dk_acc, dv_acc = merged(dk_acc, dk_again), merged(dv_acc, dv_again)
     k_mask = (keys < Tk)[:, None] & in_d
     seen = (keys < n_keys)[:, None]
     dv_scale = 1.0 if dropout is None else dropout[2]

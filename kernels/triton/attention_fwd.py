@@ -1,98 +1,28 @@
-"""The attention forward, and what it shares with the backward. attention.py has the maths.
-
-A view is (pointer, stride of b, stride of h, stride of t) of a (B, H, T, D) tensor. dropout is None
-or (pointer to the seed, p, 1 / (1 - p)).
-"""
+"""The attention forward. attention.py has the maths, attention_access.py what a view is."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.kernels.triton.attention_access import (
+    dot,
+    exponential,
+    keep,
+    key_range,
+    length_of,
+    limited,
+    program,
+    rows_of,
+    wide,
+)
 from gptfast.kernels.triton.attention_decode import attention_decode, factor_of, number_of
+from gptfast.kernels.triton.attention_nonfinite import any_nonfinite, merged, out_of_visible
 from gptfast.kernels.triton.attention_tiles import FWD, number, tile
-from gptfast.kernels.triton.philox import in_order, philox, uniform
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Bytes of keys and values of the heads of one group: a third of an H100's L2 cache.
 GROUP_BYTES = 16 << 20
-
-
-@triton.jit
-def program(n_blocks, n_heads, group):
-    """Return the head and the block of this program; one group of heads comes after the other."""
-    pid = tl.program_id(0)
-    first = pid // (group * n_blocks) * group
-    rest = pid - first * n_blocks
-    size = tl.minimum(group, n_heads - first)
-    return first + rest % size, rest // size
-
-
-@triton.jit
-def rows_of(view, head, H, rows, BLOCK_D: tl.constexpr):
-    """Return pointers to (rows, BLOCK_D) of one head."""
-    # int64: long sequences, above all packed ones, have more than 2^31 elements.
-    start = view[0] + (head // H).to(tl.int64) * view[1] + (head % H).to(tl.int64) * view[2]
-    return start + rows.to(tl.int64)[:, None] * view[3] + tl.arange(0, BLOCK_D)[None, :]
-
-
-@triton.jit
-def length_of(kv_len_ptr, head, H, Tk):
-    """Return the length that the last query is aligned to, and the number of keys."""
-    if kv_len_ptr is None:
-        return Tk, Tk
-    else:
-        length = tl.load(kv_len_ptr + head // H).to(tl.int32)
-        return length, tl.minimum(length, Tk)
-
-
-@triton.jit
-def key_range(first, length, n_keys, Tq, BLOCK_M: tl.constexpr):
-    """Return the last key each query of a block sees, and how many keys all and any of them see."""
-    last = tl.minimum(length - Tq + first + tl.arange(0, BLOCK_M), n_keys - 1)
-    full = tl.minimum(length - Tq + first + 1, n_keys)
-    return last, full, tl.minimum(length - Tq + tl.minimum(first + BLOCK_M, Tq), n_keys)
-
-
-@triton.jit
-def keep(dropout, head, position, key, BLOCK_N: tl.constexpr):
-    """Return whether dropout keeps the probabilities of these queries for BLOCK_N keys."""
-    counters = (key // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
-    zeros = tl.zeros([position.shape[0], BLOCK_N // 4], tl.int32)
-    seed = tl.load(dropout[0])
-    words = philox(zeros + counters, zeros + position[:, None], zeros + head, zeros + 1, seed)
-    return uniform(in_order(words[0], words[1], words[2], words[3])) >= dropout[1]
-
-
-@triton.jit
-def wide(x, NUMBER: tl.constexpr):
-    """Return a tile as the kernel multiplies it: in fp64 if NUMBER is fp64, else as it is."""
-    if NUMBER == tl.float64:
-        return x.to(tl.float64)
-    else:
-        return x
-
-
-@triton.jit
-def dot(a, b, acc):
-    """Return acc + a b."""
-    if a.dtype == tl.float64:
-        return tl.dot(a, b, acc, out_dtype=tl.float64)
-    else:
-        return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def exponential(s, c, shift, rest, EXACT: tl.constexpr):
-    """Return exp2(c (s - shift) - rest) if EXACT, else exp2(c s - rest).
-
-    c s, rounded, is off by |c s| * 6e-8, and the result with it. The difference of s and shift is
-    exact where the result is large.
-    """
-    if EXACT:
-        return tl.exp2((s - shift) * c - rest)
-    else:
-        return tl.exp2(s * c - rest)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "H", "n_heads", "group"])
@@ -128,6 +58,7 @@ def attention_fwd_kernel(
         k_tile = wide(tl.load(k_ptrs + row * k[3], mask=mask, other=0.0), NUMBER)
         v_tile = wide(tl.load(v_ptrs + row * v[3], mask=mask, other=0.0), NUMBER)
         s = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], NUMBER))
+        s = limited(s, NUMBER)
         if start + BLOCK_N > full:
             s = tl.where(keys[None, :] <= last[:, None], s, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
@@ -142,6 +73,14 @@ def attention_fwd_kernel(
         acc = dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None])
         peak = new_peak
 
+    if any_nonfinite(acc):
+        shift = tl.where(peak == -float("inf"), 0.0, peak)
+        rest = tl.zeros_like(shift) if EXACT else shift * c
+        again = out_of_visible(
+            q, k, v, head, H, queries, last, end, Tk - Tq + queries, Tq, D, c, shift, rest, dropout,
+            BLOCK_D, NEGATIVE, NUMBER, EXACT,
+        )  # fmt: skip
+        acc = merged(acc, again)
     # For a query that sees no key, out is 0 and lse is -inf.
     total = tl.where(total == 0.0, 1.0, total)
     scale = 1.0 / total if dropout is None else dropout[2] / total

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from gptfast.kernels.triton import target
 
-# The reference computes attention with larger head dims.
+# The reference computes attention with larger head dims, and with none.
 MAX_D = 256
 # The queries, or the products of queries, keys and dimensions, up to which fp32 attention computes
 # in fp64: of few numbers, single roundings decide the largest error.
-FP64_QUERIES = 8
-FP64_WORK = 1 << 17
+FP64_QUERIES = 16
+FP64_WORK = 1 << 15
 
 # BLOCK_M queries, BLOCK_N keys, num_warps, num_stages, registers a thread may take.
 Tile = tuple[int, int, int, int, int | None]
