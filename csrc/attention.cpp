@@ -26,8 +26,8 @@ AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, doubl
   args.Tq = q.size(2);
   args.Tk = k.size(2);
   args.D = q.size(3);
-  args.scale = static_cast<float>(scale);
-  args.dropout_p = static_cast<float>(dropout_p);
+  args.scale = scale;
+  args.dropout_p = dropout_p;
   if (dropout_p > 0) {
     TORCH_CHECK_VALUE(seed && seed->scalar_type() == at::kLong && seed->numel() == 1,
                       "attention: dropout needs a 0-d int64 seed");
@@ -45,9 +45,12 @@ AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, doubl
   return args;
 }
 
+// Whether the reference computes: in fp64, and where heads have no dimensions.
+bool only_reference(const Tensor& x) { return x.scalar_type() == at::kDouble || (x.dim() > 0 && x.size(-1) == 0); }
+
 void run_fwd(AttentionArgs& args, const Tensor& out, const Tensor& lse) {
   args.out = heads(out);
-  args.lse = lse.data_ptr<float>();
+  args.lse = lse.data_ptr<double>();
   if (args.B * args.H * args.Tq == 0) return;
   const AttentionFwdLoops& fwd = *loops().attention_fwd;
   at::parallel_for(0, fwd.count_items(args), 1, [&](int64_t begin, int64_t end) { fwd.run(args, begin, end); });
@@ -55,7 +58,7 @@ void run_fwd(AttentionArgs& args, const Tensor& out, const Tensor& lse) {
 
 void run_bwd(AttentionArgs& args, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& dq,
              const Tensor& dk, const Tensor& dv) {
-  TORCH_CHECK_VALUE(lse.scalar_type() == at::kFloat && lse.numel() == args.B * args.H * args.Tq &&
+  TORCH_CHECK_VALUE(lse.scalar_type() == at::kDouble && lse.numel() == args.B * args.H * args.Tq &&
                         dout.sizes() == out.sizes() && dout.scalar_type() == out.scalar_type(),
                     "attention: dout, out and lse do not fit the inputs");
   args.dout = heads(dout);
@@ -68,13 +71,13 @@ void run_bwd(AttentionArgs& args, const Tensor& dout, const Tensor& out, const T
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double scale,
                                          double dropout_p, const OptionalTensor& seed, const OptionalTensor& kv_len) {
-  if (q_in.scalar_type() == at::kDouble)
+  if (only_reference(q_in))
     return reference<decltype(attention_fwd)>("gptfast::attention_fwd", q_in, k_in, v_in, scale, dropout_p, seed,
                                               kv_len);
   const Tensor q = contiguous_rows(q_in), k = contiguous_rows(k_in), v = contiguous_rows(v_in);
   AttentionArgs args = arguments(q, k, v, scale, dropout_p, seed, kv_len);
   Tensor out = make_tensor(q.sizes(), q.options());
-  Tensor lse = at::empty({args.B, args.H, args.Tq}, q.options().dtype(at::kFloat));
+  Tensor lse = at::empty({args.B, args.H, args.Tq}, q.options().dtype(at::kDouble));
   run_fwd(args, out, lse);
   return {out, lse};
 }
@@ -83,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
                                                  const Tensor& v_in, const Tensor& out, const Tensor& lse, double scale,
                                                  double dropout_p, const OptionalTensor& seed,
                                                  const OptionalTensor& kv_len) {
-  if (q_in.scalar_type() == at::kDouble)
+  if (only_reference(q_in))
     return reference<decltype(attention_bwd)>("gptfast::attention_bwd", dout, q_in, k_in, v_in, out, lse, scale,
                                               dropout_p, seed, kv_len);
   const Tensor q = contiguous_rows(q_in), k = contiguous_rows(k_in), v = contiguous_rows(v_in);
@@ -110,21 +113,21 @@ AttentionArgs packed_arguments(const Tensor& qkv, int64_t n_head, double scale, 
 
 std::tuple<Tensor, Tensor> attention_qkv_fwd(const Tensor& qkv_in, int64_t n_head, double scale, double dropout_p,
                                              const OptionalTensor& seed, const OptionalTensor& kv_len) {
-  if (qkv_in.scalar_type() == at::kDouble)
+  if (only_reference(qkv_in))
     return reference<decltype(attention_qkv_fwd)>("gptfast::attention_qkv_fwd", qkv_in, n_head, scale, dropout_p, seed,
                                                   kv_len);
   const Tensor qkv = contiguous_rows(qkv_in);
   AttentionArgs args = packed_arguments(qkv, n_head, scale, dropout_p, seed, kv_len);
   const int64_t C = args.H * args.D;
   Tensor out = make_tensor({args.B, args.Tq, C}, qkv.options());
-  Tensor lse = at::empty({args.B, args.H, args.Tq}, qkv.options().dtype(at::kFloat));
+  Tensor lse = at::empty({args.B, args.H, args.Tq}, qkv.options().dtype(at::kDouble));
   run_fwd(args, split_heads(out, 0, n_head, C), lse);
   return {out, lse};
 }
 
 Tensor attention_qkv_bwd(const Tensor& dout, const Tensor& qkv_in, const Tensor& out, const Tensor& lse, int64_t n_head,
                          double scale, double dropout_p, const OptionalTensor& seed, const OptionalTensor& kv_len) {
-  if (qkv_in.scalar_type() == at::kDouble)
+  if (only_reference(qkv_in))
     return reference<decltype(attention_qkv_bwd)>("gptfast::attention_qkv_bwd", dout, qkv_in, out, lse, n_head, scale,
                                                   dropout_p, seed, kv_len);
   const Tensor qkv = contiguous_rows(qkv_in);

@@ -1,39 +1,42 @@
 // Attention backward, in two sweeps over the keys of a block of queries: the first computes S^T, dP^T and the sums of
-// the softmax, the second normalises and multiplies. One sweep with the saved lse would be less exact: in fp32, lse is
-// off by |lse| * 6e-8, and with it every P of the query, which makes up to 8 times the error of PyTorch's gradients.
-// With the maximum instead, the P of a single key is exactly 1.
+// the softmax, the second normalises and multiplies. One sweep with the saved lse would be less exact: the
+// scores are off by |score| * 6e-8, and with them every P of the query. With the maximum and the sum of the very scores
+// that the second sweep reads, P sums to 1, and the P of a single key is exactly 1.
 #include "attention_tiles.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
+template <class R>
 struct BwdSpace {
-  float *q, *k, *v, *dout, *dk, *dv;  // (T x DP)
-  float *q_t, *dout_t;                // (DP x BQ)
-  float *p, *ds;                      // (Tk x BQ)
-  float *shift, *dq;                  // (runs x BQ), (BQ x DP)
+  R *q, *k, *v, *dout, *dk, *dv;  // (T x DP)
+  R *q_t, *dout_t;                // (DP x BQ)
+  R *p, *ds;                      // (Tk x BQ)
+  R *shift, *dq;                  // (runs x BQ), (BQ x DP)
 };
 
+template <class R>
 struct QuerySums {
-  float max[BQ], p[BQ], p_dp[BQ];
+  R max[BQ], p[BQ], p_dp[BQ];
 };
 
 // Replaces S^T by exp2((S^T - shift) * log2), where shift is the maximum so far, and adds to sum P and sum P dP.
-void softmax_bwd_sums(float* p, const float* dp, float log2, float* shift, QuerySums& sums, int64_t keys,
-                      int64_t column, int64_t end) {
-  for (int64_t i = column; i < end; i += W) {
-    const vf old = load(sums.max + i);
-    vf best = old;
-    for (int64_t j = 0; j < keys; ++j) best = max(load(p + j * BQ + i), best);
-    const vf zero_at = best == -INFINITY ? vf{} : best;
-    vf total = {}, weighted = {};
-    for (int64_t j = 0; j < keys; ++j) {
-      const vf probability = exp2((load(p + j * BQ + i) - zero_at) * log2);
+template <class R>
+void softmax_bwd_sums(R* p, const R* dp, R log2, R* shift, QuerySums<R>& sums, const Run& run, int64_t end) {
+  using V = Vec<R>;
+  for (int64_t i = run.column; i < end; i += LANES<R>) {
+    const V old = load(sums.max + i);
+    V best = old;
+    for (int64_t j = 0; j < run.keys; ++j) best = max(load(p + j * BQ + i), best);
+    const V zero_at = best == -INFINITY ? V{} : best;
+    V total = {}, weighted = {};
+    for (int64_t j = 0; j < run.keys; ++j) {
+      const V probability = exp2((load(p + j * BQ + i) - zero_at) * log2);
       store(p + j * BQ + i, probability);
       total += probability;
       weighted += probability * load(dp + j * BQ + i);
     }
-    const vf rescale = exp2((old - zero_at) * log2);
+    const V rescale = exp2((old - zero_at) * log2);
     store(shift + i, best);
     store(sums.max + i, best);
     store(sums.p + i, load(sums.p + i) * rescale + total);
@@ -42,94 +45,149 @@ void softmax_bwd_sums(float* p, const float* dp, float log2, float* shift, Query
 }
 
 // Normalises P^T and replaces dP^T by dS^T = P (dP - delta).
-void softmax_bwd(float* p, float* ds, float log2, const float* shift, const QuerySums& sums, int64_t keys,
-                 int64_t column, int64_t end) {
-  for (int64_t i = column; i < end; i += W) {
-    const vf best = load(sums.max + i), sum = load(sums.p + i);
-    const vf inverse = sum == 0 ? vf{} : 1.0f / sum;  // a query that saw nothing: P = 0
-    const vf factor = exp2((load(shift + i) - (best == -INFINITY ? vf{} : best)) * log2) * inverse;
-    const vf delta = load(sums.p_dp + i) * inverse;
-    for (int64_t j = 0; j < keys; ++j) {
-      const vf probability = load(p + j * BQ + i) * factor;
+template <class R>
+void softmax_bwd(R* p, R* ds, R log2, const R* shift, const QuerySums<R>& sums, const Run& run, int64_t end) {
+  using V = Vec<R>;
+  for (int64_t i = run.column; i < end; i += LANES<R>) {
+    const V best = load(sums.max + i), sum = load(sums.p + i);
+    // For a query that sees no key, or only keys whose score is -inf, P = 0.
+    const V inverse = sum == 0 ? V{} : (R)1 / sum;
+    const V factor = exp2((load(shift + i) - (best == -INFINITY ? V{} : best)) * log2) * inverse;
+    const V delta = load(sums.p_dp + i) * inverse;
+    for (int64_t j = 0; j < run.keys; ++j) {
+      const V probability = load(p + j * BQ + i) * factor;
       store(p + j * BQ + i, probability);
       store(ds + j * BQ + i, probability * (load(ds + j * BQ + i) - delta));
     }
   }
 }
 
-template <class T>
-void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace& space) {
-  const int64_t D = args.D, DP = round_up(D, W), head = b * args.H + h;
-  const Matrix q = head_matrix<T>(args.q, b, h, args.Tq, D, space.q),
-               k = head_matrix<T>(args.k, b, h, args.Tk, D, space.k);
-  const Matrix v = head_matrix<T>(args.v, b, h, args.Tk, D, space.v);
-  const Matrix dout = head_matrix<T>(args.dout, b, h, args.Tq, D, space.dout);
-  const Scale scale = split_scale(args.scale);
-  memset(space.dk, 0, sizeof(float) * args.Tk * DP);
-  memset(space.dv, 0, sizeof(float) * args.Tk * DP);
+// A head's rows, and which of them are finite.
+template <class R>
+struct BwdHead {
+  int64_t b, h;
+  Matrix<R> q, k, v, dout;
+  bool k_finite, v_finite;
+};
+template <class T, class R>
+BwdHead<R> bwd_head_of(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace<R>& space) {
+  const int64_t D = args.D, DP = round_up(D, W), length = keys_seen_by(args, b, 0, args.Tq).end;
+  BwdHead<R> head{b, h};
+  head.q = head_matrix<T>(args.q, b, h, args.Tq, D, space.q);
+  head.k = head_matrix<T>(args.k, b, h, args.Tk, D, space.k);
+  head.v = head_matrix<T>(args.v, b, h, args.Tk, D, space.v);
+  head.dout = head_matrix<T>(args.dout, b, h, args.Tq, D, space.dout);
+  head.k_finite = all_finite(head.k, length, DP);
+  head.v_finite = all_finite(head.v, length, DP);
+  return head;
+}
+
+// The first sweep over the keys of a block of queries.
+template <class R>
+void sum_block(const AttentionArgs& args, const BwdHead<R>& head, int64_t q0, int64_t end, const Span& keys_seen,
+               const BwdSpace<R>& space, QuerySums<R>& sums) {
+  const R log2 = split_scale<R>(args.scale).log2;
+  const int64_t D = args.D, terms = terms_of(args), first_query = args.Tk - args.Tq + q0;
+  const auto& [b, h, q, k, v, dout, k_finite, v_finite] = head;
+  R* shift = space.shift;
+  for_each_run(keys_seen, [&](const Run& run) {
+    const auto [key, keys, column] = run;
+    if (column >= end) return;
+    R *p = space.p + key * BQ, *dp = space.ds + key * BQ;
+    gemm(terms, keys, end - column, D, k.row(key), k.row_stride, 1, space.q_t + column, BQ, p + column, BQ, false);
+    gemm(terms, keys, end - column, D, v.row(key), v.row_stride, 1, space.dout_t + column, BQ, dp + column, BQ, false);
+    limit_scores(p, run, end);
+    mask_diagonal(p, keys_seen, run, (R)-INFINITY);
+    if (!v_finite) mask_diagonal(dp, keys_seen, run, (R)0);
+    if (args.dropout_p > 0) apply_dropout(dp, args, b * args.H + h, first_query, run, end);
+    softmax_bwd_sums(p, dp, log2, shift, sums, run, end);
+    shift += BQ;
+  });
+}
+
+// The second sweep: adds to dk and dv of the head, and sets dq of the block.
+template <class R>
+void multiply_block(const AttentionArgs& args, const BwdHead<R>& head, int64_t q0, int64_t rows, const Span& keys_seen,
+                    const BwdSpace<R>& space, const QuerySums<R>& sums) {
+  const R log2 = split_scale<R>(args.scale).log2;
+  const int64_t DP = round_up(args.D, W), terms = terms_of(args), end = columns_used<R>(rows);
+  const auto& [b, h, q, k, v, dout, k_finite, v_finite] = head;
+  const bool finite = k_finite && all_finite(Matrix<R>{q.row(q0), q.row_stride}, rows, DP) &&
+                      all_finite(Matrix<R>{(R*)sums.p, BQ}, 2, end);
+  memset(space.dq, 0, sizeof(R) * BQ * DP);
+  const R* shift = space.shift;
+  for_each_run(keys_seen, [&](const Run& run) {
+    const auto [key, keys, column] = run;
+    if (column >= end) return;
+    R *p = space.p + key * BQ, *ds = space.ds + key * BQ, *dk = space.dk + key * DP, *dv = space.dv + key * DP;
+    softmax_bwd(p, ds, log2, shift, sums, run, end);
+    shift += BQ;
+    if (args.dropout_p > 0) apply_dropout(p, args, b * args.H + h, args.Tk - args.Tq + q0, run, end);
+    const int64_t n = rows - column, t = q0 + column;
+    if (finite) {
+      gemm(terms, keys, DP, n, p + column, BQ, 1, dout.row(t), dout.row_stride, dv, DP, true);
+      gemm(terms, keys, DP, n, ds + column, BQ, 1, q.row(t), q.row_stride, dk, DP, true);
+      gemm(terms, n, DP, keys, ds + column, 1, BQ, k.row(key), k.row_stride, space.dq + column * DP, DP, true);
+      return;
+    }
+    for_each_visible(p, keys_seen, run, rows,
+                     [&](R x, int64_t j, int64_t i) { add_row(dv + j * DP, x, dout.row(q0 + i), DP); });
+    for_each_visible(ds, keys_seen, run, rows, [&](R x, int64_t j, int64_t i) {
+      add_row(dk + j * DP, x, q.row(q0 + i), DP);
+      add_row(space.dq + i * DP, x, k.row(key + j), DP);
+    });
+  });
+}
+
+template <class T, class R>
+void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace<R>& space) {
+  const int64_t D = args.D, DP = round_up(D, W);
+  const BwdHead<R> head = bwd_head_of<T>(args, b, h, space);
+  memset(space.dk, 0, sizeof(R) * args.Tk * DP);
+  memset(space.dv, 0, sizeof(R) * args.Tk * DP);
   for (int64_t q0 = 0; q0 < args.Tq; q0 += BQ) {
-    const int64_t rows = smaller(BQ, args.Tq - q0), first_query = args.Tk - args.Tq + q0;
-    transpose({q.row(q0), q.row_stride}, rows, D, scale.sign, space.q_t);
-    transpose({dout.row(q0), dout.row_stride}, rows, D, 1.0f, space.dout_t);
-    QuerySums sums = {};
-    for (float& best : sums.max) best = -INFINITY;
-    float* shift = space.shift;
-    const int64_t end = columns_used(rows);
+    const int64_t rows = smaller(BQ, args.Tq - q0);
     const Span keys_seen = keys_seen_by(args, b, q0, rows);
-    for_each_run(keys_seen, [&](int64_t key, int64_t keys, int64_t column) {
-      if (column >= end) return;
-      float *p = space.p + key * BQ, *dp = space.ds + key * BQ;
-      gemm(keys, end - column, D, k.row(key), k.row_stride, 1, space.q_t + column, BQ, p + column, BQ, false);
-      gemm(keys, end - column, D, v.row(key), v.row_stride, 1, space.dout_t + column, BQ, dp + column, BQ, false);
-      if (key >= keys_seen.full) mask_diagonal(p, keys_seen, key, keys, column);
-      if (args.dropout_p > 0) apply_dropout(dp, args, head, first_query, key, keys, column, end);
-      softmax_bwd_sums(p, dp, scale.log2, shift, sums, keys, column, end);
-      shift += BQ;
-    });
-    memset(space.dq, 0, sizeof(float) * BQ * DP);
-    shift = space.shift;
-    for_each_run(keys_seen, [&](int64_t key, int64_t keys, int64_t column) {
-      if (column >= end) return;
-      float *p = space.p + key * BQ, *ds = space.ds + key * BQ;
-      softmax_bwd(p, ds, scale.log2, shift, sums, keys, column, end);
-      shift += BQ;
-      if (args.dropout_p > 0) apply_dropout(p, args, head, first_query, key, keys, column, end);
-      const int64_t n = rows - column, t = q0 + column;
-      gemm(keys, DP, n, p + column, BQ, 1, dout.row(t), dout.row_stride, space.dv + key * DP, DP, true);
-      gemm(keys, DP, n, ds + column, BQ, 1, q.row(t), q.row_stride, space.dk + key * DP, DP, true);
-      gemm(n, DP, keys, ds + column, 1, BQ, k.row(key), k.row_stride, space.dq + column * DP, DP, true);
-    });
+    transpose({head.q.row(q0), head.q.row_stride}, rows, D, split_scale<R>(args.scale).sign, space.q_t);
+    transpose({head.dout.row(q0), head.dout.row_stride}, rows, D, (R)1, space.dout_t);
+    QuerySums<R> sums = {};
+    for (R& best : sums.max) best = -INFINITY;
+    sum_block(args, head, q0, columns_used<R>(rows), keys_seen, space, sums);
+    multiply_block(args, head, q0, rows, keys_seen, space, sums);
     T* dq = head_data<T>(args.dq, b, h) + q0 * args.dq.time_stride;
-    for (int64_t i = 0; i < rows; ++i) write_row(dq + i * args.dq.time_stride, space.dq + i * DP, args.scale, D);
+    for (int64_t i = 0; i < rows; ++i) write_row(dq + i * args.dq.time_stride, space.dq + i * DP, (R)args.scale, D);
   }
   for (int64_t t = 0; t < args.Tk; ++t) {
-    write_row(head_data<T>(args.dk, b, h) + t * args.dk.time_stride, space.dk + t * DP, args.scale, D);
-    write_row(head_data<T>(args.dv, b, h) + t * args.dv.time_stride, space.dv + t * DP, 1.0f, D);
+    write_row(head_data<T>(args.dk, b, h) + t * args.dk.time_stride, space.dk + t * DP, (R)args.scale, D);
+    write_row(head_data<T>(args.dv, b, h) + t * args.dv.time_stride, space.dv + t * DP, (R)1, D);
   }
 }
 
-template <class T>
+template <class T, class R>
 void bwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
-  const int64_t DP = round_up(args.D, W), query_floats = args.Tq * DP, key_floats = args.Tk * DP;
+  constexpr int64_t size = sizeof(R) / sizeof(float);
+  const int64_t DP = round_up(args.D, W), query_numbers = args.Tq * DP, key_numbers = args.Tk * DP;
   const int64_t runs = args.Tk / DIAGONAL_KEYS + 2;
-  Scratch scratch(2 * query_floats + 4 * key_floats + 3 * BQ * DP + (2 * args.Tk + runs) * BQ + 256);
-  const BwdSpace space{.q = scratch.take(query_floats),
-                       .k = scratch.take(key_floats),
-                       .v = scratch.take(key_floats),
-                       .dout = scratch.take(query_floats),
-                       .dk = scratch.take(key_floats),
-                       .dv = scratch.take(key_floats),
-                       .q_t = scratch.take(BQ * DP),
-                       .dout_t = scratch.take(BQ * DP),
-                       .p = scratch.take(args.Tk * BQ),
-                       .ds = scratch.take(args.Tk * BQ),
-                       .shift = scratch.take(runs * BQ),
-                       .dq = scratch.take(BQ * DP)};
+  Scratch scratch(size * (2 * query_numbers + 4 * key_numbers + 3 * BQ * DP + (2 * args.Tk + runs) * BQ) + 256);
+  const auto take = [&](int64_t numbers) { return (R*)scratch.take(size * numbers); };
+  const BwdSpace<R> space{.q = take(query_numbers),
+                          .k = take(key_numbers),
+                          .v = take(key_numbers),
+                          .dout = take(query_numbers),
+                          .dk = take(key_numbers),
+                          .dv = take(key_numbers),
+                          .q_t = take(BQ * DP),
+                          .dout_t = take(BQ * DP),
+                          .p = take(args.Tk * BQ),
+                          .ds = take(args.Tk * BQ),
+                          .shift = take(runs * BQ),
+                          .dq = take(BQ * DP)};
   for (int64_t head = begin; head < end; ++head) bwd_head<T>(args, head / args.H, head % args.H, space);
 }
 
 void bwd(const AttentionArgs& args, int64_t begin, int64_t end) {
-  by_dtype(args.dtype, [&](auto type) { bwd_range<decltype(type)>(args, begin, end); });
+  if (computes_in_fp64(args)) return bwd_range<float, double>(args, begin, end);
+  by_dtype(args.dtype, [&](auto type) { bwd_range<decltype(type), float>(args, begin, end); });
 }
 
 }  // namespace

@@ -25,11 +25,11 @@ struct Heads {
 struct AttentionArgs {
   Dtype dtype;
   int64_t B, H, Tq, Tk, D;
-  float scale, dropout_p;
+  double scale, dropout_p;
   uint64_t seed;
   const int64_t* kv_len;  // (B,) or null
   Heads q, k, v, out;
-  float* lse;  // (B, H, Tq)
+  double* lse;  // (B, H, Tq); fp32 would be off by |lse| * 6e-8, and every P of a backward that reads it
   Heads dout, dq, dk, dv;
 };
 struct AttentionFwdLoops {

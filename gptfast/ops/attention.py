@@ -12,12 +12,8 @@ from gptfast.ops.library import autocast_enabled, register, register_autocast
 _OPTIONS = "float scale, float dropout_p, Tensor? seed, Tensor? kv_len"
 
 
-def _lse_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _fwd_fake(q, k, v, scale, dropout_p, seed, kv_len):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=_lse_dtype(q))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float64)
 
 
 def _bwd_fake(dout, q, k, v, out, lse, scale, dropout_p, seed, kv_len):  # type: ignore[no-untyped-def]
@@ -26,7 +22,7 @@ def _bwd_fake(dout, q, k, v, out, lse, scale, dropout_p, seed, kv_len):  # type:
 
 def _qkv_fwd_fake(qkv, n_head, scale, dropout_p, seed, kv_len):  # type: ignore[no-untyped-def]
     B, T, C3 = qkv.shape
-    return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, T, dtype=_lse_dtype(qkv))
+    return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, T, dtype=torch.float64)
 
 
 def _qkv_bwd_fake(dout, qkv, out, lse, n_head, scale, dropout_p, seed, kv_len):  # type: ignore[no-untyped-def]
@@ -134,6 +130,10 @@ def _seed_tensor(seed: int | Tensor, dropout_p: float, device: torch.device) -> 
     )
 
 
+def _default_scale(D: int) -> float:
+    return 1.0 / math.sqrt(max(D, 1))
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -149,13 +149,14 @@ def attention(
     q: (B, H, Tq, D), k and v: (B, H, Tk, D), Tq <= Tk, one floating dtype, any strides with a
     contiguous last dimension. Aligned bottom-right: query i sees keys 0 .. Tk-Tq+i, so training,
     prefill and cached decode are one operation.
-    scale: multiplies the scores; None is 1/sqrt(D).
+    scale: multiplies the scores; None is 1/sqrt(D), and 1 for D = 0.
     dropout_p: in [0, 1), applied to the probabilities; the mask is a pure function of seed (int or
     0-d int64 tensor) and position, the same on every backend.
     kv_len: (B,) int64, keys in use per row of the batch; None is Tk for all.
 
-    Returns (B, H, Tq, D) in q's dtype; a query that sees no key gives zeros. Raises ValueError for
-    shapes, dtypes, devices or options that do not fit.
+    Returns (B, H, Tq, D) in q's dtype; a query that sees no key, or only keys whose score is -inf,
+    gives zeros. NaN and inf in a key or a value reach only the queries that see it. Raises
+    ValueError for shapes, dtypes, devices or options that do not fit.
     """
     _check_floats(q=q, k=k, v=v)
     if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
@@ -166,7 +167,7 @@ def attention(
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"attention needs Tq <= Tk, got Tq={q.shape[2]}, Tk={k.shape[2]}")
     _check_options(dropout_p, kv_len, q.shape[0], q.device)
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    scale = _default_scale(q.shape[3]) if scale is None else float(scale)
     mask_seed = _seed_tensor(seed, dropout_p, q.device)
     return _fwd(q, k, v, scale, dropout_p, mask_seed, _dense(kv_len))[0]
 
@@ -193,6 +194,6 @@ def attention_qkv(
         )
     _check_options(dropout_p, kv_len, qkv.shape[0], qkv.device)
     D = qkv.shape[2] // (3 * n_head)
-    scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
+    scale = _default_scale(D) if scale is None else float(scale)
     mask_seed = _seed_tensor(seed, dropout_p, qkv.device)
     return _qkv_fwd(qkv, n_head, scale, dropout_p, mask_seed, _dense(kv_len))[0]

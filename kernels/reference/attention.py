@@ -5,7 +5,9 @@
     dV = P'^T dO;  dP = (dO V^T) * mask / (1 - p);  delta = sum_j P * dP  (= sum_d dO * O)
     dS = P * (dP - delta);  dQ = scale * dS K;  dK = scale * dS^T Q
 
-len is Tk, or kv_len[b] if it is given. For a query that sees no key, out is 0 and lse is -inf.
+len is Tk, or kv_len[b] if it is given. For a query that sees no key, or only keys whose score is
+-inf, out and dS are 0 and lse is -inf. The sums in O, dQ, dK and dV are over visible pairs: NaN and
+inf reach nothing across a pair that is not visible. All this is computed in fp64.
 """
 
 import torch
@@ -25,7 +27,7 @@ def _visible(q: Tensor, k: Tensor, kv_len: Tensor | None) -> Tensor:
 
 
 def dropout_scale(q: Tensor, k: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """Return the factors of dropout for P, 0 or 1 / (1 - dropout_p), fp32 (B, H, Tq, Tk)."""
+    """Return the factors of dropout for P, 0 or 1 / (1 - dropout_p), fp64 (B, H, Tq, Tk)."""
     B, H, Tq, _ = q.shape
     Tk = k.shape[-2]
     key = torch.arange(Tk, device=q.device)
@@ -33,18 +35,34 @@ def dropout_scale(q: Tensor, k: Tensor, dropout_p: float, seed: Tensor) -> Tenso
     head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
     words = philox(key >> 2, query, head, torch.ones_like(key), seed.to(q.device))
     word = torch.stack(words, -1).gather(-1, (key & 3).expand(B, H, Tq, Tk)[..., None])[..., 0]
-    return (uniform(word) >= dropout_p).to(torch.float32) / (1.0 - dropout_p)
+    return (uniform(word) >= dropout_p).double() / (1.0 - dropout_p)
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, scale: float, kv_len: Tensor | None
+    q: Tensor, k: Tensor, scale: float, visible: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return P (B, H, Tq, Tk), and lse (B, H, Tq)."""
-    visible = _visible(q, k, kv_len)
-    scores = ((q @ k.transpose(-2, -1)) * scale).masked_fill(~visible, -torch.inf)
-    # Not exp(scores - lse): rounding lse to fp32 is an error of |lse| * 6e-8 in all of P.
-    p = torch.softmax(scores, -1).masked_fill(~visible, 0.0)
-    return p, torch.logsumexp(scores, -1)
+    """Return P (B, H, Tq, Tk), and lse (B, H, Tq), for inputs that were of this dtype."""
+    scores = q @ k.transpose(-2, -1)
+    if dtype != torch.float64:
+        # Kernels overflow here, as PyTorch does.
+        largest = torch.finfo(torch.float32).max
+        scores = scores.masked_fill(scores < -largest, -torch.inf)
+        scores = scores.masked_fill(scores > largest, torch.inf)
+    scores = (scores * scale).masked_fill(~visible, -torch.inf)
+    # The softmax of nothing but -inf would be NaN, and so would its gradient.
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0.0)
+    p = torch.softmax(scores, -1).masked_fill(empty | ~visible, 0.0)
+    return p, torch.logsumexp(scores, -1).masked_fill(empty[..., 0], -torch.inf)
+
+
+def _visible_product(weights: Tensor, visible: Tensor, x: Tensor) -> Tensor:
+    """Return weights @ x, whose terms are those of visible pairs: 0 * NaN of others is no term."""
+    finite = x.isfinite()
+    met = visible.to(x.dtype) @ (~finite).to(x.dtype) > 0
+    # Detached: where() would multiply the gradient of what it leaves out, 0, by NaN.
+    product = weights.detach() @ x.detach()
+    return torch.where(met, product, weights @ torch.where(finite, x, 0.0))
 
 
 def attention_fwd(
@@ -56,13 +74,13 @@ def attention_fwd(
     seed: Tensor | None,
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp32 or fp64."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    p, lse = _probabilities(q.to(dtype), k.to(dtype), scale, kv_len)
+    """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp64."""
+    visible = _visible(q, k, kv_len)
+    p, lse = _probabilities(q.double(), k.double(), scale, visible, q.dtype)
     if dropout_p > 0:
         assert seed is not None
         p = p * dropout_scale(q, k, dropout_p, seed)
-    return (p @ v.to(dtype)).to(q.dtype), lse
+    return _visible_product(p, visible, v.double()).to(q.dtype), lse
 
 
 def attention_bwd(
@@ -79,16 +97,21 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, contiguous, in the inputs' dtype."""
     input_dtype = q.dtype
-    q, k, v, dout = (t.to(lse.dtype) for t in (q, k, v, dout))
-    p, _ = _probabilities(q, k, scale, kv_len)
-    dropped, dp = p, dout @ v.transpose(-2, -1)
+    q, k, v, dout = (t.double() for t in (q, k, v, dout))
+    visible = _visible(q, k, kv_len)
+    p, _ = _probabilities(q, k, scale, visible, input_dtype)
+    dropped, dp = p, (dout @ v.transpose(-2, -1)).masked_fill(~visible, 0.0)
     if dropout_p > 0:
         assert seed is not None
         keep = dropout_scale(q, k, dropout_p, seed)
         dropped, dp = p * keep, dp * keep
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    grads = ds @ k, ds.transpose(-2, -1) @ q, dropped.transpose(-2, -1) @ dout
-    dq, dk, dv = (t.to(input_dtype).contiguous() for t in grads)
+    ds = ds.masked_fill(~visible, 0.0)  # delta may be NaN
+    seen = visible.transpose(-2, -1)  # (Tk, Tq) or (B, 1, Tk, Tq)
+    dq = _visible_product(ds, visible, k)
+    dk = _visible_product(ds.transpose(-2, -1), seen, q)
+    dv = _visible_product(dropped.transpose(-2, -1), seen, dout)
+    dq, dk, dv = (t.to(input_dtype).contiguous() for t in (dq, dk, dv))
     return dq, dk, dv
 
 
@@ -111,7 +134,7 @@ def attention_qkv_fwd(
     seed: Tensor | None,
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return out (B, T, C) and lse (B, H, T) for qkv (B, T, 3C)."""
+    """Return out (B, T, C) and lse (B, H, T), fp64, for qkv (B, T, 3C)."""
     q, k, v = _unpack(qkv.contiguous(), n_head)
     out, lse = attention_fwd(q, k, v, scale, dropout_p, seed, kv_len)
     return _merge_heads(out), lse
@@ -130,6 +153,6 @@ def attention_qkv_bwd(
 ) -> Tensor:
     """Return dqkv (B, T, 3C)."""
     q, k, v = _unpack(qkv.contiguous(), n_head)
-    split = [t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (dout, out)]  # (B, H, T, D)
+    split = [t.unflatten(-1, (n_head, q.shape[-1])).transpose(1, 2) for t in (dout, out)]
     grads = attention_bwd(split[0], q, k, v, split[1], lse, scale, dropout_p, seed, kv_len)
     return torch.cat([_merge_heads(grad) for grad in grads], -1)

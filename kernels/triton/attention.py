@@ -33,11 +33,11 @@ def attention_fwd(
     seed: Tensor | None,
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp32."""
-    if q.shape[3] > MAX_D:
+    """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp64."""
+    if not 0 < q.shape[3] <= MAX_D:
         return reference.attention_fwd(q, k, v, scale, dropout_p, seed, kv_len)
     out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64)
     fill_fwd(q, k, v, out, lse, scale, dropout_p, seed, kv_len)
     return out, lse
 
@@ -56,7 +56,7 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, contiguous, in the inputs' dtype."""
     options = (scale, dropout_p, seed, kv_len)
-    if q.shape[3] > MAX_D:
+    if not 0 < q.shape[3] <= MAX_D:
         return reference.attention_bwd(dout, q, k, v, out, lse, *options)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     fill_bwd(dout, q, k, v, out, lse, grads, *options)
@@ -83,10 +83,10 @@ def attention_qkv_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, T, C) and lse (B, H, T) for qkv (B, T, 3C), which is not copied."""
     B, T, C3 = qkv.shape
-    if C3 // (3 * n_head) > MAX_D:
+    if not 0 < C3 // (3 * n_head) <= MAX_D:
         return reference.attention_qkv_fwd(qkv, n_head, scale, dropout_p, seed, kv_len)
     out = qkv.new_empty(B, T, C3 // 3)
-    lse = qkv.new_empty(B, n_head, T, dtype=torch.float32)
+    lse = qkv.new_empty(B, n_head, T, dtype=torch.float64)
     heads = _unpack(qkv, n_head)
     fill_fwd(*heads, _heads(out, n_head), lse, scale, dropout_p, seed, kv_len)
     return out, lse
@@ -105,7 +105,7 @@ def attention_qkv_bwd(
 ) -> Tensor:
     """Return dqkv (B, T, 3C)."""
     options = (scale, dropout_p, seed, kv_len)
-    if qkv.shape[2] // (3 * n_head) > MAX_D:
+    if not 0 < qkv.shape[2] // (3 * n_head) <= MAX_D:
         return reference.attention_qkv_bwd(dout, qkv, out, lse, n_head, *options)
     dqkv = qkv.new_empty(qkv.shape)
     q, k, v = _unpack(qkv, n_head)

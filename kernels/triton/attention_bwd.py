@@ -5,24 +5,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.kernels.triton.attention_fwd import (
-    LOG2E,
-    dropout_of,
-    group_of,
+from gptfast.kernels.triton.attention_access import (
+    dot,
+    exponential,
     keep,
     key_range,
     length_of,
+    limited,
     program,
     rows_of,
-    view_of,
+    split_lse,
+    wide,
 )
-from gptfast.kernels.triton.attention_tiles import BWD_DK_DV, BWD_DQ, tile
+from gptfast.kernels.triton.attention_decode import factor_of, number_of, parts_of
+from gptfast.kernels.triton.attention_fwd import dropout_of, group_of, view_of
+from gptfast.kernels.triton.attention_nonfinite import (
+    any_nonfinite,
+    dk_dv_of_visible,
+    dq_of_visible,
+    merged,
+)
+from gptfast.kernels.triton.attention_tiles import BWD_DK_DV, BWD_DQ, number, tile
 
 
 @triton.jit
 def _dq_blocks(
-    dq, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, lse, last, full, end, n_keys, D, c,
-    dropout, head, position, BLOCK_N: tl.constexpr, EVEN_D: tl.constexpr, SUMS: tl.constexpr,
+    dq, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, shift, rest, last, full, end, n_keys,
+    D, c, dropout, head, position, BLOCK_N: tl.constexpr, EVEN_D: tl.constexpr, SUMS: tl.constexpr,
+    NUMBER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Loop over the keys: add to total = sum P and delta = sum P dP if SUMS, else to dq = dS K."""
     in_d = (tl.arange(0, q_tile.shape[1]) < D)[None, :]
@@ -30,18 +40,21 @@ def _dq_blocks(
         keys = start + tl.arange(0, BLOCK_N)
         row = tl.cast(start, tl.int64)
         mask = (keys < n_keys)[:, None] if EVEN_D else (keys < n_keys)[:, None] & in_d
-        k_tile = tl.load(k_ptrs + row * k[3], mask=mask, other=0.0)
-        v_tile = tl.load(v_ptrs + row * v[3], mask=mask, other=0.0)
-        if q_tile.dtype == tl.float32:
+        k_tile = wide(tl.load(k_ptrs + row * k[3], mask=mask, other=0.0), NUMBER)
+        v_tile = wide(tl.load(v_ptrs + row * v[3], mask=mask, other=0.0), NUMBER)
+        if EXACT:
             # Bit for bit the products of the other kernel; these shapes also take fewer registers.
-            s = tl.trans(tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"))
-            dp = tl.trans(tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee"))
+            zeros = tl.zeros([BLOCK_N, q_tile.shape[0]], NUMBER)
+            s = limited(tl.trans(dot(k_tile, tl.trans(q_tile), zeros)), NUMBER)
+            dp = tl.trans(dot(v_tile, tl.trans(dout_tile), zeros))
         else:
             s = tl.dot(q_tile, tl.trans(k_tile))
             dp = tl.dot(dout_tile, tl.trans(v_tile))
-        p = tl.exp2(s * c - lse[:, None])
+        p = exponential(s, c, shift[:, None], rest[:, None], EXACT)
         if start + BLOCK_N > full:
-            p = tl.where(keys[None, :] <= last[:, None], p, 0.0)
+            visible = keys[None, :] <= last[:, None]
+            p = tl.where(visible, p, 0.0)
+            dp = tl.where(visible, dp, 0.0)
         if dropout is not None:
             dp = tl.where(keep(dropout, head, position, start, BLOCK_N), dp * dropout[2], 0.0)
         if SUMS:
@@ -49,7 +62,7 @@ def _dq_blocks(
             delta += tl.sum(p * dp, 1)
         else:
             ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+            dq = dot(ds.to(k_tile.dtype), k_tile, dq)
     return dq, total, delta
 
 
@@ -57,8 +70,9 @@ def _dq_blocks(
 def attention_bwd_dq_kernel(
     dout, q, k, v, out, lse_ptr, dq, delta_ptr, total_ptr, Tq, Tk, H, n_heads, group, D, scale, c,
     dropout, kv_len_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    EVEN_D: tl.constexpr, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    c = number_of(c, NUMBER)
     n_blocks = tl.cdiv(Tq, BLOCK_M)
     head, block = program(n_blocks, n_heads, group)
     first = (n_blocks - 1 - block) * BLOCK_M
@@ -67,25 +81,29 @@ def attention_bwd_dq_kernel(
     last, full, end = key_range(first, length, n_keys, Tq, BLOCK_M)
     in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
     q_mask = (queries < Tq)[:, None] & in_d
-    q_tile = tl.load(rows_of(q, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
-    dout_tile = tl.load(rows_of(dout, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
+    q_tile = wide(tl.load(rows_of(q, head, H, queries, BLOCK_D), mask=q_mask, other=0.0), NUMBER)
+    dout_ptrs = rows_of(dout, head, H, queries, BLOCK_D)
+    dout_tile = wide(tl.load(dout_ptrs, mask=q_mask, other=0.0), NUMBER)
+    if NEGATIVE:
+        q_tile = -q_tile
     rows = head.to(tl.int64) * Tq + queries
-    lse = tl.load(lse_ptr + rows, mask=queries < Tq, other=0.0) * LOG2E
+    shift, rest = split_lse(lse_ptr + rows, queries < Tq, c, NUMBER, EXACT)
     k_ptrs = rows_of(k, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
     v_ptrs = rows_of(v, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    delta = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], NUMBER)
+    total = tl.zeros([BLOCK_M], NUMBER)
+    delta = tl.zeros([BLOCK_M], NUMBER)
     if total_ptr is None:
         out_tile = tl.load(rows_of(out, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
         delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     else:
-        # lse is rounded to fp32, an error of |lse| * 6e-8 in every P of the query: up to 8 times
-        # the error of PyTorch's own gradients. So the sums of P and P dP are computed again.
+        # out is rounded, and delta with it; these products may round other scores than the forward.
+        # So the sums of P and P dP are computed again.
         acc, total, delta = _dq_blocks(
-            acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, lse, last, full, end,
-            n_keys, D, c, dropout, head, Tk - Tq + queries, BLOCK_N, EVEN_D, True,
+            acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, shift, rest, last, full,
+            end, n_keys, D, c, dropout, head, Tk - Tq + queries, BLOCK_N, EVEN_D, True, NUMBER,
+            EXACT,
         )  # fmt: skip
         total = tl.where(total == 0.0, 1.0, total)
         delta /= total
@@ -94,14 +112,20 @@ def attention_bwd_dq_kernel(
 
     # dS is exactly 0 for a query that sees one key. dP - delta would be the difference of two
     # roundings, so P is made 0.
-    lse = tl.where(last > 0, lse, float("inf"))
+    rest = tl.where(last > 0, rest, float("inf"))
     acc, _, _ = _dq_blocks(
-        acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, lse, last, full, end,
-        n_keys, D, c, dropout, head, Tk - Tq + queries, BLOCK_N, EVEN_D, False,
+        acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, shift, rest, last, full, end,
+        n_keys, D, c, dropout, head, Tk - Tq + queries, BLOCK_N, EVEN_D, False, NUMBER, EXACT,
     )  # fmt: skip
+    if any_nonfinite(acc):
+        again = dq_of_visible(
+            dout, q, k, v, head, H, queries, last, end, Tk - Tq + queries, Tq, D, c, shift, rest,
+            delta, dropout, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+        )  # fmt: skip
+        acc = merged(acc, again)
     if total_ptr is not None:
         acc /= total[:, None]
-    dq_tile = (acc * scale).to(q_tile.dtype)
+    dq_tile = (acc * number_of(scale, NUMBER)).to(dq[0].dtype.element_ty)
     tl.store(rows_of(dq, head, H, queries, BLOCK_D), dq_tile, mask=q_mask)
 
 
@@ -109,16 +133,19 @@ def attention_bwd_dq_kernel(
 def attention_bwd_dk_dv_kernel(
     dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dk, dv, Tq, Tk, H, n_heads, group, D, scale, c,
     dropout, kv_len_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    EVEN_D: tl.constexpr, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    c = number_of(c, NUMBER)
     head, block = program(tl.cdiv(Tk, BLOCK_N), n_heads, group)
     key = block * BLOCK_N
     keys = key + tl.arange(0, BLOCK_N)
     length, n_keys = length_of(kv_len_ptr, head, H, Tk)
     in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
     k_mask = (keys < n_keys)[:, None] & in_d
-    k_tile = tl.load(rows_of(k, head, H, keys, BLOCK_D), mask=k_mask, other=0.0)
-    v_tile = tl.load(rows_of(v, head, H, keys, BLOCK_D), mask=k_mask, other=0.0)
+    k_tile = wide(tl.load(rows_of(k, head, H, keys, BLOCK_D), mask=k_mask, other=0.0), NUMBER)
+    v_tile = wide(tl.load(rows_of(v, head, H, keys, BLOCK_D), mask=k_mask, other=0.0), NUMBER)
+    if NEGATIVE:
+        k_tile = -k_tile
     # Queries before `first` see none of the keys; those from `full` on see all of them.
     first = tl.maximum(key - (length - Tq), 0) // BLOCK_M * BLOCK_M
     first = tl.where(key < n_keys, first, Tq)
@@ -130,21 +157,22 @@ def attention_bwd_dk_dv_kernel(
     if total_ptr is not None:
         total_ptr += head.to(tl.int64) * Tq
 
-    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], NUMBER)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], NUMBER)
     for start in tl.range(first, Tq, BLOCK_M):
         queries = start + tl.arange(0, BLOCK_M)
         row = tl.cast(start, tl.int64)
         mask = (queries < Tq)[:, None] if EVEN_D else (queries < Tq)[:, None] & in_d
-        q_tile = tl.load(q_ptrs + row * q[3], mask=mask, other=0.0)
-        dout_tile = tl.load(dout_ptrs + row * dout[3], mask=mask, other=0.0)
+        q_tile = wide(tl.load(q_ptrs + row * q[3], mask=mask, other=0.0), NUMBER)
+        dout_tile = wide(tl.load(dout_ptrs + row * dout[3], mask=mask, other=0.0), NUMBER)
         # Queries after the last have P = exp2(-inf) = 0.
-        lse = tl.load(lse_ptr + queries, mask=queries < Tq, other=float("inf")) * LOG2E
+        shift, rest = split_lse(lse_ptr + queries, queries < Tq, c, NUMBER, EXACT)
         delta = tl.load(delta_ptr + queries, mask=queries < Tq, other=0.0)
         # (keys, queries), like everything below: P and dS then do not go through shared memory.
-        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-        dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-        p = tl.exp2(s * c - lse[None, :])
+        zeros = tl.zeros([BLOCK_N, BLOCK_M], NUMBER)
+        s = limited(dot(k_tile, tl.trans(q_tile), zeros), NUMBER)
+        dp = dot(v_tile, tl.trans(dout_tile), zeros)
+        p = exponential(s, c, shift[None, :], rest[None, :], EXACT)
         last = tl.minimum(length - Tq + queries, n_keys - 1)
         if start < full:
             p = tl.where(keys[:, None] <= last[None, :], p, 0.0)
@@ -155,18 +183,25 @@ def attention_bwd_dk_dv_kernel(
             kept_at = tl.trans(keep(dropout, head, Tk - Tq + queries, key, BLOCK_N))
             kept = tl.where(kept_at, p, 0.0)
             dp = tl.where(kept_at, dp * dropout[2], 0.0)
-        dv_acc = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
+        dv_acc = dot(kept.to(dout_tile.dtype), dout_tile, dv_acc)
         ds = p * (dp - delta[None, :])
         if start == first:
             # dS is exactly 0 for queries that see one key, as above.
             ds = tl.where(last[None, :] > 0, ds, 0.0)
-        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
+        dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
 
+    if any_nonfinite(dk_acc) or any_nonfinite(dv_acc):
+        dk_again, dv_again = dk_dv_of_visible(
+            dout, q, k, v, lse_ptr, delta_ptr, total_ptr, head, H, key, first, length, n_keys, Tk,
+            Tq, D, c, dropout, BLOCK_N, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+        )  # fmt: skip
+        dk_acc, dv_acc = merged(dk_acc, dk_again), merged(dv_acc, dv_again)
     k_mask = (keys < Tk)[:, None] & in_d
     seen = (keys < n_keys)[:, None]
     dv_scale = 1.0 if dropout is None else dropout[2]
-    dk_tile = tl.where(seen, dk_acc * scale, 0.0).to(k_tile.dtype)
-    dv_tile = tl.where(seen, dv_acc * dv_scale, 0.0).to(v_tile.dtype)
+    dk_acc *= number_of(scale, NUMBER)
+    dk_tile = tl.where(seen, dk_acc, 0.0).to(dk[0].dtype.element_ty)
+    dv_tile = tl.where(seen, dv_acc * dv_scale, 0.0).to(dv[0].dtype.element_ty)
     tl.store(rows_of(dk, head, H, keys, BLOCK_D), dk_tile, mask=k_mask)
     tl.store(rows_of(dv, head, H, keys, BLOCK_D), dv_tile, mask=k_mask)
 
@@ -190,16 +225,20 @@ def fill_bwd(
     dout_view, q_view, k_view, v_view = (view_of(x) for x in (dout, q, k, v))
     dq, dk, dv = (view_of(x) for x in grads)
     lse = lse.contiguous()
-    delta = torch.empty_like(lse)
-    total = torch.empty_like(lse) if q.dtype == torch.float32 else None
-    c = scale * LOG2E.value
-    common = (Tq, Tk, H, B * H, group_of(k), D, scale, c, dropout_of(dropout_p, seed), kv_len)
+    NUMBER, EXACT = number(q, Tk), q.dtype == torch.float32
+    dtype = torch.float64 if NUMBER == tl.float64 else torch.float32
+    delta = torch.empty_like(lse, dtype=dtype)
+    total = torch.empty_like(delta) if EXACT else None
+    factors = parts_of(scale), factor_of(scale)
+    common = (Tq, Tk, H, B * H, group_of(k), D, *factors, dropout_of(dropout_p, seed), kv_len)
+    kinds = {"NEGATIVE": scale < 0, "NUMBER": NUMBER, "EXACT": EXACT}
     blocks, options = tile(BWD_DQ, q.dtype, D, dropout_p > 0)
     attention_bwd_dq_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
         dout_view, q_view, k_view, v_view, view_of(out), lse, dq, delta, total, *common,
-        **blocks, **options,
+        **blocks, **options, **kinds,
     )  # fmt: skip
     blocks, options = tile(BWD_DK_DV, q.dtype, D, dropout_p > 0)
     attention_bwd_dk_dv_kernel[(triton.cdiv(Tk, blocks["BLOCK_N"]) * B * H,)](
-        dout_view, q_view, k_view, v_view, lse, delta, total, dk, dv, *common, **blocks, **options
-    )
+        dout_view, q_view, k_view, v_view, lse, delta, total, dk, dv, *common,
+        **blocks, **options, **kinds,
+    )  # fmt: skip

@@ -1,16 +1,23 @@
-"""The attention forward, and what it shares with the backward. attention.py has the maths.
-
-A view is (pointer, stride of b, stride of h, stride of t) of a (B, H, T, D) tensor. dropout is None
-or (pointer to the seed, p, 1 / (1 - p)).
-"""
+"""The attention forward. attention.py has the maths, attention_access.py what a view is."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.kernels.triton.attention_decode import attention_decode
-from gptfast.kernels.triton.attention_tiles import FWD, tile
-from gptfast.kernels.triton.philox import in_order, philox, uniform
+from gptfast.kernels.triton.attention_access import (
+    dot,
+    exponential,
+    keep,
+    key_range,
+    length_of,
+    limited,
+    program,
+    rows_of,
+    wide,
+)
+from gptfast.kernels.triton.attention_decode import attention_decode, factor_of, number_of
+from gptfast.kernels.triton.attention_nonfinite import any_nonfinite, merged, out_of_visible
+from gptfast.kernels.triton.attention_tiles import FWD, number, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -18,58 +25,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 GROUP_BYTES = 16 << 20
 
 
-@triton.jit
-def program(n_blocks, n_heads, group):
-    """Return the head and the block of this program; one group of heads comes after the other."""
-    pid = tl.program_id(0)
-    first = pid // (group * n_blocks) * group
-    rest = pid - first * n_blocks
-    size = tl.minimum(group, n_heads - first)
-    return first + rest % size, rest // size
-
-
-@triton.jit
-def rows_of(view, head, H, rows, BLOCK_D: tl.constexpr):
-    """Return pointers to (rows, BLOCK_D) of one head."""
-    # int64: long sequences, above all packed ones, have more than 2^31 elements.
-    start = view[0] + (head // H).to(tl.int64) * view[1] + (head % H).to(tl.int64) * view[2]
-    return start + rows.to(tl.int64)[:, None] * view[3] + tl.arange(0, BLOCK_D)[None, :]
-
-
-@triton.jit
-def length_of(kv_len_ptr, head, H, Tk):
-    """Return the length that the last query is aligned to, and the number of keys."""
-    if kv_len_ptr is None:
-        return Tk, Tk
-    else:
-        length = tl.load(kv_len_ptr + head // H).to(tl.int32)
-        return length, tl.minimum(length, Tk)
-
-
-@triton.jit
-def key_range(first, length, n_keys, Tq, BLOCK_M: tl.constexpr):
-    """Return the last key each query of a block sees, and how many keys all and any of them see."""
-    last = tl.minimum(length - Tq + first + tl.arange(0, BLOCK_M), n_keys - 1)
-    full = tl.minimum(length - Tq + first + 1, n_keys)
-    return last, full, tl.minimum(length - Tq + tl.minimum(first + BLOCK_M, Tq), n_keys)
-
-
-@triton.jit
-def keep(dropout, head, position, key, BLOCK_N: tl.constexpr):
-    """Return whether dropout keeps the probabilities of these queries for BLOCK_N keys."""
-    counters = (key // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
-    zeros = tl.zeros([position.shape[0], BLOCK_N // 4], tl.int32)
-    seed = tl.load(dropout[0])
-    words = philox(zeros + counters, zeros + position[:, None], zeros + head, zeros + 1, seed)
-    return uniform(in_order(words[0], words[1], words[2], words[3])) >= dropout[1]
-
-
 @triton.jit(do_not_specialize=["Tq", "Tk", "H", "n_heads", "group"])
 def attention_fwd_kernel(
     q, k, v, out, lse_ptr, Tq, Tk, H, n_heads, group, D, c, dropout, kv_len_ptr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    NEGATIVE: tl.constexpr,
+    NEGATIVE: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
+    c = number_of(c, NUMBER)
     n_blocks = tl.cdiv(Tq, BLOCK_M)
     head, block = program(n_blocks, n_heads, group)
     first = (n_blocks - 1 - block) * BLOCK_M
@@ -79,41 +41,54 @@ def attention_fwd_kernel(
     in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
     q_mask = (queries < Tq)[:, None] & in_d
     q_tile = tl.load(rows_of(q, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
+    EXACT: tl.constexpr = q_tile.dtype == tl.float32
+    q_tile = wide(q_tile, NUMBER)
     if NEGATIVE:
         q_tile = -q_tile
     k_ptrs = rows_of(k, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
     v_ptrs = rows_of(v, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], NUMBER)
+    total = tl.zeros([BLOCK_M], NUMBER)
+    peak = tl.full([BLOCK_M], -float("inf"), NUMBER)
     for start in tl.range(0, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         row = tl.cast(start, tl.int64)
         mask = (keys < n_keys)[:, None] if EVEN_D else (keys < n_keys)[:, None] & in_d
-        k_tile = tl.load(k_ptrs + row * k[3], mask=mask, other=0.0)
-        v_tile = tl.load(v_ptrs + row * v[3], mask=mask, other=0.0)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        k_tile = wide(tl.load(k_ptrs + row * k[3], mask=mask, other=0.0), NUMBER)
+        v_tile = wide(tl.load(v_ptrs + row * v[3], mask=mask, other=0.0), NUMBER)
+        s = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], NUMBER))
+        s = limited(s, NUMBER)
         if start + BLOCK_N > full:
             s = tl.where(keys[None, :] <= last[:, None], s, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(s, 1) * c)
+        new_peak = tl.maximum(peak, tl.max(s, 1))
         # For a query that has seen no key yet, -inf - -inf would be NaN.
         shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        p = tl.exp2(s * c - shift[:, None])
-        rescale = tl.exp2(peak - shift)
+        rest = tl.zeros_like(shift) if EXACT else shift * c
+        p = exponential(s, c, shift[:, None], rest[:, None], EXACT)
+        rescale = tl.exp2((peak - shift) * c)
         total = total * rescale + tl.sum(p, 1)
         if dropout is not None:
             p = tl.where(keep(dropout, head, Tk - Tq + queries, start, BLOCK_N), p, 0.0)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
+        acc = dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None])
         peak = new_peak
 
+    if any_nonfinite(acc):
+        shift = tl.where(peak == -float("inf"), 0.0, peak)
+        rest = tl.zeros_like(shift) if EXACT else shift * c
+        again = out_of_visible(
+            q, k, v, head, H, queries, last, end, Tk - Tq + queries, Tq, D, c, shift, rest, dropout,
+            BLOCK_D, NEGATIVE, NUMBER, EXACT,
+        )  # fmt: skip
+        acc = merged(acc, again)
     # For a query that sees no key, out is 0 and lse is -inf.
     total = tl.where(total == 0.0, 1.0, total)
     scale = 1.0 / total if dropout is None else dropout[2] / total
-    out_tile = (acc * scale[:, None]).to(q_tile.dtype)
+    out_tile = (acc * scale[:, None]).to(out[0].dtype.element_ty)
     tl.store(rows_of(out, head, H, queries, BLOCK_D), out_tile, mask=q_mask)
     lse_ptrs = lse_ptr + head.to(tl.int64) * Tq + queries
-    tl.store(lse_ptrs, peak * LN2 + tl.log(total), mask=queries < Tq)
+    natural = peak.to(tl.float64) * (c.to(tl.float64) * LN2)
+    tl.store(lse_ptrs, natural + tl.log(total.to(tl.float64)), mask=queries < Tq)
 
 
 def view_of(x: Tensor) -> tuple[Tensor, int, int, int]:
@@ -152,9 +127,6 @@ def fill_fwd(
         attention_decode(view_of(q), view_of(k), view_of(v), view_of(out), lse, scale, kv_len)
         return
     blocks, options = tile(FWD, q.dtype, D, dropout_p > 0)
-    # exp2(c S - max) needs c > 0: a negative sign goes to q. 2^-120 makes every P 1 except that of
-    # a score of -inf.
-    c = max(abs(scale) * LOG2E.value, 2.0**-120)
     attention_fwd_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
         view_of(q),
         view_of(k),
@@ -167,10 +139,11 @@ def fill_fwd(
         B * H,
         group_of(k),
         D,
-        c,
+        factor_of(scale),
         dropout_of(dropout_p, seed),
         kv_len,
         **blocks,
         NEGATIVE=scale < 0,
+        NUMBER=number(q, Tk),
         **options,
     )

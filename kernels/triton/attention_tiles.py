@@ -10,11 +10,17 @@ need few registers.
 
 import torch
 import triton
+import triton.language as tl
+from torch import Tensor
 
 from gptfast.kernels.triton import target
 
-# The reference computes attention with larger head dims.
+# The reference computes attention with larger head dims, and with none.
 MAX_D = 256
+# The queries, or the products of queries, keys and dimensions, up to which fp32 attention computes
+# in fp64: of few numbers, single roundings decide the largest error.
+FP64_QUERIES = 16
+FP64_WORK = 1 << 15
 
 # BLOCK_M queries, BLOCK_N keys, num_warps, num_stages, registers a thread may take.
 Tile = tuple[int, int, int, int, int | None]
@@ -107,3 +113,10 @@ def tile(
     blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "EVEN_D": BLOCK_D == D}
     options = {"num_warps": warps, "num_stages": stages}
     return blocks, options if registers is None else {**options, "maxnreg": registers}
+
+
+def number(q: Tensor, Tk: int) -> tl.dtype:
+    """Return the type that the kernels compute with."""
+    Tq, D = q.shape[2:]
+    few = Tq <= FP64_QUERIES or Tq * Tk * D <= FP64_WORK
+    return tl.float64 if q.dtype == torch.float32 and few else tl.float32

@@ -1,0 +1,118 @@
+"""What the attention kernels share: their programs, rows, keys and probabilities.
+
+A view is (pointer, stride of b, stride of h, stride of t) of a (B, H, T, D) tensor. dropout is None
+or (pointer to the seed, p, 1 / (1 - p)).
+"""
+
+import triton
+import triton.language as tl
+
+from gptfast.kernels.triton.philox import in_order, philox, uniform
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def program(n_blocks, n_heads, group):
+    """Return the head and the block of this program; one group of heads comes after the other."""
+    pid = tl.program_id(0)
+    first = pid // (group * n_blocks) * group
+    rest = pid - first * n_blocks
+    size = tl.minimum(group, n_heads - first)
+    return first + rest % size, rest // size
+
+
+@triton.jit
+def rows_of(view, head, H, rows, BLOCK_D: tl.constexpr):
+    """Return pointers to (rows, BLOCK_D) of one head."""
+    # int64: long sequences, above all packed ones, have more than 2^31 elements.
+    start = view[0] + (head // H).to(tl.int64) * view[1] + (head % H).to(tl.int64) * view[2]
+    return start + rows.to(tl.int64)[:, None] * view[3] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def length_of(kv_len_ptr, head, H, Tk):
+    """Return the length that the last query is aligned to, and the number of keys."""
+    if kv_len_ptr is None:
+        return Tk, Tk
+    else:
+        length = tl.load(kv_len_ptr + head // H).to(tl.int32)
+        return length, tl.minimum(length, Tk)
+
+
+@triton.jit
+def key_range(first, length, n_keys, Tq, BLOCK_M: tl.constexpr):
+    """Return the last key each query of a block sees, and how many keys all and any of them see."""
+    last = tl.minimum(length - Tq + first + tl.arange(0, BLOCK_M), n_keys - 1)
+    full = tl.minimum(length - Tq + first + 1, n_keys)
+    return last, full, tl.minimum(length - Tq + tl.minimum(first + BLOCK_M, Tq), n_keys)
+
+
+@triton.jit
+def keep(dropout, head, position, key, BLOCK_N: tl.constexpr):
+    """Return whether dropout keeps the probabilities of these queries for BLOCK_N keys."""
+    counters = (key // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+    zeros = tl.zeros([position.shape[0], BLOCK_N // 4], tl.int32)
+    seed = tl.load(dropout[0])
+    words = philox(zeros + counters, zeros + position[:, None], zeros + head, zeros + 1, seed)
+    return uniform(in_order(words[0], words[1], words[2], words[3])) >= dropout[1]
+
+
+@triton.jit
+def wide(x, NUMBER: tl.constexpr):
+    """Return a tile as the kernel multiplies it: in fp64 if NUMBER is fp64, else as it is."""
+    if NUMBER == tl.float64:
+        return x.to(tl.float64)
+    else:
+        return x
+
+
+@triton.jit
+def dot(a, b, acc):
+    """Return acc + a b."""
+    if a.dtype == tl.float64:
+        return tl.dot(a, b, acc, out_dtype=tl.float64)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def limited(s, NUMBER: tl.constexpr):
+    """Return scores with those beyond fp32's range made infinite, as fp32 has them."""
+    if NUMBER == tl.float64:
+        s = tl.where(s > 3.4028234663852886e38, float("inf"), s)
+        return tl.where(s < -3.4028234663852886e38, -float("inf"), s)
+    else:
+        return s
+
+
+@triton.jit
+def exponential(s, c, shift, rest, EXACT: tl.constexpr):
+    """Return exp2(c (s - shift) - rest) if EXACT, else exp2(c s - rest).
+
+    c s, rounded, is off by |c s| * 6e-8, and the result with it. The difference of s and shift is
+    exact where the result is large.
+    """
+    if EXACT:
+        return tl.exp2((s - shift) * c - rest)
+    else:
+        return tl.exp2(s * c - rest)
+
+
+@triton.jit
+def split_lse(lse_ptrs, mask, c, NUMBER: tl.constexpr, EXACT: tl.constexpr):
+    """Return shift and rest, with which `exponential` gives P.
+
+    lse is fp64: in fp32 it would be off by |lse| * 6e-8, and every P with it.
+    """
+    lse = tl.load(lse_ptrs, mask=mask, other=-float("inf")) * LOG2E
+    # P is 0 for a query that sees no key, or only keys whose score is -inf.
+    empty = lse == -float("inf")
+    lse = tl.where(empty, 0.0, lse)
+    if EXACT:
+        shift = (lse / c).to(NUMBER)
+        rest = (lse - shift.to(tl.float64) * c).to(NUMBER)
+    else:
+        shift = lse.to(NUMBER)
+        rest = shift
+    return shift, tl.where(empty, float("inf"), rest)
