@@ -21,9 +21,8 @@ from gptfast.kernels.triton.attention_decode import factor_of, number_of, parts_
 from gptfast.kernels.triton.attention_fwd import dropout_of, group_of, view_of
 from gptfast.kernels.triton.attention_nonfinite import (
     any_nonfinite,
-    dk_dv_of_visible,
-    dq_of_visible,
-    merged,
+    store_dk_dv_of_visible,
+    store_dq_of_visible,
 )
 from gptfast.kernels.triton.attention_tiles import BWD_DK_DV, BWD_DQ, number, tile
 
@@ -117,16 +116,17 @@ def attention_bwd_dq_kernel(
         acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, shift, rest, last, full, end,
         n_keys, D, c, dropout, head, Tk - Tq + queries, BLOCK_N, EVEN_D, False, NUMBER, EXACT,
     )  # fmt: skip
-    if any_nonfinite(acc):
-        again = dq_of_visible(
-            dout, q, k, v, head, H, queries, last, end, Tk - Tq + queries, Tq, D, c, shift, rest,
-            delta, dropout, BLOCK_D, NEGATIVE, NUMBER, EXACT,
-        )  # fmt: skip
-        acc = merged(acc, again)
     if total_ptr is not None:
         acc /= total[:, None]
-    dq_tile = (acc * number_of(scale, NUMBER)).to(dq[0].dtype.element_ty)
+    scale = number_of(scale, NUMBER)
+    dq_tile = (acc * scale).to(dq[0].dtype.element_ty)
     tl.store(rows_of(dq, head, H, queries, BLOCK_D), dq_tile, mask=q_mask)
+    if any_nonfinite(acc):
+        tl.debug_barrier()  # other threads may store, or have stored, what is read and written here
+        store_dq_of_visible(
+            dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dq, head, H, first, length, n_keys, end,
+            Tk, Tq, D, scale, c, dropout, BLOCK_M, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "H", "n_heads", "group"])
@@ -190,20 +190,20 @@ def attention_bwd_dk_dv_kernel(
             ds = tl.where(last[None, :] > 0, ds, 0.0)
         dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
 
-    if any_nonfinite(dk_acc) or any_nonfinite(dv_acc):
-        dk_again, dv_again = dk_dv_of_visible(
-            dout, q, k, v, lse_ptr, delta_ptr, total_ptr, head, H, key, first, length, n_keys, Tk,
-            Tq, D, c, dropout, BLOCK_N, BLOCK_D, NEGATIVE, NUMBER, EXACT,
-        )  # fmt: skip
-        dk_acc, dv_acc = merged(dk_acc, dk_again), merged(dv_acc, dv_again)
     k_mask = (keys < Tk)[:, None] & in_d
     seen = (keys < n_keys)[:, None]
     dv_scale = 1.0 if dropout is None else dropout[2]
-    dk_acc *= number_of(scale, NUMBER)
-    dk_tile = tl.where(seen, dk_acc, 0.0).to(dk[0].dtype.element_ty)
+    scale = number_of(scale, NUMBER)
+    dk_tile = tl.where(seen, dk_acc * scale, 0.0).to(dk[0].dtype.element_ty)
     dv_tile = tl.where(seen, dv_acc * dv_scale, 0.0).to(dv[0].dtype.element_ty)
     tl.store(rows_of(dk, head, H, keys, BLOCK_D), dk_tile, mask=k_mask)
     tl.store(rows_of(dv, head, H, keys, BLOCK_D), dv_tile, mask=k_mask)
+    if any_nonfinite(dk_acc) or any_nonfinite(dv_acc):
+        tl.debug_barrier()  # other threads may have stored what is written here
+        store_dk_dv_of_visible(
+            dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dk, dv, head, H, key, first, length,
+            n_keys, Tk, Tq, D, scale, c, dropout, BLOCK_N, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+        )  # fmt: skip
 
 
 def fill_bwd(

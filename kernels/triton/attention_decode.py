@@ -25,7 +25,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Keys that a program takes.
 CHUNK = 256
-# Elements of K in a block of keys, and as many of V.
+# Elements of K in a block of keys, and as many of V; half of them in fp64.
 BLOCK_ELEMENTS = 4096
 # Chunks that the second kernel merges at once.
 BLOCK_C = 16
@@ -180,7 +180,7 @@ def attention_decode(
         peak, total = lse.new_empty(2, B * H, n_chunks, dtype=dtype)
     c = factor_of(scale)
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    BLOCK_N = min(64, BLOCK_ELEMENTS // BLOCK_D)
+    BLOCK_N = min(64, BLOCK_ELEMENTS // BLOCK_D // (2 if fp64 else 1))
     attention_decode_kernel[(B * H, n_chunks)](
         q, k, v, out, lse, acc, peak, total, Tk, H, n_chunks, D, c, kv_len, CHUNK=CHUNK,
         BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=BLOCK_D == D, NEGATIVE=scale < 0, NUMBER=number,

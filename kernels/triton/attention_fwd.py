@@ -16,7 +16,7 @@ from gptfast.kernels.triton.attention_access import (
     wide,
 )
 from gptfast.kernels.triton.attention_decode import attention_decode, factor_of, number_of
-from gptfast.kernels.triton.attention_nonfinite import any_nonfinite, merged, out_of_visible
+from gptfast.kernels.triton.attention_nonfinite import any_nonfinite, out_of_visible
 from gptfast.kernels.triton.attention_tiles import FWD, number, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -76,11 +76,10 @@ def attention_fwd_kernel(
     if any_nonfinite(acc):
         shift = tl.where(peak == -float("inf"), 0.0, peak)
         rest = tl.zeros_like(shift) if EXACT else shift * c
-        again = out_of_visible(
+        acc = out_of_visible(
             q, k, v, head, H, queries, last, end, Tk - Tq + queries, Tq, D, c, shift, rest, dropout,
             BLOCK_D, NEGATIVE, NUMBER, EXACT,
         )  # fmt: skip
-        acc = merged(acc, again)
     # For a query that sees no key, out is 0 and lse is -inf.
     total = tl.where(total == 0.0, 1.0, total)
     scale = 1.0 / total if dropout is None else dropout[2] / total

@@ -1,9 +1,9 @@
 """Attention's sums where inputs are not finite, term by term.
 
 In the products of tiles, a pair of query and key that is not visible has the factor 0, which an inf
-or a NaN makes NaN. A kernel whose sums hold a number that is not finite computes such numbers again
-here, from visible pairs alone: slowly, and only then. Everything is loaded anew, so that the main
-loops keep no registers for this.
+or a NaN makes NaN. A kernel whose sums hold a number that is not finite computes them again here,
+from visible pairs alone: slowly, and only then. Everything is loaded anew and kept as it is in
+memory, so that this costs the main loops no registers.
 """
 
 import triton
@@ -17,6 +17,9 @@ from gptfast.kernels.triton.attention_access import (
     split_lse,
 )
 
+# Queries, or keys, that the backward computes at a time.
+ROWS = tl.constexpr(16)
+
 
 @triton.jit
 def any_nonfinite(x):
@@ -25,16 +28,16 @@ def any_nonfinite(x):
 
 
 @triton.jit
-def merged(x, again):
-    """Return x where it is finite, else what was computed again."""
-    return tl.where(tl.abs(x) < float("inf"), x, again)
+def _tile(view, head, H, rows, n, D, BLOCK_D: tl.constexpr):
+    """Return rows below n of one head."""
+    mask = (rows < n)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    return tl.load(rows_of(view, head, H, rows, BLOCK_D), mask=mask, other=0.0)
 
 
 @triton.jit
-def _tile(view, head, H, rows, n, D, BLOCK_D: tl.constexpr, NUMBER: tl.constexpr):
-    """Return rows below n of one head."""
-    mask = (rows < n)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
-    return tl.load(rows_of(view, head, H, rows, BLOCK_D), mask=mask, other=0.0).to(NUMBER)
+def _dots(tile, row, NUMBER: tl.constexpr):
+    """Return the products of the rows of a tile with one row."""
+    return tl.sum(tile.to(NUMBER) * row.to(NUMBER), 1)
 
 
 @triton.jit
@@ -50,78 +53,99 @@ def out_of_visible(
     BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Return sum_j P_j v_j for a block of queries."""
-    q_tile = _tile(q, head, H, queries, Tq, D, BLOCK_D, NUMBER)
-    if NEGATIVE:
-        q_tile = -q_tile
+    q_tile = _tile(q, head, H, queries, Tq, D, BLOCK_D)
     acc = tl.zeros([queries.shape[0], BLOCK_D], NUMBER)
     for key in tl.range(0, end):
         row = key + tl.arange(0, 1)
-        s = tl.sum(q_tile * _tile(k, head, H, row, end, D, BLOCK_D, NUMBER), 1)
-        p = exponential(limited(s, NUMBER), c, shift, rest, EXACT)
+        s = limited(_dots(q_tile, _tile(k, head, H, row, end, D, BLOCK_D), NUMBER), NUMBER)
+        p = exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
         if dropout is not None:
             p = tl.where(_kept(dropout, head, position, key), p, 0.0)
-        term = p[:, None] * _tile(v, head, H, row, end, D, BLOCK_D, NUMBER)
+        term = p[:, None] * _tile(v, head, H, row, end, D, BLOCK_D).to(NUMBER)
         acc += tl.where((key <= last)[:, None], term, 0.0)
     return acc
 
 
 @triton.jit
-def dq_of_visible(
-    dout, q, k, v, head, H, queries, last, end, position, Tq, D, c, shift, rest, delta, dropout,
-    BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Return sum_j dS_j k_j for a block of queries."""
-    q_tile = _tile(q, head, H, queries, Tq, D, BLOCK_D, NUMBER)
-    dout_tile = _tile(dout, head, H, queries, Tq, D, BLOCK_D, NUMBER)
-    if NEGATIVE:
-        q_tile = -q_tile
-    acc = tl.zeros([queries.shape[0], BLOCK_D], NUMBER)
-    for key in tl.range(0, end):
-        row = key + tl.arange(0, 1)
-        k_tile = _tile(k, head, H, row, end, D, BLOCK_D, NUMBER)
-        dp = tl.sum(dout_tile * _tile(v, head, H, row, end, D, BLOCK_D, NUMBER), 1)
-        if dropout is not None:
-            dp = tl.where(_kept(dropout, head, position, key), dp * dropout[2], 0.0)
-        s = limited(tl.sum(q_tile * k_tile, 1), NUMBER)
-        p = exponential(s, c, shift, rest, EXACT)
-        term = (p * (dp - delta))[:, None] * k_tile
-        acc += tl.where((key <= last)[:, None], term, 0.0)
-    return acc
-
-
-@triton.jit
-def dk_dv_of_visible(
-    dout, q, k, v, lse_ptr, delta_ptr, total_ptr, head, H, key, first, length, n_keys, Tk, Tq, D, c,
-    dropout, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr,
+def store_dq_of_visible(
+    dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dq, head, H, first, length, n_keys, end, Tk, Tq,
+    D, scale, c, dropout, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr,
     NUMBER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Return sum_i dS_i q_i and sum_i P_i dout_i for a block of keys."""
-    keys = key + tl.arange(0, BLOCK_N)
-    k_tile = _tile(k, head, H, keys, n_keys, D, BLOCK_D, NUMBER)
-    v_tile = _tile(v, head, H, keys, n_keys, D, BLOCK_D, NUMBER)
-    if NEGATIVE:
-        k_tile = -k_tile
-    dk = tl.zeros([BLOCK_N, BLOCK_D], NUMBER)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], NUMBER)
-    for query in tl.range(first, Tq):
-        row = query + tl.arange(0, 1)
-        q_tile = _tile(q, head, H, row, Tq, D, BLOCK_D, NUMBER)
-        dout_tile = _tile(dout, head, H, row, Tq, D, BLOCK_D, NUMBER)
-        shift, rest = split_lse(lse_ptr + row, row < Tq, c, NUMBER, EXACT)
-        s = limited(tl.sum(k_tile * q_tile, 1), NUMBER)
-        p = exponential(s, c, shift, rest, EXACT)
+    """Store dq = scale sum_j dS_j k_j of a block of queries, a few at a time."""
+    lse_ptr += head.to(tl.int64) * Tq
+    delta_ptr += head.to(tl.int64) * Tq
+    in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    for start in tl.range(first, tl.minimum(first + BLOCK_M, Tq), ROWS):
+        queries = start + tl.arange(0, ROWS)
+        inside = queries < Tq
+        q_tile = _tile(q, head, H, queries, Tq, D, BLOCK_D)
+        dout_tile = _tile(dout, head, H, queries, Tq, D, BLOCK_D)
+        shift, rest = split_lse(lse_ptr + queries, inside, c, NUMBER, EXACT)
+        delta = tl.load(delta_ptr + queries, mask=inside, other=0.0)
+        last = tl.minimum(length - Tq + queries, n_keys - 1)
+        acc = tl.zeros([ROWS, BLOCK_D], NUMBER)
+        for key in tl.range(0, end):
+            row = key + tl.arange(0, 1)
+            k_tile = _tile(k, head, H, row, end, D, BLOCK_D)
+            dp = _dots(dout_tile, _tile(v, head, H, row, end, D, BLOCK_D), NUMBER)
+            if dropout is not None:
+                kept_at = _kept(dropout, head, Tk - Tq + queries, key)
+                dp = tl.where(kept_at, dp * dropout[2], 0.0)
+            s = limited(_dots(q_tile, k_tile, NUMBER), NUMBER)
+            p = exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
+            term = (p * (dp - delta))[:, None] * k_tile.to(NUMBER)
+            # dS is exactly 0 for a query that sees one key, as in the kernel.
+            acc += tl.where(((key <= last) & (last > 0))[:, None], term, 0.0)
         if total_ptr is not None:
-            p /= tl.load(total_ptr + row)
-        dp = tl.sum(v_tile * dout_tile, 1)
-        kept = p
+            total_ptrs = total_ptr + head.to(tl.int64) * Tq + queries
+            acc /= tl.load(total_ptrs, mask=inside, other=1.0)[:, None]
+        dq_tile = (acc * scale).to(dq[0].dtype.element_ty)
+        tl.store(rows_of(dq, head, H, queries, BLOCK_D), dq_tile, mask=inside[:, None] & in_d)
+
+
+@triton.jit
+def store_dk_dv_of_visible(
+    dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dk, dv, head, H, key, first, length, n_keys, Tk,
+    Tq, D, scale, c, dropout, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Store dk = scale sum_i dS_i q_i and dv = sum_i P_i dout_i of a block, a few keys at a time.
+
+    The pointers to lse, delta and total are those of the head.
+    """
+    in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    for start in tl.range(key, tl.minimum(key + BLOCK_N, n_keys), ROWS):
+        keys = start + tl.arange(0, ROWS)
+        k_tile = _tile(k, head, H, keys, n_keys, D, BLOCK_D)
+        v_tile = _tile(v, head, H, keys, n_keys, D, BLOCK_D)
+        dk_acc = tl.zeros([ROWS, BLOCK_D], NUMBER)
+        dv_acc = tl.zeros([ROWS, BLOCK_D], NUMBER)
+        for query in tl.range(first, Tq):
+            row = query + tl.arange(0, 1)
+            q_tile = _tile(q, head, H, row, Tq, D, BLOCK_D)
+            dout_tile = _tile(dout, head, H, row, Tq, D, BLOCK_D)
+            shift, rest = split_lse(lse_ptr + row, row < Tq, c, NUMBER, EXACT)
+            s = limited(_dots(k_tile, q_tile, NUMBER), NUMBER)
+            p = exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
+            if total_ptr is not None:
+                p /= tl.load(total_ptr + row)
+            dp = _dots(v_tile, dout_tile, NUMBER)
+            kept = p
+            if dropout is not None:
+                kept_at = keep(dropout, head, Tk - Tq + row, start, ROWS).to(tl.int32)
+                kept = tl.where(tl.sum(kept_at, 0) > 0, p, 0.0)
+                dp = tl.where(tl.sum(kept_at, 0) > 0, dp * dropout[2], 0.0)
+            last = tl.minimum(length - Tq + query, n_keys - 1)
+            seen = (keys <= last)[:, None]
+            dv_acc += tl.where(seen, kept[:, None] * dout_tile.to(NUMBER), 0.0)
+            ds = p * (dp - tl.load(delta_ptr + row))
+            # dS is exactly 0 for a query that sees one key, as in the kernel.
+            dk_acc += tl.where(seen & (last > 0), ds[:, None] * q_tile.to(NUMBER), 0.0)
+        mask = (keys < n_keys)[:, None] & in_d
         if dropout is not None:
-            kept_at = tl.sum(keep(dropout, head, Tk - Tq + row, key, BLOCK_N).to(tl.int32), 0) > 0
-            kept = tl.where(kept_at, p, 0.0)
-            dp = tl.where(kept_at, dp * dropout[2], 0.0)
-        last = tl.minimum(length - Tq + query, n_keys - 1)
-        seen = (keys <= last)[:, None]
-        dv += tl.where(seen, kept[:, None] * dout_tile, 0.0)
-        ds = p * (dp - tl.load(delta_ptr + row))
-        # dS is exactly 0 for a query that sees one key, as in the kernels.
-        dk += tl.where(seen & (last > 0), ds[:, None] * q_tile, 0.0)
-    return dk, dv
+            dv_acc *= dropout[2]
+        dk_tile = (dk_acc * scale).to(dk[0].dtype.element_ty)
+        tl.store(rows_of(dk, head, H, keys, BLOCK_D), dk_tile, mask=mask)
+        dv_tile = dv_acc.to(dv[0].dtype.element_ty)
+        tl.store(rows_of(dv, head, H, keys, BLOCK_D), dv_tile, mask=mask)

@@ -17,10 +17,10 @@ from gptfast.kernels.triton import target
 
 # The reference computes attention with larger head dims, and with none.
 MAX_D = 256
-# The queries, or the products of queries, keys and dimensions, up to which fp32 attention computes
-# in fp64: of few numbers, single roundings decide the largest error.
-FP64_QUERIES = 16
-FP64_WORK = 1 << 15
+# fp32 attention computes in fp64 up to this many queries, or below this many products of queries,
+# keys and dimensions: of few numbers, single roundings decide the largest error.
+FP64_QUERIES = 32
+FP64_WORK = 1 << 18
 
 # BLOCK_M queries, BLOCK_N keys, num_warps, num_stages, registers a thread may take.
 Tile = tuple[int, int, int, int, int | None]
@@ -118,5 +118,5 @@ def tile(
 def number(q: Tensor, Tk: int) -> tl.dtype:
     """Return the type that the kernels compute with."""
     Tq, D = q.shape[2:]
-    few = Tq <= FP64_QUERIES or Tq * Tk * D <= FP64_WORK
+    few = Tq <= FP64_QUERIES or Tq * Tk * D < FP64_WORK
     return tl.float64 if q.dtype == torch.float32 and few else tl.float32
