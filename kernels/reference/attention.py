@@ -7,7 +7,7 @@
 
 len is Tk, or kv_len[b] if it is given. For a query that sees no key, or only keys whose score is
 -inf, out and dS are 0 and lse is -inf. The sums in O, dQ, dK and dV are over visible pairs: NaN and
-inf reach nothing across a pair that is not visible. All this is computed in fp64.
+inf reach nothing across a pair that is not visible.
 """
 
 import torch
@@ -38,17 +38,10 @@ def dropout_scale(q: Tensor, k: Tensor, dropout_p: float, seed: Tensor) -> Tenso
     return (uniform(word) >= dropout_p).double() / (1.0 - dropout_p)
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, scale: float, visible: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return P (B, H, Tq, Tk), and lse (B, H, Tq), for inputs that were of this dtype."""
-    scores = q @ k.transpose(-2, -1)
-    if dtype != torch.float64:
-        # Kernels overflow here, as PyTorch does.
-        largest = torch.finfo(torch.float32).max
-        scores = scores.masked_fill(scores < -largest, -torch.inf)
-        scores = scores.masked_fill(scores > largest, torch.inf)
-    scores = (scores * scale).masked_fill(~visible, -torch.inf)
+def _probabilities(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Return P (B, H, Tq, Tk), and lse (B, H, Tq)."""
+    scores = (q @ k.transpose(-2, -1)) * scale
+    scores = scores.masked_fill(~visible, -torch.inf)
     # The softmax of nothing but -inf would be NaN, and so would its gradient.
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
@@ -76,11 +69,12 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp64."""
     visible = _visible(q, k, kv_len)
-    p, lse = _probabilities(q.double(), k.double(), scale, visible, q.dtype)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    p, lse = _probabilities(q.to(dtype), k.to(dtype), scale, visible)
     if dropout_p > 0:
         assert seed is not None
-        p = p * dropout_scale(q, k, dropout_p, seed)
-    return _visible_product(p, visible, v.double()).to(q.dtype), lse
+        p = p * dropout_scale(q, k, dropout_p, seed).to(dtype)
+    return _visible_product(p, visible, v.to(dtype)).to(q.dtype), lse.double()
 
 
 def attention_bwd(
@@ -97,13 +91,14 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, contiguous, in the inputs' dtype."""
     input_dtype = q.dtype
-    q, k, v, dout = (t.double() for t in (q, k, v, dout))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, dout = (t.to(dtype) for t in (q, k, v, dout))
     visible = _visible(q, k, kv_len)
-    p, _ = _probabilities(q, k, scale, visible, input_dtype)
+    p, _ = _probabilities(q, k, scale, visible)
     dropped, dp = p, (dout @ v.transpose(-2, -1)).masked_fill(~visible, 0.0)
     if dropout_p > 0:
         assert seed is not None
-        keep = dropout_scale(q, k, dropout_p, seed)
+        keep = dropout_scale(q, k, dropout_p, seed).to(dtype)
         dropped, dp = p * keep, dp * keep
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
     ds = ds.masked_fill(~visible, 0.0)  # delta may be NaN
