@@ -38,17 +38,9 @@ def dropout_scale(q: Tensor, k: Tensor, dropout_p: float, seed: Tensor) -> Tenso
     return (uniform(word) >= dropout_p).double() / (1.0 - dropout_p)
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, scale: float, visible: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return P (B, H, Tq, Tk), and lse (B, H, Tq), for inputs that were of this dtype."""
-    scores = q @ k.transpose(-2, -1)
-    if dtype != torch.float64:
-        # Kernels overflow here, as PyTorch does.
-        largest = torch.finfo(torch.float32).max
-        scores = scores.masked_fill(scores < -largest, -torch.inf)
-        scores = scores.masked_fill(scores > largest, torch.inf)
-    scores = (scores * scale).masked_fill(~visible, -torch.inf)
+def _probabilities(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Return P (B, H, Tq, Tk), and lse (B, H, Tq)."""
+    scores = ((q @ k.transpose(-2, -1)) * scale).masked_fill(~visible, -torch.inf)
     # The softmax of nothing but -inf would be NaN, and so would its gradient.
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
@@ -76,7 +68,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp64."""
     visible = _visible(q, k, kv_len)
-    p, lse = _probabilities(q.double(), k.double(), scale, visible, q.dtype)
+    p, lse = _probabilities(q.double(), k.double(), scale, visible)
     if dropout_p > 0:
         assert seed is not None
         p = p * dropout_scale(q, k, dropout_p, seed)
@@ -99,7 +91,7 @@ def attention_bwd(
     input_dtype = q.dtype
     q, k, v, dout = (t.double() for t in (q, k, v, dout))
     visible = _visible(q, k, kv_len)
-    p, _ = _probabilities(q, k, scale, visible, input_dtype)
+    p, _ = _probabilities(q, k, scale, visible)
     dropped, dp = p, (dout @ v.transpose(-2, -1)).masked_fill(~visible, 0.0)
     if dropout_p > 0:
         assert seed is not None
