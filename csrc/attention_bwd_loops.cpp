@@ -96,7 +96,6 @@ void sum_block(const AttentionArgs& args, const BwdHead<R>& head, int64_t q0, in
     R *p = space.p + key * BQ, *dp = space.ds + key * BQ;
     gemm(terms, keys, end - column, D, k.row(key), k.row_stride, 1, space.q_t + column, BQ, p + column, BQ, false);
     gemm(terms, keys, end - column, D, v.row(key), v.row_stride, 1, space.dout_t + column, BQ, dp + column, BQ, false);
-    limit_scores(p, run, end);
     mask_diagonal(p, keys_seen, run, (R)-INFINITY);
     if (!v_finite) mask_diagonal(dp, keys_seen, run, (R)0);
     if (args.dropout_p > 0) apply_dropout(dp, args, b * args.H + h, first_query, run, end);

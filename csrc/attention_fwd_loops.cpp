@@ -86,7 +86,6 @@ void fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, cons
     const auto [key, n, column] = run;
     if (column >= end) return;
     gemm(terms, n, end - column, D, k.row(key), k.row_stride, 1, q_t + column, BQ, s + column, BQ, false);
-    limit_scores(s, run, end);
     mask_diagonal(s, keys_seen, run, (R)-INFINITY);
     if (online_softmax(s, scale.log2, run, end, state))
       for (int64_t i = column; i < rows; ++i)
@@ -176,7 +175,7 @@ void fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, R* s
   Vec<R> best = splat((R)-INFINITY), total = {};
   for (int64_t j = 0; j < n; j += lanes) {
     const int64_t keys = smaller<int64_t>(lanes, n - j);
-    Vec<R> score = limited(scores_of(query, k + j * args.k.time_stride, args.k.time_stride, D, keys) * scale.sign);
+    Vec<R> score = scores_of(query, k + j * args.k.time_stride, args.k.time_stride, D, keys) * scale.sign;
     for (int64_t lane = keys; lane < lanes; ++lane) score[lane] = -INFINITY;
     store(s + j, score);
     best = max(score, best);

@@ -107,14 +107,6 @@ static inline vdouble exp2(vdouble x) {
   return x < splat(-1022.0) ? vdouble{} : (vdouble)((vulong)p + ((vulong)z << 52));
 }
 
-// Returns scores with those beyond fp32's range made infinite, as fp32 has them: few queries, in fp64, have the answer
-// of many.
-static inline vf limited(vf x) { return x; }
-static inline vdouble limited(vdouble x) {
-  const vdouble largest = splat((double)__FLT_MAX__), infinity = splat((double)INFINITY);
-  return x > largest ? infinity : x < -largest ? -infinity : x;
-}
-
 // Converts a row of D numbers times factor.
 template <class T>
 static inline void write_row(T* to, const float* from, float factor, int64_t D) {

@@ -85,9 +85,11 @@ void gemm(int64_t terms, int64_t M, int64_t N, int64_t K, const R* a, int64_t a_
 }
 
 // Whether to compute in fp64. A few numbers have no largest error to speak of but that of single roundings, which may
-// then be many times PyTorch's. 16-bit results hide all this.
+// then be many times PyTorch's. 16-bit results hide all this. With dropout, few terms make
+// a sum, so that fewer roundings average out.
 inline bool computes_in_fp64(const AttentionArgs& args) {
-  return args.dtype == Dtype::fp32 && (args.Tq <= FP64_QUERIES || args.Tq * args.Tk * args.D < FP64_WORK);
+  const int64_t work = args.dropout_p > 0 ? 4 * FP64_WORK : FP64_WORK;
+  return args.dtype == Dtype::fp32 && (args.Tq <= FP64_QUERIES || args.Tq * args.Tk * args.D < work);
 }
 
 // Rows of one head as fp32 or fp64, padded with zeros to a multiple of W numbers.
@@ -178,14 +180,6 @@ void for_each_run(const Span& s, F f) {
     const int64_t column = larger<int64_t>(key - s.diagonal, 0) / W * W;
     if (column < BQ) f(Run{key, smaller(DIAGONAL_KEYS, s.end - key), column});
   }
-}
-
-// Makes scores of a run, up to column `end`, infinite where fp32 would.
-template <class R>
-void limit_scores(R* s, const Run& run, int64_t end) {
-  if constexpr (std::is_same_v<R, double>)
-    for (int64_t j = 0; j < run.keys; ++j)
-      for (int64_t i = run.column; i < end; i += LANES<R>) store(s + j * BQ + i, limited(load(s + j * BQ + i)));
 }
 
 // Sets S^T rows of a run to `value` where the query comes before the key.

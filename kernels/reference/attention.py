@@ -40,8 +40,7 @@ def dropout_scale(q: Tensor, k: Tensor, dropout_p: float, seed: Tensor) -> Tenso
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> tuple[Tensor, Tensor]:
     """Return P (B, H, Tq, Tk), and lse (B, H, Tq)."""
-    scores = (q @ k.transpose(-2, -1)) * scale
-    scores = scores.masked_fill(~visible, -torch.inf)
+    scores = ((q @ k.transpose(-2, -1)) * scale).masked_fill(~visible, -torch.inf)
     # The softmax of nothing but -inf would be NaN, and so would its gradient.
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)

@@ -77,16 +77,6 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def limited(s, NUMBER: tl.constexpr):
-    """Return scores with those beyond fp32's range made infinite, as fp32 has them."""
-    if NUMBER == tl.float64:
-        s = tl.where(s > 3.4028234663852886e38, float("inf"), s)
-        return tl.where(s < -3.4028234663852886e38, -float("inf"), s)
-    else:
-        return s
-
-
-@triton.jit
 def exponential(s, c, shift, rest, EXACT: tl.constexpr):
     """Return exp2(c (s - shift) - rest) if EXACT, else exp2(c s - rest).
 

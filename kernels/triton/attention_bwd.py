@@ -11,7 +11,6 @@ from gptfast.kernels.triton.attention_access import (
     keep,
     key_range,
     length_of,
-    limited,
     program,
     rows_of,
     split_lse,
@@ -44,7 +43,7 @@ def _dq_blocks(
         if EXACT:
             # Bit for bit the products of the other kernel; these shapes also take fewer registers.
             zeros = tl.zeros([BLOCK_N, q_tile.shape[0]], NUMBER)
-            s = limited(tl.trans(dot(k_tile, tl.trans(q_tile), zeros)), NUMBER)
+            s = tl.trans(dot(k_tile, tl.trans(q_tile), zeros))
             dp = tl.trans(dot(v_tile, tl.trans(dout_tile), zeros))
         else:
             s = tl.dot(q_tile, tl.trans(k_tile))
@@ -170,7 +169,7 @@ def attention_bwd_dk_dv_kernel(
         delta = tl.load(delta_ptr + queries, mask=queries < Tq, other=0.0)
         # (keys, queries), like everything below: P and dS then do not go through shared memory.
         zeros = tl.zeros([BLOCK_N, BLOCK_M], NUMBER)
-        s = limited(dot(k_tile, tl.trans(q_tile), zeros), NUMBER)
+        s = dot(k_tile, tl.trans(q_tile), zeros)
         dp = dot(v_tile, tl.trans(dout_tile), zeros)
         p = exponential(s, c, shift[None, :], rest[None, :], EXACT)
         last = tl.minimum(length - Tq + queries, n_keys - 1)
@@ -225,7 +224,7 @@ def fill_bwd(
     dout_view, q_view, k_view, v_view = (view_of(x) for x in (dout, q, k, v))
     dq, dk, dv = (view_of(x) for x in grads)
     lse = lse.contiguous()
-    NUMBER, EXACT = number(q, Tk), q.dtype == torch.float32
+    NUMBER, EXACT = number(q, Tk, dropout_p > 0), q.dtype == torch.float32
     dtype = torch.float64 if NUMBER == tl.float64 else torch.float32
     delta = torch.empty_like(lse, dtype=dtype)
     total = torch.empty_like(delta) if EXACT else None

@@ -10,7 +10,6 @@ from gptfast.kernels.triton.attention_access import (
     keep,
     key_range,
     length_of,
-    limited,
     program,
     rows_of,
     wide,
@@ -58,7 +57,6 @@ def attention_fwd_kernel(
         k_tile = wide(tl.load(k_ptrs + row * k[3], mask=mask, other=0.0), NUMBER)
         v_tile = wide(tl.load(v_ptrs + row * v[3], mask=mask, other=0.0), NUMBER)
         s = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], NUMBER))
-        s = limited(s, NUMBER)
         if start + BLOCK_N > full:
             s = tl.where(keys[None, :] <= last[:, None], s, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
@@ -143,6 +141,6 @@ def fill_fwd(
         kv_len,
         **blocks,
         NEGATIVE=scale < 0,
-        NUMBER=number(q, Tk),
+        NUMBER=number(q, Tk, dropout_p > 0),
         **options,
     )

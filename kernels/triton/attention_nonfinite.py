@@ -12,7 +12,6 @@ import triton.language as tl
 from gptfast.kernels.triton.attention_access import (
     exponential,
     keep,
-    limited,
     rows_of,
     split_lse,
 )
@@ -57,7 +56,7 @@ def out_of_visible(
     acc = tl.zeros([queries.shape[0], BLOCK_D], NUMBER)
     for key in tl.range(0, end):
         row = key + tl.arange(0, 1)
-        s = limited(_dots(q_tile, _tile(k, head, H, row, end, D, BLOCK_D), NUMBER), NUMBER)
+        s = _dots(q_tile, _tile(k, head, H, row, end, D, BLOCK_D), NUMBER)
         p = exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
         if dropout is not None:
             p = tl.where(_kept(dropout, head, position, key), p, 0.0)
@@ -92,7 +91,7 @@ def store_dq_of_visible(
             if dropout is not None:
                 kept_at = _kept(dropout, head, Tk - Tq + queries, key)
                 dp = tl.where(kept_at, dp * dropout[2], 0.0)
-            s = limited(_dots(q_tile, k_tile, NUMBER), NUMBER)
+            s = _dots(q_tile, k_tile, NUMBER)
             p = exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
             term = (p * (dp - delta))[:, None] * k_tile.to(NUMBER)
             # dS is exactly 0 for a query that sees one key, as in the kernel.
@@ -126,7 +125,7 @@ def store_dk_dv_of_visible(
             q_tile = _tile(q, head, H, row, Tq, D, BLOCK_D)
             dout_tile = _tile(dout, head, H, row, Tq, D, BLOCK_D)
             shift, rest = split_lse(lse_ptr + row, row < Tq, c, NUMBER, EXACT)
-            s = limited(_dots(k_tile, q_tile, NUMBER), NUMBER)
+            s = _dots(k_tile, q_tile, NUMBER)
             p = exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
             if total_ptr is not None:
                 p /= tl.load(total_ptr + row)
