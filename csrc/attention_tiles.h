@@ -23,9 +23,9 @@ constexpr int64_t BK = 128;            // keys in a block
 constexpr int64_t DIAGONAL_KEYS = 16;  // keys in a group on the diagonal
 constexpr double LOG2E = 1.44269504088896341;
 // fp32 attention computes in fp64 up to this many queries, or below this many products of queries, keys and
-// dimensions.
+// dimensions; with short vectors, whose sums are longer, below more.
 constexpr int64_t FP64_QUERIES = 32;
-constexpr int64_t FP64_WORK = 1 << 18;
+constexpr int64_t FP64_WORK = W == 4 ? 1 << 20 : 1 << 18;
 
 // Sets c to the product of a tile, or adds it.
 template <class R, int MR, int NV>
@@ -63,7 +63,7 @@ constexpr Tile<R> tiles[6][4] = {
 constexpr int64_t KB = 128;
 constexpr int64_t KB_SHORT = 8;
 constexpr int64_t KB_NARROW = 8;
-constexpr int64_t SHORT_SUM_QUERIES = 256;
+constexpr int64_t SHORT_SUM_QUERIES = 128;
 
 inline int64_t terms_of(const AttentionArgs& args) { return args.Tq < SHORT_SUM_QUERIES ? KB_SHORT : KB; }
 
@@ -85,11 +85,9 @@ void gemm(int64_t terms, int64_t M, int64_t N, int64_t K, const R* a, int64_t a_
 }
 
 // Whether to compute in fp64. A few numbers have no largest error to speak of but that of single roundings, which may
-// then be many times PyTorch's. 16-bit results hide all this. With dropout, few terms make
-// a sum, so that fewer roundings average out.
+// then be many times PyTorch's. 16-bit results hide all this.
 inline bool computes_in_fp64(const AttentionArgs& args) {
-  const int64_t work = args.dropout_p > 0 ? 4 * FP64_WORK : FP64_WORK;
-  return args.dtype == Dtype::fp32 && (args.Tq <= FP64_QUERIES || args.Tq * args.Tk * args.D < work);
+  return args.dtype == Dtype::fp32 && (args.Tq <= FP64_QUERIES || args.Tq * args.Tk * args.D < FP64_WORK);
 }
 
 // Rows of one head as fp32 or fp64, padded with zeros to a multiple of W numbers.

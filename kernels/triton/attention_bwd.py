@@ -224,7 +224,7 @@ def fill_bwd(
     dout_view, q_view, k_view, v_view = (view_of(x) for x in (dout, q, k, v))
     dq, dk, dv = (view_of(x) for x in grads)
     lse = lse.contiguous()
-    NUMBER, EXACT = number(q, Tk, dropout_p > 0), q.dtype == torch.float32
+    NUMBER, EXACT = number(q, Tk), q.dtype == torch.float32
     dtype = torch.float64 if NUMBER == tl.float64 else torch.float32
     delta = torch.empty_like(lse, dtype=dtype)
     total = torch.empty_like(delta) if EXACT else None

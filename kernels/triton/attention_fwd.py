@@ -141,6 +141,6 @@ def fill_fwd(
         kv_len,
         **blocks,
         NEGATIVE=scale < 0,
-        NUMBER=number(q, Tk, dropout_p > 0),
+        NUMBER=number(q, Tk),
         **options,
     )

@@ -115,11 +115,8 @@ def tile(
     return blocks, options if registers is None else {**options, "maxnreg": registers}
 
 
-def number(q: Tensor, Tk: int, dropout: bool) -> tl.dtype:
+def number(q: Tensor, Tk: int) -> tl.dtype:
     """Return the type that the kernels compute with."""
     Tq, D = q.shape[2:]
-    work = (
-        4 * FP64_WORK if dropout else FP64_WORK
-    )  # of the few terms that are left, roundings count
-    few = Tq <= FP64_QUERIES or Tq * Tk * D < work
+    few = Tq <= FP64_QUERIES or Tq * Tk * D < FP64_WORK
     return tl.float64 if q.dtype == torch.float32 and few else tl.float32
