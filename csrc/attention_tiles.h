@@ -22,10 +22,11 @@ constexpr int64_t BQ = 64;             // queries in a block
 constexpr int64_t BK = 128;            // keys in a block
 constexpr int64_t DIAGONAL_KEYS = 16;  // keys in a group on the diagonal
 constexpr double LOG2E = 1.44269504088896341;
-// fp32 attention computes in fp64 up to this many queries, or below this many products of queries, keys and
-// dimensions; with short vectors, whose sums are longer, below more.
+// fp32 attention computes in fp64 up to this many queries, and below this many products of queries, keys and dimensions
+// if there are few dimensions. With short vectors, whose sums are longer, it does so below more.
 constexpr int64_t FP64_QUERIES = 32;
 constexpr int64_t FP64_WORK = W == 4 ? 1 << 20 : 1 << 18;
+constexpr int64_t FEW_DIMENSIONS = W == 4 ? 128 : 24;
 
 // Sets c to the product of a tile, or adds it.
 template <class R, int MR, int NV>
@@ -61,9 +62,9 @@ constexpr Tile<R> tiles[6][4] = {
 // where a single vector of columns (few queries) leaves registers for them. They are for few queries, where single
 // roundings decide the largest error.
 constexpr int64_t KB = 128;
-constexpr int64_t KB_SHORT = 8;
+constexpr int64_t KB_SHORT = 16;
 constexpr int64_t KB_NARROW = 8;
-constexpr int64_t SHORT_SUM_QUERIES = 128;
+constexpr int64_t SHORT_SUM_QUERIES = 256;
 
 inline int64_t terms_of(const AttentionArgs& args) { return args.Tq < SHORT_SUM_QUERIES ? KB_SHORT : KB; }
 
@@ -87,7 +88,8 @@ void gemm(int64_t terms, int64_t M, int64_t N, int64_t K, const R* a, int64_t a_
 // Whether to compute in fp64. A few numbers have no largest error to speak of but that of single roundings, which may
 // then be many times PyTorch's. 16-bit results hide all this.
 inline bool computes_in_fp64(const AttentionArgs& args) {
-  return args.dtype == Dtype::fp32 && (args.Tq <= FP64_QUERIES || args.Tq * args.Tk * args.D < FP64_WORK);
+  const bool little = args.D <= FEW_DIMENSIONS && args.Tq * args.Tk * args.D < FP64_WORK;
+  return args.dtype == Dtype::fp32 && (args.Tq <= FP64_QUERIES || little);
 }
 
 // Rows of one head as fp32 or fp64, padded with zeros to a multiple of W numbers.
