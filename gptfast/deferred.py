@@ -262,8 +262,8 @@ class _DeferredLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dhidden = (dout @ weight.to(dout.dtype)).to(hidden.dtype)  # (B, T, C)
         if ctx.needs_input_grad[1]:
-            rows = hidden.to(dout.dtype).flatten(0, -2)  # (N, C)
-            dweight = (dout.flatten(0, -2).mT @ rows).to(weight.dtype)  # (V, C)
+            rows = hidden.to(dout.dtype).reshape(-1, hidden.shape[-1])  # (N, C)
+            dweight = (dout.reshape(-1, dout.shape[-1]).mT @ rows).to(weight.dtype)  # (V, C)
         return dhidden, dweight, None
 
 
@@ -273,7 +273,8 @@ def deferred_linear(hidden: Tensor, weight: Tensor) -> Tensor:
     hidden is (B, T, C), weight (V, C). The values, their dtype and their gradients are those of a
     product computed now, also when they are read under other modes or after the step of a
     torch.optim.Optimizer; a backward through them after the step raises RuntimeError, as it does in
-    PyTorch. So does reading them after any other change of the weight.
+    PyTorch. So does reading them after another change of the weight, if PyTorch counts it or the
+    entries that are compared show it: a few entries written through `weight.data` may be missed.
     """
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))

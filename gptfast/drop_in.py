@@ -183,7 +183,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     generator. With labels, the loss becomes `ops.linear_cross_entropy`: in training, logits are
     computed only when they are read from the output (never in compiled code), in evaluation always.
     After the step of a torch.optim optimizer too, they are those of the forward, but have no
-    gradient any more; after any other change of the head's weight, reading raises RuntimeError.
+    gradient any more. After another change of the head's weight, reading them raises RuntimeError,
+    if PyTorch counts the change or some entries that are compared show it.
     Logits, loss and gradients are the same up to rounding, derivatives of gradients too; generate,
     save_pretrained and Trainer work as before. There are no attention weights, as with SDPA, and in
     training with labels no cache of keys and values unless use_cache=True is passed.

@@ -73,10 +73,13 @@ def placed_as(t: Tensor, param: Tensor, name: str) -> Tensor:
     """
     if is_dtensor(t) != is_dtensor(param):
         kinds = ["a DTensor" if is_dtensor(x) else "a plain tensor" for x in (param, t)]
-        raise ValueError(
-            f"a parameter is {kinds[0]} and its {name} is {kinds[1]}; load an optimizer's state "
-            "with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        remedy = (
+            "let backward make the gradient"
+            if name == "gradient"
+            else "load an optimizer's state with "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
         )
+        raise ValueError(f"a parameter is {kinds[0]} and its {name} is {kinds[1]}; {remedy}")
     if is_dtensor(t):
         x: Any = t
         of: Any = param

@@ -295,14 +295,28 @@ class AdamW(torch.optim.Optimizer):
         """
         for group in state_dict["param_groups"]:
             _refuse(group)
-        super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            for name, saved in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(saved, Tensor) and name != "step":
-                    copy = saved.to(param.device, copy=True)
-                    self.state[param][name] = dtensor.placed_as(copy, param, name)
-                elif name == "step":
-                    step = torch.as_tensor(saved, dtype=torch.float32)
-                    self.state[param][name] = step.to(param.device, copy=True)
+        # Before anything changes. The base class sees to groups that do not fit.
+        states = [
+            (param, _placed(state_dict["state"].get(saved_id, {}), param))
+            for saved_id, param in zip(saved_ids, params, strict=False)
+        ]
+        super().load_state_dict(state_dict)
+        for param, state in states:
+            self.state[param].update(state)
+
+
+def _placed(saved: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+    """Return copies of the tensors of a parameter's saved state, where the parameter is."""
+    state = {}
+    for name, value in saved.items():
+        if name == "step":
+            step = torch.as_tensor(value, dtype=torch.float32)
+            state[name] = step.to(param.device, copy=True)
+        elif isinstance(value, Tensor):
+            # torch's AdamW rounds a master, like all of the state, to the parameter's dtype.
+            dtype = torch.float32 if name == "master" else value.dtype
+            copy = value.to(param.device, dtype, copy=True)
+            state[name] = dtensor.placed_as(copy, param, name)
+    return state

@@ -331,3 +331,18 @@ def test_a_cuda_graph_follows_the_parameter(triton: str) -> None:
     w.data[7] = 3.0
     graph.replay()
     torch.testing.assert_close(optimizer.state[w]["master"][7].item(), 3 - 1e-3, rtol=0, atol=1e-4)
+
+
+def test_state_that_went_through_torchs_adamw() -> None:
+    # torch rounds every tensor of a state to the parameter's dtype, the master too.
+    p = torch.nn.Parameter(torch.randn(37).bfloat16())
+    first, second = gptfast.AdamW([p]), gptfast.AdamW([p])
+    theirs = torch.optim.AdamW([p])
+    p.grad = torch.ones_like(p)
+    first.step()
+    theirs.load_state_dict(first.state_dict())
+    second.load_state_dict(theirs.state_dict())
+    before = p.detach().clone()
+    second.step()
+    assert second.state[p]["master"].dtype == torch.float32
+    assert second.state[p]["step"] == 2 and not torch.equal(p, before)

@@ -19,16 +19,10 @@ from gptfast.ops.library import LIBRARY
 
 
 def is_transformed() -> bool:
-    """Return whether this code runs under a transform of torch.func or in forward mode.
-
-    False while torch.compile reads Python code, as it cannot follow this question: the operators
-    ask again when it runs them.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
+    """Return whether this code runs under a transform of torch.func or in forward mode."""
+    # torch.compile does not follow the first question, so it leaves this function as it is.
+    level = torch._C._functorch.maybe_current_level()
+    return level is not None or forward_ad._current_level >= 0
 
 
 def needs_reference() -> bool:
@@ -42,9 +36,7 @@ def is_batch(gradient: Tensor | None) -> bool:
     Such a batch has no memory of its own. An operator that returns new tensors is then called once
     for each gradient in it; one that writes to its arguments is an error.
     """
-    if gradient is None or torch.compiler.is_dynamo_compiling():
-        return False
-    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def register_autograd(op: torch._ops.OpOverload, backward: Callable, setup: Callable) -> None:
@@ -77,6 +69,26 @@ def register_reference_autograd(op: torch._ops.OpOverload) -> None:
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _implement(op, autograd)
+
+
+def register_no_derivative(op: torch._ops.OpOverload) -> None:
+    """Make an operator raise RuntimeError for arguments that require a gradient.
+
+    For a backward that torch.compile takes into its graph, where PyTorch disables gradients and
+    would drop those of the incoming gradient.
+    """
+    name = op._schema.name
+
+    def autograd(keyset: torch._C.DispatchKeySet, *args: object) -> object:
+        if torch._C._any_requires_grad(*args):
+            raise RuntimeError(
+                f"{name} has no derivative inside torch.compile; call the function uncompiled for "
+                "derivatives of derivatives"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    LIBRARY.impl(name.removeprefix("gptfast::"), autograd, "Autograd", with_keyset=True)
 
 
 def _implement(op: torch._ops.OpOverload, autograd: Callable) -> None:

@@ -11,6 +11,7 @@ from gptfast.ops.autograd import (
     is_batch,
     is_transformed,
     needs_reference,
+    register_no_derivative,
     register_reference_autograd,
 )
 from gptfast.ops.library import register
@@ -33,6 +34,7 @@ _bwd = register(
     _bwd_fake,
 )
 register_reference_autograd(_fwd)
+register_no_derivative(_bwd)
 
 
 class _Embedding(torch.autograd.Function):
@@ -54,7 +56,7 @@ class _Embedding(torch.autograd.Function):
         (idx,) = ctx.saved_tensors
         if dx is None:
             return None, dhead
-        if needs_reference() or is_batch(dx) or is_batch(dhead):
+        if _is_differentiated(dx, dhead):
             in_range = (idx >= 0) & (idx < ctx.V)
             rows = torch.ops.aten.embedding_dense_backward(
                 dx, idx.where(in_range, -1), ctx.V, -1, False
@@ -71,6 +73,13 @@ class _Embedding(torch.autograd.Function):
             dweight = dhead.clone(memory_format=torch.contiguous_format)
         _bwd(dweight, dx, idx)
         return None, dweight
+
+
+def _is_differentiated(*gradients: Tensor | None) -> bool:
+    """Return whether a backward must be made of operations that PyTorch can differentiate."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch.is_grad_enabled()
+    return needs_reference() or any(map(is_batch, gradients))
 
 
 def _holders(tensor: Tensor) -> tuple[int, ...]:
@@ -112,6 +121,12 @@ def _alone() -> tuple[int, ...]:
     return _Probe.holders
 
 
+def _is_traced_or_transformed() -> bool:
+    """Return whether `_Embedding` cannot be used: under torch.jit.trace, torch.func or tangents."""
+    # torch.compile cannot follow is_transformed; the operators ask it when the graph runs.
+    return not torch.compiler.is_dynamo_compiling() and (torch.jit.is_tracing() or is_transformed())
+
+
 def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows of weight, and the weight for a head tied to it: (weight[idx], weight).
 
@@ -133,8 +148,6 @@ def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"idx must be int64, got {idx.dtype}")
     if idx.device != weight.device:
         raise ValueError(f"idx is on {idx.device}, weight on {weight.device}; move one of them")
-    # torch.func and tangents need more than _Embedding has, and torch.jit.trace cannot save it.
-    plain = torch.jit.is_tracing() or is_transformed()
-    if torch.is_grad_enabled() and weight.requires_grad and not plain:
+    if torch.is_grad_enabled() and weight.requires_grad and not _is_traced_or_transformed():
         return _Embedding.apply(idx, weight)
     return _fwd(weight, idx), weight

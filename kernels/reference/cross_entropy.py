@@ -12,15 +12,12 @@ ignore_index has loss 0 and gradient 0 for any logits and any dloss.
 import torch
 from torch import Tensor
 
-from gptfast.kernels.reference.vmap import is_batched
+from gptfast.kernels.reference.readable import is_readable
 
 
 def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
-    """Raise IndexError for a target outside [0, V), on the CPU and not under vmap.
-
-    A GPU would have to synchronise.
-    """
-    if target.device.type != "cpu" or is_batched(target):
+    """Raise IndexError for a target outside [0, V), where targets can be read."""
+    if not is_readable(target):
         return
     bad = target[((target < 0) | (target >= V)) & (target != ignore_index)]
     if bad.numel():
@@ -57,7 +54,7 @@ def cross_entropy_fwd(
         # From x anew: so autograd rounds the sum of both gradients once, as the formula does.
         lse = top + (x - top[:, None]).logsumexp(-1)
         loss = loss + z_loss * lse.square()
-    # Only on a GPU or under vmap can a target be out of range here; its loss becomes NaN.
+    # A target may be out of range where it could not be read, on a GPU for example: NaN.
     loss = torch.where(in_range, loss, torch.nan)
     stats = torch.stack([top, exp_sum], -1).double()
     return torch.where(ignored, 0.0, loss), torch.where(ignored[:, None], 0.0, stats)

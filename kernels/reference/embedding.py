@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.kernels.reference.vmap import is_batched
+from gptfast.kernels.reference.readable import is_readable
 
 
 def check_ids(idx: Tensor, V: int) -> None:
-    """Raise IndexError for an id outside [0, V), on the CPU and not under vmap.
-
-    A GPU would have to synchronise.
-    """
-    if idx.device.type != "cpu" or not idx.numel() or is_batched(idx):
+    """Raise IndexError for an id outside [0, V), where ids can be read."""
+    if not is_readable(idx) or not idx.numel():
         return
     low, high = idx.min().item(), idx.max().item()
     if low < 0 or high >= V:
@@ -31,7 +28,7 @@ def embedding_fwd(weight: Tensor, idx: Tensor) -> Tensor:
     check_ids(idx, V)
     in_range = (idx >= 0) & (idx < V)
     x = F.embedding(idx.where(in_range, 0), weight)
-    # Only on a GPU or under vmap can an id be out of range here; its row becomes NaN.
+    # An id may be out of range where it could not be read, on a GPU for example: a row of NaN.
     return x.masked_fill(~in_range[..., None], torch.nan)
 
 
