@@ -197,7 +197,7 @@ def attention_bwd_dk_dv_kernel(
     dv_tile = tl.where(seen, dv_acc * dv_scale, 0.0).to(dv[0].dtype.element_ty)
     tl.store(rows_of(dk, head, H, keys, BLOCK_D), dk_tile, mask=k_mask)
     tl.store(rows_of(dv, head, H, keys, BLOCK_D), dv_tile, mask=k_mask)
-    if any_nonfinite(dk_acc) or any_nonfinite(dv_acc):
+    if any_nonfinite(dk_tile) or any_nonfinite(dv_tile):
         tl.debug_barrier()  # other threads may have stored what is written here
         store_dk_dv_of_visible(
             dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dk, dv, head, H, key, first, length,

@@ -15,7 +15,7 @@ from gptfast.kernels.triton.attention_access import (
     wide,
 )
 from gptfast.kernels.triton.attention_decode import attention_decode, factor_of, number_of
-from gptfast.kernels.triton.attention_nonfinite import any_nonfinite, out_of_visible
+from gptfast.kernels.triton.attention_nonfinite import any_nonfinite, store_out_of_visible
 from gptfast.kernels.triton.attention_tiles import FWD, number, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -71,13 +71,6 @@ def attention_fwd_kernel(
         acc = dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None])
         peak = new_peak
 
-    if any_nonfinite(acc):
-        shift = tl.where(peak == -float("inf"), 0.0, peak)
-        rest = tl.zeros_like(shift) if EXACT else shift * c
-        acc = out_of_visible(
-            q, k, v, head, H, queries, last, end, Tk - Tq + queries, Tq, D, c, shift, rest, dropout,
-            BLOCK_D, NEGATIVE, NUMBER, EXACT,
-        )  # fmt: skip
     # For a query that sees no key, out is 0 and lse is -inf.
     total = tl.where(total == 0.0, 1.0, total)
     scale = 1.0 / total if dropout is None else dropout[2] / total
@@ -86,6 +79,12 @@ def attention_fwd_kernel(
     lse_ptrs = lse_ptr + head.to(tl.int64) * Tq + queries
     natural = peak.to(tl.float64) * (c.to(tl.float64) * LN2)
     tl.store(lse_ptrs, natural + tl.log(total.to(tl.float64)), mask=queries < Tq)
+    if any_nonfinite(acc):
+        tl.debug_barrier()  # other threads may have stored what is read and written here
+        store_out_of_visible(
+            q, k, v, out, lse_ptr, head, H, first, length, n_keys, end, Tk, Tq, D, c, dropout,
+            BLOCK_M, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+        )  # fmt: skip
 
 
 def view_of(x: Tensor) -> tuple[Tensor, int, int, int]:

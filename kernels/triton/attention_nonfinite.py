@@ -17,7 +17,7 @@ from gptfast.kernels.triton.attention_access import (
 )
 
 # Queries, or keys, that the backward computes at a time.
-ROWS = tl.constexpr(16)
+ROWS = tl.constexpr(4)
 
 
 @triton.jit
@@ -46,26 +46,35 @@ def _kept(dropout, head, position, key):
     return tl.sum(tl.where((tl.arange(0, 4) == key % 4)[None, :], four.to(tl.int32), 0), 1) > 0
 
 
-@triton.jit
-def out_of_visible(
-    q, k, v, head, H, queries, last, end, position, Tq, D, c, shift, rest, dropout,
-    BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr,
+@triton.jit(noinline=True)
+def store_out_of_visible(
+    q, k, v, out, lse_ptr, head, H, first, length, n_keys, end, Tk, Tq, D, c, dropout,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Return sum_j P_j v_j for a block of queries."""
-    q_tile = _tile(q, head, H, queries, Tq, D, BLOCK_D)
-    acc = tl.zeros([queries.shape[0], BLOCK_D], NUMBER)
-    for key in tl.range(0, end):
-        row = key + tl.arange(0, 1)
-        s = _dots(q_tile, _tile(k, head, H, row, end, D, BLOCK_D), NUMBER)
-        p = exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
-        if dropout is not None:
-            p = tl.where(_kept(dropout, head, position, key), p, 0.0)
-        term = p[:, None] * _tile(v, head, H, row, end, D, BLOCK_D).to(NUMBER)
-        acc += tl.where((key <= last)[:, None], term, 0.0)
-    return acc
+    """Store out = sum_j P_j v_j of a block of queries, a few at a time."""
+    lse_ptr += head.to(tl.int64) * Tq
+    in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    for start in tl.range(first, tl.minimum(first + BLOCK_M, Tq), ROWS):
+        queries = start + tl.arange(0, ROWS)
+        inside = queries < Tq
+        q_tile = _tile(q, head, H, queries, Tq, D, BLOCK_D)
+        shift, rest = split_lse(lse_ptr + queries, inside, c, NUMBER, EXACT)
+        last = tl.minimum(length - Tq + queries, n_keys - 1)
+        acc = tl.zeros([ROWS, BLOCK_D], NUMBER)
+        for key in tl.range(0, end):
+            row = key + tl.arange(0, 1)
+            s = _dots(q_tile, _tile(k, head, H, row, end, D, BLOCK_D), NUMBER)
+            p = exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
+            if dropout is not None:
+                p = tl.where(_kept(dropout, head, Tk - Tq + queries, key), p * dropout[2], 0.0)
+            term = p[:, None] * _tile(v, head, H, row, end, D, BLOCK_D).to(NUMBER)
+            acc += tl.where((key <= last)[:, None], term, 0.0)
+        out_tile = acc.to(out[0].dtype.element_ty)
+        tl.store(rows_of(out, head, H, queries, BLOCK_D), out_tile, mask=inside[:, None] & in_d)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def store_dq_of_visible(
     dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dq, head, H, first, length, n_keys, end, Tk, Tq,
     D, scale, c, dropout, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr,
@@ -103,7 +112,7 @@ def store_dq_of_visible(
         tl.store(rows_of(dq, head, H, queries, BLOCK_D), dq_tile, mask=inside[:, None] & in_d)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def store_dk_dv_of_visible(
     dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dk, dv, head, H, key, first, length, n_keys, Tk,
     Tq, D, scale, c, dropout, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

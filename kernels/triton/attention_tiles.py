@@ -38,7 +38,7 @@ def _tiles(bits_16: list[tuple], dropout: list[tuple], fp32: list[tuple]) -> Til
 
 
 # For larger head dims ptxas stops at 80 registers and spills, unless it is given a limit.
-_FWD_FP32 = [(64, 32, 8, 1)] * 3 + [(32, 16, 8, 1, 128), (16, 16, 8, 1, 128)]
+_FWD_FP32 = [(64, 32, 8, 1, 96)] + [(64, 32, 8, 1)] * 2 + [(32, 16, 8, 1, 128), (16, 16, 8, 1, 128)]
 # The same for both kernels of the backward: the second needs the first one's sums bit for bit.
 _BWD_FP32 = [(64, 32, 8, 1)] * 3 + [(16, 16, 8, 1, 128)] * 2
 
