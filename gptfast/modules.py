@@ -110,30 +110,37 @@ def embedding_weight(module: Any) -> Tensor | None:
     return weight if is_plain(weight) else None
 
 
+def _half_block_weights(
+    norm: nn.Module, layers: Mapping[str, Any], first: str
+) -> tuple[NormWeights, LayerWeights, LayerWeights] | None:
+    """Return the weights of a norm, a block's layer called `first` and its c_proj.
+
+    None where one of these modules, or the dropout, must be called.
+    """
+    if any_global_hooks() or not _is_own(layers["drop"], nn.Dropout):
+        return None
+    before = norm_weights(norm)
+    layer, proj = linear_weights(layers[first]), linear_weights(layers["c_proj"])
+    if before is None or layer is None or proj is None:
+        return None
+    return before, layer, proj
+
+
 def attention_weights(
     norm: nn.Module, layers: Mapping[str, Any]
 ) -> tuple[NormWeights, LayerWeights, LayerWeights] | None:
     """Return the weights of attention's half of a block; None where its modules must be called."""
-    if any_global_hooks() or not _is_own(layers["drop"], nn.Dropout):
-        return None
-    first = norm_weights(norm)
-    c_attn, c_proj = linear_weights(layers["c_attn"]), linear_weights(layers["c_proj"])
-    if first is None or c_attn is None or c_proj is None:
-        return None
-    return first, c_attn, c_proj
+    return _half_block_weights(norm, layers, "c_attn")
 
 
 def mlp_weights(
     norm: nn.Module, layers: Mapping[str, Any]
 ) -> tuple[NormWeights, tuple[Tensor, Tensor, Tensor, Tensor]] | None:
     """Return the weights of a block's perceptron; None where its modules must be called."""
-    if any_global_hooks() or not _is_own(layers["drop"], nn.Dropout):
+    weights = _half_block_weights(norm, layers, "c_fc")
+    if weights is None:
         return None
-    first = norm_weights(norm)
-    fc, proj = linear_weights(layers["c_fc"]), linear_weights(layers["c_proj"])
-    if first is None or fc is None or proj is None:
-        return None
-    (fc_weight, fc_bias), (proj_weight, proj_bias) = fc, proj
+    before, (fc_weight, fc_bias), (proj_weight, proj_bias) = weights
     if fc_bias is None or proj_bias is None:
         return None
-    return first, (fc_weight, fc_bias, proj_weight, proj_bias)
+    return before, (fc_weight, fc_bias, proj_weight, proj_bias)

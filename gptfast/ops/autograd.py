@@ -65,8 +65,7 @@ def register_reference_autograd(op: torch._ops.OpOverload) -> None:
         differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if differentiable or is_transformed():
             return reference(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return _below_autograd(op, keyset, args)
 
     _implement(op, autograd)
 
@@ -77,18 +76,29 @@ def register_no_derivative(op: torch._ops.OpOverload) -> None:
     For a backward that torch.compile takes into its graph, where PyTorch disables gradients and
     would drop those of the incoming gradient.
     """
-    name = op._schema.name
 
     def autograd(keyset: torch._C.DispatchKeySet, *args: object) -> object:
         if torch._C._any_requires_grad(*args):
             raise RuntimeError(
-                f"{name} has no derivative inside torch.compile; call the function uncompiled for "
-                "derivatives of derivatives"
+                f"{op._schema.name} has no derivative inside torch.compile; call the function "
+                "uncompiled for derivatives of derivatives"
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return _below_autograd(op, keyset, args)
 
-    LIBRARY.impl(name.removeprefix("gptfast::"), autograd, "Autograd", with_keyset=True)
+    _set_autograd(op, autograd)
+
+
+def _below_autograd(
+    op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, args: tuple
+) -> object:
+    """Call an operator's kernel without a place in autograd's graph."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _set_autograd(op: torch._ops.OpOverload, autograd: Callable) -> None:
+    """Register what an operator does where autograd comes to it."""
+    LIBRARY.impl(op._schema.name.removeprefix("gptfast::"), autograd, "Autograd", with_keyset=True)
 
 
 def _implement(op: torch._ops.OpOverload, autograd: Callable) -> None:
@@ -107,7 +117,7 @@ def _implement(op: torch._ops.OpOverload, autograd: Callable) -> None:
         outputs = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
         return outputs, (0,) * len(outputs)
 
-    LIBRARY.impl(op._schema.name.removeprefix("gptfast::"), autograd, "Autograd", with_keyset=True)
+    _set_autograd(op, autograd)
     torch.library.register_vmap(op, vmapped, lib=LIBRARY)
 
 
