@@ -43,7 +43,7 @@ sanitize: $(VENV)/ready-test
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
 	GPTFAST_SANITIZE=1 \
-	$(BIN)/python -P -m pytest --capture=sys -p no:cacheprovider -m "not triton and not reference" $(SANITIZED:%=tests/test_%.py)
+	$(BIN)/python -P -m pytest $(WORKERS) --capture=sys -p no:cacheprovider -m "not triton and not reference" $(SANITIZED:%=tests/test_%.py)
 
 # Mutated files of every form of weights; tests/test_hostile.py runs a few of them.
 N ?= 100000

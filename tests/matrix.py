@@ -24,9 +24,9 @@ Run = dict[str, str]
 # The modules of every run: they compute with the settings. Those in no list here handle files,
 # text and options.
 COMPUTING = (
-    "arena beam book checkpoint cli_engine drop_in engine engine_files engine_gpu evaluate "
-    "examples generate guard hellaswag lm_eval model settings stop stream train_step trainer "
-    "weights"
+    "arena beam book checkpoint cli_engine derivatives drop_in dtypes engine engine_files "
+    "engine_gpu evaluate examples generate guard hellaswag lm_eval model modules settings stop "
+    "stream torch_tools train_step trainer weights"
 )
 # The operations' tests try each level by themselves, so they run only where another setting is new.
 OPERATIONS = (
