@@ -1,7 +1,7 @@
 PYTHON ?= python3
 TORCH ?= 2.13.0
-# Triton's interpreter of 3.6, which comes with torch 2.11, fails with newer ones.
-NUMPY := $(if $(filter 2.11.%,$(TORCH)),"numpy<2.5",numpy)
+# The interpreter of Triton 3.6, the one of torch 2.11, fails with numpy 2.4.
+NUMPY := $(if $(filter 2.11.%,$(TORCH)),"numpy<2.4",numpy)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts
