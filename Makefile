@@ -1,5 +1,7 @@
 PYTHON ?= python3
 TORCH ?= 2.13.0
+# The interpreter of Triton 3.6, the one of torch 2.11, fails with numpy 2.4.
+NUMPY := $(if $(filter 2.11.%,$(TORCH)),"numpy<2.4",numpy)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts
@@ -7,7 +9,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test check matrix fuzz sanitize lint docs bench bench-peers gpu audit clean
+.PHONY: train test test-torch check matrix fuzz sanitize lint docs bench bench-peers gpu audit clean
 
 # Trains a small GPT on real text: set-up, then two to three minutes on two cores. A second call goes on
 # where the first one stopped; remove runs/train to start over.
@@ -19,6 +21,19 @@ WORKERS := -n logical --maxprocesses 8
 
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
+
+# The tests with the oldest and the newest PyTorch that they were run with, and with the Triton of each (some GB to
+# download). Each has a copy of these files with an environment of its own, so nothing is rebuilt here.
+TORCHES ?= 2.11.0 2.15.0
+test-torch: $(TORCHES:%=build/torch-%)
+	for copy in $^; do $(MAKE) -C $$copy test TORCH=$${copy##*-} || exit; done
+
+build/torch-%: FORCE
+	mkdir -p $@
+	find $@ -name "*.py" -not -path "$@/.venv/*" -delete
+	cp --parents --update -t $@ $(wildcard $(shell git ls-files --cached --others --exclude-standard))
+
+FORCE:
 
 # Before each commit, under 90 seconds: lint, and the tests that tell most in a minute. They are the
 # modules that take seconds and need neither processes, files of some size nor Triton's interpreter.
@@ -89,7 +104,7 @@ clean:
 $(BASE):
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) --upgrade "pip>=25.1" "setuptools>=77" wheel "pybind11>=2.13"
-	$(PIP) torch==$(TORCH) numpy
+	$(PIP) torch==$(TORCH) $(NUMPY)
 	touch $@
 
 $(VENV)/ready: $(BASE) $(SOURCES)
@@ -99,6 +114,7 @@ $(VENV)/ready: $(BASE) $(SOURCES)
 
 $(VENV)/ready-test: $(VENV)/ready
 	$(PIP) --group test
+	$(BIN)/python -c "import importlib.metadata as m; exit('triton' not in str(m.requires('torch')))" || $(PIP) --group triton
 	touch $@
 
 $(VENV)/ready-peers: $(VENV)/ready-test pyproject.toml

@@ -12,11 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from gptfast.torch_private import (
+    DisableTorchFunctionSubclass,
+    are_transforms_active,
+    make_wrapper_subclass,
+    set_throw_on_mutable_data_ptr,
+    temporarily_clear_interpreter_stack,
+    tree_map_only,
+)
 
 aten: Any = torch.ops.aten
 _ROWS_IN_SAMPLE = 16  # and columns
@@ -156,9 +163,9 @@ class DeferredTensor(Tensor):
     def __new__(
         cls, deferred: Deferred, shape: Iterable[int], dtype: torch.dtype, device: torch.device
     ) -> "DeferredTensor":
-        self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
+        self = make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         self.deferred, self.plain = deferred, None
-        torch._C._set_throw_on_mutable_data_ptr(self)  # an error instead of a null pointer
+        set_throw_on_mutable_data_ptr(self)  # an error instead of a null pointer
         return self
 
     def like(self, deferred: Deferred, dtype: torch.dtype | None = None) -> "DeferredTensor":
@@ -168,7 +175,7 @@ class DeferredTensor(Tensor):
     def read(self) -> Tensor:
         """Return the plain tensor: always the same one, and autograd knows it as this one."""
         if self.plain is None:
-            if torch._C._are_functorch_transforms_active():  # the forward was outside of them
+            if are_transforms_active():  # the forward was outside of them
                 with temporarily_clear_interpreter_stack():
                     return self.read()
             if self.requires_grad:
@@ -185,7 +192,7 @@ class DeferredTensor(Tensor):
         kwargs = kwargs or {}
         self = args[0] if args else None
         if func in _WITHOUT_VALUES and (not isinstance(self, DeferredTensor) or self.plain is None):
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.read, (args, kwargs))
         return func(*args, **kwargs)

@@ -21,6 +21,7 @@ from transformers.models.gpt2 import modeling_gpt2 as theirs
 from gptfast import ops
 from gptfast.deferred import DeferredTensor, deferred_linear
 from gptfast.ops.cross_entropy import fp32_linear_cross_entropy
+from gptfast.torch_private import are_transforms_active
 
 _NAME = "gptfast"
 # Arguments of transformers' attention that `ops.attention` does not have.
@@ -161,7 +162,7 @@ class GPT2LMHeadModel(theirs.GPT2LMHeadModel):
 def _is_traced(hidden: Tensor) -> bool:
     """Return whether torch.func, forward-mode AD or torch.jit.trace follows every operation."""
     tangent = torch.autograd.forward_ad.unpack_dual(hidden).tangent
-    return torch._C._are_functorch_transforms_active() or tangent is not None or is_tracing()
+    return are_transforms_active() or tangent is not None or is_tracing()
 
 
 def _is_supported(model: GPT2LMHeadModel, kwargs: dict[str, Any]) -> bool:

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules import module as hooks
+
+from gptfast.torch_private import FakeTensor, FunctionalTensor, any_global_hooks
 
 LayerWeights = tuple[Tensor, Tensor | None]
 """weight (O, C) and bias (O,) of a linear layer."""
@@ -25,16 +24,6 @@ _FORWARD = {
     kind: kind.forward
     for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList)
 }
-
-
-def any_global_hooks() -> bool:
-    """Return whether anyone asked to see what passes through all modules."""
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ of a file; imports for type checkers alone do not count.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ FLOORS = [
     ("model kv_cache modules optim dtensor", "GPT and AdamW"),
     ("weights", "models on disk, in every form, as names, shapes and tensors"),
     ("tokenizer config ops", "text to ids; the configurations; the operations"),
-    ("device checks files", "what everything leans on"),
+    ("device checks files torch_private", "what everything leans on"),
 ]
 FLOOR_OF = {room: i for i, (rooms, _) in enumerate(FLOORS) for room in rooms.split()}
 
@@ -133,14 +134,14 @@ def test_the_table_is_the_one_in_contributing() -> None:
 
 
 def test_kernels_stand_beside_the_floors() -> None:
-    """kernels/ is installed as gptfast.kernels; it imports nothing else of gptfast."""
+    """kernels/ is installed as gptfast.kernels; it imports one other file of gptfast."""
 
     def imported(path: Path) -> set[str]:
         tree = ast.parse(path.read_text("utf-8"))
         return {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
 
     ours = {name for path in (ROOT / "kernels").rglob("*.py") for name in imported(path)}
-    ours = {name for name in ours if name.split(".")[0] == "gptfast"}
+    ours = {name for name in ours if name.split(".")[0] == "gptfast"} - {"gptfast.torch_private"}
     assert ours and all(name.startswith("gptfast.kernels.") for name in ours)
     users = {m for m, path in MODULES.items() if "gptfast.kernels" in str(imported(path))}
     assert {room_of(module) for module in users} == {"ops", "engine"}
@@ -167,3 +168,60 @@ def test_no_function_is_too_long(folder: str) -> None:
                 if length > 50:
                     long[f"{path.relative_to(ROOT)}:{node.name}"] = length
     assert long == {}
+
+
+def private_names(path: Path) -> set[str]:
+    """Return the names by which a file reaches into PyTorch past its public interface."""
+    tree = ast.parse(path.read_text("utf-8"))
+    modules, found = {"torch"}, set()  # modules and classes of PyTorch, as this file calls them
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, alias.asname) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [(f"{node.module}.{alias.name}", alias.asname) for alias in node.names]
+        else:
+            continue
+        names = [(name, called) for name, called in names if name.split(".")[0] == "torch"]
+        modules |= {called or name.rpartition(".")[2] for name, called in names}
+        found |= {name for name, _ in names if "._" in name}
+    for node in ast.walk(tree):
+        chain = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if chain.split(".")[0] in modules and re.search(r"\._[a-z]", chain, re.IGNORECASE):
+            found.add(chain)
+    return found
+
+
+def private_attributes() -> dict[str, set[str]]:
+    """Return the private attributes that are read and that gptfast itself does not define."""
+    used: dict[str, set[str]] = {}
+    own: set[str] = set()
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute) and re.match(r"_[a-zA-Z]", node.attr):
+                if isinstance(node.ctx, ast.Load):
+                    used.setdefault(node.attr, set()).add(str(path.relative_to(ROOT)))
+                else:
+                    own.add(node.attr)
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+    return {name: files for name, files in used.items() if name not in own}
+
+
+PRIVATE = ROOT / "gptfast" / "torch_private.py"
+PRODUCT = [path for folder in ("gptfast", "kernels") for path in (ROOT / folder).rglob("*.py")]
+# Of PyTorch's modules: older than torch.compile.
+OLD = {"_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"}
+# Of ATen's operators, transformers, argparse and tiktoken.
+OTHERS = {"_to_copy", "_attn_implementation", "_actions", "_option_string_actions"}
+OTHERS |= {"_encode_single_piece"}
+
+
+def test_one_file_has_the_private_names_of_torch() -> None:
+    assert {"torch._C", "torch._ops.OpOverload"} <= private_names(PRIVATE)
+    elsewhere = {str(p.relative_to(ROOT)): private_names(p) for p in PRODUCT if p != PRIVATE}
+    assert {path: names for path, names in elsewhere.items() if names} == {}
+    ours = {str(PRIVATE.relative_to(ROOT))}
+    foreign = {name for name, files in private_attributes().items() if files != ours}
+    assert foreign == OLD | OTHERS, "put what uses them into gptfast/torch_private.py"

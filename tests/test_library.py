@@ -1,12 +1,15 @@
 """Test registration: opcheck, autocast, torch.compile, use_backend, levels, a missing extension."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from torch import Tensor
 
 from gptfast import ops, use_backend
 from gptfast.ops.backend import EXTENSION
-from gptfast.ops.library import operators
+from gptfast.ops.library import autocast_enabled, operators
+from gptfast.torch_private import OLDEST_TORCH, check_version
 
 gptfast_ops = torch.ops.gptfast
 
@@ -277,6 +281,27 @@ def test_autocast_leaves_float64_alone() -> None:
     assert torch.equal(loss, ops.linear_cross_entropy(x, w, torch.arange(9)))
 
 
+@pytest.mark.filterwarnings("ignore:.*no longer used as device type")
+def test_autocast_is_asked_about_on_every_device() -> None:
+    """A device of PyTorch either has autocast or is known to have none; no question raises."""
+    with pytest.raises(RuntimeError, match="Expected one of") as error:
+        torch.device("nonsense")
+    listed = re.search(r"Expected one of (.*?) device type", str(error.value))
+    kinds = listed.group(1).replace(" or ", ", ").split(", ")
+    assert {"cpu", "cuda", "mps", "xpu", "meta"} <= {*kinds}
+    for kind in kinds:
+        tensor = SimpleNamespace(device=SimpleNamespace(type=kind))
+        assert autocast_enabled(tensor) is False
+        if torch.amp.is_autocast_available(kind):
+            with mock.patch.object(
+                torch, "is_autocast_enabled", lambda asked, kind=kind: asked == kind
+            ):
+                assert autocast_enabled(tensor)
+    meta = torch.empty(2, 3, device="meta", requires_grad=True)
+    loss = ops.linear_cross_entropy(meta, torch.empty(5, 3, device="meta"), meta.new_ones(2).long())
+    assert loss.device.type == "meta" and loss.shape == ()
+
+
 def test_float64_is_served_by_the_reference(isa: str) -> None:
     x, w = randn(2, 12, 24, dtype=torch.float64), randn(40, 8, dtype=torch.float64)
     got = gradients(losses, x, w)
@@ -478,6 +503,32 @@ print(ops.cross_entropy(logits, target).item())
         "'sve2' is not one this CPU has (unset GPTFAST_ISA or choose one of: default"
         in result.stderr.splitlines()[-1]
     )
+
+
+def test_an_old_torch_is_refused_in_one_line() -> None:
+    old = "import torch; torch.__version__ = '2.9.1+cpu'; import gptfast"
+    last = python(old).stderr.splitlines()[-1]
+    assert last == (
+        "ImportError: gptfast needs torch 2.11 or newer, got 2.9.1+cpu; run pip install -U torch"
+    )
+    for version in ("2.11.0a0+git1234", "2.11.0", "2.13.0+cpu", "3.0.0.dev20270101", "nightly"):
+        check_version(version)
+
+
+def test_the_versions_of_torch_are_the_same_everywhere() -> None:
+    """What is refused, declared, tested by `make test-torch` and told to readers agrees."""
+    root = Path(__file__).parents[1]
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    project = (root / "pyproject.toml").read_text("utf-8")
+    assert re.findall(r'"torch>=(.*?)"', project) == [oldest, oldest]
+    tested = re.search(r"# Tested with (\S+), (\S+) and (\S+): `make test`", project).groups()
+    make = (root / "Makefile").read_text("utf-8")
+    assert re.search(r"^TORCHES \?= (.*)$", make, re.MULTILINE)[1].split() == [*tested[::2]]
+    assert re.search(r"^TORCH \?= (.*)$", make, re.MULTILINE)[1] == tested[1]
+    short = [version.rpartition(".")[0] for version in tested]
+    readme = (root / "README.md").read_text("utf-8")
+    assert f"# {oldest} or newer" in readme and short[0] == oldest
+    assert "torch {}, {} and {},".format(*short) in readme
 
 
 def test_missing_extension_says_so_once() -> None:

@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.autograd import Info, make_autograd_impl
-from torch.autograd import forward_ad
 
 from gptfast.ops.backend import IMPLEMENTATIONS
 from gptfast.ops.library import LIBRARY
-
-
-def is_transformed() -> bool:
-    """Return whether this code runs under a transform of torch.func or in forward mode."""
-    # torch.compile does not follow the first question, so it leaves this function as it is.
-    level = torch._C._functorch.maybe_current_level()
-    return level is not None or forward_ad._current_level >= 0
+from gptfast.torch_private import (
+    DispatchKeySet,
+    Info,
+    OpOverload,
+    any_requires_grad,
+    below_autograd,
+    is_legacy_batchedtensor,
+    is_transformed,
+    make_autograd_impl,
+)
 
 
 def needs_reference() -> bool:
@@ -36,10 +37,10 @@ def is_batch(gradient: Tensor | None) -> bool:
     Such a batch has no memory of its own. An operator that returns new tensors is then called once
     for each gradient in it; one that writes to its arguments is an error.
     """
-    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return gradient is not None and is_legacy_batchedtensor(gradient)
 
 
-def register_autograd(op: torch._ops.OpOverload, backward: Callable, setup: Callable) -> None:
+def register_autograd(op: OpOverload, backward: Callable, setup: Callable) -> None:
     """Register an operator's backward; setup(ctx, inputs, output) saves what it needs.
 
     The backward must be differentiable where `needs_reference` says so; `gradients` helps.
@@ -48,60 +49,52 @@ def register_autograd(op: torch._ops.OpOverload, backward: Callable, setup: Call
     kernel = make_autograd_impl(op, Info(backward, setup))
     reference = IMPLEMENTATIONS["reference"][op]
 
-    def autograd(keyset: torch._C.DispatchKeySet, *args: object) -> object:
+    def autograd(keyset: DispatchKeySet, *args: object) -> object:
         return reference(*args) if is_transformed() else kernel(keyset, *args)
 
     _implement(op, autograd)
 
 
-def register_reference_autograd(op: torch._ops.OpOverload) -> None:
+def register_reference_autograd(op: OpOverload) -> None:
     """Let the reference serve every call of an operator that is to be differentiated.
 
     For operators without a backward kernel.
     """
     reference = IMPLEMENTATIONS["reference"][op]
 
-    def autograd(keyset: torch._C.DispatchKeySet, *args: object) -> object:
-        differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    def autograd(keyset: DispatchKeySet, *args: object) -> object:
+        differentiable = torch.is_grad_enabled() and any_requires_grad(*args)
         if differentiable or is_transformed():
             return reference(*args)
-        return _below_autograd(op, keyset, args)
+        return below_autograd(op, keyset, args)
 
     _implement(op, autograd)
 
 
-def register_no_derivative(op: torch._ops.OpOverload) -> None:
+def register_no_derivative(op: OpOverload) -> None:
     """Make an operator raise RuntimeError for arguments that require a gradient.
 
     For a backward that torch.compile takes into its graph, where PyTorch disables gradients and
     would drop those of the incoming gradient.
     """
 
-    def autograd(keyset: torch._C.DispatchKeySet, *args: object) -> object:
-        if torch._C._any_requires_grad(*args):
+    def autograd(keyset: DispatchKeySet, *args: object) -> object:
+        if any_requires_grad(*args):
             raise RuntimeError(
-                f"{op._schema.name} has no derivative inside torch.compile; call the function "
+                f"{op.name()} has no derivative inside torch.compile; call the function "
                 "uncompiled for derivatives of derivatives"
             )
-        return _below_autograd(op, keyset, args)
+        return below_autograd(op, keyset, args)
 
     _set_autograd(op, autograd)
 
 
-def _below_autograd(
-    op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, args: tuple
-) -> object:
-    """Call an operator's kernel without a place in autograd's graph."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-
-def _set_autograd(op: torch._ops.OpOverload, autograd: Callable) -> None:
+def _set_autograd(op: OpOverload, autograd: Callable) -> None:
     """Register what an operator does where autograd comes to it."""
-    LIBRARY.impl(op._schema.name.removeprefix("gptfast::"), autograd, "Autograd", with_keyset=True)
+    LIBRARY.impl(op.name().removeprefix("gptfast::"), autograd, "Autograd", with_keyset=True)
 
 
-def _implement(op: torch._ops.OpOverload, autograd: Callable) -> None:
+def _implement(op: OpOverload, autograd: Callable) -> None:
     """Register an operator's implementation for autograd, and its rule for vmap."""
 
     def vmapped(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple:

@@ -12,10 +12,11 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from gptfast.torch_private import OpOverload, TorchDispatchMode
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
-IMPLEMENTATIONS: dict[str, dict[torch._ops.OpOverload, Callable]] = {"reference": {}, "triton": {}}
+IMPLEMENTATIONS: dict[str, dict[OpOverload, Callable]] = {"reference": {}, "triton": {}}
 """Python implementations by backend and operator; the dispatcher holds the C++ kernels."""
 
 

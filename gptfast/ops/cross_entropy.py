@@ -8,6 +8,7 @@ from torch import Tensor
 from gptfast.kernels.reference import cross_entropy as reference
 from gptfast.ops.autograd import gradients, is_batch, needs_reference, register_autograd
 from gptfast.ops.library import autocast_enabled, register, register_autocast
+from gptfast.torch_private import keeps_graph
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss"
 _LINEAR_OPTIONS = f"{_OPTIONS}, float skip_below=0.0"
@@ -152,8 +153,7 @@ def _owned(dtotal: Tensor) -> bool:
     They may not while tracing, where only functional code is allowed, nor where another backward
     will use the graph again, nor for a batch of dtotal.
     """
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    return type(dtotal) is Tensor and not kept and not is_batch(dtotal)
+    return type(dtotal) is Tensor and not keeps_graph() and not is_batch(dtotal)
 
 
 register_autograd(_fwd, _backward, _setup)

@@ -4,7 +4,6 @@ import sys
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from gptfast.kernels.reference import embedding as reference
 from gptfast.ops.autograd import (
@@ -15,6 +14,7 @@ from gptfast.ops.autograd import (
     register_reference_autograd,
 )
 from gptfast.ops.library import register
+from gptfast.torch_private import disable_modes, use_counts
 
 
 def _fwd_fake(weight: Tensor, idx: Tensor) -> Tensor:
@@ -85,12 +85,7 @@ def _is_differentiated(*gradients: Tensor | None) -> bool:
 def _holders(tensor: Tensor) -> tuple[int, ...]:
     """Return how many references a tensor and its memory have, in C++ and in Python."""
     storage = tensor.untyped_storage()
-    return (
-        tensor._use_count(),  # type: ignore[attr-defined]  # private
-        sys.getrefcount(tensor),
-        torch._C._storage_Use_Count(storage._cdata),
-        sys.getrefcount(storage),
-    )
+    return *use_counts(tensor, storage), sys.getrefcount(tensor), sys.getrefcount(storage)
 
 
 class _Probe(torch.autograd.Function):
@@ -115,7 +110,7 @@ def _alone() -> tuple[int, ...]:
     counts depend on the versions of Python and PyTorch, and on whether torch.compile was used in
     this process, so they are measured each time, in some 60 us.
     """
-    with _disable_current_modes(), torch.enable_grad(), torch.device("cpu"):
+    with disable_modes(), torch.enable_grad(), torch.device("cpu"):
         x = torch.ones(2, dtype=torch.float32).requires_grad_()
         _Probe.apply(x).square().sum().backward()
     return _Probe.holders

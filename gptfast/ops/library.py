@@ -21,8 +21,11 @@ from gptfast.ops.backend import (
     TRITON_MISSING,
     check_isa,
 )
+from gptfast.torch_private import OpOverload, excluded, has_kernel
 
 LIBRARY = torch.library.Library("gptfast", "DEF")
+# torch.amp.is_autocast_available would tell, but torch.compile cannot follow it before torch 2.12.
+_WITHOUT_AUTOCAST = tuple("fpga hip ideep lazy meta mkldnn opencl opengl ve vulkan".split())
 
 
 class _Fallback:
@@ -62,7 +65,7 @@ class _Launcher:
 
 def register(
     schema: str, reference: Callable, fake: Callable, *, triton: bool = True
-) -> torch._ops.OpOverload:
+) -> OpOverload:
     """Define the operator `gptfast::<schema>` and return it.
 
     reference: its PyTorch implementation, for every device. fake: its implementation for tracing,
@@ -98,10 +101,10 @@ def register(
 def autocast_enabled(x: torch.Tensor) -> bool:
     """Return whether autocast is on for x's device; some devices (meta) have no autocast."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device)
 
 
-def register_autocast(op: torch._ops.OpOverload, tensors: Collection[int]) -> None:
+def register_autocast(op: OpOverload, tensors: Collection[int]) -> None:
     """Make autocast cast the arguments of `op` at these places to its dtype.
 
     `torch.library.register_autocast` would fix one dtype per device, but a user may ask for bf16 or
@@ -117,21 +120,20 @@ def register_autocast(op: torch._ops.OpOverload, tensors: Collection[int]) -> No
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def autocast(keyset: Any, *args: Any, device: str = device, key: str = key) -> Any:
-            autocast_key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-            with torch._C._ExcludeDispatchKeyGuard(autocast_key):
+            with excluded(key):
                 return op(*(cast(a, device) if i in tensors else a for i, a in enumerate(args)))
 
         LIBRARY.impl(name, autocast, key, with_keyset=True)
 
 
-def backend_of(op: torch._ops.OpOverload, device: str) -> str:
+def backend_of(op: OpOverload, device: str) -> str:
     """Return the backend that serves `op` on "cpu" or "cuda" when the dispatcher decides."""
     if device == "cpu":
-        in_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU")
+        in_cpp = has_kernel(op.name(), "CPU")
         return "cpp" if EXTENSION is not None and in_cpp else "reference"
     return "triton" if isinstance(IMPLEMENTATIONS["triton"].get(op), _Launcher) else "reference"
 
 
-def operators() -> list[torch._ops.OpOverload]:
+def operators() -> list[OpOverload]:
     """Return every operator of gptfast, in the order of definition."""
     return list(IMPLEMENTATIONS["reference"])

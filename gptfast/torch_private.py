@@ -1,0 +1,95 @@
+"""The private names of PyTorch that gptfast uses, and the oldest PyTorch that it is tested with.
+
+PyTorch promises nothing about these names: a new version may break this file, and no other one
+(tests/test_architecture.py). They are the same objects here under public names, because
+torch.compile knows some of them by identity.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as hooks
+
+OLDEST_TORCH = (2, 11)
+
+
+def check_version(version: str) -> None:
+    """Raise ImportError for a PyTorch older than the oldest that gptfast is tested with."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    # The first two numbers alone: builds from source name themselves 2.11.0a0.
+    if found and tuple(map(int, found.groups())) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ImportError(
+            f"gptfast needs torch {oldest} or newer, got {version}; run pip install -U torch"
+        )
+
+
+check_version(torch.__version__)
+
+# Only now: an older PyTorch may lack some of these names.
+from torch._functorch.pyfunctorch import (  # noqa: E402
+    temporarily_clear_interpreter_stack as temporarily_clear_interpreter_stack,
+)
+from torch._library.autograd import Info as Info  # noqa: E402
+from torch._library.autograd import make_autograd_impl as make_autograd_impl  # noqa: E402
+from torch._ops import OpOverload as OpOverload  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # noqa: E402
+from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # noqa: E402
+from torch.utils._python_dispatch import _disable_current_modes as disable_modes  # noqa: E402, F401
+from torch.utils._pytree import tree_map_only as tree_map_only  # noqa: E402
+
+# The dispatcher.
+DispatchKeySet = torch._C.DispatchKeySet
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+len_dispatch_stack = torch._C._len_torch_dispatch_stack
+
+# Autograd and torch.func.
+any_requires_grad = torch._C._any_requires_grad
+are_transforms_active = torch._C._are_functorch_transforms_active
+is_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
+is_batchedtensor = torch._C._functorch.is_batchedtensor
+is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
+get_unwrapped = torch._C._functorch.get_unwrapped
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+# Subclasses of Tensor.
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+make_wrapper_subclass = Tensor._make_wrapper_subclass
+set_throw_on_mutable_data_ptr = torch._C._set_throw_on_mutable_data_ptr
+
+
+def excluded(key: str) -> torch._C._ExcludeDispatchKeyGuard:
+    """Return a context in which the dispatcher passes over a key."""
+    return torch._C._ExcludeDispatchKeyGuard(DispatchKeySet(getattr(torch._C.DispatchKey, key)))
+
+
+def below_autograd(op: OpOverload, keyset: DispatchKeySet, args: tuple) -> object:
+    """Call an operator's kernel without a place in autograd's graph."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def is_transformed() -> bool:
+    """Return whether this code runs under a transform of torch.func or in forward mode."""
+    # torch.compile does not follow the first question, so it leaves this function as it is.
+    level = torch._C._functorch.maybe_current_level()
+    return level is not None or forward_ad._current_level >= 0
+
+
+def use_counts(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int]:
+    """Return how many references a tensor and its memory have in C++."""
+    tensor_count = tensor._use_count()  # type: ignore[attr-defined]
+    return tensor_count, torch._C._storage_Use_Count(storage._cdata)
+
+
+def any_global_hooks() -> bool:
+    """Return whether anyone asked to see what passes through all modules."""
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
