@@ -1,5 +1,6 @@
 """Packed models on the command line, the speed line, and the modules that a command imports."""
 
+import io
 import re
 import subprocess
 import sys
@@ -117,6 +118,17 @@ def test_dtypes_on_a_gpu(trained: Path, gpu: None, capsys: Capture, dtype: str) 
     assert done(capsys, *args, "--draft", trained) == text
     code, out, err = run(capsys, *args, "--stats", "on")
     assert (code, out) == (0, text) and "tokens/s" in err
+
+
+def test_chat_on_a_gpu(
+    trained: Path, gpu: None, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("The value\nAnd more\n"))
+        options = ["--max-new-tokens", 6, "--device", device]
+        replies.append(run(capsys, "chat", trained, *options))
+    assert replies[0] == replies[1] and replies[0][0] == 0 and replies[0][1].count("\n") >= 2
 
 
 def test_eval_on_a_gpu(trained: Path, gpu: None, tmp_path: Path, capsys: Capture) -> None:

@@ -1,10 +1,12 @@
 """Test how tensors and batches get to a device, with tensors that note what is asked of them."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import make_trainer, without_speed
 from torch import Tensor
 
 from gptfast.device import choose_device, moved, pinned
@@ -91,6 +93,22 @@ def test_the_next_batches_are_ready(pins: list[int]) -> None:
     for _ in range(2):
         with pytest.raises(OSError, match="the file is gone"):
             fed.take()
+
+
+def test_a_run_prepares_during_each_step(
+    pins: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose batches are loaded ahead sees those of a run that loads them when asked."""
+    wanted = make_trainer(tmp_path / "wanted", max_steps=3, accumulation_steps=2)
+    wanted.fit()
+    monkeypatch.setattr(
+        "gptfast.training.trainer.Feed", lambda stream, n, device: Feed(stream, n, CUDA)
+    )
+    pins.clear()
+    trainer = make_trainer(tmp_path / "run", max_steps=3, accumulation_steps=2)
+    trainer.fit()
+    assert without_speed(trainer.history) == without_speed(wanted.history)
+    assert len(pins) == 4 * 2 * 2  # those of a fourth step were prepared in vain
 
 
 def test_the_cpu_prepares_nothing() -> None:

@@ -51,14 +51,24 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.clone_state()
+        errors: list[Exception] = []
         try:
-            # Other threads may use the GPU during the capture.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                result = function()
-        except Exception:
+            # The outer context leaves the stream even if ending the capture fails.
+            with (
+                torch.cuda.stream(self._stream),
+                # Other threads may use the GPU during the capture.
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    result = function()
+                except Exception as error:
+                    errors.append(error)
+                    raise
+        except Exception as error:
             # A capture that fails leaves a generator which draws in captures only.
             generator.graphsafe_set_state(before)
-            raise
+            # Ending it raises another error than the one that says why it failed.
+            raise errors.pop() if errors else error from None
 
         def replay() -> Tensor:
             graph.replay()
@@ -144,6 +154,9 @@ class StepGraph:
         if reason is None:
             self._inputs = [torch.empty_like(x, device=self._device) for x in inputs]
             self._fill(inputs)
+            for param in self._params:
+                # Now: what is freed during a capture is no memory for that capture.
+                param.grad = None
             try:
                 self._replay = self._recorder.capture(lambda: self._compute(self._inputs))
             except Exception as error:  # out of memory, or an operation that no graph can hold
