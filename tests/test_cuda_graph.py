@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gptfast import TrainConfig
+from gptfast import GPT, TrainConfig
 from gptfast.training import cuda_graph
 from gptfast.training.cuda_graph import WARM_UP_STEPS, CudaGraphs, StepGraph, recorder_for
 from gptfast.training.step import Batch, RefusedStep, TrainStep
@@ -272,7 +272,7 @@ def test_other_batches_run_without_the_graph(recorder: Replays) -> None:
     assert (recorder.captures, recorder.replays) == (1, 16 - WARM_UP_STEPS - 4)
 
 
-@pytest.mark.parametrize("what", ["state", "weights", "options", "model", "mode"])
+@pytest.mark.parametrize("what", ["state", "weights", "options", "model", "mode", "dropout"])
 def test_a_change_needs_another_graph(recorder: Replays, what: str) -> None:
     """What was loaded, set or exchanged between two steps counts from the next step on."""
 
@@ -286,8 +286,10 @@ def test_a_change_needs_another_graph(recorder: Replays, what: str) -> None:
             optimizer.param_groups[0]["weight_decay"] = 0.5
         elif what == "model":
             step.model = lambda x, y: model(x, y) * 3
-        else:
+        elif what == "mode":
             model.eval()
+        else:
+            model.h[1].mlp.drop.p = 0.5
 
     def script(step: TrainStep) -> list[dict[str, Any]]:
         rows = []
@@ -316,31 +318,45 @@ def test_a_capture_that_fails(recorder: Replays, capsys: pytest.CaptureFixture[s
     assert line.endswith("; steps run without, as with --no-cuda-graph")
 
 
+HOOKS: dict[str, Callable[[TrainStep], Any]] = {
+    "module": lambda step: step.raw_model.h[0].register_forward_hook(lambda *_: None),
+    "parameter": lambda step: step.raw_model.wpe.weight.register_hook(lambda gradient: None),
+    "optimizer": lambda step: step.optimizer.register_step_post_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("first", [0, 5], ids=["from-the-start", "later"])
+@pytest.mark.parametrize("where", HOOKS)
+def test_no_graph_with_hooks(
+    recorder: Replays, capsys: pytest.CaptureFixture[str], where: str, first: int
+) -> None:
+    """A hook is called in every step, also one that comes after the capture."""
+    step = made()
+    for i in range(first + 5):
+        if i == first:
+            HOOKS[where](step)
+        step.run(batches(i), 1e-3)
+    assert recorder.replays == max(0, first - WARM_UP_STEPS)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{where} has a hook" in line
+
+
 @pytest.mark.parametrize(
-    ("options", "hook", "reason"),
+    ("change", "reason"),
     [
-        ({}, "module", "the model is not a GPT as gptfast makes it, h.0 has a hook"),
-        ({}, "gradient", "a parameter has a hook"),
-        (
-            {"activation_checkpointing": True, "dropout": 0.1},
-            "",
-            "activation checkpointing with dropout repeats random numbers",
-        ),
+        (lambda model: setattr(model.h[0], "ln_1", torch.nn.RMSNorm(24)), "h.0.ln_1 is a torch"),
+        (lambda model: None, "activation checkpointing with dropout repeats random numbers"),
     ],
-    ids=["module-hook", "gradient-hook", "recomputed-dropout"],
+    ids=["module-of-others", "recomputed-dropout"],
 )
 def test_what_no_graph_can_hold(
     recorder: Replays,
     capsys: pytest.CaptureFixture[str],
-    options: dict[str, Any],
-    hook: str,
+    change: Callable[[GPT], None],
     reason: str,
 ) -> None:
-    step = made(**options)
-    if hook == "module":
-        step.raw_model.h[0].register_forward_hook(lambda module, inputs, output: output)
-    elif hook == "gradient":
-        step.raw_model.wpe.weight.register_hook(lambda gradient: gradient)
+    step = made(activation_checkpointing=True, dropout=0.1)
+    change(step.raw_model)
     for i in range(5):
         step.run(batches(i), 1e-3)
     assert recorder.captures == 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gptfast.config import TrainConfig
 from gptfast.device import moved, random_state, restore_random_state
 from gptfast.model import GPT, foreign_part
+from gptfast.modules import any_global_hooks, has_hooks
 from gptfast.optim import AdamW
 from gptfast.training.cuda_graph import StepGraph, recorder_for
 from gptfast.training.guard import Fault, Guard
@@ -90,12 +91,12 @@ class TrainStep:
             max_norm=config.max_norm,
         )
         self.guard = Guard(config)
-        self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._modules, self._params = list(model.modules()), list(model.parameters())
         recorder = recorder_for(config, device)
         self._step: Callable[[Sequence[Tensor]], Tensor] = self._compute
         if recorder is not None:
             self._step = StepGraph(
-                self._compute, self._trained, self._held, self._obstacle, recorder, device, log
+                self._compute, self._params, self._held, self._obstacle, recorder, device, log
             )
 
     def run(
@@ -177,24 +178,33 @@ class TrainStep:
 
     def _held(self) -> Hashable:
         """Return what a graph of `_compute` holds besides its inputs."""
-        groups, state = self.optimizer.param_groups, self.optimizer.state
-        addresses = [p.data_ptr() for p in self.raw_model.parameters()]
-        for p in self._trained:
-            addresses += [x.data_ptr() for x in state.get(p, {}).values()]
+        # Asked before each step: lists that were made once, and no traversal of the model.
+        groups, state, model = self.optimizer.param_groups, self.optimizer.state, self.raw_model
+        addresses = [p.data_ptr() for p in self._params]
+        addresses += [x.data_ptr() for of_param in state.values() for x in of_param.values()]
         changing = ("params", "lr")
         options = [v for group in groups for name, v in group.items() if name not in changing]
-        model = self.raw_model
-        options += [self.model, self.optimizer.max_norm, model.training, model.skip_below]
-        return *addresses, *options, model.activation_checkpointing
+        options += [(m.training, m.p) for m in self._modules if isinstance(m, nn.Dropout)]
+        options += [self.optimizer.max_norm, model.skip_below, model.activation_checkpointing]
+        return *addresses, *options, self.model, self._hook()
+
+    def _hook(self) -> str:
+        """Return what has a hook, which a graph would not call: it repeats kernels alone."""
+        if any_global_hooks() or any(map(has_hooks, self._modules)):
+            return "a module has a hook"
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._params):
+            return "a parameter has a hook"
+        optimizer = self.optimizer
+        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        return "the optimizer has a hook" if any(hooks) else ""
 
     def _obstacle(self) -> str | None:
         """Return why a graph would not do what the step does, or None."""
-        # A graph repeats kernels alone, nothing that a hook does on the host.
+        if hook := self._hook():
+            return hook
         part = foreign_part(self.raw_model)
         if part is not None:
             return f"the model is not a GPT as gptfast makes it, {part}"
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._trained):
-            return "a parameter has a hook"
         if self.config.activation_checkpointing and self.raw_model.config.dropout > 0:
             # The recomputation reads the state of the generator, which a capture forbids.
             return "activation checkpointing with dropout repeats random numbers"
