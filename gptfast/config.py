@@ -129,6 +129,10 @@ class TrainConfig:
     the loss. This saves time late in training. 6e-8 skips only what fp32 would round away."""
     compile: bool = False
     """Compile the forward and backward pass with torch.compile."""
+    cuda_graph: bool = True
+    """On a GPU, replay each step as one CUDA graph, which spares the host the launches of its
+    kernels. Steps run without it under compile, under activation_checkpointing with dropout, and
+    where batches have another shape."""
     eval_interval: int = 100
     """Number of steps between evaluations of training and validation loss."""
     eval_batches: int | None = None

@@ -21,8 +21,33 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(known[0])
     if name not in known:
-        raise ValueError(f"device must be auto or one of {', '.join(known)}, got {name!r}")
+        raise ValueError(
+            f"device must be auto or one of {', '.join(known)}, got {name!r}{_why_absent(name)}"
+        )
     return torch.device(name)
+
+
+def _why_absent(name: str) -> str:
+    """Return the remedy where a GPU was asked for and torch has none; else nothing."""
+    if not name.startswith("cuda") or torch.cuda.is_available():
+        return ""
+    lacks = "is built without CUDA" if torch.version.cuda is None else "finds no GPU"
+    return f": this torch {lacks}; use --device cpu, or mend the driver or the installation"
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor where copies to a device can start from without waiting.
+
+    For a GPU, that is page-locked memory.
+    """
+    to_gpu = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory() if to_gpu else tensor
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on a device. The copy to a GPU is queued, and nobody waits for it."""
+    # The other way, a tensor would be read before its values have arrived.
+    return pinned(tensor, device).to(device, non_blocking=device.type == "cuda")
 
 
 def random_state() -> list[Tensor]:

@@ -235,12 +235,24 @@ class GPT(nn.Module):
         if cache and cache.ragged:
             time = cache.length[:, None] + time - start  # (B, T)
         x = self.drop(x + self.wpe(time))  # (B, T, C)
+        recomputed = self.activation_checkpointing and torch.is_grad_enabled()
+        draws = recomputed and self._may_draw()
         for layer, block in enumerate(self.h):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, seed + layer, cache, layer, use_reentrant=False)
+            if recomputed:
+                inputs = x, seed + layer, cache, layer
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x = block(x, seed + layer, cache, layer)
         return self.ln_f(x)
+
+    def _may_draw(self) -> bool:
+        """Return whether a block may draw random numbers, so that recomputing it repeats them.
+
+        A CUDA graph cannot hold that: it reads the state of the generator.
+        """
+        if torch.compiler.is_compiling():  # which could not follow the second question
+            return True
+        return self.config.dropout > 0 or foreign_part(self) is not None
 
     def forward(
         self, idx: Tensor, target: Tensor | None = None, *, seed: Tensor | int | None = None

@@ -41,7 +41,8 @@ class AdamW(torch.optim.Optimizer):
     `clip_grad_norm_` does (coefficient max_norm / (norm + 1e-6)), but leave `.grad` unchanged.
     `grad_norm` then holds the last norm, a 0-d tensor on the parameters' device; it is None before
     the first step and without max_norm. `max_norm=float("inf")` measures the norm without clipping.
-    With max_norm, a step whose norm is not finite changes no parameter, moment or step count.
+    With max_norm, a step whose norm is not finite changes no parameter, moment or step count, and
+    neither does one whose norm is above the `norm_limit` of `step`.
     bf16_update: for 16-bit parameters, "master" keeps an fp32 copy in the state; "stochastic" (bf16
     only) rounds stochastically, and `seed` makes the rounding reproducible. What others write to a
     parameter between two steps (`load_state_dict`, averaging, an edit under `no_grad`) counts: the
@@ -194,14 +195,24 @@ class AdamW(torch.optim.Optimizer):
         return grad
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        norm_limit: Tensor | None = None,
+    ) -> Any:
         """Update every parameter that has a gradient.
 
         closure: recomputes the loss and the gradients; its result is returned.
+        norm_limit: 0-d; with max_norm, a larger norm changes nothing, and under a limit of NaN no
+        norm changes anything. The kernels decide, so that nobody waits for the norm.
 
         Raises ValueError for a sparse gradient, for a parameter whose shape has changed since its
-        first step, and with max_norm under `FullyShardedDataParallel`.
+        first step, for norm_limit without max_norm, and with max_norm under
+        `FullyShardedDataParallel`.
         """
+        if norm_limit is not None and self.max_norm is None:
+            raise ValueError("norm_limit limits the norm that max_norm measures: give max_norm too")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -224,6 +235,8 @@ class AdamW(torch.optim.Optimizer):
             elif present:
                 norm = grad_norm(present)
             self.grad_norm = self.grad_norm if norm is None else norm
+            if norm is not None and norm_limit is not None:
+                norm = norm.where(norm <= norm_limit.to(norm.device), torch.nan)
         first_id = 0
         for group in self.param_groups:
             n = len(group["params"])

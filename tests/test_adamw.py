@@ -248,6 +248,35 @@ def test_non_finite_norm_skips_the_step(backend: str, bad: float) -> None:
     assert values(net).isfinite().all() and not torch.equal(values(net), before)
 
 
+def test_norm_limit_refuses_larger_norms(backend: str) -> None:
+    """A norm above the limit changes nothing, one at the limit does; NaN refuses every norm."""
+    net, x = model_and_data()
+    optimizer = gptfast.AdamW(groups(net), max_norm=1.0)
+    train(net, x, optimizer, 2)
+    norm = optimizer.grad_norm.double()
+    below = norm.nextafter(torch.zeros_like(norm))
+    before, state = values(net).clone(), copy.deepcopy(optimizer.state_dict()["state"])
+    for limit in (below, torch.full_like(norm, torch.nan)):
+        optimizer.step(norm_limit=limit)
+        assert optimizer.grad_norm.double() == norm
+        assert torch.equal(values(net), before)
+        for key, saved in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(saved[name], state[key][name]) for name in saved)
+    other, _ = model_and_data()
+    free = gptfast.AdamW(groups(other), max_norm=1.0)
+    train(other, x, free, 2)
+    free.step()
+    optimizer.step(norm_limit=norm)
+    assert torch.equal(values(net), values(other)) and not torch.equal(values(net), before)
+
+
+def test_norm_limit_needs_max_norm() -> None:
+    net, x = model_and_data()
+    optimizer = gptfast.AdamW(net.parameters())
+    with pytest.raises(ValueError, match="norm_limit limits the norm that max_norm measures"):
+        optimizer.step(norm_limit=torch.ones(()))
+
+
 def test_infinite_max_norm_measures_only(backend: str) -> None:
     results = []
     for max_norm in (None, float("inf")):

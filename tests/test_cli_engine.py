@@ -1,15 +1,21 @@
 """Packed models on the command line, the speed line, and the modules that a command imports."""
 
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commands import TINY, Capture, refused, run
+import torch
+from commands import TINY, Capture, done, refused, run
 
+from gptfast import GPT, Engine, get_tokenizer
 from gptfast.cli import main
+from gptfast.cli.terminal import printable
 from gptfast.data.embedded import embedded_text
+from gptfast.engine import engine
+from gptfast.engine.gpu_model import GpuModel
 from gptfast.ops.backend import EXTENSION
 
 
@@ -69,6 +75,86 @@ def test_speed_is_reported_on_request(trained: Path, capsys: Capture) -> None:
     )
     assert re.fullmatch(line, err)
     assert run(capsys, *args, "off") == run(capsys, *args, "auto") == (0, out, "")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU stand for a GPU: --device cuda is there, and engines take a GPU's way."""
+    cuda = torch.device("cuda")
+    cpu = torch.device("cpu")
+    found = {"cpu": cpu, "cuda": cuda, "auto": cuda}
+    monkeypatch.setattr("gptfast.cli.model_flags.choose_device", lambda name: found[name])
+    monkeypatch.setattr(GPT, "to", lambda model, device: model)
+    pack = engine._pack
+
+    def packed(model: object, dtype: str | None) -> object:
+        return GpuModel(model, dtype or "fp32") if isinstance(model, GPT) else pack(model, dtype)
+
+    monkeypatch.setattr(engine, "_pack", packed)
+
+
+@pytest.mark.parametrize("options", [[], ["--lookup"], ["--num-beams", 3]], ids=str)
+def test_a_gpu_writes_what_the_cpu_writes(
+    trained: Path, gpu: None, capsys: Capture, options: list[object]
+) -> None:
+    args = ["generate", trained, "--prompt", "The ", "--max-new-tokens", 12, *options]
+    if not options:
+        args += ["--temperature", 0.9, "--top-k", 20, "--seed", 3]
+    on_gpu = done(capsys, *args, "--device", "cuda")
+    assert on_gpu == done(capsys, *args) == done(capsys, *args, "--device", "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_dtypes_on_a_gpu(trained: Path, gpu: None, capsys: Capture, dtype: str) -> None:
+    """The command writes what an engine of the model on the GPU generates, drafts included."""
+    model = GPT.from_pretrained(trained)
+    tokenizer = get_tokenizer("byte")
+    ids = tokenizer.encode("The ")
+    (row,) = Engine(model, dtype).generate([ids], 9, temperature=0.0)
+    args = ["generate", trained, "--prompt", "The ", "--max-new-tokens", 9, "--temperature", 0]
+    args += ["--dtype", dtype]
+    text = printable(tokenizer.decode(row)) + "\n"
+    assert done(capsys, *args, "--device", "cuda") == text
+    assert done(capsys, *args, "--draft", trained) == text
+    code, out, err = run(capsys, *args, "--stats", "on")
+    assert (code, out) == (0, text) and "tokens/s" in err
+
+
+def test_chat_on_a_gpu(
+    trained: Path, gpu: None, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("The value\nAnd more\n"))
+        options = ["--max-new-tokens", 6, "--device", device]
+        replies.append(run(capsys, "chat", trained, *options))
+    assert replies[0] == replies[1] and replies[0][0] == 0 and replies[0][1].count("\n") >= 2
+
+
+def test_eval_on_a_gpu(trained: Path, gpu: None, tmp_path: Path, capsys: Capture) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The value of the words. " * 20)
+    args = ["eval", trained, "--data", text]
+    losses = [
+        float(done(capsys, *args, *more).split()[1])
+        for more in (["--device", "cpu"], [], ["--dtype", "fp32"], ["--dtype", "int8"])
+    ]
+    assert losses[:3] == pytest.approx([losses[0]] * 3, abs=1e-4)
+    assert losses[3] == pytest.approx(losses[0], abs=0.05)
+
+
+@needs_engine
+def test_packed_weights_stay_on_the_cpu(
+    trained: Path, gpu: None, tmp_path: Path, capsys: Capture
+) -> None:
+    packed = tmp_path / "packed"
+    done(capsys, "convert", trained, packed, "--dtype", "int8")
+    args = ["generate", packed, "--prompt", "The ", "--max-new-tokens", 4]
+    assert done(capsys, *args) == done(capsys, *args, "--device", "cpu")
+    remedy = "use --device cpu, or the model it was made from"
+    refused(run(capsys, *args, "--device", "cuda"), f"{packed} is packed for the CPU", remedy)
+    args[1] = trained
+    refused(run(capsys, *args, "--draft", packed), f"{packed} is packed for the CPU", remedy)
 
 
 BAD_PACKED = {

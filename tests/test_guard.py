@@ -46,6 +46,20 @@ def test_outliers_are_those_numpy_finds() -> None:
     assert {60, 200, 201, 350} <= set(found) and 400 not in found
 
 
+def test_the_limit_is_where_judging_begins() -> None:
+    """A GPU that compares with the limit decides as the guard does."""
+    rng = numpy_generator(1)
+    guard = Guard(TrainConfig(skip_zscore=3.0))
+    assert guard.limit("loss") == guard.limit("grad_norm") == math.inf
+    for value in rng.normal(3.0, 0.2, MIN_PAST_STEPS):
+        assert guard.limit("loss") == math.inf
+        judged(guard, "loss", float(value))
+    limit = guard.limit("loss")
+    assert guard.judge("loss", limit) is None
+    assert guard.judge("loss", math.nextafter(limit, math.inf)) is not None
+    assert Guard(TrainConfig()).limit("loss") == math.inf
+
+
 def test_loss_and_norm_have_windows_of_their_own() -> None:
     guard = Guard(TrainConfig(skip_zscore=3.0))
     for i in range(MIN_PAST_STEPS):

@@ -180,6 +180,19 @@ def test_the_guard_sees_the_norm_before_the_step() -> None:
     assert all(torch.equal(s["exp_avg"], moments[p]) for p, s in step.optimizer.state.items())
 
 
+def test_the_host_has_time_before_it_reads() -> None:
+    """Other work is done after the update was queued, before the guard asks for the numbers."""
+    model = random_model().train()
+    step, before = TrainStep(model, TrainConfig(skip_zscore=6.0), CPU), parameters(model)
+    seen: list[Any] = []
+
+    def meanwhile() -> None:
+        seen.append((differing(before, parameters(model)) != [], list(step.guard.past["loss"])))
+
+    row = step.run([batch(2, 9, 1)], 1e-2, meanwhile)
+    assert seen == [(True, [])] and list(step.guard.past["loss"]) == [row["loss"]]
+
+
 def test_a_refused_step_leaves_no_trace() -> None:
     """The guard and the random state are as if the step had never been tried."""
     model = random_model(dropout=0.2).train()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gptfast.checks import one_line
-from gptfast.cli.model_flags import CPU_ENGINE, GenerationFlags
+from gptfast.cli.model_flags import NEEDS_ENGINE, GenerationFlags
 from gptfast.cli.terminal import ERRORS, is_terminal, printable, speed
 from gptfast.generation.conversation import QUESTIONS, Conversation, Template
 from gptfast.generation.decoder import Decoder, Stats
@@ -143,7 +143,7 @@ class _Session:
             self._reply()
         elif name == "stats":
             if self.model.stats is None:
-                raise ValueError(f"/stats needs {CPU_ENGINE}, and the C++ extension")
+                raise ValueError(f"/stats {NEEDS_ENGINE}")
             self.shows_speed = not self.shows_speed
         elif name != "quit":
             raise ValueError(f"there is no /{name}; /help lists the commands")

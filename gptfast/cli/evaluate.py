@@ -62,8 +62,8 @@ class Eval:
     tokenizer: str | None = None
     """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: the checkpoint's)."""
     dtype: Dtype | None = None
-    """Measure the CPU engine with weights of this data type (default: the engine for a packed
-    model, the PyTorch model for others)."""
+    """Measure the engine with weights of this data type (default: the engine for a packed model,
+    the PyTorch model for others)."""
     device: str = "auto"
     """cpu, cuda or auto; auto takes a GPU if there is one."""
 

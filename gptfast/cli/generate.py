@@ -19,6 +19,8 @@ class Generate(GenerationFlags):
 
     gptfast generate gpt2 --prompt "Once upon" --dtype int8
 
+    gptfast generate gpt2 --prompt "Once upon" --dtype bf16 --device cuda
+
     gptfast generate runs/book --prompt "Once upon" --num-beams 4
     """
 

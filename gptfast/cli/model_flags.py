@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from gptfast.engine import Engine
 
 Dtype = Literal["fp32", "bf16", "int8"]
-CPU_ENGINE = "the engine, which the command line runs on the CPU only"
+NEEDS_ENGINE = (
+    "needs the engine, which on the CPU needs the C++ extension: install g++ and reinstall gptfast"
+)
 
 
 def load(
@@ -33,7 +35,7 @@ def load(
 ) -> "tuple[GPT | Engine, Tokenizer]":
     """Return the model and its tokenizer, or the tokenizer given.
 
-    On the CPU the model is an engine. It is a GPT if the C++ extension is missing, and with
+    The model is an engine on its device. It is a GPT if the CPU has no C++ extension, and with
     engine=False unless dtype or a packed checkpoint needs the engine.
     """
     model = _load(checkpoint, device, dtype, engine)
@@ -46,20 +48,30 @@ def load(
     return model, loaded
 
 
+def _device(checkpoint: str, device: str) -> torch.device:
+    """Return the device of a model: "auto" means the CPU for a packed one."""
+    from gptfast.engine import is_packed
+
+    packed_for_cpu = device == "auto" and is_packed(checkpoint)
+    return torch.device("cpu") if packed_for_cpu else choose_device(device)
+
+
 def _load(checkpoint: str, device: str, dtype: str | None, engine: bool) -> "GPT | Engine":
     """Return the model on its device, as `load` says."""
     from gptfast.engine import Engine, is_packed
 
-    packed = is_packed(checkpoint)
-    on = torch.device("cpu") if packed and device == "auto" else choose_device(device)
-    if on.type != "cpu" and (packed or dtype):
-        what = f"{checkpoint} is packed for the CPU"
-        if not packed:
-            what = f"--dtype {dtype} needs {CPU_ENGINE}"
-        raise ValueError(f"{what}: use --device cpu")
-    if packed or dtype or engine and on.type == "cpu" and EXTENSION is not None:
-        return Engine(checkpoint, dtype)
-    return GPT.from_pretrained(checkpoint).to(on)
+    on, packed = _device(checkpoint, device), is_packed(checkpoint)
+    if on.type == "cpu":
+        if packed or dtype or engine and EXTENSION is not None:
+            return Engine(checkpoint, dtype)
+        return GPT.from_pretrained(checkpoint)
+    if packed:
+        raise ValueError(
+            f"{checkpoint} is packed for the CPU: use --device cpu, or the model it was made from "
+            "with --dtype"
+        )
+    model = GPT.from_pretrained(checkpoint).to(on)
+    return Engine(model, dtype) if engine or dtype else model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +98,7 @@ class GenerationFlags:
     seed: int = 0
     """Seed of the sampling: the same seed gives the same text."""
     dtype: Dtype | None = None
-    """Data type of the weights, on the CPU only (default: that of a packed model, else fp32)."""
+    """Data type of the weights (default: that of a packed model, else fp32)."""
     lookup: bool = False
     """Prompt lookup: guess the next tokens from what followed the same tokens earlier. The text
     stays the same and is faster where it repeats itself."""
@@ -110,7 +122,7 @@ class GenerationFlags:
             ("--stats on", self.stats == "on", decoder.stats is not None),
         ):
             if given and not works:
-                raise ValueError(f"{name} needs {CPU_ENGINE}, and the C++ extension")
+                raise ValueError(f"{name} {NEEDS_ENGINE}")
         return decoder, tokenizer
 
     def options(self) -> dict[str, Any]:
@@ -124,10 +136,17 @@ class GenerationFlags:
         return options
 
     def _draft(self, checkpoint: str) -> "Engine":
-        """Return the engine of the draft model, with --dtype unless it is packed."""
+        """Return the engine of the draft model, with --dtype unless it is packed.
+
+        It is on the device of the model whose tokens it guesses.
+        """
         from gptfast.engine import Engine, is_packed
 
-        return Engine(checkpoint, None if is_packed(checkpoint) else self.dtype)
+        dtype = None if is_packed(checkpoint) else self.dtype
+        on = _device(self.checkpoint, self.device).type
+        draft = _load(checkpoint, on, dtype, engine=True)
+        assert isinstance(draft, Engine)  # else the model could not check guesses
+        return draft
 
     @property
     def shows_speed(self) -> bool:

@@ -26,15 +26,17 @@ def loader_loss(
     token counts the same, whatever the size of its batch. Raises ValueError without any tokens.
     """
     decoder = as_decoder(model)
-    total, count = 0.0, 0
+    total: Tensor | float = 0.0
+    count = 0
     for x, y in islice(batches, max_batches):
         n = int((y != -100).sum())
         if n:
-            total += decoder.mean_loss(x, y).item() * n
+            # Read after the last batch only: a GPU need not wait for the host in between.
+            total = total + decoder.mean_loss(x, y).double() * n
         count += n
     if not count:
         raise ValueError("no tokens to evaluate: the loader is empty or every target is ignored")
-    return total / count
+    return float(total) / count
 
 
 Example = tuple[Tensor, Tensor]
@@ -181,14 +183,16 @@ def _measure(
     batch_size = integer("batch_size", batch_size, 1)
     lengths = byte_lengths(tokenizer, model.config.vocab_size)
     windows = [window for window in windows if window[1] - window[0] > 1]
-    found: list[tuple[float, int]] = []
+    sums: list[Tensor] = []
+    counts: list[int] = []
     n_bytes = 0
     decoder = as_decoder(model)
     for i in range(0, len(windows), batch_size):
         x, y = padded([_example(tokens, *window) for window in windows[i : i + batch_size]])
-        sums = decoder.token_losses(x, y).double().sum(1).tolist()
-        found += zip(sums, (y != -100).sum(1).tolist(), strict=True)
+        sums.append(decoder.token_losses(x, y).double().sum(1))
+        counts += (y != -100).sum(1).tolist()
         n_bytes += int(lengths[y[y != -100]].sum())
+    found = list(zip(torch.cat(sums).tolist(), counts, strict=True))
     nats, n = sum(nats for nats, _ in found), sum(n for _, n in found)
     return found, Score(nats / n, nats, n, n_bytes)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.config import GPTConfig
+from gptfast.device import moved
 from gptfast.generation.decoder import (
     Continuation,
     Decoder,
@@ -89,7 +90,7 @@ class ModelDecoder(Decoder):
 
     def token_losses(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad(), evaluating(self.model):
-            x, y = x.to(self.device), y.to(self.device)
+            x, y = moved(x, self.device), moved(y, self.device)
             whole = model_to_call(self.model)
             if whole is not None:
                 return _losses(whole(x), y)
@@ -97,7 +98,7 @@ class ModelDecoder(Decoder):
 
     def mean_loss(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad(), evaluating(self.model):
-            return self.model(x.to(self.device), y.to(self.device))
+            return self.model(moved(x, self.device), moved(y, self.device))
 
 
 def as_decoder(model: GPT | Decoder) -> Decoder:

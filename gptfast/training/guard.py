@@ -30,8 +30,8 @@ class Fault(NamedTuple):
 class Guard:
     """Compares the loss and gradient norm of a step with those of the steps before.
 
-    `judge` and `may_skip` change nothing; `record`, `record_skip` and `record_step` update the
-    history.
+    `judge`, `limit` and `may_skip` change nothing; `record`, `record_skip` and `record_step` update
+    the history.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -45,15 +45,22 @@ class Guard:
         """Return what is wrong with this value of "loss" or "grad_norm", or None."""
         if not math.isfinite(value):
             return Fault(f"{name} is {value}", finite=False)
-        past = self.past[name]
-        if self.zscore is None or len(past) < MIN_PAST_STEPS:
-            return None
-        mean = statistics.fmean(past)
-        deviation = math.sqrt(statistics.fmean((x - mean) ** 2 for x in past))
-        limit = mean + self.zscore * deviation
+        limit = self.limit(name)
         if value <= limit:
             return None
         return Fault(f"{name} {value:.4g} is an outlier, above {limit:.4g}", finite=True)
+
+    def limit(self, name: str) -> float:
+        """Return the value of "loss" or "grad_norm" above which the next step is an outlier.
+
+        It is known before the step, so a GPU can judge its own numbers; infinity if there is none.
+        """
+        past = self.past[name]
+        if self.zscore is None or len(past) < MIN_PAST_STEPS:
+            return math.inf
+        mean = statistics.fmean(past)
+        deviation = math.sqrt(statistics.fmean((x - mean) ** 2 for x in past))
+        return mean + self.zscore * deviation
 
     def record(self, name: str, value: float) -> None:
         """Add a finite value to the values that later steps are compared with.

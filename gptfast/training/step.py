@@ -3,17 +3,18 @@
 import contextlib
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptfast.config import TrainConfig
-from gptfast.device import random_state, restore_random_state
-from gptfast.model import GPT
-from gptfast.ops.adamw import grad_norm
+from gptfast.device import moved, random_state, restore_random_state
+from gptfast.model import GPT, foreign_part
+from gptfast.modules import any_global_hooks, has_hooks
 from gptfast.optim import AdamW
+from gptfast.training.cuda_graph import StepGraph, recorder_for
 from gptfast.training.guard import Fault, Guard
 
 Batch = tuple[Tensor, Tensor]
@@ -66,10 +67,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 class TrainStep:
     """A model with its optimizer and its guard. `run` takes one optimizer step.
 
-    Applies config.freeze, activation_checkpointing, skip_below and compile to the model.
+    Applies config.freeze, activation_checkpointing, skip_below and compile to the model, and
+    config.cuda_graph on a GPU. log: takes a line about a graph that cannot be made.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        device: torch.device,
+        log: Callable[[str], None] = print,
+    ) -> None:
         self.config, self.device = config, device
         freeze(model, config.freeze)
         model.activation_checkpointing = config.activation_checkpointing
@@ -83,31 +91,43 @@ class TrainStep:
             max_norm=config.max_norm,
         )
         self.guard = Guard(config)
+        self._modules, self._params = list(model.modules()), list(model.parameters())
+        recorder = recorder_for(config, device)
+        self._step: Callable[[Sequence[Tensor]], Tensor] = self._compute
+        if recorder is not None:
+            self._step = StepGraph(
+                self._compute, self._params, self._held, self._obstacle, recorder, device, log
+            )
 
-    def run(self, batches: Sequence[Batch], lr: float) -> dict[str, Any]:
+    def run(
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
         """Take a step with learning rate lr on the mean loss over all targets of the batches.
+
+        meanwhile: called while a GPU computes the step; must not raise.
 
         Returns "loss" in nats per token, "lr", "grad_norm" before clipping, and "targets", the
         number of targets. If the guard skips the step, "skipped" has the reason, and numbers that
         are not finite are left out. Raises RefusedStep if the run must not continue.
         """
         rng, guard_before = random_state(), self.guard.state_dict()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
         counts = [int((y != -100).sum()) for _, y in batches]
-        try:
-            loss, norm = self._forward_backward(batches, counts), None
-        except Exception:  # for example from an interrupted compiler; the step can be tried again
-            restore_random_state(rng)
-            raise
+        loss, norm = math.nan, None
+        fault: Fault | None = Fault("every target is masked", finite=True)
         if sum(counts):
-            fault = self.guard.judge("loss", loss)
-            self.guard.record("loss", loss)
-        else:
-            fault = Fault("every target is masked", finite=True)
-        if fault is None:
-            norm, fault = self._update()
+            try:
+                numbers = self._step(self._inputs(batches, counts, lr))
+                if meanwhile is not None:
+                    meanwhile()
+                # The only time that a step waits for a GPU.
+                loss, norm = numbers.tolist()
+            except Exception:  # for example from an interrupted compiler; the step can be retried
+                restore_random_state(rng)
+                raise
+            norm, fault = self._judge(loss, norm)
         row = {"loss": loss, "lr": lr, "grad_norm": norm, "targets": sum(counts)}
         if fault is None:
             self.guard.record_step()
@@ -123,35 +143,83 @@ class TrainStep:
         self.guard.load_state_dict({**guard_before, "in_a_row": 0})
         raise refused
 
-    def _forward_backward(self, batches: Sequence[Batch], counts: Sequence[int]) -> float:
-        """Accumulate gradients and return the mean loss.
+    def _inputs(self, batches: Sequence[Batch], counts: Sequence[int], lr: float) -> list[Tensor]:
+        """Return what `_compute` takes: x and y of each batch with targets, then the numbers.
 
-        Every target has the same weight. counts: the number of targets in each batch.
+        counts: the number of targets in each batch. Every target has the same weight.
         """
-        mean_loss = 0.0 if any(counts) else math.nan
-        for (x, y), count in zip(batches, counts, strict=True):
-            if not count:
-                continue
-            with autocast(self.device, self.config):
-                loss = self.model(x.to(self.device), y.to(self.device))
-            share = count / sum(counts)
-            loss.backward(gradient=loss.new_tensor(share))
-            mean_loss += loss.item() * share
-        return mean_loss
+        limits = [self.guard.limit(name) for name in ("loss", "grad_norm")]
+        shares = [count / sum(counts) for count in counts if count]
+        numbers = torch.tensor([lr, *limits, *shares], dtype=torch.float64, device="cpu")
+        kept = [batch for batch, count in zip(batches, counts, strict=True) if count]
+        return [*(tensor for batch in kept for tensor in batch), numbers]
 
-    def _update(self) -> tuple[float, Fault | None]:
-        """Step the optimizer unless the gradient norm is bad; return the norm and its fault."""
-        if self.config.skip_zscore is not None:  # the optimizer would not refuse an outlier
-            grads = [p.grad for p in self.raw_model.parameters() if p.grad is not None]
-            norm = grad_norm(grads).item()
-            fault = self.guard.judge("grad_norm", norm)
-            if fault is None:
-                self.optimizer.step()
-        else:
-            self.optimizer.step()  # changes nothing if the norm is not finite
-            assert self.optimizer.grad_norm is not None  # max_norm is set
-            norm = self.optimizer.grad_norm.item()
-            fault = self.guard.judge("grad_norm", norm)
+    def _compute(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Queue a step; return its loss and gradient norm as they will be, (2,) fp64.
+
+        Where the guard will find fault with one of them, the update changes nothing. All that
+        differs between two steps is in the inputs, and nothing is read back.
+        """
+        *tensors, numbers = [moved(x, self.device) for x in inputs]
+        lr, loss_limit, norm_limit, *shares = numbers.unbind()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for x, y, share in zip(tensors[::2], tensors[1::2], shares, strict=True):
+            with autocast(self.device, self.config):
+                loss = self.model(x, y)
+            loss.backward(gradient=share.to(loss.dtype))
+            total = total + loss.detach().double() * share
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        accepted = total.isfinite() & (total <= loss_limit)
+        self.optimizer.step(norm_limit=norm_limit.where(accepted, math.nan))
+        assert self.optimizer.grad_norm is not None  # max_norm is set
+        return torch.stack((total, self.optimizer.grad_norm.double()))
+
+    def _held(self) -> Hashable:
+        """Return what a graph of `_compute` holds besides its inputs."""
+        # Asked before each step: lists that were made once, and no traversal of the model.
+        groups, state, model = self.optimizer.param_groups, self.optimizer.state, self.raw_model
+        addresses = [p.data_ptr() for p in self._params]
+        addresses += [x.data_ptr() for of_param in state.values() for x in of_param.values()]
+        changing = ("params", "lr")
+        options = [v for group in groups for name, v in group.items() if name not in changing]
+        options += [(m.training, m.p) for m in self._modules if isinstance(m, nn.Dropout)]
+        options += [self.optimizer.max_norm, model.skip_below, model.activation_checkpointing]
+        return *addresses, *options, self.model, self._hook()
+
+    def _hook(self) -> str:
+        """Return what has a hook, which a graph would not call: it repeats kernels alone."""
+        if any_global_hooks() or any(map(has_hooks, self._modules)):
+            return "a module has a hook"
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._params):
+            return "a parameter has a hook"
+        optimizer = self.optimizer
+        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        return "the optimizer has a hook" if any(hooks) else ""
+
+    def _obstacle(self) -> str | None:
+        """Return why a graph would not do what the step does, or None."""
+        if hook := self._hook():
+            return hook
+        part = foreign_part(self.raw_model)
+        if part is not None:
+            return f"the model is not a GPT as gptfast makes it, {part}"
+        if self.config.activation_checkpointing and self.raw_model.config.dropout > 0:
+            # The recomputation reads the state of the generator, which a capture forbids.
+            return "activation checkpointing with dropout repeats random numbers"
+        return None
+
+    def _judge(self, loss: float, norm: float) -> tuple[float | None, Fault | None]:
+        """Record the numbers; return the norm and the fault.
+
+        The norm is None, and is not recorded, if the loss is at fault.
+        """
+        fault = self.guard.judge("loss", loss)
+        self.guard.record("loss", loss)
+        if fault is not None:
+            return None, fault
+        fault = self.guard.judge("grad_norm", norm)
         self.guard.record("grad_norm", norm)
         return norm, fault
 

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from gptfast.generate import generate_text
 from gptfast.model import GPT, check_saveable
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.training.checkpoint import clean_up
+from gptfast.training.feed import Feed
 from gptfast.training.flops import mfu
 from gptfast.training.interrupt import Interrupt
 from gptfast.training.metrics import finite, read_metrics
@@ -77,6 +77,8 @@ class Trainer:
                 raise ValueError("the loaders must come from gptfast.create_dataloader")
         if tokenizer and config.sample_tokens and not tokenizer.encode(config.sample_prompt):
             raise ValueError("sample_prompt is empty; give it some text or set sample_tokens to 0")
+        self._bar: tqdm | None = None
+        self._feed: Feed | None = None
         self.device = choose_device(config.device)
         self.model, self.config, self.tokenizer = model.to(self.device), config, tokenizer
         self.train_loader, self.val_loader = train_loader, val_loader
@@ -84,14 +86,13 @@ class Trainer:
         epochs = config.epochs or DEFAULT_EPOCHS
         per_run = epochs * len(train_loader) // config.accumulation_steps
         self.total_steps = config.max_steps or max(1, per_run)
-        self.step = TrainStep(model, config, self.device)
+        self.step = TrainStep(model, config, self.device, self._log)
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
         self.run = RunDirectory(Path(config.out), tensorboard=config.tensorboard)
         made_by = run_settings(model.config, config, tokenizer, data_sha256, settings or {})
         self.checkpoints = RunCheckpoints(self.run.out, self.step, made_by, self._log)
         self.interrupt = Interrupt()
-        self._bar: tqdm | None = None
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Train to the last step and return the history, the rows of metrics.jsonl.
@@ -128,7 +129,7 @@ class Trainer:
         progress = self.progress
         rate = learning_rate(progress.step, self.total_steps, self.config)
         try:
-            row = self.step.run(batches, rate)
+            row = self.step.run(batches, rate, self._feed.prepare if self._feed else None)
         except RefusedStep as refused:
             kept = f"the checkpoint of step {progress.step} is in {self.run.out}"
             try:
@@ -199,9 +200,9 @@ class Trainer:
         order = self.train_loader.batch_sampler
         assert isinstance(order, BatchOrder)  # as __init__ has checked
         order.set_position(self.progress.step * per_step)
-        stream = _forever(self.train_loader)
+        self._feed = Feed(_forever(self.train_loader), per_step, self.device)
         while not self._is_over() and not self.interrupt.requested:
-            yield list(islice(stream, per_step))
+            yield self._feed.take()
 
     def _has_all_steps(self) -> bool:
         """Return whether the last step has been taken."""
