@@ -599,8 +599,8 @@ def test_triton_every_tile(
 ) -> None:
     tiles = load("attention_tiles")
     monkeypatch.setattr(tiles.target, "arch", lambda: arch)
-    # There are two blocks of queries and of keys, and the last of each is partial. In fp32, more than
-    # a few queries are needed for sums in fp32, and no more than a few for sums in fp64.
+    # There are two blocks of queries and of keys, and the last of each is partial. Inputs in fp32
+    # are summed in fp64 if there are few queries.
     rows = [t[arch][kind][BLOCK_D] for t in (tiles.FWD, tiles.BWD_DQ, tiles.BWD_DK_DV)]
     Tq = max(row[0] for row in rows) + 3
     if kind == "fp32":

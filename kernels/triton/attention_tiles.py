@@ -33,13 +33,10 @@ Tiles = dict[str, dict[int, Tile]]
 
 
 def _tiles(
-    bits_16: list[tuple], dropout: list[tuple], fp32: list[tuple], fp64: list[tuple] | None = None
+    bits_16: list[tuple], dropout: list[tuple], fp32: list[tuple], fp64: list[tuple]
 ) -> Tiles:
-    """Return tables by head dim from lists of the tiles for the head dims 16, 32, 64, 128, 256.
-
-    Without a list for fp64, it has the tiles of fp32.
-    """
-    kinds = {"16-bit": bits_16, "16-bit dropout": dropout, "fp32": fp32, "fp64": fp64 or fp32}
+    """Return tables by head dim from lists of the tiles for the head dims 16, 32, 64, 128, 256."""
+    kinds = {"16-bit": bits_16, "16-bit dropout": dropout, "fp32": fp32, "fp64": fp64}
     return {
         kind: {16 << i: (*tile, None)[:5] for i, tile in enumerate(tiles)}
         for kind, tiles in kinds.items()
@@ -52,78 +49,83 @@ _FWD_FP32 = [(64, 32, 8, 1, 96)] + [(64, 32, 8, 1)] * 2 + [(32, 16, 8, 1, 128), 
 _BWD_FP32 = [(64, 32, 8, 1)] * 3 + [(16, 16, 8, 1, 128)] * 2
 # For GPUs with 99 KB, and with 64 KB, where the largest head dim has no room. The kernels of a
 # backward need not share these tiles: what they change in fp64 is lost when results become fp32.
-_FWD_FP64_80 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1)] * 2
-_DQ_FP64_80 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1), (8, 16, 8, 1)]
-_DK_DV_FP64_80 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1), (16, 8, 8, 1)]
-_FWD_FP64_75 = [(32, 32, 4, 1)] * 3 + [(16, 16, 4, 1)]
-_DQ_FP64_75 = [(16, 16, 4, 1)] * 3 + [(8, 16, 4, 1)]
-_DK_DV_FP64_75 = [(16, 16, 4, 1)] * 3 + [(16, 8, 4, 1)]
+_FWD_FP64 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1)] * 2
+_DQ_FP64 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1), (8, 16, 8, 1)]
+_DK_DV_FP64 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1), (16, 8, 8, 1)]
+_FWD_FP64_SMALL = [(32, 32, 4, 1)] * 3 + [(16, 16, 4, 1)]
+_DQ_FP64_SMALL = [(16, 16, 4, 1)] * 3 + [(8, 16, 4, 1)]
+_DK_DV_FP64_SMALL = [(16, 16, 4, 1)] * 3 + [(16, 8, 4, 1)]
 
 _FWD_90 = _tiles(
     [(128, 64, 8, 3, 128)] * 3 + [(128, 64, 8, 3), (128, 32, 8, 2)],
     [(128, 64, 8, 3, 128)] * 3 + [(128, 64, 8, 3), (128, 32, 8, 2)],
     _FWD_FP32,
+    _FWD_FP64,
 )
 _DQ_90 = _tiles(
     [(128, 64, 8, 3, 128)] * 3 + [(64, 64, 4, 2), (64, 32, 4, 2)],
     [(128, 64, 8, 3)] * 3 + [(64, 32, 4, 2), (64, 32, 8, 2)],
     _BWD_FP32,
+    _DQ_FP64,
 )
 _DK_DV_90 = _tiles(
     [(64, 64, 4, 3)] * 3 + [(32, 64, 4, 2), (16, 64, 8, 2)],
     [(32, 64, 4, 3)] * 3 + [(16, 64, 4, 2), (16, 64, 8, 2)],
     _BWD_FP32,
+    _DK_DV_FP64,
 )
 _FWD_100 = _tiles(
     [(128, 64, 4, 3)] * 3 + [(128, 64, 8, 3), (128, 32, 8, 2)],
     [(128, 64, 4, 3)] * 3 + [(128, 64, 8, 3), (128, 32, 8, 2)],
     _FWD_FP32,
+    _FWD_FP64,
 )
 _DQ_100 = _tiles(
     [(128, 64, 8, 3)] * 3 + [(64, 32, 4, 2), (64, 32, 4, 2)],
     [(128, 64, 8, 3)] * 3 + [(64, 32, 4, 2), (64, 32, 8, 2)],
     _BWD_FP32,
+    _DQ_FP64,
 )
 _FWD_80 = _tiles(
     [(64, 64, 4, 3)] * 3 + [(64, 64, 4, 2), (64, 32, 8, 2)],
     [(64, 64, 4, 3)] * 3 + [(64, 32, 4, 2), (64, 32, 8, 2)],
     _FWD_FP32,
-    _FWD_FP64_80,
+    _FWD_FP64,
 )
 _DQ_80 = _tiles(
     [(64, 32, 4, 2)] * 4 + [(32, 32, 4, 2)],
     [(64, 32, 4, 2)] * 3 + [(64, 32, 8, 2), (32, 32, 8, 2)],
     _BWD_FP32,
-    _DQ_FP64_80,
+    _DQ_FP64,
 )
 _DK_DV_80 = _tiles(
     [(32, 64, 4, 2)] * 3 + [(32, 64, 8, 2), (16, 32, 4, 2)],
     [(32, 32, 4, 2)] * 3 + [(32, 64, 8, 2), (16, 32, 8, 2)],
     _BWD_FP32,
-    _DK_DV_FP64_80,
+    _DK_DV_FP64,
 )
-_FWD_75 = _tiles(_FWD_FP32, _FWD_FP32, _FWD_FP32, _FWD_FP64_75)
-_DQ_75 = _tiles(_BWD_FP32, _BWD_FP32, _BWD_FP32, _DQ_FP64_75)
+_FWD_75 = _tiles(_FWD_FP32, _FWD_FP32, _FWD_FP32, _FWD_FP64_SMALL)
+_DQ_75 = _tiles(_BWD_FP32, _BWD_FP32, _BWD_FP32, _DQ_FP64_SMALL)
 # Without a tensor core, each element's sum has one order, whatever the tile.
 _DK_DV_FP32_75 = [*_BWD_FP32[:-1], (16, 8, 8, 1, 128)]
-_DK_DV_75 = _tiles(_DK_DV_FP32_75, _DK_DV_FP32_75, _DK_DV_FP32_75, _DK_DV_FP64_75)
+_DK_DV_75 = _tiles(_DK_DV_FP32_75, _DK_DV_FP32_75, _DK_DV_FP32_75, _DK_DV_FP64_SMALL)
 _FWD_942 = _tiles(
     [(128, 64, 4, 1)] * 3 + [(128, 32, 4, 1), (64, 32, 4, 1)],
     [(128, 64, 4, 1)] * 3 + [(128, 32, 4, 1), (64, 32, 4, 1)],
     [(64, 32, 4, 1)] * 3 + [(32, 32, 4, 1), (16, 16, 4, 1)],
-    _FWD_FP64_75,
+    _FWD_FP64_SMALL,
 )
 _DQ_942 = _tiles(
     [(64, 64, 4, 1)] * 3 + [(64, 32, 4, 1), (32, 32, 4, 1)],
     [(64, 64, 4, 1)] * 3 + [(64, 32, 4, 1), (32, 32, 4, 1)],
     [(32, 32, 4, 1)] * 3 + [(32, 16, 4, 1), (16, 16, 4, 1)],
-    _DQ_FP64_75,
+    _DQ_FP64_SMALL,
 )
 _DK_DV_942 = _tiles(
     [(64, 64, 4, 1)] * 3 + [(32, 64, 4, 1), (16, 32, 4, 1)],
     [(64, 64, 4, 1)] * 3 + [(32, 64, 4, 1), (16, 32, 4, 1)],
     [(32, 32, 4, 1)] * 3 + [(32, 16, 4, 1), (16, 16, 4, 1)],
-    _DK_DV_FP64_75,
+    _DK_DV_FP64_SMALL,
 )
 
 
