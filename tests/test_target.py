@@ -100,13 +100,12 @@ def test_every_audited_gpu_gets_tiles_that_it_has_room_for(gpus, name: str) -> N
 
 
 def test_each_class_has_every_tile() -> None:
-    small = {"sm_75", "gfx942"}
     for table in (attention_tiles.FWD, attention_tiles.BWD_DQ, attention_tiles.BWD_DK_DV):
         assert set(table) == set(target.SHARED_BYTES)
         for arch, kinds in table.items():
             assert set(kinds) == set(table["sm_90"])
             for kind, rows in kinds.items():
-                largest = 128 if kind == "fp64" and arch in small else attention_tiles.MAX_D
+                largest = 128 if (kind, arch) == ("fp64", "sm_75") else attention_tiles.MAX_D
                 assert list(rows) == [D for D in (16, 32, 64, 128, 256) if D <= largest]
     assert set(cross_entropy.WEIGHT_TILES) == set(target.SHARED_BYTES)
 
@@ -119,6 +118,7 @@ def test_what_has_no_tile_is_for_the_reference(gpus, caplog: pytest.LogCaptureFi
         assert attention_tiles.has_tile(*few)
         gpus(("cuda", 75, 64 << 10))
         assert attention_tiles.has_tile(*many) and attention_tiles.has_tile(torch.float16, *few[1:])
+        assert attention_tiles.has_tile(torch.float32, 1, 5, 200, decoding=True)
         assert not caplog.messages
         assert not attention_tiles.has_tile(*few) and not attention_tiles.has_tile(*few)
     assert len(caplog.messages) == 1 and "200" in caplog.messages[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gptfast.kernels.reference import attention as reference
 from gptfast.kernels.triton.attention_bwd import fill_bwd
-from gptfast.kernels.triton.attention_fwd import fill_fwd
+from gptfast.kernels.triton.attention_fwd import decodes, fill_fwd
 from gptfast.kernels.triton.attention_tiles import has_tile
 
 
@@ -34,7 +34,8 @@ def attention_fwd(
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp64."""
-    if not has_tile(q.dtype, q.shape[2], k.shape[2], q.shape[3]):
+    sizes = q.shape[2], k.shape[2], q.shape[3]
+    if not has_tile(q.dtype, *sizes, decoding=decodes(sizes[0], dropout_p)):
         return reference.attention_fwd(q, k, v, scale, dropout_p, seed, kv_len)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float64)
@@ -83,7 +84,8 @@ def attention_qkv_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, T, C) and lse (B, H, T) for qkv (B, T, 3C), which is not copied."""
     B, T, C3 = qkv.shape
-    if not has_tile(qkv.dtype, T, T, C3 // (3 * n_head)):
+    sizes = T, T, C3 // (3 * n_head)
+    if not has_tile(qkv.dtype, *sizes, decoding=decodes(T, dropout_p)):
         return reference.attention_qkv_fwd(qkv, n_head, scale, dropout_p, seed, kv_len)
     out = qkv.new_empty(B, T, C3 // 3)
     lse = qkv.new_empty(B, n_head, T, dtype=torch.float64)

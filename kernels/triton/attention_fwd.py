@@ -106,6 +106,11 @@ def dropout_of(dropout_p: float, seed: Tensor | None) -> tuple[Tensor, float, fl
     return seed, dropout_p, 1.0 / (1.0 - dropout_p)
 
 
+def decodes(Tq: int, dropout_p: float) -> bool:
+    """Return whether the decoding kernel serves the forward."""
+    return Tq == 1 and dropout_p == 0
+
+
 @stepping_down
 def fill_fwd(
     q: Tensor,
@@ -121,7 +126,7 @@ def fill_fwd(
     """Fill out (B, H, Tq, D) and lse (B, H, Tq)."""
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
-    if Tq == 1 and dropout_p == 0:
+    if decodes(Tq, dropout_p):
         attention_decode(view_of(q), view_of(k), view_of(v), view_of(out), lse, scale, kv_len)
         return
     blocks, options = tile(FWD, q.dtype, D, dropout_p > 0, number(q, Tk))

@@ -47,14 +47,16 @@ def _tiles(
 _FWD_FP32 = [(64, 32, 8, 1, 96)] + [(64, 32, 8, 1)] * 2 + [(32, 16, 8, 1, 128), (16, 16, 8, 1, 128)]
 # The same for both kernels of the backward: the second needs the first one's sums bit for bit.
 _BWD_FP32 = [(64, 32, 8, 1)] * 3 + [(16, 16, 8, 1, 128)] * 2
-# For GPUs with 99 KB, and with 64 KB, where the largest head dim has no room. The kernels of a
-# backward need not share these tiles: what they change in fp64 is lost when results become fp32.
+# For 99 KB, and for 64 KB, where the largest head dim has no room. The kernels of a backward need not
+# share these tiles: what they change in fp64 is lost when results become fp32.
 _FWD_FP64 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1)] * 2
 _DQ_FP64 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1), (8, 16, 8, 1)]
 _DK_DV_FP64 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1), (16, 8, 8, 1)]
 _FWD_FP64_SMALL = [(32, 32, 4, 1)] * 3 + [(16, 16, 4, 1)]
 _DQ_FP64_SMALL = [(16, 16, 4, 1)] * 3 + [(8, 16, 4, 1)]
 _DK_DV_FP64_SMALL = [(16, 16, 4, 1)] * 3 + [(16, 8, 4, 1)]
+# Smaller ones than AMD's matrix cores take: with these, Triton 3.7 fails to compile fp64.
+_FP64_942 = [(8, 8, 4, 1)] * 4 + [(8, 8, 8, 1)]
 
 _FWD_90 = _tiles(
     [(128, 64, 8, 3, 128)] * 3 + [(128, 64, 8, 3), (128, 32, 8, 2)],
@@ -113,19 +115,19 @@ _FWD_942 = _tiles(
     [(128, 64, 4, 1)] * 3 + [(128, 32, 4, 1), (64, 32, 4, 1)],
     [(128, 64, 4, 1)] * 3 + [(128, 32, 4, 1), (64, 32, 4, 1)],
     [(64, 32, 4, 1)] * 3 + [(32, 32, 4, 1), (16, 16, 4, 1)],
-    _FWD_FP64_SMALL,
+    _FP64_942,
 )
 _DQ_942 = _tiles(
     [(64, 64, 4, 1)] * 3 + [(64, 32, 4, 1), (32, 32, 4, 1)],
     [(64, 64, 4, 1)] * 3 + [(64, 32, 4, 1), (32, 32, 4, 1)],
     [(32, 32, 4, 1)] * 3 + [(32, 16, 4, 1), (16, 16, 4, 1)],
-    _DQ_FP64_SMALL,
+    _FP64_942,
 )
 _DK_DV_942 = _tiles(
     [(64, 64, 4, 1)] * 3 + [(32, 64, 4, 1), (16, 32, 4, 1)],
     [(64, 64, 4, 1)] * 3 + [(32, 64, 4, 1), (16, 32, 4, 1)],
     [(32, 32, 4, 1)] * 3 + [(32, 16, 4, 1), (16, 16, 4, 1)],
-    _DK_DV_FP64_SMALL,
+    _FP64_942,
 )
 
 
@@ -193,13 +195,14 @@ def _log_once(line: str) -> None:
     logging.getLogger("gptfast").warning(line)
 
 
-def has_tile(dtype: torch.dtype, Tq: int, Tk: int, D: int) -> bool:
+def has_tile(dtype: torch.dtype, Tq: int, Tk: int, D: int, *, decoding: bool = False) -> bool:
     """Return whether this GPU has tiles for these sizes; the reference computes all others.
 
-    GPUs with 64 KB of shared memory have none for fp64 and the largest head dims.
+    GPUs with 64 KB of shared memory may have none for fp64 and the largest head dims. `decoding`
+    needs none.
     """
-    if not 0 < D <= MAX_D:
-        return False
+    if not 0 < D <= MAX_D or decoding:
+        return 0 < D <= MAX_D
     kind, BLOCK_D = _kind(dtype, False, _number(dtype, Tq, Tk, D)), _block_d(D)
     if kind != "fp64" or BLOCK_D in FWD[target.fitting((FWD.kernel, kind, BLOCK_D))][kind]:
         return True
