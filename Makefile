@@ -9,7 +9,8 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test test-torch check matrix fuzz sanitize lint docs bench bench-peers gpu audit clean
+.PHONY: train test test-torch check matrix fuzz sanitize lint docs bench bench-peers audit clean \
+	gpu gpu-ready gpu-kernels gpu-train gpu-rest gpu-cache
 
 # Trains a small GPT on real text: set-up, then two to three minutes on two cores. A second call goes on
 # where the first one stopped; remove runs/train to start over.
@@ -86,13 +87,27 @@ bench: $(VENV)/ready-test
 # `python bench/run.py --generate`. torch stays as it is.
 bench-peers: $(VENV)/ready-peers
 
-# On a machine with a GPU, whose torch, triton, numpy, safetensors, setuptools >= 77, pytest,
-# hypothesis, scipy and C compiler (Triton's) serve: neither the network nor the C++ extension is needed.
-gpu:
-	GPTFAST_SKIP_EXTENSION=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps --editable .
-	$(PYTHON) bench/gpu.py
+# On a machine with a GPU, whose torch, triton, numpy, safetensors, pytest, hypothesis, scipy and C compiler
+# (Triton's) serve: neither the network nor the C++ extension is needed. Each of the three calls takes under
+# nine minutes, `make gpu` makes them one after the other. Where pip cannot install (setuptools < 77), a link
+# takes its place.
+gpu-ready:
+	GPTFAST_SKIP_EXTENSION=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps --editable . \
+	|| ln -sfn ../kernels gptfast/kernels
 
-# What the compilers say of the Triton kernels, for four architectures; no GPU needed.
+GPU_CALLS := gpu-kernels gpu-train gpu-rest
+$(GPU_CALLS): gpu-%: gpu-ready
+	PYTHONPATH="$(CURDIR):$(CURDIR)/bench:$$PYTHONPATH" $(PYTHON) bench/gpu.py --call $* $(GPU_OPTIONS)
+
+gpu: gpu-ready
+	PYTHONPATH="$(CURDIR):$(CURDIR)/bench:$$PYTHONPATH" $(PYTHON) bench/gpu.py $(GPU_OPTIONS)
+
+# Compiled kernels for another machine's GPU, in build/triton-cache.tar.xz, which the calls above unpack. It is
+# made by the Python, the torch and the triton of that machine (PYTHON names one that has them), without its GPU.
+gpu-cache: gpu-ready
+	PYTHONPATH="$(CURDIR):$(CURDIR)/bench:$$PYTHONPATH" $(PYTHON) bench/gpu_cache.py --arch $(or $(ARCH),sm_90) --tests
+
+# What the compilers say of the Triton kernels, for seven architectures; no GPU needed.
 audit: $(VENV)/ready-test
 	$(BIN)/python bench/compile_audit.py --store
 

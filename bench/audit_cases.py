@@ -28,7 +28,7 @@ def attention_cases() -> Iterator[Case]:
     attention = _launchers("attention")
     seed, B, T, H = empty(dtype=torch.int64), 16, 1024, 12
 
-    def training(dtype: torch.dtype, D: int, p: float, kv_len: Tensor | None) -> None:
+    def training(dtype: torch.dtype, D: int, p: float, kv_len: Tensor | None, T: int = T) -> None:
         qkv, dout = empty(B, T, 3 * H * D, dtype=dtype), empty(B, T, H * D, dtype=dtype)
         options = (D**-0.5, p, seed if p else None, kv_len)
         out, lse = attention.attention_qkv_fwd(qkv, H, *options)
@@ -48,6 +48,10 @@ def attention_cases() -> Iterator[Case]:
         name = f"attention {NAMES[dtype]} D={D}{' dropout' if p else ''}"
         name += "" if kv_len is None else " kv_len"
         yield name, lambda v=(dtype, D, p, kv_len): training(*v)
+    for D in dims:
+        # So few queries are computed in fp64.
+        yield f"attention fp32 D={D} T=32", lambda D=D: training(FP32, D, 0.0, None, 32)
+    yield "attention fp32 D=64 T=32 dropout", lambda: training(FP32, 64, 0.1, None, 32)
     for dtype, D in (*((BF16, D) for D in (*dims, 80)), (FP32, 64)):
         for Tk in (128, 1024):
             name = f"attention decode {NAMES[dtype]} D={D} Tk={Tk}"

@@ -1,87 +1,239 @@
-"""Run everything that needs a GPU, in one call under nine minutes: `make gpu`.
+"""Run what needs a GPU: `make gpu-kernels`, `make gpu-train`, `make gpu-rest`, or all: `make gpu`.
 
-python bench/gpu.py [--only parity,determinism,graph,bench,sanitize] [--out DIR] [--minutes 8.5]
+python bench/gpu.py [--call kernels|train|rest|all] [--only SECTION,...] [--cases REGEX]
+                    [--out DIR] [--minutes N]
 
-parity: the tests of the operations on the GPU. determinism: the same bits in 20 runs. graph: a
-training step of GPT under torch.compile(fullgraph=True) and as a CUDA graph, against the eager one.
-bench: each operation and the whole step beside its peers (gpu_cases.py, gpu_generate.py),
-interleaved, medians of device time. sanitize: compute-sanitizer over small launches, if it is
-installed.
-Results go to bench/results/<gpu>-<date>.json and .md, row by row, so that what was measured before
-a time limit is kept. --smoke runs the same code on a CPU, in Triton's interpreter, with tiny
-shapes: its times mean nothing.
+Each call takes under nine minutes, the most telling first. kernels: each operation beside its peers
+(gpu_cases.py), then the tests of the operations on the GPU. train: the step eager, captured and
+compiled: the same numbers, its profile, its time beside plain PyTorch's (gpu_steps.py,
+gpu_train.py). rest: generation, compute-sanitizer and Nsight Compute, if they are installed.
+
+Every job has a process of its own and a time limit (gpu_jobs.py). Results go to <out>/<gpu>/<call>
+.json and .md after each job; out is $OUT if that is set, else bench/results. --smoke runs the same
+code on a CPU, in Triton's interpreter, with tiny shapes: its times mean nothing.
 """
 
 import argparse
-import contextlib
+import json
+import os
+import re
+import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from gpu_device import DEVICE, SMOKE  # isort: skip - before Triton and gptfast
-import torch
-from gpu_checks import determinism, graph, parity, sanitize, small_launches
+import gpu_faults
+from gpu_cache import unpack
+from gpu_jobs import Emit, Job, Outcome, run_job, serve
 from gpu_report import Report
-from gpu_timing import bench
 
-from gptfast import use_backend
-
-SECTIONS: dict[str, Callable[[Report], None]] = {
-    "parity": parity,
-    "determinism": determinism,
-    "graph": graph,
-    "bench": bench,
-    "sanitize": sanitize,
-}
+CALLS = ("kernels", "train", "rest")
+MINUTES = 8.5
+PARITY_S = 270.0
+FAULTS = "faults"
+"""The section of the jobs that end badly on purpose; no call has it."""
+MIN_SECONDS = 10.0
+"""A job that has less time left than this does not start."""
 
 
-def run(names: list[str], report: Report) -> None:
-    """Run the named sections; one that fails on a GPU is reported, and the next one runs."""
-    for name in names:
-        print(f"\n== {name}", flush=True)
-        try:
-            SECTIONS[name](report)
-        except Exception as error:
-            if SMOKE:
-                raise
-            traceback.print_exc()
-            report.add(name, {"error": f"{type(error).__name__}: {error}"})
+def _device_job(name: str, section: str, work: Callable[..., None], seconds: float) -> Job:
+    """Return a job that makes its tensors on the device and runs our kernels there."""
+
+    def run(emit: Emit) -> None:
+        import torch
+        from gpu_device import DEVICE, kernels
+
+        torch.set_default_device(DEVICE)
+        with kernels():
+            work(emit=emit)
+
+    return Job(name, section, run, seconds)
 
 
-def main() -> None:
+def _first_jobs() -> Iterator[Job]:
+    """Yield what each call begins with: the machine and its limits."""
+    from gpu_device import SMOKE, machine
+    from gpu_timing import limits
+
+    if SMOKE:  # once for all forked jobs: its import takes a second
+        import torch._dynamo  # noqa: F401
+
+    yield Job("machine", "machine", lambda emit: emit(machine()), 120)
+    yield _device_job("limits", "limits", limits, 60)
+
+
+def _cases(cases: Iterator, out: Path) -> Iterator[Job]:
+    """Yield a job for each benchmark case."""
+    from gpu_device import SMOKE
+    from gpu_timing import measure
+
+    def work(emit: Emit, case) -> None:  # type: ignore[no-untyped-def]
+        path = out / "jobs" / "limits.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        measure(case, found.get("result") or {}, emit)
+
+    for case in cases:
+        if case.smoke or not SMOKE:
+            yield _device_job(case.name, "bench", partial(work, case=case), case.seconds)
+
+
+def _kernels(out: Path) -> Iterator[Job]:
+    from gpu_cases import cases
+    from gpu_checks import parity
+
+    yield from _cases(cases(), out)
+    # pytest chooses the device itself.
+    yield Job("parity", "parity", partial(_parity, parity, out), PARITY_S + 20)
+
+
+def _parity(parity: Callable[..., None], out: Path, emit: Emit) -> None:
+    left = float(os.environ.get("GPU_JOB_SECONDS", PARITY_S))
+    parity(out, min(PARITY_S, left), emit)
+
+
+def _train(out: Path) -> Iterator[Job]:
+    from gpu_cases import chunk_cases
+    from gpu_checks import determinism
+    from gpu_device import SMOKE
+    from gpu_steps import check_step, profile_step
+    from gpu_train import train_cases
+
+    measured = {job.name: job for job in _cases(train_cases(), out)}
+    forms = {"eager": 60, "captured": 60, "compiled": 120}
+    if SMOKE:  # where nothing is compiled
+        del forms["compiled"]
+    for form, seconds in forms.items():
+        yield _device_job(f"step {form}", "step", partial(check_step, form), seconds)
+        if form != "captured":
+            yield _device_job(f"profile {form}", "profile", partial(profile_step, form, out), 120)
+        yield from (job for name, job in measured.items() if name.endswith(form))
+    yield from _cases(chunk_cases(), out)
+    yield _device_job("determinism", "determinism", determinism, 60)
+
+
+def _rest(out: Path) -> Iterator[Job]:
+    from gpu_checks import PROFILED, SANITIZED, TOOLS, nsight, sanitize
+    from gpu_device import SMOKE
+    from gpu_generate import generation_cases
+
+    yield from _cases(generation_cases(), out)
+    for tool in TOOLS[: 1 if SMOKE else None]:
+        for op in SANITIZED[: 1 if SMOKE else None]:
+            yield _device_job(f"{tool} {op}", "sanitize", partial(sanitize, op, tool, out), 60)
+    for kernel in list(PROFILED)[: 1 if SMOKE else None]:
+        yield _device_job(f"ncu {kernel}", "ncu", partial(nsight, kernel, out), 60)
+
+
+def jobs(call: str, out: Path) -> Iterator[Job]:
+    """Yield the jobs of a call, or of all three, in the order in which they run."""
+    yield from _first_jobs()
+    for name, of in zip(CALLS, (_kernels, _train, _rest), strict=True):
+        if call in (name, "all"):
+            yield from of(out)
+
+
+def _fresh(job: Job, out: Path) -> list[str] | None:
+    """Return the command that runs a job in a fresh interpreter. A smoke run forks instead."""
+    if "--smoke" in sys.argv:
+        return None
+    return [sys.executable, str(Path(__file__).resolve()), "--job", job.name, "--out", str(out)]
+
+
+def run(chosen: list[Job], report: Report, deadline: float) -> bool:
+    """Run the jobs one after the other and return whether all of them did their work."""
+    for job in chosen:
+        limit = min(job.seconds, deadline - time.monotonic())
+        if limit < min(MIN_SECONDS, job.seconds):
+            report.add(job, Outcome("left out: too little time is left", 0.0))
+            continue
+        os.environ["GPU_JOB_SECONDS"] = str(limit - 20)
+        outcome = run_job(job, report.out, limit, _fresh(job, report.out))
+        report.add(job, outcome)
+        if job.section == "machine" and outcome.status != "done":
+            break
+    return all(job["status"] == "done" for job in report.jobs.values())
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", default=",".join(SECTIONS), help=f"comma-separated, from {','.join(SECTIONS)}"
-    )
+    parser.add_argument("--call", default="all", choices=(*CALLS, "all"), help="which jobs to run")
+    parser.add_argument("--only", help="comma-separated sections: no jobs of other sections")
+    parser.add_argument("--cases", type=re.compile, help="no jobs but those whose names match")
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path(__file__).parent / "results",
-        help="where results go (default: bench/results)",
+        default=Path(os.environ.get("OUT") or Path(__file__).resolve().parent / "results"),
+        help="where results go (default: $OUT if that is set, else bench/results)",
     )
-    parser.add_argument(
-        "--minutes", type=float, default=8.5, help="when to stop measuring (default: 8.5)"
-    )
+    parser.add_argument("--minutes", type=float, help=f"when to stop (default: {MINUTES} a call)")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, with tiny shapes")
-    args = parser.parse_args()
-    if not SMOKE and not torch.cuda.is_available():
-        parser.error("no GPU; --smoke runs the same code on the CPU")
-    torch.set_default_device(DEVICE)
-    # `sanitize` starts this under compute-sanitizer.
-    if args.only == "small_launches":
-        small_launches()
-        return
-    names = args.only.split(",")
-    if unknown := set(names) - set(SECTIONS):
-        parser.error(f"no section named {unknown.pop()!r}; choose from {', '.join(SECTIONS)}")
-    report = Report(args.out, time.monotonic() + 60 * args.minutes)
-    print(report.results["machine"])
-    # Not use_backend("auto") on a GPU: torch.compile refuses to work inside a dispatch mode.
-    with use_backend("triton") if SMOKE else contextlib.nullcontext():
-        run(names, report)
-    print(f"\nwrote {report.path}")
+    parser.add_argument("--job", help="run one job in this process")
+    parser.add_argument("--launch-operation", help="launch an operation, for a tool to watch")
+    parser.add_argument("--launch-case", help="launch our side of a case, for a tool to watch")
+    return parser.parse_args()
+
+
+def _launch(args: argparse.Namespace) -> None:
+    """Launch what compute-sanitizer or Nsight Compute watches."""
+    from gpu_checks import launch_case, launch_operation
+
+    def work(emit: Emit) -> None:
+        if args.launch_case:
+            launch_case(args.launch_case)
+        else:
+            launch_operation(args.launch_operation)
+
+    _device_job("launch", "launch", work, 0).run(print)
+
+
+def _chosen(args: argparse.Namespace, out: Path) -> list[Job]:
+    """Return the jobs that the options ask for; the machine is described in every call."""
+    sections = args.only.split(",") if args.only else None
+    if args.only == FAULTS:
+        return gpu_faults.jobs()
+    found = list(jobs(args.call, out))
+    known = {job.section for job in found}
+    if sections and (unknown := set(sections) - known):
+        raise SystemExit(f"no section {unknown.pop()!r}; choose from {', '.join(sorted(known))}")
+    return [
+        job
+        for job in found
+        if job.section in ("machine", "limits")
+        or (
+            (not sections or job.section in sections)
+            and (not args.cases or args.cases.search(job.name))
+        )
+    ]
+
+
+def _in_this_process(name: str, out: Path) -> int:
+    """Run the job of that name here and return its exit status."""
+    for found in (gpu_faults.jobs(), jobs("all", out)):
+        for job in found:
+            if job.name == name:
+                return serve(job, out)
+    raise SystemExit(f"no job named {name!r}")
+
+
+def main() -> int:
+    args = _arguments()
+    out = args.out.resolve()
+    if args.launch_operation or args.launch_case:
+        _launch(args)
+        return 0
+    if args.job:
+        return _in_this_process(args.job, out)
+    minutes = args.minutes or MINUTES * (len(CALLS) if args.call == "all" else 1)
+    deadline = time.monotonic() + 60 * minutes
+    chosen = _chosen(args, out)
+    if not args.smoke and args.only != FAULTS:
+        unpack()
+    report = Report(out, args.call)
+    done = run(chosen, report, deadline)
+    print(f"\nwrote {report.directory / args.call}.json and .md")
+    return 0 if done else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

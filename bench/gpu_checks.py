@@ -1,150 +1,161 @@
-"""The checks of bench/gpu.py: parity, determinism, CUDA graphs and compute-sanitizer."""
+"""The checks of bench/gpu.py: parity, determinism and compute-sanitizer, and Nsight Compute."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from gpu_device import DTYPES, SMOKE, synchronize
+from gpu_jobs import Emit, slug
 from gpu_operations import operations
-from gpu_report import Report
-from torch import Tensor
-
-from gptfast import GPT, AdamW, GPTConfig, ops
 
 TESTS = ("philox", "attention", "cross_entropy", "adamw", "sampling", "embedding")
 TESTS += ("decode_linear", "engine_gpu")
 ROOT = Path(__file__).resolve().parent.parent
-PARITY_TIMEOUT_S = 200
+WORKERS = 14
+"""Workers of pytest: most of the time goes into compiling, on the CPU."""
+TEST_TIMEOUT_S = 60
 REPEATS = 2 if SMOKE else 20
 
+# Operations by what they launch besides our kernels. Under the sanitizer cuBLAS takes minutes.
+SANITIZED = ("attention", "attention dropout", "attention decode", "cross_entropy", "embedding")
+SANITIZED += ("adamw", "decode_linear", "sample")
+TOOLS = ("memcheck", "racecheck")
 
-def parity(report: Report) -> None:
-    """Run the tests of the operations on the GPU, with bf16."""
-    files = [f"tests/test_{name}.py" for name in TESTS if not SMOKE or name == "philox"]
-    command = [sys.executable, "-m", "pytest", "-rf", "-m", "triton", *files]
+# Kernel: the case of gpu_cases.py that launches it.
+PROFILED = {
+    "attention_fwd_kernel": "attention fwd",
+    "attention_bwd_dk_dv_kernel": "attention bwd",
+    "sample": "sample B=1 ",
+    "linear_cross_entropy_rows_kernel": "linear_cross_entropy fwd+bwd",
+    "linear_cross_entropy_dweight_kernel": "linear_cross_entropy fwd+bwd",
+}
+
+
+def _pytest(out: Path) -> list[str]:
+    """Return the command that runs the tests of the operations."""
+    command = [sys.executable, "-m", "pytest", "-v", "-rf", "--durations=20"]
+    command += [f"--junitxml={out / 'parity.xml'}"]
     if find_spec("xdist"):
-        command += ["-n", "8"]  # most of the time goes into compiling, on the CPU
-    start = time.monotonic()
+        command += ["-n", "2" if SMOKE else str(WORKERS)]
+    if find_spec("pytest_timeout"):
+        command += ["--timeout", str(TEST_TIMEOUT_S)]
+    if SMOKE:
+        test = out / "jobs" / "test_smoke.py"
+        test.write_text("def test_smoke():\n    pass\n")
+        return [*command, "-c", os.devnull, f"--rootdir={test.parent}", "-n", "0", str(test)]
+    return [*command, "-m", "triton", *(f"tests/test_{name}.py" for name in TESTS)]
+
+
+def parity(out: Path, seconds: float, emit: Emit) -> None:
+    """Run the tests of the operations on the GPU, with bf16, for up to `seconds`.
+
+    Its workers belong to this process's group, which ends with it.
+    """
+    tests = subprocess.Popen(_pytest(out), cwd=ROOT)
+    finished = True
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=PARITY_TIMEOUT_S
-        )
-        passed, output = done.returncode == 0, done.stdout
-    except subprocess.TimeoutExpired as error:
-        output = (error.stdout or b"").decode()
-        passed, output = None, f"{output}\nnot finished after {PARITY_TIMEOUT_S} s"
-    last = output.strip().splitlines()[-40:]
-    print("\n".join(last))
-    seconds = round(time.monotonic() - start, 1)
-    report.add("parity", {"passed": passed, "summary": last, "seconds": seconds})
+        tests.wait(seconds)
+    except subprocess.TimeoutExpired:
+        finished = False
+        tests.send_signal(signal.SIGINT)  # pytest then reports what it has
+        try:
+            tests.wait(15)
+        except subprocess.TimeoutExpired:
+            tests.kill()
+    emit({"finished": finished, "exit_status": tests.poll(), **_counts(out / "parity.xml")})
 
 
-def determinism(report: Report) -> None:
+def _counts(path: Path) -> dict[str, object]:
+    """Return the counts of a JUnit report, and the names of the tests that failed."""
+    if not path.exists():
+        return {"summary": "no report: see the log"}
+    suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+    counts = {
+        name: sum(int(suite.get(name, 0)) for suite in suites)
+        for name in ("tests", "failures", "errors", "skipped")
+    }
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for suite in suites
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    return {**counts, "failed": failed}
+
+
+def determinism(emit: Emit) -> None:
     """Check that each operation gives the same bits in REPEATS runs."""
     result = {}
-    for name, dtype in DTYPES.items():
-        for op, run in operations(dtype, small=SMOKE).items():
+    for name, dtype in list(DTYPES.items())[: 1 if SMOKE else None]:
+        for op, run in list(operations(dtype, small=SMOKE).items())[: 3 if SMOKE else None]:
             first = run()
             same = all(
                 torch.equal(a, b)
                 for _ in range(REPEATS - 1)
                 for a, b in zip(first, run(), strict=True)
             )
-            result[f"{op} {name}"] = same
-            print(f"{op} {name}: {'the same bits' if same else 'DIFFERENT BITS'} in {REPEATS} runs")
-    report.add("determinism", result)
+            result[f"{op} {name}"] = f"{'the same' if same else 'DIFFERENT'} bits in {REPEATS} runs"
+            emit(result)
 
 
-def _training_step(compiled: bool) -> Callable[[], Tensor]:
-    """Return a training step of a small GPT that returns its loss."""
-    torch.manual_seed(0)
-    T = 8 if SMOKE else 256
-    config = GPTConfig(
-        vocab_size=101 if SMOKE else 50257, block_size=T, n_layer=2, n_head=2, n_embd=128
-    )
-    model = GPT(config)
-    model = model if SMOKE else model.bfloat16()
-    optimizer = AdamW(model.parameters(), lr=1e-3, max_norm=1.0)
-    idx, target = torch.randint(config.vocab_size, (2, 2, T))
-    f = torch.compile(model, fullgraph=True) if compiled else model
-
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = f(idx, target)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
-
-
-def graph(report: Report) -> None:
-    """Compare five steps in bf16 with fp32 masters: eager, compiled, captured in a CUDA graph."""
-    losses = {}
-    step = _training_step(compiled=False)
-    losses["eager"] = [step().item() for _ in range(5)]
-    if SMOKE:
-        print(losses)
-        return
-    step = _training_step(compiled=True)
-    losses["compiled"] = [step().item() for _ in range(5)]
-    step = _training_step(compiled=False)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        losses["graph"] = [step().item() for _ in range(2)]
-    torch.cuda.current_stream().wait_stream(stream)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        loss = step()
-    for _ in range(3):
-        captured.replay()
-        losses["graph"].append(loss.item())
-    for name, values in losses.items():
-        print(f"{name}: {values}")
-    same = losses["graph"] == losses["eager"]
-    print(f"graph {'equals' if same else 'DIFFERS FROM'} eager bit for bit")
-    report.add("graph", {"losses": losses, "graph_equals_eager": same})
-
-
-def small_launches() -> None:
-    """Launch every kernel on small tensors of odd sizes, for compute-sanitizer to watch."""
-    for dtype in DTYPES.values():
-        for run in operations(dtype, small=True).values():
-            run()
-    q, k = torch.randn(2, 2, 1, 64), torch.randn(2, 2, 333, 64)
-    ops.attention(q, k, k, kv_len=torch.tensor([7, 333]))
+def launch_operation(op: str) -> None:
+    """Launch an operation on small tensors of odd sizes, for compute-sanitizer to watch."""
+    for dtype in list(DTYPES.values())[: 1 if SMOKE else None]:
+        operations(dtype, small=True)[op]()
     synchronize()
 
 
-def sanitize(report: Report) -> None:
-    """Run compute-sanitizer's memcheck over `small_launches`."""
-    tool = shutil.which("compute-sanitizer")
-    if not tool:
-        report.add("sanitize", "compute-sanitizer is not installed")
-        print("compute-sanitizer is not installed")
+def launch_case(name: str) -> None:
+    """Launch our side of a case a few times, for Nsight Compute to watch."""
+    from gpu_cases import cases
+
+    case = next(case for case in cases() if case.name.startswith(name))
+    ours = case.build(SMOKE).sides["gptfast"]
+    for _ in range(1 if SMOKE else 4):
+        ours()
+    synchronize()
+
+
+def _watch(
+    tool: str, options: list[str], launch: list[str], run: Callable[[], None], log: Path, emit: Emit
+) -> None:
+    """Run `gpu.py <launch>` under a tool and hand out the tool's exit status; all that it says goes
+    to a file. Without the tool, only a smoke run launches."""
+    path = shutil.which(tool)
+    if path is None:
+        if SMOKE:
+            run()
+        emit({"left out": f"{tool} is not installed"})
         return
     # The caching allocator would hide a read past the end of a tensor.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
-    command += [sys.executable, str(ROOT / "bench" / "gpu.py"), "--only", "small_launches"]
-    try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=max(10.0, min(90.0, report.seconds_left)),
-        )
-        last = (done.stdout + done.stderr).strip().splitlines()[-12:]
-        result = {"clean": done.returncode == 0, "summary": last}
-    except subprocess.TimeoutExpired:
-        result = {"clean": None, "summary": ["not finished within its time"]}
-    print("\n".join(result["summary"]))
-    report.add("sanitize", result)
+    command = [path, *options, sys.executable, str(ROOT / "bench" / "gpu.py"), *launch]
+    emit({"log": log.name})
+    with log.open("w") as file:
+        status = subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
+    last = log.read_text().strip().splitlines()[-6:]
+    emit({"clean": status == 0, "exit_status": status, "log": log.name, "last lines": last})
+
+
+def sanitize(op: str, tool: str, out: Path, emit: Emit) -> None:
+    """Run one of compute-sanitizer's tools over an operation."""
+    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+    log = out / "jobs" / f"{slug(f'{tool} {op}')}.txt"
+    launch = ["--launch-operation", op]
+    _watch("compute-sanitizer", options, launch, lambda: launch_operation(op), log, emit)
+
+
+def nsight(kernel: str, out: Path, emit: Emit) -> None:
+    """Profile one launch of a kernel with Nsight Compute."""
+    options = ["--clock-control", "none", "--set", "detailed", "-k", f"regex:{kernel}"]
+    options += ["--launch-skip", "2", "--launch-count", "1"]
+    log = out / "jobs" / f"{slug(f'ncu {kernel}')}.txt"
+    case = PROFILED[kernel]
+    _watch("ncu", options, ["--launch-case", case], lambda: launch_case(case), log, emit)

@@ -3,7 +3,9 @@
 Import this module before Triton and gptfast: it sets what they read when they are imported.
 """
 
+import contextlib
 import os
+import subprocess
 import sys
 
 SMOKE = "--smoke" in sys.argv
@@ -22,3 +24,42 @@ if not SMOKE:
 def synchronize() -> None:
     if not SMOKE:
         torch.cuda.synchronize()
+
+
+def kernels() -> contextlib.AbstractContextManager:
+    """Return a context in which gptfast runs its Triton kernels on this device."""
+    from gptfast import use_backend
+
+    # Not use_backend("auto") on a GPU: torch.compile refuses to work inside a dispatch mode.
+    return use_backend("triton") if SMOKE else contextlib.nullcontext()
+
+
+def _driver() -> str:
+    """Return the version of NVIDIA's driver, or nothing without nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return said.partition("\n")[0].strip()
+
+
+def machine() -> dict[str, object]:
+    """Return what describes this machine; a figure without it means nothing."""
+    import platform
+
+    import triton
+
+    gpu: dict[str, object] = {"gpu": "smoke"}
+    if not SMOKE:
+        properties = torch.cuda.get_device_properties()
+        gpu = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gb": round(properties.total_memory / 1e9),
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+        }
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return gpu | versions | {"python": platform.python_version()}

@@ -22,6 +22,7 @@ def operations(dtype: torch.dtype, small: bool) -> dict[str, Callable[[], list[T
     rounded, scale = quantize(w.detach())
     target = torch.randint(V, (N,))
     target[::7] = -100
+    query, cache = (torch.randn(2, 2, n, 64).to(dtype) for n in (1, 333))
 
     def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
         return [loss.detach(), *torch.autograd.grad(loss.float().sum(), leaves)]
@@ -39,6 +40,9 @@ def operations(dtype: torch.dtype, small: bool) -> dict[str, Callable[[], list[T
         "attention dropout": lambda: gradients(
             ops.attention_qkv(qkv, 2, dropout_p=0.1, seed=5), qkv
         ),
+        "attention decode": lambda: [
+            ops.attention(query, cache, cache, kv_len=torch.tensor([7, 333]))
+        ],
         "cross_entropy": lambda: gradients(ops.cross_entropy(logits, target), logits),
         "linear_cross_entropy": lambda: gradients(ops.linear_cross_entropy(x, w, target), x, w),
         "embedding": lambda: gradients(ops.embedding(target.clamp(0), w)[0], w),

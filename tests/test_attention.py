@@ -601,11 +601,18 @@ def test_triton_every_tile(
 ) -> None:
     tiles = load("attention_tiles")
     monkeypatch.setattr(tiles.target, "arch", lambda: arch)
-    # There are two blocks of queries and of keys, and the last of each is partial.
+    # There are two blocks of queries and of keys, and the last of each is partial. Inputs in fp32
+    # are summed in fp64 if there are few queries.
     rows = [t[arch][kind][BLOCK_D] for t in (tiles.FWD, tiles.BWD_DQ, tiles.BWD_DK_DV)]
     Tq = max(row[0] for row in rows) + 3
+    if kind == "fp32":
+        Tq = max(Tq, 48)
+    elif kind == "fp64":
+        Tq = min(Tq, tiles.FP64_QUERIES - 1)
     Tk = Tq + 5
-    dtype = torch.float32 if kind == "fp32" else torch.float16
+    dtype = torch.float32 if kind in ("fp32", "fp64") else torch.float16
+    number = tiles.number(torch.empty(1, 1, Tq, BLOCK_D - 2, dtype=dtype), Tk)
+    assert number == (tiles.tl.float64 if kind == "fp64" else tiles.tl.float32)
     case = make((1, 1, Tq, Tk, BLOCK_D - 2), dtype)
     p = 0.2 if "dropout" in kind else 0.0
     keep = reference.dropout_scale(case[0]["q"], case[0]["k"], p, torch.tensor(5))

@@ -1,12 +1,23 @@
 """Compile every Triton kernel in every configuration ahead of time; check what compilers report."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
-from compile_audit import CHIPS, HEADING, REPORT, Kernel, audit_all, report, stored_kernels
+from compile_audit import (
+    CHIPS,
+    HEADING,
+    LIKE_SM_80,
+    REPORT,
+    Kernel,
+    audit_all,
+    report,
+    stored_kernels,
+)
 
 triton = pytest.importorskip("triton")
+target = pytest.importorskip("gptfast.kernels.triton.target")
 
 # These kernels read a handful of numbers, so none of their loads can be wide.
 SMALL = {"adamw_steps_kernel", "grad_norm_sum_kernel", "attention_combine_kernel"}
@@ -26,11 +37,29 @@ def failing(kernels: list[Kernel], arch: str | None, fits) -> list[str]:  # type
 def test_every_kernel_compiles_everywhere(kernels: list[Kernel]) -> None:
     names = {arch: {k.kernel for k in kernels if k.arch == arch} for arch in CHIPS}
     assert len(names["sm_90"]) > 10
-    assert all(names[arch] == names["sm_90"] for arch in CHIPS), names
+    assert all(names[arch] == names["sm_90"] for arch in CHIPS if arch not in LIKE_SM_80), names
+    multiplying = {k.kernel for k in kernels if k.dots}
+    assert all(names[arch] >= multiplying for arch in LIKE_SM_80), names
 
 
 def test_shared_memory_fits(kernels: list[Kernel]) -> None:
     assert not failing(kernels, None, lambda k: k.shared <= CHIPS[k.arch].shared_limit)
+
+
+# The kernels with a choice of tiles. All others fit any GPU.
+WITH_CHOICE = re.compile("attention_(fwd|bwd).*|linear_cross_entropy_dweight_kernel")
+
+
+def test_a_kernel_without_a_choice_of_tiles_fits_every_gpu(kernels: list[Kernel]) -> None:
+    assert not failing(
+        kernels, None, lambda k: k.shared <= 48 << 10 or WITH_CHOICE.fullmatch(k.kernel)
+    )
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+def test_a_class_of_tiles_takes_no_more_than_it_says(kernels: list[Kernel], arch: str) -> None:
+    tiles = "sm_80" if arch in LIKE_SM_80 else arch
+    assert not failing(kernels, arch, lambda k: k.shared <= target.SHARED_BYTES[tiles])
 
 
 def test_no_spills_on_hopper(kernels: list[Kernel]) -> None:

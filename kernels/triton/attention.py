@@ -20,8 +20,8 @@ from torch import Tensor
 
 from gptfast.kernels.reference import attention as reference
 from gptfast.kernels.triton.attention_bwd import fill_bwd
-from gptfast.kernels.triton.attention_fwd import fill_fwd
-from gptfast.kernels.triton.attention_tiles import MAX_D
+from gptfast.kernels.triton.attention_fwd import decodes, fill_fwd
+from gptfast.kernels.triton.attention_tiles import has_tile
 
 
 def attention_fwd(
@@ -34,7 +34,8 @@ def attention_fwd(
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp64."""
-    if not 0 < q.shape[3] <= MAX_D:
+    sizes = q.shape[2], k.shape[2], q.shape[3]
+    if not has_tile(q.dtype, *sizes, decoding=decodes(sizes[0], dropout_p)):
         return reference.attention_fwd(q, k, v, scale, dropout_p, seed, kv_len)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float64)
@@ -56,7 +57,7 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, contiguous, in the inputs' dtype."""
     options = (scale, dropout_p, seed, kv_len)
-    if not 0 < q.shape[3] <= MAX_D:
+    if not has_tile(q.dtype, q.shape[2], k.shape[2], q.shape[3]):
         return reference.attention_bwd(dout, q, k, v, out, lse, *options)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     fill_bwd(dout, q, k, v, out, lse, grads, *options)
@@ -83,7 +84,8 @@ def attention_qkv_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, T, C) and lse (B, H, T) for qkv (B, T, 3C), which is not copied."""
     B, T, C3 = qkv.shape
-    if not 0 < C3 // (3 * n_head) <= MAX_D:
+    sizes = T, T, C3 // (3 * n_head)
+    if not has_tile(qkv.dtype, *sizes, decoding=decodes(T, dropout_p)):
         return reference.attention_qkv_fwd(qkv, n_head, scale, dropout_p, seed, kv_len)
     out = qkv.new_empty(B, T, C3 // 3)
     lse = qkv.new_empty(B, n_head, T, dtype=torch.float64)
@@ -105,7 +107,8 @@ def attention_qkv_bwd(
 ) -> Tensor:
     """Return dqkv (B, T, 3C)."""
     options = (scale, dropout_p, seed, kv_len)
-    if not 0 < qkv.shape[2] // (3 * n_head) <= MAX_D:
+    T, C3 = qkv.shape[1:]
+    if not has_tile(qkv.dtype, T, T, C3 // (3 * n_head)):
         return reference.attention_qkv_bwd(dout, qkv, out, lse, n_head, *options)
     dqkv = qkv.new_empty(qkv.shape)
     q, k, v = _unpack(qkv, n_head)

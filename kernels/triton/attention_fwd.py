@@ -17,6 +17,7 @@ from gptfast.kernels.triton.attention_access import (
 from gptfast.kernels.triton.attention_decode import attention_decode, factor_of, number_of
 from gptfast.kernels.triton.attention_nonfinite import any_nonfinite, store_out_of_visible
 from gptfast.kernels.triton.attention_tiles import FWD, number, tile
+from gptfast.kernels.triton.target import stepping_down
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -105,6 +106,12 @@ def dropout_of(dropout_p: float, seed: Tensor | None) -> tuple[Tensor, float, fl
     return seed, dropout_p, 1.0 / (1.0 - dropout_p)
 
 
+def decodes(Tq: int, dropout_p: float) -> bool:
+    """Return whether the decoding kernel serves the forward."""
+    return Tq == 1 and dropout_p == 0
+
+
+@stepping_down
 def fill_fwd(
     q: Tensor,
     k: Tensor,
@@ -119,10 +126,10 @@ def fill_fwd(
     """Fill out (B, H, Tq, D) and lse (B, H, Tq)."""
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
-    if Tq == 1 and dropout_p == 0:
+    if decodes(Tq, dropout_p):
         attention_decode(view_of(q), view_of(k), view_of(v), view_of(out), lse, scale, kv_len)
         return
-    blocks, options = tile(FWD, q.dtype, D, dropout_p > 0)
+    blocks, options = tile(FWD, q.dtype, D, dropout_p > 0, number(q, Tk))
     attention_fwd_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
         view_of(q),
         view_of(k),

@@ -34,6 +34,7 @@ PAD = 128
 # arch: (BLOCK_V, BLOCK_C, BLOCK_N, num_warps, num_stages) of dweight's product, by the form of the
 # sums: in two halves they take more registers than in fp32. BLOCK_V is a divisor of PAD.
 WEIGHT_TILES = {
+    "sm_75": {"halves": (64, 64, 32, 4, 2), "fp32": (64, 64, 32, 4, 2)},
     "sm_80": {"halves": (128, 128, 32, 8, 4), "fp32": (128, 128, 32, 8, 4)},
     "sm_90": {"halves": (128, 128, 64, 8, 4), "fp32": (128, 256, 64, 16, 3)},
     "sm_100": {"halves": (128, 128, 64, 8, 3), "fp32": (128, 128, 64, 8, 3)},
@@ -44,7 +45,8 @@ WEIGHT_TILES = {
 def weight_tile(kind: str) -> dict[str, int]:
     """Return the tile of dweight's product for sums in "halves" or "fp32"."""
     names = ("BLOCK_V", "BLOCK_C", "BLOCK_N", "num_warps", "num_stages")
-    return dict(zip(names, WEIGHT_TILES[compiled_for.arch()][kind], strict=True))
+    tiles = WEIGHT_TILES[compiled_for.fitting(("linear_cross_entropy_dweight", kind))]
+    return dict(zip(names, tiles[kind], strict=True))
 
 
 @triton.jit
@@ -331,6 +333,7 @@ def linear_cross_entropy_fwd_bwd(
     return total, dinput, dweight.to(linear_weight.dtype)
 
 
+@compiled_for.stepping_down
 def _add_dweight(
     dweight: Tensor, low: Tensor | None, dlogits: Tensor, input: Tensor, first: bool, last: bool
 ) -> None:
