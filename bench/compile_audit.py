@@ -216,7 +216,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 OPS = ("attention", "cross_entropy", "linear_cross_entropy", "adamw", "sampling", "embedding")
-OPS += ("decode_linear",)
+OPS += ("decode_linear", "linear", "mlp")
 
 
 def audit_all(archs: Iterable[str], ops: Iterable[str] = OPS) -> list[Kernel]:
