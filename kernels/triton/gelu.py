@@ -38,6 +38,8 @@ def _sigmoids(h):
     power = h * (SLOPE_2 + SLOPE_2 * CUBIC * (h * h))
     e = tl.exp2(-tl.abs(power))
     larger = 1.0 / (1.0 + e)
+    # The device's quotient may be 2 ulp off; a step of Newton's makes 1 / 1 exactly 1.
+    larger *= 2.0 - (1.0 + e) * larger
     smaller = e * larger
     return tl.where(power >= 0.0, larger, smaller), larger * smaller
 

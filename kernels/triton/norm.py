@@ -65,17 +65,15 @@ def norm_fwd_kernel(
     at = row.to(tl.int64)[:, None] * C + c[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1) / C
+    # Far from 0 that sum has rounded; the sum of the differences corrects it.
+    mean += tl.sum(tl.where(inside, x - mean[:, None], 0.0), 1) / C
     difference = tl.where(inside, x - mean[:, None], 0.0)
-    # The sum of many equal numbers has rounded; that of the differences corrects it.
-    correction = tl.sum(difference, 1) / C
-    difference = tl.where(inside, difference - correction[:, None], 0.0)
     variance = tl.sum(difference * difference, 1) / C
-    mean += correction
     inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     # As the backward computes it, to the bit.
-    a = (x - mean[:, None]) * inverse[:, None] * weight[None, :] + bias[None, :]
+    a = difference * inverse[:, None] * weight[None, :] + bias[None, :]
     tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=inside)
     tl.store(stats_ptr + row.to(tl.int64) * 2, mean, mask=row < N)
     tl.store(stats_ptr + row.to(tl.int64) * 2 + 1, inverse, mask=row < N)
