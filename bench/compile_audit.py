@@ -35,6 +35,7 @@ REFERENCE_CASES = (
     "cross_entropy bf16 V=50257",
     "linear_cross_entropy bf16",
     "adamw fp32",
+    "mlp bf16",
 )
 """The cases whose shapes are those of the cost model."""
 REPORT = Path(__file__).parent / "results" / "compile_audit.md"
