@@ -104,21 +104,20 @@ def gelu_fwd(h: Tensor) -> Tensor:
 
 def gelu_bwd_(
     dg: Tensor, h: Tensor, *, with_g: bool, with_sums: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return dh (N, F), which takes dg's memory, g, and the sums (F,) of dh's columns.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dh (N, F), which takes dg's memory, g (N, F), and the sums (F,) of dh's columns.
 
-    dg, h: (N, F), contiguous, in one dtype. What is not asked for is None.
+    dg, h: (N, F), contiguous, in one dtype. What is not asked for is empty.
     """
     N, F = h.shape
-    g = torch.empty_like(h) if with_g else None
-    sums = h.new_empty(F) if with_sums else None
+    g, sums = h.new_empty((N, F) if with_g else 0), h.new_empty(F if with_sums else 0)
     programs = triton.cdiv(N, ROWS_PER_PROGRAM)
     partial = h.new_empty(programs, 1, F, dtype=torch.float32) if with_sums else None
     rows, block, num_warps = TILES[target.arch()]["bwd"]
     if h.numel():
         gelu_bwd_kernel[(triton.cdiv(F, block), programs)](
             dg,
-            g,
+            g if with_g else None,
             partial,
             dg,
             h,
@@ -129,6 +128,6 @@ def gelu_bwd_(
             BLOCK_C=block,
             num_warps=num_warps,
         )
-    if partial is not None and sums is not None and F:
+    if partial is not None and F:
         column_totals(partial, sums)
     return dg, g, sums

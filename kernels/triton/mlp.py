@@ -62,28 +62,24 @@ def mlp_bwd(
         needs = need_dx, need_dfc, need_dproj
         return reference.mlp_bwd(dy, x, h, stats, *norm, eps, *layers, residual, *needs)
     dy, h = dy.to(fc_weight.dtype).contiguous(), h.contiguous()
-    dx, dnorm_weight, dnorm_bias, dfc, dproj, dproj_bias = (dy.new_empty(0) for _ in range(6))
+    dx, dnorm_weight, dnorm_bias, dfc, dfc_bias = (dy.new_empty(0) for _ in range(5))
+    dh, dproj, dproj_bias = (dy.new_empty(0) for _ in range(3))
     if need_dx or need_dfc:
         dg = torch.mm(dy, proj_weight)
         dh, g, dfc_bias = gelu_bwd_(dg, h, with_g=need_dproj, with_sums=need_dfc)
     else:
-        dh, g, dfc_bias = None, gelu_fwd(h), None
+        g = gelu_fwd(h)
     if need_dproj:
         dproj, dproj_bias = torch.mm(dy.t(), g), column_sums(dy)
-    del g  # The largest tensor; the rest needs its memory.
+    del g  # one of the largest tensors; the rest can use its memory
     a = None
     if need_dx:
+        da, dresidual = torch.mm(dh, fc_weight), dy if residual else None
         dx, dnorm_weight, dnorm_bias, a = norm_bwd(
-            torch.mm(dh, fc_weight),
-            x,
-            *norm,
-            stats,
-            dresidual=dy if residual else None,
-            with_a=need_dfc,
+            da, x, *norm, stats, dresidual=dresidual, with_a=need_dfc
         )
     if need_dfc:
         if a is None:
             a = norm_fwd(x, *norm, eps, fc_weight.dtype)[0]
         dfc = torch.mm(dh.t(), a)
-    dfc_bias = dy.new_empty(0) if dfc_bias is None else dfc_bias
     return dx, dnorm_weight, dnorm_bias, dfc, dfc_bias, dproj, dproj_bias
