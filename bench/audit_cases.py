@@ -67,8 +67,8 @@ def cross_entropy_cases() -> Iterator[Case]:
         loss, stats = cross_entropy.cross_entropy_fwd(logits, target, *options)
         cross_entropy.cross_entropy_bwd(loss, logits, target, stats, *options)
 
-    def linear(dtype: torch.dtype, options: tuple) -> None:
-        x, w = empty(N, 768, dtype=dtype), empty(50257, 768, dtype=dtype)
+    def linear(dtype: torch.dtype, weight_dtype: torch.dtype, options: tuple) -> None:
+        x, w = empty(N, 768, dtype=dtype), empty(50257, 768, dtype=weight_dtype)
         target, dloss = empty(N, dtype=torch.int64), empty(N, dtype=FP32)
         cross_entropy.linear_cross_entropy_fwd(x, w, target, *options)
         _, *grads = cross_entropy.linear_cross_entropy_fwd_bwd(x, w, target, dloss, *options)
@@ -80,9 +80,12 @@ def cross_entropy_cases() -> Iterator[Case]:
             name = f"cross_entropy {NAMES[dtype]} V={V}"
             yield name, lambda v=(dtype, V, plain): alone(*v)
         name = f"linear_cross_entropy {NAMES[dtype]}"
-        yield name, lambda v=(dtype, plain): linear(*v)
+        yield name, lambda v=(dtype, dtype, plain): linear(*v)
     yield "cross_entropy bf16 smoothing z_loss", lambda: alone(BF16, 50257, every)
-    yield "linear_cross_entropy bf16 smoothing z_loss", lambda: linear(BF16, every)
+    yield "linear_cross_entropy bf16 smoothing z_loss", lambda: linear(BF16, BF16, every)
+    for dtype in (BF16, FP16):
+        name = f"linear_cross_entropy {NAMES[dtype]} autocast"
+        yield name, lambda v=(dtype, FP32, plain): linear(*v)
 
 
 def adamw_cases() -> Iterator[Case]:
@@ -162,6 +165,51 @@ def decode_linear_cases() -> Iterator[Case]:
                 yield case, lambda v=(dtype, torch.int8, N, name): layer(*v)
 
 
+# (x's dtype, the weights' dtype): under autocast, the residual stream and the norm stay in fp32.
+LAYER_DTYPES = {"bf16": (BF16, BF16), "fp16": (FP16, FP16), "fp32": (FP32, FP32)}
+LAYER_DTYPES |= {"bf16 autocast": (FP32, BF16), "fp16 autocast": (FP32, FP16)}
+
+
+def _norm(C: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    return empty(C, dtype=dtype), empty(C, dtype=dtype), 1e-5
+
+
+def linear_cases() -> Iterator[Case]:
+    launchers, N = _launchers("linear"), 16384
+
+    def layer(x_dtype: torch.dtype, dtype: torch.dtype, C: int, with_norm: bool) -> None:
+        x, weight = empty(N, C, dtype=x_dtype), empty(3 * C, C, dtype=dtype)
+        norm = _norm(C, x_dtype) if with_norm else (None, None, 0.0)
+        bias = empty(3 * C, dtype=dtype)
+        y, stats = launchers.linear_fwd(x, *norm, weight, bias, None)
+        for need_dweight in (True, False):
+            launchers.linear_bwd(y, x, *norm, weight, bias, stats, True, need_dweight)
+
+    for name, dtypes in LAYER_DTYPES.items():
+        for C in (768, 1600) if name == "bf16" else (768,):
+            yield f"linear {name} C={C}", lambda v=(*dtypes, C, True): layer(*v)
+    # The smallest and the largest tiles of a norm.
+    for C in (16, 256, 4096):
+        yield f"linear fp32 C={C}", lambda v=(FP32, FP32, C, True): layer(*v)
+    yield "linear bf16 C=4096", lambda: layer(BF16, BF16, 4096, True)
+    yield "linear bf16 without norm", lambda: layer(BF16, BF16, 768, False)
+
+
+def mlp_cases() -> Iterator[Case]:
+    launchers, N, C = _launchers("mlp"), 16384, 768
+
+    def perceptron(x_dtype: torch.dtype, dtype: torch.dtype) -> None:
+        x, dy, norm = empty(N, C, dtype=x_dtype), empty(N, C, dtype=dtype), _norm(C, x_dtype)
+        layers = [empty(*s, dtype=dtype) for s in ((4 * C, C), (4 * C,), (C, 4 * C), (C,))]
+        residual = x_dtype == dtype
+        _, h, stats = launchers.mlp_fwd(x, *norm, *layers, residual)
+        for needs in ((True, True, True), (True, False, False), (False, False, True)):
+            launchers.mlp_bwd(dy, x, h, stats, *norm, *layers, residual, *needs)
+
+    for name, dtypes in LAYER_DTYPES.items():
+        yield f"mlp {name}", lambda v=dtypes: perceptron(*v)
+
+
 def all_cases() -> Iterator[Case]:
     yield from attention_cases()
     yield from cross_entropy_cases()
@@ -169,3 +217,5 @@ def all_cases() -> Iterator[Case]:
     yield from sampling_cases()
     yield from embedding_cases()
     yield from decode_linear_cases()
+    yield from linear_cases()
+    yield from mlp_cases()

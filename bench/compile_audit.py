@@ -35,6 +35,7 @@ REFERENCE_CASES = (
     "cross_entropy bf16 V=50257",
     "linear_cross_entropy bf16",
     "adamw fp32",
+    "mlp bf16",
 )
 """The cases whose shapes are those of the cost model."""
 REPORT = Path(__file__).parent / "results" / "compile_audit.md"
@@ -242,7 +243,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 OPS = ("attention", "cross_entropy", "linear_cross_entropy", "adamw", "sampling", "embedding")
-OPS += ("decode_linear",)
+OPS += ("decode_linear", "linear", "mlp")
 
 
 def audit_all(archs: Iterable[str], ops: Iterable[str] = OPS) -> list[Kernel]:

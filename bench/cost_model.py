@@ -25,7 +25,7 @@ B, H, T, D = 16, 12, 1024, 64
 N, V, C = B * T, 50257, H * D
 PARAMS = 124_439_808
 DECODE_ROWS = 64
-CHUNK_ROWS = 640
+CHUNK_ROWS = 4096
 """Rows that linear cross entropy handles at once."""
 
 
@@ -89,6 +89,31 @@ def _dweight(tile: str) -> Cost:
     return Cost(programs, n_bytes, step=2.0 * n * (v + c), flops=flops, useful_flops=flops)
 
 
+def _by_rows(reads: float, writes: float, rows: int, at_once: float) -> Callable[[str], Cost]:
+    """Return the cost of a kernel whose programs take `rows` rows of C channels, `at_once` of them
+    at a time; reads and writes: tensors (N, C)."""
+    n_bytes = (reads + writes) * 2.0 * N * C
+    return lambda tile: Cost(N / rows, n_bytes, step=at_once * reads * 2.0 * C)
+
+
+def _elements(tile: str) -> Cost:
+    block = _tile(tile)[0]
+    return Cost(N * 4 * C / block, 2 * 2.0 * N * 4 * C, step=2.0 * block)
+
+
+def _blocks(reads: float, writes: float, columns: int) -> Callable[[str], Cost]:
+    """Return the cost of a kernel whose programs take 128 rows of a block of columns, 16 at a
+    time; reads and writes: tensors (N, columns)."""
+
+    def cost(tile: str) -> Cost:
+        block = _tile(tile)[0]
+        programs = N / 128 * math.ceil(columns / block)
+        n_bytes = (reads + writes) * 2.0 * N * columns
+        return Cost(programs, n_bytes, step=16 * reads * 2.0 * block)
+
+    return cost
+
+
 def _adamw(tile: str) -> Cost:
     block = _tile(tile)[0]
     return Cost(PARAMS / block, 28.0 * PARAMS, step=16.0 * block)
@@ -104,12 +129,19 @@ COSTS: dict[str, Callable[[str], Cost]] = {
     "linear_cross_entropy_rows_kernel": _chunk_rows,
     "linear_cross_entropy_dweight_kernel": _dweight,
     "adamw_kernel": _adamw,
+    "norm_fwd_kernel": _by_rows(1, 1, 2, 2),
+    "norm_bwd_kernel": _by_rows(3, 2, 32, 2),
+    "gelu_fwd_kernel": _elements,
+    "gelu_bwd_kernel": _blocks(2, 2, 4 * C),
+    "column_sums_kernel": _blocks(1, 0, C),
 }
 
 
 def predict(kernel: str, tile: str, programs_per_sm: int) -> tuple[Cost, float, float]:
     """Return the cost, the predicted seconds, and the share of the H200's limit."""
     cost = COSTS[kernel](tile)
+    # A launch may have fewer programs than there is room for.
+    programs_per_sm = min(programs_per_sm, math.ceil(cost.programs / SMS))
     in_flight = min(1.0, programs_per_sm * cost.step * SMS / (BYTES_PER_S * LATENCY))
     memory = cost.n_bytes / (BYTES_PER_S * in_flight)
     products, exps = cost.flops / FLOPS_PER_S, cost.exps / EXPS_PER_S

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import DTYPES, cases_of, check
+from parity import DTYPES, assert_parity, cases_of, check
 from seeds import shifted
 from torch import Tensor
 
@@ -59,6 +59,10 @@ def test_parity(products: str, size: tuple[int, int, int, int], dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
 def test_residual(products: str, norm: bool, dtype: torch.dtype) -> None:
+    check_residual(norm, dtype, 4)
+
+
+def check_residual(norm: bool, dtype: torch.dtype, cases: int) -> None:
     def fused(x: Tensor, *rest: Tensor) -> Tensor:
         return ops.mlp(x, *rest[:4], norm=(*rest[4:], EPS) if rest[4:] else None, residual=True)
 
@@ -66,7 +70,7 @@ def test_residual(products: str, norm: bool, dtype: torch.dtype) -> None:
         fused,
         lambda x, *rest: x + defined(x, *rest),
         lambda x, *rest: x + plain(x, *rest),
-        *((inputs(50, 40, 70, 40, dtype, norm), torch.randn(50, 40)) for _ in range(4)),
+        *((inputs(50, 40, 70, 40, dtype, norm), torch.randn(50, 40)) for _ in range(cases)),
     )
 
 
@@ -75,8 +79,15 @@ def test_parity_without_norm(products: str) -> None:
     check(ours, defined, plain, *cases)
 
 
-@pytest.mark.parametrize("value", [-1e30, -60.0, -12.0, 0.0, 12.0, 60.0, 1e30], ids=str)
+FAR_OUT = [-1e30, -60.0, -12.0, 0.0, 12.0, 60.0, 1e30]
+
+
+@pytest.mark.parametrize("value", FAR_OUT, ids=str)
 def test_gelu_far_out(products: str, value: float) -> None:
+    check_gelu_far_out(value)
+
+
+def check_gelu_far_out(value: float) -> None:
     """Weights of 1 pass GELU and its slope through: neither gives NaN or overflows."""
     one, zero = torch.ones(1, 1), torch.zeros(1)
     x = torch.full((40, 1), value, requires_grad=True)
@@ -92,6 +103,10 @@ def test_gelu_far_out(products: str, value: float) -> None:
 
 @pytest.mark.parametrize("wanted", range(7), ids=str)
 def test_one_gradient_is_as_with_all(products: str, wanted: int) -> None:
+    check_one_gradient(wanted)
+
+
+def check_one_gradient(wanted: int) -> None:
     case, dy = list(inputs(40, 48, 96, 48, torch.float32).values()), torch.randn(40, 48)
     every = [t.clone().requires_grad_() for t in case]
     ours(*every).backward(dy)
@@ -102,6 +117,10 @@ def test_one_gradient_is_as_with_all(products: str, wanted: int) -> None:
 
 
 def test_second_backward_gives_the_same(products: str) -> None:
+    check_second_backward()
+
+
+def check_second_backward() -> None:
     """The backward does not write to saved tensors."""
     case = [t.requires_grad_() for t in inputs(40, 48, 96, 48, torch.float32).values()]
     y = ours(*case)
@@ -112,11 +131,15 @@ def test_second_backward_gives_the_same(products: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_autocast_is_torchs(products: str, dtype: torch.dtype) -> None:
+    check_autocast(dtype)
+
+
+def check_autocast(dtype: torch.dtype) -> None:
     results = []
     for f in (ours, plain):
         torch.manual_seed(shifted(1))
         case = [t.requires_grad_() for t in inputs(64, 48, 96, 48, torch.float32).values()]
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(case[0].device.type, dtype):
             y = f(*case)
         y.float().square().sum().backward()
         results.append([y, *(t.grad for t in case)])
@@ -140,3 +163,94 @@ def test_errors() -> None:
         ops.mlp(*case[:3], torch.randn(5, 8), torch.randn(5), residual=True)
     with pytest.raises(ValueError, match="one dtype and one device"):
         ops.mlp(*case[:3], case[3].double(), case[4].double())
+
+
+# The tests below are of the Triton kernels.
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("size", [(129, 48, 257, 33), (3, 129, 24, 7)], ids=str)
+def test_triton_parity(triton: str, size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    N, C, n_hidden, n_out = size
+    check(ours, defined, plain, *((inputs(*size, dtype), torch.randn(N, n_out)) for _ in range(3)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_triton_residual(triton: str, dtype: torch.dtype) -> None:
+    for norm in (True, False):
+        check_residual(norm, dtype, 2)
+
+
+def test_triton_layouts(triton: str) -> None:
+    case = inputs(70, 40, 50, 36, torch.float32)
+    strided = {name: torch.stack((t, t), -1)[..., 0] for name, t in case.items()}
+    # The gradient of a sum has strides of 0.
+    for dout in (None, torch.randn(36, 70).T):
+        check(ours, defined, plain, (strided, dout))
+    empty = [t.requires_grad_() for t in (case | {"x": torch.randn(0, 40)}).values()]
+    ours(*empty).sum().backward()
+    assert all(t.grad.shape == t.shape and not t.grad.any() for t in empty)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_triton_autocast_is_torchs(triton: str, dtype: torch.dtype) -> None:
+    check_autocast(dtype)
+
+
+def test_triton_gradients(triton: str) -> None:
+    for wanted in range(7):
+        check_one_gradient(wanted)
+    check_second_backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_triton_gelu(triton: str, dtype: torch.dtype) -> None:
+    """GELU and its slope for numbers of every size; weights of 1 pass them through."""
+    from gptfast.kernels.triton.gelu import gelu_bwd_, gelu_fwd
+
+    powers = torch.logspace(-24, 4, 2048, 2, dtype=torch.float64)
+    x = torch.cat((-powers, powers, torch.linspace(-6, 6, 4096, dtype=torch.float64)))
+    x = x.view(-1, 128).to(dtype)
+
+    def ours(x: Tensor) -> tuple[Tensor, Tensor]:
+        dh, g, _ = gelu_bwd_(torch.ones_like(x), x, with_g=True, with_sums=False)
+        assert torch.equal(g, gelu_fwd(x))
+        return g, dh
+
+    def pytorch(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        y = F.gelu(x, approximate="tanh")
+        y.sum().backward()
+        return y.detach(), x.grad
+
+    for name, *results in zip(("g", "dh"), ours(x), pytorch(x.double()), pytorch(x), strict=True):
+        assert_parity(name, *results)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # the interpreter's
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_triton_gelu_far_out(triton: str, dtype: torch.dtype) -> None:
+    from gptfast.kernels.triton.gelu import gelu_bwd_, gelu_fwd
+
+    most = torch.finfo(dtype).max
+    x = torch.tensor([[-most, -60.0, -12.0, -0.0, 0.0, 12.0, 60.0, most]], dtype=dtype)
+    slope = torch.tensor([[0, 0, 0, 0.5, 0.5, 1, 1, 1]], dtype=dtype)
+    assert torch.equal(gelu_fwd(x), x.clamp(min=0))
+    dh, g, sums = gelu_bwd_(torch.ones_like(x), x, with_g=True, with_sums=True)
+    assert torch.equal(dh, slope) and torch.equal(g, x.clamp(min=0)) and torch.equal(sums, slope[0])
+    x = torch.tensor([[-torch.inf, torch.inf, torch.nan]], dtype=dtype)
+    g, expected = gelu_fwd(x), F.gelu(x, approximate="tanh")
+    assert torch.equal(g.isnan(), expected.isnan()) and g[0, 1] == torch.inf
+    assert gelu_bwd_(torch.ones_like(x), x, with_g=False, with_sums=False)[0].isnan().all()
+    # The operator itself, with weights of 1.
+    check_gelu_far_out(-1e30)
+
+
+def test_triton_sums_are_those_of_what_was_stored(triton: str) -> None:
+    from gptfast.kernels.triton.column_sums import column_sums
+    from gptfast.kernels.triton.gelu import gelu_bwd_
+
+    for shape in ((1, 1), (300, 131)):
+        dg, h = torch.randn(*shape).half(), torch.randn(*shape).half()
+        dh, _, sums = gelu_bwd_(dg, h, with_g=False, with_sums=True)
+        assert dh is dg and torch.equal(sums, column_sums(dh))

@@ -63,23 +63,18 @@ class _Launcher:
             return launcher(*args)
 
 
-def register(
-    schema: str, reference: Callable, fake: Callable, *, triton: bool = True
-) -> OpOverload:
+def register(schema: str, reference: Callable, fake: Callable) -> OpOverload:
     """Define the operator `gptfast::<schema>` and return it.
 
     reference: its PyTorch implementation, for every device. fake: its implementation for tracing,
-    which returns empty outputs. triton: the launcher for CUDA is the function in kernels/triton
-    with the reference's name and file; if False, the reference serves the GPU too, because
-    PyTorch's own kernels are fast there.
+    which returns empty outputs. The launcher for CUDA is the function in kernels/triton with the
+    reference's name and file.
     """
     LIBRARY.define(schema)
     name = schema[: schema.index("(")]
     op = getattr(torch.ops.gptfast, name).default
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    if not triton:
-        IMPLEMENTATIONS["triton"][op] = reference
-    elif TRITON_MISSING:
+    if TRITON_MISSING:
         line = f"gptfast: {TRITON_MISSING}; the GPU runs the slower PyTorch reference"
         LIBRARY.impl(name, _Fallback(reference, line), "CUDA")
     else:

@@ -44,7 +44,6 @@ _fwd = register(
     "-> (Tensor y, Tensor stats)",
     reference.linear_fwd,
     _fwd_fake,
-    triton=False,
 )
 _bwd = register(
     f"linear_bwd(Tensor dy, {_NORM}, Tensor weight, Tensor? bias, Tensor stats, bool need_dx, "
@@ -52,7 +51,6 @@ _bwd = register(
     "Tensor dbias)",
     reference.linear_bwd,
     _bwd_fake,
-    triton=False,
 )
 
 

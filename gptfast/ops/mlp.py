@@ -37,7 +37,6 @@ _fwd = register(
     f"mlp_fwd(Tensor x, {_NORM}, {_LAYERS}, bool residual) -> (Tensor y, Tensor h, Tensor stats)",
     reference.mlp_fwd,
     _fwd_fake,
-    triton=False,
 )
 _bwd = register(
     f"mlp_bwd(Tensor dy, Tensor x, Tensor h, Tensor stats, {_NORM}, {_LAYERS}, "
@@ -46,7 +45,6 @@ _bwd = register(
     "Tensor dfc_weight, Tensor dfc_bias, Tensor dproj_weight, Tensor dproj_bias)",
     reference.mlp_bwd,
     _bwd_fake,
-    triton=False,
 )
 
 

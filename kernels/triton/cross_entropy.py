@@ -25,8 +25,10 @@ from gptfast.kernels.triton.cross_entropy_rows import (
     row_tile,
 )
 
-# Bytes of logits, later dlogits, in a chunk: 640 rows of GPT-2's in 16 bits.
-CHUNK_BYTES = 64 << 20
+# Bytes of logits, later dlogits, in a chunk, read at each call: 4,096 rows of GPT-2's in 16 bits. A
+# chunk's dinput must have enough tiles for all multiprocessors, and each chunk reads and writes all
+# sums of dweight. Where memory is short, set it to less: with 64 << 20 a chunk has 640 rows.
+CHUNK_BYTES = 400 << 20
 # The chunk's rows are padded to a multiple of it: they are aligned, and tiles of the vocabulary
 # need no mask.
 PAD = 128

@@ -1,0 +1,68 @@
+"""A linear layer, after a layer norm or not; kernels/reference/linear.py is the definition.
+
+    y = norm(x) weight^T + bias + residual
+
+The library computes the products, the first with the bias in its epilogue. The norm's kernels
+(norm.py) read x and write what the products read, each in its own dtype, so nothing is cast in
+between; the bias's gradient is summed in two launches (column_sums.py).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast.kernels.reference import linear as reference
+from gptfast.kernels.triton.column_sums import column_sums
+from gptfast.kernels.triton.norm import norm_bwd, norm_fwd
+
+
+def linear_fwd(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return y (N, O) in weight's dtype, and stats (N, 2) of the norm."""
+    if torch.float64 in (x.dtype, weight.dtype):
+        return reference.linear_fwd(x, norm_weight, norm_bias, eps, weight, bias, residual)
+    a, stats = norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)
+    y = F.linear(a, weight, bias)
+    # Not torch.addmm(residual, ...): it copies the residual, which moves as many bytes.
+    return (y if residual is None else y.add_(residual)), stats
+
+
+def linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    stats: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, dnorm_weight, dnorm_bias, dweight and dbias, as the reference does."""
+    if torch.float64 in (x.dtype, weight.dtype):
+        return reference.linear_bwd(
+            dy, x, norm_weight, norm_bias, eps, weight, bias, stats, need_dx, need_dweight
+        )
+    dy = dy.to(weight.dtype).contiguous()
+    dx, dnorm_weight, dnorm_bias, dweight, dbias = (dy.new_empty(0) for _ in range(5))
+    a = None
+    if need_dx:
+        da = torch.mm(dy, weight)
+        dx, dnorm_weight, dnorm_bias, a = norm_bwd(
+            da, x, norm_weight, norm_bias, stats, with_a=need_dweight
+        )
+    if need_dweight:
+        if a is None:
+            a = norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)[0]
+        dweight = torch.mm(dy.t(), a)
+        if bias is not None:
+            dbias = column_sums(dy)
+    return dx, dnorm_weight, dnorm_bias, dweight, dbias

@@ -1,0 +1,85 @@
+"""The perceptron of a GPT-2 block; kernels/reference/mlp.py is the definition.
+
+    h = norm(x) fc_weight^T + fc_bias;  y = gelu(h) proj_weight^T + proj_bias [+ x]
+
+As in linear.py, the library computes the products and our kernels everything between them. GELU
+has its own launches: the library could compute it with the first product, but would not return h,
+which the backward needs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast.kernels.reference import mlp as reference
+from gptfast.kernels.triton.column_sums import column_sums
+from gptfast.kernels.triton.gelu import gelu_bwd_, gelu_fwd
+from gptfast.kernels.triton.norm import norm_bwd, norm_fwd
+
+
+def mlp_fwd(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y (N, O), h (N, F) and stats (N, 2)."""
+    if torch.float64 in (x.dtype, fc_weight.dtype):
+        layers = fc_weight, fc_bias, proj_weight, proj_bias
+        return reference.mlp_fwd(x, norm_weight, norm_bias, eps, *layers, residual)
+    a, stats = norm_fwd(x, norm_weight, norm_bias, eps, fc_weight.dtype)
+    h = F.linear(a, fc_weight, fc_bias)
+    y = F.linear(gelu_fwd(h), proj_weight, proj_bias)
+    return (y.add_(x) if residual else y), h, stats
+
+
+def mlp_bwd(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    stats: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    residual: bool,
+    need_dx: bool,
+    need_dfc: bool,
+    need_dproj: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, dnorm_weight, dnorm_bias, dfc_weight, dfc_bias, dproj_weight and dproj_bias."""
+    norm = norm_weight, norm_bias
+    if torch.float64 in (x.dtype, fc_weight.dtype):
+        layers = fc_weight, fc_bias, proj_weight, proj_bias
+        needs = need_dx, need_dfc, need_dproj
+        return reference.mlp_bwd(dy, x, h, stats, *norm, eps, *layers, residual, *needs)
+    dy, h = dy.to(fc_weight.dtype).contiguous(), h.contiguous()
+    dx, dnorm_weight, dnorm_bias, dfc, dfc_bias = (dy.new_empty(0) for _ in range(5))
+    dh, dproj, dproj_bias = (dy.new_empty(0) for _ in range(3))
+    if need_dx or need_dfc:
+        dg = torch.mm(dy, proj_weight)
+        dh, g, dfc_bias = gelu_bwd_(dg, h, with_g=need_dproj, with_sums=need_dfc)
+    else:
+        g = gelu_fwd(h)
+    if need_dproj:
+        dproj, dproj_bias = torch.mm(dy.t(), g), column_sums(dy)
+    del g  # one of the largest tensors; the rest can use its memory
+    a = None
+    if need_dx:
+        da, dresidual = torch.mm(dh, fc_weight), dy if residual else None
+        dx, dnorm_weight, dnorm_bias, a = norm_bwd(
+            da, x, *norm, stats, dresidual=dresidual, with_a=need_dfc
+        )
+    if need_dfc:
+        if a is None:
+            a = norm_fwd(x, *norm, eps, fc_weight.dtype)[0]
+        dfc = torch.mm(dh.t(), a)
+    return dx, dnorm_weight, dnorm_bias, dfc, dfc_bias, dproj, dproj_bias
