@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.kernels.triton.attention_access import (
+    divide,
     dot,
     exponential,
     keep,
@@ -73,12 +74,14 @@ def attention_fwd_kernel(
 
     # For a query that sees no key, out is 0 and lse is -inf.
     total = tl.where(total == 0.0, 1.0, total)
-    scale = 1.0 / total if dropout is None else dropout[2] / total
-    out_tile = (acc * scale[:, None]).to(out[0].dtype.element_ty)
+    factor = 1.0 if dropout is None else dropout[2]
+    out_tile = divide(acc * factor, total[:, None]) if EXACT else acc * (factor / total)[:, None]
+    out_tile = out_tile.to(out[0].dtype.element_ty)
     tl.store(rows_of(out, head, H, queries, BLOCK_D), out_tile, mask=q_mask)
     lse_ptrs = lse_ptr + head.to(tl.int64) * Tq + queries
-    natural = peak.to(tl.float64) * (c.to(tl.float64) * LN2)
-    tl.store(lse_ptrs, natural + tl.log(total.to(tl.float64)), mask=queries < Tq)
+    binary = tl.log2(total.to(tl.float64) if EXACT else total).to(tl.float64)
+    lse = (peak.to(tl.float64) * c.to(tl.float64) + binary) * LN2
+    tl.store(lse_ptrs, lse, mask=queries < Tq)
     if any_nonfinite(acc):
         tl.debug_barrier()  # other threads may have stored what is read and written here
         store_out_of_visible(
