@@ -34,6 +34,12 @@ def rows_of(view, head, H, rows, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def step_of(view, BLOCK: tl.constexpr):
+    """Return how far the rows of one block are from those of the next, in elements."""
+    return tl.full([], BLOCK, tl.int64) * view[3]
+
+
+@triton.jit
 def length_of(kv_len_ptr, head, H, Tk):
     """Return the length that the last query is aligned to, and the number of keys."""
     if kv_len_ptr is None:

@@ -21,6 +21,7 @@ from gptfast.kernels.triton.attention_access import (
     rows_of,
     split_lse,
     stats_of,
+    step_of,
     store_stats,
     wide,
 )
@@ -42,12 +43,12 @@ def _dq_blocks(
 ):  # fmt: skip
     """Loop over the keys: add to total = sum P and delta = sum P dP if SUMS, else to dq = dS K."""
     in_d = (tl.arange(0, q_tile.shape[1]) < D)[None, :]
+    k_step, v_step = step_of(k, BLOCK_N), step_of(v, BLOCK_N)
     for start in tl.range(0, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        row = tl.cast(start, tl.int64)
         mask = (keys < n_keys)[:, None] if EVEN_D else (keys < n_keys)[:, None] & in_d
-        k_tile = wide(tl.load(k_ptrs + row * k[3], mask=mask, other=0.0), NUMBER)
-        v_tile = wide(tl.load(v_ptrs + row * v[3], mask=mask, other=0.0), NUMBER)
+        k_tile = wide(tl.load(k_ptrs, mask=mask, other=0.0), NUMBER)
+        v_tile = wide(tl.load(v_ptrs, mask=mask, other=0.0), NUMBER)
         if EXACT:
             # Bit for bit the products of the other kernel; these shapes also take fewer registers.
             zeros = tl.zeros([BLOCK_N, q_tile.shape[0]], NUMBER)
@@ -60,7 +61,8 @@ def _dq_blocks(
         if start + BLOCK_N > full:
             visible = keys[None, :] <= last[:, None]
             p = tl.where(visible, p, 0.0)
-            dp = tl.where(visible, dp, 0.0)
+            if SUMS:
+                dp = tl.where(visible, dp, 0.0)
         if dropout is not None:
             dp = tl.where(keep(dropout, head, position, start, BLOCK_N), dp * dropout[2], 0.0)
         if SUMS:
@@ -69,6 +71,8 @@ def _dq_blocks(
         else:
             ds = p * (dp - delta[:, None])
             dq = dot(ds.to(k_tile.dtype), k_tile, dq)
+        k_ptrs += k_step
+        v_ptrs += v_step
     return dq, total, delta
 
 
@@ -172,18 +176,19 @@ def attention_bwd_dk_dv_kernel(
     first = tl.maximum(key - (length - Tq), 0) // BLOCK_M * BLOCK_M
     first = tl.where(key < n_keys, first, Tq)
     full = tl.minimum(key + BLOCK_N, n_keys) - 1 - (length - Tq)
-    q_ptrs = rows_of(q, head, H, tl.arange(0, BLOCK_M), BLOCK_D)
-    dout_ptrs = rows_of(dout, head, H, tl.arange(0, BLOCK_M), BLOCK_D)
+    queries = first + tl.arange(0, BLOCK_M)
+    q_ptrs = rows_of(q, head, H, queries, BLOCK_D)
+    dout_ptrs = rows_of(dout, head, H, queries, BLOCK_D)
+    q_step, dout_step = step_of(q, BLOCK_M), step_of(dout, BLOCK_M)
     stats_ptrs = stats_of(stats, head, n_heads, Tq)
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], NUMBER)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], NUMBER)
     for start in tl.range(first, Tq, BLOCK_M):
         queries = start + tl.arange(0, BLOCK_M)
-        row = tl.cast(start, tl.int64)
         mask = (queries < Tq)[:, None] if EVEN_D else (queries < Tq)[:, None] & in_d
-        q_tile = wide(tl.load(q_ptrs + row * q[3], mask=mask, other=0.0), NUMBER)
-        dout_tile = wide(tl.load(dout_ptrs + row * dout[3], mask=mask, other=0.0), NUMBER)
+        q_tile = wide(tl.load(q_ptrs, mask=mask, other=0.0), NUMBER)
+        dout_tile = wide(tl.load(dout_ptrs, mask=mask, other=0.0), NUMBER)
         rest, delta, shift = load_stats(stats_ptrs, queries, EXACT)
         # (keys, queries), like everything below: P and dS then do not go through shared memory.
         zeros = tl.zeros([BLOCK_N, BLOCK_M], NUMBER)
@@ -201,6 +206,8 @@ def attention_bwd_dk_dv_kernel(
         dv_acc = dot(kept.to(dout_tile.dtype), dout_tile, dv_acc)
         ds = p * (dp - delta[None, :])
         dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
+        q_ptrs += q_step
+        dout_ptrs += dout_step
     lse_ptr += head.to(tl.int64) * Tq
     if key == 0:
         dv_acc += _dv_of_one_key(

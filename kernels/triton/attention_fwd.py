@@ -13,6 +13,7 @@ from gptfast.kernels.triton.attention_access import (
     length_of,
     program,
     rows_of,
+    step_of,
     wide,
 )
 from gptfast.kernels.triton.attention_decode import attention_decode, factor_of, number_of
@@ -47,16 +48,16 @@ def attention_fwd_kernel(
         q_tile = -q_tile
     k_ptrs = rows_of(k, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
     v_ptrs = rows_of(v, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
+    k_step, v_step = step_of(k, BLOCK_N), step_of(v, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], NUMBER)
     total = tl.zeros([BLOCK_M], NUMBER)
     peak = tl.full([BLOCK_M], -float("inf"), NUMBER)
     for start in tl.range(0, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        row = tl.cast(start, tl.int64)
         mask = (keys < n_keys)[:, None] if EVEN_D else (keys < n_keys)[:, None] & in_d
-        k_tile = wide(tl.load(k_ptrs + row * k[3], mask=mask, other=0.0), NUMBER)
-        v_tile = wide(tl.load(v_ptrs + row * v[3], mask=mask, other=0.0), NUMBER)
+        k_tile = wide(tl.load(k_ptrs, mask=mask, other=0.0), NUMBER)
+        v_tile = wide(tl.load(v_ptrs, mask=mask, other=0.0), NUMBER)
         s = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], NUMBER))
         if start + BLOCK_N > full:
             s = tl.where(keys[None, :] <= last[:, None], s, -float("inf"))
@@ -71,6 +72,8 @@ def attention_fwd_kernel(
             p = tl.where(keep(dropout, head, Tk - Tq + queries, start, BLOCK_N), p, 0.0)
         acc = dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None])
         peak = new_peak
+        k_ptrs += k_step
+        v_ptrs += v_step
 
     # For a query that sees no key, out is 0 and lse is -inf.
     total = tl.where(total == 0.0, 1.0, total)
