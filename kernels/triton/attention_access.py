@@ -10,6 +10,9 @@ import triton.language as tl
 from gptfast.kernels.triton.philox import in_order, philox, uniform
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# The backward keeps three numbers per query, each in rows that are padded to a multiple of this:
+# the largest BLOCK_M. So blocks of them are loaded aligned, and without a mask.
+ROW = tl.constexpr(128)
 
 
 @triton.jit
@@ -28,6 +31,12 @@ def rows_of(view, head, H, rows, BLOCK_D: tl.constexpr):
     # int64: long sequences, above all packed ones, have more than 2^31 elements.
     start = view[0] + (head // H).to(tl.int64) * view[1] + (head % H).to(tl.int64) * view[2]
     return start + rows.to(tl.int64)[:, None] * view[3] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def step_of(view, BLOCK: tl.constexpr):
+    """Return how far the rows of one block are from those of the next, in elements."""
+    return tl.full([], BLOCK, tl.int64) * view[3]
 
 
 @triton.jit
@@ -56,6 +65,13 @@ def keep(dropout, head, position, key, BLOCK_N: tl.constexpr):
     seed = tl.load(dropout[0])
     words = philox(zeros + counters, zeros + position[:, None], zeros + head, zeros + 1, seed)
     return uniform(in_order(words[0], words[1], words[2], words[3])) >= dropout[1]
+
+
+@triton.jit
+def kept_one(dropout, head, position, key):
+    """Return whether dropout keeps the probabilities of these queries for one key."""
+    four = keep(dropout, head, position, key // 4 * 4, 4)  # (queries, 4)
+    return tl.sum(tl.where((tl.arange(0, 4) == key % 4)[None, :], four.to(tl.int32), 0), 1) > 0
 
 
 @triton.jit
@@ -90,6 +106,15 @@ def exponential(s, c, shift, rest, EXACT: tl.constexpr):
 
 
 @triton.jit
+def divide(x, y):
+    """Return x / y, rounded once: `/` is off by two ulp in fp32 on a GPU."""
+    if y.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
 def split_lse(lse_ptrs, mask, c, NUMBER: tl.constexpr, EXACT: tl.constexpr):
     """Return shift and rest, with which `exponential` gives P.
 
@@ -106,3 +131,45 @@ def split_lse(lse_ptrs, mask, c, NUMBER: tl.constexpr, EXACT: tl.constexpr):
         shift = lse.to(NUMBER)
         rest = shift
     return shift, tl.where(empty, float("inf"), rest)
+
+
+@triton.jit
+def stats_of(stats, head, n_heads, Tq):
+    """Return pointers to a head's rest, delta and, if EXACT, shift."""
+    length = tl.cdiv(Tq, ROW) * ROW
+    rest_ptr = stats + head.to(tl.int64) * length
+    n = n_heads.to(tl.int64) * length
+    return rest_ptr, rest_ptr + n, rest_ptr + 2 * n
+
+
+@triton.jit
+def load_stats(ptrs, queries, EXACT: tl.constexpr):
+    """Return rest, delta and shift of a block of queries; ptrs are those of `stats_of`."""
+    rest = tl.load(ptrs[0] + queries)
+    shift = tl.load(ptrs[2] + queries) if EXACT else rest
+    return rest, tl.load(ptrs[1] + queries), shift
+
+
+@triton.jit
+def store_stats(ptrs, first, Tq, rest, delta, shift, EXACT: tl.constexpr):
+    """Store the stats of a block of queries; with those past the last query, P is 0."""
+    queries = first + tl.arange(0, rest.shape[0])
+    tl.store(ptrs[0] + queries, rest)
+    tl.store(ptrs[1] + queries, delta)
+    if EXACT:
+        tl.store(ptrs[2] + queries, shift)
+    end = first + rest.shape[0]
+    if end >= Tq:
+        rows = end + tl.arange(0, ROW)
+        inside = rows < tl.cdiv(Tq, ROW) * ROW
+        tl.store(ptrs[0] + rows, float("inf"), mask=inside)
+        tl.store(ptrs[1] + rows, 0.0, mask=inside)
+        if EXACT:
+            tl.store(ptrs[2] + rows, 0.0, mask=inside)
+
+
+@triton.jit
+def p_of_one_key(lse_ptrs, mask):
+    """Return P of queries that see one key: 1, or 0 where the score is -inf."""
+    lse = tl.load(lse_ptrs, mask=mask, other=0.0)
+    return tl.where(lse == -float("inf"), 0.0, 1.0 + (lse - lse))

@@ -6,14 +6,23 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.kernels.triton.attention_access import (
+    LOG2E,
+    ROW,
+    divide,
     dot,
     exponential,
     keep,
+    kept_one,
     key_range,
     length_of,
+    load_stats,
+    p_of_one_key,
     program,
     rows_of,
     split_lse,
+    stats_of,
+    step_of,
+    store_stats,
     wide,
 )
 from gptfast.kernels.triton.attention_decode import factor_of, number_of, parts_of
@@ -35,12 +44,12 @@ def _dq_blocks(
 ):  # fmt: skip
     """Loop over the keys: add to total = sum P and delta = sum P dP if SUMS, else to dq = dS K."""
     in_d = (tl.arange(0, q_tile.shape[1]) < D)[None, :]
+    k_step, v_step = step_of(k, BLOCK_N), step_of(v, BLOCK_N)
     for start in tl.range(0, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        row = tl.cast(start, tl.int64)
         mask = (keys < n_keys)[:, None] if EVEN_D else (keys < n_keys)[:, None] & in_d
-        k_tile = wide(tl.load(k_ptrs + row * k[3], mask=mask, other=0.0), NUMBER)
-        v_tile = wide(tl.load(v_ptrs + row * v[3], mask=mask, other=0.0), NUMBER)
+        k_tile = wide(tl.load(k_ptrs, mask=mask, other=0.0), NUMBER)
+        v_tile = wide(tl.load(v_ptrs, mask=mask, other=0.0), NUMBER)
         if EXACT:
             # Bit for bit the products of the other kernel; these shapes also take fewer registers.
             zeros = tl.zeros([BLOCK_N, q_tile.shape[0]], NUMBER)
@@ -53,7 +62,8 @@ def _dq_blocks(
         if start + BLOCK_N > full:
             visible = keys[None, :] <= last[:, None]
             p = tl.where(visible, p, 0.0)
-            dp = tl.where(visible, dp, 0.0)
+            if SUMS:
+                dp = tl.where(visible, dp, 0.0)
         if dropout is not None:
             dp = tl.where(keep(dropout, head, position, start, BLOCK_N), dp * dropout[2], 0.0)
         if SUMS:
@@ -62,13 +72,15 @@ def _dq_blocks(
         else:
             ds = p * (dp - delta[:, None])
             dq = dot(ds.to(k_tile.dtype), k_tile, dq)
+        k_ptrs += k_step
+        v_ptrs += v_step
     return dq, total, delta
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "H", "n_heads", "group"])
 def attention_bwd_dq_kernel(
-    dout, q, k, v, out, lse_ptr, dq, delta_ptr, total_ptr, Tq, Tk, H, n_heads, group, D, scale, c,
-    dropout, kv_len_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    dout, q, k, v, out, lse_ptr, dq, stats, Tq, Tk, H, n_heads, group, D, scale, c, dropout,
+    kv_len_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     c = number_of(c, NUMBER)
@@ -85,18 +97,15 @@ def attention_bwd_dq_kernel(
     dout_tile = wide(tl.load(dout_ptrs, mask=q_mask, other=0.0), NUMBER)
     if NEGATIVE:
         q_tile = -q_tile
-    rows = head.to(tl.int64) * Tq + queries
-    shift, rest = split_lse(lse_ptr + rows, queries < Tq, c, NUMBER, EXACT)
+    lse_ptrs = lse_ptr + head.to(tl.int64) * Tq + queries
+    shift, rest = split_lse(lse_ptrs, queries < Tq, c, NUMBER, EXACT)
     k_ptrs = rows_of(k, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
     v_ptrs = rows_of(v, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], NUMBER)
     total = tl.zeros([BLOCK_M], NUMBER)
     delta = tl.zeros([BLOCK_M], NUMBER)
-    if total_ptr is None:
-        out_tile = tl.load(rows_of(out, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
-        delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
-    else:
+    if EXACT:
         # out is rounded, and delta with it; these products may round other scores than the forward.
         # So the sums of P and P dP are computed again.
         acc, total, delta = _dq_blocks(
@@ -105,34 +114,52 @@ def attention_bwd_dq_kernel(
             EXACT,
         )  # fmt: skip
         total = tl.where(total == 0.0, 1.0, total)
-        delta /= total
-        tl.store(total_ptr + rows, total, mask=queries < Tq)
-    tl.store(delta_ptr + rows, delta, mask=queries < Tq)
-
+        delta = divide(delta, total)
+        rest += (tl.log(total.to(tl.float64)) * LOG2E).to(NUMBER)
+    else:
+        out_tile = tl.load(rows_of(out, head, H, queries, BLOCK_D), mask=q_mask, other=0.0)
+        delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     # dS is exactly 0 for a query that sees one key. dP - delta would be the difference of two
-    # roundings, so P is made 0.
+    # roundings, so P is made 0, here and in the other kernel.
     rest = tl.where(last > 0, rest, float("inf"))
+    store_stats(stats_of(stats, head, n_heads, Tq), first, Tq, rest, delta, shift, EXACT)
     acc, _, _ = _dq_blocks(
         acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, shift, rest, last, full, end,
         n_keys, D, c, dropout, head, Tk - Tq + queries, BLOCK_N, EVEN_D, False, NUMBER, EXACT,
     )  # fmt: skip
-    if total_ptr is not None:
-        acc /= total[:, None]
     scale = number_of(scale, NUMBER)
     dq_tile = (acc * scale).to(dq[0].dtype.element_ty)
     tl.store(rows_of(dq, head, H, queries, BLOCK_D), dq_tile, mask=q_mask)
     if any_nonfinite(acc):
         tl.debug_barrier()  # other threads may store, or have stored, what is read and written here
         store_dq_of_visible(
-            dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dq, head, H, first, length, n_keys, end,
-            Tk, Tq, D, scale, c, dropout, BLOCK_M, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+            dout, q, k, v, stats, dq, head, H, n_heads, first, length, n_keys, end, Tk, Tq, D,
+            scale, c, dropout, BLOCK_M, BLOCK_D, NEGATIVE, NUMBER, EXACT,
         )  # fmt: skip
+
+
+@triton.jit
+def _dv_of_one_key(
+    dout, lse_ptr, head, H, length, n_keys, Tk, Tq, D, dropout, keys, BLOCK_D: tl.constexpr,
+    NUMBER: tl.constexpr,
+):  # fmt: skip
+    """Return what the query that sees key 0 alone adds to dV of the block (keys, BLOCK_D)."""
+    # No other query sees one key alone.
+    query = tl.maximum(Tq - length, 0) + tl.arange(0, 1)
+    last = tl.minimum(length - Tq + query, n_keys - 1)
+    in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    mask = ((last == 0) & (query < Tq))[:, None]
+    row = tl.load(rows_of(dout, head, H, query, BLOCK_D), mask=mask & in_d, other=0.0).to(NUMBER)
+    p = p_of_one_key(lse_ptr + query, query < Tq).to(NUMBER)
+    if dropout is not None:
+        p = tl.where(kept_one(dropout, head, Tk - Tq + query, 0), p, 0.0)
+    return tl.where((keys == 0)[:, None] & mask, p[:, None] * row, 0.0)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "H", "n_heads", "group"])
 def attention_bwd_dk_dv_kernel(
-    dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dk, dv, Tq, Tk, H, n_heads, group, D, scale, c,
-    dropout, kv_len_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    dout, q, k, v, lse_ptr, stats, dk, dv, Tq, Tk, H, n_heads, group, D, scale, c, dropout,
+    kv_len_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     c = number_of(c, NUMBER)
@@ -150,34 +177,28 @@ def attention_bwd_dk_dv_kernel(
     first = tl.maximum(key - (length - Tq), 0) // BLOCK_M * BLOCK_M
     first = tl.where(key < n_keys, first, Tq)
     full = tl.minimum(key + BLOCK_N, n_keys) - 1 - (length - Tq)
-    q_ptrs = rows_of(q, head, H, tl.arange(0, BLOCK_M), BLOCK_D)
-    dout_ptrs = rows_of(dout, head, H, tl.arange(0, BLOCK_M), BLOCK_D)
-    lse_ptr += head.to(tl.int64) * Tq
-    delta_ptr += head.to(tl.int64) * Tq
-    if total_ptr is not None:
-        total_ptr += head.to(tl.int64) * Tq
+    queries = first + tl.arange(0, BLOCK_M)
+    q_ptrs = rows_of(q, head, H, queries, BLOCK_D)
+    dout_ptrs = rows_of(dout, head, H, queries, BLOCK_D)
+    q_step, dout_step = step_of(q, BLOCK_M), step_of(dout, BLOCK_M)
+    stats_ptrs = stats_of(stats, head, n_heads, Tq)
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], NUMBER)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], NUMBER)
     for start in tl.range(first, Tq, BLOCK_M):
         queries = start + tl.arange(0, BLOCK_M)
-        row = tl.cast(start, tl.int64)
         mask = (queries < Tq)[:, None] if EVEN_D else (queries < Tq)[:, None] & in_d
-        q_tile = wide(tl.load(q_ptrs + row * q[3], mask=mask, other=0.0), NUMBER)
-        dout_tile = wide(tl.load(dout_ptrs + row * dout[3], mask=mask, other=0.0), NUMBER)
-        # Queries after the last have P = exp2(-inf) = 0.
-        shift, rest = split_lse(lse_ptr + queries, queries < Tq, c, NUMBER, EXACT)
-        delta = tl.load(delta_ptr + queries, mask=queries < Tq, other=0.0)
+        q_tile = wide(tl.load(q_ptrs, mask=mask, other=0.0), NUMBER)
+        dout_tile = wide(tl.load(dout_ptrs, mask=mask, other=0.0), NUMBER)
+        rest, delta, shift = load_stats(stats_ptrs, queries, EXACT)
         # (keys, queries), like everything below: P and dS then do not go through shared memory.
         zeros = tl.zeros([BLOCK_N, BLOCK_M], NUMBER)
         s = dot(k_tile, tl.trans(q_tile), zeros)
         dp = dot(v_tile, tl.trans(dout_tile), zeros)
         p = exponential(s, c, shift[None, :], rest[None, :], EXACT)
-        last = tl.minimum(length - Tq + queries, n_keys - 1)
         if start < full:
+            last = tl.minimum(length - Tq + queries, n_keys - 1)
             p = tl.where(keys[:, None] <= last[None, :], p, 0.0)
-        if total_ptr is not None:
-            p /= tl.load(total_ptr + queries, mask=queries < Tq, other=1.0)[None, :]
         kept = p
         if dropout is not None:
             kept_at = tl.trans(keep(dropout, head, Tk - Tq + queries, key, BLOCK_N))
@@ -185,10 +206,14 @@ def attention_bwd_dk_dv_kernel(
             dp = tl.where(kept_at, dp * dropout[2], 0.0)
         dv_acc = dot(kept.to(dout_tile.dtype), dout_tile, dv_acc)
         ds = p * (dp - delta[None, :])
-        if start == first:
-            # dS is exactly 0 for queries that see one key, as above.
-            ds = tl.where(last[None, :] > 0, ds, 0.0)
         dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
+        q_ptrs += q_step
+        dout_ptrs += dout_step
+    lse_ptr += head.to(tl.int64) * Tq
+    if key == 0:
+        dv_acc += _dv_of_one_key(
+            dout, lse_ptr, head, H, length, n_keys, Tk, Tq, D, dropout, keys, BLOCK_D, NUMBER
+        )
 
     k_mask = (keys < Tk)[:, None] & in_d
     seen = (keys < n_keys)[:, None]
@@ -198,11 +223,11 @@ def attention_bwd_dk_dv_kernel(
     dv_tile = tl.where(seen, dv_acc * dv_scale, 0.0).to(dv[0].dtype.element_ty)
     tl.store(rows_of(dk, head, H, keys, BLOCK_D), dk_tile, mask=k_mask)
     tl.store(rows_of(dv, head, H, keys, BLOCK_D), dv_tile, mask=k_mask)
-    if any_nonfinite(dk_tile) or any_nonfinite(dv_tile):
+    if any_nonfinite(dk_acc) or any_nonfinite(dv_acc):
         tl.debug_barrier()  # other threads may have stored what is written here
         store_dk_dv_of_visible(
-            dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dk, dv, head, H, key, first, length,
-            n_keys, Tk, Tq, D, scale, c, dropout, BLOCK_N, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+            dout, q, k, v, lse_ptr, stats, dk, dv, head, H, n_heads, key, first, length, n_keys,
+            Tk, Tq, D, scale, c, dropout, BLOCK_N, BLOCK_D, NEGATIVE, NUMBER, EXACT,
         )  # fmt: skip
 
 
@@ -228,18 +253,18 @@ def fill_bwd(
     lse = lse.contiguous()
     NUMBER, EXACT = number(q, Tk), q.dtype == torch.float32
     dtype = torch.float64 if NUMBER == tl.float64 else torch.float32
-    delta = torch.empty_like(lse, dtype=dtype)
-    total = torch.empty_like(delta) if EXACT else None
+    n, length = 3 if EXACT else 2, triton.cdiv(Tq, ROW.value) * ROW.value
+    stats = lse.new_empty(n, B * H, length, dtype=dtype)
     factors = parts_of(scale), factor_of(scale)
     common = (Tq, Tk, H, B * H, group_of(k), D, *factors, dropout_of(dropout_p, seed), kv_len)
     kinds = {"NEGATIVE": scale < 0, "NUMBER": NUMBER, "EXACT": EXACT}
     blocks, options = tile(BWD_DQ, q.dtype, D, dropout_p > 0, NUMBER)
     attention_bwd_dq_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
-        dout_view, q_view, k_view, v_view, view_of(out), lse, dq, delta, total, *common,
+        dout_view, q_view, k_view, v_view, view_of(out), lse, dq, stats, *common,
         **blocks, **options, **kinds,
     )  # fmt: skip
     blocks, options = tile(BWD_DK_DV, q.dtype, D, dropout_p > 0, NUMBER)
     attention_bwd_dk_dv_kernel[(triton.cdiv(Tk, blocks["BLOCK_N"]) * B * H,)](
-        dout_view, q_view, k_view, v_view, lse, delta, total, dk, dv, *common,
+        dout_view, q_view, k_view, v_view, lse, stats, dk, dv, *common,
         **blocks, **options, **kinds,
     )  # fmt: skip

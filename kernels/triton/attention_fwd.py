@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.kernels.triton.attention_access import (
+    divide,
     dot,
     exponential,
     keep,
@@ -12,6 +13,7 @@ from gptfast.kernels.triton.attention_access import (
     length_of,
     program,
     rows_of,
+    step_of,
     wide,
 )
 from gptfast.kernels.triton.attention_decode import attention_decode, factor_of, number_of
@@ -47,16 +49,16 @@ def attention_fwd_kernel(
         q_tile = -q_tile
     k_ptrs = rows_of(k, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
     v_ptrs = rows_of(v, head, H, tl.arange(0, BLOCK_N), BLOCK_D)
+    k_step, v_step = step_of(k, BLOCK_N), step_of(v, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], NUMBER)
     total = tl.zeros([BLOCK_M], NUMBER)
     peak = tl.full([BLOCK_M], -float("inf"), NUMBER)
     for start in tl.range(0, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        row = tl.cast(start, tl.int64)
         mask = (keys < n_keys)[:, None] if EVEN_D else (keys < n_keys)[:, None] & in_d
-        k_tile = wide(tl.load(k_ptrs + row * k[3], mask=mask, other=0.0), NUMBER)
-        v_tile = wide(tl.load(v_ptrs + row * v[3], mask=mask, other=0.0), NUMBER)
+        k_tile = wide(tl.load(k_ptrs, mask=mask, other=0.0), NUMBER)
+        v_tile = wide(tl.load(v_ptrs, mask=mask, other=0.0), NUMBER)
         s = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], NUMBER))
         if start + BLOCK_N > full:
             s = tl.where(keys[None, :] <= last[:, None], s, -float("inf"))
@@ -71,15 +73,19 @@ def attention_fwd_kernel(
             p = tl.where(keep(dropout, head, Tk - Tq + queries, start, BLOCK_N), p, 0.0)
         acc = dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None])
         peak = new_peak
+        k_ptrs += k_step
+        v_ptrs += v_step
 
     # For a query that sees no key, out is 0 and lse is -inf.
     total = tl.where(total == 0.0, 1.0, total)
-    scale = 1.0 / total if dropout is None else dropout[2] / total
-    out_tile = (acc * scale[:, None]).to(out[0].dtype.element_ty)
+    factor = 1.0 if dropout is None else dropout[2]
+    out_tile = divide(acc * factor, total[:, None]) if EXACT else acc * (factor / total)[:, None]
+    out_tile = out_tile.to(out[0].dtype.element_ty)
     tl.store(rows_of(out, head, H, queries, BLOCK_D), out_tile, mask=q_mask)
     lse_ptrs = lse_ptr + head.to(tl.int64) * Tq + queries
-    natural = peak.to(tl.float64) * (c.to(tl.float64) * LN2)
-    tl.store(lse_ptrs, natural + tl.log(total.to(tl.float64)), mask=queries < Tq)
+    binary = tl.log2(total.to(tl.float64) if EXACT else total).to(tl.float64)
+    lse = (peak.to(tl.float64) * c.to(tl.float64) + binary) * LN2
+    tl.store(lse_ptrs, lse, mask=queries < Tq)
     if any_nonfinite(acc):
         tl.debug_barrier()  # other threads may have stored what is read and written here
         store_out_of_visible(

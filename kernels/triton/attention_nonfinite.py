@@ -12,8 +12,12 @@ import triton.language as tl
 from gptfast.kernels.triton.attention_access import (
     exponential,
     keep,
+    kept_one,
+    p_of_one_key,
     rows_of,
     split_lse,
+    load_stats,
+    stats_of,
 )
 
 # Queries, or keys, that the backward computes at a time.
@@ -23,7 +27,8 @@ ROWS = tl.constexpr(4)
 @triton.jit
 def any_nonfinite(x):
     """Return whether a tile holds an inf or a NaN."""
-    return tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1)) > 0
+    # 0 x is NaN where x is not finite, and takes one instruction per number.
+    return tl.sum(x * 0.0) != 0.0
 
 
 @triton.jit
@@ -40,10 +45,10 @@ def _dots(tile, row, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def _kept(dropout, head, position, key):
-    """Return whether dropout keeps these queries' probabilities for one key each."""
-    four = keep(dropout, head, position, key // 4 * 4, 4)  # (queries, 4)
-    return tl.sum(tl.where((tl.arange(0, 4) == key % 4)[None, :], four.to(tl.int32), 0), 1) > 0
+def _p(tile, row, c, shift, rest, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr):
+    """Return P of the rows of a tile with one row: of queries with a key, or of keys with a query."""
+    s = _dots(tile, row, NUMBER)
+    return exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
 
 
 @triton.jit(noinline=True)
@@ -64,10 +69,10 @@ def store_out_of_visible(
         acc = tl.zeros([ROWS, BLOCK_D], NUMBER)
         for key in tl.range(0, end):
             row = key + tl.arange(0, 1)
-            s = _dots(q_tile, _tile(k, head, H, row, end, D, BLOCK_D), NUMBER)
-            p = exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
+            k_tile = _tile(k, head, H, row, end, D, BLOCK_D)
+            p = _p(q_tile, k_tile, c, shift, rest, NEGATIVE, NUMBER, EXACT)
             if dropout is not None:
-                p = tl.where(_kept(dropout, head, Tk - Tq + queries, key), p * dropout[2], 0.0)
+                p = tl.where(kept_one(dropout, head, Tk - Tq + queries, key), p * dropout[2], 0.0)
             term = p[:, None] * _tile(v, head, H, row, end, D, BLOCK_D).to(NUMBER)
             acc += tl.where((key <= last)[:, None], term, 0.0)
         out_tile = acc.to(out[0].dtype.element_ty)
@@ -76,21 +81,19 @@ def store_out_of_visible(
 
 @triton.jit(noinline=True)
 def store_dq_of_visible(
-    dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dq, head, H, first, length, n_keys, end, Tk, Tq,
-    D, scale, c, dropout, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr,
+    dout, q, k, v, stats, dq, head, H, n_heads, first, length, n_keys, end, Tk, Tq, D, scale, c,
+    dropout, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr,
     NUMBER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Store dq = scale sum_j dS_j k_j of a block of queries, a few at a time."""
-    lse_ptr += head.to(tl.int64) * Tq
-    delta_ptr += head.to(tl.int64) * Tq
+    stats_ptrs = stats_of(stats, head, n_heads, Tq)
     in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
     for start in tl.range(first, tl.minimum(first + BLOCK_M, Tq), ROWS):
         queries = start + tl.arange(0, ROWS)
         inside = queries < Tq
         q_tile = _tile(q, head, H, queries, Tq, D, BLOCK_D)
         dout_tile = _tile(dout, head, H, queries, Tq, D, BLOCK_D)
-        shift, rest = split_lse(lse_ptr + queries, inside, c, NUMBER, EXACT)
-        delta = tl.load(delta_ptr + queries, mask=inside, other=0.0)
+        rest, delta, shift = load_stats(stats_ptrs, queries, EXACT)
         last = tl.minimum(length - Tq + queries, n_keys - 1)
         acc = tl.zeros([ROWS, BLOCK_D], NUMBER)
         for key in tl.range(0, end):
@@ -98,30 +101,27 @@ def store_dq_of_visible(
             k_tile = _tile(k, head, H, row, end, D, BLOCK_D)
             dp = _dots(dout_tile, _tile(v, head, H, row, end, D, BLOCK_D), NUMBER)
             if dropout is not None:
-                kept_at = _kept(dropout, head, Tk - Tq + queries, key)
+                kept_at = kept_one(dropout, head, Tk - Tq + queries, key)
                 dp = tl.where(kept_at, dp * dropout[2], 0.0)
-            s = _dots(q_tile, k_tile, NUMBER)
-            p = exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
+            p = _p(q_tile, k_tile, c, shift, rest, NEGATIVE, NUMBER, EXACT)
             term = (p * (dp - delta))[:, None] * k_tile.to(NUMBER)
             # dS is exactly 0 for a query that sees one key, as in the kernel.
             acc += tl.where(((key <= last) & (last > 0))[:, None], term, 0.0)
-        if total_ptr is not None:
-            total_ptrs = total_ptr + head.to(tl.int64) * Tq + queries
-            acc /= tl.load(total_ptrs, mask=inside, other=1.0)[:, None]
         dq_tile = (acc * scale).to(dq[0].dtype.element_ty)
         tl.store(rows_of(dq, head, H, queries, BLOCK_D), dq_tile, mask=inside[:, None] & in_d)
 
 
 @triton.jit(noinline=True)
 def store_dk_dv_of_visible(
-    dout, q, k, v, lse_ptr, delta_ptr, total_ptr, dk, dv, head, H, key, first, length, n_keys, Tk,
-    Tq, D, scale, c, dropout, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr,
+    dout, q, k, v, lse_ptr, stats, dk, dv, head, H, n_heads, key, first, length, n_keys, Tk, Tq, D,
+    scale, c, dropout, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr,
+    NUMBER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Store dk = scale sum_i dS_i q_i and dv = sum_i P_i dout_i of a block, a few keys at a time.
 
-    The pointers to lse, delta and total are those of the head.
+    lse_ptr is that of the head.
     """
+    stats_ptrs = stats_of(stats, head, n_heads, Tq)
     in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
     for start in tl.range(key, tl.minimum(key + BLOCK_N, n_keys), ROWS):
         keys = start + tl.arange(0, ROWS)
@@ -133,21 +133,20 @@ def store_dk_dv_of_visible(
             row = query + tl.arange(0, 1)
             q_tile = _tile(q, head, H, row, Tq, D, BLOCK_D)
             dout_tile = _tile(dout, head, H, row, Tq, D, BLOCK_D)
-            shift, rest = split_lse(lse_ptr + row, row < Tq, c, NUMBER, EXACT)
-            s = _dots(k_tile, q_tile, NUMBER)
-            p = exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
-            if total_ptr is not None:
-                p /= tl.load(total_ptr + row)
+            rest, delta, shift = load_stats(stats_ptrs, row, EXACT)
+            p = _p(k_tile, q_tile, c, shift, rest, NEGATIVE, NUMBER, EXACT)
+            last = tl.minimum(length - Tq + query, n_keys - 1)
+            if last == 0:
+                p = tl.zeros_like(p) + p_of_one_key(lse_ptr + row, row < Tq).to(NUMBER)
             dp = _dots(v_tile, dout_tile, NUMBER)
             kept = p
             if dropout is not None:
                 kept_at = keep(dropout, head, Tk - Tq + row, start, ROWS).to(tl.int32)
                 kept = tl.where(tl.sum(kept_at, 0) > 0, p, 0.0)
                 dp = tl.where(tl.sum(kept_at, 0) > 0, dp * dropout[2], 0.0)
-            last = tl.minimum(length - Tq + query, n_keys - 1)
             seen = (keys <= last)[:, None]
             dv_acc += tl.where(seen, kept[:, None] * dout_tile.to(NUMBER), 0.0)
-            ds = p * (dp - tl.load(delta_ptr + row))
+            ds = p * (dp - delta)
             # dS is exactly 0 for a query that sees one key, as in the kernel.
             dk_acc += tl.where(seen & (last > 0), ds[:, None] * q_tile.to(NUMBER), 0.0)
         mask = (keys < n_keys)[:, None] & in_d

@@ -2,8 +2,8 @@
 
 The choices on sm_90, for 16 bits and a head dim of 64: two programs fit a multiprocessor, so that
 one can multiply while the other computes exponentials. The forward and the dQ kernel take 128
-queries a program: with 64, reading keys and values from L2 would take as long as the products. The
-dK and dV kernel takes 64 keys, what wgmma needs for 4 warps: with 128, only one program would fit.
+queries a program, and the dK and dV kernel 128 keys: with 64, reading the other side from L2 would
+take as long as the products. One program of that kernel fits, as its two sums take registers too.
 bench/compile_audit.py shows what each tile costs. fp32, without tensor cores, has the tiles that
 need few registers; so have 16 bits on sm_75, whose tensor cores Triton does not use. The tiles that
 compute in fp64 take twice the memory of fp32's, which the smaller GPUs do not have.
@@ -71,8 +71,8 @@ _DQ_90 = _tiles(
     _DQ_FP64,
 )
 _DK_DV_90 = _tiles(
-    [(64, 64, 4, 3)] * 3 + [(32, 64, 4, 2), (16, 64, 8, 2)],
-    [(32, 64, 4, 3)] * 3 + [(16, 64, 4, 2), (16, 64, 8, 2)],
+    [(64, 128, 8, 3)] * 3 + [(32, 128, 8, 2), (16, 64, 8, 2)],
+    [(64, 128, 8, 2)] * 3 + [(32, 128, 8, 2), (16, 64, 8, 2)],
     _BWD_FP32,
     _DK_DV_FP64,
 )
