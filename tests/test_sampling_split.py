@@ -18,23 +18,23 @@ from gptfast import ops
 from gptfast.ops.backend import use_backend
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-# (bins, tokens in the list): most cuts are found in the list; many, or all but a few, are not.
-SIZES = [(256, 64), (64, 16), (16, 16)]
+# (bins, tokens in the list): most cuts are found in the list; most are not.
+SIZES = [(256, 64), (16, 16)]
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda size: "bins{}-list{}".format(*size))
 
 
 def in_slices(n_bins: int, list_size: int) -> Any:
-    """Return a context in which each row has several programs, for blocks of 32 tokens."""
+    """Return a context in which each row has several programs, for blocks of 64 tokens."""
     sampling = importlib.import_module("gptfast.kernels.triton.sampling")
     return mock.patch.multiple(
         sampling,
         MAX_SPLIT_B=10**6,
         MIN_SPLIT_V=0,
-        N_PROGRAMS=40,
+        N_PROGRAMS=24,
         N_BINS=n_bins,
         LIST_SIZE=list_size,
-        split_tile=lambda: (32, 1),
-        tile=lambda V: (128, 2, 1),
+        split_tile=lambda: (64, 1),
+        tile=lambda V: (256, 1, 1),
     )
 
 
@@ -48,7 +48,7 @@ def assert_same(logits: Tensor, size: tuple[int, int], **parameters: Any) -> Non
 
 @dtypes
 @sizes
-@pytest.mark.parametrize("V", [1, 31, 257, 611], ids=lambda V: f"V{V}")
+@pytest.mark.parametrize("V", [1, 257], ids=lambda V: f"V{V}")
 def test_same_tokens(triton: str, V: int, size: tuple[int, int], dtype: torch.dtype) -> None:
     # Row by row: greedy, no filter, each filter alone, and all together.
     logits = torch.randn(8, V).mul(2).to(dtype)
@@ -66,36 +66,32 @@ def test_same_tokens(triton: str, V: int, size: tuple[int, int], dtype: torch.dt
 
 
 @sizes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_cuts_are_exact(triton: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+def test_cuts_are_exact(triton: str, size: tuple[int, int]) -> None:
     # With nearly equal weights, one token more or less would move the draws. V is odd, so each row
     # has another misalignment.
-    B, V = 6, 333
+    B, V = 5, 333
     assert_same(
-        torch.randn(B, V).mul(0.01).to(dtype),
+        torch.randn(B, V).mul(0.01),
         size,
-        top_k=torch.tensor([300, 200, 100, V, 250, 332]),
-        top_p=torch.tensor([1.0, 1.0, 0.5, 0.9, 0.999, 0.01]),
+        top_k=torch.tensor([300, 200, V, 250, 332]),
+        top_p=torch.tensor([1.0, 0.5, 0.9, 0.999, 0.01]),
         position=torch.arange(B),
     )
 
 
-@sizes
-def test_equal_logits_are_kept_in_the_order_of_ids(triton: str, size: tuple[int, int]) -> None:
-    logits = torch.randint(4, (4, 300)).float()
-    logits[0] = 2.0
-    top_k, top_p = torch.tensor([77, 20, 150, 300]), torch.tensor([1.0, 0.7, 0.5, 0.3])
-    for temperature in (1e3, 0.7):
-        options = {"top_k": top_k, "top_p": top_p, "position": torch.arange(4)}
-        assert_same(logits, size, temperature=temperature, **options)
+def test_equal_logits_are_kept_in_the_order_of_ids(triton: str) -> None:
+    # In 16-bit logits, one bin has hundreds of equal ones: the list is too short for row 0.
+    logits = torch.randint(4, (2, 200)).half()
+    options = {"top_k": torch.tensor([77, 20]), "top_p": torch.tensor([0.9, 0.7])}
+    assert_same(logits, (64, 32), temperature=1e3, **options, position=torch.arange(2))
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6, 3e38])
-def test_extreme_temperatures_and_logits(triton: str, temperature: float) -> None:
-    logits = torch.randn(3, 200)
-    logits[1, ::7] = -3e38
-    logits[2] *= 1e-41
-    options = {"top_k": 150, "top_p": 0.8, "position": torch.arange(3)}
+def test_extreme_temperatures_and_logits(triton: str) -> None:
+    temperature = torch.tensor([1e-30, 1e-6, 1e6, 3e38, 1.0])
+    logits = torch.randn(5, 150)
+    logits[1::2, ::7] = -3e38
+    logits[4] *= 1e-41
+    options = {"top_k": 120, "top_p": 0.8, "position": torch.arange(5)}
     assert_same(logits, (64, 64), temperature=temperature, **options)
 
 
@@ -156,18 +152,16 @@ def exact(kind: str, B: int, V: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.skipif(GPU, reason="compute-sanitizer checks it there")
 @pytest.mark.parametrize("plan", ["one program", "slices"])
 @pytest.mark.parametrize("kind", ["whole", "odd start", "last columns", "any start"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_nothing_outside_the_memory_is_read(
-    triton: str, dtype: torch.dtype, kind: str, plan: str
-) -> None:
+def test_nothing_outside_the_memory_is_read(triton: str, kind: str, plan: str) -> None:
     from loads import recorded_loads
 
-    B, V = 5, 101
-    logits = exact(kind, B, V, dtype)
+    # The last row, at the end of the memory, is read in every way there is.
+    B, V, dtype = 6, 69, torch.float16
+    logits = exact(kind, 2, V, dtype)[-1:].expand(B, -1)
     options = {
-        "temperature": torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]).roll(V % 3),
-        "top_k": torch.tensor([20, 20, V, 70, 80]),
-        "top_p": torch.tensor([1.0, 1.0, 1.0, 0.9, 0.9]),
+        "temperature": torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0]),
+        "top_k": torch.tensor([10, 20, V, V, 50, 60]),
+        "top_p": torch.tensor([1.0, 1.0, 1.0, 0.9, 1.0, 0.9]),
         "position": torch.arange(B),
     }
     sampling = importlib.import_module("gptfast.kernels.triton.sampling")

@@ -75,7 +75,7 @@ def _bins_per_logit(top, lowest, temperature, N_BINS: tl.constexpr):
     All bins but the last lie between the row's extremes. The last is for what is -inf or has no
     weight.
     """
-    reach = tl.minimum(top - lowest, TEMPERATURES_TO_ZERO * temperature)
+    reach = tl.minimum(top - lowest, temperature * TEMPERATURES_TO_ZERO)
     return tl.where(reach > 0.0, tl.minimum((N_BINS - 1.5) / reach, 1e30), 0.0)
 
 
