@@ -33,7 +33,7 @@ def in_slices(n_bins: int, list_size: int) -> Any:
         N_PROGRAMS=24,
         N_BINS=n_bins,
         LIST_SIZE=list_size,
-        split_tile=lambda: (64, 1),
+        split_tile=lambda: (64, 1, 1),
         tile=lambda V: (256, 1, 1),
     )
 
@@ -141,7 +141,7 @@ def exact(kind: str, B: int, V: int, dtype: torch.dtype) -> Tensor:
         case "odd start":
             return torch.randn(B * V + 1).to(dtype)[1:].view(B, V)
         case "last columns":
-            return torch.randn(B, V + 3).to(dtype)[:, 3:]
+            return torch.randn(B, V + 2).to(dtype)[:, 2:]
         case _:
             # This memory's start is not aligned to 16 bytes.
             memory = bytearray(B * V * dtype.itemsize + 16)

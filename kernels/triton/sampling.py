@@ -37,10 +37,15 @@ TILES = {
 # Several programs a row: for at most MAX_SPLIT_B rows of at least MIN_SPLIT_V logits. All rows
 # together have about N_PROGRAMS programs.
 MAX_SPLIT_B = 32
-MIN_SPLIT_V = 16384
+MIN_SPLIT_V = 8192
 N_PROGRAMS = 264
-# arch: (BLOCK, num_warps) of these programs.
-SPLIT_TILES = {"sm_80": (2048, 8), "sm_90": (2048, 8), "sm_100": (2048, 8), "gfx942": (2048, 4)}
+# arch: (BLOCK, num_warps) of these programs, and the warps of the one that draws.
+SPLIT_TILES = {
+    "sm_80": (1024, 4, 8),
+    "sm_90": (1024, 4, 8),
+    "sm_100": (1024, 4, 8),
+    "gfx942": (1024, 4, 4),
+}
 # Bins of their histogram.
 N_BINS = 1024
 
@@ -75,8 +80,8 @@ def tile(V: int) -> tuple[int, int, int]:
     return short if V <= MAX_SHORT_V else long
 
 
-def split_tile() -> tuple[int, int]:
-    """Return (BLOCK, num_warps) of a program that has a slice of a row."""
+def split_tile() -> tuple[int, int, int]:
+    """Return (BLOCK, num_warps) of a program that has a slice, and the warps of one that draws."""
     return SPLIT_TILES[arch()]
 
 
@@ -157,8 +162,8 @@ def _sample_by_slices(
 ) -> None:
     """Fill ids by several programs a row."""
     B, V = len(ids), rows[-1]
-    BLOCK, num_warps = split_tile()
-    row_block, unroll, row_warps = tile(V)
+    BLOCK, num_warps, draw_warps = split_tile()
+    row_block, unroll, _ = tile(V)
     n_slices, length = slices(B, V, granule, BLOCK)
     words = words_per_row(N_BINS, LIST_SIZE)
     blocks = triton.cdiv(V + granule - 1, row_block)
@@ -179,5 +184,5 @@ def _sample_by_slices(
     sample_draw_kernel[(B,)](
         *rows, length, n_slices, *between, temperature, top_k, top_p, min_p, seed, position,
         ids, masses, blocks, **blocking,
-        LIST_SIZE=LIST_SIZE, ROW_BLOCK=row_block, UNROLL=unroll, num_warps=row_warps,
+        LIST_SIZE=LIST_SIZE, ROW_BLOCK=row_block, UNROLL=unroll, num_warps=draw_warps,
     )  # fmt: skip

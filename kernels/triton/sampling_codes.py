@@ -241,17 +241,20 @@ def rank_list(list_ptr, n, top, scale, LIST_SIZE: tl.constexpr, STEP: tl.constex
     code = tl.load(list_ptr + i, mask=i < n, other=CODE_OUTSIDE)
     weight = weight_of(logit_of(code), top, scale).to(tl.int64)
     weight = tl.where(i < n, weight, 0)
-    # Through memory, or each thread would compute the weight of every token.
+    # Through memory, or each thread would compute the weight of every token. What follows the list
+    # is written too, so that the loads in the loop need no mask.
+    tl.debug_barrier()
+    tl.store(list_ptr + i, code)
     tl.store(list_ptr + LIST_SIZE + i, weight)
     tl.debug_barrier()
     rank = tl.zeros([LIST_SIZE], tl.int32)
     mass_above = tl.zeros([LIST_SIZE], tl.int64)
     for start in range(0, n, STEP):
         j = start + tl.arange(0, STEP)
-        other_code = tl.load(list_ptr + j, mask=j < n, other=CODE_OUTSIDE)
-        other_weight = tl.load(list_ptr + LIST_SIZE + j, mask=j < n, other=0)
+        other_code = tl.load(list_ptr + j)
+        other_weight = tl.load(list_ptr + LIST_SIZE + j)
         # The sums run over the first dimension, that is within threads.
-        above = (other_code[:, None] > code[None, :]) & (j < n)[:, None]
+        above = other_code[:, None] > code[None, :]
         rank += tl.sum(above.to(tl.int32), 0)
         mass_above += tl.sum(tl.where(above, other_weight[:, None], 0), 0)
     return code, weight, rank, mass_above

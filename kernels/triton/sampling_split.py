@@ -46,8 +46,8 @@ from gptfast.kernels.triton.sampling_draw import (
     target,
 )
 
-# The length of the list and the six numbers of `_load_cuts`.
-N_CUTS = tl.constexpr(7)
+# The length of the list, the six numbers of `_load_cuts`, and what aligns the list to 128 bytes.
+N_CUTS = tl.constexpr(16)
 # Slices that a row has at most.
 MAX_SLICES = tl.constexpr(64)
 # More than the rounding of a product of a mass below 2^62 and a number below 1.
@@ -207,8 +207,8 @@ def _draw_from_slices(
     mass = tl.load(masses_ptr + s, mask=s < n_slices, other=0)
     for start in range(0, n, STEP):
         j = start + tl.arange(0, STEP)
-        code = tl.load(list_ptr + j, mask=j < n, other=CODE_OUTSIDE)
-        weight = tl.load(list_ptr + LIST_SIZE + j, mask=j < n, other=0)
+        code = tl.load(list_ptr + j)
+        weight = tl.load(list_ptr + LIST_SIZE + j)
         its_slice = (id_of(code).to(tl.int32) + row_skip) // slice_length
         mass += tl.sum(tl.where(its_slice[:, None] == s[None, :], weight[:, None], 0), 0)
     up_to = tl.cumsum(mass, 0)
