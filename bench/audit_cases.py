@@ -114,14 +114,15 @@ def adamw_cases() -> Iterator[Case]:
 def sampling_cases() -> Iterator[Case]:
     sampling = _launchers("sampling")
 
-    def sample(dtype: torch.dtype, V: int) -> None:
-        numbers = [empty(64, dtype=d) for d in (FP32, torch.int64, FP32, FP32)]
-        at = [empty(64, dtype=torch.int64) for _ in range(2)]
-        sampling.sample(empty(64, V, dtype=dtype), *numbers, *at)
+    def sample(dtype: torch.dtype, B: int, V: int) -> None:
+        numbers = [empty(B, dtype=d) for d in (FP32, torch.int64, FP32, FP32)]
+        at = [empty(B, dtype=torch.int64) for _ in range(2)]
+        sampling.sample(empty(B, V, dtype=dtype), *numbers, *at)
 
     for dtype in (BF16, FP16, FP32):
-        for V in (50257, 1009):
-            yield f"sampling {NAMES[dtype]} V={V}", lambda v=(dtype, V): sample(*v)
+        for B, V in ((64, 50257), (64, 1009), (1, 50257), (16, 50257)):
+            name = f"sampling {NAMES[dtype]} V={V}{'' if B == 64 else f' B={B}'}"
+            yield name, lambda v=(dtype, B, V): sample(*v)
 
 
 def embedding_cases() -> Iterator[Case]:
@@ -158,6 +159,9 @@ def decode_linear_cases() -> Iterator[Case]:
         for name, N in (("qkv", 1), ("fc", 1), ("proj", 1), ("head", 1), ("fc", 4), ("proj", 4)):
             case = f"decode_linear {NAMES[dtype]} {NAMES[weight_dtype]} {name} N={N}"
             yield case, lambda v=(dtype, weight_dtype, N, name): layer(*v)
+    for dtype in (BF16, FP16):
+        case = f"decode_linear {NAMES[dtype]} {NAMES[dtype]} head N=64"
+        yield case, lambda v=(dtype, dtype, 64, "head"): layer(*v)
     for dtype in (BF16, FP16, FP32):
         for N in (16, 512):
             for name in ("fc", "proj", "head"):

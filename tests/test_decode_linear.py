@@ -127,6 +127,26 @@ def test_an_fp32_result_is_not_rounded(backend: str, N: int, int8: bool) -> None
     assert (y != y.half()).float().mean(1).min() > 0.9
 
 
+@pytest.mark.parametrize("N", [9, 33, 64, 70], ids="N-{}".format)
+def test_a_row_of_the_wide_head_depends_on_no_other(triton: str, N: int) -> None:
+    case = inputs(70, 100, 150, torch.float16, False)
+    y = ours(case, fp32_out=True)
+    i = torch.randperm(70)[:N]
+    few = ours({**case, "x": case["x"][i], "residual": case["residual"][i]}, fp32_out=True)
+    assert torch.equal(few, y[i])
+
+
+@pytest.mark.skipif(GPU, reason="counts the interpreter's loads")
+@pytest.mark.parametrize("N", [9, 64], ids="N-{}".format)
+def test_the_wide_head_is_read_once(triton: str, N: int) -> None:
+    from loads import recorded_loads
+
+    case = inputs(N, 100, 150, torch.float16, False)
+    with recorded_loads(case["weight"]) as loads:
+        ours(case, fp32_out=True)
+    assert sum(map(len, loads)) == case["weight"].numel()
+
+
 @both
 @weights
 @pytest.mark.parametrize("value", [-1e30, -60.0, 0.0, 60.0, 1e30], ids=str)

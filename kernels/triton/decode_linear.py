@@ -8,7 +8,7 @@ each with its norm, which then needs no launch. So a row's result does not depen
 More rows go through tensor cores, after a launch for the norm. Tiles of an int8 weight are
 converted in registers, exactly; they are the first factor, which may come from registers. A weight
 of x's dtype goes to the library, except for an fp32 result, which the library would round to that
-dtype: these rows are computed MAX_ROWS at a time.
+dtype. One tile has up to 64 rows of x, so that such a weight, the head, is read once for them.
 """
 
 import torch
@@ -81,7 +81,9 @@ def decode_linear_tiles_kernel(
         weight = tl.load(weight_ptrs + start, mask=in_o[:, None] & in_c, other=0)
         x = tl.load(x_ptrs + start, mask=in_n[:, None] & in_c, other=0.0)
         acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
-    y = acc * tl.load(scale_ptr + o, mask=in_o, other=0.0)[:, None]
+    y = acc
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + o, mask=in_o, other=0.0)[:, None]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)[:, None]
     if GELU:
@@ -93,13 +95,14 @@ def decode_linear_tiles_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def tile(N: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+def tile(N: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[dict[str, int], dict]:
     """Return the constexprs that shape the second kernel, and the options of its launch."""
     # Few rows: narrow tiles, so that every multiprocessor has a program, and deep, for few steps.
     blocks, warps, stages = (16, 16, 256), 4, 3
     if dtype == torch.float32:
         blocks, warps, stages = (32, 32, 32), 4, 2
-    elif N > 16:
+    elif N > 16 or weight_dtype == dtype:
+        # The head alone has a weight of x's dtype; it is long enough for wide tiles.
         blocks, warps, stages = (64, 128, 64), 4, 3
     names = ("BLOCK_N", "BLOCK_O", "BLOCK_C")
     return dict(zip(names, blocks, strict=True)), {"num_warps": warps, "num_stages": stages}
@@ -138,23 +141,19 @@ def decode_linear(
     x, weight = x.contiguous(), weight.contiguous()
     norm = [None if t is None else t.contiguous() for t in (norm_weight, norm_bias)]
     scale, bias, residual = (None if t is None else t.contiguous() for t in (scale, bias, residual))
-    if N <= MAX_ROWS or (fp32_out and scale is None and x.dtype != dtype):
+    if N <= MAX_ROWS:
         BLOCK_C = triton.next_power_of_2(C)
         BLOCK_O = min(64, max(1, WEIGHT_ELEMENTS // BLOCK_C))
-        for start in range(0, N, MAX_ROWS):
-            rows = slice(start, min(start + MAX_ROWS, N))
-            decode_linear_rows_kernel[(triton.cdiv(n_out, BLOCK_O),)](
-                y[rows], x[rows], *norm, weight, scale, bias,
-                None if residual is None else residual[rows],
-                rows.stop - start, C, n_out, eps, GELU=gelu,
-                BLOCK_O=BLOCK_O, BLOCK_C=BLOCK_C, num_warps=max(4, BLOCK_C * BLOCK_O // 1024),
-            )  # fmt: skip
+        decode_linear_rows_kernel[(triton.cdiv(n_out, BLOCK_O),)](
+            y, x, *norm, weight, scale, bias, residual, N, C, n_out, eps, GELU=gelu,
+            BLOCK_O=BLOCK_O, BLOCK_C=BLOCK_C, num_warps=max(4, BLOCK_C * BLOCK_O // 1024),
+        )  # fmt: skip
         return y
     if norm_weight is not None:
         x = F.layer_norm(x, (C,), norm_weight, norm_bias, eps)
-    if scale is None:
+    if scale is None and x.dtype == dtype:
         return _by_library(x, weight, bias, residual, gelu)
-    blocks, options = tile(N, x.dtype)
+    blocks, options = tile(N, x.dtype, weight.dtype)
     grid = (triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(n_out, blocks["BLOCK_O"]))
     decode_linear_tiles_kernel[grid](
         y, x, weight, scale, bias, residual, N, C, n_out, GELU=gelu, **blocks, **options

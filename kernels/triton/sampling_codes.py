@@ -7,8 +7,10 @@ the codes is the order of the ranks: by logit, then by the lower id.
 A token's weight is round(exp((logit - top) / temperature) * 2^40), top being the row's largest
 logit. Weights are whole numbers, so their int64 sums are exact in any order.
 
-A row is the tuple (row_ptr, skip, V): its V logits start `skip` elements after row_ptr, which is
-aligned to 16 bytes. GRANULE is the number of logits in 16 bytes.
+A row is the tuple (row_ptr, skip, V, whole): its V logits start `skip` elements after row_ptr,
+which is aligned to 16 bytes. GRANULE is the number of logits in 16 bytes, which a load takes at
+once. Granules are whole up to the position `whole`; only a row at the very end of the tensor's
+memory has logits after it, its tail.
 """
 
 import triton
@@ -17,6 +19,8 @@ import triton.language as tl
 MAX_ID = tl.constexpr(2**31 - 1)
 # Below every token's code: the key is smaller than that of -inf.
 CODE_OUTSIDE = tl.constexpr(-(2**31) << 32)
+# Above every token's code.
+CODE_ABOVE_ALL = tl.constexpr(2**63 - 1)
 # Every token reaches it: the key is that of -inf.
 CODE_OF_MINUS_INF = tl.constexpr(-2139095041 << 32)
 
@@ -98,10 +102,49 @@ def weight_of(x, top, scale):
 
 
 @triton.jit
+def row_at(logits_ptr, first, limit, stride, V, b, GRANULE: tl.constexpr):
+    """Return row b, which starts at `first` + b * stride.
+
+    The tensor's memory, which starts at logits_ptr, has `limit` elements.
+    """
+    # int64: b * stride overflows int32 at 42,731 rows of GPT-2 logits.
+    begin = first + b.to(tl.int64) * stride
+    aligned = begin // GRANULE * GRANULE
+    skip = (begin - aligned).to(tl.int32)
+    last = tl.minimum((skip + V + GRANULE - 1).to(tl.int64), limit - aligned)
+    return logits_ptr + aligned, skip, V, (last // GRANULE * GRANULE).to(tl.int32)
+
+
+@triton.jit
 def end_of(row):
     """Return the position after the row's last logit, counted from row_ptr."""
-    _, skip, V = row
+    _, skip, V, _ = row
     return skip + V
+
+
+@triton.jit
+def load_granules(row, at, GRANULE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return BLOCK logits from position `at` as fp32, their ids, and which ones are in the row.
+
+    Logits outside the row, and those of its tail, are -inf.
+    """
+    row_ptr, skip, V, whole = row
+    # With an odd V, rows are not aligned. Loads of 16 bytes are still possible if a load starts at
+    # the aligned address below the row, and if the mask is the same for all elements of a granule.
+    offset = at + tl.arange(0, BLOCK)
+    granule = offset // GRANULE * GRANULE
+    x = tl.load(row_ptr + offset, mask=granule < whole, other=float("-inf")).to(tl.float32)
+    inside = (offset >= skip) & (offset < skip + V)
+    return tl.where(inside, x, float("-inf")), offset - skip, inside
+
+
+@triton.jit
+def load_tail(row, at, BLOCK: tl.constexpr):
+    """Return BLOCK logits from position `at` as fp32; those outside the row's tail are -inf."""
+    row_ptr, skip, V, whole = row
+    offset = at + tl.arange(0, BLOCK)
+    mask = (offset >= whole) & (offset < skip + V)
+    return tl.load(row_ptr + offset, mask=mask, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -110,15 +153,11 @@ def load_logits(row, at, GRANULE: tl.constexpr, BLOCK: tl.constexpr):
 
     Logits outside the row are -inf.
     """
-    row_ptr, skip, V = row
-    # With an odd V, rows are not aligned. Loads of 16 bytes are still possible if a load starts at
-    # the aligned address below the row, and if the mask is the same for all elements of a granule.
-    offset = at + tl.arange(0, BLOCK)
-    granule = offset // GRANULE * GRANULE
-    near = (granule + GRANULE > skip) & (granule < skip + V)
-    x = tl.load(row_ptr + offset, mask=near, other=float("-inf")).to(tl.float32)
-    inside = (offset >= skip) & (offset < skip + V)
-    return tl.where(inside, x, float("-inf")), offset - skip, inside
+    x, id, inside = load_granules(row, at, GRANULE, BLOCK)
+    _, skip, _, whole = row
+    if at + BLOCK > whole:
+        x = tl.where(id + skip < whole, x, load_tail(row, at, BLOCK))
+    return x, id, inside
 
 
 @triton.jit
@@ -202,17 +241,20 @@ def rank_list(list_ptr, n, top, scale, LIST_SIZE: tl.constexpr, STEP: tl.constex
     code = tl.load(list_ptr + i, mask=i < n, other=CODE_OUTSIDE)
     weight = weight_of(logit_of(code), top, scale).to(tl.int64)
     weight = tl.where(i < n, weight, 0)
-    # Through memory, or each thread would compute the weight of every token.
+    # Through memory, or each thread would compute the weight of every token. What follows the list
+    # is written too, so that the loads in the loop need no mask.
+    tl.debug_barrier()
+    tl.store(list_ptr + i, code)
     tl.store(list_ptr + LIST_SIZE + i, weight)
     tl.debug_barrier()
     rank = tl.zeros([LIST_SIZE], tl.int32)
     mass_above = tl.zeros([LIST_SIZE], tl.int64)
     for start in range(0, n, STEP):
         j = start + tl.arange(0, STEP)
-        other_code = tl.load(list_ptr + j, mask=j < n, other=CODE_OUTSIDE)
-        other_weight = tl.load(list_ptr + LIST_SIZE + j, mask=j < n, other=0)
+        other_code = tl.load(list_ptr + j)
+        other_weight = tl.load(list_ptr + LIST_SIZE + j)
         # The sums run over the first dimension, that is within threads.
-        above = (other_code[:, None] > code[None, :]) & (j < n)[:, None]
+        above = other_code[:, None] > code[None, :]
         rank += tl.sum(above.to(tl.int32), 0)
         mass_above += tl.sum(tl.where(above, other_weight[:, None], 0), 0)
     return code, weight, rank, mass_above
