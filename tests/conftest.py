@@ -9,6 +9,7 @@ OMP_NUM_THREADS is the number of threads, GPTFAST_TEST_SEED is the seed of what 
 GPTFAST_TEST_PRODUCTS selects who multiplies fp32 matrices ("gptfast" or "library").
 """
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from seeds import shifted  # noqa: E402
 
-GPU = torch.cuda.is_available()
-if not GPU:
+# Run the Triton kernels as PTX, compiled for a GPU, in the emulator of tests/ptx.
+PTX = os.environ.get("GPTFAST_TEST_PTX") == "1"
+GPU = torch.cuda.is_available() and not PTX
+if PTX:
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not GPU:
     # Set before anything imports Triton, which reads it on import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # This makes cuBLAS deterministic. It is read when the first cuBLAS handle is made.
@@ -30,6 +35,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from gptfast.ops.backend import EXTENSION, MISSING, TRITON_MISSING, use_backend  # noqa: E402
 
+if PTX:
+    importlib.import_module("ptx.launch").install()
 if os.environ.get("GPTFAST_SANITIZE") == "1":
     # `make sanitize` must test the sanitizer build, not the usual one.
     assert EXTENSION and "build/sanitize/lib" in EXTENSION.__file__, EXTENSION
@@ -127,7 +134,7 @@ def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:
             yield "triton"
         return
     callspec = getattr(request.node, "callspec", None)
-    if callspec and torch.bfloat16 in callspec.params.values():
+    if not PTX and callspec and torch.bfloat16 in callspec.params.values():
         pytest.skip("Triton's interpreter has no bf16")
     with use_backend("triton"):
         yield "triton"
