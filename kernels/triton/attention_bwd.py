@@ -24,6 +24,7 @@ from gptfast.kernels.triton.attention_nonfinite import (
     store_dq_of_visible,
 )
 from gptfast.kernels.triton.attention_tiles import BWD_DK_DV, BWD_DQ, number, tile
+from gptfast.kernels.triton.launch import launch
 
 
 @triton.jit
@@ -232,12 +233,14 @@ def fill_bwd(
     common = (Tq, Tk, H, B * H, group_of(k), D, *factors, dropout_of(dropout_p, seed), kv_len)
     kinds = {"NEGATIVE": scale < 0, "NUMBER": NUMBER, "EXACT": EXACT}
     blocks, options = tile(BWD_DQ, q.dtype, D, dropout_p > 0)
-    attention_bwd_dq_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
+    launch(
+        attention_bwd_dq_kernel, (triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,),
         dout_view, q_view, k_view, v_view, view_of(out), lse, dq, delta, total, *common,
         **blocks, **options, **kinds,
     )  # fmt: skip
     blocks, options = tile(BWD_DK_DV, q.dtype, D, dropout_p > 0)
-    attention_bwd_dk_dv_kernel[(triton.cdiv(Tk, blocks["BLOCK_N"]) * B * H,)](
+    launch(
+        attention_bwd_dk_dv_kernel, (triton.cdiv(Tk, blocks["BLOCK_N"]) * B * H,),
         dout_view, q_view, k_view, v_view, lse, delta, total, dk, dv, *common,
         **blocks, **options, **kinds,
     )  # fmt: skip

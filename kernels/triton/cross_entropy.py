@@ -24,6 +24,7 @@ from gptfast.kernels.triton.cross_entropy_rows import (
     linear_cross_entropy_rows_kernel,
     row_tile,
 )
+from gptfast.kernels.triton.launch import launch
 
 # Bytes of logits, later dlogits, in a chunk: 640 rows of GPT-2's in 16 bits.
 CHUNK_BYTES = 64 << 20
@@ -196,7 +197,9 @@ def _loss(
     if not N:
         return
     memory, shift = _aligned(logits)
-    cross_entropy_fwd_kernel[(N,)](
+    launch(
+        cross_entropy_fwd_kernel,
+        (N,),
         memory,
         target,
         loss,
@@ -230,7 +233,9 @@ def cross_entropy_bwd(
         return dlogits
     memory, shift = _aligned(logits)
     tile = row_tile("bwd", logits.dtype)
-    cross_entropy_bwd_kernel[(N,)](
+    launch(
+        cross_entropy_bwd_kernel,
+        (N,),
         dloss,
         memory,
         target.contiguous(),
@@ -311,7 +316,9 @@ def linear_cross_entropy_fwd_bwd(
     dweight = (torch.empty if N else torch.zeros)(weight.shape, dtype=dtype, device=weight.device)
     low = torch.empty_like(dweight, dtype=torch.int16) if split and chunked else None
     for rows, logits in _each_chunk(input, weight):
-        linear_cross_entropy_rows_kernel[(len(logits),)](
+        launch(
+            linear_cross_entropy_rows_kernel,
+            (len(logits),),
             logits,
             target[rows],
             dloss[rows],
@@ -342,7 +349,9 @@ def _add_dweight(
     (N, V), C = dlogits.shape, input.shape[1]
     tile = weight_tile("fp32" if low is None else "halves")
     grid = (triton.cdiv(V, tile["BLOCK_V"]) * triton.cdiv(C, tile["BLOCK_C"]),)
-    linear_cross_entropy_dweight_kernel[grid](
+    launch(
+        linear_cross_entropy_dweight_kernel,
+        grid,
         dlogits,
         input.contiguous(),
         dweight if low is None else dweight.view(torch.int16),
@@ -368,7 +377,9 @@ def scale_(
             n = x.numel() // groups
             # Few programs: most often the factor is 1 and there is nothing to do.
             grid = (groups, min(triton.cdiv(n, block), 2048))
-            scale_kernel[grid](
+            launch(
+                scale_kernel,
+                grid,
                 x,
                 factor,
                 target,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.kernels.reference.embedding import check_ids
+from gptfast.kernels.triton.launch import launch
 
 # The most positions that a program of the first launch sums, ROWS of them at a time.
 SEGMENT = 128
@@ -154,8 +155,18 @@ def embedding_fwd(weight: Tensor, idx: Tensor) -> Tensor:
     if x.numel():
         rows, block = tile(C)
         grid = (triton.cdiv(idx.numel(), rows), triton.cdiv(C, block))
-        embedding_fwd_kernel[grid](
-            x, weight, idx, idx.numel(), V, C, ROWS=rows, BLOCK_C=block, num_warps=4
+        launch(
+            embedding_fwd_kernel,
+            grid,
+            x,
+            weight,
+            idx,
+            idx.numel(),
+            V,
+            C,
+            ROWS=rows,
+            BLOCK_C=block,
+            num_warps=4,
         )
     return x
 
@@ -172,8 +183,16 @@ def embedding_bwd(dweight: Tensor, dx: Tensor, idx: Tensor) -> None:
     segments, columns = triton.cdiv(N, SEGMENT), triton.cdiv(C, block)
     partial = torch.empty((segments, 2, C), dtype=torch.float32, device=dx.device)
     options = {"SEGMENT": SEGMENT, "ROWS": rows, "BLOCK_C": block, "num_warps": 4}
-    embedding_bwd_kernel[(N, columns)](dweight, dx, ids, order, partial, N, V, C, **options)
+    launch(embedding_bwd_kernel, (N, columns), dweight, dx, ids, order, partial, N, V, C, **options)
     if segments > 1:
-        embedding_bwd_runs_kernel[(segments - 1, columns)](
-            dweight, ids, partial, N, V, C, **options
+        launch(
+            embedding_bwd_runs_kernel,
+            (segments - 1, columns),
+            dweight,
+            ids,
+            partial,
+            N,
+            V,
+            C,
+            **options,
         )
