@@ -25,6 +25,7 @@ from gptfast.kernels.triton.attention_nonfinite import (
 )
 from gptfast.kernels.triton.attention_tiles import BWD_DK_DV, BWD_DQ, number, tile
 from gptfast.kernels.triton.launch import launch
+from gptfast.kernels.triton.launch_series import scratch
 
 
 @triton.jit
@@ -227,8 +228,8 @@ def fill_bwd(
     lse = lse.contiguous()
     NUMBER, EXACT = number(q, Tk), q.dtype == torch.float32
     dtype = torch.float64 if NUMBER == tl.float64 else torch.float32
-    delta = torch.empty_like(lse, dtype=dtype)
-    total = torch.empty_like(delta) if EXACT else None
+    delta = scratch(lse, lse.shape, dtype)
+    total = scratch(lse, lse.shape, dtype) if EXACT else None
     factors = parts_of(scale), factor_of(scale)
     common = (Tq, Tk, H, B * H, group_of(k), D, *factors, dropout_of(dropout_p, seed), kv_len)
     kinds = {"NEGATIVE": scale < 0, "NUMBER": NUMBER, "EXACT": EXACT}

@@ -10,10 +10,13 @@ integer, unless the kernel does not specialise on it and it fits 32 bits; the co
 the driver and Triton's settings. A float is a run-time argument whatever its value. Addresses,
 other integers, floats, the grid, the device and the stream are read at each launch.
 
+`repeat` (launch_series.py) spares a launcher's own Python too.
+
 The interpreter, a replaced `JITFunction.run` and hooks see every launch: there are no plans then.
 """
 
 import threading
+from collections.abc import Sequence
 from functools import reduce
 from itertools import compress
 from operator import attrgetter, or_
@@ -61,6 +64,12 @@ class _Plan(NamedTuple):
     function: int
     metadata: Any
     constants: tuple
+
+    def launch(self, grid: tuple[int, ...], stream: int, args: Sequence[Any]) -> None:
+        x, y, z = (*grid, 1, 1)[:3]
+        self.run(
+            x, y, z, stream, self.function, self.metadata, None, None, None, *args, *self.constants
+        )
 
 
 class _Form:
@@ -118,23 +127,33 @@ class _Form:
             settings,
         )
 
-    def keep(self, key: tuple, compiled: Any, constants: dict[str, Any]) -> None:
-        """Add the plan of a kernel that was launched; the oldest plan goes if there are many."""
+    def keep(self, key: tuple, compiled: Any, constants: dict[str, Any]) -> _Plan | None:
+        """Return the plan of a kernel that was launched; the oldest one goes if there are many."""
         # Triton's rules for AMD look at the sizes of tensors too.
         if type(compiled) is not CompiledKernel or compiled.metadata.target.backend != "cuda":
-            return
+            return None
         values = tuple(constants[name] for name in self.names)
         plan = _Plan(compiled.run, compiled.function, compiled.packed_metadata, values)
         with _lock:
             self.plans[key] = plan
             if len(self.plans) > MAX_PLANS:
                 del self.plans[next(iter(self.plans))]
+        return plan
 
 
 _forms: dict[tuple, _Form] = {}
 
 
-def _watched(kernel: Any) -> bool:
+class _Record(threading.local):
+    """The launches of this thread, (kernel, plan, grid, args), while a series is recorded."""
+
+    launches: list[tuple[Any, _Plan | None, tuple[int, ...], tuple]] | None = None
+
+
+record = _Record()
+
+
+def watched(kernel: Any) -> bool:
     """Return whether somebody must see each launch, as Triton itself makes it."""
     runtime = knobs.runtime
     return bool(
@@ -154,9 +173,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     grid: one to three integers. args: the run-time arguments in order, tensors, numbers, None and
     tuples of them. constants: the kernel's constants and the options of the launch.
     """
-    if _watched(kernel):
+    plan = None
+    if watched(kernel):
         kernel[grid](*args, **constants)
-        return
+    else:
+        plan = _launch(kernel, grid, args, constants)
+    if record.launches is not None:
+        record.launches.append((kernel, plan, grid, args))
+
+
+def _launch(kernel: Any, grid: tuple, args: tuple, constants: dict[str, Any]) -> _Plan | None:
+    """Launch the kernel, and return its plan if it can have one."""
     leaves: list[Any] = []
     for arg in args:
         if type(arg) is tuple:
@@ -171,16 +198,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         form = _forms.setdefault(form_key, _Form(kernel, args, constants))
     if not form.plannable:
         kernel[grid](*args, **constants)
-        return
+        return None
     active = driver.active
     device = active.get_current_device()
     key = form.key(leaves, device, constants)
     plan = form.plans.get(key)
     if plan is None:
-        form.keep(key, kernel[grid](*args, **constants), constants)
-        return
-    x, y, z = (*grid, 1, 1)[:3]
-    stream = active.get_current_stream(device)
-    plan.run(
-        x, y, z, stream, plan.function, plan.metadata, None, None, None, *args, *plan.constants
-    )
+        return form.keep(key, kernel[grid](*args, **constants), constants)
+    plan.launch(grid, active.get_current_stream(device), args)
+    return plan
