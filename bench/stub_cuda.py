@@ -53,7 +53,7 @@ class Launch:
 
 
 def declared(ptx: str) -> list[tuple[str, int]]:
-    """Return (kind, bytes) of each parameter that the PTX of a kernel declares; kind is u, s, b, f."""
+    """Return (kind, bytes) of each parameter that the PTX declares; kind is u, s, b or f."""
     head = ptx[ptx.index(".entry") :]
     return [(kind, int(bits) // 8) for kind, bits in PARAM.findall(head[: head.index("{")])]
 
