@@ -1,6 +1,7 @@
 """AdamW that clips gradients to a global norm inside its step."""
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ _REFUSED = {"amsgrad": False, "maximize": False, "differentiable": False}
 _HALVES = frozenset({torch.float16, torch.bfloat16})
 # The dtype of the moments of a parameter, from its own.
 _WIDEST = dict.fromkeys((torch.float32, *_HALVES), torch.float32) | {torch.float64: torch.float64}
+
+
+_dtype = attrgetter("dtype")
+_device = attrgetter("device")
 
 
 def _fits(state: torch.dtype, param: torch.dtype) -> bool:
@@ -173,9 +178,31 @@ class AdamW(torch.optim.Optimizer):
     def _wants_master(self, dtype: torch.dtype) -> bool:
         return dtype in _HALVES and self.bf16_update == "master"
 
-    def _gradient(self, param: Tensor, grad: Tensor) -> Tensor:
-        """Return the gradient of a parameter after checking it and fitting the state."""
-        # Runs for each parameter of each step, so it looks at one tensor of the state only.
+    def _fits_as_it_is(self, params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Return whether every gradient is right and every state fits its parameter.
+
+        It looks at all of them at once, as this runs in each step, and at one moment of each state.
+        """
+        states = [self.state[param] for param in params]
+        try:
+            moments = [state["exp_avg"] for state in states]
+        except KeyError:
+            return False
+        shapes = list(map(Tensor.size, params))
+        kinds = zip(map(_dtype, params), map(_dtype, moments), strict=True)
+        with_master = ["master" in state for state in states]
+        return (
+            {grad.layout for grad in grads} == {torch.strided}
+            and shapes == list(map(Tensor.size, grads))
+            and shapes == list(map(Tensor.size, moments))
+            and all(
+                _fits(moment, dtype) and master == self._wants_master(dtype)
+                for (dtype, moment), master in set(zip(kinds, with_master, strict=True))
+            )
+        )
+
+    def _prepare(self, param: Tensor, grad: Tensor) -> None:
+        """Check the gradient of a parameter and fit the state to the parameter."""
         shape, dtype, state = param.shape, param.dtype, self.state[param]
         if grad.layout != torch.strided:
             raise ValueError("gptfast.AdamW takes dense gradients, got a sparse one")
@@ -192,7 +219,6 @@ class AdamW(torch.optim.Optimizer):
             or ("master" in state) != self._wants_master(dtype)
         ):
             self._fit_state(param)
-        return grad
 
     @torch.no_grad()
     def step(
@@ -221,9 +247,14 @@ class AdamW(torch.optim.Optimizer):
         if self.max_norm is not None:
             dtensor.check_whole(params)
         # Nothing is updated before all checks have passed.
-        for dtype in {p.dtype for p in params}:
+        for dtype in set(map(_dtype, params)):
             self._check_dtype(dtype)
-        grads = [None if (g := p.grad) is None else self._gradient(p, g) for p in params]
+        grads = [p.grad for p in params]
+        used = [p for p, g in zip(params, grads, strict=True) if g is not None]
+        present = [g for g in grads if g is not None]
+        if present and not self._fits_as_it_is(used, present):
+            for param, grad in zip(used, present, strict=True):
+                self._prepare(param, grad)
         split = dtensor.any_in(params)
         if split:
             grads = [dtensor.local_gradient(p, g) for p, g in zip(params, grads, strict=True)]

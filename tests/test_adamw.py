@@ -4,6 +4,7 @@ import copy
 import importlib
 import math
 import pickle
+import threading
 from types import ModuleType
 
 import pytest
@@ -568,14 +569,27 @@ def test_grad_norm_depends_on_shapes_alone(triton: str) -> None:
         assert torch.equal(grad_norm(again), norm)
 
 
-def test_addresses_do_not_matter(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def uploads(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Start without plans, and collect the table of each copy to the device."""
+    copied: list[Tensor] = []
+    real = tables.upload
+
+    def upload(words: Tensor, table: Tensor) -> None:
+        copied.append(words.clone())
+        real(words, table)
+
+    monkeypatch.setattr(tables, "upload", upload)
+    monkeypatch.setattr(tables, "_plans", tables._Plans())
+    return copied
+
+
+def test_addresses_do_not_matter(tables: ModuleType, uploads: list[Tensor]) -> None:
     # Each tensor of one parameter is misaligned in turn; every step's gradients have new addresses.
-    monkeypatch.setattr(tables, "_tables", tables._Recent())
-    monkeypatch.setattr(tables._Recent, "SIZE", 2)
     values = [[torch.randn(37) for _ in range(2)] for _ in range(3)] + [
         [torch.rand(37) for _ in range(2)]
     ]
-    results = []
+    results, kept = [], []
     for at in (None, 0, 1, 2, 3):
         lists = [[x.clone() for x in column] for column in values]
         if at is not None:
@@ -583,17 +597,65 @@ def test_addresses_do_not_matter(tables: ModuleType, monkeypatch: pytest.MonkeyP
         steps, lr = [torch.tensor(4.0), torch.tensor(9.0)], torch.tensor(1e-3)
         for _ in range(2):
             adamw(*lists, [], steps, lr, None, 1.0, 0.9, 0.95, 1e-8, 0.1, [0, 1], False, 0)
+            kept.append(lists[1])
             lists[1] = [g if at == 1 else g.clone() for g in lists[1]]
         assert [step.item() for step in steps] == [6, 11]
         results.append(lists)
-        assert len(tables._tables) <= 2
     for other in results[1:]:
         assert_same(other, results[0])
     # With the same addresses, the table of the previous step is used again.
-    before = list(tables._tables.values())
-    adamw(*lists, [], steps, lr, None, 1.0, 0.9, 0.95, 1e-8, 0.1, [0, 1], False, 0)
-    adamw(*lists, [], steps, lr, None, 1.0, 0.9, 0.95, 1e-8, 0.1, [0, 1], False, 0)
-    assert len(tables._tables) == len(before) == 2
+    before = len(uploads)
+    for _ in range(2):
+        adamw(*lists, [], steps, lr, None, 1.0, 0.9, 0.95, 1e-8, 0.1, [0, 1], False, 0)
+    assert len(uploads) == before + 1
+
+
+def test_only_addresses_that_moved_are_rewritten(
+    tables: ModuleType, uploads: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[object] = []
+    real = tables.Plan.__init__
+    monkeypatch.setattr(
+        tables.Plan, "__init__", lambda self, *args: built.append(self) or real(self, *args)
+    )
+    # Two kinds of rows, so that the table has another order than the lists.
+    p = [torch.randn(37), torch.randn(9).half(), torch.randn(5, 7)]
+    g, m, v = ([torch.randn(x.shape) for x in p] for _ in range(3))
+    v = [x.abs() for x in v]
+    steps, lr = [torch.tensor(1.0) for _ in p], torch.tensor(1e-3)
+    column, kept = tables.StepRow._fields.index("grad"), [g]
+    for i in range(4):
+        adamw(p, g, m, v, [], steps, lr, None, 1.0, 0.9, 0.95, 1e-8, 0.1, [0, 1, 2], False, 0)
+        assert uploads[-1][column].tolist() == [g[j].data_ptr() for j in (0, 2, 1)]
+        assert len(uploads) == i + 1
+        g = [x.clone() for x in g]
+        kept.append(g)
+        if i == 1:
+            # A state that moves is followed as well.
+            m[1] = m[1].clone()
+    assert len(built) == 1
+    same = [row for row in range(9) if row not in (column, 4)]
+    assert all(torch.equal(words[same], uploads[0][same]) for words in uploads)
+    # What a launch is compiled for, or the shape, may not change behind a plan.
+    turned = [*g[:2], g[2].t().contiguous().t()]
+    for grads in (turned, [*g[:2], askew(g[2])], [g[0].half(), *g[1:]]):
+        adamw(p, grads, m, v, [], steps, lr, None, 1.0, 0.9, 0.95, 1e-8, 0.1, [0, 1, 2], False, 0)
+    assert len(built) == 4
+    with pytest.raises(ValueError, match="shape"):
+        wrong = [*g[:2], g[2].reshape(7, 5)]
+        adamw(p, wrong, m, v, [], steps, lr, None, 1.0, 0.9, 0.95, 1e-8, 0.1, [0, 1, 2], False, 0)
+
+
+def test_plans_are_few_and_of_one_thread(tables: ModuleType, uploads: list[Tensor]) -> None:
+    for n in range(1, 2 * tables._Recent.SIZE):
+        grads = [torch.randn(n)]
+        grad_norm(grads)
+        assert len(tables._plans.recent) == min(n, tables._Recent.SIZE)
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(len(tables._plans.recent)))
+    thread.start()
+    thread.join()
+    assert seen == [0]
 
 
 def test_lr_from_host_or_device(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -709,19 +771,19 @@ def test_far_elements(kernel: ModuleType) -> None:
     torch.testing.assert_close(partials[2], g.double().square().sum(), rtol=1e-6, atol=0)
 
 
-def test_a_capture_keeps_its_tables(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_keeps_its_tables(
+    tables: ModuleType, uploads: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     params, steps = small(), [small()]
     monkeypatch.setattr(tables, "_staging", tables._Staging())
-    monkeypatch.setattr(tables, "_captured", [])
-    monkeypatch.setattr(tables, "_tables", tables._Recent())
     expected = run_operator(params, steps, 2.0)
-    before = dict(tables._tables)
+    before = len(uploads)
     monkeypatch.setattr(tables, "_capturing", lambda device: True)
     for _ in range(2):
         assert_same(run_operator(params, steps, 2.0), expected)
-    # A capture's table is not in the cache, which forgets, nor in memory that is written again.
-    assert dict(tables._tables) == before
-    assert len({source.data_ptr() for source in tables._captured}) == 2
+    # A capture's table is in memory that nobody writes again.
+    assert len(uploads) == before
+    assert len({source.data_ptr() for source in tables._staging.taken}) == 2
     monkeypatch.setattr(tables, "_staging", tables._Staging())
     with pytest.raises(RuntimeError, match="once before capturing"):
         run_operator(params, steps, 2.0)

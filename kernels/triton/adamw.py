@@ -13,6 +13,7 @@ CUDA graph can hold a step.
 """
 
 import ctypes
+import functools
 import math
 import sys
 
@@ -50,7 +51,8 @@ from gptfast.kernels.triton.adamw_access import (
     row_of,
     store,
 )
-from gptfast.kernels.triton.adamw_tables import norm_plan, step_plan, table_on
+from gptfast.kernels.triton.adamw_tables import look_at, norm_plan, step_plan
+from gptfast.kernels.triton.launch import launch
 from gptfast.kernels.triton.philox import in_order, philox
 
 # arch: (elements a program, num_warps). With eight elements a thread, eight 128-bit loads are in
@@ -267,18 +269,21 @@ def adamw_kernel(
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """Return the 2-norm over all gradients together, 0-d fp32."""
-    if torch.float64 in [g.dtype for g in grads]:
+    seen = look_at(grads)
+    if torch.float64 in seen.dtypes:
         return reference.grad_norm(grads)
     device = grads[0].device
-    plan = norm_plan(grads, CHUNK)
-    table_ptr = table_on(plan.values, device)
+    plan = norm_plan(grads, seen, CHUNK)
+    table_ptr = plan.table_on(device)
     n_partials = sum(programs for *_, programs in plan.launches)
     partials = torch.empty(n_partials, dtype=torch.float64, device=device)
     norm = torch.empty((), dtype=torch.float32, device=device)
     warps = NORM_CONFIGS[target.arch()]
     for (dtype, _), begin, n_rows, programs in plan.launches:
         if programs:
-            grad_norm_kernel[(programs,)](
+            launch(
+                grad_norm_kernel,
+                (programs,),
                 table_ptr,
                 partials,
                 plan.n_rows,
@@ -290,10 +295,11 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
                 SEARCH=SEARCH,
                 num_warps=warps,
             )
-    grad_norm_sum_kernel[(1,)](partials, norm, n_partials, LANES=LANES, num_warps=2 * warps)
+    launch(grad_norm_sum_kernel, (1,), partials, norm, n_partials, LANES=LANES, num_warps=2 * warps)
     return norm
 
 
+@functools.lru_cache(maxsize=256)
 def _two_floats(x: float) -> tuple[float, float]:
     """Return x rounded to fp32, and the rest of x rounded to fp32."""
     high = ctypes.c_float(x).value
@@ -324,19 +330,22 @@ def adamw(
     seed: int,
 ) -> None:
     """Take one step in place. masters: empty, or one fp32 tensor per parameter."""
-    columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
-    if torch.float64 in [t.dtype for column in columns for t in column]:
+    columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else []), steps]
+    seen = look_at([t for column in columns for t in column])
+    if torch.float64 in seen.dtypes[: -len(steps)]:
         return reference.adamw(
             params, grads, exp_avgs, exp_avg_sqs, masters, steps, lr, grad_norm, max_norm, beta1,
             beta2, eps, weight_decay, param_ids, stochastic, seed,
         )  # fmt: skip
     device = params[0].device
     block, warps = STEP_CONFIGS[target.arch()]
-    plan = step_plan(columns, steps, param_ids, stochastic, block)
-    table_ptr = table_on(plan.values, device)
+    plan = step_plan(columns, seen, param_ids, stochastic, block)
+    table_ptr = plan.table_on(device)
     scalars = torch.empty(N_SCALARS, plan.n_rows, dtype=torch.float32, device=device)
     resident = _read_on_device(lr, device)
-    adamw_steps_kernel[(triton.cdiv(plan.n_rows, SEARCH),)](
+    launch(
+        adamw_steps_kernel,
+        (triton.cdiv(plan.n_rows, SEARCH),),
         table_ptr,
         scalars,
         lr if resident else None,
@@ -357,7 +366,9 @@ def adamw(
     numbers = (weight - 1 if from_grad else weight, beta2, 1 - beta2, eps)
     for (*dtypes, aligned), begin, n_rows, programs in plan.launches:
         if programs:
-            adamw_kernel[(programs,)](
+            launch(
+                adamw_kernel,
+                (programs,),
                 table_ptr,
                 scalars,
                 plan.n_rows,
@@ -376,7 +387,9 @@ def adamw(
                 # So each operation rounds as in the reference; the kernel waits for memory anyway.
                 enable_fp_fusion=False,
             )
-    for tensors, used in zip(zip(*columns, strict=True), plan.used or [], strict=False):
+    if plan.used is None:
+        return
+    for tensors, used in zip(zip(*columns[:-1], strict=True), plan.used, strict=True):
         for tensor, copy in zip(tensors, used, strict=True):
             # The gradient was only read.
             if copy is not tensor and tensor is not tensors[1]:

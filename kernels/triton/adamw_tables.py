@@ -1,8 +1,13 @@
 """The tables in which AdamW's kernels look up their tensors.
 
-They are built on the host and kept on the device, column by column, as int64.
+They are built on the host and kept on the device, column by column, as int64. Building one takes
+Python a millisecond or more, so a plan is kept for each list of tensors. A step looks at the
+tensors' addresses, strides, sizes and dtypes. Where only addresses changed, as those of gradients
+do, it rewrites their columns; where nothing did, the table on the device serves as it is.
 """
 
+import threading
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +49,8 @@ class _Staging:
 
     def __init__(self) -> None:
         self.free: Tensor | None = None
+        self.taken: list[Tensor] = []
+        self.lock = threading.Lock()
 
     def reserve(self, device: torch.device, n: int) -> None:
         """Make sure that a few tables of n words fit."""
@@ -53,20 +60,21 @@ class _Staging:
                 max(self.MIN_WORDS, 32 * n), dtype=torch.int64, device="cpu", pin_memory=pin
             )
 
-    def take(self, values: tuple[int, ...]) -> Tensor:
-        """Return a table of these values in the memory, for good."""
-        n = len(values)
-        if self.free is None or self.free.numel() < n:
-            raise RuntimeError(
-                f"no page-locked memory for a table of {n} words; "
-                "run the step once before capturing it in a CUDA graph"
-            )
-        source, self.free = self.free[:n], self.free[n:]
-        _captured.append(source.copy_(torch.tensor(values, dtype=torch.int64, device="cpu")))
+    def take(self, words: Tensor) -> Tensor:
+        """Return a copy of a table in the memory, for good."""
+        n = words.numel()
+        with self.lock:
+            if self.free is None or self.free.numel() < n:
+                raise RuntimeError(
+                    f"no page-locked memory for a table of {n} words; "
+                    "run the step once before capturing it in a CUDA graph"
+                )
+            source, self.free = self.free[:n].view(words.shape), self.free[n:]
+            self.taken.append(source.copy_(words))
         return source
 
 
-class _Recent(dict[tuple, Any]):
+class _Recent(dict[Any, Any]):
     """A cache of the SIZE values that were added last.
 
     The oldest value is dropped, not the least used: so a look-up hashes its key only once.
@@ -74,7 +82,7 @@ class _Recent(dict[tuple, Any]):
 
     SIZE = 32
 
-    def keep(self, key: tuple, value: Any) -> Any:
+    def keep(self, key: Any, value: Any) -> Any:
         """Add the value, drop the oldest one if there are too many, and return the value."""
         self[key] = value
         if len(self) > self.SIZE:
@@ -82,32 +90,23 @@ class _Recent(dict[tuple, Any]):
         return value
 
 
+class _Plans(threading.local):
+    """The plans of a thread. A plan changes when tensors move, so threads do not share any."""
+
+    def __init__(self) -> None:
+        self.recent = _Recent()
+
+
 _staging = _Staging()
-_captured: list[Tensor] = []
-_tables = _Recent()
-_plans = _Recent()
+_plans = _Plans()
 
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def table_on(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return a tensor of these values on device, from the cache if it is there."""
-    if _capturing(device):
-        return _staging.take(values).to(device, non_blocking=True)
-    _staging.reserve(device, len(values))
-    pin = device.type == "cuda"
-    # One table per stream: another stream would not wait for the copy.
-    key = (values, device, torch.cuda.current_stream(device).cuda_stream if pin else 0)
-    table = _tables.get(key)
-    if table is not None:
-        return table
-    source = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=pin)
-    return _tables.keep(key, source.to(device, non_blocking=True))
-
-
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_dtype = attrgetter("dtype")
 
 
 def _kind_of(tensors: list[Tensor]) -> tuple:
@@ -134,46 +133,109 @@ class Launch(NamedTuple):
     n_programs: int
 
 
-class Plan(NamedTuple):
+class Seen(NamedTuple):
+    """What a plan depends on, as it is now: the addresses, and all else."""
+
+    addresses: list[int]
+    strides: list[tuple[int, ...]]
+    numels: list[int]
+    dtypes: list[torch.dtype]
+
+
+def look_at(tensors: list[Tensor]) -> Seen:
+    """Return what a plan for these tensors depends on; most steps need no more work than this."""
+    return Seen(
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.stride, tensors)),
+        list(map(Tensor.numel, tensors)),
+        list(map(_dtype, tensors)),
+    )
+
+
+class Plan:
     """A table and the launches that work on it.
 
     used: the tensors to work on, if some of those given had to be copied; else None.
     """
 
-    values: tuple[int, ...]
-    n_rows: int
-    launches: list[Launch]
-    used: list[list[Tensor]] | None
+    def __init__(
+        self,
+        rows: list[tuple[tuple, NormRow | StepRow]],
+        elements_per_program: int,
+        used: list[list[Tensor]] | None,
+    ) -> None:
+        """Sort rows of (kind, row) by kind and set each row's first program."""
+        table: list[NormRow | StepRow] = []
+        self.used = used
+        self.launches: list[Launch] = []
+        self.order: list[int] = []
+        """The places, in the lists of tensors, of the table's rows."""
+        for kind in dict.fromkeys(kind for kind, _ in rows):
+            first_row, n_programs = len(table), 0
+            for i, (other, row) in enumerate(rows):
+                if other == kind:
+                    self.order.append(i)
+                    table.append(row._replace(first_program=n_programs))
+                    n_programs += -(-row.numel // elements_per_program)
+            self.launches.append(Launch(kind, first_row, len(table) - first_row, n_programs))
+        self.n_rows = len(table)
+        self.words = torch.tensor(list(zip(*table, strict=True)), dtype=torch.int64, device="cpu")
+        self.addresses: list[int] = []
+        self.layout: tuple = ()
+        self.columns: list[int] = []
+        self.version = 0
+        """How often the addresses in `words` changed."""
+        self._tables = _Recent()
+        """The version and the table on the device, by stream."""
+
+    def remember(self, seen: Seen, layout: tuple, columns: list[int]) -> None:
+        """Keep what the plan was made from; `columns` of the table hold its addresses in turn."""
+        self.addresses, self.layout, self.columns = seen.addresses, layout, columns
+
+    def follow(self, seen: Seen, layout: tuple, tensors: list[Tensor]) -> bool:
+        """Rewrite the addresses that changed; return False if the plan does not fit any more."""
+        if layout != self.layout:
+            return False
+        addresses, n = seen.addresses, self.n_rows
+        if addresses == self.addresses:
+            return True
+        moved = []
+        for i, column in enumerate(self.columns):
+            part = slice(i * n, i * n + n)
+            old, new = self.addresses[part], addresses[part]
+            if old != new:
+                if [a % 16 for a in old] != [a % 16 for a in new]:
+                    return False
+                _check_device(tensors[part], tensors[0].device)
+                moved.append((column, [new[row] for row in self.order]))
+        for column, values in moved:
+            self.words[column] = torch.tensor(values, dtype=torch.int64, device="cpu")
+        self.addresses = addresses
+        self.version += 1
+        return True
+
+    def table_on(self, device: torch.device) -> Tensor:
+        """Return the table on the device, copied there if addresses have changed."""
+        if _capturing(device):
+            return _staging.take(self.words).to(device, non_blocking=True)
+        _staging.reserve(device, self.words.numel())
+        # One table per stream: another stream would not wait for the copy.
+        cuda = device.type == "cuda"
+        stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
+        version, table = self._tables.get(stream, (-1, None))
+        if version != self.version:
+            if table is None:
+                table = torch.empty_like(self.words, device=device)
+            upload(self.words, table)
+            self._tables.keep(stream, (self.version, table))
+        return table
 
 
-def _plan(
-    rows: list[tuple[tuple, NormRow | StepRow]],
-    elements_per_program: int,
-    used: list[list[Tensor]] | None,
-) -> Plan:
-    """Sort rows of (kind, row) by kind and set each row's first program."""
-    table: list[NormRow | StepRow] = []
-    launches = []
-    for kind in dict.fromkeys(kind for kind, _ in rows):
-        first_row, n_programs = len(table), 0
-        for other, row in rows:
-            if other == kind:
-                table.append(row._replace(first_program=n_programs))
-                n_programs += -(-row.numel // elements_per_program)
-        launches.append(Launch(kind, first_row, len(table) - first_row, n_programs))
-    values = tuple(word for column in zip(*table, strict=True) for word in column)
-    return Plan(values, len(table), launches, used)
-
-
-def _signature(tensors: list[Tensor]) -> tuple:
-    """Return all that a plan depends on; most steps need no more work on the host than this."""
-    addresses, strides = map(Tensor.data_ptr, tensors), map(Tensor.stride, tensors)
-    return (
-        tuple(addresses),
-        tuple(strides),
-        tuple(map(Tensor.size, tensors)),
-        tuple([t.dtype for t in tensors]),
-    )
+def upload(words: Tensor, table: Tensor) -> None:
+    """Copy a table to the device, without waiting."""
+    # PyTorch keeps page-locked memory until such a copy has read it.
+    source = words.pin_memory() if table.device.type == "cuda" else words
+    table.copy_(source, non_blocking=True)
 
 
 def _check_device(tensors: list[Tensor], device: torch.device) -> None:
@@ -182,11 +244,12 @@ def _check_device(tensors: list[Tensor], device: torch.device) -> None:
             raise ValueError(f"every tensor must be on {device}, got one on {t.device}")
 
 
-def norm_plan(grads: list[Tensor], chunk: int) -> Plan:
+def norm_plan(grads: list[Tensor], seen: Seen, chunk: int) -> Plan:
     """Return the plan of grad_norm_kernel, whose programs each take `chunk` elements."""
-    key = (_signature(grads), chunk)
-    plan = _plans.get(key)
-    if plan is not None:
+    key = (chunk, tuple(seen.numels))
+    layout = (seen.strides, seen.numels, seen.dtypes)
+    plan = _plans.recent.get(key)
+    if plan is not None and plan.follow(seen, layout, grads):
         return plan
     _check_device(grads, grads[0].device)
     # The order of the elements does not matter, if each is there once.
@@ -200,27 +263,38 @@ def norm_plan(grads: list[Tensor], chunk: int) -> Plan:
     for g in used:
         rows.append((_kind_of([g]), NormRow(0, g.numel(), g.data_ptr(), n_partials)))
         n_partials += -(-g.numel() // chunk)
-    plan = _plan(rows, chunk, [used] if copied else None)
-    return plan if copied else _plans.keep(key, plan)
+    plan = Plan(rows, chunk, [used] if copied else None)
+    if copied:
+        return plan
+    plan.remember(seen, layout, [NormRow._fields.index("grad")])
+    return _plans.recent.keep(key, plan)
+
+
+# The columns of addresses, in the order of the lists of tensors.
+_MOVING = [StepRow._fields.index(name) for name in ("param", "grad", "exp_avg", "exp_avg_sq")]
+_MASTER, _STEP = (StepRow._fields.index(name) for name in ("master", "step"))
 
 
 def step_plan(
     columns: list[list[Tensor]],
-    steps: list[Tensor],
+    seen: Seen,
     param_ids: list[int],
     stochastic: bool,
     block: int,
 ) -> Plan:
     """Return the plan of adamw_kernel, whose programs each take `block` elements.
 
-    columns: params, grads, exp_avgs, exp_avg_sqs and, if there are any, masters.
+    columns: params, grads, exp_avgs, exp_avg_sqs, masters if there are any, and steps; seen: what
+    these tensors are, one column after the other.
     """
-    every = [t for column in (*columns, steps) for t in column]
-    key = (_signature(every), len(columns), tuple(param_ids), stochastic, block)
-    plan = _plans.get(key)
-    if plan is not None:
+    key = (block, stochastic, len(columns), tuple(seen.addresses[: len(param_ids)]))
+    layout = (seen.strides, seen.numels, seen.dtypes, param_ids)
+    every = [t for column in columns for t in column]
+    plan = _plans.recent.get(key)
+    if plan is not None and plan.follow(seen, layout, every):
         return plan
     _check_device(every, every[0].device)
+    *columns, steps = columns
     params, masters = columns[0], columns[4:]
     if any(t.dtype != torch.float32 for t in (*steps, *(masters[0] if masters else []))):
         raise ValueError("adamw: masters and steps must be float32; convert them with .float()")
@@ -229,30 +303,30 @@ def step_plan(
     rows: list[tuple[tuple, NormRow | StepRow]] = []
     used, copied = [], False
     for *tensors, step, param_id in zip(*columns, steps, param_ids, strict=True):
-        shape = tensors[0].shape
-        for t in tensors:
-            if t.shape != shape:
-                raise ValueError(
-                    f"adamw: the parameter has the shape {tuple(shape)}, its gradient and state "
-                    f"must have it too, got {tuple(t.shape)}"
-                )
         used.append(_in_one_order(tensors, stochastic))
         copied |= any(u is not t for u, t in zip(used[-1], tensors, strict=True))
-        param, grad, exp_avg, exp_avg_sq, *master = [t.data_ptr() for t in used[-1]]
-        row = StepRow(
-            first_program=0,
-            numel=shape.numel(),
-            param=param,
-            grad=grad,
-            exp_avg=exp_avg,
-            exp_avg_sq=exp_avg_sq,
-            master=master[0] if master else 0,
-            step=step.data_ptr(),
-            param_id=param_id,
-        )
-        rows.append((_kind_of(used[-1]), row))
-    plan = _plan(rows, block, used if copied else None)
-    return plan if copied else _plans.keep(key, plan)
+        rows.append((_kind_of(used[-1]), _step_row(used[-1], step, param_id)))
+    plan = Plan(rows, block, used if copied else None)
+    if copied:
+        return plan
+    plan.remember(seen, layout, [*_MOVING, *([_MASTER] if masters else []), _STEP])
+    return _plans.recent.keep(key, plan)
+
+
+def _step_row(tensors: list[Tensor], step: Tensor, param_id: int) -> StepRow:
+    """Return the row of a parameter, without its first program."""
+    param, grad, exp_avg, exp_avg_sq, *master = [t.data_ptr() for t in tensors]
+    return StepRow(
+        first_program=0,
+        numel=tensors[0].numel(),
+        param=param,
+        grad=grad,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        master=master[0] if master else 0,
+        step=step.data_ptr(),
+        param_id=param_id,
+    )
 
 
 def _is_dense(t: Tensor) -> bool:
@@ -276,9 +350,15 @@ def _in_one_order(tensors: list[Tensor], in_logical_order: bool) -> list[Tensor]
     """Return the tensors with their elements in the same memory order, copied where necessary.
 
     The order is that of the first tensor if it is dense, else the logical one. Stochastic rounding
-    counts elements in their logical order, and asks for it.
+    counts elements in their logical order, and asks for it. Raises ValueError if shapes differ.
     """
     param = tensors[0]
+    for t in tensors:
+        if t.shape != param.shape:
+            raise ValueError(
+                f"adamw: the parameter has the shape {tuple(param.shape)}, its gradient and state "
+                f"must have it too, got {tuple(t.shape)}"
+            )
     if in_logical_order or not _is_dense(param):
         return [t.contiguous() for t in tensors]
     return [

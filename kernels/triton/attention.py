@@ -22,6 +22,7 @@ from gptfast.kernels.reference import attention as reference
 from gptfast.kernels.triton.attention_bwd import fill_bwd
 from gptfast.kernels.triton.attention_fwd import decodes, fill_fwd
 from gptfast.kernels.triton.attention_tiles import has_tile
+from gptfast.kernels.triton.launch_series import repeat
 
 
 def attention_fwd(
@@ -39,7 +40,7 @@ def attention_fwd(
         return reference.attention_fwd(q, k, v, scale, dropout_p, seed, kv_len)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float64)
-    fill_fwd(q, k, v, out, lse, scale, dropout_p, seed, kv_len)
+    repeat(_fill_fwd, (q, k, v, out, lse, seed, kv_len), scale, dropout_p)
     return out, lse
 
 
@@ -60,8 +61,40 @@ def attention_bwd(
     if not has_tile(q.dtype, q.shape[2], k.shape[2], q.shape[3]):
         return reference.attention_bwd(dout, q, k, v, out, lse, *options)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    fill_bwd(dout, q, k, v, out, lse, grads, *options)
+    repeat(_fill_bwd, (dout, q, k, v, out, lse, *grads, seed, kv_len), scale, dropout_p)
     return grads
+
+
+def _fill_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    kv_len: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> None:
+    fill_fwd(q, k, v, out, lse, scale, dropout_p, seed, kv_len)
+
+
+def _fill_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    seed: Tensor | None,
+    kv_len: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> None:
+    fill_bwd(dout, q, k, v, out, lse, (dq, dk, dv), scale, dropout_p, seed, kv_len)
 
 
 def _heads(x: Tensor, n_head: int) -> Tensor:
@@ -89,9 +122,22 @@ def attention_qkv_fwd(
         return reference.attention_qkv_fwd(qkv, n_head, scale, dropout_p, seed, kv_len)
     out = qkv.new_empty(B, T, C3 // 3)
     lse = qkv.new_empty(B, n_head, T, dtype=torch.float64)
+    repeat(_fill_qkv_fwd, (qkv, out, lse, seed, kv_len), n_head, scale, dropout_p)
+    return out, lse
+
+
+def _fill_qkv_fwd(
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    kv_len: Tensor | None,
+    n_head: int,
+    scale: float,
+    dropout_p: float,
+) -> None:
     heads = _unpack(qkv, n_head)
     fill_fwd(*heads, _heads(out, n_head), lse, scale, dropout_p, seed, kv_len)
-    return out, lse
 
 
 def attention_qkv_bwd(
@@ -111,7 +157,24 @@ def attention_qkv_bwd(
     if not has_tile(qkv.dtype, T, T, C3 // (3 * n_head)):
         return reference.attention_qkv_bwd(dout, qkv, out, lse, n_head, *options)
     dqkv = qkv.new_empty(qkv.shape)
+    tensors = (dout, qkv, out, lse, dqkv, seed, kv_len)
+    repeat(_fill_qkv_bwd, tensors, n_head, scale, dropout_p)
+    return dqkv
+
+
+def _fill_qkv_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dqkv: Tensor,
+    seed: Tensor | None,
+    kv_len: Tensor | None,
+    n_head: int,
+    scale: float,
+    dropout_p: float,
+) -> None:
     q, k, v = _unpack(qkv, n_head)
     dout, out = _heads(dout, n_head), _heads(out, n_head)
-    fill_bwd(dout, q, k, v, out, lse, _unpack(dqkv, n_head), *options)
-    return dqkv
+    grads = _unpack(dqkv, n_head)
+    fill_bwd(dout, q, k, v, out, lse, grads, scale, dropout_p, seed, kv_len)

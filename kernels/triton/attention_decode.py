@@ -19,6 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.kernels.triton.launch import launch
+from gptfast.kernels.triton.launch_series import scratch
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Keys that a program takes.
@@ -174,18 +177,21 @@ def attention_decode(
     acc = peak = total = None
     if n_chunks > 1:
         dtype = torch.float64 if fp64 else torch.float32
-        acc = lse.new_empty(B * H, n_chunks, D, dtype=dtype)
-        peak, total = lse.new_empty(2, B * H, n_chunks, dtype=dtype)
+        acc = scratch(lse, (B * H, n_chunks, D), dtype)
+        peak, total = scratch(lse, (2, B * H, n_chunks), dtype)
     c = factor_of(scale)
     BLOCK_D = max(16, triton.next_power_of_2(D))
     BLOCK_N = min(64, BLOCK_ELEMENTS // BLOCK_D // (2 if fp64 else 1))
-    attention_decode_kernel[(B * H, n_chunks)](
+    launch(
+        attention_decode_kernel, (B * H, n_chunks),
         q, k, v, out, lse, acc, peak, total, Tk, H, n_chunks, D, c, kv_len, CHUNK=CHUNK,
         BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=BLOCK_D == D, NEGATIVE=scale < 0, NUMBER=number,
         num_warps=4,
     )  # fmt: skip
     if n_chunks > 1:
-        attention_combine_kernel[(B * H,)](
+        launch(
+            attention_combine_kernel,
+            (B * H,),
             out,
             lse,
             acc,

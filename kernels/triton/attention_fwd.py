@@ -19,6 +19,7 @@ from gptfast.kernels.triton.attention_access import (
 from gptfast.kernels.triton.attention_decode import attention_decode, factor_of, number_of
 from gptfast.kernels.triton.attention_nonfinite import any_nonfinite, store_out_of_visible
 from gptfast.kernels.triton.attention_tiles import FWD, number, tile
+from gptfast.kernels.triton.launch import launch
 from gptfast.kernels.triton.target import stepping_down
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -136,7 +137,9 @@ def fill_fwd(
         attention_decode(view_of(q), view_of(k), view_of(v), view_of(out), lse, scale, kv_len)
         return
     blocks, options = tile(FWD, q.dtype, D, dropout_p > 0, number(q, Tk))
-    attention_fwd_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
+    launch(
+        attention_fwd_kernel,
+        (triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,),
         view_of(q),
         view_of(k),
         view_of(v),

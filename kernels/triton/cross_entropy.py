@@ -24,6 +24,8 @@ from gptfast.kernels.triton.cross_entropy_rows import (
     linear_cross_entropy_rows_kernel,
     row_tile,
 )
+from gptfast.kernels.triton.launch import launch
+from gptfast.kernels.triton.launch_series import repeat
 
 # Bytes of logits, later dlogits, in a chunk, read at each call: 4,096 rows of GPT-2's in 16 bits. A
 # chunk's dinput must have enough tiles for all multiprocessors, and each chunk reads and writes all
@@ -200,20 +202,17 @@ def _loss(
     if not N:
         return
     memory, shift = _aligned(logits)
-    cross_entropy_fwd_kernel[(N,)](
-        memory,
-        target,
-        loss,
-        stats,
-        V,
-        shift,
-        logits.stride(0),
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        SMOOTHING=label_smoothing > 0,
-        **row_tile("fwd", logits.dtype),
-    )
+    numbers = (V, shift, logits.stride(0), ignore_index, label_smoothing, z_loss)
+    repeat(_launch_fwd, (memory, target, loss, stats), *numbers)
+
+
+def _launch_fwd(
+    memory: Tensor, target: Tensor, loss: Tensor, stats: Tensor | None, *numbers: float
+) -> None:
+    """Launch the kernel; numbers are its own, of which the last but one is label_smoothing."""
+    tile = row_tile("fwd", memory.dtype)
+    args = (memory, target, loss, stats, *numbers)
+    launch(cross_entropy_fwd_kernel, loss.shape, *args, SMOOTHING=numbers[-2] > 0, **tile)
 
 
 def cross_entropy_bwd(
@@ -233,24 +232,21 @@ def cross_entropy_bwd(
     if not N:
         return dlogits
     memory, shift = _aligned(logits)
-    tile = row_tile("bwd", logits.dtype)
-    cross_entropy_bwd_kernel[(N,)](
-        dloss,
-        memory,
-        target.contiguous(),
-        stats.contiguous(),
-        dlogits,
-        V,
-        shift,
-        logits.stride(0),
-        dloss.stride(0),
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        SAME_RAGGED=shift == 0 and (logits.stride(0) - V) % tile["A"] == 0,
-        **tile,
-    )
+    numbers = (V, shift, logits.stride(0), dloss.stride(0), ignore_index, label_smoothing, z_loss)
+    tensors = (dloss, memory, target.contiguous(), stats.contiguous(), dlogits)
+    repeat(_launch_bwd, tensors, *numbers)
     return dlogits
+
+
+def _launch_bwd(
+    dloss: Tensor, memory: Tensor, target: Tensor, stats: Tensor, dlogits: Tensor, *numbers: float
+) -> None:
+    """Launch the kernel; numbers are its own."""
+    V, shift, stride, *_ = numbers
+    tile = row_tile("bwd", memory.dtype)
+    same = shift == 0 and (stride - V) % tile["A"] == 0
+    args = (dloss, memory, target, stats, dlogits, *numbers)
+    launch(cross_entropy_bwd_kernel, dloss.shape, *args, SAME_RAGGED=same, **tile)
 
 
 def chunk_rows(N: int, V: int, itemsize: int) -> int:
@@ -315,27 +311,40 @@ def linear_cross_entropy_fwd_bwd(
     dweight = (torch.empty if N else torch.zeros)(weight.shape, dtype=dtype, device=weight.device)
     low = torch.empty_like(dweight, dtype=torch.int16) if split and chunked else None
     for rows, logits in _each_chunk(input, weight):
-        linear_cross_entropy_rows_kernel[(len(logits),)](
-            logits,
-            target[rows],
-            dloss[rows],
-            loss[rows],
-            logits.shape[1],
-            logits.stride(0),
-            dloss.stride(0),
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            SMOOTHING=label_smoothing > 0,
-            **row_tile("in place", logits.dtype),
-        )
+        tensors = (logits, target[rows], dloss[rows], loss[rows])
+        repeat(_launch_rows, tensors, ignore_index, label_smoothing, z_loss)
         torch.mm(logits, weight, out=dinput[rows])
         _add_dweight(dweight, low, logits, input[rows], rows.start == 0, rows.stop == N)
     total = (loss.double() * dloss).sum().float()
     return total, dinput, dweight.to(linear_weight.dtype)
 
 
+<<<<<<< HEAD
 @compiled_for.stepping_down
+=======
+def _launch_rows(
+    logits: Tensor,
+    target: Tensor,
+    dloss: Tensor,
+    loss: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> None:
+    strides = (logits.stride(0), dloss.stride(0))
+    args = (logits, target, dloss, loss, logits.shape[1], *strides, ignore_index)
+    launch(
+        linear_cross_entropy_rows_kernel,
+        loss.shape,
+        *args,
+        label_smoothing,
+        z_loss,
+        SMOOTHING=label_smoothing > 0,
+        **row_tile("in place", logits.dtype),
+    )
+
+
+>>>>>>> w/host
 def _add_dweight(
     dweight: Tensor, low: Tensor | None, dlogits: Tensor, input: Tensor, first: bool, last: bool
 ) -> None:
@@ -344,13 +353,22 @@ def _add_dweight(
         # In fp32, or with one chunk, the library's product adds up as ours does.
         torch.addmm(dweight, dlogits.t(), input, beta=float(not first), out=dweight)
         return
+    sums = dweight if low is None else dweight.view(torch.int16)
+    repeat(_launch_dweight, (dlogits, input.contiguous(), sums, low), first, last)
+
+
+def _launch_dweight(
+    dlogits: Tensor, input: Tensor, sums: Tensor, low: Tensor | None, first: bool, last: bool
+) -> None:
     (N, V), C = dlogits.shape, input.shape[1]
     tile = weight_tile("fp32" if low is None else "halves")
     grid = (triton.cdiv(V, tile["BLOCK_V"]) * triton.cdiv(C, tile["BLOCK_C"]),)
-    linear_cross_entropy_dweight_kernel[grid](
+    launch(
+        linear_cross_entropy_dweight_kernel,
+        grid,
         dlogits,
-        input.contiguous(),
-        dweight if low is None else dweight.view(torch.int16),
+        input,
+        sums,
         low,
         N,
         V,
@@ -366,20 +384,17 @@ def scale_(
     dinput: Tensor, dlinear_weight: Tensor, target: Tensor, factor: Tensor, ignore_index: int
 ) -> None:
     """Multiply both gradients by a scalar, in place; those of ignored rows stay 0."""
-    target = target.contiguous()
+    repeat(_launch_scale, (dinput, dlinear_weight, target.contiguous(), factor), ignore_index)
+
+
+def _launch_scale(
+    dinput: Tensor, dlinear_weight: Tensor, target: Tensor, factor: Tensor, ignore_index: int
+) -> None:
     # Each row of dinput comes from one target, dlinear_weight from all.
     for x, groups, block in ((dinput, len(target), 1024), (dlinear_weight, 1, 4096)):
         if x.numel():
             n = x.numel() // groups
             # Few programs: most often the factor is 1 and there is nothing to do.
             grid = (groups, min(triton.cdiv(n, block), 2048))
-            scale_kernel[grid](
-                x,
-                factor,
-                target,
-                n,
-                len(target) // groups,
-                ignore_index,
-                BLOCK=block,
-                num_warps=block // 512,
-            )
+            args = (x, factor, target, n, len(target) // groups, ignore_index)
+            launch(scale_kernel, grid, *args, BLOCK=block, num_warps=block // 512)

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.kernels.reference.embedding import check_ids
+from gptfast.kernels.triton.launch import launch
+from gptfast.kernels.triton.launch_series import repeat
 
 # The most positions that a program of the first launch sums, ROWS of them at a time.
 SEGMENT = 128
@@ -152,12 +154,16 @@ def embedding_fwd(weight: Tensor, idx: Tensor) -> Tensor:
     weight, idx = weight.contiguous(), idx.contiguous()
     x = torch.empty((*idx.shape, C), dtype=weight.dtype, device=weight.device)
     if x.numel():
-        rows, block = tile(C)
-        grid = (triton.cdiv(idx.numel(), rows), triton.cdiv(C, block))
-        embedding_fwd_kernel[grid](
-            x, weight, idx, idx.numel(), V, C, ROWS=rows, BLOCK_C=block, num_warps=4
-        )
+        repeat(_launch_fwd, (x, weight, idx))
     return x
+
+
+def _launch_fwd(x: Tensor, weight: Tensor, idx: Tensor) -> None:
+    (V, C), N = weight.shape, idx.numel()
+    rows, block = tile(C)
+    grid = (triton.cdiv(N, rows), triton.cdiv(C, block))
+    args = (x, weight, idx, N, V, C)
+    launch(embedding_fwd_kernel, grid, *args, ROWS=rows, BLOCK_C=block, num_warps=4)
 
 
 def embedding_bwd(dweight: Tensor, dx: Tensor, idx: Tensor) -> None:
@@ -168,12 +174,16 @@ def embedding_bwd(dweight: Tensor, dx: Tensor, idx: Tensor) -> None:
     if not dx.numel():
         return
     ids, order = torch.sort(idx.reshape(-1), stable=True)
+    partial = torch.empty((triton.cdiv(N, SEGMENT), 2, C), dtype=torch.float32, device=dx.device)
+    repeat(_launch_bwd, (dweight, dx, ids, order, partial))
+
+
+def _launch_bwd(dweight: Tensor, dx: Tensor, ids: Tensor, order: Tensor, partial: Tensor) -> None:
+    (V, C), N, segments = dweight.shape, len(ids), len(partial)
     rows, block = tile(C)
-    segments, columns = triton.cdiv(N, SEGMENT), triton.cdiv(C, block)
-    partial = torch.empty((segments, 2, C), dtype=torch.float32, device=dx.device)
+    columns = triton.cdiv(C, block)
     options = {"SEGMENT": SEGMENT, "ROWS": rows, "BLOCK_C": block, "num_warps": 4}
-    embedding_bwd_kernel[(N, columns)](dweight, dx, ids, order, partial, N, V, C, **options)
+    launch(embedding_bwd_kernel, (N, columns), dweight, dx, ids, order, partial, N, V, C, **options)
     if segments > 1:
-        embedding_bwd_runs_kernel[(segments - 1, columns)](
-            dweight, ids, partial, N, V, C, **options
-        )
+        args = (dweight, ids, partial, N, V, C)
+        launch(embedding_bwd_runs_kernel, (segments - 1, columns), *args, **options)
