@@ -33,12 +33,9 @@ from gptfast.kernels.triton.attention_nonfinite import (
     store_dq_of_visible,
 )
 from gptfast.kernels.triton.attention_tiles import BWD_DK_DV, BWD_DQ, number, tile
-<<<<<<< HEAD
-from gptfast.kernels.triton.target import stepping_down
-=======
 from gptfast.kernels.triton.launch import launch
 from gptfast.kernels.triton.launch_series import scratch
->>>>>>> w/host
+from gptfast.kernels.triton.target import stepping_down
 
 
 @triton.jit
@@ -258,36 +255,20 @@ def fill_bwd(
     lse = lse.contiguous()
     NUMBER, EXACT = number(q, Tk), q.dtype == torch.float32
     dtype = torch.float64 if NUMBER == tl.float64 else torch.float32
-<<<<<<< HEAD
     n, length = 3 if EXACT else 2, triton.cdiv(Tq, ROW.value) * ROW.value
-    stats = lse.new_empty(n, B * H, length, dtype=dtype)
+    stats = scratch(lse, (n, B * H, length), dtype)
     factors = parts_of(scale), factor_of(scale)
     common = (Tq, Tk, H, B * H, group_of(k), D, *factors, dropout_of(dropout_p, seed), kv_len)
     kinds = {"NEGATIVE": scale < 0, "NUMBER": NUMBER, "EXACT": EXACT}
     blocks, options = tile(BWD_DQ, q.dtype, D, dropout_p > 0, NUMBER)
-    attention_bwd_dq_kernel[(triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
+    launch(
+        attention_bwd_dq_kernel, (triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,),
         dout_view, q_view, k_view, v_view, view_of(out), lse, dq, stats, *common,
         **blocks, **options, **kinds,
     )  # fmt: skip
     blocks, options = tile(BWD_DK_DV, q.dtype, D, dropout_p > 0, NUMBER)
-    attention_bwd_dk_dv_kernel[(triton.cdiv(Tk, blocks["BLOCK_N"]) * B * H,)](
-        dout_view, q_view, k_view, v_view, lse, stats, dk, dv, *common,
-=======
-    delta = scratch(lse, lse.shape, dtype)
-    total = scratch(lse, lse.shape, dtype) if EXACT else None
-    factors = parts_of(scale), factor_of(scale)
-    common = (Tq, Tk, H, B * H, group_of(k), D, *factors, dropout_of(dropout_p, seed), kv_len)
-    kinds = {"NEGATIVE": scale < 0, "NUMBER": NUMBER, "EXACT": EXACT}
-    blocks, options = tile(BWD_DQ, q.dtype, D, dropout_p > 0)
-    launch(
-        attention_bwd_dq_kernel, (triton.cdiv(Tq, blocks["BLOCK_M"]) * B * H,),
-        dout_view, q_view, k_view, v_view, view_of(out), lse, dq, delta, total, *common,
-        **blocks, **options, **kinds,
-    )  # fmt: skip
-    blocks, options = tile(BWD_DK_DV, q.dtype, D, dropout_p > 0)
     launch(
         attention_bwd_dk_dv_kernel, (triton.cdiv(Tk, blocks["BLOCK_N"]) * B * H,),
-        dout_view, q_view, k_view, v_view, lse, delta, total, dk, dv, *common,
->>>>>>> w/host
+        dout_view, q_view, k_view, v_view, lse, stats, dk, dv, *common,
         **blocks, **options, **kinds,
     )  # fmt: skip

@@ -319,9 +319,6 @@ def linear_cross_entropy_fwd_bwd(
     return total, dinput, dweight.to(linear_weight.dtype)
 
 
-<<<<<<< HEAD
-@compiled_for.stepping_down
-=======
 def _launch_rows(
     logits: Tensor,
     target: Tensor,
@@ -344,7 +341,7 @@ def _launch_rows(
     )
 
 
->>>>>>> w/host
+@compiled_for.stepping_down
 def _add_dweight(
     dweight: Tensor, low: Tensor | None, dlogits: Tensor, input: Tensor, first: bool, last: bool
 ) -> None:

@@ -106,7 +106,6 @@ def repeat(fill: Callable[..., None], tensors: Sequence[Tensor | None], *numbers
         (knobs.runtime.debug, knobs.compilation.instrumentation_mode),
     )
     series = _series.get(key)
-    series = _series.get(key)
     if series is None and key not in _series:
         _record(key, fill, tensors, numbers)
         return
