@@ -5,9 +5,9 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Terms that are summed in fp32, in two chains a lane, before their sum is added in double. One long fp32 sum would be
-// off by 4e-6 in the loss, and so would every gradient of its row.
-constexpr int64_t TERMS_PER_FP32_SUM = 2 * 32 * W;
+// Terms that are summed in fp32, in two chains a lane, before their sums are added in double. The error of the sum is
+// that of every gradient of its row; in a long chain, each term would be rounded to the last bit of the largest one.
+constexpr int64_t TERMS_PER_FP32_SUM = 2 * 8 * W;
 
 template <class T>
 float row_max(const T* x, int64_t V) {
@@ -24,6 +24,7 @@ float row_max(const T* x, int64_t V) {
 template <bool SUM_VALUES, class T>
 void row_sums(const T* x, int64_t V, float top, double& exps, double& values) {
   exps = values = 0;
+  vd exps_by_lane = {};
   for (int64_t begin = 0; begin < V; begin += TERMS_PER_FP32_SUM) {
     const int64_t end = smaller(V, begin + TERMS_PER_FP32_SUM);
     vf e[2] = {};
@@ -42,9 +43,10 @@ void row_sums(const T* x, int64_t V, float top, double& exps, double& values) {
       if (SUM_VALUES)
         for (int64_t i = 0; i < lanes; ++i) v[i] += (double)value[i] - top;
     }
-    exps += sum(e[0] + e[1]);
+    exps_by_lane += __builtin_convertvector(e[0], vd) + __builtin_convertvector(e[1], vd);
     if (SUM_VALUES) values = add_lanes(values, v);
   }
+  exps = add_lanes(0, exps_by_lane);
 }
 
 template <class T>
