@@ -9,8 +9,8 @@ compiled: the same numbers, its profile, its time beside plain PyTorch's (gpu_st
 gpu_train.py). rest: generation, compute-sanitizer and Nsight Compute, if they are installed.
 
 Every job has a process of its own and a time limit (gpu_jobs.py). Results go to <out>/<gpu>/<call>
-.json and .md after each job; out is $OUT if that is set, else bench/results. --smoke runs the same
-code on a CPU, in Triton's interpreter, with tiny shapes: its times mean nothing.
+.json and .md after each job; out is $OUT if that is set, else bench/results/gpu. --smoke runs the
+same code on a CPU, in Triton's interpreter, with tiny shapes: its times mean nothing.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from gpu_cache import unpack
 from gpu_jobs import Emit, Job, Outcome, run_job, serve
 from gpu_report import Report
 
+RESULTS = Path(__file__).resolve().parent / "results" / "gpu"
 CALLS = ("kernels", "train", "rest")
 MINUTES = 8.5
 PARITY_S = 270.0
@@ -163,8 +164,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path(os.environ.get("OUT") or Path(__file__).resolve().parent / "results"),
-        help="where results go (default: $OUT if that is set, else bench/results)",
+        default=Path(os.environ.get("OUT") or RESULTS),
+        help="where results go (default: $OUT if that is set, else bench/results/gpu)",
     )
     parser.add_argument("--minutes", type=float, help=f"when to stop (default: {MINUTES} a call)")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, with tiny shapes")
