@@ -90,7 +90,7 @@ def _kernels(out: Path) -> Iterator[Job]:
 
 def _parity(parity: Callable[..., None], out: Path, emit: Emit) -> None:
     left = float(os.environ.get("GPU_JOB_SECONDS", PARITY_S))
-    parity(out, min(PARITY_S, left), emit)
+    parity(out, max(1.0, min(PARITY_S, left)), emit)
 
 
 def _train(out: Path) -> Iterator[Job]:
@@ -118,12 +118,19 @@ def _rest(out: Path) -> Iterator[Job]:
     from gpu_device import SMOKE
     from gpu_generate import generation_cases
 
+    few = 1 if SMOKE else None  # the others run the same lines
     yield from _cases(generation_cases(), out)
-    for tool in TOOLS[: 1 if SMOKE else None]:
-        for op in SANITIZED[: 1 if SMOKE else None]:
-            yield _device_job(f"{tool} {op}", "sanitize", partial(sanitize, op, tool, out), 60)
-    for kernel in list(PROFILED)[: 1 if SMOKE else None]:
+    sanitized = {
+        tool: [
+            _device_job(f"{tool} {op}", "sanitize", partial(sanitize, op, tool, out), 60)
+            for op in SANITIZED[:few]
+        ]
+        for tool in TOOLS
+    }
+    yield from sanitized["memcheck"]
+    for kernel in list(PROFILED)[:few]:
         yield _device_job(f"ncu {kernel}", "ncu", partial(nsight, kernel, out), 60)
+    yield from sanitized["racecheck"]
 
 
 def jobs(call: str, out: Path) -> Iterator[Job]:
