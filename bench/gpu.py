@@ -9,8 +9,8 @@ compiled: the same numbers, its profile, its time beside plain PyTorch's (gpu_st
 gpu_train.py). rest: generation, compute-sanitizer and Nsight Compute, if they are installed.
 
 Every job has a process of its own and a time limit (gpu_jobs.py). Results go to <out>/<gpu>/<call>
-.json and .md after each job; out is $OUT if that is set, else bench/results. --smoke runs the same
-code on a CPU, in Triton's interpreter, with tiny shapes: its times mean nothing.
+.json and .md after each job; out is $OUT if that is set, else bench/results/gpu. --smoke runs the
+same code on a CPU, in Triton's interpreter, with tiny shapes: its times mean nothing.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from gpu_cache import unpack
 from gpu_jobs import Emit, Job, Outcome, run_job, serve
 from gpu_report import Report
 
+RESULTS = Path(__file__).resolve().parent / "results" / "gpu"
 CALLS = ("kernels", "train", "rest")
 MINUTES = 8.5
 PARITY_S = 270.0
@@ -89,7 +90,7 @@ def _kernels(out: Path) -> Iterator[Job]:
 
 def _parity(parity: Callable[..., None], out: Path, emit: Emit) -> None:
     left = float(os.environ.get("GPU_JOB_SECONDS", PARITY_S))
-    parity(out, min(PARITY_S, left), emit)
+    parity(out, max(1.0, min(PARITY_S, left)), emit)
 
 
 def _train(out: Path) -> Iterator[Job]:
@@ -117,12 +118,19 @@ def _rest(out: Path) -> Iterator[Job]:
     from gpu_device import SMOKE
     from gpu_generate import generation_cases
 
+    few = 1 if SMOKE else None  # the others run the same lines
     yield from _cases(generation_cases(), out)
-    for tool in TOOLS[: 1 if SMOKE else None]:
-        for op in SANITIZED[: 1 if SMOKE else None]:
-            yield _device_job(f"{tool} {op}", "sanitize", partial(sanitize, op, tool, out), 60)
-    for kernel in list(PROFILED)[: 1 if SMOKE else None]:
+    sanitized = {
+        tool: [
+            _device_job(f"{tool} {op}", "sanitize", partial(sanitize, op, tool, out), 60)
+            for op in SANITIZED[:few]
+        ]
+        for tool in TOOLS
+    }
+    yield from sanitized["memcheck"]
+    for kernel in list(PROFILED)[:few]:
         yield _device_job(f"ncu {kernel}", "ncu", partial(nsight, kernel, out), 60)
+    yield from sanitized["racecheck"]
 
 
 def jobs(call: str, out: Path) -> Iterator[Job]:
@@ -163,8 +171,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path(os.environ.get("OUT") or Path(__file__).resolve().parent / "results"),
-        help="where results go (default: $OUT if that is set, else bench/results)",
+        default=Path(os.environ.get("OUT") or RESULTS),
+        help="where results go (default: $OUT if that is set, else bench/results/gpu)",
     )
     parser.add_argument("--minutes", type=float, help=f"when to stop (default: {MINUTES} a call)")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, with tiny shapes")

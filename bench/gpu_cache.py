@@ -1,6 +1,6 @@
 """A cache of compiled Triton kernels that travels to a machine with a GPU.
 
-python bench/gpu_cache.py [--arch sm_90] [--tests]
+python bench/gpu_cache.py [--arch sm_90] [--ops OP,...] [--tests]
 
 It compiles, without a GPU, the cases of the compile audit and, with --tests, what the operations'
 tests launch, into CACHE, and packs that folder as ARCHIVE, which bench/gpu.py unpacks at the same
@@ -42,19 +42,19 @@ def pack() -> int:
     return ARCHIVE.stat().st_size
 
 
-def compile_audit_cases(arch: str) -> None:
-    """Compile the cases of the compile audit."""
+def compile_audit_cases(arch: str, ops: list[str] | None) -> None:
+    """Compile the cases of the compile audit, of all operations or of some."""
     from compile_audit import OPS, audit
 
-    print(f"{len(audit(arch, OPS))} kernels of the audit's cases")
+    print(f"{len(audit(arch, ops or OPS))} kernels of the audit's cases", flush=True)
 
 
-def compile_tests(arch: str) -> None:
+def compile_tests(arch: str, ops: list[str] | None) -> None:
     """Compile what the operations' tests launch; that they pass is not needed."""
     from gpu_checks import TESTS
 
     command = [sys.executable, "-m", "pytest", "-p", "gpu_cache", "-m", "triton", "--tb=no"]
-    command += [f"tests/test_{name}.py" for name in TESTS]
+    command += ["-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in ops or TESTS)]
     path = os.pathsep.join((str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")))
     environment = {"PYTHONPATH": path, "TRITON_INTERPRET": "0", "GPU_CACHE_ARCH": arch}
     subprocess.run(command, cwd=ROOT, env=os.environ | environment)
@@ -92,12 +92,13 @@ def pytest_collection_modifyitems(config) -> None:  # type: ignore[no-untyped-de
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="sm_90", help="the GPU's architecture")
+    parser.add_argument("--ops", type=lambda x: x.split(","), help="some operations (default: all)")
     parser.add_argument("--tests", action="store_true", help="what the tests launch, too")
     args = parser.parse_args()
     os.environ["TRITON_CACHE_DIR"] = str(CACHE)
-    compile_audit_cases(args.arch)
+    compile_audit_cases(args.arch, args.ops)
     if args.tests:
-        compile_tests(args.arch)
+        compile_tests(args.arch, args.ops)
     size = pack()
     print(f"{ARCHIVE}: {size / 2**20:.0f} MB of at most {MAX_BYTES >> 20}")
     if size > MAX_BYTES:

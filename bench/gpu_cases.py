@@ -74,10 +74,11 @@ def _sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _flex() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return flex_attention compiled by torch.compile: FlashAttention-2 as a Triton template."""
+    from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     # A backward with donated buffers cannot run twice on the same graph.
-    torch._functorch.config.donated_buffer = False
+    config.donated_buffer = False
     compiled, masks = torch.compile(flex_attention), {}
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

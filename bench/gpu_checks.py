@@ -22,6 +22,7 @@ WORKERS = 14
 """Workers of pytest: most of the time goes into compiling, on the CPU."""
 TEST_TIMEOUT_S = 60
 REPEATS = 2 if SMOKE else 20
+OTHER = "DIFFERENT"
 
 # Operations by what they launch besides our kernels. Under the sanitizer cuBLAS takes minutes.
 SANITIZED = ("attention", "attention dropout", "attention decode", "cross_entropy", "embedding")
@@ -70,6 +71,7 @@ def parity(out: Path, seconds: float, emit: Emit) -> None:
         except subprocess.TimeoutExpired:
             tests.kill()
     emit({"finished": finished, "exit_status": tests.poll(), **_counts(out / "parity.xml")})
+    assert finished and not tests.returncode, "not all tests passed"
 
 
 def _counts(path: Path) -> dict[str, object]:
@@ -101,8 +103,10 @@ def determinism(emit: Emit) -> None:
                 for _ in range(REPEATS - 1)
                 for a, b in zip(first, run(), strict=True)
             )
-            result[f"{op} {name}"] = f"{'the same' if same else 'DIFFERENT'} bits in {REPEATS} runs"
+            result[f"{op} {name}"] = f"{'the same' if same else OTHER} bits in {REPEATS} runs"
             emit(result)
+    different = [case for case, said in result.items() if said.startswith(OTHER)]
+    assert not different, f"other bits in another run: {', '.join(different)}"
 
 
 def launch_operation(op: str) -> None:
@@ -128,7 +132,7 @@ def _watch(
 ) -> None:
     """Run `gpu.py <launch>` under a tool and hand out the tool's exit status; all that it says goes
     to a file. Without the tool, only a smoke run launches."""
-    path = shutil.which(tool)
+    path = shutil.which(tool, path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if path is None:
         if SMOKE:
             run()
@@ -141,7 +145,8 @@ def _watch(
     with log.open("w") as file:
         status = subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
     last = log.read_text().strip().splitlines()[-6:]
-    emit({"clean": status == 0, "exit_status": status, "log": log.name, "last lines": last})
+    emit({"exit_status": status, "log": log.name, "last lines": last})
+    assert not status, f"{tool} ended with exit status {status}"
 
 
 def sanitize(op: str, tool: str, out: Path, emit: Emit) -> None:

@@ -69,7 +69,7 @@ def serve(job: Job, out: Path) -> int:
         job.run(emit)
     except Exception as error:
         traceback.print_exc()
-        found["error"] = f"{type(error).__name__}: {error}"[:2000]
+        found["error"] = f"{type(error).__name__}: {error}"[:1000]
         write()
         return 1
     return 0

@@ -1,7 +1,7 @@
 """The results of a GPU run: printed as they come, and written after each job.
 
 <out>/<gpu>/<call>.json has everything as data, <call>.md the same as a page; both may be committed
-under bench/results. What jobs printed and what tools wrote lies beside them, in jobs/.
+under bench/results/gpu. What jobs printed and what tools wrote lies beside them, in jobs/.
 """
 
 import datetime

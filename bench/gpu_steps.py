@@ -68,9 +68,10 @@ def check_step(form: str, emit: Emit) -> None:
         step = _small_step(compiled=form == "compiled")
         losses = [step().item() for _ in range(STEPS)]
     largest = max(abs(a - b) for a, b in zip(losses, eager, strict=True))
-    emit(
-        {"eager": eager, form: losses, "same_bits": losses == eager, "largest_difference": largest}
-    )
+    same = losses == eager
+    emit({"eager": eager, form: losses, "same_bits": same, "largest_difference": largest})
+    # A compiler may round sums of 16 bits otherwise.
+    assert same or form == "compiled", f"{form} steps differ from eager ones by {largest:.3g}"
 
 
 def profile_step(form: str, out: Path, emit: Emit) -> None:

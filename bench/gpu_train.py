@@ -133,5 +133,5 @@ def train_cases() -> Iterator[GpuCase]:
             wall=form != "captured",
             rounds=10,
             seconds=seconds,
-            smoke=form != "compiled",
+            smoke=form == "eager",
         )

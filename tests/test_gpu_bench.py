@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import gpu
+import gpu_cache
 import pytest
 from gpu_jobs import slug
 
@@ -84,3 +86,23 @@ def test_jobs_are_chosen_by_section_and_name(tmp_path: Path) -> None:
     assert found[2:] == ["sample B=1 V=50257 fp32, top_k 50, top_p 0.9", "ncu sample"]
     with pytest.raises(SystemExit, match="no section 'benhc'; choose from bench, "):
         names(tmp_path, "all", "benhc")
+
+
+def test_a_cache_travels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu_cache, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(gpu_cache, "ARCHIVE", tmp_path / "build" / "cache.tar.xz")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    gpu_cache.unpack()  # there is nothing to unpack, and no harm done
+    kernel = tmp_path / "cache" / "hash" / "kernel.cubin"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(b"code")
+    assert gpu_cache.pack() == gpu_cache.ARCHIVE.stat().st_size
+    shutil.rmtree(tmp_path / "cache")
+    gpu_cache.unpack()
+    assert kernel.read_bytes() == b"code"
+    shutil.rmtree(tmp_path / "cache")
+    gpu_cache.ARCHIVE.write_bytes(b"damaged")
+    gpu_cache.unpack()
+    assert "kernels are compiled here" in capsys.readouterr().out

@@ -47,11 +47,11 @@ def _tiles(
 _FWD_FP32 = [(64, 32, 8, 1, 96)] + [(64, 32, 8, 1)] * 2 + [(32, 16, 8, 1, 128), (16, 16, 8, 1, 128)]
 # The same for both kernels of the backward: the second needs the first one's sums bit for bit.
 _BWD_FP32 = [(64, 32, 8, 1)] * 3 + [(16, 16, 8, 1, 128)] * 2
-# For 99 KB, and for 64 KB, where the largest head dim has no room. The kernels of a backward need not
-# share these tiles: what they change in fp64 is lost when results become fp32.
-_FWD_FP64 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1)] * 2
-_DQ_FP64 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1), (8, 16, 8, 1)]
-_DK_DV_FP64 = [(32, 32, 8, 1)] * 3 + [(16, 16, 8, 1), (16, 8, 8, 1)]
+# For 99 KB, and for 64 KB, where the largest head dim has no room. The kernels of a backward need
+# not share these tiles: what they change in fp64 is lost when results become fp32.
+_FWD_FP64 = [(16, 16, 4, 1)] * 2 + [(32, 32, 8, 1)] + [(16, 16, 8, 1)] * 2
+_DQ_FP64 = [(16, 16, 4, 1)] * 2 + [(32, 32, 8, 1)] + [(16, 16, 8, 1), (8, 16, 8, 1)]
+_DK_DV_FP64 = [(16, 16, 4, 1)] * 2 + [(32, 32, 8, 1)] + [(16, 16, 8, 1), (16, 8, 8, 1)]
 _FWD_FP64_SMALL = [(32, 32, 4, 1)] * 3 + [(16, 16, 4, 1)]
 _DQ_FP64_SMALL = [(16, 16, 4, 1)] * 3 + [(8, 16, 4, 1)]
 _DK_DV_FP64_SMALL = [(16, 16, 4, 1)] * 3 + [(16, 8, 4, 1)]

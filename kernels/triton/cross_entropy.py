@@ -38,7 +38,7 @@ PAD = 128
 # arch: (BLOCK_V, BLOCK_C, BLOCK_N, num_warps, num_stages) of dweight's product, by the form of the
 # sums: in two halves they take more registers than in fp32. BLOCK_V is a divisor of PAD.
 WEIGHT_TILES = {
-    "sm_75": {"halves": (64, 64, 32, 4, 2), "fp32": (64, 64, 32, 4, 2)},
+    "sm_75": {"halves": (64, 64, 32, 8, 2), "fp32": (64, 64, 32, 8, 2)},
     "sm_80": {"halves": (128, 128, 32, 8, 4), "fp32": (128, 128, 32, 8, 4)},
     "sm_90": {"halves": (128, 128, 64, 8, 4), "fp32": (128, 256, 64, 16, 3)},
     "sm_100": {"halves": (128, 128, 64, 8, 3), "fp32": (128, 128, 64, 8, 3)},

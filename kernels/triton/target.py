@@ -29,13 +29,14 @@ SHARED_BYTES = {
 # Class of tiles: the next class of smaller tiles that the same GPUs can run.
 SMALLER = {"sm_100": "sm_80", "sm_90": "sm_80", "sm_80": "sm_75"}
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 Kernel = tuple[Hashable, ...]
 """The name of a kernel and whatever else its tile depends on."""
 
 
 class _Device(NamedTuple):
-    index: int
+    number: int
     arch: str
     shared: float
     """Bytes of shared memory that a program may take."""
@@ -90,9 +91,9 @@ def fitting(kernel: Kernel) -> str:
     device, tiles = _device(), arch()
     while SHARED_BYTES[tiles] > device.shared and tiles in SMALLER:
         tiles = SMALLER[tiles]
-    tiles = _lowered.get((device.index, kernel), tiles)
+    tiles = _lowered.get((device.number, kernel), tiles)
     if _asked.kernels is not None:
-        _asked.kernels.append((device.index, kernel, tiles))
+        _asked.kernels.append((device.number, kernel, tiles))
     return tiles
 
 
