@@ -217,6 +217,7 @@ def attention_bwd_dk_dv_kernel(
             dout, lse_ptr, head, H, length, n_keys, Tk, Tq, D, dropout, keys, BLOCK_D, NUMBER
         )
 
+    nonfinite = any_nonfinite(dk_acc) or any_nonfinite(dv_acc)
     k_mask = (keys < Tk)[:, None] & in_d
     seen = (keys < n_keys)[:, None]
     dv_scale = 1.0 if dropout is None else dropout[2]
@@ -225,7 +226,7 @@ def attention_bwd_dk_dv_kernel(
     dv_tile = tl.where(seen, dv_acc * dv_scale, 0.0).to(dv[0].dtype.element_ty)
     tl.store(rows_of(dk, head, H, keys, BLOCK_D), dk_tile, mask=k_mask)
     tl.store(rows_of(dv, head, H, keys, BLOCK_D), dv_tile, mask=k_mask)
-    if any_nonfinite(dk_acc) or any_nonfinite(dv_acc):
+    if nonfinite:
         tl.debug_barrier()  # other threads may have stored what is written here
         store_dk_dv_of_visible(
             dout, q, k, v, lse_ptr, stats, dk, dv, head, H, n_heads, key, first, length, n_keys,

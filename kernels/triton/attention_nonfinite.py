@@ -13,10 +13,10 @@ from gptfast.kernels.triton.attention_access import (
     exponential,
     keep,
     kept_one,
+    load_stats,
     p_of_one_key,
     rows_of,
     split_lse,
-    load_stats,
     stats_of,
 )
 
@@ -45,8 +45,10 @@ def _dots(tile, row, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def _p(tile, row, c, shift, rest, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr):
-    """Return P of the rows of a tile with one row: of queries with a key, or of keys with a query."""
+def _p(
+    tile, row, c, shift, rest, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr
+):
+    """Return P of a tile's rows with one row: of queries with a key, or of keys with a query."""
     s = _dots(tile, row, NUMBER)
     return exponential(-s if NEGATIVE else s, c, shift, rest, EXACT)
 
