@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gptfast import GPT, AdamW, GPTConfig, ops
 
-TESTS = ("philox", "attention", "cross_entropy", "adamw", "sampling", "embedding")
+TESTS = ("philox", "attention", "cross_entropy", "adamw", "sampling", "sampling_split", "embedding")
 TESTS += ("decode_linear", "engine_gpu")
 ROOT = Path(__file__).resolve().parent.parent
 PARITY_TIMEOUT_S = 200

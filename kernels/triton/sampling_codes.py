@@ -232,7 +232,7 @@ def collect(
 
 
 @triton.jit
-def rank_list(list_ptr, n, top, scale, LIST_SIZE: tl.constexpr, STEP: tl.constexpr = 32):
+def rank_list(list_ptr, n, top, scale, LIST_SIZE: tl.constexpr):
     """Rank the n codes of the list by comparing each to each.
 
     Return for each entry its code, its weight, and the number and the mass of the codes above it.
@@ -247,6 +247,7 @@ def rank_list(list_ptr, n, top, scale, LIST_SIZE: tl.constexpr, STEP: tl.constex
     tl.store(list_ptr + i, code)
     tl.store(list_ptr + LIST_SIZE + i, weight)
     tl.debug_barrier()
+    STEP: tl.constexpr = LIST_SIZE if LIST_SIZE < 32 else 32
     rank = tl.zeros([LIST_SIZE], tl.int32)
     mass_above = tl.zeros([LIST_SIZE], tl.int64)
     for start in range(0, n, STEP):
