@@ -143,7 +143,8 @@ def load_tail(row, at, BLOCK: tl.constexpr):
     """Return BLOCK logits from position `at` as fp32; those outside the row's tail are -inf."""
     row_ptr, skip, V, whole = row
     offset = at + tl.arange(0, BLOCK)
-    mask = (offset >= whole) & (offset < skip + V)
+    # A row that is shorter than a granule may have nothing whole.
+    mask = (offset >= whole) & (offset >= skip) & (offset < skip + V)
     return tl.load(row_ptr + offset, mask=mask, other=float("-inf")).to(tl.float32)
 
 

@@ -62,7 +62,7 @@ def words_per_row(n_bins: int, list_size: int) -> int:
 
 @triton.jit
 def _load_extremes(extremes_ptr, n_slices):
-    """Return the row's largest and lowest logit above -inf; the largest is inf if there is a NaN."""
+    """Return the row's largest logit, inf if one is NaN, and the lowest above -inf."""
     s = tl.arange(0, MAX_SLICES)
     maxima = tl.load(extremes_ptr + s, mask=s < n_slices, other=float("-inf"))
     minima = tl.load(extremes_ptr + MAX_SLICES + s, mask=s < n_slices, other=float("inf"))
