@@ -15,7 +15,7 @@ from gpu_device import DTYPES, SMOKE, synchronize
 from gpu_jobs import Emit, slug
 from gpu_operations import operations
 
-TESTS = ("philox", "attention", "cross_entropy", "adamw", "sampling", "embedding")
+TESTS = ("philox", "attention", "cross_entropy", "adamw", "sampling", "sampling_split", "embedding")
 TESTS += ("decode_linear", "engine_gpu")
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 14

@@ -47,15 +47,14 @@ def assert_same(logits: Tensor, size: tuple[int, int], **parameters: Any) -> Non
 
 
 @dtypes
-@sizes
 @pytest.mark.parametrize("V", [1, 257], ids=lambda V: f"V{V}")
-def test_same_tokens(triton: str, V: int, size: tuple[int, int], dtype: torch.dtype) -> None:
+def test_same_tokens(triton: str, V: int, dtype: torch.dtype) -> None:
     # Row by row: greedy, no filter, each filter alone, and all together.
     logits = torch.randn(8, V).mul(2).to(dtype)
     logits[1, 1::3] = -torch.inf
     assert_same(
         logits,
-        size,
+        (256, 64),
         temperature=torch.tensor([0.0, 1.0, 0.7, 1.0, 2.0, 1.0, 0.8, 1.5]),
         top_k=torch.tensor([V, V, 5, V // 2 + 1, 10**12, V, V // 3 + 1, 40]),
         top_p=torch.tensor([1.0, 1.0, 1.0, 1.0, 0.9, 0.3, 0.95, 0.6]),

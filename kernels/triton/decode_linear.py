@@ -95,7 +95,9 @@ def decode_linear_tiles_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def tile(N: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[dict[str, int], dict]:
+def tile(
+    N: int, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> tuple[dict[str, int], dict[str, int]]:
     """Return the constexprs that shape the second kernel, and the options of its launch."""
     # Few rows: narrow tiles, so that every multiprocessor has a program, and deep, for few steps.
     blocks, warps, stages = (16, 16, 256), 4, 3

@@ -36,7 +36,7 @@ TILES = {
 }
 # Several programs a row: for at most MAX_SPLIT_B rows of at least MIN_SPLIT_V logits. All rows
 # together have about N_PROGRAMS programs.
-MAX_SPLIT_B = 32
+MAX_SPLIT_B = 64
 MIN_SPLIT_V = 8192
 N_PROGRAMS = 264
 # arch: (BLOCK, num_warps) of these programs, and the warps of the one that draws.
@@ -171,18 +171,18 @@ def _sample_by_slices(
     memory = torch.empty(B, words, dtype=torch.int64, device=ids.device)
     masses = torch.empty(B, blocks, dtype=torch.int64, device=ids.device)
     between = (extremes, memory, words)
-    blocking = {"GRANULE": granule, "BLOCK": BLOCK, "N_BINS": N_BINS}
+    bins = {"GRANULE": granule, "N_BINS": N_BINS}
+    slicing = {**bins, "BLOCK": BLOCK, "num_warps": num_warps}
     grid = (n_slices, B)
-    sample_extremes_kernel[grid](*rows, length, *between, **blocking, num_warps=num_warps)
+    sample_extremes_kernel[grid](*rows, length, *between, **slicing)
     sample_histogram_kernel[grid](
-        *rows, length, *between, temperature, top_k, top_p, **blocking, num_warps=num_warps
+        *rows, length, *between, temperature, top_k, top_p, LIST_SIZE=LIST_SIZE, **slicing
     )
     sample_collect_kernel[grid](
-        *rows, length, *between, temperature, top_k, top_p, min_p,
-        **blocking, LIST_SIZE=LIST_SIZE, num_warps=num_warps,
-    )  # fmt: skip
+        *rows, length, *between, temperature, top_k, top_p, min_p, LIST_SIZE=LIST_SIZE, **slicing
+    )
     sample_draw_kernel[(B,)](
         *rows, length, n_slices, *between, temperature, top_k, top_p, min_p, seed, position,
-        ids, masses, blocks, **blocking,
+        ids, masses, blocks, **bins, BLOCK=min(row_block, triton.next_power_of_2(length)),
         LIST_SIZE=LIST_SIZE, ROW_BLOCK=row_block, UNROLL=unroll, num_warps=draw_warps,
     )  # fmt: skip

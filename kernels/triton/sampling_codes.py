@@ -143,7 +143,8 @@ def load_tail(row, at, BLOCK: tl.constexpr):
     """Return BLOCK logits from position `at` as fp32; those outside the row's tail are -inf."""
     row_ptr, skip, V, whole = row
     offset = at + tl.arange(0, BLOCK)
-    mask = (offset >= whole) & (offset < skip + V)
+    # A row that is shorter than a granule may have nothing whole.
+    mask = (offset >= whole) & (offset >= skip) & (offset < skip + V)
     return tl.load(row_ptr + offset, mask=mask, other=float("-inf")).to(tl.float32)
 
 
@@ -232,7 +233,7 @@ def collect(
 
 
 @triton.jit
-def rank_list(list_ptr, n, top, scale, LIST_SIZE: tl.constexpr, STEP: tl.constexpr = 32):
+def rank_list(list_ptr, n, top, scale, LIST_SIZE: tl.constexpr):
     """Rank the n codes of the list by comparing each to each.
 
     Return for each entry its code, its weight, and the number and the mass of the codes above it.
@@ -247,6 +248,7 @@ def rank_list(list_ptr, n, top, scale, LIST_SIZE: tl.constexpr, STEP: tl.constex
     tl.store(list_ptr + i, code)
     tl.store(list_ptr + LIST_SIZE + i, weight)
     tl.debug_barrier()
+    STEP: tl.constexpr = LIST_SIZE if LIST_SIZE < 32 else 32
     rank = tl.zeros([LIST_SIZE], tl.int32)
     mass_above = tl.zeros([LIST_SIZE], tl.int64)
     for start in range(0, n, STEP):

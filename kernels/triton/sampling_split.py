@@ -9,7 +9,8 @@ A program of the first three has a slice of the row, one of the last a row:
   draw        the cut, by comparing each token of the list to each; the slice in which the draw
               ends, and there the token
 
-Programs add to the histogram and to the list in any order. The histogram's sums are of whole
+With a small top_k, the list holds every token that may be kept, and weights are computed for these
+alone. Programs add to the histogram and to the list in any order. The histogram's sums are of whole
 numbers, and nothing depends on the order of the list. Where the list does not hold the bins of the
 cuts (thousands of equal logits), the last launch draws from the row by one program.
 
@@ -61,7 +62,7 @@ def words_per_row(n_bins: int, list_size: int) -> int:
 
 @triton.jit
 def _load_extremes(extremes_ptr, n_slices):
-    """Return the row's largest and lowest logit above -inf; the largest is inf if there is a NaN."""
+    """Return the row's largest logit, inf if one is NaN, and the lowest above -inf."""
     s = tl.arange(0, MAX_SLICES)
     maxima = tl.load(extremes_ptr + s, mask=s < n_slices, other=float("-inf"))
     minima = tl.load(extremes_ptr + MAX_SLICES + s, mask=s < n_slices, other=float("inf"))
@@ -88,6 +89,15 @@ def _bin_of(x, top, bins_per_logit, N_BINS: tl.constexpr):
 
 
 @triton.jit
+def _listed_by_top_k(k, V, LIST_SIZE: tl.constexpr):
+    """Return whether the list holds all tokens down to the bin of the k-th.
+
+    Then the histogram has no masses.
+    """
+    return (k < V) & (k <= LIST_SIZE // 2)
+
+
+@triton.jit
 def _add_to_histogram(
     row, at, top, bins_per_logit, scale, memory_ptr, by_count, by_mass,
     GRANULE: tl.constexpr, BLOCK: tl.constexpr, N_BINS: tl.constexpr,
@@ -105,7 +115,7 @@ def _add_to_histogram(
 
 
 @triton.jit
-def _find_cuts(memory_ptr, k, V, top_p, N_BINS: tl.constexpr):
+def _find_cuts(memory_ptr, k, V, top_p, N_BINS: tl.constexpr, LIST_SIZE: tl.constexpr):
     """Return which bins hold the cuts, and what lies above them:
 
     the bin of the k-th token, N_BINS if top_k removes no weight; the tokens and the mass above it;
@@ -113,10 +123,10 @@ def _find_cuts(memory_ptr, k, V, top_p, N_BINS: tl.constexpr):
     """
     bins = tl.arange(0, N_BINS)
     masses = tl.load(memory_ptr + bins)
-    up_to = tl.cumsum(tl.load(memory_ptr + N_BINS + bins), 0)
     k_bin = tl.full([], N_BINS, tl.int32)
     n_above = tl.full([], 0, tl.int64)
     if k < V:
+        up_to = tl.cumsum(tl.load(memory_ptr + N_BINS + bins), 0)
         missed = up_to < k
         n_bins = tl.sum(missed.to(tl.int32), 0)
         k_bin = tl.where(n_bins < N_BINS - 1, n_bins, N_BINS)
@@ -125,16 +135,18 @@ def _find_cuts(memory_ptr, k, V, top_p, N_BINS: tl.constexpr):
     first = tl.full([], N_BINS, tl.int32)
     last = tl.full([], -1, tl.int32)
     mass_above_first = tl.full([], 0, tl.int64)
-    if top_p < 1.0:
+    # Without masses, these are all bins down to the k-th token's.
+    if (top_p < 1.0) | _listed_by_top_k(k, V, LIST_SIZE):
         # top_k keeps all, or a part, of the k-th token's bin.
         mass_to_k = mass_above_k + tl.sum(tl.where(bins == k_bin, masses, 0), 0)
         p = tl.maximum(top_p, 0.0).to(tl.float64)
         least = (p * mass_above_k.to(tl.float64)).to(tl.int64) - MASS_ROUNDING
         most = (p * mass_to_k.to(tl.float64)).to(tl.int64) + MASS_ROUNDING
-        up_to = tl.cumsum(masses, 0)
-        first = tl.sum((up_to < least).to(tl.int32), 0)
-        last = tl.minimum(tl.sum((up_to < most).to(tl.int32), 0), tl.minimum(k_bin, N_BINS - 2))
-        mass_above_first = tl.max(tl.where(up_to < least, up_to, 0), 0)
+        mass_up_to = tl.cumsum(masses, 0)
+        first = tl.sum((mass_up_to < least).to(tl.int32), 0)
+        last = tl.sum((mass_up_to < most).to(tl.int32), 0)
+        last = tl.minimum(last, tl.minimum(k_bin, N_BINS - 2))
+        mass_above_first = tl.max(tl.where(mass_up_to < least, mass_up_to, 0), 0)
     return k_bin, n_above, mass_above_k, first, last, mass_above_first
 
 
@@ -165,7 +177,7 @@ def _append(found, code, n_ptr, list_ptr, LIST_SIZE: tl.constexpr):
 
 @triton.jit
 def _cut_in_list(
-    list_ptr, n, cuts, k, top_p, min_weight, top, scale, bins_per_logit,
+    list_ptr, n, cuts, k, V, top_p, min_weight, top, scale, bins_per_logit,
     N_BINS: tl.constexpr, LIST_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Return the code of the last token kept, and replace the weights in the list.
@@ -181,7 +193,8 @@ def _cut_in_list(
     n_before = tl.sum((listed & (bin < k_bin)).to(tl.int32), 0)
     kept = listed & ((bin != k_bin) | (n_above + rank - n_before < k))
     if top_p < 1.0:
-        mass = mass_above_k + tl.sum(tl.where(in_k_bin & kept, weight, 0), 0)
+        unsummed = kept & (in_k_bin | _listed_by_top_k(k, V, LIST_SIZE))
+        mass = mass_above_k + tl.sum(tl.where(unsummed, weight, 0), 0)
         goal = top_p_goal(top_p, mass)
         kept &= (bin <= last) & (mass_above_first + mass_above < goal)
     # In rank_list, all threads read the weights.
@@ -196,7 +209,6 @@ def _cut_in_list(
 def _draw_from_slices(
     row, list_ptr, n, masses_ptr, n_slices, slice_length, cut, min_weight, top, scale, u,
     GRANULE: tl.constexpr, BLOCK: tl.constexpr, LIST_SIZE: tl.constexpr,
-    STEP: tl.constexpr = 32,
 ):  # fmt: skip
     """Draw among the tokens with code >= cut and weight >= min_weight; return the id or -1.
 
@@ -205,6 +217,7 @@ def _draw_from_slices(
     row_skip = row[1]
     s = tl.arange(0, MAX_SLICES)
     mass = tl.load(masses_ptr + s, mask=s < n_slices, other=0)
+    STEP: tl.constexpr = LIST_SIZE if LIST_SIZE < 32 else 32
     for start in range(0, n, STEP):
         j = start + tl.arange(0, STEP)
         code = tl.load(list_ptr + j)
@@ -253,19 +266,20 @@ def sample_extremes_kernel(
 def sample_histogram_kernel(
     logits_ptr, first, limit, stride, V, slice_length, extremes_ptr, memory_ptr, words,
     temperature_ptr, top_k_ptr, top_p_ptr,
-    GRANULE: tl.constexpr, BLOCK: tl.constexpr, N_BINS: tl.constexpr,
+    GRANULE: tl.constexpr, BLOCK: tl.constexpr, N_BINS: tl.constexpr, LIST_SIZE: tl.constexpr,
 ):  # fmt: skip
     s, b = tl.program_id(0), tl.program_id(1)
     row = row_at(logits_ptr, first, limit, stride, V, b, GRANULE)
     memory_ptr += b * words
     temperature = tl.load(temperature_ptr + b)
     top, lowest = _load_extremes(extremes_ptr + b * (2 * MAX_SLICES), tl.num_programs(0))
-    cuts = (tl.load(top_k_ptr + b) < V) | (tl.load(top_p_ptr + b) < 1.0)
-    if (top > float("-inf")) & (top < float("inf")) & (temperature != 0.0) & cuts:
+    k = tl.load(top_k_ptr + b)
+    by_count = k < V
+    by_mass = (tl.load(top_p_ptr + b) < 1.0) & (not _listed_by_top_k(k, V, LIST_SIZE))
+    drawn = (top > float("-inf")) & (top < float("inf")) & (temperature != 0.0)
+    if drawn & (by_count | by_mass):
         scale = 1.0 / temperature.to(tl.float64)
         bins_per_logit = _bins_per_logit(top, lowest, temperature, N_BINS)
-        by_count = tl.load(top_k_ptr + b) < V
-        by_mass = tl.load(top_p_ptr + b) < 1.0
         for at in range(s * slice_length, (s + 1) * slice_length, BLOCK):
             _add_to_histogram(
                 row, at, top, bins_per_logit, scale, memory_ptr, by_count, by_mass,
@@ -290,7 +304,7 @@ def sample_collect_kernel(
         scale = 1.0 / temperature.to(tl.float64)
         bins_per_logit = _bins_per_logit(top, lowest, temperature, N_BINS)
         k = tl.maximum(tl.load(top_k_ptr + b), 1)
-        cuts = _find_cuts(memory_ptr, k, V, tl.load(top_p_ptr + b), N_BINS)
+        cuts = _find_cuts(memory_ptr, k, V, tl.load(top_p_ptr + b), N_BINS, LIST_SIZE)
         k_bin, _, _, p_first, p_last, _ = cuts
         if s == 0:
             _store_cuts(n_ptr + 1, cuts)
@@ -301,9 +315,10 @@ def sample_collect_kernel(
             x, code = load_codes(row, at, GRANULE, BLOCK)
             inside = code > CODE_OUTSIDE
             bin = _bin_of(x, top, bins_per_logit, N_BINS)
-            weight = weight_of(x, top, scale)
-            kept = inside & (bin < first_bin) & (weight >= min_weight)
-            mass += tl.where(kept, weight, 0.0).to(tl.int64)
+            if first_bin > 0:
+                weight = weight_of(x, top, scale)
+                kept = inside & (bin < first_bin) & (weight >= min_weight)
+                mass += tl.where(kept, weight, 0.0).to(tl.int64)
             if first_bin < N_BINS:
                 found = ((bin >= p_first) & (bin <= p_last)) | (bin == k_bin)
                 _append(inside & found, code, n_ptr, list_ptr, LIST_SIZE)
@@ -340,8 +355,9 @@ def sample_draw_kernel(
                 min_weight = tl.load(min_p_ptr + b) * WEIGHT_ONE
                 cut = tl.full([], CODE_OF_MINUS_INF, tl.int64)
                 if n > 0:
+                    k = tl.maximum(tl.load(top_k_ptr + b), 1)
                     cut = _cut_in_list(
-                        list_ptr, n, _load_cuts(n_ptr + 1), tl.maximum(tl.load(top_k_ptr + b), 1),
+                        list_ptr, n, _load_cuts(n_ptr + 1), k, V,
                         tl.load(top_p_ptr + b), min_weight, top, scale, bins_per_logit,
                         N_BINS, LIST_SIZE,
                     )  # fmt: skip
