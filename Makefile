@@ -23,8 +23,8 @@ WORKERS := -n logical --maxprocesses 8
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
 
-# The tests with the oldest and the newest PyTorch that they were run with, and with the Triton of each (some GB to
-# download). Each has a copy of these files with an environment of its own, so nothing is rebuilt here.
+# The tests with the oldest and the newest PyTorch that gptfast is for, and with the Triton of each. Each has a copy of
+# these files with an environment of its own (some GB), so nothing is rebuilt here.
 TORCHES ?= 2.11.0 2.15.0
 test-torch: $(TORCHES:%=build/torch-%)
 	for copy in $^; do $(MAKE) -C $$copy test TORCH=$${copy##*-} || exit; done

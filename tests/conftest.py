@@ -9,6 +9,7 @@ OMP_NUM_THREADS is the number of threads, GPTFAST_TEST_SEED is the seed of what 
 GPTFAST_TEST_PRODUCTS selects who multiplies fp32 matrices ("gptfast" or "library").
 """
 
+import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -126,6 +127,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = kept
 
 
+@functools.cache
+def _mend_interpreter() -> None:
+    """Make Triton's interpreter keep a comparison of scalars a truth value when it becomes a block.
+
+    It fills the block with int32, and the interpreter of Triton 3.9 takes no such block as a mask.
+    Compiled kernels have no part in it.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, block: Any, scalar: Any) -> Any:
+        if scalar.data.dtype == bool:
+            scalar = interpreter.TensorHandle(scalar.data, tl.int1)
+        return splat(self, block, scalar)
+
+    interpreter.InterpreterBuilder.create_splat = create_splat
+
+
 def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:
     if TRITON_MISSING:
         pytest.skip(TRITON_MISSING)
@@ -136,6 +157,7 @@ def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:
     callspec = getattr(request.node, "callspec", None)
     if not PTX and callspec and torch.bfloat16 in callspec.params.values():
         pytest.skip("Triton's interpreter has no bf16")
+    _mend_interpreter()
     with use_backend("triton"):
         yield "triton"
 
