@@ -288,11 +288,8 @@ class AdamW(torch.optim.Optimizer):
         grads: of the group; first_id: the number of parameters in the groups before; norm: of all
         gradients; split: whether there are DTensors.
         """
-        by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i, param in enumerate(group["params"]):
-            if grads[i] is not None:
-                by_kind.setdefault((param.device, param.dtype), []).append(i)
-        for (device, dtype), kind in by_kind.items():
+        with_grad = [i for i, grad in enumerate(grads) if grad is not None]
+        for (device, dtype), kind in _by_kind(group["params"], with_grad):
             params = [group["params"][i] for i in kind]
             states = [self.state[p] for p in params]
             stochastic = dtype == torch.bfloat16 and self.bf16_update == "stochastic"
@@ -349,6 +346,20 @@ class AdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for param, state in states:
             self.state[param].update(state)
+
+
+def _by_kind(
+    params: list[Tensor], places: list[int]
+) -> Iterable[tuple[tuple[torch.device, torch.dtype], list[int]]]:
+    """Return the places of the parameters of each device and dtype."""
+    used = [params[i] for i in places]
+    devices, dtypes = set(map(_device, used)), set(map(_dtype, used))
+    if len(devices) == len(dtypes) == 1:
+        return [((devices.pop(), dtypes.pop()), places)]
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, param in zip(places, used, strict=True):
+        kinds.setdefault((param.device, param.dtype), []).append(i)
+    return kinds.items()
 
 
 def _placed(saved: dict[str, Any], param: Tensor) -> dict[str, Tensor]:

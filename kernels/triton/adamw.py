@@ -269,7 +269,7 @@ def adamw_kernel(
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """Return the 2-norm over all gradients together, 0-d fp32."""
-    seen = look_at(grads)
+    seen = look_at(grads, [])
     if torch.float64 in seen.dtypes:
         return reference.grad_norm(grads)
     device = grads[0].device
@@ -331,7 +331,7 @@ def adamw(
 ) -> None:
     """Take one step in place. masters: empty, or one fp32 tensor per parameter."""
     columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else []), steps]
-    seen = look_at([t for column in columns for t in column])
+    seen = look_at([t for column in columns[:-1] for t in column], steps)
     if torch.float64 in seen.dtypes[: -len(steps)]:
         return reference.adamw(
             params, grads, exp_avgs, exp_avg_sqs, masters, steps, lr, grad_norm, max_norm, beta1,

@@ -142,13 +142,17 @@ class Seen(NamedTuple):
     dtypes: list[torch.dtype]
 
 
-def look_at(tensors: list[Tensor]) -> Seen:
-    """Return what a plan for these tensors depends on; most steps need no more work than this."""
+def look_at(tensors: list[Tensor], steps: list[Tensor]) -> Seen:
+    """Return what a plan for these tensors depends on; most steps need no more work than this.
+
+    steps: tensors of one element each, whose addresses and dtypes come last.
+    """
+    every = tensors + steps
     return Seen(
-        list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.data_ptr, every)),
         list(map(Tensor.stride, tensors)),
         list(map(Tensor.numel, tensors)),
-        list(map(_dtype, tensors)),
+        list(map(_dtype, every)),
     )
 
 
@@ -181,6 +185,7 @@ class Plan:
         self.n_rows = len(table)
         self.words = torch.tensor(list(zip(*table, strict=True)), dtype=torch.int64, device="cpu")
         self.addresses: list[int] = []
+        self.alignment: list[int] = []
         self.layout: tuple = ()
         self.columns: list[int] = []
         self.version = 0
@@ -191,6 +196,7 @@ class Plan:
     def remember(self, seen: Seen, layout: tuple, columns: list[int]) -> None:
         """Keep what the plan was made from; `columns` of the table hold its addresses in turn."""
         self.addresses, self.layout, self.columns = seen.addresses, layout, columns
+        self.alignment = [address % 16 for address in seen.addresses]
 
     def follow(self, seen: Seen, layout: tuple, tensors: list[Tensor]) -> bool:
         """Rewrite the addresses that changed; return False if the plan does not fit any more."""
@@ -202,11 +208,12 @@ class Plan:
         moved = []
         for i, column in enumerate(self.columns):
             part = slice(i * n, i * n + n)
-            old, new = self.addresses[part], addresses[part]
-            if old != new:
-                if [a % 16 for a in old] != [a % 16 for a in new]:
+            new = addresses[part]
+            if new != self.addresses[part]:
+                if [address % 16 for address in new] != self.alignment[part]:
                     return False
-                _check_device(tensors[part], tensors[0].device)
+                if set(map(Tensor.get_device, tensors[part])) != {tensors[0].get_device()}:
+                    return False
                 moved.append((column, [new[row] for row in self.order]))
         for column, values in moved:
             self.words[column] = torch.tensor(values, dtype=torch.int64, device="cpu")

@@ -144,10 +144,14 @@ class _Form:
 _forms: dict[tuple, _Form] = {}
 
 
-class _Record(threading.local):
-    """The launches of this thread, (kernel, plan, grid, args), while a series is recorded."""
+Recorded = tuple[Any, _Plan | None, tuple[int, ...], tuple]
+"""A launch: the kernel, its plan, the grid, the arguments."""
 
-    launches: list[tuple[Any, _Plan | None, tuple[int, ...], tuple]] | None = None
+
+class _Record(threading.local):
+    """The launches of this thread while a series is recorded."""
+
+    launches: list[Recorded] | None = None
 
 
 record = _Record()

@@ -17,7 +17,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from gptfast.kernels.triton import target
-from gptfast.kernels.triton.launch import record, watched
+from gptfast.kernels.triton.launch import Recorded, record, watched
 
 # The most series that are kept; shapes that never come again must not fill the memory.
 MAX_SERIES = 512
@@ -68,6 +68,11 @@ class _Scratch(threading.local):
 
 _series: dict[tuple, _Series | None] = {}
 _scratch = _Scratch()
+
+
+def forget() -> None:
+    """Drop all series; a test calls this after it has changed a constant of a launcher."""
+    _series.clear()
 
 
 def scratch(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -124,7 +129,9 @@ def repeat(fill: Callable[..., None], tensors: Sequence[Tensor | None], *numbers
 
 def _record(key: tuple, fill: Callable[..., None], tensors: Sequence, numbers: tuple) -> None:
     """Call `fill` and keep its launches, or None if they cannot be repeated."""
-    record.launches, _scratch.tensors = launches, temporary = [], []
+    launches: list[Recorded] = []
+    temporary: list[Tensor] = []
+    record.launches, _scratch.tensors = launches, temporary
     try:
         fill(*tensors, *numbers)
     finally:

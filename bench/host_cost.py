@@ -1,0 +1,242 @@
+"""What a launch, a launcher and a training step cost the host, without a GPU.
+
+.venv/bin/python bench/host_cost.py [--samples 200] [--json FILE]
+
+Triton's own driver runs over a libcuda that launches nothing (stub_cuda.py), and our operators run
+their Triton launchers on tiny CPU tensors. So a call takes the time that the host needs until it
+has queued the kernels. Beside each launcher stands PyTorch's operator on the same tensors, which
+computes on the CPU as well: at these sizes that is mostly its dispatch. The last rows are a whole
+step of GPT-2 with 12 layers and 16 channels, eager: forward, backward, norm, clipping and AdamW,
+ours and in plain PyTorch.
+
+The figures are medians of the CPU time of one thread, in microseconds, ours and PyTorch's in turn:
+the time that the thread waited for a core does not count. Nothing here says how long a kernel runs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import stub_cuda
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Run = Callable[[], object]
+Case = tuple[str, Run, Run]
+BF16 = torch.bfloat16
+
+
+def use_triton_on_cpu() -> list[torch.library.Library]:
+    """Register every operator's GPU implementation for CPU tensors; return what must stay alive."""
+    from gptfast import GPT, AdamW  # noqa: F401 - they define the operators
+    from gptfast.kernels.triton import cross_entropy, embedding
+    from gptfast.ops.library import IMPLEMENTATIONS
+
+    # On a GPU these return at once; on CPU tensors they would look at the values.
+    cross_entropy.check_targets = embedding.check_ids = lambda *args: None
+
+    libraries = []
+    with warnings.catch_warnings(action="ignore"):  # about the kernels that it overrides on purpose
+        for op, implementation in IMPLEMENTATIONS["triton"].items():
+            library = torch.library.Library("gptfast", "IMPL")
+            name = op.name().removeprefix("gptfast::").removesuffix(".default")
+            library.impl(name, implementation, "CPU", allow_override=True)
+            libraries.append(library)
+    return libraries
+
+
+def attention_cases() -> Iterator[Case]:
+    from gptfast.kernels.triton import attention
+
+    B, T, H, D = 2, 64, 12, 64
+    qkv, dout = torch.zeros(B, T, 3 * H * D, dtype=BF16), torch.zeros(B, T, H * D, dtype=BF16)
+    options = (D**-0.5, 0.0, None, None)
+    out, lse = attention.attention_qkv_fwd(qkv, H, *options)
+    small = torch.zeros(3, 1, 2, 4, 8, dtype=BF16, requires_grad=True)
+
+    def plain() -> Tensor:
+        return F.scaled_dot_product_attention(*small, is_causal=True)
+
+    loss = plain()
+    yield "attention forward", lambda: attention.attention_qkv_fwd(qkv, H, *options), plain
+    yield (
+        "attention backward (2 kernels)",
+        lambda: attention.attention_qkv_bwd(dout, qkv, out, lse, H, *options),
+        lambda: torch.autograd.grad(loss, small, loss, retain_graph=True),
+    )
+    q, k = torch.zeros(B, H, 1, D, dtype=BF16), torch.zeros(B, H, 1024, D, dtype=BF16)
+    one = small.detach()[:, :, :, :1]
+    yield (
+        "attention decode (2 kernels)",
+        lambda: attention.attention_fwd(q, k, k, *options),
+        lambda: F.scaled_dot_product_attention(*one),
+    )
+
+
+def loss_cases() -> Iterator[Case]:
+    from gptfast.kernels.triton import cross_entropy
+
+    options = (-100, 0.0, 0.0)
+    logits, target = torch.zeros(4, 64, dtype=BF16), torch.zeros(4, dtype=torch.int64)
+    loss, stats = cross_entropy.cross_entropy_fwd(logits, target, *options)
+    leaf = logits.clone().requires_grad_()
+    plain = F.cross_entropy(leaf, target)
+    yield (
+        "cross_entropy forward",
+        lambda: cross_entropy.cross_entropy_fwd(logits, target, *options),
+        lambda: F.cross_entropy(leaf, target),
+    )
+    yield (
+        "cross_entropy backward",
+        lambda: cross_entropy.cross_entropy_bwd(loss, logits, target, stats, *options),
+        lambda: torch.autograd.grad(plain, leaf, retain_graph=True),
+    )
+
+
+def embedding_cases() -> Iterator[Case]:
+    from gptfast.kernels.triton import embedding
+
+    weight, idx = torch.zeros(8, 64, dtype=BF16), torch.zeros(2, 4, dtype=torch.int64)
+    leaf = weight.clone().requires_grad_()
+    out = F.embedding(idx, leaf)
+    dx = torch.zeros_like(out)
+    yield (
+        "embedding forward",
+        lambda: embedding.embedding_fwd(weight, idx),
+        lambda: F.embedding(idx, leaf),
+    )
+    yield (
+        "embedding backward",
+        lambda: embedding.embedding_bwd(weight, dx, idx),
+        lambda: torch.autograd.grad(out, leaf, dx, retain_graph=True),
+    )
+
+
+def adamw_cases() -> Iterator[Case]:
+    import gptfast
+
+    def parameters() -> list[torch.nn.Parameter]:
+        shapes = [(4, 8), (8,), (4, 4), (4,)] * 37
+        return [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+
+    for moved in (False, True):
+        steps = []
+        for cls, options in (
+            (gptfast.AdamW, {"max_norm": 1.0}),
+            (torch.optim.AdamW, {"fused": True}),
+        ):
+            params = parameters()
+            optimizer = cls(params, **options)
+            # Many sets of gradients take turns: no cache of ours has so many.
+            sets = [[torch.zeros_like(p) for p in params] for _ in range(40)]
+
+            def step(  # type: ignore[no-untyped-def]
+                params=params, optimizer=optimizer, sets=sets, moved=moved
+            ) -> None:
+                if moved or params[0].grad is None:
+                    sets.append(sets.pop(0))
+                    for p, g in zip(params, sets[0], strict=True):
+                        p.grad = g
+                if "fused" in optimizer.defaults and optimizer.defaults["fused"]:
+                    torch.nn.utils.clip_grad_norm_(params, 1.0)
+                optimizer.step()
+
+            steps.append(step)
+        name = "new gradients" if moved else "the same gradients"
+        yield f"AdamW step, 148 tensors, {name}", *steps
+
+
+def step_cases() -> Iterator[Case]:
+    from plain_gpt import PlainGPT, decay_groups
+
+    import gptfast
+
+    sizes = {"vocab_size": 64, "block_size": 16, "n_layer": 12, "n_head": 2, "n_embd": 16}
+    config = gptfast.GPTConfig(**sizes)
+    idx = torch.zeros(2, 16, dtype=torch.int64)
+    for dtype in (torch.float32, BF16):
+        models = [gptfast.GPT(config).to(dtype), PlainGPT(config).to(dtype)]
+        optimizers = [
+            gptfast.AdamW(decay_groups(models[0]), max_norm=1.0),
+            torch.optim.AdamW(decay_groups(models[1]), fused=True),
+        ]
+
+        def step(i: int, models=models, optimizers=optimizers) -> None:  # type: ignore[no-untyped-def]
+            optimizers[i].zero_grad()
+            models[i](idx, idx).backward()
+            if i:
+                torch.nn.utils.clip_grad_norm_(models[i].parameters(), 1.0)
+            optimizers[i].step()
+
+        name = "fp32" if dtype == torch.float32 else "bf16"
+        yield f"training step, 12 layers, {name}", lambda f=step: f(0), lambda f=step: f(1)
+
+
+def sample(run: Run) -> float:
+    """Return the CPU time of this thread for one call, in microseconds."""
+    begin = time.thread_time_ns()
+    run()
+    return (time.thread_time_ns() - begin) / 1e3
+
+
+def measure(ours: Run, plain: Run, samples: int) -> tuple[float, float]:
+    """Return the median costs of both, measured in turn."""
+    for run in (ours, plain, ours, plain):
+        run()
+    costs = [(sample(ours), sample(plain)) for _ in range(samples)]
+    return tuple(map(statistics.median, zip(*costs, strict=True)))  # type: ignore[return-value]
+
+
+def processor() -> str:
+    """Return the name of the CPU."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+
+
+def row(name: str, *cells: str) -> str:
+    """Return a line of the table."""
+    return f"{name:42}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+def main() -> None:
+    """Measure all cases and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        stub = stub_cuda.install(Path(folder))
+        libraries = use_triton_on_cpu()
+        print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+        print(row("microseconds of the host", "ours", "PyTorch", "ratio", "launches"))
+        rows = []
+        for cases in (attention_cases, loss_cases, embedding_cases, adamw_cases, step_cases):
+            for name, ours, plain in cases():
+                few = max(10, options.samples // (10 if "step" in name else 1))
+                mine, theirs = measure(ours, plain, few)
+                before = stub.count()
+                ours()
+                rows.append((name, mine, theirs, stub.count() - before))
+                ratio = f"{theirs / mine:.2f}"
+                print(
+                    row(name, f"{mine:.1f}", f"{theirs:.1f}", ratio, str(rows[-1][-1])), flush=True
+                )
+        del libraries
+    if options.json:
+        names = ("case", "ours_us", "pytorch_us", "launches")
+        figures = [dict(zip(names, row, strict=True)) for row in rows]
+        options.json.write_text(json.dumps({"cpu": processor(), "rows": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
