@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test check matrix fuzz sanitize lint docs bench bench-peers gpu audit clean
+.PHONY: train test test-ptx check matrix fuzz sanitize lint docs bench bench-peers gpu audit clean
 
 # Trains a small GPT on real text: set-up, then two to three minutes on two cores. A second call goes on
 # where the first one stopped; remove runs/train to start over.
@@ -19,6 +19,12 @@ WORKERS := -n logical --maxprocesses 8
 
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
+
+# The Triton kernels as they are compiled for a GPU, bf16 included, in the emulator of PTX of tests/ptx: memory,
+# races and results are checked. A selection of the tests that `make test` runs in Triton's interpreter.
+PTX_TESTS := attention cross_entropy adamw sampling embedding decode_linear
+test-ptx: $(VENV)/ready-test
+	GPTFAST_TEST_PTX=1 $(BIN)/python -m pytest $(WORKERS) --durations=15 tests/ptx $(PTX_TESTS:%=tests/test_%.py)
 
 # Before each commit, under 90 seconds: lint, and the tests that tell most in a minute. They are the
 # modules that take seconds and need neither processes, files of some size nor Triton's interpreter.
