@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test test-torch check matrix fuzz sanitize lint docs bench bench-peers audit clean \
+.PHONY: train test test-torch test-ptx check matrix fuzz sanitize lint docs bench bench-peers audit clean \
 	gpu gpu-ready gpu-kernels gpu-train gpu-rest gpu-cache
 
 # Trains a small GPT on real text: set-up, then two to three minutes on two cores. A second call goes on
@@ -35,6 +35,12 @@ build/torch-%: FORCE
 	cp --parents --update -t $@ $(wildcard $(shell git ls-files --cached --others --exclude-standard))
 
 FORCE:
+
+# The Triton kernels as they are compiled for a GPU, bf16 included, in the emulator of PTX of tests/ptx: memory,
+# races and results are checked. A selection of the tests that `make test` runs in Triton's interpreter.
+PTX_TESTS := attention cross_entropy adamw sampling embedding decode_linear
+test-ptx: $(VENV)/ready-test
+	GPTFAST_TEST_PTX=1 $(BIN)/python -m pytest $(WORKERS) --durations=15 tests/ptx $(PTX_TESTS:%=tests/test_%.py)
 
 # Before each commit, under 90 seconds: lint, and the tests that tell most in a minute. They are the
 # modules that take seconds and need neither processes, files of some size nor Triton's interpreter.

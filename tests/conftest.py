@@ -7,6 +7,10 @@ has no bf16 (its casts truncate, its products are garbage).
 Three variables of the environment change what the whole suite runs with; `make matrix` sets them.
 OMP_NUM_THREADS is the number of threads, GPTFAST_TEST_SEED is the seed of what the tests draw, and
 GPTFAST_TEST_PRODUCTS selects who multiplies fp32 matrices ("gptfast" or "library").
+
+GPTFAST_TEST_PTX=1 runs the Triton kernels as they are compiled for a GPU, bf16 included, in the
+emulator of tests/ptx, and of the tests of kernels only those that tests/ptx/selection.py names;
+GPTFAST_TEST_PTX=all runs all of them, which takes hours.
 """
 
 import functools
@@ -21,10 +25,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from ptx.selection import selected  # noqa: E402
 from seeds import shifted  # noqa: E402
 
 # Run the Triton kernels as PTX, compiled for a GPU, in the emulator of tests/ptx.
-PTX = os.environ.get("GPTFAST_TEST_PTX") == "1"
+PTX = os.environ.get("GPTFAST_TEST_PTX", "")
 GPU = torch.cuda.is_available() and not PTX
 if PTX:
     os.environ["TRITON_INTERPRET"] = "0"
@@ -113,6 +118,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     kept = []
     for item in items:
+        if PTX == "1" and item.path.parent.name != "ptx" and not selected(item.nodeid):
+            continue
         callspec = getattr(item, "callspec", None)
         params = callspec.params if callspec is not None else {}
         backend = params.get("backend")

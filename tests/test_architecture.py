@@ -149,7 +149,13 @@ def test_kernels_stand_beside_the_floors() -> None:
 
 @pytest.mark.parametrize(
     ("folder", "suffixes"),
-    [("gptfast", {".py"}), ("kernels", {".py"}), ("csrc", {".cpp", ".h"}), ("bench", {".py"})],
+    [
+        ("gptfast", {".py"}),
+        ("kernels", {".py"}),
+        ("csrc", {".cpp", ".h"}),
+        ("bench", {".py"}),
+        ("tests/ptx", {".py"}),
+    ],
 )
 def test_no_file_is_too_long(folder: str, suffixes: set[str]) -> None:
     paths = [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
@@ -158,7 +164,7 @@ def test_no_file_is_too_long(folder: str, suffixes: set[str]) -> None:
     assert {name: n for name, n in lengths.items() if n > 400} == {}
 
 
-@pytest.mark.parametrize("folder", ["gptfast", "bench", "kernels/reference"])
+@pytest.mark.parametrize("folder", ["gptfast", "bench", "kernels/reference", "tests/ptx"])
 def test_no_function_is_too_long(folder: str) -> None:
     long = {}
     for path in (ROOT / folder).rglob("*.py"):

@@ -20,8 +20,17 @@ from ptx.machine import Kernel, Launch
 
 FOLLOWS_ADDRESSES = ("adamw", "grad_norm")
 """The beginnings of the names of kernels that read addresses of tensors from a table."""
-HARMLESS: dict[tuple[str, str], str] = {}
-"""Conflicts that change no result, and why: (kernel, beginning of the finding)."""
+REPEATED_READ = "race: global write after a read by another warp"
+HARMLESS = {
+    "embedding_bwd_kernel": REPEATED_READ,
+    "embedding_bwd_runs_kernel": REPEATED_READ,
+    "linear_cross_entropy_rows_kernel": REPEATED_READ,
+    "adamw_kernel": REPEATED_READ,
+    "adamw_steps_kernel": REPEATED_READ,
+}
+"""Conflicts that change no result, by kernel. Where a tile has fewer numbers than the CTA has
+threads, the other warps repeat the loads, perhaps after the store by the warp whose numbers they
+are; what they then hold is never stored."""
 
 counts: dict[str, Counts] = {}
 """What was executed since the last `reset_counts`, by kernel."""
@@ -90,7 +99,9 @@ def launch(compiled: Any, grid: Any, named: dict[str, Any]) -> None:
     running = Launch(kernel, size, [*bits, 0, 0], list(reachable(kernel.name, tensors)))
     findings = running.run()
     counts.setdefault(kernel.name, Counts()).add(running.counts)
-    serious = [f"{kind}: {text} ({n} times)" for (kind, text), n in findings.items()]
+    found = [f"{kind}: {text} ({n} times)" for (kind, text), n in findings.items()]
+    harmless = HARMLESS.get(kernel.name)
+    serious = [line for line in found if harmless is None or not line.startswith(harmless)]
     if serious:
         raise Fault("\n".join(serious))
 

@@ -31,8 +31,8 @@ def pack(first: int, second: int) -> int:
 def a_registers(a: Array, warp_rows: int = 0) -> list[list[int]]:
     """Return the four registers of each lane for 16 rows of a matrix of bits.
 
-    The figure of mma.m16n8k16: a0, a1: row = group; a2, a3: row = group + 8; a4 to a7 the same, 8 columns on. The column is
-    2 * (lane % 4) + (i & 1), + 8 for i >= 4.
+    The figure of mma.m16n8k16: a0, a1: row = group; a2, a3: row = group + 8; a4 to a7 the same,
+    8 columns on. The column is 2 * (lane % 4) + (i & 1), + 8 for i >= 4.
     """
     out = []
     for lane in range(32):
