@@ -122,6 +122,74 @@ def embedding_cases() -> Iterator[Case]:
     )
 
 
+def layer_cases() -> Iterator[Case]:
+    from gptfast.kernels.triton import linear, mlp
+
+    N, C, wide = 8, 16, 64
+    x, ones, bias = (torch.zeros(*size, dtype=BF16) for size in ((N, C), (C,), (wide,)))
+    weight, back = torch.zeros(wide, C, dtype=BF16), torch.zeros(C, wide, dtype=BF16)
+    leaves = [t.clone().requires_grad_() for t in (x, ones, ones, weight, bias, back, ones)]
+    norm, eps = (ones, ones), 1e-5
+
+    def layer() -> Tensor:
+        return F.linear(F.layer_norm(leaves[0], (C,), *leaves[1:3], eps), *leaves[3:5])
+
+    def perceptron() -> Tensor:
+        return F.linear(F.gelu(layer(), approximate="tanh"), *leaves[5:]) + leaves[0]
+
+    def gradients(out: Tensor, inputs: list[Tensor]) -> Run:
+        dout = torch.zeros_like(out)
+        return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+    y, stats = linear.linear_fwd(x, *norm, eps, weight, bias, None)
+    yield (
+        "norm and linear, forward",
+        lambda: linear.linear_fwd(x, *norm, eps, weight, bias, None),
+        layer,
+    )
+    yield (
+        "norm and linear, backward",
+        lambda: linear.linear_bwd(y, x, *norm, eps, weight, bias, stats, True, True),
+        gradients(layer(), leaves[:5]),
+    )
+    layers = (*norm, eps, weight, bias, back, ones, True)
+    y, h, stats = mlp.mlp_fwd(x, *layers)
+    yield "norm and mlp, forward", lambda: mlp.mlp_fwd(x, *layers), perceptron
+    yield (
+        "norm and mlp, backward",
+        lambda: mlp.mlp_bwd(y, x, h, stats, *layers, True, True, True),
+        gradients(perceptron(), leaves),
+    )
+
+
+def decoding_cases() -> Iterator[Case]:
+    from gptfast.kernels.triton import decode_linear, sampling
+
+    x, ones = torch.zeros(1, 16, dtype=BF16), torch.ones(16, dtype=BF16)
+    weight = torch.zeros(64, 16, dtype=BF16)
+    layer = (weight, None, None, None, False, False)
+    yield (
+        "norm and linear of one token",
+        lambda: decode_linear.decode_linear(x, ones, ones, 1e-5, *layer),
+        lambda: F.linear(F.layer_norm(x, (16,), ones, ones), weight),
+    )
+    numbers = (torch.ones(1), torch.full((1,), 9), torch.ones(1), torch.zeros(1))
+    seeds = torch.zeros(2, 1, dtype=torch.int64)
+    for V in (64, 16384):
+        logits = torch.zeros(1, V, dtype=BF16)
+
+        def plain(logits: Tensor = logits) -> Tensor:
+            best, ids = torch.topk(logits[:, :64].float() / numbers[0], 9)
+            return ids.gather(1, torch.multinomial(torch.softmax(best, -1), 1))
+
+        kernels = "4 kernels" if V > 64 else "1 kernel"
+        yield (
+            f"sampling ({kernels})",
+            lambda logits=logits: sampling.sample(logits, *numbers, *seeds),
+            plain,
+        )
+
+
 def adamw_cases() -> Iterator[Case]:
     import gptfast
 
@@ -220,7 +288,8 @@ def main() -> None:
         print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
         print(row("microseconds of the host", "ours", "PyTorch", "ratio", "launches"))
         rows = []
-        for cases in (attention_cases, loss_cases, embedding_cases, adamw_cases, step_cases):
+        kernels = (attention_cases, loss_cases, embedding_cases, layer_cases, decoding_cases)
+        for cases in (*kernels, adamw_cases, step_cases):
             for name, ours, plain in cases():
                 few = max(10, options.samples // (10 if "step" in name else 1))
                 mine, theirs = measure(ours, plain, few)
