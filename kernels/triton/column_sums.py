@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.kernels.triton import target
+from gptfast.kernels.triton.launch import launch
+from gptfast.kernels.triton.launch_series import repeat, scratch
 
 # Rows that a program of the first launch adds: 128 programs a column block for 16,384 tokens.
 ROWS_PER_PROGRAM = 128
@@ -84,22 +86,27 @@ def column_totals_kernel(
 
 
 def column_totals(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Fill first (C,), and second (C,), with the sums over partial (programs, 1 or 2, C)."""
+    """Launch what fills first, and second, (C,) with the sums over partial (programs, 1 or 2, C)."""
     programs, kinds, C = partial.shape
     shape = tile("totals")
     grid = (triton.cdiv(C, shape["BLOCK_C"]), kinds)
-    column_totals_kernel[grid](partial, first, second, programs, C, **shape)
+    launch(column_totals_kernel, grid, partial, first, second, programs, C, **shape)
 
 
 def column_sums(x: Tensor) -> Tensor:
     """Return the sums (C,) of the columns of x (N, C), contiguous, added in fp32."""
-    N, C = x.shape
-    sums = x.new_empty(C)
-    if C:
-        programs, shape = triton.cdiv(N, ROWS_PER_PROGRAM), tile("sums")
-        partial = x.new_empty(programs, 1, C, dtype=torch.float32)
-        if programs:
-            grid = (triton.cdiv(C, shape["BLOCK_C"]), programs)
-            column_sums_kernel[grid](partial, x, N, C, ROWS_PER_PROGRAM=ROWS_PER_PROGRAM, **shape)
-        column_totals(partial, sums)
+    sums = x.new_empty(x.shape[1])
+    if sums.numel():
+        repeat(_launch_sums, (sums, x))
     return sums
+
+
+def _launch_sums(sums: Tensor, x: Tensor) -> None:
+    (N, C), shape = x.shape, tile("sums")
+    programs = triton.cdiv(N, ROWS_PER_PROGRAM)
+    partial = scratch(x, (programs, 1, C), torch.float32)
+    if programs:
+        grid = (triton.cdiv(C, shape["BLOCK_C"]), programs)
+        args, rows = (partial, x, N, C), ROWS_PER_PROGRAM
+        launch(column_sums_kernel, grid, *args, ROWS_PER_PROGRAM=rows, **shape)
+    column_totals(partial, sums)

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.kernels.reference import decode_linear as reference
+from gptfast.kernels.triton.launch import launch
+from gptfast.kernels.triton.launch_series import repeat
 
 # Rows of x that the first kernel takes.
 MAX_ROWS = 8
@@ -144,20 +146,49 @@ def decode_linear(
     norm = [None if t is None else t.contiguous() for t in (norm_weight, norm_bias)]
     scale, bias, residual = (None if t is None else t.contiguous() for t in (scale, bias, residual))
     if N <= MAX_ROWS:
-        BLOCK_C = triton.next_power_of_2(C)
-        BLOCK_O = min(64, max(1, WEIGHT_ELEMENTS // BLOCK_C))
-        decode_linear_rows_kernel[(triton.cdiv(n_out, BLOCK_O),)](
-            y, x, *norm, weight, scale, bias, residual, N, C, n_out, eps, GELU=gelu,
-            BLOCK_O=BLOCK_O, BLOCK_C=BLOCK_C, num_warps=max(4, BLOCK_C * BLOCK_O // 1024),
-        )  # fmt: skip
+        repeat(_launch_rows, (y, x, *norm, weight, scale, bias, residual), eps, gelu)
         return y
     if norm_weight is not None:
         x = F.layer_norm(x, (C,), norm_weight, norm_bias, eps)
     if scale is None and x.dtype == dtype:
         return _by_library(x, weight, bias, residual, gelu)
+    repeat(_launch_tiles, (y, x, weight, scale, bias, residual), gelu)
+    return y
+
+
+def _launch_rows(
+    y: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    gelu: bool,
+) -> None:
+    (N, C), n_out = x.shape, len(weight)
+    BLOCK_C = triton.next_power_of_2(C)
+    BLOCK_O = min(64, max(1, WEIGHT_ELEMENTS // BLOCK_C))
+    launch(
+        decode_linear_rows_kernel, (triton.cdiv(n_out, BLOCK_O),),
+        y, x, norm_weight, norm_bias, weight, scale, bias, residual, N, C, n_out, eps, GELU=gelu,
+        BLOCK_O=BLOCK_O, BLOCK_C=BLOCK_C, num_warps=max(4, BLOCK_C * BLOCK_O // 1024),
+    )  # fmt: skip
+
+
+def _launch_tiles(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gelu: bool,
+) -> None:
+    (N, C), n_out = x.shape, len(weight)
     blocks, options = tile(N, x.dtype, weight.dtype)
     grid = (triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(n_out, blocks["BLOCK_O"]))
-    decode_linear_tiles_kernel[grid](
-        y, x, weight, scale, bias, residual, N, C, n_out, GELU=gelu, **blocks, **options
-    )
-    return y
+    args = (y, x, weight, scale, bias, residual, N, C, n_out)
+    launch(decode_linear_tiles_kernel, grid, *args, GELU=gelu, **blocks, **options)

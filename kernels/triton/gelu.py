@@ -15,6 +15,8 @@ from torch import Tensor
 
 from gptfast.kernels.triton import target
 from gptfast.kernels.triton.column_sums import ROWS_PER_PROGRAM, column_totals
+from gptfast.kernels.triton.launch import launch
+from gptfast.kernels.triton.launch_series import repeat, scratch
 
 # arch: "fwd": (elements a program, num_warps), "bwd": (ROWS, BLOCK_C, num_warps).
 TILES = {
@@ -96,10 +98,14 @@ def gelu_fwd(h: Tensor) -> Tensor:
     """Return GELU of h (N, F), contiguous."""
     g = torch.empty_like(h)
     if h.numel():
-        block, num_warps = TILES[target.arch()]["fwd"]
-        grid = (triton.cdiv(h.numel(), block),)
-        gelu_fwd_kernel[grid](g, h, h.numel(), BLOCK=block, num_warps=num_warps)
+        repeat(_launch_fwd, (g, h))
     return g
+
+
+def _launch_fwd(g: Tensor, h: Tensor) -> None:
+    block, num_warps = TILES[target.arch()]["fwd"]
+    grid = (triton.cdiv(h.numel(), block),)
+    launch(gelu_fwd_kernel, grid, g, h, h.numel(), BLOCK=block, num_warps=num_warps)
 
 
 def gelu_bwd_(
@@ -111,13 +117,22 @@ def gelu_bwd_(
     """
     N, F = h.shape
     g, sums = h.new_empty((N, F) if with_g else 0), h.new_empty(F if with_sums else 0)
+    if F:
+        repeat(_launch_bwd, (dg, h, g if with_g else None, sums if with_sums else None))
+    return dg, g, sums
+
+
+def _launch_bwd(dg: Tensor, h: Tensor, g: Tensor | None, sums: Tensor | None) -> None:
+    N, F = h.shape
     programs = triton.cdiv(N, ROWS_PER_PROGRAM)
-    partial = h.new_empty(programs, 1, F, dtype=torch.float32) if with_sums else None
+    partial = None if sums is None else scratch(h, (programs, 1, F), torch.float32)
     rows, block, num_warps = TILES[target.arch()]["bwd"]
-    if h.numel():
-        gelu_bwd_kernel[(triton.cdiv(F, block), programs)](
+    if N:
+        launch(
+            gelu_bwd_kernel,
+            (triton.cdiv(F, block), programs),
             dg,
-            g if with_g else None,
+            g,
             partial,
             dg,
             h,
@@ -128,6 +143,5 @@ def gelu_bwd_(
             BLOCK_C=block,
             num_warps=num_warps,
         )
-    if partial is not None and F:
+    if partial is not None and sums is not None:
         column_totals(partial, sums)
-    return dg, g, sums

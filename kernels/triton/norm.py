@@ -20,6 +20,8 @@ from torch import Tensor
 from gptfast.kernels.reference import linear as reference
 from gptfast.kernels.triton import target
 from gptfast.kernels.triton.column_sums import column_totals
+from gptfast.kernels.triton.launch import launch
+from gptfast.kernels.triton.launch_series import repeat, scratch
 
 # The reference computes norms of longer rows: they would not fit in the backward's registers.
 MAX_C = 4096
@@ -144,11 +146,17 @@ def norm_fwd(
         return reference.norm_fwd(x, weight, bias, eps, dtype)
     a, stats = x.new_empty(N, C, dtype=dtype), x.new_empty(N, 2, dtype=torch.float32)
     if N:
-        shape = tile("fwd", C)
-        norm_fwd_kernel[(triton.cdiv(N, shape["ROWS"]),)](
-            a, stats, x.contiguous(), weight.contiguous(), bias.contiguous(), N, C, eps, **shape
-        )
+        tensors = (a, stats, x.contiguous(), weight.contiguous(), bias.contiguous())
+        repeat(_launch_fwd, tensors, eps)
     return a, stats
+
+
+def _launch_fwd(
+    a: Tensor, stats: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> None:
+    (N, C), shape = x.shape, tile("fwd", x.shape[1])
+    grid = (triton.cdiv(N, shape["ROWS"]),)
+    launch(norm_fwd_kernel, grid, a, stats, x, weight, bias, N, C, eps, **shape)
 
 
 class NormGradients(NamedTuple):
@@ -180,23 +188,42 @@ def norm_bwd(
         return NormGradients(dx if dresidual is None else dx + dresidual, dweight, dbias, None)
     dx, dweight, dbias = x.new_empty(N, C), torch.empty_like(weight), torch.empty_like(bias)
     a = torch.empty_like(da) if with_a else None
+    given = (t.contiguous() for t in (x, stats, weight, bias))
+    repeat(_launch_bwd, (dx, a, dweight, dbias, da, dresidual, *given))
+    return NormGradients(dx, dweight, dbias, a)
+
+
+def _launch_bwd(
+    dx: Tensor,
+    a: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor,
+    da: Tensor,
+    dresidual: Tensor | None,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> None:
+    N, C = x.shape
     programs = triton.cdiv(N, ROWS_PER_PROGRAM)
-    partial = x.new_empty(programs, 2, C, dtype=torch.float32)
+    partial = scratch(x, (programs, 2, C), torch.float32)
     if programs:
-        norm_bwd_kernel[(programs,)](
+        launch(
+            norm_bwd_kernel,
+            (programs,),
             dx,
             a,
             partial,
             da,
             dresidual,
-            x.contiguous(),
-            stats.contiguous(),
-            weight.contiguous(),
-            bias.contiguous(),
+            x,
+            stats,
+            weight,
+            bias,
             N,
             C,
             ROWS_PER_PROGRAM=ROWS_PER_PROGRAM,
             **tile("bwd", C),
         )
     column_totals(partial, dweight, dbias)
-    return NormGradients(dx, dweight, dbias, a)
