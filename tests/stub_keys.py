@@ -128,6 +128,23 @@ def compare_series() -> list[str]:
     return wrong
 
 
+def fill_from_two(x: torch.Tensor, y: torch.Tensor) -> None:
+    launch(kernel, (1,), x, 16, 16, 0.5, (y, 16), CONSTANT=1, num_warps=4)
+
+
+def compare_equal_tensors() -> list[str]:
+    """Return the series that take one tensor for another because they once were the same."""
+    wrong = []
+    x, y = torch.zeros(2, 16)
+    for pair in ((x, x), (x, y), (y, x), (y, y)):
+        reached.clear()
+        fill_from_two(*pair)
+        repeat(fill_from_two, pair)
+        if len(set(map(str, reached))) != 1:
+            wrong.append(f"x is y: {pair[0] is pair[1]}: {reached}")
+    return wrong
+
+
 def unseen() -> list[str]:
     """Return who did not see a launch that a plan could have made."""
     args, options = (memory, 3, 3, 0.5, None), {"CONSTANT": 1, "num_warps": 4}
@@ -165,7 +182,7 @@ def main() -> None:
     kernel.compile = compiler
     wrong = compare_launches()
     kernels = len(kernel.device_caches[0][0])
-    wrong += compare_series() + unseen()
+    wrong += compare_series() + compare_equal_tensors() + unseen()
     print(json.dumps({"wrong": wrong[:5], "kernels": kernels}))
 
 

@@ -131,6 +131,11 @@ def _record(key: tuple, fill: Callable[..., None], tensors: Sequence, numbers: t
     """Call `fill` and keep its launches, or None if they cannot be repeated."""
     launches: list[Recorded] = []
     temporary: list[Tensor] = []
+    # A tensor that is given twice becomes two: the series must also serve two different ones.
+    tensors = [
+        t.detach() if t is not None and any(t is u for u in tensors[:i]) else t
+        for i, t in enumerate(tensors)
+    ]
     record.launches, _scratch.tensors = launches, temporary
     try:
         fill(*tensors, *numbers)
