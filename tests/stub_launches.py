@@ -38,6 +38,8 @@ from gptfast.kernels.triton import (  # noqa: E402
     embedding,
     launch,
     launch_series,
+    linear,
+    mlp,
     sampling,
 )
 
@@ -151,7 +153,12 @@ def other_cases() -> Iterator[tuple[str, Case]]:
         seeds = torch.zeros(2, 3, dtype=torch.int64)
         sampling.sample(torch.empty(3, 40), *numbers, *seeds)
 
-    def linear(N: int) -> None:
+    def few_rows(V: int, begin: int) -> None:
+        numbers = (torch.ones(2), torch.full((2,), 9), torch.ones(2), torch.zeros(2))
+        logits = torch.empty(2, V + begin, dtype=BF16)[:, begin:]
+        sampling.sample(logits, *numbers, *torch.zeros(2, 2, dtype=torch.int64))
+
+    def decode(N: int) -> None:
         x, weight = torch.empty(N, 32, dtype=BF16), torch.empty(48, 32, dtype=torch.int8)
         layer = (weight, torch.ones(48), None, None, True, False)
         decode_linear.decode_linear(x, None, None, 0.0, *layer)
@@ -159,8 +166,30 @@ def other_cases() -> Iterator[tuple[str, Case]]:
     yield "embedding", lambda: embed(64, 300)
     yield "embedding one", lambda: embed(1, 1)
     yield "sampling", sample
-    yield "decode_linear rows", lambda: linear(1)
-    yield "decode_linear tiles", lambda: linear(100)
+    yield "sampling by slices", lambda: few_rows(9000, 0)
+    yield "sampling by slices unaligned", lambda: few_rows(9000, 3)
+    yield "decode_linear rows", lambda: decode(1)
+    yield "decode_linear tiles", lambda: decode(100)
+
+
+def layer_cases() -> Iterator[tuple[str, Case]]:
+    def layers(N: int, C: int, dtype: torch.dtype) -> None:
+        """Run linear and mlp with all their parts; x is fp32, as under autocast."""
+        x, ones, dx = torch.ones(N, C), torch.ones(C), torch.ones(N, C, dtype=dtype)
+        weight, bias = torch.ones(2 * C, C, dtype=dtype), torch.ones(2 * C, dtype=dtype)
+        norm, layer = (ones, ones, 1e-5), (weight, bias)
+        y, stats = linear.linear_fwd(x, *norm, *layer, None)
+        linear.linear_bwd(y, x, *norm, *layer, stats, True, True)
+        linear.linear_bwd(y, x, *norm, *layer, stats, False, True)
+        back = (weight.t(), torch.ones(C, dtype=dtype))
+        _, h, stats = mlp.mlp_fwd(x, *norm, *layer, *back, True)
+        for needs in ((True, True, True), (True, False, False), (False, False, True)):
+            mlp.mlp_bwd(dx, x, h, stats, *norm, *layer, *back, True, *needs)
+
+    yield "layers bf16", lambda: layers(200, 48, BF16)
+    yield "layers fp32", lambda: layers(3, 7, FP32)
+    yield "layers one", lambda: layers(1, 1, BF16)
+    yield "layers without rows", lambda: layers(0, 16, BF16)
 
 
 def leaves(kernel: JITFunction, args: tuple, options: dict[str, Any]) -> Iterator[Any]:
@@ -260,8 +289,9 @@ def main() -> None:
     # Page-locked memory is taken once for all.
     adamw_tables._staging.reserve(torch.device("cpu"), 100)
     with torch.no_grad():
-        for cases in (attention_cases, cross_entropy_cases, adamw_cases, other_cases):
-            for name, case in cases():
+        cases = (attention_cases, cross_entropy_cases, adamw_cases, layer_cases, other_cases)
+        for kind in cases:
+            for name, case in kind():
                 results[name], found = run(name, case)
                 names |= found
     repeated = [series is not None for series in launch_series._series.values()]

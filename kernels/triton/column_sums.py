@@ -86,7 +86,10 @@ def column_totals_kernel(
 
 
 def column_totals(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Launch what fills first, and second, (C,) with the sums over partial (programs, 1 or 2, C)."""
+    """Fill first (C,), and second (C,), with the sums over partial (programs, 1 or 2, C).
+
+    It only launches, so functions that are repeated may call it.
+    """
     programs, kinds, C = partial.shape
     shape = tile("totals")
     grid = (triton.cdiv(C, shape["BLOCK_C"]), kinds)

@@ -6,12 +6,16 @@ no rules of their own (sampling_codes.py). Weights are whole numbers up to 2^40;
 are exact, whatever the blocks are.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gptfast.kernels.reference import sampling as reference
+from gptfast.kernels.triton.launch import launch
+from gptfast.kernels.triton.launch_series import repeat, scratch
 from gptfast.kernels.triton.sampling_codes import row_at
 from gptfast.kernels.triton.sampling_draw import draw_row
 from gptfast.kernels.triton.sampling_split import (
@@ -124,21 +128,26 @@ def sample_fwd(logits: Tensor, *parameters: Tensor) -> Tensor:
         first = int(logits.storage_offset())
         limit += first
         logits = logits.as_strided((B, V), logits.stride(), 0)
-    rows = (logits, first, limit, logits.stride(0), V)
-    if B <= MAX_SPLIT_B and V >= MIN_SPLIT_V:
-        _sample_by_slices(ids, rows, 16 // size, *parameters)
-        return ids
-    BLOCK, unroll, num_warps = tile(V)
-    granule = 16 // size
+    by_slices = B <= MAX_SPLIT_B and V >= MIN_SPLIT_V
+    fill = _sample_by_slices if by_slices else _sample_by_rows
+    repeat(fill, (ids, logits, *parameters), first, limit, tile(V))
+    return ids
+
+
+def _sample_by_rows(ids: Tensor, logits: Tensor, *rest: Any) -> None:
+    """Fill ids by one program a row; the rest is as for `_sample_by_slices`."""
+    *parameters, first, limit, (BLOCK, unroll, num_warps) = rest
+    B, V = logits.shape
+    granule = 16 // logits.element_size()
     blocks = triton.cdiv(V + granule - 1, BLOCK)
     # Per row: the codes in the list, then their weights.
-    lists = torch.empty(B, 2, LIST_SIZE, dtype=torch.int64, device=logits.device)
-    masses = torch.empty(B, blocks, dtype=torch.int64, device=logits.device)
-    sample_fwd_kernel[(B,)](
-        *rows, *parameters, ids, lists, masses, blocks,
+    lists = scratch(logits, (B, 2, LIST_SIZE), torch.int64)
+    masses = scratch(logits, (B, blocks), torch.int64)
+    launch(
+        sample_fwd_kernel, (B,),
+        logits, first, limit, logits.stride(0), V, *parameters, ids, lists, masses, blocks,
         GRANULE=granule, BLOCK=BLOCK, UNROLL=unroll, LIST_SIZE=LIST_SIZE, num_warps=num_warps,
     )  # fmt: skip
-    return ids
 
 
 def slices(B: int, V: int, granule: int, BLOCK: int) -> tuple[int, int]:
@@ -151,38 +160,41 @@ def slices(B: int, V: int, granule: int, BLOCK: int) -> tuple[int, int]:
 
 def _sample_by_slices(
     ids: Tensor,
-    rows: tuple[Tensor, int, int, int, int],
-    granule: int,
+    logits: Tensor,
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,
     seed: Tensor,
     position: Tensor,
+    first: int,
+    limit: int,
+    row_tile: tuple[int, int, int],
 ) -> None:
     """Fill ids by several programs a row."""
-    B, V = len(ids), rows[-1]
+    B, V = logits.shape
+    granule = 16 // logits.element_size()
     BLOCK, num_warps, draw_warps = split_tile()
-    row_block, unroll, _ = tile(V)
+    row_block, unroll, _ = row_tile
     n_slices, length = slices(B, V, granule, BLOCK)
     words = words_per_row(N_BINS, LIST_SIZE)
     blocks = triton.cdiv(V + granule - 1, row_block)
-    extremes = torch.empty(B, 2, MAX_SLICES.value, device=ids.device)
-    memory = torch.empty(B, words, dtype=torch.int64, device=ids.device)
-    masses = torch.empty(B, blocks, dtype=torch.int64, device=ids.device)
+    extremes = scratch(ids, (B, 2, MAX_SLICES.value), torch.float32)
+    memory = scratch(ids, (B, words), torch.int64)
+    masses = scratch(ids, (B, blocks), torch.int64)
+    rows = (logits, first, limit, logits.stride(0), V, length)
     between = (extremes, memory, words)
+    cuts = (temperature, top_k, top_p)
     bins = {"GRANULE": granule, "N_BINS": N_BINS}
     slicing = {**bins, "BLOCK": BLOCK, "num_warps": num_warps}
+    listing = {"LIST_SIZE": LIST_SIZE, **slicing}
     grid = (n_slices, B)
-    sample_extremes_kernel[grid](*rows, length, *between, **slicing)
-    sample_histogram_kernel[grid](
-        *rows, length, *between, temperature, top_k, top_p, LIST_SIZE=LIST_SIZE, **slicing
-    )
-    sample_collect_kernel[grid](
-        *rows, length, *between, temperature, top_k, top_p, min_p, LIST_SIZE=LIST_SIZE, **slicing
-    )
-    sample_draw_kernel[(B,)](
-        *rows, length, n_slices, *between, temperature, top_k, top_p, min_p, seed, position,
+    launch(sample_extremes_kernel, grid, *rows, *between, **slicing)
+    launch(sample_histogram_kernel, grid, *rows, *between, *cuts, **listing)
+    launch(sample_collect_kernel, grid, *rows, *between, *cuts, min_p, **listing)
+    launch(
+        sample_draw_kernel, (B,),
+        *rows, n_slices, *between, *cuts, min_p, seed, position,
         ids, masses, blocks, **bins, BLOCK=min(row_block, triton.next_power_of_2(length)),
         LIST_SIZE=LIST_SIZE, ROW_BLOCK=row_block, UNROLL=unroll, num_warps=draw_warps,
     )  # fmt: skip
