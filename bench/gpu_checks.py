@@ -16,7 +16,7 @@ from gpu_jobs import Emit, slug
 from gpu_operations import operations
 
 TESTS = ("philox", "attention", "cross_entropy", "adamw", "sampling", "sampling_split", "embedding")
-TESTS += ("decode_linear", "engine_gpu")
+TESTS += ("decode_linear", "linear", "mlp", "engine_gpu")
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 14
 """Workers of pytest: most of the time goes into compiling, on the CPU."""
