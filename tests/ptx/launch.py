@@ -65,6 +65,14 @@ class Driver:
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def utils(self) -> "Driver":
+        return self
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        shared = {80: 163, 90: 227, 100: 227}.get(self.target.arch, 99)
+        return {"max_shared_mem": shared << 10}
+
 
 def install() -> None:
     """Send every launch of this process to the emulator. Triton must not be interpreting."""
