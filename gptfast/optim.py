@@ -220,6 +220,29 @@ class AdamW(torch.optim.Optimizer):
         ):
             self._fit_state(param)
 
+    def _measure(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        split: bool,
+        norm_limit: Tensor | None,
+    ) -> Tensor | None:
+        """Set `grad_norm`; return the norm for the kernels, NaN above the limit, None without."""
+        if self.max_norm is None:
+            return None
+        norm = None
+        present = [grad for grad in grads if grad is not None]
+        if split:
+            norm = dtensor.global_norm(params, grads)
+        elif present:
+            norm = grad_norm(present)
+        if norm is None:
+            return None
+        self.grad_norm = norm
+        if norm_limit is None:
+            return norm
+        return norm.where(norm <= norm_limit.to(norm.device), torch.nan)
+
     @torch.no_grad()
     def step(
         self,
@@ -258,16 +281,7 @@ class AdamW(torch.optim.Optimizer):
         split = dtensor.any_in(params)
         if split:
             grads = [dtensor.local_gradient(p, g) for p, g in zip(params, grads, strict=True)]
-        norm = None
-        if self.max_norm is not None:
-            present = [grad for grad in grads if grad is not None]
-            if split:
-                norm = dtensor.global_norm(params, grads)
-            elif present:
-                norm = grad_norm(present)
-            self.grad_norm = self.grad_norm if norm is None else norm
-            if norm is not None and norm_limit is not None:
-                norm = norm.where(norm <= norm_limit.to(norm.device), torch.nan)
+        norm = self._measure(params, grads, split, norm_limit)
         first_id = 0
         for group in self.param_groups:
             n = len(group["params"])

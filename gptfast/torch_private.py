@@ -93,3 +93,13 @@ def any_global_hooks() -> bool:
         or hooks._global_backward_hooks
         or hooks._global_backward_pre_hooks
     )
+
+
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Return whether anyone asked to be called with the gradient of a tensor."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether anyone asked to be called before or after the steps of an optimizer."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from gptfast.config import TrainConfig
 from gptfast.device import moved, random_state, restore_random_state
 from gptfast.model import GPT, foreign_part
-from gptfast.modules import any_global_hooks, has_hooks
+from gptfast.modules import has_hooks
 from gptfast.optim import AdamW
+from gptfast.torch_private import any_global_hooks, has_gradient_hooks, has_step_hooks
 from gptfast.training.cuda_graph import StepGraph, recorder_for
 from gptfast.training.guard import Fault, Guard
 
@@ -91,7 +92,7 @@ class TrainStep:
             max_norm=config.max_norm,
         )
         self.guard = Guard(config)
-        self._modules, self._params = list(model.modules()), list(model.parameters())
+        self._parts, self._params = list(model.modules()), list(model.parameters())
         recorder = recorder_for(config, device)
         self._step: Callable[[Sequence[Tensor]], Tensor] = self._compute
         if recorder is not None:
@@ -184,19 +185,17 @@ class TrainStep:
         addresses += [x.data_ptr() for of_param in state.values() for x in of_param.values()]
         changing = ("params", "lr")
         options = [v for group in groups for name, v in group.items() if name not in changing]
-        options += [(m.training, m.p) for m in self._modules if isinstance(m, nn.Dropout)]
+        options += [(m.training, m.p) for m in self._parts if isinstance(m, nn.Dropout)]
         options += [self.optimizer.max_norm, model.skip_below, model.activation_checkpointing]
         return *addresses, *options, self.model, self._hook()
 
     def _hook(self) -> str:
         """Return what has a hook, which a graph would not call: it repeats kernels alone."""
-        if any_global_hooks() or any(map(has_hooks, self._modules)):
+        if any_global_hooks() or any(map(has_hooks, self._parts)):
             return "a module has a hook"
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._params):
+        if any(map(has_gradient_hooks, self._params)):
             return "a parameter has a hook"
-        optimizer = self.optimizer
-        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-        return "the optimizer has a hook" if any(hooks) else ""
+        return "the optimizer has a hook" if has_step_hooks(self.optimizer) else ""
 
     def _obstacle(self) -> str | None:
         """Return why a graph would not do what the step does, or None."""

@@ -146,7 +146,8 @@ def _record(key: tuple, fill: Callable[..., None], tensors: Sequence, numbers: t
     given = [t for t in tensors if t is not None]
     fits = len({t.get_device() for t in given}) == 1
     fits &= all(t.data_ptr() % 16 == 0 for t in temporary)
-    steps = [_step(*launch, [*given, *temporary]) if fits else None for launch in launches]
+    bases = [*given, *temporary]
+    steps = [_step(launch, bases) if fits else None for launch in launches]
     series: _Series | None = None
     if None not in steps:
         kinds = [(tuple(t.shape), t.dtype) for t in temporary]
@@ -157,8 +158,9 @@ def _record(key: tuple, fill: Callable[..., None], tensors: Sequence, numbers: t
             del _series[next(iter(_series))]
 
 
-def _step(kernel: Any, plan: Any, grid: tuple, args: tuple, bases: list[Tensor]) -> _Step | None:
+def _step(launch: Recorded, bases: list[Tensor]) -> _Step | None:
     """Return the launch in terms of the bases' addresses, or None if that is not possible."""
+    kernel, plan, grid, args = launch
     pointers = []
     for place, arg in enumerate(args):
         elements = arg if type(arg) is tuple else (arg,)

@@ -122,7 +122,7 @@ def sample_fwd(logits: Tensor, *parameters: Tensor) -> Tensor:
         logits = logits.contiguous()
     size = logits.element_size()
     first = 0
-    limit = logits.untyped_storage().nbytes() // size - logits.storage_offset()
+    limit = int(logits.untyped_storage().nbytes() // size - logits.storage_offset())
     if logits.data_ptr() % 16:
         # Pass the start of the memory, which is aligned, so that the kernel can align its loads.
         first = int(logits.storage_offset())

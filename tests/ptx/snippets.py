@@ -25,7 +25,7 @@ def module(body: str, n_params: int, n_threads: int) -> str:
 .reg .pred %p<40>;
 .reg .b16 %rs<40>;
 .reg .b32 %r<400>;
-.reg .b64 %rd<40>;
+.reg .b64 %rd<60>;
 {body}
 ret;
 }}

@@ -76,26 +76,52 @@ def accumulator_place(i: int) -> tuple[Array, Array]:
     return GROUP + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * PLACE + i % 2
 
 
+def a_fragment_f64(registers: list[Array]) -> Array:
+    """Return the (warps, 16, 16) A of eight float64: row g + 8 (i % 2), column q + 4 (i / 2)."""
+    out = np.empty((len(registers[0]), 16, 16), F64)
+    for i, register in enumerate(registers):
+        out[:, GROUP + 8 * (i % 2), PLACE + 4 * (i // 2)] = register
+    return out
+
+
+def b_fragment_f64(registers: list[Array]) -> Array:
+    """Return the (warps, 16, 8) B of four float64: row q + 4 i, column g."""
+    out = np.empty((len(registers[0]), 16, 8), F64)
+    for i, register in enumerate(registers):
+        out[:, PLACE + 4 * i, GROUP] = register
+    return out
+
+
 def mma(instruction: Instruction) -> Step:
-    """mma.sync.aligned.m16n8k16.row.col: D = A B + C of a warp, of bf16 or f16, in float32."""
+    """mma.sync.aligned.m16n8k16.row.col: D = A B + C of a warp.
+
+    A and B are bf16 or f16, C and D float32; or all are float64.
+    """
     match = re.fullmatch(
-        r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.\1\.f32", instruction.opcode
+        r"mma\.sync\.aligned\.m16n8k16\.row\.col\."
+        r"(?:f32\.(bf16|f16)\.\1\.f32|f64\.f64\.f64\.f64)",
+        instruction.opcode,
     )
     if match is None:
         raise UnknownInstruction(instruction.text)
     dtype = match[1]
+    given, result = (U32, F32) if dtype else (F64, F64)
     puts = [write(item) for item in items(instruction.operands[0])]
-    a, b = ([read(x, U32) for x in items(operand)] for operand in instruction.operands[1:3])
-    c = [read(item, F32) for item in items(instruction.operands[3])]
+    a, b = ([read(x, given) for x in items(operand)] for operand in instruction.operands[1:3])
+    c = [read(item, result) for item in items(instruction.operands[3])]
 
     def step(cta: "CTA", mask: Mask) -> None:
         warps = warps_of(cta, mask)
         left, right = ([in_warps(cta, x(cta), warps) for x in side] for side in (a, b))
-        product = a_fragment(left, dtype).astype(F64) @ b_fragment(right, dtype)
-        for i, (put, addend) in enumerate(zip(puts, c, strict=True)):
+        if dtype:
+            product = a_fragment(left, dtype).astype(F64) @ b_fragment(right, dtype)
+        else:
+            product = a_fragment_f64(left) @ b_fragment_f64(right)
+        addends = [in_warps(cta, addend(cta), warps) for addend in c]
+        for i, (put, addend) in enumerate(zip(puts, addends, strict=True)):
             row, column = accumulator_place(i)
-            total = product[:, row, column] + in_warps(cta, addend(cta), warps)
-            put(cta, spread(cta, total.astype(F32), warps), mask)
+            total = product[:, row, column] + addend
+            put(cta, spread(cta, total.astype(result), warps), mask)
 
     return step
 

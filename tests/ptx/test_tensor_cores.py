@@ -98,6 +98,36 @@ def test_mma(dtype: str) -> None:
     assert running.counts.flops == 2 * 2 * 16 * 8 * 16
 
 
+def test_mma_of_float64() -> None:
+    """Lane l has a(i): row l / 4 + 8 (i odd), column l % 4 + 4 (i / 2); b(i): row l % 4 + 4 i."""
+    shapes = [(16, 16), (16, 8), (16, 8)]
+    a, b, c = (numbers(shape, 10 + i).astype("f8") for i, shape in enumerate(shapes))
+    lanes = [(lane >> 2, lane % 4) for lane in range(32)]
+    fragments = [
+        [[a[g + (8 if i & 1 else 0), q + (i >> 1) * 4] for i in range(8)] for g, q in lanes],
+        [[b[q + 4 * i, g] for i in range(4)] for g, q in lanes],
+        [[c[g + 8 * (i >= 2), 2 * q + (i & 1)] for i in range(4)] for g, q in lanes],
+    ]
+    out = aligned(np.zeros((32, 4)), "f8")
+    body, first = addresses(4), 4
+    for parameter, n in enumerate((8, 4, 4)):
+        body += element(parameter, 8 * n, 1)
+        for i in range(n):
+            body += f"ld.global.b64 %rd{first + i + 30}, [%rd1+{8 * i}];"
+        first += n
+    a_names, b_names, c_names = (
+        "{" + ", ".join(f"%rd{34 + i}" for i in part) + "}"
+        for part in (range(8), range(8, 12), range(12, 16))
+    )
+    name = "mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64"
+    body += f"{name} {c_names}, {a_names}, {b_names}, {c_names}; {element(3, 32, 1)}"
+    body += "".join(f"st.global.b64 [%rd1+{8 * i}], %rd{46 + i};" for i in range(4))
+    launch(body, *(aligned(x, "f8") for x in fragments), out)
+    want = a @ b + c
+    for (lane, (g, q)), i in itertools.product(enumerate(lanes), range(4)):
+        assert out[lane, i] == want[g + 8 * (i >= 2), 2 * q + (i & 1)]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_ldmatrix_and_stmatrix(n: int, transposed: bool) -> None:
