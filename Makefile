@@ -38,7 +38,7 @@ FORCE:
 
 # The Triton kernels as they are compiled for a GPU, bf16 included, in the emulator of PTX of tests/ptx: memory,
 # races and results are checked. A selection of the tests that `make test` runs in Triton's interpreter.
-PTX_TESTS := attention cross_entropy adamw sampling embedding decode_linear linear mlp
+PTX_TESTS := attention cross_entropy adamw sampling sampling_split embedding decode_linear linear mlp
 test-ptx: $(VENV)/ready-test
 	GPTFAST_TEST_PTX=1 $(BIN)/python -m pytest $(WORKERS) --durations=15 tests/ptx $(PTX_TESTS:%=tests/test_%.py)
 
