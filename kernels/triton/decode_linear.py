@@ -47,11 +47,12 @@ def decode_linear_rows_kernel(
     # int64: a vocabulary times the channels may overflow int32.
     at = o.to(tl.int64)[:, None] * C + c[None, :]
     weight = tl.load(weight_ptr + at, mask=in_o[:, None] & in_c[None, :], other=0)
+    share = tl.div_rn(1.0, C * 1.0)
     for n in range(N):
         x = tl.load(x_ptr + n * C + c, mask=in_c, other=0.0).to(tl.float32)
         if norm_weight_ptr is not None:
-            x = tl.where(in_c, x - tl.div_rn(tl.sum(x, 0), C * 1.0), 0.0)
-            x *= tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, 0), C * 1.0) + eps))
+            x = tl.where(in_c, x - tl.sum(x, 0) * share, 0.0)
+            x *= tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 0) * share + eps))
             x *= tl.load(norm_weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)
             x += tl.load(norm_bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
         y = tl.sum(weight.to(tl.float32) * x[None, :], 1)
