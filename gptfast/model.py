@@ -252,7 +252,8 @@ class GPT(nn.Module):
         """
         if torch.compiler.is_compiling():  # which could not follow the second question
             return True
-        return self.config.dropout > 0 or foreign_part(self) is not None
+        drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.modules())
+        return drops or foreign_part(self) is not None
 
     def forward(
         self, idx: Tensor, target: Tensor | None = None, *, seed: Tensor | int | None = None

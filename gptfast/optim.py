@@ -220,6 +220,16 @@ class AdamW(torch.optim.Optimizer):
         ):
             self._fit_state(param)
 
+    def _check_limit(self, norm_limit: Tensor | None) -> None:
+        if norm_limit is None:
+            return
+        if self.max_norm is None:
+            raise ValueError("norm_limit limits the norm that max_norm measures: give max_norm too")
+        if not isinstance(norm_limit, Tensor) or norm_limit.dim():
+            raise ValueError(
+                f"norm_limit must be a 0-d tensor, such as torch.tensor(2.0); got {norm_limit!r}"
+            )
+
     def _measure(
         self,
         params: list[Tensor],
@@ -260,8 +270,7 @@ class AdamW(torch.optim.Optimizer):
         first step, for norm_limit without max_norm, and with max_norm under
         `FullyShardedDataParallel`.
         """
-        if norm_limit is not None and self.max_norm is None:
-            raise ValueError("norm_limit limits the norm that max_norm measures: give max_norm too")
+        self._check_limit(norm_limit)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as hooks
+from torch.optim import optimizer as optimizers
 
 OLDEST_TORCH = (2, 11)
 
@@ -101,5 +102,11 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether anyone asked to be called before or after the steps of an optimizer."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    """Return whether anyone but gptfast wants calls before or after the steps of an optimizer."""
+    every = (
+        *optimizer._optimizer_step_pre_hooks.values(),
+        *optimizer._optimizer_step_post_hooks.values(),
+        *optimizers._global_optimizer_pre_hooks.values(),
+        *optimizers._global_optimizer_post_hooks.values(),
+    )
+    return any(not getattr(hook, "__module__", "").startswith("gptfast.") for hook in every)

@@ -276,6 +276,10 @@ def test_norm_limit_needs_max_norm() -> None:
     optimizer = gptfast.AdamW(net.parameters())
     with pytest.raises(ValueError, match="norm_limit limits the norm that max_norm measures"):
         optimizer.step(norm_limit=torch.ones(()))
+    optimizer = gptfast.AdamW([torch.nn.Parameter(torch.ones(3))], max_norm=1.0)
+    for wrong in (2.0, torch.ones(1)):
+        with pytest.raises(ValueError, match="norm_limit must be a 0-d tensor, such as"):
+            optimizer.step(norm_limit=wrong)
 
 
 def test_infinite_max_norm_measures_only(backend: str) -> None:
@@ -567,6 +571,13 @@ def test_grad_norm_depends_on_shapes_alone(triton: str) -> None:
     assert abs(norm.item() - exact) <= exact * 2**-22
     for again in (grads, [g.clone() for g in grads], [askew(g) for g in grads]):
         assert torch.equal(grad_norm(again), norm)
+
+
+def test_grad_norm_follows_the_shape(triton: str) -> None:
+    """Of equal strides and as many elements, only the first of these fills its memory."""
+    part = torch.full((3, 3), 2.0)[:, :2].fill_(1.0)
+    for grad in (torch.ones(2, 3), part):
+        assert grad_norm([grad]).item() == pytest.approx(6**0.5, rel=1e-6)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from helpers import differing, make_trainer, parameters, random_model, without_s
 from seeds import shifted
 from test_train_step import batch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -272,7 +273,9 @@ def test_other_batches_run_without_the_graph(recorder: Replays) -> None:
     assert (recorder.captures, recorder.replays) == (1, 16 - WARM_UP_STEPS - 4)
 
 
-@pytest.mark.parametrize("what", ["state", "weights", "options", "model", "mode", "dropout"])
+@pytest.mark.parametrize(
+    "what", ["state", "weights", "options", "model", "mode", "frozen", "dropout"]
+)
 def test_a_change_needs_another_graph(recorder: Replays, what: str) -> None:
     """What was loaded, set or exchanged between two steps counts from the next step on."""
 
@@ -288,6 +291,8 @@ def test_a_change_needs_another_graph(recorder: Replays, what: str) -> None:
             step.model = lambda x, y: model(x, y) * 3
         elif what == "mode":
             model.eval()
+        elif what == "frozen":
+            model.wpe.weight.requires_grad_(False)
         else:
             model.h[1].mlp.drop.p = 0.5
 
@@ -322,6 +327,7 @@ HOOKS: dict[str, Callable[[TrainStep], Any]] = {
     "module": lambda step: step.raw_model.h[0].register_forward_hook(lambda *_: None),
     "parameter": lambda step: step.raw_model.wpe.weight.register_hook(lambda gradient: None),
     "optimizer": lambda step: step.optimizer.register_step_post_hook(lambda *_: None),
+    "every optimizer": lambda step: register_optimizer_step_post_hook(lambda *_: None),
 }
 
 
@@ -331,14 +337,18 @@ def test_no_graph_with_hooks(
     recorder: Replays, capsys: pytest.CaptureFixture[str], where: str, first: int
 ) -> None:
     """A hook is called in every step, also one that comes after the capture."""
-    step = made()
-    for i in range(first + 5):
-        if i == first:
-            HOOKS[where](step)
-        step.run(batches(i), 1e-3)
+    step, hook = made(), None
+    try:
+        for i in range(first + 5):
+            if i == first:
+                hook = HOOKS[where](step)
+            step.run(batches(i), 1e-3)
+    finally:
+        if hook is not None:
+            hook.remove()
     assert recorder.replays == max(0, first - WARM_UP_STEPS)
     (line,) = capsys.readouterr().out.splitlines()
-    assert f"{where} has a hook" in line
+    assert f"{where.removeprefix('every ')} has a hook" in line
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,21 @@ def test_activation_checkpointing_changes_memory_only(dropout: float) -> None:
     assert differing(parameters(plain), parameters(recomputed)) == []
 
 
+def test_a_changed_dropout_is_recomputed() -> None:
+    """The masks of the recomputation are those of the forward, whoever set the probability."""
+    results = []
+    for recomputes in (False, True):
+        model = random_model().train()
+        model.activation_checkpointing = recomputes
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        torch.manual_seed(shifted(1))
+        model(*batch(2, 16, 1)).backward()
+        results.append(gradients(model))
+    assert differing(*results) == []
+
+
 def test_skip_below_reaches_the_head() -> None:
     """At 0.999 the head's gradient, and so every other, nearly vanishes; at 0 it is whole."""
     batches = [batch(2, 16, 1)]

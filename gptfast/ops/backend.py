@@ -149,7 +149,7 @@ class use_backend:  # noqa: N801 - reads as the function it is used as
             self.switch.__exit__(kind, error, trace)
 
 
-def overruled() -> bool:
-    """Return whether this thread is inside a `use_backend` of another name than "auto"."""
-    switch = getattr(_thread, "switch", None)
-    return switch is not None and switch.backend != "auto"
+def chosen_backend() -> str:
+    """Return the name of the `use_backend` that this thread is inside of, else "auto"."""
+    switch: _Switch | None = getattr(_thread, "switch", None)
+    return "auto" if switch is None else switch.backend

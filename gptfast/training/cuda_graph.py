@@ -51,7 +51,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.clone_state()
-        errors: list[Exception] = []
+        errors: list[BaseException] = []
         try:
             # The outer context leaves the stream even if ending the capture fails.
             with (
@@ -61,10 +61,10 @@ class CudaGraphs:
             ):
                 try:
                     result = function()
-                except Exception as error:
+                except BaseException as error:
                     errors.append(error)
                     raise
-        except Exception as error:
+        except BaseException as error:
             # A capture that fails leaves a generator which draws in captures only.
             generator.graphsafe_set_state(before)
             # Ending it raises another error than the one that says why it failed.

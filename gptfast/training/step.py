@@ -13,6 +13,7 @@ from gptfast.config import TrainConfig
 from gptfast.device import moved, random_state, restore_random_state
 from gptfast.model import GPT, foreign_part
 from gptfast.modules import has_hooks
+from gptfast.ops.backend import chosen_backend
 from gptfast.optim import AdamW
 from gptfast.torch_private import any_global_hooks, has_gradient_hooks, has_step_hooks
 from gptfast.training.cuda_graph import StepGraph, recorder_for
@@ -187,6 +188,7 @@ class TrainStep:
         options = [v for group in groups for name, v in group.items() if name not in changing]
         options += [(m.training, m.p) for m in self._parts if isinstance(m, nn.Dropout)]
         options += [self.optimizer.max_norm, model.skip_below, model.activation_checkpointing]
+        options += [chosen_backend(), *(p.requires_grad for p in self._params)]
         return *addresses, *options, self.model, self._hook()
 
     def _hook(self) -> str:
@@ -204,7 +206,8 @@ class TrainStep:
         part = foreign_part(self.raw_model)
         if part is not None:
             return f"the model is not a GPT as gptfast makes it, {part}"
-        if self.config.activation_checkpointing and self.raw_model.config.dropout > 0:
+        drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self._parts)
+        if self.config.activation_checkpointing and drops:
             # The recomputation reads the state of the generator, which a capture forbids.
             return "activation checkpointing with dropout repeats random numbers"
         return None

@@ -200,9 +200,12 @@ class Trainer:
         order = self.train_loader.batch_sampler
         assert isinstance(order, BatchOrder)  # as __init__ has checked
         order.set_position(self.progress.step * per_step)
-        self._feed = Feed(_forever(self.train_loader), per_step, self.device)
-        while not self._is_over() and not self.interrupt.requested:
-            yield self._feed.take()
+        feed = self._feed = Feed(_forever(self.train_loader), per_step, self.device)
+        try:
+            while not self._is_over() and not self.interrupt.requested:
+                yield feed.take()
+        finally:
+            self._feed = None  # and with it the loader's processes
 
     def _has_all_steps(self) -> bool:
         """Return whether the last step has been taken."""

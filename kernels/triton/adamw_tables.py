@@ -138,7 +138,7 @@ class Seen(NamedTuple):
 
     addresses: list[int]
     strides: list[tuple[int, ...]]
-    numels: list[int]
+    shapes: list[torch.Size]
     dtypes: list[torch.dtype]
 
 
@@ -151,7 +151,7 @@ def look_at(tensors: list[Tensor], steps: list[Tensor]) -> Seen:
     return Seen(
         list(map(Tensor.data_ptr, every)),
         list(map(Tensor.stride, tensors)),
-        list(map(Tensor.numel, tensors)),
+        list(map(Tensor.size, tensors)),
         list(map(_dtype, every)),
     )
 
@@ -253,8 +253,8 @@ def _check_device(tensors: list[Tensor], device: torch.device) -> None:
 
 def norm_plan(grads: list[Tensor], seen: Seen, chunk: int) -> Plan:
     """Return the plan of grad_norm_kernel, whose programs each take `chunk` elements."""
-    key = (chunk, tuple(seen.numels))
-    layout = (seen.strides, seen.numels, seen.dtypes)
+    key = (chunk, grads[0].get_device(), tuple(seen.shapes))
+    layout = (seen.strides, seen.shapes, seen.dtypes)
     plan = _plans.recent.get(key)
     if plan is not None and plan.follow(seen, layout, grads):
         return plan
@@ -295,7 +295,7 @@ def step_plan(
     these tensors are, one column after the other.
     """
     key = (block, stochastic, len(columns), tuple(seen.addresses[: len(param_ids)]))
-    layout = (seen.strides, seen.numels, seen.dtypes, param_ids)
+    layout = (seen.strides, seen.shapes, seen.dtypes, param_ids)
     every = [t for column in columns for t in column]
     plan = _plans.recent.get(key)
     if plan is not None and plan.follow(seen, layout, every):

@@ -83,6 +83,11 @@ _asked = _Asked()
 _lowered: dict[tuple[int, Kernel], str] = {}
 
 
+def lowered() -> dict[tuple[int, Kernel], str]:
+    """Return which kernels, by device, have stepped down to which tiles so far."""
+    return dict(_lowered)
+
+
 def fitting(kernel: Kernel) -> str:
     """Return the class of tiles with which `kernel` fits the GPU: `arch`, or a smaller one.
 
