@@ -61,7 +61,9 @@ def steps(form: str, B: int, smoke: bool, sides: tuple[str, ...]) -> dict[str, S
 
     def command() -> Step:
         precision = "bf16" if cast else "fp32"
-        settings = TrainConfig(precision=precision, lr=LR, max_norm=MAX_NORM, compile=compiled)
+        settings = TrainConfig(
+            precision=precision, lr=LR, max_norm=MAX_NORM, compile=compiled, cuda_graph=False
+        )
         step = TrainStep(model(GPT), settings, batch[0].device)
         return lambda: step.run([batch], LR)
 

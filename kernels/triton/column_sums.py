@@ -44,8 +44,9 @@ def column_sums_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    first = tl.program_id(1) * ROWS_PER_PROGRAM
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # The rows are on the first axis: the second one ends at 65,535 programs.
+    first = tl.program_id(0) * ROWS_PER_PROGRAM
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     fits = (column < C)[None, :]
     sums = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for begin in range(first, tl.minimum(first + ROWS_PER_PROGRAM, N), ROWS):
@@ -53,7 +54,7 @@ def column_sums_kernel(
         # int64: row * C overflows int32 at 2^31 elements.
         at = row.to(tl.int64)[:, None] * C + column[None, :]
         sums += tl.load(x_ptr + at, mask=(row < N)[:, None] & fits, other=0.0).to(tl.float32)
-    partial_ptr += tl.program_id(1).to(tl.int64) * C
+    partial_ptr += tl.program_id(0).to(tl.int64) * C
     tl.store(partial_ptr + column, tl.sum(sums, 0), mask=column < C)
 
 
@@ -109,7 +110,7 @@ def _launch_sums(sums: Tensor, x: Tensor) -> None:
     programs = triton.cdiv(N, ROWS_PER_PROGRAM)
     partial = scratch(x, (programs, 1, C), torch.float32)
     if programs:
-        grid = (triton.cdiv(C, shape["BLOCK_C"]), programs)
+        grid = (programs, triton.cdiv(C, shape["BLOCK_C"]))
         args, rows = (partial, x, N, C), ROWS_PER_PROGRAM
         launch(column_sums_kernel, grid, *args, ROWS_PER_PROGRAM=rows, **shape)
     column_totals(partial, sums)

@@ -20,6 +20,7 @@ from torch import Tensor
 from gptfast.kernels.reference import decode_linear as reference
 from gptfast.kernels.triton.launch import launch
 from gptfast.kernels.triton.launch_series import repeat
+from gptfast.kernels.triton.norm import norm_fwd
 
 # Rows of x that the first kernel takes.
 MAX_ROWS = 8
@@ -152,7 +153,7 @@ def decode_linear(
         repeat(_launch_rows, (y, x, *norm, weight, scale, bias, residual), eps, gelu)
         return y
     if norm_weight is not None:
-        x = F.layer_norm(x, (C,), norm_weight, norm_bias, eps)
+        x = norm_fwd(x, norm_weight, norm_bias, eps, x.dtype)[0]
     if scale is None and x.dtype == dtype:
         return _by_library(x, weight, bias, residual, gelu)
     repeat(_launch_tiles, (y, x, weight, scale, bias, residual), gelu)

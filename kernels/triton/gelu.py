@@ -67,8 +67,9 @@ def gelu_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    first = tl.program_id(1) * ROWS_PER_PROGRAM
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # The rows are on the first axis: the second one ends at 65,535 programs.
+    first = tl.program_id(0) * ROWS_PER_PROGRAM
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     fits = (column < F)[None, :]
     dtype = dh_ptr.dtype.element_ty
     sums = tl.zeros([ROWS, BLOCK_C], tl.float32)
@@ -90,7 +91,7 @@ def gelu_bwd_kernel(
         # The sums are of what was stored, as in the reference.
         sums += dh.to(tl.float32)
     if partial_ptr is not None:
-        partial_ptr += tl.program_id(1).to(tl.int64) * F
+        partial_ptr += tl.program_id(0).to(tl.int64) * F
         tl.store(partial_ptr + column, tl.sum(sums, 0), mask=column < F)
 
 
@@ -130,7 +131,7 @@ def _launch_bwd(dg: Tensor, h: Tensor, g: Tensor | None, sums: Tensor | None) ->
     if N:
         launch(
             gelu_bwd_kernel,
-            (triton.cdiv(F, block), programs),
+            (programs, triton.cdiv(F, block)),
             dg,
             g,
             partial,

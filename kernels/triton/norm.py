@@ -44,6 +44,8 @@ def tile(kind: str, C: int) -> dict[str, int]:
     least_rows, per_warp = TILES[target.arch()][kind]
     block = max(16, triton.next_power_of_2(C))
     rows = max(least_rows, per_warp // block)
+    if kind == "bwd":
+        rows = min(rows, ROWS_PER_PROGRAM)
     return {"ROWS": rows, "BLOCK_C": block, "num_warps": max(1, rows * block // per_warp)}
 
 
