@@ -26,7 +26,7 @@ OTHER = "DIFFERENT"
 
 # Operations by what they launch besides our kernels. Under the sanitizer cuBLAS takes minutes.
 SANITIZED = ("attention", "attention dropout", "attention decode", "cross_entropy", "embedding")
-SANITIZED += ("adamw", "decode_linear", "sample")
+SANITIZED += ("adamw", "decode_linear", "sample", "sample by slices")
 TOOLS = ("memcheck", "racecheck")
 
 # Kernel: the case of gpu_cases.py that launches it.

@@ -19,6 +19,10 @@ def operations(dtype: torch.dtype, small: bool) -> dict[str, Callable[[], list[T
     T, V, N = (20, 101, 20) if small else (500, 50257, 2000)
     (qkv,) = _tensors((2, T, 3 * 128), dtype=dtype)
     x, w, logits = _tensors((N, 64), (V, 64), (N, V), dtype=dtype)
+    (wide,) = _tensors((3, 8195), dtype=dtype)
+    wide.requires_grad_(False)
+    fc_bias, *norm_parts = (torch.randn(n).to(dtype) for n in (V, 64, 64))
+    norm = (*norm_parts, 1e-5)
     rounded, scale = quantize(w.detach())
     target = torch.randint(V, (N,))
     target[::7] = -100
@@ -53,4 +57,7 @@ def operations(dtype: torch.dtype, small: bool) -> dict[str, Callable[[], list[T
             for n in (5, 17, N)
         ],
         "sample": lambda: [ops.sample(logits.detach(), top_k=50, top_p=0.9, seed=3)],
+        "sample by slices": lambda: [ops.sample(wide, top_k=4000, top_p=0.9, seed=3)],
+        "linear": lambda: gradients(ops.linear(x, w, norm=norm), x, w),
+        "mlp": lambda: gradients(ops.mlp(x, w, fc_bias, w.T, norm[1], norm=norm, residual=True), x),
     }
