@@ -74,6 +74,11 @@ def check_step(form: str, emit: Emit) -> None:
     assert same or form == "compiled", f"{form} steps differ from eager ones by {largest:.3g}"
 
 
+def _annotates(event: object) -> bool:
+    """Return whether an event of the profiler is a name that was given to a span of time."""
+    return bool(getattr(event, "is_user_annotation", False))
+
+
 def profile_step(form: str, out: Path, emit: Emit) -> None:
     """Profile a step of `gptfast train --precision bf16`, B=16 and T=1024; the table is a file."""
     from torch.profiler import ProfilerActivity, profile
@@ -90,8 +95,15 @@ def profile_step(form: str, out: Path, emit: Emit) -> None:
     by = "self_cpu_time_total" if SMOKE else "self_device_time_total"
     path = out / "jobs" / f"{slug(f'profile {form}')}.txt"
     path.write_text(events.table(sort_by=by, row_limit=PROFILED_ROWS, max_name_column_width=60))
-    device = [e for e in profiler.events() if e.device_type != torch.autograd.DeviceType.CPU]
-    longest = sorted(events, key=lambda e: getattr(e, by), reverse=True)[:12]
+    # Annotations are spans over kernels, which would count twice.
+    device = [
+        e
+        for e in profiler.events()
+        if e.device_type != torch.autograd.DeviceType.CPU and not _annotates(e)
+    ]
+    longest = sorted(
+        (e for e in events if not _annotates(e)), key=lambda e: getattr(e, by), reverse=True
+    )[:12]
     emit(
         {
             "table": path.name,
