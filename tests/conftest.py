@@ -23,10 +23,18 @@ from typing import Any
 # Set before torch reads it. At the tests' sizes, several threads only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from ptx.selection import selected  # noqa: E402
 from seeds import shifted  # noqa: E402
+
+# No test depends on the speed of a machine, which may have other work: not on that of one example,
+# and not on that of making the first one.
+hypothesis.settings.register_profile(
+    "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any speed")
 
 # Run the Triton kernels as PTX, compiled for a GPU, in the emulator of tests/ptx.
 PTX = os.environ.get("GPTFAST_TEST_PTX", "")
