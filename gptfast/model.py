@@ -22,6 +22,7 @@ from gptfast.modules import (
     attention_weights,
     embedding_weight,
     foreign_option,
+    has_dropout,
     has_hooks,
     is_own_class,
     is_plain,
@@ -252,8 +253,7 @@ class GPT(nn.Module):
         """
         if torch.compiler.is_compiling():  # which could not follow the second question
             return True
-        drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.modules())
-        return drops or foreign_part(self) is not None
+        return has_dropout(self.modules()) or foreign_part(self) is not None
 
     def forward(
         self, idx: Tensor, target: Tensor | None = None, *, seed: Tensor | int | None = None

@@ -6,7 +6,7 @@ Everything else (an adapter, another norm, a parametrisation, a hook) has to be 
 asks anew, because all of it may change between two forwards; so the questions are short.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
@@ -39,6 +39,11 @@ def has_hooks(module: nn.Module) -> bool:
         or state["_backward_pre_hooks"]
         or "forward" in state
     )
+
+
+def has_dropout(modules: Iterable[nn.Module]) -> bool:
+    """Return whether one of the modules is a dropout that may drop something."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
 
 
 def is_own_class(module: nn.Module) -> bool:

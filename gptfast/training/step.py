@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gptfast.config import TrainConfig
 from gptfast.device import moved, random_state, restore_random_state
 from gptfast.model import GPT, foreign_part
-from gptfast.modules import has_hooks
+from gptfast.modules import has_dropout, has_hooks
 from gptfast.ops.backend import chosen_backend
 from gptfast.optim import AdamW
 from gptfast.torch_private import any_global_hooks, has_gradient_hooks, has_step_hooks
@@ -206,8 +206,7 @@ class TrainStep:
         part = foreign_part(self.raw_model)
         if part is not None:
             return f"the model is not a GPT as gptfast makes it, {part}"
-        drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self._parts)
-        if self.config.activation_checkpointing and drops:
+        if self.config.activation_checkpointing and has_dropout(self._parts):
             # The recomputation reads the state of the generator, which a capture forbids.
             return "activation checkpointing with dropout repeats random numbers"
         return None
