@@ -138,9 +138,11 @@ void multiply_block(const AttentionArgs& args, const BwdHead<R>& head, int64_t q
   });
 }
 
+// Returns whether all numbers were finite.
 template <class T, class R>
-void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace<R>& space) {
+bool bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace<R>& space) {
   const int64_t D = args.D, DP = round_up(D, W);
+  bool finite = true;
   const BwdHead<R> head = bwd_head_of<T>(args, b, h, space);
   memset(space.dk, 0, sizeof(R) * args.Tk * DP);
   memset(space.dv, 0, sizeof(R) * args.Tk * DP);
@@ -152,7 +154,9 @@ void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace<R>
     QuerySums<R> sums = {};
     for (R& best : sums.max) best = -INFINITY;
     sum_block(args, head, q0, columns_used<R>(rows), keys_seen, space, sums);
+    finite = finite && finite_where_seen(sums.max, keys_seen, rows);
     multiply_block(args, head, q0, rows, keys_seen, space, sums);
+    finite = finite && all_finite(Matrix<R>{space.dq, DP}, rows, DP);
     T* dq = head_data<T>(args.dq, b, h) + q0 * args.dq.time_stride;
     for (int64_t i = 0; i < rows; ++i) write_row(dq + i * args.dq.time_stride, space.dq + i * DP, (R)args.scale, D);
   }
@@ -160,10 +164,12 @@ void bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace<R>
     write_row(head_data<T>(args.dk, b, h) + t * args.dk.time_stride, space.dk + t * DP, (R)args.scale, D);
     write_row(head_data<T>(args.dv, b, h) + t * args.dv.time_stride, space.dv + t * DP, (R)1, D);
   }
+  return finite && all_finite(Matrix<R>{space.dk, DP}, args.Tk, DP) && all_finite(Matrix<R>{space.dv, DP}, args.Tk, DP);
 }
 
+// Computes heads up to the first with a number that is not finite, and returns that head, or end.
 template <class T, class R>
-void bwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
+int64_t bwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t size = sizeof(R) / sizeof(float);
   const int64_t DP = round_up(args.D, W), query_numbers = args.Tq * DP, key_numbers = args.Tk * DP;
   const int64_t runs = args.Tk / DIAGONAL_KEYS + 2;
@@ -181,12 +187,21 @@ void bwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
                           .ds = take(args.Tk * BQ),
                           .shift = take(runs * BQ),
                           .dq = take(BQ * DP)};
-  for (int64_t head = begin; head < end; ++head) bwd_head<T>(args, head / args.H, head % args.H, space);
+  for (int64_t head = begin; head < end; ++head)
+    if (!bwd_head<T>(args, head / args.H, head % args.H, space)) return head;
+  return end;
+}
+
+template <class T, class R>
+void bwd_items(const AttentionArgs& args, int64_t begin, int64_t end) {
+  for_items<R>(begin, end, [&](auto number, int64_t from, int64_t to) {
+    return bwd_range<T, decltype(number)>(args, from, to);
+  });
 }
 
 void bwd(const AttentionArgs& args, int64_t begin, int64_t end) {
-  if (computes_in_fp64(args)) return bwd_range<float, double>(args, begin, end);
-  by_dtype(args.dtype, [&](auto type) { bwd_range<decltype(type), float>(args, begin, end); });
+  if (computes_in_fp64(args)) return bwd_items<float, double>(args, begin, end);
+  by_dtype(args.dtype, [&](auto type) { bwd_items<decltype(type), float>(args, begin, end); });
 }
 
 }  // namespace

@@ -68,8 +68,9 @@ void write_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, in
   }
 }
 
+// Returns whether all numbers were finite.
 template <class T, class R>
-void fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, const Keys<R>& keys, R* space) {
+bool fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, const Keys<R>& keys, R* space) {
   const int64_t rows = smaller(BQ, args.Tq - q0), D = args.D, DP = round_up(D, W), terms = terms_of(args);
   const Scale<R> scale = split_scale<R>(args.scale);
   const auto [k, v, v_finite] = keys;
@@ -97,7 +98,9 @@ void fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, cons
       for_each_visible(s, keys_seen, run, rows,
                        [&](R p, int64_t j, int64_t i) { add_row(out + i * DP, p, v.row(key + j), DP); });
   });
+  const bool finite = finite_where_seen(state.max, keys_seen, rows) && all_finite(Matrix<R>{out, DP}, rows, DP);
   write_block<T>(args, b, h, q0, rows, out, state);
+  return finite;
 }
 
 // A few queries against a long cache use dot products and a weighted sum, no tiles.
@@ -162,8 +165,9 @@ void weighted_sum(const R* s, const T* v, int64_t stride, int64_t n, int64_t in_
   for (int i = 0; i < NV; ++i) store(out + i * lanes, total[i]);
 }
 
+// Returns whether all numbers were finite.
 template <class T, class R>
-void fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, R* s) {
+bool fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, R* s) {
   constexpr int lanes = LANES<R>;
   const int64_t D = args.D, DP = round_up(D, W);
   const T* k = head_data<T>(args.k, b, h);
@@ -190,10 +194,12 @@ void fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, R* s
   for (; d + 4 * lanes <= D; d += 4 * lanes) weighted_sum<4>(s, v + d, args.v.time_stride, n, lanes, out + d);
   for (; d < D; d += lanes) weighted_sum<1>(s, v + d, args.v.time_stride, n, smaller<int64_t>(lanes, D - d), out + d);
   const R weight = sum(total);
+  const bool finite = (n == 0 || top * 0 == 0) && all_finite(Matrix<R>{out, DP}, 1, DP);
   const bool sees = weight != 0;  // else there is no key, or only keys whose score is -inf
   if (!sees) memset(out, 0, sizeof(R) * DP);
   write_row(head_data<T>(args.out, b, h) + i * args.out.time_stride, out, sees ? 1 / weight : (R)0, D);
   args.lse[(b * args.H + h) * args.Tq + i] = sees ? lse_of(zero_at, weight, args.scale) : -INFINITY;
+  return finite;
 }
 
 // Whether there are so few queries that dot products beat tiles.
@@ -212,15 +218,17 @@ int64_t count_items(const AttentionArgs& args) {
   return args.B * args.H * (decodes(args) ? args.Tq : (args.Tq + BQ - 1) / BQ);
 }
 
+// Computes items up to the first with a number that is not finite, and returns that item, or end.
 template <class T, class R>
-void fwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
+int64_t fwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t size = sizeof(R) / sizeof(float);
   const int64_t DP = round_up(args.D, W), blocks = count_items(args) / (args.B * args.H);
   if (decodes(args)) {
-    Scratch scores(size * (args.Tk + 2 * DP) + 256);
+    Scratch scratch(size * (args.Tk + 2 * DP) + 256);
+    R* scores = (R*)scratch.take(0);
     for (int64_t item = begin; item < end; ++item)
-      fwd_decode<T>(args, item / blocks / args.H, item / blocks % args.H, item % blocks, (R*)scores.take(0));
-    return;
+      if (!fwd_decode<T>(args, item / blocks / args.H, item / blocks % args.H, item % blocks, scores)) return item;
+    return end;
   }
   Scratch scratch(size * (2 * args.Tk * DP + 3 * BQ * DP + BK * BQ) + 256);
   R* k_space = (R*)scratch.take(size * args.Tk * DP);
@@ -233,13 +241,21 @@ void fwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
     last = head;
     // A short block alternates with a long one, so equal shares of items are equal work.
     const int64_t block = turn % 2 ? blocks - 1 - turn / 2 : turn / 2;
-    fwd_block<T>(args, b, h, block * BQ, keys, space);
+    if (!fwd_block<T>(args, b, h, block * BQ, keys, space)) return item;
   }
+  return end;
+}
+
+template <class T, class R>
+void fwd_items(const AttentionArgs& args, int64_t begin, int64_t end) {
+  for_items<R>(begin, end, [&](auto number, int64_t from, int64_t to) {
+    return fwd_range<T, decltype(number)>(args, from, to);
+  });
 }
 
 void fwd(const AttentionArgs& args, int64_t begin, int64_t end) {
-  if (fwd_in_fp64(args)) return fwd_range<float, double>(args, begin, end);
-  by_dtype(args.dtype, [&](auto type) { fwd_range<decltype(type), float>(args, begin, end); });
+  if (fwd_in_fp64(args)) return fwd_items<float, double>(args, begin, end);
+  by_dtype(args.dtype, [&](auto type) { fwd_items<decltype(type), float>(args, begin, end); });
 }
 
 }  // namespace

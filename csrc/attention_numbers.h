@@ -39,6 +39,14 @@ static inline vdouble max(vdouble a, vdouble b) {
 #endif
 }
 
+// 16-bit numbers become doubles only where fp32 overflows, so speed does not count.
+template <class T>
+static inline vdouble load_each(const T* p) {
+  vdouble x;
+  for (int i = 0; i < LANES<double>; ++i) x[i] = load_one(p + i);
+  return x;
+}
+
 // Loads as many numbers as a register holds of R.
 template <class R, class T>
 static inline Vec<R> load_as(const T* p) {
@@ -53,6 +61,14 @@ inline vdouble load_as<double, float>(const float* p) {
 #else
   return __builtin_convertvector(*(const vfhalf*)p, vdouble);
 #endif
+}
+template <>
+inline vdouble load_as<double, bf16>(const bf16* p) {
+  return load_each(p);
+}
+template <>
+inline vdouble load_as<double, fp16>(const fp16* p) {
+  return load_each(p);
 }
 template <class R, class T>
 static inline Vec<R> load_part_as(const T* p, int64_t n) {
@@ -114,8 +130,9 @@ static inline void write_row(T* to, const float* from, float factor, int64_t D) 
   for (; d + W <= D; d += W) store(to + d, load(from + d) * factor);
   if (d < D) store_part(to + d, load(from + d) * factor, D - d);
 }
-static inline void write_row(float* to, const double* from, double factor, int64_t D) {
-  for (int64_t d = 0; d < D; ++d) to[d] = (float)(from[d] * factor);
+template <class T>
+static inline void write_row(T* to, const double* from, double factor, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) store_part(to + d, splat((float)(from[d] * factor)), 1);
 }
 
 template <class T>
@@ -124,8 +141,9 @@ static inline void widen_row(float* to, const T* from, int64_t D) {
   for (; d + W <= D; d += W) store(to + d, load(from + d));
   if (d < D) store(to + d, load_part(from + d, D - d));
 }
-static inline void widen_row(double* to, const float* from, int64_t D) {
-  for (int64_t d = 0; d < D; ++d) to[d] = from[d];
+template <class T>
+static inline void widen_row(double* to, const T* from, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) to[d] = load_one(from + d);
   for (int64_t d = D; d % W; ++d) to[d] = 0;
 }
 

@@ -123,10 +123,14 @@ Matrix<R> head_matrix(const Heads& x, int64_t b, int64_t h, int64_t rows, int64_
 // Returns whether no number is infinite or NaN. n is a multiple of W.
 template <class R>
 bool all_finite(Matrix<R> x, int64_t rows, int64_t n) {
-  Vec<R> zeros = {};
-  for (int64_t t = 0; t < rows; ++t)
-    for (int64_t d = 0; d < n; d += LANES<R>) zeros += load(x.row(t) + d) * (R)0;
-  return sum(zeros) == 0;
+  Vec<R> zeros[4] = {};
+  int64_t t = 0;
+  for (; t + 4 <= rows; t += 4)
+    for (int64_t d = 0; d < n; d += LANES<R>)
+      for (int64_t i = 0; i < 4; ++i) zeros[i] += load(x.row(t + i) + d) * (R)0;
+  for (; t < rows; ++t)
+    for (int64_t d = 0; d < n; d += LANES<R>) zeros[0] += load(x.row(t) + d) * (R)0;
+  return sum((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])) == 0;
 }
 
 // Writes the transpose of from (rows x D), times factor, to `to` (D x BQ). Columns past `rows` are zero.
@@ -148,6 +152,26 @@ inline Span keys_seen_by(const AttentionArgs& args, int64_t b, int64_t q0, int64
   const int64_t diagonal = kept - args.Tq + q0;
   const int64_t full = smaller(larger<int64_t>(diagonal, 0), length);
   return {diagonal, full, smaller(larger(diagonal + rows, full), length)};
+}
+
+// Returns whether each of `rows` queries that sees a key has a finite maximum.
+template <class R>
+bool finite_where_seen(R* max, const Span& keys_seen, int64_t rows) {
+  if (all_finite(Matrix<R>{max, BQ}, 1, round_up(rows, W))) return true;
+  for (int64_t i = larger<int64_t>(-keys_seen.diagonal, 0); i < rows && keys_seen.end > 0; ++i)
+    if (max[i] * 0 != 0) return false;
+  return true;
+}
+
+// Computes items in R by compute(R, from, to), which returns the first item with a number that is not finite, or `to`.
+// Such an item is computed again in fp64: fp32 overflows first, and a score that is -inf by overflow would be taken
+// for one that is -inf by its inputs, whose key counts for nothing.
+template <class R, class F>
+void for_items(int64_t begin, int64_t end, F compute) {
+  for (; begin < end; ++begin) {
+    begin = compute(R{}, begin, end);
+    if (begin < end && std::is_same_v<R, float>) compute(double{}, begin, begin + 1);
+  }
 }
 
 // The scale in two parts: S^T is K times (sign Q)^T, and P is exp2((S^T - max) * log2), so that no query is rounded,
