@@ -20,8 +20,8 @@ MIN_SAMPLE_S = 0.2
 Run = Callable[[], object]
 
 
-def _attention(quick: bool, dtype: str = "float32") -> Run:
-    B, H, T = (1, 2, 64) if quick else (4, 12, 1024)
+def _attention(quick: bool, dtype: str = "float32", B: int = 4, T: int = 1024) -> Run:
+    B, H, T = (1, 2, 64) if quick else (B, 12, T)
     qkv = torch.randn(B, T, 3 * H * 64, dtype=getattr(torch, dtype), requires_grad=True)
     dout = torch.randn(B, T, H * 64, dtype=qkv.dtype)
     return lambda: torch.autograd.grad(ops.attention_qkv(qkv, H), qkv, dout)
@@ -31,15 +31,28 @@ def _attention_bf16(quick: bool) -> Run:
     return _attention(quick, "bfloat16")
 
 
+def _attention_128(quick: bool) -> Run:
+    return _attention(quick, B=8, T=128)
+
+
+def _attention_64(quick: bool) -> Run:
+    return _attention(quick, B=16, T=64)
+
+
 def _attention_decode(quick: bool) -> Run:
     q, kv = torch.randn(1, 12, 1, 64), torch.randn(2, 1, 12, 64 if quick else 1024, 64)
     return torch.inference_mode()(lambda: ops.attention(q, *kv))
 
 
-def _cross_entropy(quick: bool) -> Run:
+def _cross_entropy(quick: bool, dtype: str = "float32") -> Run:
     N, V = (8, 1009) if quick else (2048, 50257)
-    logits, target = torch.randn(N, V, requires_grad=True), torch.randint(V, (N,))
+    logits = torch.randn(N, V).to(getattr(torch, dtype)).requires_grad_()
+    target = torch.randint(V, (N,))
     return lambda: torch.autograd.grad(ops.cross_entropy(logits, target), logits)
+
+
+def _cross_entropy_bf16(quick: bool) -> Run:
+    return _cross_entropy(quick, "bfloat16")
 
 
 def _linear_cross_entropy(quick: bool) -> Run:
@@ -103,8 +116,11 @@ def _generate(quick: bool) -> Run:
 CASES: dict[str, Callable[[bool], Run]] = {
     "attention": _attention,
     "attention_bf16": _attention_bf16,
+    "attention_128": _attention_128,
+    "attention_64": _attention_64,
     "attention_decode": _attention_decode,
     "cross_entropy": _cross_entropy,
+    "cross_entropy_bf16": _cross_entropy_bf16,
     "linear_cross_entropy": _linear_cross_entropy,
     "mlp": _mlp,
     "embedding": _embedding,
