@@ -52,20 +52,22 @@ Keys<R> keys_of(const AttentionArgs& args, int64_t b, int64_t h, R* k_space, R* 
   return {head_matrix<T>(args.k, b, h, args.Tk, args.D, k_space), v, all_finite(v, length, round_up(args.D, W))};
 }
 
-// Writes out and lse of a block of queries.
+// Writes out and lse of a block of queries. Returns whether out is finite, or fp64.
 template <class T, class R>
-void write_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows, R* out,
+bool write_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows, R* out,
                  const Softmax<R>& state) {
   const int64_t DP = round_up(args.D, W);
   double* lse = args.lse + (b * args.H + h) * args.Tq + q0;
   T* to = head_data<T>(args.out, b, h) + q0 * args.out.time_stride;
+  vf zeros = {};
   for (int64_t i = 0; i < rows; ++i) {
     // The sum is 0 for a query that sees no key, or only keys whose score is -inf.
     const bool sees = state.sum[i] != 0;
     if (!sees) memset(out + i * DP, 0, sizeof(R) * DP);
-    write_row(to + i * args.out.time_stride, out + i * DP, sees ? 1 / state.sum[i] : (R)0, args.D);
+    write_row(to + i * args.out.time_stride, out + i * DP, sees ? 1 / state.sum[i] : (R)0, args.D, zeros);
     lse[i] = sees ? lse_of(state.max[i], state.sum[i], args.scale) : -INFINITY;
   }
+  return sum(zeros) == 0;
 }
 
 // Returns whether all numbers were finite.
@@ -98,9 +100,7 @@ bool fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, cons
       for_each_visible(s, keys_seen, run, rows,
                        [&](R p, int64_t j, int64_t i) { add_row(out + i * DP, p, v.row(key + j), DP); });
   });
-  const bool finite = finite_where_seen(state.max, keys_seen, rows) && all_finite(Matrix<R>{out, DP}, rows, DP);
-  write_block<T>(args, b, h, q0, rows, out, state);
-  return finite;
+  return write_block<T>(args, b, h, q0, rows, out, state) && finite_where_seen(state.max, keys_seen, rows);
 }
 
 // A few queries against a long cache use dot products and a weighted sum, no tiles.
@@ -194,12 +194,12 @@ bool fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, R* s
   for (; d + 4 * lanes <= D; d += 4 * lanes) weighted_sum<4>(s, v + d, args.v.time_stride, n, lanes, out + d);
   for (; d < D; d += lanes) weighted_sum<1>(s, v + d, args.v.time_stride, n, smaller<int64_t>(lanes, D - d), out + d);
   const R weight = sum(total);
-  const bool finite = (n == 0 || top * 0 == 0) && all_finite(Matrix<R>{out, DP}, 1, DP);
   const bool sees = weight != 0;  // else there is no key, or only keys whose score is -inf
   if (!sees) memset(out, 0, sizeof(R) * DP);
-  write_row(head_data<T>(args.out, b, h) + i * args.out.time_stride, out, sees ? 1 / weight : (R)0, D);
+  vf zeros = {};
+  write_row(head_data<T>(args.out, b, h) + i * args.out.time_stride, out, sees ? 1 / weight : (R)0, D, zeros);
   args.lse[(b * args.H + h) * args.Tq + i] = sees ? lse_of(zero_at, weight, args.scale) : -INFINITY;
-  return finite;
+  return sum(zeros) == 0 && (n == 0 || top * 0 == 0);
 }
 
 // Whether there are so few queries that dot products beat tiles.

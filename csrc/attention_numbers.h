@@ -123,15 +123,22 @@ static inline vdouble exp2(vdouble x) {
   return x < splat(-1022.0) ? vdouble{} : (vdouble)((vulong)p + ((vulong)z << 52));
 }
 
-// Converts a row of D numbers times factor.
+// Writes a row of D numbers times factor. A lane of `zeros` becomes NaN where one of them is not finite.
 template <class T>
-static inline void write_row(T* to, const float* from, float factor, int64_t D) {
+static inline void write_row(T* to, const float* from, float factor, int64_t D, vf& zeros) {
   int64_t d = 0;
-  for (; d + W <= D; d += W) store(to + d, load(from + d) * factor);
-  if (d < D) store_part(to + d, load(from + d) * factor, D - d);
+  for (; d + W <= D; d += W) {
+    const vf x = load(from + d) * factor;
+    zeros += x * 0.0f;
+    store(to + d, x);
+  }
+  if (d == D) return;
+  const vf x = keep_lanes(load(from + d) * factor, D - d);
+  zeros += x * 0.0f;
+  store_part(to + d, x, D - d);
 }
 template <class T>
-static inline void write_row(T* to, const double* from, double factor, int64_t D) {
+static inline void write_row(T* to, const double* from, double factor, int64_t D, vf&) {
   for (int64_t d = 0; d < D; ++d) store_part(to + d, splat((float)(from[d] * factor)), 1);
 }
 

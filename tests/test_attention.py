@@ -456,6 +456,36 @@ def test_scores_of_minus_infinity_at_each_level(isa: str, T: int) -> None:
     check_zeros(only_minus_infinity(torch.randn(2, T, 96)))
 
 
+HUGE = {
+    "scores": {"q": 1e20, "k": 1e30},
+    "scores of one query": {"k": 1e38},
+    "values": {"v": 3e37},
+    "gradients of scores": {"q": 1e-10, "k": 1e-10, "v": 1e20, "dout": 1e20},
+}
+
+
+@pytest.mark.parametrize("huge", HUGE.values(), ids=HUGE.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 20, 64), (9, 12, 5), (40, 45, 16), (100, 130, 64)], ids=str)
+def test_overflow_at_each_level(isa: str, shape: tuple, dtype: torch.dtype, huge: dict) -> None:
+    """What fp64 can hold is right, also where the scores or the sums of fp32 overflow."""
+    inputs, dout = make((1, 2, shape[0], *shape[1:]), dtype)
+    leaves = {**inputs, "dout": dout}
+    for name, size in huge.items():
+        leaves[name].mul_(size)
+    ours, grads = forward_backward(ops.attention, list(inputs.values()), dout)
+    exact = [x.double() for x in inputs.values()]
+    expected, exact_grads = forward_backward(term_by_term, exact, dout.double())
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for x, y in zip([ours, *grads], [expected, *exact_grads], strict=True):
+        assert torch.equal(x.isfinite(), y.to(dtype).isfinite())
+        size = y.abs().max()
+        torch.testing.assert_close(
+            (x.double() / size).nan_to_num(0, 0, 0), (y / size).nan_to_num(0, 0, 0),
+            rtol=tolerance, atol=tolerance,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", [(5, 9, 3), (64, 64, 16), (1, 50, 8)], ids=str)
 def test_dropout_of_nearly_everything(backend: str, shape: tuple) -> None:
     p, seed = 0.99, 2**63 - 1
