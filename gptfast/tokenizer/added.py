@@ -4,6 +4,7 @@ Their rules are those of the tokenizers library: tokens that are not `normalized
 at each place the longest name counts.
 """
 
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -11,6 +12,8 @@ from typing import Any, Self
 
 from gptfast.tokenizer.words import SPACE
 
+MAX_IDS = 10_000_000
+_LOGGER = logging.getLogger(__name__)
 _SPACE_BEFORE = re.compile(f"[{SPACE}]*\\Z")
 _SPACE_AFTER = re.compile(f"[{SPACE}]*")
 _WORD_CHARACTER = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d]"
@@ -119,3 +122,34 @@ def _inside_word(text: str, start: int, end: int) -> bool:
 
     word = regex.compile(_WORD_CHARACTER)
     return bool(start and word.match(text[start - 1]) or end < len(text) and word.match(text[end]))
+
+
+class AddedIds:
+    """Gives ids to added tokens as the tokenizers library does."""
+
+    def __init__(self, vocab: Mapping[str, int], directory: str) -> None:
+        self._vocab, self._directory = vocab, directory
+        self._taken = set(vocab.values())
+        self.tokens: dict[int, AddedToken] = {}
+        self.by_name: dict[str, int] = {}
+        self._next = len(vocab)
+
+    def add(self, token: AddedToken, listed: int | None = None) -> None:
+        """Add a token; one that is known gets these flags. listed: the id that a file gives it."""
+        if not token.content:
+            return
+        i = self.by_name.get(token.content, self._vocab.get(token.content))
+        if i is None:
+            i = self._next
+            if i in self._taken or i >= MAX_IDS:
+                raise ValueError(f"token {token.content[:80]!r} gets id {i}, which another has")
+        if listed not in (None, i) and token.content not in self.by_name:
+            _LOGGER.warning(
+                "%s gives %r id %s; taking %d, its place in the vocabulary, as transformers does",
+                self._directory,
+                token.content,
+                listed,
+                i,
+            )
+        self.tokens[i], self.by_name[token.content] = token, i
+        self._next = max(self._next, i + 1)

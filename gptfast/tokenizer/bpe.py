@@ -129,6 +129,11 @@ class BPETokenizer:
             )
         return self._eot
 
+    @property
+    def bos(self) -> int | None:
+        """The id of the token that begins a text, None if the vocabulary has none."""
+        return self._eot if self._description is None else self._description.bos
+
     @cached_property
     def tokens(self) -> dict[int, bytes]:
         """The bytes of each id that has a token."""
@@ -235,7 +240,7 @@ class ByteTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return the bytes of ids; ids from 256 on have none. Raises IndexError for negative ones."""
+        """Return the bytes of ids; those from 256 on have none. IndexError for a negative one."""
         return bytes(i for i in _checked_ids(ids) if i < 256)
 
     def transformers_files(self) -> dict[str, str]:
@@ -314,7 +319,7 @@ def compatible(a: Any, b: Any) -> bool:
 
 
 def same_vocabulary(recorded: str | None, tokenizer: Tokenizer) -> bool | None:
-    """Return whether what `vocabulary` recorded is this tokenizer's; None if nothing is recorded."""
+    """Return whether `vocabulary` recorded this tokenizer; None if nothing is recorded."""
     if recorded is None:
         return None
     if recorded == ByteTokenizer.name:  # as it was recorded first

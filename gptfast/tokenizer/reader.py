@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.tokenizer import template
-from gptfast.tokenizer.added import AddedToken
+from gptfast.tokenizer.added import MAX_IDS, AddedIds, AddedToken
 from gptfast.tokenizer.words import BYTE_SYMBOLS, Pair
 
 END_OF_TEXT = "<|endoftext|>"
@@ -24,7 +24,6 @@ BPE_HEADER = "#version: 0.2"
 VOCABULARIES = (("tokenizer.json",), ("merges.txt", "vocab.json"), ("vocab.bpe", "encoder.json"))
 # Files that say more about it.
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-MAX_IDS = 10_000_000
 # So many tokens that no merge makes, and such a share of all, are a file that was cut off.
 MIN_LOST, MAX_LOST_SHARE = 100, 0.1
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -48,6 +47,7 @@ class Description:
     merges: list[Pair]
     added: dict[int, AddedToken] = field(default_factory=dict)
     eot: int | None = None
+    bos: int | None = None
     unknown: int | None = None
     fused: bool = False
     whole_words: bool = False
@@ -66,12 +66,12 @@ def vocabulary_in(directory: Path) -> tuple[Path, ...]:
 
 
 def read_directory(directory: Path) -> Description:
-    """Return what a directory's files say. Raises ValueError, in one line, for what does not fit."""
+    """Return what a directory's files say. Raises ValueError for what does not fit."""
     return _Reader(directory).read()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object. Raises ValueError for anything else and for a name given twice."""
+    """Return a file's JSON object. Raises ValueError for another, and a name given twice."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -153,8 +153,8 @@ class _Reader:
             self.is_gpt2 = False
         else:
             raise ValueError(
-                f"{directory / CONFIG} names the tokenizer {named!r:.80}, but gptfast reads GPT-2's "
-                "byte-level BPE only"
+                f"{directory / CONFIG} names the tokenizer {named!r:.80}, but gptfast reads "
+                "GPT-2's byte-level BPE only"
             )
 
     def read(self) -> Description:
@@ -169,7 +169,7 @@ class _Reader:
             description, raw_added = self._two_files(*files), []
         description = self._with_added(description, raw_added)
         _say_unreachable(self.directory, description)
-        description = replace(description, eot=self._end(description))
+        description = replace(description, eot=self._end(description), bos=self._begin(description))
         if len(files) == 2:
             description = self._with_around(description)
         if files[0].name != "vocab.bpe":
@@ -308,7 +308,7 @@ class _Reader:
         try:
             named = {n: AddedToken.parse(v, special=True) for n, v in self._named().items()}
             names = {token.content for token in named.values()}
-            ids = _Ids(description.vocab, self.directory)
+            ids = AddedIds(description.vocab, str(self.directory))
             if not self.is_gpt2:
                 for token in raw_added:
                     ids.add(AddedToken.parse(token), token["id"])
@@ -340,6 +340,12 @@ class _Reader:
         known = type(self.model_eos) is int and self.model_eos in ids.values()
         return self.model_eos if known else None
 
+    def _begin(self, description: Description) -> int | None:
+        """Return the id of the token that begins a text."""
+        named = self._named().get("bos_token")
+        ids = {token.content: i for i, token in description.added.items()}
+        return ids.get(AddedToken.parse(named).content) if named else None
+
     def _with_around(self, description: Description) -> Description:
         """Return the description with the ids that add_bos_token and add_eos_token ask for."""
         ids = {t.content: i for i, t in description.added.items()}
@@ -358,37 +364,6 @@ class _Reader:
         chosen = _GPT2_CLASSES[0] if self.is_gpt2 else _BACKENDS[1]
         config = {**self.config, "tokenizer_class": chosen}
         return {**texts, CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
-
-
-class _Ids:
-    """Gives ids to added tokens as the tokenizers library does."""
-
-    def __init__(self, vocab: Mapping[str, int], directory: Path) -> None:
-        self._vocab, self._directory = vocab, directory
-        self._taken = set(vocab.values())
-        self.tokens: dict[int, AddedToken] = {}
-        self.by_name: dict[str, int] = {}
-        self._next = len(vocab)
-
-    def add(self, token: AddedToken, listed: int | None = None) -> None:
-        """Add a token; one that is known gets these flags. listed: the id that a file gives it."""
-        if not token.content:
-            return
-        i = self.by_name.get(token.content, self._vocab.get(token.content))
-        if i is None:
-            i = self._next
-            if i in self._taken or i >= MAX_IDS:
-                raise ValueError(f"token {token.content[:80]!r} gets id {i}, which another has")
-        if listed not in (None, i) and token.content not in self.by_name:
-            _LOGGER.warning(
-                "%s gives %r id %s, but its place in the vocabulary is %d, which transformers takes",
-                self._directory,
-                token.content,
-                listed,
-                i,
-            )
-        self.tokens[i], self.by_name[token.content] = token, i
-        self._next = max(self._next, i + 1)
 
 
 def _say_unreachable(directory: Path, description: Description) -> None:
@@ -412,8 +387,8 @@ def _say_unreachable(directory: Path, description: Description) -> None:
         return
     if len(lost) >= MIN_LOST and len(lost) > MAX_LOST_SHARE * len(vocab):
         raise ValueError(
-            f"{directory} has {len(lost)} tokens that no merge makes, such as {lost[0][:80]!r}: its "
-            "merges are incomplete; get the files again"
+            f"{directory} has {len(lost)} tokens that no merge makes, such as {lost[0][:80]!r}: "
+            "its merges are incomplete; get the files again"
         )
     _LOGGER.warning(
         "%s has %d tokens that no merge makes, such as %r: no text becomes them",

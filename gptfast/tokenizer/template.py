@@ -1,4 +1,4 @@
-"""The steps of a tokenizer.json before and after its model, as far as GPT-2's tokenizer has them."""
+"""The steps of a tokenizer.json before and after its model, as far as GPT-2 has them."""
 
 from typing import Any
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptfast.tokenizer.bpe import BPETokenizer, ByteTokenizer, Tokenizer
+from gptfast.tokenizer.bpe import BPETokenizer, ByteTokenizer, Tokenizer, vocabulary
 from gptfast.tokenizer.reader import (
     ADDED,
     CONFIG,
@@ -137,6 +137,14 @@ def get_tokenizer(name: str = "gpt2") -> Tokenizer:
             raise
         sums = ", ".join(f"{name} has the SHA-256 {value}" for name, value in SHA256.items())
         raise ValueError(f"{error} (of GPT-2's files, {sums})") from None
+
+
+def fingerprint_of(tokenizer: Tokenizer | str) -> str | None:
+    """Return what identifies a tokenizer's ids, by itself or its name; None if it is not there."""
+    try:
+        return vocabulary(get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer)
+    except (OSError, ValueError):
+        return None
 
 
 def _nothing_in(directory: Path) -> str:

@@ -30,6 +30,10 @@ class Weights:
     """By GPT's names and in its layout: matrices are (out, in)."""
     tokenizer: str | None = None
     """A name or directory for `get_tokenizer`, if one is on record."""
+    vocabulary: str | None = None
+    """What identifies the vocabulary of its training, as `tokenizer.bpe.vocabulary`, if known."""
+    eos_ids: tuple[int, ...] = ()
+    """The ids that end a text, as far as the files name any."""
 
     def __post_init__(self) -> None:
         shapes = parameter_shapes(self.config)
