@@ -1,5 +1,6 @@
 """Vocabularies in the forms in which others keep them, and texts to try them on."""
 
+import functools
 import json
 import random
 from collections.abc import Callable
@@ -58,13 +59,17 @@ def added(i: int, content: str, **flags: bool) -> dict[str, Any]:
     return {"id": i, "content": content, **off, **flags}
 
 
+@functools.cache
+def gpt2_files() -> dict[str, str]:
+    return get_tokenizer("gpt2").transformers_files()
+
+
 def _gpt2(d: Path) -> None:
-    for name, text in get_tokenizer("gpt2").transformers_files().items():
-        (d / name).write_text(text)
+    write(d, **{name.replace(".", "_"): text for name, text in gpt2_files().items()})
 
 
 def _gpt2_json(d: Path) -> None:
-    files = get_tokenizer("gpt2").transformers_files()
+    files = gpt2_files()
     raw = whole(json.loads(files["vocab.json"]), files["merges.txt"].split("\n")[1:-1])
     del raw["model"]["type"]  # as in the file of GPT-2 itself
     raw["model"] |= {"unk_token": "", "continuing_subword_prefix": "", "end_of_word_suffix": ""}
@@ -193,7 +198,7 @@ def _trained(d: Path) -> None:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2TokenizerFast
 
-    (d / "base").mkdir()
+    (d / "base").mkdir(parents=True)
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(
         TEXTS, 380, 2, show_progress=False, special_tokens=["</s>", "<pad>"]

@@ -24,7 +24,7 @@ from gptfast.ops.library import LIBRARY
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.weights.lazy_tensor import CheckpointError
 from gptfast.weights.packed import FILE
-from gptfast.weights.weights import Weights, tokenizer_in
+from gptfast.weights.weights import Weights, named_or_kept
 
 DTYPES = ("fp32", "bf16", "int8")  # in the order of WeightType
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float16}
@@ -226,6 +226,6 @@ def load(directory: str | PathLike) -> Packed:
     crc = _checksum(metadata["dtype"], metadata["config"])
     if _read(path, data, crc) != metadata.get("crc32c"):
         raise CheckpointError(f"{path} is damaged: its CRC-32C is not the one it was saved with")
-    tokenizer = tokenizer_in(Path(directory)) or metadata.get("tokenizer")
+    tokenizer = named_or_kept(metadata.get("tokenizer"), Path(directory))
     eos_ids = _eos_ids(path, metadata.get("eos_ids", "[]"), config.vocab_size)
     return Packed(config, metadata["dtype"], data, tokenizer, metadata.get("vocabulary"), eos_ids)

@@ -5,11 +5,12 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gptfast import checks
 from gptfast.tokenizer.added import AddedToken, AddedTokens
-from gptfast.tokenizer.reader import BPE_HEADER, CONFIG, END_OF_TEXT, Description
+from gptfast.tokenizer.reader import BPE_HEADER, CONFIG, END_OF_TEXT, Description, read_merges
 from gptfast.tokenizer.words import BYTE_SYMBOLS, TiktokenWords, merged_pair, token_bytes, words_of
 
 if TYPE_CHECKING:
@@ -103,10 +104,16 @@ class BPETokenizer:
         self.n_vocab = 1 + max([*description.vocab.values(), *description.added])
 
     @classmethod
-    def from_tiktoken(cls, name: str, encoding: "tiktoken.Encoding") -> "BPETokenizer":
-        """Return the tokenizer of an encoding whose only special token is end-of-text."""
+    def from_tiktoken(
+        cls, name: str, encoding: "tiktoken.Encoding", merges: Path | None = None
+    ) -> "BPETokenizer":
+        """Return the tokenizer of an encoding whose only special token is end-of-text.
+
+        merges: the file of its merges, if there is one.
+        """
         self = cls.__new__(cls)
         self.name, self.n_vocab, self._description = name, encoding.n_vocab, None
+        self._merges = merges
         end = AddedToken(END_OF_TEXT, special=True)
         added = AddedTokens({encoding.eot_token: end})
         self._set(TiktokenWords(encoding), added, encoding.eot_token)
@@ -212,8 +219,11 @@ class BPETokenizer:
         ranks = self.ranks()
         written = {token: "".join(BYTE_SYMBOLS[b] for b in token) for token in ranks}
         vocab = {written[token]: i for token, i in ranks.items()}
-        pairs = [merged_pair(token, ranks) for token in ranks if len(token) > 1]
-        merges = [(written[a], written[b]) for a, b in pairs]
+        if self._merges is not None and self._merges.is_file():
+            merges = read_merges(self._merges)
+        else:
+            pairs = [merged_pair(token, ranks) for token in ranks if len(token) > 1]
+            merges = [(written[a], written[b]) for a, b in pairs]
         end = {self.eot: AddedToken(END_OF_TEXT, special=True)}
         return _transformers_files(Description(vocab, merges, end, self.eot))
 

@@ -56,7 +56,7 @@ def _check_openai(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> bool:
 def _read_gpt2(vocab_bpe: Path, encoder_json: Path) -> BPETokenizer:
     """Return GPT-2's tokenizer from its two files, whose SHA-256 is checked."""
     _check_openai(vocab_bpe, encoder_json, gpt2=True)
-    return BPETokenizer.from_tiktoken("gpt2", _gpt2_of(encoder_json))
+    return BPETokenizer.from_tiktoken("gpt2", _gpt2_of(encoder_json), vocab_bpe)
 
 
 def _gpt2_of(encoder_json: Path) -> "tiktoken.Encoding":
@@ -129,7 +129,7 @@ def get_tokenizer(name: str = "gpt2") -> Tokenizer:
         if _check_openai(*files, gpt2=False) and not any(
             (directory / name).is_file() for name in (CONFIG, SPECIAL, ADDED)
         ):
-            return BPETokenizer.from_tiktoken(whole, _gpt2_of(files[1]))
+            return BPETokenizer.from_tiktoken(whole, _gpt2_of(files[1]), files[0])
     try:
         return BPETokenizer(whole, read_directory(directory))
     except ValueError as error:

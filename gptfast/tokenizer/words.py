@@ -40,7 +40,8 @@ def _printable_bytes() -> list[str]:
 
 BYTE_SYMBOLS = _printable_bytes()
 """The printable character by which vocabulary files write each byte, 0 to 255."""
-_BYTE_OF = {character: b for b, character in enumerate(BYTE_SYMBOLS)}
+# From symbols to the characters of latin-1; those of latin-1 that are no symbols leave it.
+_BYTES = dict.fromkeys(range(256), 0x10000) | {ord(c): b for b, c in enumerate(BYTE_SYMBOLS)}
 
 
 def token_bytes(token: str) -> bytes:
@@ -48,8 +49,10 @@ def token_bytes(token: str) -> bytes:
 
     A token with other characters stands for itself.
     """
-    if all(character in _BYTE_OF for character in token):
-        return bytes(_BYTE_OF[character] for character in token)
+    try:
+        return token.translate(_BYTES).encode("latin-1")
+    except UnicodeEncodeError:
+        pass  # it has a character that stands for no byte
     try:
         return token.encode("utf-8")
     except UnicodeEncodeError:
@@ -105,9 +108,10 @@ class TiktokenWords:
 
     @cached_property
     def tokens(self) -> dict[int, bytes]:
-        ranks = self.encoding._mergeable_ranks
-        ids = self._ids
-        return {i if ids is None else ids[i]: token for token, i in ranks.items()}
+        encoding, ids = self.encoding, self._ids
+        tokens = encoding.token_byte_values()
+        ranks = {encoding.encode_single_token(token): token for token in tokens}
+        return {rank if ids is None else ids[rank]: token for rank, token in ranks.items()}
 
     def encode(self, text: str) -> list[int]:
         ranks = self._ranks(text)

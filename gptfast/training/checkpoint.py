@@ -63,8 +63,8 @@ def save_checkpoint(
 
     optimizer: None for a checkpoint of the model only. progress: what else a resumed run needs, as
     values that JSON can hold; state.json keeps it. keep: how many of the latest checkpoints to
-    keep. best: the step of a checkpoint that is kept too, and to which out/checkpoints/best links.
-    texts: the contents of further files by name. ends: those of a text, for config.json.
+    keep. best: the step of a checkpoint that is kept too, to which out/checkpoints/best links.
+    texts: further files by name. ends: those of a text, for config.json.
 
     Raises OSError if it cannot be written, and ValueError for a model with modules of others; the
     earlier checkpoints then stay as they were.

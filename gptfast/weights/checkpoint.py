@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.files import json_text
-from gptfast.tokenizer.vocabulary import has_gpt2
 from gptfast.weights import transformers
 from gptfast.weights.lazy_tensor import CheckpointError, parse_json, read_text
-from gptfast.weights.weights import Weights, tokenizer_in
+from gptfast.weights.weights import Weights, named_or_kept, tokenizer_in
 
 CHECKPOINT_FORMAT = 2
 
@@ -78,10 +77,7 @@ def own_tokenizer(directory: Path) -> str | None:
 
     A vocabulary that others may change or remove is taken from the checkpoint's own files.
     """
-    recorded = (read_settings(directory) or {}).get("tokenizer")
-    if recorded == "byte" or recorded == "gpt2" and has_gpt2():
-        return recorded
-    return tokenizer_in(directory) or recorded
+    return named_or_kept((read_settings(directory) or {}).get("tokenizer"), directory)
 
 
 def read_state(path: str | PathLike) -> dict[str, Any]:
