@@ -14,9 +14,9 @@ from gptfast.generation.continuation import Generated, checked_job, checked_stre
 from gptfast.generation.decoder import Decoder, Job
 from gptfast.generation.model_decoder import as_decoder
 from gptfast.generation.options import Draft, LogprobOptions, Number, Options
-from gptfast.generation.stop import Stop, TextStream
+from gptfast.generation.stop import Ends, Stop, TextStream
 from gptfast.model import GPT
-from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer, encode_opening
 
 
 def generate(
@@ -31,7 +31,7 @@ def generate(
     repetition_penalty: Number = 1.0,
     num_beams: int = 1,
     length_penalty: float = 1.0,
-    eos_id: int | None = None,
+    eos_id: Ends = None,
     stop: Stop | None = None,
     seed: Number = 0,
     tokenizer: Tokenizer | None = None,
@@ -100,9 +100,10 @@ def stream_text(
 
     A piece is whole characters, and never any part of a stop string.
     """
-    ids = tokenizer.encode(prompt, allowed_special)
-    checked = text_options(tokenizer, options)
-    job = checked_stream_job(as_decoder(model), ids, max_new_tokens, checked)
+    ids = encode_opening(tokenizer, prompt, allowed_special)
+    decoder = as_decoder(model)
+    checked = text_options(tokenizer, options, decoder.eos_ids)
+    job = checked_stream_job(decoder, ids, max_new_tokens, checked)
     return continuation.stream_pieces(_decoder(model, job), job)
 
 
@@ -117,7 +118,8 @@ def generate_text(
 ) -> str | list[str]:
     """Return a prompt and its continuation as text; for a list of prompts, a list of texts.
 
-    Takes `generate`'s options; stops at the tokenizer's end-of-text unless eos_id says otherwise.
+    Takes `generate`'s options; ends at the ids that the model's files name,
+    else at the tokenizer's end-of-text, unless eos_id says otherwise.
     End-of-text and ids that only the model has are not part of the text. With `stop`, the text ends
     where the stop begins, even inside a token. allowed_special: names of special tokens that the
     prompt may hold; any other name is plain text. Raises what `generate` raises.
@@ -125,9 +127,10 @@ def generate_text(
     if not isinstance(prompt, Sequence):
         raise ValueError(f"prompt must be a string or a list of strings, got {prompt!r}")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    ids = [tokenizer.encode(p, allowed_special) for p in prompts]
-    checked = text_options(tokenizer, options)
-    job = checked_job(as_decoder(model), ids, max_new_tokens, checked)
+    ids = [encode_opening(tokenizer, p, allowed_special) for p in prompts]
+    decoder = as_decoder(model)
+    checked = text_options(tokenizer, options, decoder.eos_ids)
+    job = checked_job(decoder, ids, max_new_tokens, checked)
     found = continuation.continuations(_decoder(model, job), job)
     texts = [
         p + TextStream(tokenizer, job.stops).read(new.ids)

@@ -132,6 +132,9 @@ class GPT(nn.Module):
         self.skip_below = 0.0
         # The tokenizer in the files that the model was loaded from, for save_pretrained.
         self.tokenizer_name: str | None = None
+        # What identifies the vocabulary of its training, and the ids that end a text.
+        self.vocabulary: str | None = None
+        self.eos_ids: tuple[int, ...] = ()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -309,7 +312,8 @@ class GPT(nn.Module):
         with torch.device("meta"), _WithoutInitialisation():
             model = cls(weights.config)
         weights.move_into(model)
-        model.tokenizer_name = weights.tokenizer
+        model.tokenizer_name, model.vocabulary = weights.tokenizer, weights.vocabulary
+        model.eos_ids = weights.eos_ids
         return model.eval()
 
     def save_pretrained(
@@ -317,15 +321,17 @@ class GPT(nn.Module):
     ) -> None:
         """Write a directory that transformers' GPT2LMHeadModel and its tokenizer load.
 
-        It gets config.json, model.safetensors and, for a byte-pair encoding, vocab.json, merges.txt
-        and tokenizer_config.json. tokenizer: None takes the one in the files that the model was
-        loaded from, if any. Raises OSError, and ValueError for a model with modules of others.
+        It gets config.json, model.safetensors and the tokenizer's files, such as vocab.json,
+        merges.txt and tokenizer_config.json. tokenizer: None takes the one in the files that the
+        model was loaded from, if any. Raises OSError, and ValueError for a model with modules of
+        others.
         """
         from gptfast.weights.pretrained import save_model
 
         check_saveable(self)
         tokenizer_or_name = tokenizer or self.tokenizer_name
-        save_model(self.config, self.state_dict(), directory, tokenizer_or_name)
+        ends = () if tokenizer else self.eos_ids
+        save_model(self.config, self.state_dict(), directory, tokenizer_or_name, ends)
 
 
 _PARTS = (GPT, Block, Attention, MLP)

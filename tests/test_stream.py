@@ -194,12 +194,15 @@ def test_beams_as_text() -> None:
 
 def test_text_to_text() -> None:
     byte = get_tokenizer("byte")
-    # The model has more ids than the tokenizer; the extra ones have no text.
+    # The model has more ids than the tokenizer, which are drawn only if it is not known.
     model = lively_model(vocab_size=400)
     ids = generate(model, [byte.encode("ab")], 60, seed=2, eos_id=byte.eot)[0]
     assert max(ids) >= byte.n_vocab
+    options = {"seed": 2, "eos_id": byte.eot, "tokenizer": byte}
+    ids = generate(model, [byte.encode("ab")], 60, **options)[0]
+    assert max(ids) < byte.n_vocab
     text = generate_text(model, byte, "ab", 60, seed=2)
-    assert text == byte.decode([i for i in ids if i < byte.n_vocab])
+    assert text == byte.decode([i for i in ids if i != byte.eot])
     assert text.startswith("ab")
 
 

@@ -15,8 +15,8 @@ from seeds import python_generator
 
 from gptfast import get_tokenizer
 from gptfast.data.embedded import embedded_text
-from gptfast.tokenizer import bpe
 from gptfast.tokenizer import vocabulary as tokenizer
+from gptfast.tokenizer import words
 
 CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken_cache"
 
@@ -116,7 +116,7 @@ def test_special_token_allowed_by_name(name: str, parts: list[str]) -> None:
     wanted = []
     for n, part in enumerate("".join(parts).split(EOT)):
         wanted += [tokenizer.eot] * (n > 0) + tokenizer.encode(part)
-    for allowed in ({EOT}, [EOT], (EOT,)):
+    for allowed in ({EOT}, [EOT], (EOT,), "all"):
         assert tokenizer.encode("".join(parts), allowed) == wanted
     assert tokenizer.eot not in tokenizer.encode("".join(parts))
 
@@ -125,7 +125,6 @@ def test_special_token_allowed_by_name(name: str, parts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("allowed", "message"),
     [
-        ("all", "allowed_special must be a collection of names .*got 'all'"),
         (EOT, "allowed_special must be a collection of names"),
         (None, "allowed_special must be a collection of names .*got None"),
         ({"<|im_start|>"}, r"there is no special token '<\|im_start\|>'; the only one is <\|endof"),
@@ -166,11 +165,13 @@ def test_decode_is_the_text_of_decode_bytes(name: str, ids: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param("gpt2", marks=needs_gpt2), "byte"])
-@pytest.mark.parametrize("bad", [-1, 50257])
-def test_decode_refuses_ids_out_of_range(name: str, bad: int) -> None:
-    for decode in (get_tokenizer_once(name).decode, get_tokenizer_once(name).decode_bytes):
-        with pytest.raises(IndexError, match=f"token id {bad} is out of range"):
-            decode([1, bad])
+def test_decode_ids_out_of_range(name: str) -> None:
+    tokenizer = get_tokenizer_once(name)
+    for decode in (tokenizer.decode, tokenizer.decode_bytes):
+        with pytest.raises(IndexError, match="token id -1 is out of range"):
+            decode([1, -1])
+    # Models have ids for padding, which no token has: they have no text, as in transformers.
+    assert tokenizer.decode([1, 50257, 10**9, 1]) == tokenizer.decode([1, 1])
 
 
 def test_byte_tokenizer() -> None:
@@ -250,7 +251,7 @@ def test_any_corrupted_byte(name: str, directory: Path) -> None:
 
 
 @needs_gpt2
-@pytest.mark.parametrize("place", ["header", "merge", "space", "newline", "end"])
+@pytest.mark.parametrize("place", ["merge", "space", "newline", "end"])
 def test_both_files_corrupted(place: str, directory: Path) -> None:
     """If both files changed, encoder.json only in form, a damaged vocab.bpe does not fit it."""
     encoder, bpe = directory / "encoder.json", directory / "vocab.bpe"
@@ -258,7 +259,7 @@ def test_both_files_corrupted(place: str, directory: Path) -> None:
     content = bytearray(bpe.read_bytes())
     middle = content.index(b"\n", len(content) // 2)
     space = content.index(b" ", middle)
-    at = {"header": 12, "merge": middle + 1, "space": space, "newline": middle, "end": -1}[place]
+    at = {"merge": middle + 1, "space": space, "newline": middle, "end": -1}[place]
     content[at] ^= 1
     bpe.write_bytes(content)
     with pytest.raises(
@@ -320,7 +321,7 @@ def test_a_million_spaces(space: str) -> None:
 @given(text=st.text("a1. \n\t\x1c\x85\u2003'", max_size=30))
 def test_runs_taken_out_change_nothing(text: str) -> None:
     gpt2 = get_tokenizer_once("gpt2")
-    pattern = bpe._LONG_SPACE.pattern.replace("500000", "2")
+    pattern = words.LONG_SPACE.pattern.replace("500000", "2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe, "_LONG_SPACE", re.compile(pattern))
+        patch.setattr(words, "LONG_SPACE", re.compile(pattern))
         assert gpt2.encode(text) == gpt2._encoding.encode_ordinary(text)

@@ -69,7 +69,7 @@ class Chat(GenerationFlags):
         model, tokenizer = self.load()
         options = {k: v for k, v in self.options().items() if k not in SETTINGS}
         Options(**options).check_beams(model.config.vocab_size)  # the draft model is loaded now
-        conversation = Conversation(template, tokenizer)
+        conversation = Conversation(template, tokenizer, model.eos_ids)
         shows_speed = self.shows_speed and model.stats is not None
         session = _Session(model, conversation, settings, options, shows_speed)
         if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):

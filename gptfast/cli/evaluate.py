@@ -9,6 +9,7 @@ from gptfast.cli.model_flags import Dtype, load
 from gptfast.data.loader import create_dataloader
 from gptfast.data.sources import load_part
 from gptfast.data.token_files import Documents
+from gptfast.data.tokens import check_rows
 from gptfast.evaluate.hellaswag import hellaswag
 from gptfast.evaluate.loss import (
     Score,
@@ -101,6 +102,7 @@ class Eval:
         """Return the losses on --data."""
         T = window_length(self.max_length, model.config.block_size)
         source = load_part(self.data, tokenizer, self.part)
+        check_rows(source, model.config.vocab_size, tokenizer, self.checkpoint)
         sizes = {"max_length": T, "batch_size": self.batch_size}
         if not isinstance(source, Documents):
             if self.stride is None:

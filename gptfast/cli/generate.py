@@ -8,7 +8,7 @@ from gptfast.cli.model_flags import GenerationFlags
 from gptfast.cli.terminal import printable, speed
 from gptfast.generate import generate, generate_text, stream_text
 from gptfast.generation.decoder import Decoder
-from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer, encode_opening, end_of_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,9 @@ class Generate(GenerationFlags):
         self, model: Decoder, tokenizer: Tokenizer, options: dict[str, Any]
     ) -> None:
         """Print each new token on a line with its log-probability."""
-        ids = tokenizer.encode(self.prompt, allowed_special=self.allow_special)
-        options |= {"eos_id": tokenizer.eot, "tokenizer": tokenizer, "logprobs": True}
+        ids = encode_opening(tokenizer, self.prompt, self.allow_special)
+        ends = list(model.eos_ids) or end_of_text(tokenizer)
+        options |= {"eos_id": ends, "tokenizer": tokenizer, "logprobs": True}
         generated: Any = generate(model, [ids], self.max_new_tokens, **options)
         rows, logprobs = generated
         for token, logprob in zip(rows[0][len(ids) :], logprobs[0], strict=True):

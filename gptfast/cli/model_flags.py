@@ -8,13 +8,13 @@ import torch
 
 from gptfast.cli.flags import Positional
 from gptfast.cli.terminal import is_terminal
+from gptfast.cli.vocabularies import check_draft, chosen_tokenizer
 from gptfast.device import choose_device
 from gptfast.generation.decoder import Decoder
 from gptfast.generation.model_decoder import as_decoder
 from gptfast.model import GPT
 from gptfast.ops.backend import EXTENSION
 from gptfast.tokenizer.bpe import Tokenizer
-from gptfast.tokenizer.vocabulary import get_tokenizer
 
 if TYPE_CHECKING:
     from gptfast.engine import Engine
@@ -39,13 +39,7 @@ def load(
     engine=False unless dtype or a packed checkpoint needs the engine.
     """
     model = _load(checkpoint, device, dtype, engine)
-    loaded = get_tokenizer(tokenizer or model.tokenizer_name or "gpt2")
-    if loaded.n_vocab > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {loaded.n_vocab} tokens, the model {model.config.vocab_size}; "
-            "choose another --tokenizer"
-        )
-    return model, loaded
+    return model, chosen_tokenizer(checkpoint, model, tokenizer)
 
 
 def _device(checkpoint: str, device: str) -> torch.device:
@@ -146,6 +140,7 @@ class GenerationFlags:
         on = _device(self.checkpoint, self.device).type
         draft = _load(checkpoint, on, dtype, engine=True)
         assert isinstance(draft, Engine)  # else the model could not check guesses
+        check_draft(checkpoint, draft, self.checkpoint, self.tokenizer)
         return draft
 
     @property

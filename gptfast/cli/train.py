@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 
 from gptfast.cli.settings import apply, flat, read_toml
+from gptfast.cli.vocabularies import check_init
 from gptfast.config import GPTConfig, TrainConfig
 from gptfast.data.embedded import embedded_text
 from gptfast.data.loader import create_dataloader
 from gptfast.data.sources import load_data, prepared_tokenizer
 from gptfast.data.token_files import Documents
-from gptfast.data.tokens import Source, fingerprint
+from gptfast.data.tokens import Source, check_rows, fingerprint
 from gptfast.files import LOCK_TIMEOUT_S, lock
 from gptfast.model import GPT
 from gptfast.ops.library import backend_of, operators
@@ -89,7 +90,14 @@ class Train:
         if len(self.split) not in (2, 3):
             raise ValueError(f"--split takes two or three shares, got {self.split}")
         tokenizer = self._tokenizer()
+        starts = self.init is not None and not (self.resume and checkpoints(self.train.out))
+        if self.init is not None and starts:
+            by = "--tokenizer" if self.tokenizer is not None else "the data"
+            check_init(tokenizer, self.init, by)
         sources = load_data(self.data, tokenizer, self.split)
+        if self.init is not None:
+            for source in sources:
+                check_rows(source, self.model.vocab_size, tokenizer, f"--init {self.init}")
         T = self.model.block_size if self.max_length is None else self.max_length
         if T > self.model.block_size:
             raise ValueError(
@@ -154,7 +162,8 @@ class Train:
     def _model(self, n_vocab: int) -> GPT:
         """Return the model to train, with random weights or those of --init."""
         torch.manual_seed(self.train.seed)
-        vocab_size = max(self.model.vocab_size, n_vocab)
+        # A vocabulary may have tokens that the model to start from has no rows for.
+        vocab_size = self.model.vocab_size if self.init else max(self.model.vocab_size, n_vocab)
         model = GPT(dataclasses.replace(self.model, vocab_size=vocab_size))
         if self.init is not None and not (self.resume and checkpoints(self.train.out)):
             load_weights(model, self.init)

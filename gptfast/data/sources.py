@@ -1,6 +1,7 @@
 """The data that --data names: text, prompts and completions, token files, prepared directories."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from os import PathLike
@@ -13,7 +14,9 @@ from gptfast.data.prepare import META_FORMAT, PARTS
 from gptfast.data.token_files import Documents, open_tokens
 from gptfast.data.tokenize import load_text
 from gptfast.data.tokens import Source, as_tokens, check_vocabulary, split_tokens
-from gptfast.tokenizer.bpe import Tokenizer, vocabulary
+from gptfast.tokenizer.bpe import Tokenizer, same_vocabulary
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:
@@ -35,7 +38,27 @@ def _made_with(meta: dict[str, Any], tokenizer: Tokenizer) -> bool:
     """Return whether data with this meta.json was prepared with this tokenizer."""
     if meta["vocabulary"] is None:  # the first version of prepare recorded the name alone
         return (meta["tokenizer"], meta["n_vocab"]) == (tokenizer.name, tokenizer.n_vocab)
-    return meta["vocabulary"] == vocabulary(tokenizer)
+    return bool(same_vocabulary(meta["vocabulary"], tokenizer))
+
+
+def _checked_meta(directory: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return meta.json of a directory of token files, {} if there is none, which is logged.
+
+    Raises ValueError if the files were made with another tokenizer.
+    """
+    meta = _read_meta(directory)
+    if not meta:
+        _LOGGER.warning(
+            "the token files in %s do not say which tokenizer made them; taking them for %s's",
+            directory,
+            tokenizer.name,
+        )
+    elif not _made_with(meta, tokenizer):
+        raise ValueError(
+            f"{directory} was prepared with tokenizer {meta['tokenizer']} ({meta['n_vocab']} "
+            f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); use that tokenizer"
+        )
+    return meta
 
 
 def _part_files(path: str | PathLike) -> dict[str, list[Path]]:
@@ -61,12 +84,7 @@ def prepared_tokenizer(paths: Sequence[str | PathLike]) -> str | None:
 
 def _load_prepared(directory: Path, tokenizer: Tokenizer, split: Sequence[float]) -> list[Source]:
     """Return the parts of a directory with *train*.bin, checked against its meta.json, if any."""
-    meta = _read_meta(directory)
-    if meta and not _made_with(meta, tokenizer):
-        raise ValueError(
-            f"{directory} was prepared with tokenizer {meta['tokenizer']} ({meta['n_vocab']} "
-            f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); use that tokenizer"
-        )
+    meta = _checked_meta(directory, tokenizer)
     opened = {name: open_tokens(files) for name, files in _part_files(directory).items()}
     for name, source in opened.items():
         n = len(source.span() if isinstance(source, Documents) else source)
@@ -148,6 +166,8 @@ def load_data(
         raise ValueError(
             f"{token_files[0]} holds tokens, but {text} holds text; give one kind at a time"
         )
+    for directory in dict.fromkeys(path.parent for path in token_files):
+        _checked_meta(directory, tokenizer)
     source = open_tokens(token_files)
     check_vocabulary(source, tokenizer)
     return split_tokens(source, split)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptfast.data.documents import Fields, Record, read_records
 from gptfast.data.token_files import Documents
-from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer, encode_continuation, encode_opening
 
 # Characters that a thread tokenises at a time.
 BATCH_CHARACTERS = 1 << 19
@@ -55,12 +55,13 @@ def _encode(tokenizer: Tokenizer, batch: list[Record], opening: bool) -> Encoded
         if record.prompt is None:
             if record.first and (i or not opening):
                 ids.append(tokenizer.eot)
-            ids += tokenizer.encode(record.text)
+            encode = encode_opening if record.first else encode_continuation
+            ids += encode(tokenizer, record.text)
         else:
             starts.append(len(ids))
-            ids += tokenizer.encode(record.prompt)
+            ids += encode_opening(tokenizer, record.prompt)
             completions.append(len(ids))
-            ids += tokenizer.encode(record.text)
+            ids += encode_continuation(tokenizer, record.text)
             ids.append(tokenizer.eot)
     tokens, document_starts, completion_starts = (
         np.array(v, np.int64) for v in (ids, starts, completions)

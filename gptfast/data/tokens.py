@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast.data.token_files import Documents, TokenFiles, split_edges
-from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer, encode_opening
 from gptfast.tokenizer.vocabulary import get_tokenizer
 
 Tokens = Sequence[int] | np.ndarray | Tensor
@@ -41,7 +41,7 @@ def as_tokens(text_or_tokens: str | Tokens, tokenizer: Tokenizer | None = None) 
     one dimension, and for ids that are negative or no integers.
     """
     if isinstance(text_or_tokens, str):
-        text_or_tokens = (tokenizer or get_tokenizer("gpt2")).encode(text_or_tokens)
+        text_or_tokens = encode_opening(tokenizer or get_tokenizer("gpt2"), text_or_tokens)
     tokens = text_or_tokens if isinstance(text_or_tokens, Tensor) else _as_tensor(text_or_tokens)
     if tokens.dim() != 1:
         raise ValueError(f"tokens must be one sequence (n,), got shape {tuple(tokens.shape)}")
@@ -91,6 +91,18 @@ def fingerprint(*sources: Source) -> str:
         for sample in samples(part):
             digest.update(sample.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def check_rows(source: Source, vocab_size: int, tokenizer: Tokenizer, model: str) -> None:
+    """Raise ValueError for a token, among samples, that a model has no row for."""
+    tokens = source.span() if isinstance(source, Documents) else source
+    highest = max((int(sample.max()) for sample in samples(tokens)), default=0)
+    if highest >= vocab_size:
+        text = tokenizer.decode([highest])
+        raise ValueError(
+            f"the data has token {highest}, {text!r}, but {model} has rows for {vocab_size} tokens "
+            f"only, and its tokenizer {tokenizer.n_vocab}; leave that token out, or grow the model"
+        )
 
 
 def check_vocabulary(source: TokenFiles | Documents, tokenizer: Tokenizer) -> None:

@@ -89,6 +89,15 @@ class Engine(Decoder):
         """A name or directory for `get_tokenizer`, if the model's files have one."""
         return self.packed.tokenizer
 
+    @property
+    def vocabulary(self) -> str | None:
+        """What identifies the vocabulary of the model's training, if it is on record."""
+        return self.packed.vocabulary
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return self.packed.eos_ids
+
     @cached_property
     def weight_bytes(self) -> int:
         """Bytes that a decode step reads: all weights but the position embeddings."""
@@ -223,7 +232,7 @@ class Engine(Decoder):
         The caller sets `request.done` where a request is to end early. Options are checked by
         the call.
         """
-        task = Task(job, self.device)
+        task = Task(job, self.device, self.config.vocab_size)
         requests = [Request(i, list(ids), job.n) for i, ids in enumerate(job.prompts)]
         return self._draw(task, requests)
 

@@ -81,7 +81,8 @@ class GpuModel:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.config: GPTConfig = model.config
-        self.tokenizer = model.tokenizer_name
+        self.tokenizer, self.vocabulary = model.tokenizer_name, model.vocabulary
+        self.eos_ids = model.eos_ids
         self.dtype = dtype
         self.activations = activations or DTYPES[dtype]
         self.wte, self.wpe = self._copy(model.wte.weight), self._copy(model.wpe.weight)

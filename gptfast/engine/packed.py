@@ -7,7 +7,7 @@ which describes the model too, and the tokenizer's files.
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from gptfast.ops.library import LIBRARY
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.weights.lazy_tensor import CheckpointError
 from gptfast.weights.packed import FILE
-from gptfast.weights.weights import Weights, tokenizer_in
+from gptfast.weights.weights import Weights, named_or_kept
 
 DTYPES = ("fp32", "bf16", "int8")  # in the order of WeightType
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float16}
@@ -61,6 +61,10 @@ class Packed:
     data: Tensor
     tokenizer: str | None = None
     """A name or directory for `get_tokenizer`, if one is on record."""
+    vocabulary: str | None = None
+    """What identifies the vocabulary of its training, if it is on record."""
+    eos_ids: tuple[int, ...] = ()
+    """The ids that end a text, as far as the model's files name any."""
 
     @property
     def weight_bytes(self) -> int:
@@ -95,9 +99,9 @@ def _new(config: GPTConfig, dtype: str) -> Tensor:
 
 @torch.no_grad()
 def _pack(
-    config: GPTConfig, dtype: str, tensors: Iterable[tuple[str, Tensor]], tokenizer: str | None
+    config: GPTConfig, dtype: str, tensors: Iterable[tuple[str, Tensor]], **of_text: Any
 ) -> Packed:
-    packed = Packed(config, dtype, _new(config, dtype), tokenizer)
+    packed = Packed(config, dtype, _new(config, dtype), **of_text)
     for name, tensor in tensors:
         torch.ops.gptfast.engine_pack(packed.data, packed.shape, name, tensor.detach())
     return packed
@@ -106,12 +110,14 @@ def _pack(
 def pack_model(model: GPT, dtype: str) -> Packed:
     """Return the packed weights of a model on the CPU that has no `foreign_part`."""
     tensors = model.named_parameters(remove_duplicate=False)
-    return _pack(model.config, dtype, tensors, model.tokenizer_name)
+    of_text = {"vocabulary": model.vocabulary, "eos_ids": model.eos_ids}
+    return _pack(model.config, dtype, tensors, tokenizer=model.tokenizer_name, **of_text)
 
 
 def pack_weights(weights: Weights, dtype: str) -> Packed:
     """Return the packed weights of files, read one tensor after the other to save memory."""
-    return _pack(weights.config, dtype, weights.read(), weights.tokenizer)
+    of_text = {"vocabulary": weights.vocabulary, "eos_ids": weights.eos_ids}
+    return _pack(weights.config, dtype, weights.read(), tokenizer=weights.tokenizer, **of_text)
 
 
 def _bytes_of(data: Tensor) -> memoryview:
@@ -139,6 +145,10 @@ def _header(packed: Packed) -> bytes:
     }
     if packed.tokenizer and not Path(packed.tokenizer).is_dir():
         metadata["tokenizer"] = packed.tokenizer
+    if packed.vocabulary:
+        metadata["vocabulary"] = packed.vocabulary
+    if packed.eos_ids:
+        metadata["eos_ids"] = json.dumps(packed.eos_ids)
     tensor = {"dtype": "U8", "shape": [len(packed.data)], "data_offsets": [0, len(packed.data)]}
     text = json.dumps({"__metadata__": metadata, "packed": tensor}).encode()
     text += b" " * (-(8 + len(text)) % 64)
@@ -154,9 +164,13 @@ def save(
         raise ValueError(f"{path} exists; name another or delete it")
     # Loading a packed model needs neither.
     from gptfast.files import new_directory, write_files
+    from gptfast.tokenizer.vocabulary import fingerprint_of
     from gptfast.weights.pretrained import tokenizer_texts
 
-    texts, _ = tokenizer_texts(tokenizer or packed.tokenizer)
+    chosen = tokenizer or packed.tokenizer
+    texts, _ = tokenizer_texts(chosen)
+    if packed.vocabulary is None and chosen is not None:
+        packed = replace(packed, vocabulary=fingerprint_of(chosen))
     with new_directory(path) as part:
         with (part / FILE).open("wb") as file:
             file.write(_header(packed))
@@ -193,6 +207,15 @@ def _read(path: Path, data: Tensor, crc: Any) -> str:
     return crc.hexdigest().decode()
 
 
+def _eos_ids(path: Path, text: str, vocab_size: int) -> tuple[int, ...]:
+    from gptfast.weights.text import end_ids
+
+    try:
+        return end_ids(json.loads(text), vocab_size, str(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
+
+
 def load(directory: str | PathLike) -> Packed:
     """Read a packed directory; its checksum is verified. Raises CheckpointError."""
     path = Path(directory) / FILE
@@ -203,5 +226,6 @@ def load(directory: str | PathLike) -> Packed:
     crc = _checksum(metadata["dtype"], metadata["config"])
     if _read(path, data, crc) != metadata.get("crc32c"):
         raise CheckpointError(f"{path} is damaged: its CRC-32C is not the one it was saved with")
-    tokenizer = tokenizer_in(Path(directory)) or metadata.get("tokenizer")
-    return Packed(config, metadata["dtype"], data, tokenizer)
+    tokenizer = named_or_kept(metadata.get("tokenizer"), Path(directory))
+    eos_ids = _eos_ids(path, metadata.get("eos_ids", "[]"), config.vocab_size)
+    return Packed(config, metadata["dtype"], data, tokenizer, metadata.get("vocabulary"), eos_ids)

@@ -1,5 +1,6 @@
 """The options that the requests of one call share, and how they turn logits into tokens."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,11 +21,12 @@ Sampled = tuple[Request, SampledToken]
 class Task:
     """One call's options, with a value for each prompt, and the guesser of all its requests."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: Job, device: torch.device, vocab_size: int) -> None:
         options, batch = job.options, len(job.prompts)
         sampling = options.sampling(batch, device)
         self._sampling = [sampling[name] for name in SAMPLING]
         self._penalty = options.penalty(batch, device)
+        self._lacking = options.lacking(vocab_size, device)
         self._logprobs = job.logprobs
         # The sampling parameters of the last step, and the prompts that they are of: the GPU's rows
         # recognise the same object and then do not read it again.
@@ -100,10 +102,14 @@ class Task:
             self._index, self._chosen = index, [one[index] for one in self._sampling]
         row = [request.row for request in requests]
         wanted = [len(guess) + 1 for guess in guesses]
-        if self._penalty is None:
+        if self._penalty is None and self._lacking is None:
             return rows.forward(row, tokens, wanted, self._chosen, positions)
         logits, _ = rows.forward(row, tokens, wanted)
-        scores = self._penalised(logits, self._penalty, requests, guesses)
+        scores = logits
+        if self._penalty is not None:
+            scores = self._penalised(logits, self._penalty, requests, guesses)
+        if self._lacking is not None:
+            scores = scores.masked_fill(self._lacking, -math.inf)
         position = torch.tensor(positions, dtype=torch.int64, device=logits.device)
         sampling = dict(zip(SAMPLING, self._chosen, strict=True))
         return logits, ops.sample(scores, position=position, **sampling)

@@ -21,7 +21,7 @@ from gptfast.evaluate.loss import Example, example, padded
 from gptfast.generation.decoder import Decoder
 from gptfast.generation.model_decoder import as_decoder
 from gptfast.model import GPT
-from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer, encode_continuation, encode_opening
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def hellaswag(
 
     batch: list[Example] = []
     for context, endings, label in islice(_examples(Path(path)), limit):
-        ids = tokenizer.encode(context)
+        ids = encode_opening(tokenizer, context)
         if not ids:
             raise ValueError(f"{path}: an example has an empty context")
         for ending in endings:
-            ending_ids = tokenizer.encode(f" {ending}")
+            ending_ids = encode_continuation(tokenizer, f" {ending}")
             # A text that is too long loses its beginning.
             whole = (ids + ending_ids)[-(decoder.config.block_size + 1) :]
             batch.append(example(torch.tensor(whole, dtype=torch.int64), len(ending_ids)))

@@ -17,7 +17,7 @@ from gptfast.generation.continuation import checked_stream_job, stream_pieces, t
 from gptfast.generation.model_decoder import target_losses
 from gptfast.generation.sequences import evaluating
 from gptfast.model import GPT
-from gptfast.tokenizer.bpe import END_OF_TEXT, Tokenizer
+from gptfast.tokenizer.bpe import END_OF_TEXT, Tokenizer, encode_opening
 from gptfast.tokenizer.vocabulary import get_tokenizer
 
 MAX_NEW_TOKENS = 256
@@ -65,7 +65,8 @@ class GPTFastLM(TemplateLM):
 
     def tok_encode(self, string: str, **_: Any) -> list[int]:
         # The harness's own models also read the name of end-of-text as the token.
-        return self.tokens.encode(string, allowed_special={END_OF_TEXT})
+        special = getattr(self.tokens, "special_tokens", {END_OF_TEXT: 0})
+        return encode_opening(self.tokens, string, set(special))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[_Request], disable_tqdm: bool = False, **_: Any
@@ -145,7 +146,9 @@ class GPTFastLM(TemplateLM):
             self._draws += 1
             drawn |= {"temperature": float(options["temperature"]) if sampled else 0.0}
             drawn |= {"seed": self._draws if sampled else 0, "stop": stop or None}
-            job = checked_stream_job(decoder, ids, n, text_options(self.tokens, drawn))
+            job = checked_stream_job(
+                decoder, ids, n, text_options(self.tokens, drawn, decoder.eos_ids)
+            )
             text = "".join(stream_pieces(decoder, job))
             texts.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)

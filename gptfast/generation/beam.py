@@ -61,13 +61,13 @@ class Hypotheses:
     finished: list[Beam] = field(default_factory=list)
     done: bool = False
 
-    def advance(self, candidates: list[Beam], K: int, eos_id: int | None, last: bool) -> None:
+    def advance(self, candidates: list[Beam], K: int, eos_ids: Sequence[int], last: bool) -> None:
         """Sort 2K candidates, the best first, into finished and running ones."""
         running: list[Beam] = []
         for rank, beam in enumerate(candidates):
             stopped = beam.stream is not None and beam.stream.ended
             assert beam.end is not None
-            if last or stopped or beam.end.id == eos_id:
+            if last or stopped or beam.end.id in eos_ids:
                 if rank < K:
                     self.finished.append(beam)
             elif len(running) < K:
@@ -112,6 +112,7 @@ def _top(
     K: int,
     length: float,
     repetition_penalty: Tensor | None,
+    lacking: Tensor | None,
 ) -> list[list[list[Any]]]:
     """Return, for each prompt, the 2K best continuations of its running beams (B, beams).
 
@@ -123,6 +124,8 @@ def _top(
     if repetition_penalty is not None:
         repeated = repetition_penalty.repeat_interleave(running.shape[1])
         penalised = sequences.penalised(logprobs, repeated)
+    if lacking is not None:
+        penalised = penalised.masked_fill(lacking, -math.inf)
     totals = penalised.view(B, -1, logprobs.shape[1]) + running[:, :, None]  # (B, beams, V)
     total, index = totals.view(B, -1).topk(2 * K)  # (B, 2K)
     score = total / length
@@ -139,6 +142,7 @@ def beam_search(sequences: Sequences, job: Job, vocab_size: int) -> list[Continu
     """
     B, options = len(sequences.tokens), job.options
     penalty = options.penalty(B, sequences.tokens.device)
+    lacking = options.lacking(vocab_size, sequences.tokens.device)
     stream = None
     if job.stops.texts or job.stops.ids:
         stream = id_stream(options.tokenizer, job.stops)
@@ -148,11 +152,11 @@ def beam_search(sequences: Sequences, job: Job, vocab_size: int) -> list[Continu
         running = torch.tensor(totals, dtype=torch.float32)  # (B, beams)
         running = running.to(sequences.tokens.device)
         length = _length(step, float(options.length_penalty))
-        best = _top(sequences, running, options.num_beams, length, penalty)
+        best = _top(sequences, running, options.num_beams, length, penalty, lacking)
         for one, values in zip(batch, best, strict=True):
             if not one.done:
                 candidates = _candidates(one, values, vocab_size)
-                one.advance(candidates, options.num_beams, job.stops.eos_id, last=step == job.n)
+                one.advance(candidates, options.num_beams, job.stops.eos_ids, last=step == job.n)
         if all(one.done for one in batch):
             break
         _follow(sequences, batch, running.shape[1])

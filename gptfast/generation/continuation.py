@@ -10,7 +10,7 @@ from gptfast.generation.beam import beam_search
 from gptfast.generation.decoder import Continuation, Decoder, Job, TopLogprobs
 from gptfast.generation.options import LogprobOptions, Options, new_tokens, token_ids
 from gptfast.generation.stop import TextStream, id_stream
-from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 
 Generated = (
     list[list[int]]
@@ -144,6 +144,12 @@ def stream_pieces(decoder: Decoder, job: Job) -> Iterator[str]:
     return pieces()
 
 
-def text_options(tokenizer: Tokenizer, options: dict[str, Any]) -> Options:
-    """Return the options of generation from text: they end at the tokenizer's end-of-text."""
-    return Options.of({"eos_id": tokenizer.eot, **options, "tokenizer": tokenizer})
+def text_options(
+    tokenizer: Tokenizer, options: dict[str, Any], eos_ids: Sequence[int] = ()
+) -> Options:
+    """Return the options of generation from text.
+
+    eos_ids: the ends that the model's files name; without any it is the tokenizer's end-of-text.
+    """
+    ends = list(eos_ids) or end_of_text(tokenizer)
+    return Options.of({"eos_id": ends, **options, "tokenizer": tokenizer})

@@ -7,7 +7,7 @@ where the model begins to write the next prompt itself.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,12 @@ from gptfast.generation.decoder import Decoder
 from gptfast.generation.model_decoder import as_decoder
 from gptfast.generation.stop import Stops, TextStream
 from gptfast.model import GPT
-from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.bpe import (
+    Tokenizer,
+    encode_continuation,
+    encode_opening,
+    end_of_text,
+)
 
 PROMPT = "{prompt}"
 QUESTIONS = f"Q: {PROMPT}\nA:"
@@ -83,18 +88,21 @@ class Turn:
 class Conversation:
     """Turns of a conversation; the model's context is the latest of them."""
 
-    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, template: Template, tokenizer: Tokenizer, eos_ids: Sequence[int] = ()
+    ) -> None:
         self.template, self.tokenizer = template, tokenizer
         self.turns: list[Turn] = []
         self.forgotten = 0
         """The number of first turns that the model no longer sees."""
-        stop, eot = template.stop, tokenizer.eot
-        self._stops = Stops.parse(stop, eot, tokenizer, tokenizer.n_vocab)
+        ends = list(eos_ids) or end_of_text(tokenizer)
+        self._stops = Stops.parse(template.stop, ends, tokenizer, tokenizer.n_vocab)
 
     def ask(self, prompt: str) -> None:
         """Begin a turn. Raises ValueError for text that UTF-8 cannot hold and for no text."""
         between = self.template.between if self.turns else ""
-        ids = self.tokenizer.encode(between + self.template.write(prompt))
+        encode = encode_continuation if self.turns else encode_opening
+        ids = encode(self.tokenizer, between + self.template.write(prompt))
         if not ids and not self.turns:
             raise ValueError("there is nothing to continue yet")
         self.turns.append(Turn(prompt, ids))
@@ -144,6 +152,7 @@ class Conversation:
         new: list[int] = []
         try:
             # A generator: closing it lets an engine release the sequence.
+            options = {"tokenizer": self.tokenizer, **options}
             with closing(stream(as_decoder(model), self.ids, n, **options)) as ids:  # type: ignore[type-var]
                 for i in ids:
                     new.append(i)
@@ -165,11 +174,13 @@ class Conversation:
 
     def _kept(self, ids: list[int]) -> list[int]:
         """Return a reply as it stays in the context, with the token that ends it."""
-        eot = self.tokenizer.eot
-        body = ids[:-1] if ids[-1:] == [eot] else ids
+        ended = bool(ids) and ids[-1] in self._stops.eos_ids
+        body = ids[:-1] if ended else ids
         if self.template.before:
             return body  # one dialogue goes on: it has no end-of-text
-        return ids if self.template.running else [*body, eot]
+        if self.template.running:
+            return ids
+        return [*body, ids[-1] if ended else self._stops.eos_ids[0]] if self._stops.eos_ids else ids
 
     def save(self, path: str) -> None:
         """Write all turns to a new file, as the model sees them.

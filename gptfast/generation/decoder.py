@@ -108,6 +108,11 @@ class Decoder(ABC):
         """The data type of packed weights; None for a model as it is."""
         return None
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a text, as far as the model's files name any."""
+        return ()
+
     @abstractmethod
     def decode(self, job: Job) -> list[Continuation]:
         """Sample the continuations of a job's prompts, without beams.

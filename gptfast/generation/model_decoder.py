@@ -1,5 +1,6 @@
 """Generation by the model itself, in one loop, `decode_steps`. It defines what generation gives."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -65,6 +66,10 @@ class ModelDecoder(Decoder):
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return getattr(self.model, "eos_ids", ())  # a wrapper has none
+
     def decode(self, job: Job) -> list[Continuation]:
         """Sample until every continuation has ended; those that end early go on until then."""
         with torch.inference_mode(), evaluating(self.model):
@@ -114,10 +119,13 @@ def decode_steps(sequences: Sequences, job: Job) -> Iterator[tuple[Tensor, tuple
     """
     batch, device = len(sequences.tokens), sequences.tokens.device
     sampling, penalty = job.options.sampling(batch, device), job.options.penalty(batch, device)
+    lacking = job.options.lacking(sequences.model.config.vocab_size, device)
 
     def step() -> tuple[Tensor, tuple[Tensor, ...]]:
         logits = sequences.logits()  # (B, V)
         scores = logits if penalty is None else sequences.penalised(logits.float(), penalty)
+        if lacking is not None:
+            scores = scores.masked_fill(lacking, -math.inf)
         ids = ops.sample(scores, position=sequences.length, **sampling)  # (B,)
         sequences.append(ids)
         return ids, job.logprobs.tensors(logits, ids)
@@ -148,8 +156,9 @@ def _decode(sequences: Sequences, job: Job) -> list[Continuation]:
                     end.feed(i)
             if all(end.ended for end in ends):
                 break
-        elif stops.eos_id is not None:
-            done |= ids == stops.eos_id
+        elif stops.eos_ids:
+            for end in stops.eos_ids:
+                done |= ids == end
             if (step + 1) % HOST_CHECK_INTERVAL == 0 and done.all():
                 break
     rows = torch.stack(steps, 1).tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptfast.checks import integer
 from gptfast.config import GPTConfig
-from gptfast.generation.stop import Stop, Stops
+from gptfast.generation.stop import Ends, Stop, Stops
 from gptfast.ops.sampling import per_row
 from gptfast.tokenizer.bpe import Tokenizer
 
@@ -50,11 +50,12 @@ class Options:
             applies to log-probabilities, and the seed has no effect.
         length_penalty: the exponent of that division; values above 0 favour long continuations.
     The end:
-        eos_id: a continuation ends after this token and keeps it.
+        eos_id: a continuation ends after this token and keeps it; a list of ids ends it after any.
         stop: a string, or a list of strings and lists of ids, looked for among the new tokens. A
             continuation ends before its stop: no token that holds a part of the stop is returned.
             If there are several stops, the one that is complete first counts.
-        tokenizer: the tokenizer that turns ids into text; needed for stop strings.
+        tokenizer: the tokenizer that turns ids into text; needed for stop strings. An id that it
+            has no token for, as models have for padding, is never drawn.
     Guessing, with an engine and without beams, which makes generation faster where guesses are
     right and never changes the tokens:
         lookup: guess the tokens that followed an earlier occurrence of the last few tokens.
@@ -72,7 +73,7 @@ class Options:
     repetition_penalty: Number = 1.0
     num_beams: int = 1
     length_penalty: float = 1.0
-    eos_id: int | None = None
+    eos_id: Ends = None
     stop: Stop | None = None
     seed: Number = 0
     tokenizer: Tokenizer | None = None
@@ -124,6 +125,20 @@ class Options:
                 f"repetition_penalty must be a finite number > 0, got {penalty[bad][0].item()}"
             )
         return None if (penalty == 1).all() else penalty
+
+    def lacking(self, vocab_size: int, device: torch.device) -> Tensor | None:
+        """Return (vocab_size,) bool, True for ids that the tokenizer lacks; None if it has all."""
+        if self.tokenizer is None:
+            return None
+        tokens = getattr(self.tokenizer, "tokens", range(self.tokenizer.n_vocab))
+        if len(tokens) == self.tokenizer.n_vocab >= vocab_size:
+            return None
+        missing = [i for i in range(vocab_size) if i not in tokens]
+        if not missing or len(missing) == vocab_size:
+            return None
+        lacking = torch.zeros(vocab_size, dtype=torch.bool, device="cpu")
+        lacking[missing] = True
+        return lacking.to(device)
 
     def check_beams(self, vocab_size: int) -> None:
         """Raise ValueError for beams out of range or together with options that exclude them."""

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from gptfast import checks
-from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 
 REPLACEMENT = "\ufffd"
 """The character that replaces bytes that are not UTF-8."""
 
 Stop = str | Sequence[str | Sequence[int]]
+Ends = int | Sequence[int] | None
+"""The ids that end a continuation, which keeps them."""
 
 
 class Matcher:
@@ -42,23 +44,23 @@ class Matcher:
 
 @dataclass(frozen=True)
 class Stops:
-    """The stops of a continuation: an id that it keeps, and strings and id lists that it drops."""
+    """The stops of a continuation: ids that it keeps, and strings and id lists that it drops."""
 
-    eos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
     texts: tuple[Matcher, ...] = ()
     ids: tuple[Matcher, ...] = ()
 
     @classmethod
     def parse(
-        cls, stop: Stop | None, eos_id: int | None, tokenizer: Tokenizer | None, vocab_size: int
+        cls, stop: Stop | None, eos_id: Ends, tokenizer: Tokenizer | None, vocab_size: int
     ) -> Self:
         """Return the stops that `generate`'s arguments describe.
 
         Raises ValueError for an argument of another form, IndexError for an id outside the
         vocabulary.
         """
-        if eos_id is not None:
-            eos_id = checks.integer("eos_id", eos_id, 0)
+        ends = eos_id if isinstance(eos_id, list | tuple) else [] if eos_id is None else [eos_id]
+        eos_ids = tuple(checks.integer("eos_id", i, 0) for i in ends)
         if stop is not None and not isinstance(stop, Sequence):
             raise ValueError(f"stop must be a string or a list of strings and id lists, got {stop}")
         stops = [stop] if isinstance(stop, str) else list(stop or ())
@@ -72,7 +74,7 @@ class Stops:
         ids = [_id_list(one, vocab_size) for one in stops if not isinstance(one, str)]
         if "" in texts or [] in ids:
             raise ValueError(f"stop has an empty {'string' if '' in texts else 'id list'}")
-        return cls(eos_id, tuple(map(Matcher, texts)), tuple(map(Matcher, ids)))
+        return cls(eos_ids, tuple(map(Matcher, texts)), tuple(map(Matcher, ids)))
 
 
 def _id_list(one: Any, vocab_size: int) -> list[int]:
@@ -94,8 +96,9 @@ class TextStream:
     """Follows the new tokens of one prompt: their text as it becomes certain, and where it ends.
 
     Text is released in whole characters, once no stop can begin in it any more; bytes that are not
-    UTF-8 become U+FFFD, as in `decode`. End-of-text and ids beyond the tokenizer's have no text;
-    without a tokenizer no id has any. All pieces together are the text before the stop.
+    UTF-8 become U+FFFD, as in `decode`. End-of-text, special tokens that end a text and ids beyond
+    the tokenizer's have no text; without a tokenizer no id has any. All pieces together are the
+    text before the stop.
 
     kept: how many of the tokens so far hold no part of a stop and cannot become part of one.
     ended: whether the continuation has ended; `kept` is then the number of tokens to return.
@@ -104,6 +107,10 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer | None, stops: Stops) -> None:
         self.kept, self.ended = 0, False
         self._tokenizer, self._stops = tokenizer, stops
+        self._silent: set[int | None] = set()
+        if tokenizer is not None:
+            special = getattr(tokenizer, "special_tokens", {}).values()
+            self._silent = {end_of_text(tokenizer), *(i for i in stops.eos_ids if i in special)}
         self._pending = b""  # the beginning of a character
         # The text that was not released yet, and how many characters were released before it.
         self._held, self._released = "", 0
@@ -143,7 +150,7 @@ class TextStream:
         length = self._find_ids(i)
         if start is not None or length:
             return self._stop(start, length)
-        return self.finish() if i == self._stops.eos_id else self._release()
+        return self.finish() if i in self._stops.eos_ids else self._release()
 
     def finish(self) -> str:
         """End, after the last token; return the text that was held back."""
@@ -157,7 +164,7 @@ class TextStream:
 
     def _bytes(self, i: int) -> bytes:
         tokenizer = self._tokenizer
-        if tokenizer is None or i == tokenizer.eot or i >= tokenizer.n_vocab:
+        if tokenizer is None or i in self._silent or i >= tokenizer.n_vocab:
             return b""
         return tokenizer.decode_bytes([i])
 

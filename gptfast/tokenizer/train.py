@@ -8,16 +8,10 @@ from pathlib import Path
 
 from gptfast import checks
 from gptfast.files import new_files, write_files
-from gptfast.tokenizer.bpe import (
-    BPE_HEADER,
-    BYTE_SYMBOLS,
-    END_OF_TEXT,
-    SPLIT,
-    BPETokenizer,
-    Tokenizer,
-    merged_pair,
-)
+from gptfast.tokenizer.bpe import BPETokenizer, Tokenizer
+from gptfast.tokenizer.reader import BPE_HEADER, END_OF_TEXT
 from gptfast.tokenizer.vocabulary import SHA256, get_tokenizer
+from gptfast.tokenizer.words import BYTE_SYMBOLS, SPLIT, merged_pair
 
 MIN_OCCURRENCES = 2
 """A token that stands in a text less often is left out of the vocabulary reduced to it."""

@@ -5,6 +5,7 @@ They hold safetensors, JSON and TOML only, so that loading one never unpickles a
 A checkpoint is a directory:
     config.json, model.safetensors     as transformers' GPT2LMHeadModel reads them
     optimizer.safetensors              <parameter>.<exp_avg | exp_avg_sq | step | master>
+    vocab.json, merges.txt, …          the vocabulary, as transformers' tokenizer reads it
     train.toml                         the run's resolved configuration
     state.json                         format, progress, RNG, configs, SHA-256 of every file
 It is written to a hidden directory beside it, synced to disk and then renamed. A directory with the
@@ -34,7 +35,7 @@ from gptfast.weights.checkpoint import (
     sha256,
 )
 from gptfast.weights.lazy_tensor import read_safetensors
-from gptfast.weights.pretrained import model_files
+from gptfast.weights.pretrained import NO_ENDS, Ends, model_files
 from gptfast.weights.transformers import open_directory
 
 
@@ -56,13 +57,14 @@ def save_checkpoint(
     *,
     best: int | None = None,
     texts: Mapping[str, str] | None = None,
+    ends: Ends = NO_ENDS,
 ) -> Path:
     """Write the checkpoint out/checkpoints/step-<progress["step"]> and return its path.
 
     optimizer: None for a checkpoint of the model only. progress: what else a resumed run needs, as
     values that JSON can hold; state.json keeps it. keep: how many of the latest checkpoints to
-    keep. best: the step of a checkpoint that is kept too, and to which out/checkpoints/best links.
-    texts: the contents of further files by name.
+    keep. best: the step of a checkpoint that is kept too, to which out/checkpoints/best links.
+    texts: further files by name. ends: those of a text, for config.json.
 
     Raises OSError if it cannot be written, and ValueError for a model with modules of others; the
     earlier checkpoints then stay as they were.
@@ -72,7 +74,7 @@ def save_checkpoint(
     old = hidden(target, "old")
     try:
         with new_directory(target) as directory:
-            tensors, files = model_files(model.config, model.state_dict())
+            tensors, files = model_files(model.config, model.state_dict(), ends)
             if optimizer is not None:
                 tensors["optimizer.safetensors"] = _optimizer_tensors(model, optimizer)
             files |= texts or {}

@@ -8,15 +8,17 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gptfast.config import GPTConfig, TrainConfig, to_toml
-from gptfast.tokenizer.bpe import Tokenizer, vocabulary
+from gptfast.tokenizer.bpe import Tokenizer, same_vocabulary, vocabulary
 from gptfast.training.checkpoint import load_checkpoint, save_checkpoint, set_aside
 from gptfast.training.step import TrainStep
 from gptfast.weights.checkpoint import checkpoints
 from gptfast.weights.lazy_tensor import CheckpointError
+from gptfast.weights.pretrained import Ends, tokenizer_texts
 
 BATCH_SETTINGS = ("batch_size", "max_length", "stride", "split", "seed", "accumulation_steps")
 """The settings that decide which tokens each step sees."""
@@ -83,11 +85,22 @@ class RunCheckpoints:
     """Writes the checkpoints of one run and restores the newest undamaged one."""
 
     def __init__(
-        self, out: Path, step: TrainStep, settings: dict[str, Any], log: Callable[[str], None]
+        self,
+        out: Path,
+        step: TrainStep,
+        settings: dict[str, Any],
+        log: Callable[[str], None],
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        self._tokenizer = tokenizer
         self.out, self.train_step, self.settings, self.log = out, step, settings, log
         self._toml = settings_toml(settings)
         self._saved_step: int | None = None
+
+    @cached_property
+    def _text(self) -> tuple[dict[str, str], Ends]:
+        """The files of the vocabulary, and the ends of a text in it."""
+        return tokenizer_texts(self._tokenizer)
 
     def is_saved(self, progress: Progress) -> bool:
         """Return whether the last checkpoint is of the current step, with nothing pending."""
@@ -98,6 +111,7 @@ class RunCheckpoints:
         if self.is_saved(progress):
             return
         step, config = self.train_step, self.train_step.config
+        vocabulary_files, ends = self._text
         save_checkpoint(
             self.out,
             step.raw_model,
@@ -105,7 +119,8 @@ class RunCheckpoints:
             {**asdict(progress), "guard": step.guard.state_dict(), "config": self.settings},
             config.keep,
             best=progress.best["step"] if progress.best and config.keep_best else None,
-            texts={"train.toml": self._toml},
+            texts={"train.toml": self._toml, **vocabulary_files},
+            ends=ends,
         )
         # A pending step is saved again once it is complete.
         self._saved_step = progress.step if progress.pending is None else None
@@ -143,6 +158,9 @@ class RunCheckpoints:
         ours = json.loads(json.dumps(self.settings))
         before, now = ({**settings["train"], **settings} for settings in (saved, ours))
         for name in ("vocabulary", "data_sha256", *BATCH_SETTINGS):
+            if name == "vocabulary" and self._tokenizer is not None:
+                if same_vocabulary(before.get(name), self._tokenizer):
+                    continue
             if before.get(name) != now.get(name):
                 raise ValueError(
                     f"{path} was trained with {name} {before.get(name)}, not {now.get(name)}; "

@@ -91,7 +91,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.run = RunDirectory(Path(config.out), tensorboard=config.tensorboard)
         made_by = run_settings(model.config, config, tokenizer, data_sha256, settings or {})
-        self.checkpoints = RunCheckpoints(self.run.out, self.step, made_by, self._log)
+        self.checkpoints = RunCheckpoints(self.run.out, self.step, made_by, self._log, tokenizer)
         self.interrupt = Interrupt()
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:

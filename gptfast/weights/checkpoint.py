@@ -16,7 +16,7 @@ from typing import Any
 from gptfast.files import json_text
 from gptfast.weights import transformers
 from gptfast.weights.lazy_tensor import CheckpointError, parse_json, read_text
-from gptfast.weights.weights import Weights
+from gptfast.weights.weights import Weights, named_or_kept, tokenizer_in
 
 CHECKPOINT_FORMAT = 2
 
@@ -63,17 +63,21 @@ def open_directory(path: Path) -> Weights:
     CheckpointError.
     """
     directory = find_checkpoint(path)
-    if (directory / "state.json").is_file():
-        _verify(directory, _read_state(directory), ("config.json", "model.safetensors"))
+    if not (directory / "state.json").is_file():
+        return transformers.open_directory(directory)
+    state = _read_state(directory)
+    _verify(directory, state, ("config.json", "model.safetensors"))
     weights = transformers.open_directory(directory)
-    if weights.tokenizer is None:
-        weights = replace(weights, tokenizer=recorded_tokenizer(directory))
-    return weights
+    recorded = state.get("config", {}).get("vocabulary")
+    return replace(weights, tokenizer=own_tokenizer(directory), vocabulary=recorded)
 
 
-def recorded_tokenizer(directory: Path) -> str | None:
-    """Return the name of the tokenizer that a checkpoint was trained with, if it is on record."""
-    return (read_settings(directory) or {}).get("tokenizer")
+def own_tokenizer(directory: Path) -> str | None:
+    """Return the name of the tokenizer that a checkpoint was trained with, if it is on record.
+
+    A vocabulary that others may change or remove is taken from the checkpoint's own files.
+    """
+    return named_or_kept((read_settings(directory) or {}).get("tokenizer"), directory)
 
 
 def read_state(path: str | PathLike) -> dict[str, Any]:
@@ -92,7 +96,8 @@ def read_state(path: str | PathLike) -> dict[str, Any]:
 def read_settings(path: Path) -> dict[str, Any] | None:
     """Return the flat configuration in a checkpoint's train.toml; None if absent or damaged.
 
-    A vocabulary that lies in the run's own directory is found there, wherever the run was moved to.
+    A vocabulary that lies in the run's own directory is found there, wherever the run was moved to;
+    for one that is gone, the checkpoint's own files are taken.
     """
     try:
         _verify(path, _read_state(path), ("train.toml",))
@@ -100,8 +105,11 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     except (CheckpointError, KeyError, FileNotFoundError, tomllib.TOMLDecodeError):
         return None
     own = path.absolute().parent.parent / "tokenizer"
-    if Path(str(settings.get("tokenizer"))).name == own.name and own.is_dir():
+    recorded = Path(str(settings.get("tokenizer")))
+    if recorded.name == own.name and own.is_dir():
         settings["tokenizer"] = str(own)
+    elif recorded.is_absolute() and not recorded.is_dir() and (kept := tokenizer_in(path)):
+        settings["tokenizer"] = kept
     return settings
 
 

@@ -1,7 +1,7 @@
 """A model written in one of the forms that `gptfast convert` offers."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
@@ -56,11 +56,12 @@ def save(
     form: str | None = None,
     *,
     tokenizer: Tokenizer | str | None = None,
+    eos_ids: Sequence[int] = (),
 ) -> None:
     """Write a model in one of FORMATS, completely or not at all.
 
     state: GPT's state dictionary. form: None takes `format_of(path)`. tokenizer: one or its name,
-    whose files go along in transformers' form.
+    whose files go along in transformers' form. eos_ids: the ids that end a text there.
     Raises ValueError for a form that cannot hold the model and for a path that exists; OSError.
     """
     check(path, form)
@@ -68,7 +69,7 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     if form == "transformers":
         with new_directory(path) as directory:
-            save_model(config, state, directory, tokenizer)
+            save_model(config, state, directory, tokenizer, eos_ids)
     else:
         with replacing(path, "wb") as file:
             _WRITERS[form](config, state, file)

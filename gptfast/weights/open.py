@@ -1,6 +1,5 @@
 """Weights from whatever form they are in, which is recognised by the content of the files."""
 
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from gptfast.files import cache_directory
 from gptfast.weights import book, checkpoint, llmc, nanogpt, openai, transformers
 from gptfast.weights.lazy_tensor import CheckpointError, read_pickles, read_safetensors
 from gptfast.weights.packed import is_packed
+from gptfast.weights.text import described
 from gptfast.weights.weights import Weights, tokenizer_in
 
 
@@ -31,20 +31,14 @@ def open_weights(path: str | PathLike, n_head: int | None = None) -> Weights:
         raise CheckpointError(
             f"{weights.source} has {weights.config.n_head} heads, not n_head={n_head}"
         )
-    if weights.tokenizer is None:
-        beside = tokenizer_in(found if found.is_dir() else found.parent)
-        weights = replace(weights, tokenizer=beside)
-    return weights
+    return described(weights, found)
 
 
 def tokenizer_of(path: str | PathLike) -> str | None:
-    """Return the name of the tokenizer that the model at `path` was trained with, if on record.
-
-    Unlike `Weights.tokenizer`, a run's own settings come before a vocabulary beside the weights.
-    """
+    """Return the name of the tokenizer that the model at `path` was trained with, if on record."""
     found = _find(path)
     if checkpoint.is_run(found):
-        if name := checkpoint.recorded_tokenizer(checkpoint.find_checkpoint(found)):
+        if name := checkpoint.own_tokenizer(checkpoint.find_checkpoint(found)):
             return name
     return tokenizer_in(found if found.is_dir() else found.parent)
 

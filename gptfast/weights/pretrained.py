@@ -1,17 +1,17 @@
 """A model written as a directory that transformers' GPT2LMHeadModel reads."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gptfast.config import GPTConfig
 from gptfast.files import json_text, new_files, write_files
-from gptfast.tokenizer.bpe import BPETokenizer, Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.weights.lazy_tensor import read_text
 from gptfast.weights.transformers import CONV1D
@@ -32,15 +32,18 @@ def save_model(
     state: Mapping[str, Tensor],
     directory: str | PathLike,
     tokenizer: Tokenizer | str | None = None,
+    eos_ids: Sequence[int] = (),
 ) -> None:
     """Write config.json, model.safetensors and the tokenizer's files into a directory.
 
-    state: GPT's state dictionary. tokenizer: one, or a name for `get_tokenizer`, whose own files
-    are copied if they are transformers'. The directory is made if it is absent; each file is
-    replaced completely. Raises OSError.
+    state: GPT's state dictionary. tokenizer: one, or a name for `get_tokenizer`. eos_ids: the ids
+    that end a text; without any it is the tokenizer's end-of-text. The directory is made if it is
+    absent; each file is replaced completely. Raises OSError.
     """
-    vocabulary, eot = tokenizer_texts(tokenizer)
-    tensors, texts = model_files(config, state, eot)
+    vocabulary, ends = tokenizer_texts(tokenizer)
+    if eos_ids:
+        ends = ends._replace(eos=list(eos_ids) if len(eos_ids) > 1 else eos_ids[0])
+    tensors, texts = model_files(config, state, ends)
     with new_files(Path(directory)) as files:
         write_files(files, tensors, texts | vocabulary)
     # Files of another tokenizer, which transformers would take before ours.
@@ -48,40 +51,51 @@ def save_model(
         (Path(directory) / name).unlink(missing_ok=True)
 
 
+class Ends(NamedTuple):
+    """The ids that begin and end a text, as config.json names them."""
+
+    bos: int | None = None
+    eos: int | list[int] | None = None
+
+
+NO_ENDS = Ends()
+
+
 def model_files(
-    config: GPTConfig, state: Mapping[str, Tensor], eot: int | None = None
+    config: GPTConfig, state: Mapping[str, Tensor], ends: Ends = NO_ENDS
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
     """Return the tensors of model.safetensors and the text of config.json, by file name."""
-    description = json_text(hf_config(config, state["wte.weight"].dtype, eot))
+    description = json_text(hf_config(config, state["wte.weight"].dtype, ends))
     return {"model.safetensors": hf_tensors(config, state)}, {"config.json": description}
 
 
-def tokenizer_texts(tokenizer: Tokenizer | str | None) -> tuple[dict[str, str], int | None]:
-    """Return the text of transformers' files for a tokenizer, by name, and its end-of-text id.
+def tokenizer_texts(tokenizer: Tokenizer | str | None) -> tuple[dict[str, str], Ends]:
+    """Return the text of transformers' files for a tokenizer, by name, and its ends.
 
-    For a name of a directory, these are the files that are in it. A tokenizer that cannot be loaded
-    is logged, and its id is None.
+    The files of a directory whose tokenizer cannot be loaded are taken as they are, which is
+    logged.
     """
-    texts: dict[str, str] = {}
     if isinstance(tokenizer, str):
-        files = (Path(tokenizer) / name for name in _TOKENIZER_FILES)
-        texts = {path.name: read_text(path) for path in files if path.is_file()}
         try:
             tokenizer = get_tokenizer(tokenizer)
         except (OSError, ValueError) as error:
             logging.getLogger(__name__).warning(
                 "the model is saved, but its tokenizer cannot be loaded: %s", error
             )
-            return texts, None
-    if isinstance(tokenizer, BPETokenizer) and not texts:
-        texts = tokenizer.transformers_files()
-    return texts, None if tokenizer is None else tokenizer.eot
+            files = (Path(tokenizer) / name for name in _TOKENIZER_FILES)
+            return {path.name: read_text(path) for path in files if path.is_file()}, Ends()
+    if tokenizer is None:
+        return {}, Ends()
+    eot = end_of_text(tokenizer)
+    ends = Ends(getattr(tokenizer, "bos", eot), eot)
+    files_of = getattr(tokenizer, "transformers_files", dict)
+    return files_of(), ends
 
 
-def hf_config(config: GPTConfig, dtype: torch.dtype, eot: int | None = None) -> dict[str, Any]:
-    """Return the values of config.json; eot is the tokenizer's end-of-text id, if it is known."""
-    if eot is None and config.vocab_size == 50257:
-        eot = 50256
+def hf_config(config: GPTConfig, dtype: torch.dtype, ends: Ends = NO_ENDS) -> dict[str, Any]:
+    """Return the values of config.json; ends: those of the tokenizer, if it is known."""
+    if ends.eos is None and config.vocab_size == 50257:
+        ends = Ends(50256, 50256)
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -101,8 +115,8 @@ def hf_config(config: GPTConfig, dtype: torch.dtype, eot: int | None = None) -> 
         "scale_attn_weights": True,
         "tie_word_embeddings": config.tie_weights,
         "qkv_bias": config.qkv_bias,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
+        "bos_token_id": ends.bos,
+        "eos_token_id": ends.eos,
         "dtype": str(dtype).removeprefix("torch."),
     }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.config import GPTConfig, parameter_shapes
-from gptfast.tokenizer.vocabulary import vocabulary_in
+from gptfast.tokenizer.vocabulary import has_gpt2, vocabulary_in
 from gptfast.weights.lazy_tensor import FLOATS, CheckpointError, LazyTensor
 
 # The prefixes of torch.compile and DistributedDataParallel before a parameter's name.
@@ -30,6 +30,10 @@ class Weights:
     """By GPT's names and in its layout: matrices are (out, in)."""
     tokenizer: str | None = None
     """A name or directory for `get_tokenizer`, if one is on record."""
+    vocabulary: str | None = None
+    """What identifies the vocabulary of its training, as `tokenizer.bpe.vocabulary`, if known."""
+    eos_ids: tuple[int, ...] = ()
+    """The ids that end a text, as far as the files name any."""
 
     def __post_init__(self) -> None:
         shapes = parameter_shapes(self.config)
@@ -97,6 +101,13 @@ class Weights:
 def tokenizer_in(directory: Path) -> str | None:
     """Return the directory as a name for `get_tokenizer`, or None if no vocabulary is in it."""
     return str(directory.resolve()) if vocabulary_in(directory) else None
+
+
+def named_or_kept(name: str | None, directory: Path) -> str | None:
+    """Return a tokenizer's name if it is nobody's to change, else the files in a directory."""
+    if name == "byte" or name == "gpt2" and has_gpt2():
+        return name
+    return tokenizer_in(directory) or name
 
 
 def unwrapped(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

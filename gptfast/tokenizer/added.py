@@ -1,0 +1,155 @@
+"""Added tokens: names that are found in a text before the rest of it is split into words.
+
+Their rules are those of the tokenizers library: tokens that are not `normalized` are found first;
+at each place the longest name counts.
+"""
+
+import logging
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from gptfast.tokenizer.words import SPACE
+
+MAX_IDS = 10_000_000
+_LOGGER = logging.getLogger(__name__)
+_SPACE_BEFORE = re.compile(f"[{SPACE}]*\\Z")
+_SPACE_AFTER = re.compile(f"[{SPACE}]*")
+_WORD_CHARACTER = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d]"
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token by its name, which stands in a text as it is.
+
+    special: it is plain text unless it is allowed. single_word: only between characters of no word.
+    lstrip, rstrip: it takes the white space on this side. normalized: found after all others.
+    """
+
+    content: str
+    special: bool = False
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+
+    @classmethod
+    def parse(cls, value: Any, *, special: bool | None = None) -> Self:
+        """Return the token that a string or an object of JSON describes.
+
+        special: overrules what it says, if not None. Raises ValueError for any other value.
+        """
+        if isinstance(value, str):
+            value = {"content": value, "special": True}
+        if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+            raise ValueError(f"{value!r:.80} does not describe an added token")
+        given = {f.name: value[f.name] for f in fields(cls) if value.get(f.name) is not None}
+        for name, flag in given.items():
+            if name != "content" and not isinstance(flag, bool):
+                raise ValueError(f"{name} of token {value['content']!r:.80} is {flag!r:.20}")
+        if special is not None:
+            given["special"] = special
+        given.setdefault("normalized", not given.get("special", False))
+        return cls(**given)
+
+
+class AddedTokens:
+    """The added tokens of a vocabulary, by their ids."""
+
+    def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
+        self.by_id = dict(tokens)
+        self._of_name = {token.content: (i, token) for i, token in tokens.items()}
+        self.special = {token.content: i for i, token in tokens.items() if token.special}
+        # Whether some are found in any text.
+        self.always = len(self.special) < len(tokens)
+        by_pass = [
+            [token.content for token in tokens.values() if token.normalized == normalized]
+            for normalized in (False, True)
+        ]
+        self._patterns = [
+            re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+            for names in by_pass
+            if names
+        ]
+
+    def split(self, text: str, allowed: Collection[str]) -> list[str | int]:
+        """Return a text in pieces: ids of added tokens, and the text between them.
+
+        allowed: names of the special tokens to find; others are text.
+        """
+        pieces: list[str | int] = [text] if text else []
+        if not allowed and not self.always:
+            return pieces
+        for pattern in self._patterns:
+            found: list[str | int] = []
+            for piece in pieces:
+                if isinstance(piece, str):
+                    found += self._find(piece, pattern, allowed)
+                else:
+                    found.append(piece)
+            pieces = found
+        return pieces
+
+    def _find(
+        self, text: str, pattern: re.Pattern, allowed: Collection[str]
+    ) -> Iterator[str | int]:
+        done = 0
+        for match in pattern.finditer(text):
+            i, token = self._of_name[match[0]]
+            start, end = match.span()
+            if token.special and token.content not in allowed:
+                continue
+            if token.single_word and _inside_word(text, start, end):
+                continue
+            if token.lstrip:
+                before = _SPACE_BEFORE.search(text, done, start)
+                start = before.start() if before else start
+            if token.rstrip:
+                after = _SPACE_AFTER.match(text, end)
+                end = after.end() if after else end
+            if done < start:
+                yield text[done:start]
+            yield i
+            done = end
+        if done != len(text):
+            yield text[done:]
+
+
+def _inside_word(text: str, start: int, end: int) -> bool:
+    """Return whether a character of a word stands beside text[start:end]."""
+    import regex
+
+    word = regex.compile(_WORD_CHARACTER)
+    return bool(start and word.match(text[start - 1]) or end < len(text) and word.match(text[end]))
+
+
+class AddedIds:
+    """Gives ids to added tokens as the tokenizers library does."""
+
+    def __init__(self, vocab: Mapping[str, int], directory: str) -> None:
+        self._vocab, self._directory = vocab, directory
+        self._taken = set(vocab.values())
+        self.tokens: dict[int, AddedToken] = {}
+        self.by_name: dict[str, int] = {}
+        self._next = len(vocab)
+
+    def add(self, token: AddedToken, listed: int | None = None) -> None:
+        """Add a token; one that is known gets these flags. listed: the id that a file gives it."""
+        if not token.content:
+            return
+        i = self.by_name.get(token.content, self._vocab.get(token.content))
+        if i is None:
+            i = self._next
+            if i in self._taken or i >= MAX_IDS:
+                raise ValueError(f"token {token.content[:80]!r} gets id {i}, which another has")
+        if listed not in (None, i) and token.content not in self.by_name:
+            _LOGGER.warning(
+                "%s gives %r id %s; taking %d, its place in the vocabulary, as transformers does",
+                self._directory,
+                token.content,
+                listed,
+                i,
+            )
+        self.tokens[i], self.by_name[token.content] = token, i
+        self._next = max(self._next, i + 1)
