@@ -19,6 +19,11 @@ PRESETS = {
 }
 
 
+FINETUNING_LR = 3e-4
+"""The peak learning rate of `gptfast train --init`. At the rates that suit random weights, a
+pretrained model forgets in 20 steps what it knew."""
+
+
 def _require(valid: bool, message: str) -> None:
     if not valid:
         raise ValueError(message)
@@ -98,7 +103,8 @@ class TrainConfig:
     accumulation_steps: int = 1
     """Number of batches per optimizer step; gradients are averaged over all their tokens."""
     lr: float = 1e-3
-    """Peak learning rate, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up. A model that has learnt already, such as that
+    of --init, wants less: 3e-4 (FINETUNING_LR)."""
     schedule: Literal["cosine", "linear", "constant", "wsd", "exponential"] = "cosine"
     """How the learning rate changes after the warm-up. cosine and linear: it falls to min_lr.
     constant: it stays. wsd (warm-up, stable, decay): it falls in the last decay_steps only.

@@ -139,10 +139,14 @@ def write_files(
 ) -> None:
     """Write and sync files: safetensors from named tensors, UTF-8 from texts. Raises OSError."""
     for name, named in tensors.items():
+        path = directory / name
+        path.touch()
+        mode = path.stat().st_mode & 0o777  # what the umask allows; save_file gives 0600
         try:
-            save_file(named, directory / name, metadata={"format": "pt"})
+            save_file(named, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{name}: {error}") from None
+        path.chmod(mode)
     for name, text in texts.items():
         (directory / name).write_text(text, "utf-8")
     for name in (*tensors, *texts):

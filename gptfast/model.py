@@ -291,7 +291,9 @@ class GPT(nn.Module):
         return ops.cross_entropy(logits.flatten(0, 1), target.reshape(-1))
 
     @classmethod
-    def from_pretrained(cls, path: str | PathLike, *, n_head: int | None = None) -> Self:
+    def from_pretrained(
+        cls, path: str | PathLike, *, n_head: int | None = None, resize_vocab: int | None = None
+    ) -> Self:
         """Return the model at a path or name, in evaluation mode.
 
         path: a run or a checkpoint of `gptfast train`; OpenAI's directory; a directory or file of
@@ -299,7 +301,8 @@ class GPT(nn.Module):
         .pth of Raschka's book; or the name of a model that `gptfast download` has fetched, such as
         "gpt2". The form is recognised by content.
         n_head: for a file that does not record it, such as the book's; None takes heads of 64
-        channels.
+        channels, and logs that. resize_vocab: the number of tokens of a vocabulary that grew; the
+        rows of new tokens are the mean of the old rows.
 
         All parameters have the dtype of the file's token embedding. Pickles are read for tensors
         only; nothing in them is executed. Raises CheckpointError, a ValueError, for anything else
@@ -309,6 +312,8 @@ class GPT(nn.Module):
         from gptfast.weights.open import open_weights
 
         weights = open_weights(path, n_head)
+        if resize_vocab is not None:
+            weights = weights.resized(resize_vocab)
         with torch.device("meta"), _WithoutInitialisation():
             model = cls(weights.config)
         weights.move_into(model)

@@ -249,8 +249,8 @@ def edit_config(path: Path, **changes: Any) -> None:
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"vocab_size": 60}, "wte.weight has shape .*61, 24.*needs .*60, 24"),
-        ({"n_layer": 3}, "no tensor 'h.2.ln_1.weight'"),
-        ({"n_layer": 1}, "does not know: 'h.1.attn.c_attn.bias'"),
+        ({"n_layer": 3}, "no tensor 'transformer.h.2.ln_1.weight'"),
+        ({"n_layer": 1}, "does not know: 'transformer.h.1.attn.c_attn.bias'"),
         ({"tie_word_embeddings": False}, "no tensor 'lm_head.weight'"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
@@ -295,7 +295,7 @@ def test_missing_tensor(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["transformer.h.1.mlp.c_fc.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="no tensor 'h.1.mlp.c_fc.bias'"):
+    with pytest.raises(ValueError, match="no tensor 'transformer.h.1.mlp.c_fc.bias'"):
         GPT.from_pretrained(tmp_path)
 
 

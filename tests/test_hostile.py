@@ -152,7 +152,7 @@ def test_no_pickle_is_executed_in_a_shard(tmp_path: Path) -> None:
     path, marker = sharded_directory(tmp_path / "model"), tmp_path / "marker"
     (path / "model.safetensors.index.json").unlink()
     (path / "part.bin").write_bytes(torch_file(marker))
-    with pytest.raises(CheckpointError, match="part.bin .* was not read: it asks for"):
+    with pytest.raises(CheckpointError, match="part.bin was not read: it asks for"):
         GPT.from_pretrained(path)
     assert not marker.exists()
 
@@ -308,7 +308,7 @@ def test_tensors_that_are_not_plain(tmp_path: Path) -> None:
 def test_a_zip_file_that_is_none_of_torchs(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "m.pth", "w") as file:
         file.writestr("archive/data.pkl", b"not a pickle")
-    with pytest.raises(CheckpointError, match="damaged or holds more than tensors"):
+    with pytest.raises(CheckpointError, match="is damaged, or torch.save did not write it"):
         GPT.from_pretrained(tmp_path / "m.pth")
 
 
@@ -328,10 +328,10 @@ class Large:
 def test_small_files_that_ask_for_much(tmp_path: Path) -> None:
     """Missing data is noticed before anything is allocated, inflated or built."""
     asking = zipped_pickle(tmp_path / "a.pth", pickle.dumps({"a": Large()}, 2))
-    with pytest.raises(CheckpointError, match="asks for a bytearray"):
+    with pytest.raises(CheckpointError, match="holds no named tensors"):
         GPT.from_pretrained(asking)
     (tmp_path / "b.pth").write_bytes(pickle.dumps({"a": Large()}, 2))
-    with pytest.raises(CheckpointError, match="asks for a bytearray"):
+    with pytest.raises(CheckpointError, match="a pickle, but not one of torch.save"):
         GPT.from_pretrained(tmp_path / "b.pth")
     bomb = zipped_pickle(tmp_path / "c.pth", bytes(10**7), zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match="it is compressed"):
@@ -348,7 +348,7 @@ def test_many_missing_layers(tmp_path: Path) -> None:
     tensors = {"wte.weight": torch.zeros(1, 1), "wpe.weight": torch.zeros(1, 1)}
     tensors |= {f"h.{i}.ln_1.weight": torch.zeros(1) for i in (0, 9999)}
     save_file(tensors, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match="no tensor 'h.0.ln_1.bias'"):
+    with pytest.raises(CheckpointError, match="no tensor 'h.0.attn.c_attn.weight'"):
         GPT.from_pretrained(tmp_path / "m.safetensors", n_head=1)
 
 

@@ -138,7 +138,7 @@ def test_a_name_in_checkpoint_is_looked_up_beside_it(openai: Path) -> None:
         (
             "hparams.json",
             lambda b: b.replace(b'"n_layer": 2', b'"n_layer": 3'),
-            "'h.2.ln_1.weight'",
+            "'model/h2/ln_1/g'",
         ),
         ("hparams.json", lambda b: b.replace(b'"n_layer": 2', b'"n_layer": 1'), "does not know"),
         ("hparams.json", lambda b: b.replace(b"120", b"121"), r"shape \(120, 24\), .*\(121, 24\)"),

@@ -8,7 +8,7 @@ import torch
 
 from gptfast.cli.flags import Positional
 from gptfast.model import GPT
-from gptfast.weights.convert import check, format_of, save
+from gptfast.weights.convert import check, check_name, format_of, save
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,19 +36,22 @@ class Convert:
     """The file or directory to write; it must not exist yet."""
     to: Literal["transformers", "llm.c", "nanogpt", "book", "packed"] | None = None
     """The format to write (default: from the suffix of DST: llm.c for .bin, nanogpt for .pt, book
-    for .pth, else transformers; with --dtype int8, packed)."""
+    for .pth, a directory without a suffix for transformers; with --dtype int8, packed)."""
     dtype: Literal["fp32", "bf16", "fp16", "int8"] | None = None
     """Data type to convert the weights to (default: unchanged; for packed, fp32)."""
     n_head: int | None = None
     """Number of heads per block, if SRC does not say, as the book's .pth (default: one head per 64
     channels)."""
+    resize_vocab: int | None = None
+    """Give the model this many tokens, for a vocabulary that grew. The rows of the new tokens are
+    the mean of the old ones."""
 
     def run(self) -> None:
         if self.to == "packed" or self.dtype == "int8":
             self._pack()
             return
         check(self.dst, self.to)
-        model = GPT.from_pretrained(self.src, n_head=self.n_head)
+        model = self._load()
         if self.dtype is not None:
             model.to(_DTYPES[self.dtype])
         text = {"tokenizer": model.tokenizer_name, "eos_ids": model.eos_ids}
@@ -56,21 +59,23 @@ class Convert:
         n = sum(p.numel() for p in model.parameters())
         print(f"done: {n:,} parameters in {self.dst} ({self.to or format_of(self.dst)})")
 
+    def _load(self) -> GPT:
+        return GPT.from_pretrained(self.src, n_head=self.n_head, resize_vocab=self.resize_vocab)
+
     def _pack(self) -> None:
         """Write the packed format, which only the engine can."""
         form = self.to or format_of(self.dst)
         if form not in ("packed", "transformers") or self.to == "transformers":
             raise ValueError(f"{form} has no int8 weights: name a directory for packed ones")
+        check_name(self.dst, "packed")
         if self.dtype == "fp16":
             raise ValueError("packed weights are fp32, bf16 or int8, not fp16")
         if os.path.lexists(self.dst):  # before the work, not after it
             raise ValueError(f"{self.dst} exists; name another or delete it")
         from gptfast.engine import Engine
 
-        source = (
-            self.src if self.n_head is None else GPT.from_pretrained(self.src, n_head=self.n_head)
-        )
-        engine = Engine(source, self.dtype)
+        plain = self.n_head is None and self.resize_vocab is None
+        engine = Engine(self.src if plain else self._load(), self.dtype)
         engine.save(self.dst)
         size = f"{engine.weight_bytes / 1e6:,.1f} MB of {engine.dtype} weights"
         print(f"done: {size} in {self.dst} (packed); try\n  gptfast chat {self.dst}")

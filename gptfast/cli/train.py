@@ -11,7 +11,7 @@ import torch
 
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.cli.vocabularies import check_init
-from gptfast.config import GPTConfig, TrainConfig
+from gptfast.config import FINETUNING_LR, GPTConfig, TrainConfig
 from gptfast.data.embedded import embedded_text
 from gptfast.data.loader import create_dataloader
 from gptfast.data.sources import load_data, prepared_tokenizer
@@ -73,7 +73,10 @@ class Train:
     The settings are those of the run, except for the flags given here."""
     init: str | None = None
     """Start from the weights of this model, in any format that `gptfast convert` reads. Its shape
-    and tokenizer become the defaults."""
+    and tokenizer become the defaults, and the default of --lr becomes 3e-4."""
+    resize_vocab: bool = False
+    """With --init: give the model the tokens that a grown vocabulary has more. Their rows are the
+    mean of the old ones."""
     config: str | None = None
     """A TOML file of settings, named as the flags but with underscores, for example n_layer = 6.
     The value "none" leaves a setting unset. Flags overrule the file. Each checkpoint has the
@@ -166,7 +169,7 @@ class Train:
         vocab_size = self.model.vocab_size if self.init else max(self.model.vocab_size, n_vocab)
         model = GPT(dataclasses.replace(self.model, vocab_size=vocab_size))
         if self.init is not None and not (self.resume and checkpoints(self.train.out)):
-            load_weights(model, self.init)
+            load_weights(model, self.init, resize_vocab=self.resize_vocab)
         return model
 
     def _settings(self) -> dict[str, Any]:
@@ -184,6 +187,12 @@ class Train:
             f"{self.batch_size * self.train.accumulation_steps} x {T} tokens on {trainer.device}, "
             f"kernels: {backend_of(operators()[0], trainer.device.type)}"
         )
+        if self.init is not None:
+            rate = self.train.lr
+            default = (
+                ", the default with --init; --lr sets another" if rate == FINETUNING_LR else ""
+            )
+            print(f"fine-tuning {self.init} at a learning rate of {rate:g}{default}")
 
 
 def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
@@ -201,6 +210,9 @@ def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
         saved = next(filter(None, map(read_settings, newest_first)), None)
     if init not in (None, "none") and not saved:
         command = dataclasses.replace(command, model=open_weights(init).config)
+        if "lr" not in layered:
+            # The rate of the small model, which starts from random weights, wrecks a trained one.
+            command = apply(command, {"lr": FINETUNING_LR, "min_lr": None}, "--init")
     if saved:
         source = layered.get("out", command.train.out)
         command = apply(command, {**saved, "out": source}, f"the settings of {source}")
@@ -217,6 +229,12 @@ def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
     return apply(command, file, given["config"]) if file else command
 
 
-def load_weights(model: GPT, path: str | PathLike) -> None:
-    """Copy the weights at `path` into `model`. Raises ValueError if they do not fit."""
-    open_weights(path).copy_to(model.config, model.state_dict())
+def load_weights(model: GPT, path: str | PathLike, *, resize_vocab: bool = False) -> None:
+    """Copy the weights at `path` into `model`. Raises ValueError if they do not fit.
+
+    resize_vocab: if the model has more tokens, their rows are the mean of those at `path`.
+    """
+    weights = open_weights(path)
+    if resize_vocab:
+        weights = weights.resized(model.config.vocab_size)
+    weights.copy_to(model.config, model.state_dict())

@@ -1,6 +1,7 @@
 """A model written in one of the forms that `gptfast convert` offers."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -31,20 +32,55 @@ _WRITERS: dict[str, Callable[[GPTConfig, State, IO[bytes]], None]] = {
 }
 FORMATS = ("transformers", *_WRITERS)
 _SUFFIXES = {".bin": "llm.c", ".pt": "nanogpt", ".pth": "book"}
+# Suffixes of forms that other programs have, of archives and of texts: no model of ours is there.
+_OTHERS = frozenset(
+    ".gguf .ggml .onnx .h5 .hdf5 .keras .pb .tflite .msgpack .npz .npy .ckpt .mlmodel .mlpackage "
+    ".ot .pkl .pickle .joblib .zip .tar .gz .tgz .zst .json .toml .txt .index".split()
+)
 
 
 def format_of(path: str | PathLike) -> str:
-    """Return the form that a path's suffix stands for: .bin, .pt or .pth, else transformers."""
-    if Path(path).suffix == ".safetensors":
+    """Return the form that a path's suffix stands for: .bin, .pt or .pth, else transformers.
+
+    Raises ValueError for a suffix that stands for another form than these.
+    """
+    name, suffix = Path(path).name, Path(path).suffix.lower()
+    if name.lower() == "pytorch_model.bin":
+        raise ValueError(
+            f"{path} is transformers' name for its own file, and .bin means llm.c's form here: name "
+            "a directory for transformers' form, or another file"
+        )
+    # What begins with a digit is no suffix but a version or a size, as in gpt2-1.5b.
+    if suffix == ".safetensors":
         raise ValueError(f"transformers' form is a directory: give one instead of {path}")
-    return _SUFFIXES.get(Path(path).suffix, "transformers")
+    if suffix not in _SUFFIXES and re.fullmatch(r"\.[a-z]\w*", suffix):
+        raise ValueError(
+            f"the suffix {suffix} stands for no form that is written; .bin is llm.c's, .pt "
+            "nanoGPT's, .pth the book's, and a directory, without a suffix, transformers' (--to "
+            "chooses a form for any other name)"
+        )
+    return _SUFFIXES.get(suffix, "transformers")
+
+
+def check_name(path: str | PathLike, form: str) -> None:
+    """Raise ValueError for a path whose suffix says that it is of another form than `form`."""
+    suffix = Path(path).suffix.lower()
+    is_directory = form in ("transformers", "packed")
+    if is_directory and suffix in (*_SUFFIXES, ".safetensors"):
+        raise ValueError(f"{form}'s form is a directory: give one instead of {path}")
+    if suffix in (*_OTHERS, ".safetensors"):
+        raise ValueError(
+            f"{path} would be no {suffix} file, but {form}'s form; choose another name"
+        )
 
 
 def check(path: str | PathLike, form: str | None = None) -> None:
     """Raise ValueError for a form that does not exist and for a path that does."""
     if form not in (None, *FORMATS):
         raise ValueError(f"there is no form {form!r}; choose from {', '.join(FORMATS)}")
-    form = form or format_of(path)
+    if form is None:
+        form = format_of(path)
+    check_name(path, form)
     if os.path.lexists(path):
         raise ValueError(f"{path} exists; name another or delete it")
 

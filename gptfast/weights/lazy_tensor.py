@@ -1,21 +1,16 @@
 """Tensors in files: names, shapes and dtypes are known at once, values are read when asked for.
 
 Files are mapped into memory and tensors copied out one at a time, so that loading a model takes
-little more memory than the model itself. Pickles are read by torch's restricted reader, which takes
-tensors and plain containers and executes nothing.
+little more memory than the model itself. pickles.py reads those of torch.save.
 """
 
 import json
-import re
-import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -133,105 +128,10 @@ def read_safetensors(*paths: Path) -> dict[str, LazyTensor]:
     return MappedFiles(open).lazy_tensors()
 
 
-# The keys under which nanoGPT, the book and others keep the weights beside the optimizer's state.
-_STATE_KEYS = ("model", "model_state_dict", "state_dict")
-# The classes of a numpy scalar beside the weights, such as a loss, under its old and new name.
-_SCALAR: Any = np.float64(0).__reduce__()[0]
-_NUMPY: list[Any] = [
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    _SCALAR,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4")),
-]
-
-
-def read_pickles(*paths: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
-    """Return the named tensors of files that torch.save wrote, and nanoGPT's model_args.
-
-    The second value is {"model_args": ...} if the first file has them, else {}. Only tensors and
-    plain containers are taken: a pickle that asks for anything else is a CheckpointError.
-    """
-    mapped = all(zipfile.is_zipfile(path) for path in paths)  # else the format before torch 1.6
-    for path in paths:
-        _check_pickle(path)
-    extras: dict[str, Any] = {}
-
-    def open() -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for i, path in enumerate(paths):
-            content = _unpickle(path, mapped)
-            if i == 0 and isinstance(content.get("model_args"), dict):
-                extras["model_args"] = content["model_args"]
-            key = next((key for key in _STATE_KEYS if isinstance(content.get(key), dict)), None)
-            state = content if key is None else content[key]
-            own = {k: _plain(v, path) for k, v in state.items() if _named(k, v)}
-            # A tied head may share the embedding's bytes, hence twice the size of the file.
-            if sum(tensor.nbytes for tensor in own.values()) > 2 * path.stat().st_size:
-                raise CheckpointError(f"{path} is damaged: its tensors need more bytes than it has")
-            tensors |= own
-        return tensors
-
-    if mapped:
-        return MappedFiles(open).lazy_tensors(), extras
-
-    def loaded(tensor: Tensor) -> LazyTensor:
-        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor, mapped=False)
-
-    return {name: loaded(tensor) for name, tensor in open().items()}, extras
-
-
-def _check_pickle(path: Path) -> None:
-    """Raise CheckpointError for small files that would take much memory in torch's reader."""
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """Return the text values that a .safetensors file has beside its tensors."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                large = any(x.compress_type for x in archive.infolist())
-                pickles = [x for x in archive.namelist() if x.endswith("data.pkl")]
-                large = large or any(b"bytearray" in archive.read(name) for name in pickles)
-        else:
-            with path.open("rb") as file:
-                large = _holds(file, b"bytearray")  # of any length, all zeros; no tensor needs it
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
-    if large:
-        raise CheckpointError(f"{path} was not read: it is compressed or asks for a bytearray")
-
-
-def _holds(file: BinaryIO, word: bytes) -> bool:
-    """Return whether a file contains a word; reads a mebibyte at a time."""
-    window = b""
-    while more := file.read(2**20):
-        window = window[-len(word) :] + more
-        if word in window:
-            return True
-    return False
-
-
-def _unpickle(path: Path, mapped: bool) -> dict[str, Any]:
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),  # about protocols that damaged files name
-            torch.serialization.safe_globals(_NUMPY),
-        ):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # whatever a damaged or hostile pickle makes torch raise
-        asked = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
-        why = f"it asks for {asked[1] or asked[2]}" if asked else type(error).__name__
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors, so it was not read: {why}"
-        ) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors")
-    return content
-
-
-def _named(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor)
-
-
-def _plain(tensor: Tensor, path: Path) -> Tensor:
-    """Return the tensor; CheckpointError unless it is dense, on the CPU and all its bytes exist."""
-    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not dense or tensor.is_quantized or tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"{path} holds a tensor that is not dense, {tuple(tensor.shape)}")
-    return tensor.detach()

@@ -2,13 +2,14 @@
 
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from gptfast.checks import one_line
-from gptfast.config import PRESETS
 from gptfast.files import cache_directory
-from gptfast.weights import book, checkpoint, llmc, nanogpt, openai, transformers
-from gptfast.weights.lazy_tensor import CheckpointError, read_pickles, read_safetensors
+from gptfast.weights import checkpoint, found_in, llmc, openai, transformers
+from gptfast.weights.lazy_tensor import CheckpointError, read_safetensors, safetensors_metadata
 from gptfast.weights.packed import is_packed
+from gptfast.weights.pickles import read_pickles
 from gptfast.weights.text import described
 from gptfast.weights.weights import Weights, tokenizer_in
 
@@ -46,12 +47,13 @@ def tokenizer_of(path: str | PathLike) -> str | None:
 def _find(path: str | PathLike) -> Path:
     """Return the path, or the place in the cache of the model that it names."""
     found = Path(path)
-    if str(path) not in PRESETS or found.exists():
+    name = found_in.preset_of(str(path))
+    if name is None or found.exists():
         return found
-    cached = cache_directory() / str(path)
+    cached = cache_directory() / name
     if not cached.is_dir():
         raise CheckpointError(
-            f"{path} is not in {cache_directory()}; run `gptfast download {path}`, or give a path"
+            f"{name} is not in {cache_directory()}; run `gptfast download {name}`, or give a path"
         )
     return cached
 
@@ -61,7 +63,8 @@ def _open_directory(path: Path) -> Weights:
     if (path / "hparams.json").is_file() and not ours:
         return openai.open_directory(path)
     if (path / "config.json").is_file() and not ours:
-        if any((path / name).is_file() for name in transformers.FILES):
+        files = any((path / name).is_file() for name in transformers.FILES)
+        if files or transformers.complete_shards(path):
             return transformers.open_directory(path)
     if (path / "ckpt.pt").is_file():  # nanoGPT's output directory
         return _open_file(path / "ckpt.pt", None)
@@ -70,28 +73,24 @@ def _open_directory(path: Path) -> Weights:
             f"{path} is packed for generation: only gptfast.Engine and `gptfast generate`, `chat` "
             "and `eval` take it; use the model it was made from"
         )
+    if not ours and not checkpoint.checkpoints(path):
+        raise CheckpointError(f"{path} is not a checkpoint: {found_in.directory(path)}")
     return checkpoint.open_directory(path)
 
 
 def _open_file(path: Path, n_head: int | None) -> Weights:
     if not path.is_file():
-        why = "it is not a file" if path.exists() else "there is no such directory"
+        why = "it is not a file" if path.exists() else found_in.nothing(str(path))
         raise CheckpointError(f"{path} is not a checkpoint: {why}")
     with path.open("rb") as file:
-        start = file.read(16)
+        start = file.read(64)
     if start[:4] == llmc.MAGIC.to_bytes(4, "little"):
         return llmc.open_file(path)
     if start[8:9] == b"{" and start[:4] != b"PK\x03\x04":  # after the length of the header
         raw = read_safetensors(path)
+        content: Any = {"__metadata__": safetensors_metadata(path)}
     elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # a zip file, a pickle
-        raw, extras = read_pickles(path)
-        if nanogpt.recognise(extras):
-            return nanogpt.open_tensors(path, raw, extras)
+        raw, content = read_pickles(path)
     else:
-        raise CheckpointError(
-            f"{path} is not a checkpoint: it is not a file of safetensors, torch.save or llm.c; "
-            "give the directory of an OpenAI or transformers model"
-        )
-    if book.recognise(raw):
-        return book.open_tensors(path, raw, n_head)
-    return transformers.open_tensors(path, raw, n_head)
+        raise CheckpointError(f"{path} is not a checkpoint: {found_in.file(start)}")
+    return transformers.open_tensors(path, raw, content, n_head)

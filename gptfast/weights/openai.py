@@ -73,9 +73,7 @@ def open_directory(directory: Path) -> Weights:
     except ValueError as error:
         raise CheckpointError(f"{directory / 'hparams.json'}: {error}") from None
     prefix = _prefix(directory)
-    tensors = {
-        _gpt_name(name): _gpt_tensor(name, tensor)
-        for name, tensor in read_bundle(prefix).items()
-        if _NAME.fullmatch(name)
-    }
-    return Weights(str(prefix), config, tensors, tokenizer_in(directory))
+    raw = {name: t for name, t in read_bundle(prefix).items() if _NAME.fullmatch(name)}
+    tensors = {_gpt_name(name): _gpt_tensor(name, tensor) for name, tensor in raw.items()}
+    names = {_gpt_name(name): name for name in raw}
+    return Weights(str(prefix), config, tensors, tokenizer_in(directory), names)

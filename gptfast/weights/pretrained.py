@@ -14,7 +14,7 @@ from gptfast.files import json_text, new_files, write_files
 from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.weights.lazy_tensor import read_text
-from gptfast.weights.transformers import CONV1D
+from gptfast.weights.names import CONV1D
 
 # The files that transformers may make a tokenizer of.
 _TOKENIZER_FILES = (
