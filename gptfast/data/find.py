@@ -58,8 +58,8 @@ def _refuse_directory(directory: Path, others: Sequence[Path]) -> NoReturn:
         )
     there = f", only {_kinds_of(others)}" if others else ""
     raise ValueError(
-        f"{directory} has no {', '.join(READ_SUFFIXES)} files in it and no *train*.bin{there}; give "
-        "a directory with text or token files"
+        f"{directory} has no {', '.join(READ_SUFFIXES)} files in it and no *train*.bin{there}; "
+        "give a directory with text or token files"
     )
 
 

@@ -93,11 +93,15 @@ def _json_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
 
 def _nested_rows(value: Any) -> list[tuple[str, Any]]:
     """Return the rows of an object that has them in a list, as {"version": 1, "data": [...]}."""
-    lists = [] if not isinstance(value, dict) else [
-        (key, rows)
-        for key, rows in value.items()
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
-    ]
+    lists = (
+        []
+        if not isinstance(value, dict)
+        else [
+            (key, rows)
+            for key, rows in value.items()
+            if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+        ]
+    )
     if len(lists) != 1 or lists[0][0] in ("messages", "conversations"):
         return []
     return [(lists[0][0], row) for row in lists[0][1]]

@@ -1,8 +1,9 @@
 """Token files, memory-mapped: llm.c's format, nanoGPT's and NumPy's, and shards of documents.
 
 llm.c's file: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens.
-nanoGPT's file: the tokens alone, uint16 or wider (token_layout.py tells which). A shard of documents has a sidecar `<shard>.idx`: for each
-document two little-endian int64, where it starts in the shard and where its completion starts.
+nanoGPT's file: the tokens alone, uint16 or wider (token_layout.py tells which). A shard of
+documents has a sidecar `<shard>.idx`: for each document two little-endian int64, where it starts in
+the shard and where its completion starts.
 """
 
 import mmap

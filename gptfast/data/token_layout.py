@@ -54,7 +54,9 @@ def token_layout(path: Path) -> TokenLayout:
             raise ValueError(f"{path} is no NumPy array, as its name says; name it .bin")
         head = np.frombuffer(start.ljust(12, b"\0"), "<i4").tolist()
         if head[0] == LLAMA_MAGIC:
-            raise ValueError(f"{path} has Llama 3's 32-bit tokens; give GPT-2's, which have 16 bits")
+            raise ValueError(
+                f"{path} has Llama 3's 32-bit tokens; give GPT-2's, which have 16 bits"
+            )
         if head[0] == MAGIC:
             return _headed_layout(path, size, head[1], head[2])
         dtype = _type_of(path, size, _samples(file, size))
@@ -90,7 +92,7 @@ def _numpy_layout(path: Path) -> TokenLayout:
         raise ValueError(f"{path} has {array.dtype} values; tokens are integers")
     if array.size != max(array.shape, default=0):
         raise ValueError(
-            f"{path} has shape {array.shape}; tokens are one sequence, so join its rows and save it "
+            f"{path} has shape {array.shape}; tokens are one sequence: join its rows and save it "
             "again"
         )
     if not array.size:
@@ -129,8 +131,8 @@ def _type_of(path: Path, size: int, content: bytes) -> np.dtype:
         bits = 8 * dtype.itemsize
         if size % dtype.itemsize:
             raise ValueError(
-                f"{path} has tokens of {bits} bits and {size} bytes, which is no multiple: it is cut "
-                "off; write it again"
+                f"{path} has tokens of {bits} bits and {size} bytes, which is no multiple: it is "
+                "cut off; write it again"
             )
         if (lowest := int(_values(content, dtype).min())) < 0:
             raise ValueError(f"{path} has {bits}-bit tokens, one of them {lowest}; ids are >= 0")
