@@ -2,12 +2,21 @@
 
 import codecs
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptfast.data.find import find_files
-from gptfast.data.forms import MAX_NUL_SHARE, Fields, Notes, Record, binary, divided, records
+from gptfast.data.forms import (
+    MAX_NUL_SHARE,
+    Fields,
+    Notes,
+    Record,
+    binary,
+    divided,
+    records,
+    say_fields,
+)
 from gptfast.data.kinds import ARROW_SUFFIXES, TEXT_SUFFIXES, holds_json, kind_of, kind_of_content
 from gptfast.data.rows import BYTE_ORDER_MARK, Row, arrow_rows, rows, text_of
 from gptfast.data.streams import open_bytes
@@ -91,7 +100,13 @@ def _records(
 ) -> Iterator[tuple[str, Record]]:
     """Yield where each record of a file is, and the record."""
     if (kind := kind_of(path)) in ARROW_SUFFIXES:
-        found = arrow_rows(path, kind, fields.needed, on_bytes)
+
+        def needed(names: Collection[str]) -> list[str] | None:
+            read = fields.read_of(names)
+            say_fields(str(path), names, read, notes)
+            return read if set(read) < set(names) and "input" not in names else None
+
+        found = arrow_rows(path, kind, needed, on_bytes)
         yield from _row_records(path, found, fields, notes)
         return
     with open_bytes(path, on_bytes) as file:

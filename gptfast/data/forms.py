@@ -55,11 +55,9 @@ class Fields:
             return self.prompt != NO_FIELD
         return self.prompt in row and (self.names_prompt or not self.names_text)
 
-    def needed(self, names: Collection[str]) -> list[str] | None:
-        """Return the columns that are read of a table with these; None for all of them."""
-        pair = [self.prompt, self.completion]
-        columns = pair if self.prompted(names) else [self.text]
-        return columns if set(columns) <= set(names) and "input" not in names else None
+    def read_of(self, row: Collection[str]) -> list[str]:
+        """Return the names of the fields that are read of a row with these."""
+        return [self.prompt, self.completion] if self.prompted(row) else [self.text]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +87,16 @@ class Notes:
         """Log what was counted."""
         if self.separators:
             _LOG.warning(
-                "the data has %s written in it %d time(s), which was read as plain text; with "
+                "the data has %s written in it %s, which was read as plain text; with "
                 "--split-on-eot it separates documents",
                 END_OF_TEXT,
-                self.separators,
+                times(self.separators),
             )
+
+
+def times(n: int) -> str:
+    """Return a count in words: "1 time", "2 times"."""
+    return f"{n:,} time{'' if n == 1 else 's'}"
 
 
 def records(where: str, row: Any, fields: Fields, notes: Notes) -> Iterator[Record]:
@@ -106,13 +109,23 @@ def records(where: str, row: Any, fields: Fields, notes: Notes) -> Iterator[Reco
             for prompt, completion in pairs:
                 yield from _prompted(prompt, completion, fields, notes)
             return
+    own = fields.read_of(row)
+    say_fields(where, row, own, notes)
     if fields.prompted(row):
         texts = [_field(where, row, name, fields) for name in (fields.prompt, fields.completion)]
-        if row.get("input") and "input" not in (fields.prompt, fields.completion):
-            notes.say("input", "%s: its field 'input' is not read; put it into the prompt", where)
+        if row.get("input") and "input" not in own:
+            notes.say("input", "%s: its 'input' is not read; put it into the prompt", where)
         yield from _prompted(texts[0], texts[1], fields, notes)
     else:
         yield from divided(_field(where, row, fields.text, fields), True, fields, notes)
+
+
+def say_fields(where: str, names: Collection[str], read: list[str], notes: Notes) -> None:
+    """Log once which fields of a record are not read."""
+    if "fields" not in notes.said and set(read) < set(names):
+        left = ", ".join(str(name) for name in names if name not in read)[:200]
+        is_read = "is" if len(read) == 1 else "are"
+        notes.say("fields", f"%s: %s {is_read} read, not %s", where, " and ".join(read), left)
 
 
 def divided(text: str, first: bool, fields: Fields, notes: Notes) -> Iterator[Record]:

@@ -117,10 +117,10 @@ class _JsonText:
         self._text, self._at, self._read = "", 0, 0
         self._ended = False
 
-    def _more(self, n_bytes: int = READ_BYTES) -> bool:
-        """Read more text; return whether there was any."""
+    def _more(self, n_bytes: int = 0) -> bool:
+        """Read n_bytes more bytes, and at least READ_BYTES; return whether there were any."""
         while not self._ended:
-            content = self._file.read(n_bytes)
+            content = self._file.read(max(READ_BYTES, n_bytes))
             self._ended = not content
             more = text_of(self._path, self._decoder, content, self._read)
             if not self._read:
@@ -161,7 +161,7 @@ class _JsonText:
                 if cut and held > MAX_ROW_BYTES:
                     raise ValueError(f"{where} is longer than {MAX_ROW_BYTES:,} bytes") from None
                 # Twice as much each time: a long value is not read again and again.
-                if not cut or not self._more(max(READ_BYTES, held)):
+                if not cut or not self._more(held):
                     raise ValueError(f"{where} is not JSON: {error.msg}") from None
             except ValueError as error:  # a number of 5,000 digits
                 raise ValueError(f"{where} is not JSON: {error}") from None

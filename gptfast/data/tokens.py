@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptfast.data.forms import times
 from gptfast.data.token_files import Documents, TokenFiles, split_edges
 from gptfast.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
@@ -54,9 +55,9 @@ def as_tokens(
         n_written = text_or_tokens.count(END_OF_TEXT)
         if n_written and END_OF_TEXT not in allowed_special:
             _LOG.warning(
-                "the text has %s written in it %d time(s), which was read as plain text; "
+                "the text has %s written in it %s, which was read as plain text; "
                 "allowed_special={%r} makes it a token",
-                *(END_OF_TEXT, n_written, END_OF_TEXT),
+                *(END_OF_TEXT, times(n_written), END_OF_TEXT),
             )
         tokenizer = tokenizer or get_tokenizer("gpt2")
         special = {"allowed_special": allowed_special} if allowed_special else {}
