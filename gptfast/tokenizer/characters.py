@@ -15,8 +15,8 @@ from typing import Any
 from gptfast import checks
 
 META_PKL, CHARACTERS_JSON = "meta.pkl", "characters.json"
-# A vocabulary of all of Unicode takes 12 MB.
-MAX_META_BYTES = 1 << 24
+# 65,536 characters take 1.7 MB.
+MAX_META_BYTES = 1 << 21
 MAX_CHARACTERS = 65536
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _VALUES = {
