@@ -514,7 +514,7 @@ def test_finds_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_found(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x")
     for path, message in (
-        (tmp_path, "has no .txt, .md, .text, .jsonl files in it"),
+        (tmp_path, "has no .txt, .md, .text, .jsonl, .* files in it and no .*, only 1 .py; give"),
         (tmp_path / "*.txt", r"no file matches .*\*.txt"),
         (tmp_path / "none.txt", "cannot read .*none.txt: it does not exist"),
     ):

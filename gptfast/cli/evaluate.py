@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from gptfast.checks import integer
+from gptfast.cli.data_flags import Reading
 from gptfast.cli.flags import Positional
 from gptfast.cli.model_flags import Dtype, load
 from gptfast.data.loader import create_dataloader
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Eval:
+class Eval(Reading):
     """Measure a model's loss, perplexity and bits per byte on text, or its accuracy on tasks.
 
     gptfast eval runs/book --data other.txt
@@ -43,8 +44,9 @@ class Eval:
     """The model: a run directory, one of its checkpoints, a model in any format that `gptfast
     convert` reads or writes, or gpt2."""
     data: tuple[str, ...] = ()
-    """The text: UTF-8 text files, .jsonl files, token files, directories or globs of them. Of data
-    that `gptfast prepare` wrote, the part named by --part."""
+    """The text: files of text or of records (.jsonl, .json, .csv, .parquet), token files,
+    directories or globs of them, or - for standard input. Of data that `gptfast prepare` wrote, the
+    part named by --part."""
     stride: int | None = None
     """Slide a window of --max-length over the text by this many tokens, as transformers' perplexity
     recipe does (default: windows side by side, as in training)."""
@@ -101,7 +103,7 @@ class Eval:
     def _score(self, model: "GPT | Engine", tokenizer: Tokenizer) -> Score:
         """Return the losses on --data."""
         T = window_length(self.max_length, model.config.block_size)
-        source = load_part(self.data, tokenizer, self.part)
+        source = load_part(self.data, tokenizer, self.part, **self.reading())
         check_rows(source, model.config.vocab_size, tokenizer, self.checkpoint)
         sizes = {"max_length": T, "batch_size": self.batch_size}
         if not isinstance(source, Documents):

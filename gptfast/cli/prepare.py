@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 
+from gptfast.cli.data_flags import Reading
 from gptfast.data.prepare import prepare
 from gptfast.tokenizer.vocabulary import get_tokenizer
 
 
 @dataclass(frozen=True)
-class Prepare:
+class Prepare(Reading):
     """Turn text into token files, which training reads without loading them into memory.
 
-    A document is a text file or a line of a .jsonl file. Documents are separated by end-of-text. A
-    .jsonl line has either a text, or a prompt and a completion, and training learns to predict the
-    completion only.
+    A document is a text file, or a record: a line of a .jsonl file, a row of a table. Documents are
+    separated by end-of-text. A record has either a text, or a prompt and a completion, and training
+    learns to predict the completion only.
 
     gptfast prepare --data books/ --out tokens/books --split 0.98 0.01 0.01
 
@@ -22,19 +23,14 @@ class Prepare:
     """
 
     data: tuple[str, ...]
-    """The text: UTF-8 text files, .jsonl files, directories, or globs such as 'books/*.txt'."""
+    """The text: files of text or of records (.jsonl, .json, .csv, .parquet), directories, globs
+    such as 'books/*.txt', or - for standard input. docs/data.md has all kinds."""
     out: str
     """The directory to create, with train_000000.bin and so on, and meta.json."""
     tokenizer: str = "gpt2"
     """gpt2, byte, or a directory with vocab.bpe and encoder.json."""
     split: tuple[float, ...] = (0.9, 0.1)
     """Shares of the tokens for training, validation and test; 1 puts all into training."""
-    text_field: str = "text"
-    """The field of a .jsonl line that holds the text."""
-    prompt_field: str = "prompt"
-    """The field of a .jsonl line that holds the prompt."""
-    completion_field: str = "completion"
-    """The field of a .jsonl line that holds the completion."""
     shard_tokens: int = 100_000_000
     """The largest number of tokens per file."""
     workers: int | None = None
@@ -46,9 +42,7 @@ class Prepare:
             self.out,
             get_tokenizer(self.tokenizer),
             split=self.split,
-            text_field=self.text_field,
-            prompt_field=self.prompt_field,
-            completion_field=self.completion_field,
+            **self.reading(),
             shard_tokens=self.shard_tokens,
             workers=self.workers,
         )

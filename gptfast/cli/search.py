@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 from gptfast.cli.settings import apply, flat
 from gptfast.cli.train import SMALL_RUN, Train, train_defaults
+from gptfast.cli.train_data import absolute, check_data
 from gptfast.search.range_test import lr_range
 from gptfast.search.report import run_search
 from gptfast.search.space import log_fields, parse_grid, parse_random
@@ -71,7 +72,9 @@ class Search:
         out = base.pop("out")
         for name in ("resume", "config"):
             del base[name]
+        base["data"] = absolute(self.common.data)
         if self.lr_range:
+            check_data([self.common])
             lr_range(base, *self.lr_range, out)
             return
         if self.grid:
@@ -79,13 +82,12 @@ class Search:
         else:
             seed = self.common.train.seed
             trials = parse_random(self.random, self.trials, seed, allowed=base)
-        for trial in trials:
-            self._check(trial)
+        check_data([self._checked(trial) for trial in trials])
         run_search(base, trials, out, jobs=self.jobs, log_fields=log_fields(self.random))
 
-    def _check(self, trial: dict[str, Any]) -> None:
-        """Raise ValueError for a bad value now, instead of in the log of a trial."""
+    def _checked(self, trial: dict[str, Any]) -> Train:
+        """Return a trial's run. Raises ValueError for a bad value now, not in a trial's log."""
         train = self.common
         if {"max_steps", "epochs"} & trial.keys():
             train = apply(train, {"max_steps": None, "epochs": None}, "--grid")
-        apply(train, trial, "the search")
+        return apply(train, trial, "the search")

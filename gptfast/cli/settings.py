@@ -40,10 +40,13 @@ def flat(command: Any) -> dict[str, Any]:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Return the keys of a TOML file. Raises ValueError if it cannot be read or is not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text("utf-8"))
+        # Some editors put a byte-order mark in front.
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    # Bad TOML and bad UTF-8 raise ValueErrors; deeply nested arrays raise a RecursionError.
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    # Bad TOML raises a ValueError; deeply nested arrays raise a RecursionError.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
 

@@ -16,17 +16,21 @@ class TrainTokenizer:
     """
 
     data: tuple[str, ...]
-    """The text: UTF-8 text files, .jsonl files, directories, or globs such as 'books/*.txt'."""
+    """The text: files of text or of records (.jsonl, .json, .csv, .parquet), directories, globs
+    such as 'books/*.txt', or - for standard input. docs/data.md has all kinds."""
     out: str
     """The directory to create, with vocab.bpe and encoder.json."""
     vocab_size: int = 8192
     """Number of tokens, at most 65,536. It includes the 256 bytes and end-of-text."""
     text_field: str = "text"
-    """The field of a .jsonl line that holds the text."""
+    """The field of a record (a .jsonl line, a row of a table) that holds the text."""
+    split_on_eot: bool = False
+    """Take <|endoftext|> written in a text as the end of a document, not as plain text."""
 
     def run(self) -> None:
         if not self.data:
             raise ValueError("--data names no text to learn from; give files, directories or globs")
-        texts = read_documents(find_files(self.data), text_field=self.text_field)
+        files = find_files(self.data)
+        texts = read_documents(files, text_field=self.text_field, split_on_eot=self.split_on_eot)
         tokenizer = train_tokenizer(texts, self.vocab_size, self.out)
         print(f"done: {tokenizer.n_vocab:,} tokens in {self.out}; use it as --tokenizer {self.out}")

@@ -9,12 +9,21 @@ from typing import Any, ClassVar
 
 import torch
 
+from gptfast.cli.data_flags import Reading
 from gptfast.cli.settings import apply, flat, read_toml
+from gptfast.cli.train_data import (
+    absolute,
+    batch_size_of,
+    keep_characters,
+    load_sources,
+    make_loaders,
+    window,
+    with_known_prompt,
+)
 from gptfast.cli.vocabularies import check_init
 from gptfast.config import FINETUNING_LR, GPTConfig, TrainConfig
 from gptfast.data.embedded import embedded_text
-from gptfast.data.loader import create_dataloader
-from gptfast.data.sources import load_data, prepared_tokenizer
+from gptfast.data.sources import prepared_tokenizer
 from gptfast.data.token_files import Documents
 from gptfast.data.tokens import Source, check_rows, fingerprint
 from gptfast.files import LOCK_TIMEOUT_S, lock
@@ -33,7 +42,7 @@ SMALL_RUN = TrainConfig(out="runs/train", lr=2e-3, min_lr=1e-4, eval_interval=10
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Reading):
     """Train a GPT on text; print its losses and text samples, and save checkpoints.
 
     Without --data, the model learns from the English text that Python itself brings along. The run
@@ -53,8 +62,9 @@ class Train:
     train: TrainConfig = SMALL_RUN
     """How the model is trained."""
     data: tuple[str, ...] = ()
-    """The text to learn from: UTF-8 text files, .jsonl files, directories or globs of them, .bin
-    token files, or a directory that `gptfast prepare` wrote."""
+    """The text to learn from: files of text or of records (.jsonl, .json, .csv, .parquet),
+    directories or globs of them, - for standard input, .bin or .npy token files, or a directory
+    that `gptfast prepare` wrote. docs/data.md has all kinds."""
     tokenizer: str | None = None
     """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: that of the prepared
     data, else that of --init, else gpt2; without --data, gpt2 reduced to the tokens of the text
@@ -97,31 +107,14 @@ class Train:
         if self.init is not None and starts:
             by = "--tokenizer" if self.tokenizer is not None else "the data"
             check_init(tokenizer, self.init, by)
-        sources = load_data(self.data, tokenizer, self.split)
+        sources, T = load_sources(self, tokenizer), window(self)
         if self.init is not None:
             for source in sources:
                 check_rows(source, self.model.vocab_size, tokenizer, f"--init {self.init}")
-        T = self.model.block_size if self.max_length is None else self.max_length
-        if T > self.model.block_size:
-            raise ValueError(
-                f"max_length must be at most block_size={self.model.block_size}, got {T}"
-            )
-        loaders = [
-            create_dataloader(
-                source,
-                self.batch_size,
-                T,
-                T if self.stride is None else self.stride,
-                shuffle=training,
-                drop_last=training,
-                seed=self.train.seed if training else 0,
-                tokenizer=tokenizer,
-            )
-            for source, training in zip(sources, (True, False, False), strict=False)
-        ]
+        loaders = make_loaders(self, sources, tokenizer)
         trainer = Trainer(
             self._model(tokenizer.n_vocab),
-            self.train,
+            with_known_prompt(self.train, tokenizer),
             *loaders[:2],
             test_loader=loaders[2] if len(loaders) > 2 else None,
             tokenizer=tokenizer,
@@ -131,6 +124,8 @@ class Train:
         self._introduce(trainer, sources, T)
         if left_out := getattr(loaders[0].dataset, "left_out", 0):
             print(f"left out {left_out:,} examples without a completion in their first {T} tokens")
+        if (n := batch_size_of(loaders[0])) < self.batch_size:
+            print(f"the data fills no batch of {self.batch_size}: batches have {n}, all there is")
         trainer.fit(resume=self.resume)
         if trainer.interrupt.requested:
             return
@@ -149,7 +144,7 @@ class Train:
     def _tokenizer(self) -> Tokenizer:
         """Return the tokenizer; for the embedded text, GPT-2's reduced to what the text needs."""
         if self.data or self.tokenizer is not None or self.init is not None:
-            return get_tokenizer(self.tokenizer_name())
+            return keep_characters(get_tokenizer(self.tokenizer_name()), self.train.out)
         directory = Path(self.train.out) / "tokenizer"
         # A vocabulary that is there is never replaced: another process may start on it just now.
         with lock(Path(self.train.out), LOCK_TIMEOUT_S):
@@ -174,8 +169,9 @@ class Train:
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings that a checkpoint keeps besides the two configurations."""
-        own = ("data", "batch_size", "max_length", "stride", "split", "init")
-        return {name: flat(self)[name] for name in own}
+        # No other path than that of the data: the run may move, and the data then stays.
+        own = ("batch_size", "max_length", "stride", "split", *self.reading())
+        return {"data": absolute(self.data), **{name: flat(self)[name] for name in own}}
 
     def _introduce(self, trainer: Trainer, sources: list[Source], T: int) -> None:
         """Print the size of the data, the model and the run."""
@@ -184,7 +180,8 @@ class Train:
         print(
             f"{sum(map(len, sources)):,} {unit}, {n_params:,} parameters, "
             f"{trainer.total_steps} steps of "
-            f"{self.batch_size * self.train.accumulation_steps} x {T} tokens on {trainer.device}, "
+            f"{batch_size_of(trainer.train_loader) * self.train.accumulation_steps} x {T} tokens "
+            f"on {trainer.device}, "
             f"kernels: {backend_of(operators()[0], trainer.device.type)}"
         )
         if self.init is not None:

@@ -2,7 +2,7 @@
 
 import copy
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ class Windows(Dataset):
         if len(tokens) <= max_length:
             raise ValueError(
                 f"{len(tokens)} tokens are too few for one window of {max_length} and its next "
-                f"token; use more text or a context of at most {max(len(tokens) - 1, 0)}"
+                f"token; use more text, or windows of at most {max(len(tokens) - 1, 0)} "
+                "(--max-length)"
             )
         self.tokens, self.max_length, self.stride = tokens, max_length, stride
 
@@ -167,13 +168,15 @@ def create_dataloader(
     num_workers: int = 0,
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
+    allowed_special: Collection[str] = (),
 ) -> DataLoader:
     """Return a loader of batches (x, y), each (batch_size, max_length) int64; y is one token later.
 
     Items are windows `stride` tokens apart. For Documents they are `Examples` instead, padded to
     the batch's longest with the end-of-text of the tokenizer or, without one, of the documents.
-    tokenizer: for a text; None takes GPT-2's. The order of an epoch is a pure function of seed and
-    epoch; each pass over the loader is the next epoch.
+    tokenizer: for a text; None takes GPT-2's. allowed_special: names of special tokens, such as
+    <|endoftext|>, that are tokens in the text and not plain text. The order of an epoch is a pure
+    function of seed and epoch; each pass over the loader is the next epoch.
     Raises ValueError for sizes that are too small and for data too short for one window or batch.
     """
     batch_size = integer("batch_size", batch_size, least=1)
@@ -188,7 +191,7 @@ def create_dataloader(
         items = f"{len(dataset)} examples"
     else:
         if not isinstance(text_or_tokens, TokenFiles):
-            text_or_tokens = as_tokens(text_or_tokens, tokenizer)
+            text_or_tokens = as_tokens(text_or_tokens, tokenizer, allowed_special)
         dataset = Windows(text_or_tokens, max_length, stride)
         items = f"{len(dataset)} windows of {max_length} tokens"
     order = BatchOrder(len(dataset), batch_size, shuffle, drop_last, seed)

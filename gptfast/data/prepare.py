@@ -10,10 +10,12 @@ from tqdm import tqdm
 
 from gptfast.checks import integer
 from gptfast.data.documents import Fields, find_files
+from gptfast.data.kinds import TOKEN_SUFFIXES
 from gptfast.data.shards import ShardWriter, truncate_shards
+from gptfast.data.streams import is_stream
 from gptfast.data.token_files import Documents, TokenFiles, as_uint16, check_ratios, split_edges
 from gptfast.data.tokenize import Encoded, tokenize
-from gptfast.files import json_text, new_directory
+from gptfast.files import json_text, new_directory, temporary
 from gptfast.tokenizer.bpe import Tokenizer, vocabulary
 
 META_FORMAT = 1
@@ -82,6 +84,20 @@ def _check(out: Path, tokenizer: Tokenizer, split: Sequence[float], workers: int
         integer("workers", workers, least=1)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} already exists; choose another directory or remove it")
+    if out.is_dir():
+        _check_replaceable(out)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raise OSError, before hours of work, for an empty directory that cannot be replaced."""
+    aside = temporary(out)
+    try:
+        out.rename(aside)
+        aside.rename(out)
+    except OSError as error:  # a mounted disk, or another user's
+        raise OSError(
+            f"cannot replace {out}: {error.strerror}; choose a directory that does not exist"
+        ) from None
 
 
 def prepare(
@@ -93,15 +109,17 @@ def prepare(
     text_field: str = "text",
     prompt_field: str = "prompt",
     completion_field: str = "completion",
+    split_on_eot: bool = False,
     shard_tokens: int = 100_000_000,
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Tokenise text files, directories, globs and .jsonl into a new directory of token files.
+    """Tokenise files of text or records, directories and globs into a directory of token files.
 
     out: gets train_000000.bin, …, val_…, test_…, sidecars .idx for prompts, and meta.json, all or
     nothing. split: one to three shares of the tokens or, for prompts and completions, of the
-    documents. The three fields are keys in .jsonl. shard_tokens: the most tokens per file.
+    documents. The three fields are those of records. split_on_eot: whether <|endoftext|> written in
+    a text separates documents. shard_tokens: the most tokens per file.
     workers: threads, None for one per core. progress: whether to show a bar.
 
     Returns the number of documents, the tokens per part, and the files written. Raises ValueError
@@ -111,7 +129,7 @@ def prepare(
     out = Path(out).resolve()
     _check(out, tokenizer, split, workers)
     files = _text_files(paths)
-    fields = Fields(text_field, prompt_field, completion_field)
+    fields = Fields(text_field, prompt_field, completion_field, split_on_eot)
     try:
         with new_directory(out) as directory:
             writer = ShardWriter(directory, PARTS[0], shard_tokens)
@@ -140,13 +158,14 @@ def _text_files(paths: Sequence[str | PathLike]) -> list[Path]:
     """Return the files that paths name. Raises ValueError for none, and for token files."""
     files = find_files(paths)
     if not files:
-        raise ValueError("no text to prepare; give files, directories or globs")
-    if tokens := [path for path in files if path.suffix == ".bin"]:
+        raise ValueError("no text to prepare; give files, directories or globs (--data)")
+    if tokens := [path for path in files if path.suffix in TOKEN_SUFFIXES]:
         raise ValueError(f"{tokens[0]} is a token file already; train on it as it is")
     return files
 
 
 def _bar(files: Sequence[Path], progress: bool) -> tqdm:
     """Return a progress bar over the bytes of files, shown only in a terminal."""
-    n_bytes = sum(path.stat().st_size for path in files)
+    known = not any(map(is_stream, files))
+    n_bytes = sum(path.stat().st_size for path in files) if known else None
     return tqdm(total=n_bytes, unit="B", unit_scale=True, disable=None if progress else True)

@@ -10,14 +10,13 @@ import numpy as np
 
 from gptfast.checks import integer
 from gptfast.data.token_files import (
-    HEADER_BYTES,
     MAX_FILE_TOKENS,
     as_uint16,
     file_header,
     index_path,
     read_index,
-    token_count,
 )
+from gptfast.data.token_layout import HEADER_BYTES, token_layout
 
 
 class ShardWriter:
@@ -93,7 +92,7 @@ def truncate_shards(paths: Sequence[Path], n_tokens: int) -> list[Path]:
     """
     kept = []
     for path in paths:
-        _, count = token_count(path)
+        count = token_layout(path).count
         local, n_tokens = min(count, n_tokens), max(0, n_tokens - count)
         sidecar = index_path(path)
         if not local:

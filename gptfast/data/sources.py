@@ -1,5 +1,6 @@
 """The data that --data names: text, prompts and completions, token files, prepared directories."""
 
+import glob
 import json
 import logging
 import os
@@ -10,20 +11,26 @@ from typing import Any
 
 from gptfast.data.documents import Fields, find_files
 from gptfast.data.embedded import embedded_text
+from gptfast.data.kinds import TOKEN_SUFFIXES
 from gptfast.data.prepare import META_FORMAT, PARTS
 from gptfast.data.token_files import Documents, open_tokens
 from gptfast.data.tokenize import load_text
 from gptfast.data.tokens import Source, as_tokens, check_vocabulary, split_tokens
-from gptfast.tokenizer.bpe import Tokenizer, same_vocabulary
+from gptfast.tokenizer.bpe import Tokenizer, same_vocabulary, vocabulary
+from gptfast.tokenizer.characters import CharacterTokenizer, characters_file, read_characters
 
 _LOGGER = logging.getLogger(__name__)
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:
-    """Return meta.json of a directory that `prepare` wrote, or {} if there is none."""
+    """Return what a directory records of its tokens: meta.json of `prepare`, or nanoGPT's meta.pkl.
+
+    {} if there is neither. "tokens" is None where they are not counted.
+    """
     path = directory / "meta.json"
     if not path.is_file():
-        return {}
+        characters = characters_file(directory)
+        return _meta_of(read_characters(characters)) if characters else {}
     try:
         meta = json.loads(path.read_bytes())
         if meta["format"] != META_FORMAT:
@@ -34,31 +41,37 @@ def _read_meta(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be used ({error!r}); prepare the data again") from None
 
 
-def _made_with(meta: dict[str, Any], tokenizer: Tokenizer) -> bool:
-    """Return whether data with this meta.json was prepared with this tokenizer."""
-    if meta["vocabulary"] is None:  # the first version of prepare recorded the name alone
-        return (meta["tokenizer"], meta["n_vocab"]) == (tokenizer.name, tokenizer.n_vocab)
-    return bool(same_vocabulary(meta["vocabulary"], tokenizer))
+def _meta_of(characters: CharacterTokenizer) -> dict[str, Any]:
+    return {
+        "tokenizer": characters.name,
+        "n_vocab": characters.n_vocab,
+        "tokens": None,
+        "vocabulary": vocabulary(characters),
+    }
 
 
-def _checked_meta(directory: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return meta.json of a directory of token files, {} if there is none, which is logged.
+def _check_meta(directory: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raise ValueError if tokens with this meta were made with another tokenizer.
 
-    Raises ValueError if the files were made with another tokenizer.
+    Where there is no meta, that is logged.
     """
-    meta = _read_meta(directory)
     if not meta:
         _LOGGER.warning(
             "the token files in %s do not say which tokenizer made them; taking them for %s's",
             directory,
             tokenizer.name,
         )
-    elif not _made_with(meta, tokenizer):
+        return
+    if meta["vocabulary"] is None:  # the first version of prepare recorded the name alone
+        same = (meta["tokenizer"], meta["n_vocab"]) == (tokenizer.name, tokenizer.n_vocab)
+    else:
+        same = bool(same_vocabulary(meta["vocabulary"], tokenizer))
+    if not same:
         raise ValueError(
             f"{directory} was prepared with tokenizer {meta['tokenizer']} ({meta['n_vocab']} "
-            f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); use that tokenizer"
+            f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); use that tokenizer "
+            "(--tokenizer)"
         )
-    return meta
 
 
 def _part_files(path: str | PathLike) -> dict[str, list[Path]]:
@@ -68,33 +81,45 @@ def _part_files(path: str | PathLike) -> dict[str, list[Path]]:
     if not os.path.isdir(path):
         return parts
     for name in PARTS:
-        found = {p for p in Path(path).glob(f"*{name}*.bin") if p.name[0] != "."} - taken
+        every = (p for suffix in TOKEN_SUFFIXES for p in Path(path).glob(f"*{name}*{suffix}"))
+        found = {p for p in every if p.name[0] != "."} - taken
         if found and (parts or name == PARTS[0]):
             parts[name] = sorted(found)
             taken |= found
     return parts
 
 
-def prepared_tokenizer(paths: Sequence[str | PathLike]) -> str | None:
-    """Return the name of the tokenizer that prepared a directory; None for other data."""
+def _token_directory(paths: Sequence[str | PathLike]) -> Path | None:
+    """Return the directory of token files that paths name, as such or file by file; else None."""
     if len(paths) == 1 and _part_files(paths[0]):
-        return _read_meta(Path(paths[0])).get("tokenizer")
-    return None
+        return Path(paths[0])
+    names = [name for path in paths for name in glob.glob(str(path)) or [str(path)]]
+    parents = {Path(name).parent for name in names}
+    every = all(Path(name).suffix in TOKEN_SUFFIXES and os.path.isfile(name) for name in names)
+    return parents.pop() if every and len(parents) == 1 else None
+
+
+def prepared_tokenizer(paths: Sequence[str | PathLike]) -> str | None:
+    """Return the name of the tokenizer that made token files; None if that is not on record."""
+    directory = _token_directory(paths)
+    return _read_meta(directory).get("tokenizer") if directory else None
 
 
 def _load_prepared(directory: Path, tokenizer: Tokenizer, split: Sequence[float]) -> list[Source]:
     """Return the parts of a directory with *train*.bin, checked against its meta.json, if any."""
-    meta = _checked_meta(directory, tokenizer)
+    meta = _read_meta(directory)
+    _check_meta(directory, meta, tokenizer)
+    counts = meta.get("tokens")
     opened = {name: open_tokens(files) for name, files in _part_files(directory).items()}
     for name, source in opened.items():
         n = len(source.span() if isinstance(source, Documents) else source)
-        if meta and meta["tokens"].get(name) != n:
+        if counts is not None and counts.get(name) != n:
             raise ValueError(
-                f"{directory} has {n} {name} tokens, but its meta.json says "
-                f"{meta['tokens'].get(name)}; prepare the data again"
+                f"{directory} has {n} {name} tokens, but its meta.json says {counts.get(name)}; "
+                "prepare the data again"
             )
         check_vocabulary(source, tokenizer)
-    if gone := set(meta.get("tokens", ())) - set(opened):
+    if gone := set(counts or ()) - set(opened):
         raise ValueError(
             f"{directory} has no {', '.join(gone)} files, but its meta.json names some; prepare "
             "the data again"
@@ -110,12 +135,14 @@ def _load_prepared(directory: Path, tokenizer: Tokenizer, split: Sequence[float]
     return [sources[name] for name in PARTS if name in sources]
 
 
-def load_part(paths: Sequence[str | PathLike], tokenizer: Tokenizer, part: str) -> Source:
+def load_part(
+    paths: Sequence[str | PathLike], tokenizer: Tokenizer, part: str, **options: Any
+) -> Source:
     """Return one part of prepared data, "train", "val" or "test"; of any other data, all of it.
 
-    Raises ValueError as `load_data` does, and for a part that is not there.
+    options: those of `load_data`. Raises ValueError as that does, and for a part that is not there.
     """
-    sources = load_data(paths, tokenizer, (1.0,))
+    sources = load_data(paths, tokenizer, (1.0,), **options)
     if len(paths) != 1 or not (files := _part_files(paths[0])):
         return sources[0]
     if part not in files:
@@ -131,13 +158,15 @@ def load_data(
     text_field: str = "text",
     prompt_field: str = "prompt",
     completion_field: str = "completion",
+    split_on_eot: bool = False,
 ) -> list[Source]:
     """Return the training part of the data that paths name, then validation and, if any, test.
 
-    paths: text files, directories of them, globs, .jsonl (documents, with end-of-text between them,
-    or prompts with completions); .bin token files; or one directory with *train*.bin, whose
-    *val*.bin and *test*.bin are taken as they are. Parts without files of their own are cut off by
-    `split`. Without paths it is the embedded text. The three fields are keys in .jsonl.
+    paths: files of text or of records (documents, with end-of-text between them, or prompts with
+    completions), directories of them and globs; .bin and .npy token files; or one directory with
+    *train*.bin, whose *val*.bin and *test*.bin are taken as they are. Parts without files of their
+    own are cut off by `split`. Without paths it is the embedded text. The three fields are those of
+    records. split_on_eot: whether <|endoftext|> written in a text separates documents.
 
     Raises ValueError for data that is missing, unreadable, of mixed kinds, or of another tokenizer.
     """
@@ -151,23 +180,24 @@ def load_data(
     if prepared:
         return _load_prepared(Path(prepared[0]), tokenizer, split)
     for path in filter(os.path.isdir, paths):
-        if tokens := sorted(Path(path).glob("[!.]*.bin")):
+        if tokens := sorted(p for p in Path(path).glob("[!.]*") if p.suffix in TOKEN_SUFFIXES):
             raise ValueError(
                 f"{path} has token files such as {tokens[0].name}, but no *train*.bin; name the "
-                f"files to train on, for example {Path(path) / '*.bin'} for all of them"
+                f"files to train on, for example {Path(path) / ('*' + tokens[0].suffix)} for all "
+                "of them"
             )
     files = find_files(paths)
-    token_files = [path for path in files if path.suffix == ".bin"]
+    token_files = [path for path in files if path.suffix in TOKEN_SUFFIXES]
     if not token_files:
-        fields = Fields(text_field, prompt_field, completion_field)
+        fields = Fields(text_field, prompt_field, completion_field, split_on_eot)
         return split_tokens(load_text(files, tokenizer, fields), split)
     if len(token_files) < len(files):
-        text = next(path for path in files if path.suffix != ".bin")
+        text = next(path for path in files if path.suffix not in TOKEN_SUFFIXES)
         raise ValueError(
             f"{token_files[0]} holds tokens, but {text} holds text; give one kind at a time"
         )
     for directory in dict.fromkeys(path.parent for path in token_files):
-        _checked_meta(directory, tokenizer)
+        _check_meta(directory, _read_meta(directory), tokenizer)
     source = open_tokens(token_files)
     check_vocabulary(source, tokenizer)
     return split_tokens(source, split)

@@ -1,12 +1,12 @@
-"""Token files, memory-mapped: llm.c's format and nanoGPT's, and shards of documents.
+"""Token files, memory-mapped: llm.c's format, nanoGPT's and NumPy's, and shards of documents.
 
 llm.c's file: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens.
-nanoGPT's file: the uint16 tokens alone. A shard of documents has a sidecar `<shard>.idx`: for each
-document two little-endian int64, where it starts in the shard and where its completion starts.
+nanoGPT's file: the tokens alone, uint16 or wider (token_layout.py tells which). A shard of
+documents has a sidecar `<shard>.idx`: for each document two little-endian int64, where it starts in
+the shard and where its completion starts.
 """
 
 import mmap
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -17,11 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptfast.data.token_layout import MAGIC, UINT16, VERSION, token_layout
 from gptfast.files import replacing
 
-MAGIC, VERSION = 20240520, 1
-LLAMA_MAGIC = 20240801
-HEADER_BYTES = 1024
 # The header counts in int32.
 MAX_FILE_TOKENS = 2**31 - 1
 
@@ -75,41 +73,9 @@ def write_tokens(path: str | PathLike, tokens: Sequence[int] | np.ndarray | Tens
         file.write(file_header(len(ids)) + as_uint16(ids).tobytes())
 
 
-def token_count(path: Path) -> tuple[int, int]:
-    """Return the bytes before a file's tokens and the number of tokens.
-
-    Raises ValueError if the file's size is another than its header says.
-    """
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        head = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4").tolist()
-    if not size:
-        raise ValueError(f"{path} is empty; write it again")
-    if head[0] == LLAMA_MAGIC:
-        raise ValueError(f"{path} has Llama 3's 32-bit tokens; give GPT-2's, which have 16 bits")
-    if head[0] != MAGIC:
-        if size % 2:
-            raise ValueError(
-                f"{path} has {size} bytes, an odd number: it is cut off, or its tokens are not "
-                "uint16; write it again"
-            )
-        return 0, size // 2
-    if head[1] != VERSION:
-        raise ValueError(f"{path} has version {head[1]} of llm.c's header; only 1 can be read")
-    if size != HEADER_BYTES + 2 * head[2]:
-        raise ValueError(
-            f"{path} has {size} bytes, but its header says {head[2]} tokens, "
-            f"{HEADER_BYTES + 2 * head[2]} bytes: it is cut off or damaged; write it again"
-        )
-    if not head[2]:
-        raise ValueError(f"{path} is empty: its header says 0 tokens; write it again")
-    return HEADER_BYTES, head[2]
-
-
 def _map_tokens(path: Path) -> np.ndarray:
     try:
-        offset, count = token_count(path)
+        layout = token_layout(path)
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
@@ -117,15 +83,15 @@ def _map_tokens(path: Path) -> np.ndarray:
     if hasattr(mmap, "MADV_RANDOM"):
         # Shuffled windows lie anywhere: read-ahead, megabytes on some disks, would be for nothing.
         mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, "<u2", count, offset)
+    return np.frombuffer(mapped, layout.dtype, layout.count, layout.offset)
 
 
 class TokenFiles:
     """The tokens of several files in sequence, read when they are asked for; slices are views.
 
-    paths: one or more files of llm.c or nanoGPT, which their content tells apart. start, stop: the
-    range of tokens in this view. Pickling keeps these arguments, not the data.
-    Raises ValueError for a file that cannot be read, is empty, or has the wrong size.
+    paths: one or more files of llm.c, nanoGPT or NumPy, which their content tells apart. start,
+    stop: the range of tokens in this view. Pickling keeps these arguments, not the data.
+    Raises ValueError for a file that cannot be read, is empty, or has the wrong size or type.
     """
 
     def __init__(
@@ -178,6 +144,12 @@ class TokenFiles:
         k = bisect_right(self.edges, self.start + i) - 1
         return self.paths[k], self.start + i - self.edges[k]
 
+    def unusual_types(self) -> dict[str, Path]:
+        """Return the first file of each type of tokens but uint16, by the name of the type."""
+        pairs = zip(self._maps, self.paths, strict=True)
+        found = {tokens.dtype: path for tokens, path in reversed([*pairs])}
+        return {str(dtype): path for dtype, path in found.items() if dtype != UINT16}
+
 
 def index_path(shard: Path) -> Path:
     """Return the path of a shard's sidecar."""
@@ -194,6 +166,10 @@ def read_index(shard: Path, n_tokens: int) -> np.ndarray:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; prepare the data again") from None
+    if content.startswith(b"MMIDIDX"):
+        raise ValueError(
+            f"{path} is Megatron's index, whose data cannot be read; prepare the text again"
+        )
     if not content or len(content) % 16:
         raise ValueError(
             f"{path} has {len(content)} bytes, not 16 for each document; prepare the data again"

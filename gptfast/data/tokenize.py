@@ -46,8 +46,15 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 def _encode(tokenizer: Tokenizer, batch: list[Record], opening: bool) -> Encoded:
     """Return the ids of a batch, with end-of-text between plain documents and after completions.
 
-    opening: whether this is the first batch.
+    opening: whether this is the first batch. Raises ValueError if end-of-text is needed and the
+    tokenizer has none.
     """
+    many = any(record.first and (i or not opening) for i, record in enumerate(batch))
+    if tokenizer.eot >= tokenizer.n_vocab and (many or batch[0].prompt is not None):
+        raise ValueError(
+            f"tokenizer {tokenizer.name} has no end-of-text, which separates documents and ends "
+            "completions; give one text, or another --tokenizer"
+        )
     ids: list[int] = []
     starts: list[int] = []
     completions: list[int] = []

@@ -1,21 +1,27 @@
 """Tokens in memory: the embedded text, conversion, splits and fingerprints."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gptfast.data.forms import times
 from gptfast.data.token_files import Documents, TokenFiles, split_edges
 from gptfast.tokenizer.bpe import Tokenizer, encode_opening
+from gptfast.tokenizer.reader import END_OF_TEXT
 from gptfast.tokenizer.vocabulary import get_tokenizer
 
 Tokens = Sequence[int] | np.ndarray | Tensor
 Source = Tensor | TokenFiles | Documents
 # A long source is identified by its length and this many samples of this many tokens.
 _MAX_SAMPLES, _SAMPLE_TOKENS = 1024, 4096
+# So many tokens of a text have ids from all over a vocabulary, the highest included.
+_MIN_TOKENS_TO_JUDGE, _LOW_SHARE = 4096, 0.1
+_LOG = logging.getLogger(__name__)
 
 
 def split_tokens(tokens: Source, ratios: Sequence[float] = (0.9, 0.1)) -> list[Source]:
@@ -34,14 +40,28 @@ def in_memory(tokens: Tensor | TokenFiles) -> Tensor:
     return tokens.tensor() if isinstance(tokens, TokenFiles) else tokens
 
 
-def as_tokens(text_or_tokens: str | Tokens, tokenizer: Tokenizer | None = None) -> Tensor:
+def as_tokens(
+    text_or_tokens: str | Tokens,
+    tokenizer: Tokenizer | None = None,
+    allowed_special: Collection[str] = (),
+) -> Tensor:
     """Return (n,) int64 ids of a text or of a sequence of ids.
 
-    tokenizer: for a text; None takes GPT-2's. Raises ValueError for anything else, for more than
-    one dimension, and for ids that are negative or no integers.
+    tokenizer: for a text; None takes GPT-2's. allowed_special: names of special tokens, such as
+    <|endoftext|>, that are tokens in the text; a line in the log counts those that are read as
+    plain text. Raises ValueError for anything else, for more than one dimension, and for ids that
+    are negative or no integers.
     """
     if isinstance(text_or_tokens, str):
-        text_or_tokens = encode_opening(tokenizer or get_tokenizer("gpt2"), text_or_tokens)
+        n_written = text_or_tokens.count(END_OF_TEXT)
+        if n_written and END_OF_TEXT not in allowed_special:
+            _LOG.warning(
+                "the text has %s written in it %s, which was read as plain text; "
+                "allowed_special={%r} makes it a token",
+                *(END_OF_TEXT, times(n_written), END_OF_TEXT),
+            )
+        tokenizer = tokenizer or get_tokenizer("gpt2")
+        text_or_tokens = encode_opening(tokenizer, text_or_tokens, allowed_special)
     tokens = text_or_tokens if isinstance(text_or_tokens, Tensor) else _as_tensor(text_or_tokens)
     if tokens.dim() != 1:
         raise ValueError(f"tokens must be one sequence (n,), got shape {tuple(tokens.shape)}")
@@ -106,12 +126,28 @@ def check_rows(source: Source, vocab_size: int, tokenizer: Tokenizer, model: str
 
 
 def check_vocabulary(source: TokenFiles | Documents, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for files with a token that the tokenizer does not have, among samples."""
+    """Raise ValueError for files with a token that the tokenizer does not have, among samples.
+
+    Logs what is odd about the files: integers of another type than uint16, and only low ids.
+    """
     tokens = source.span() if isinstance(source, Documents) else source
     assert isinstance(tokens, TokenFiles)
-    highest = max(int(sample.max()) for sample in samples(tokens))
-    if highest >= tokenizer.n_vocab:
+    for dtype, path in tokens.unusual_types().items():
+        _LOG.warning("%s: its tokens are read as %s, which its bytes are", path, dtype)
+    found = [(int(sample.min()), int(sample.max())) for sample in samples(tokens)]
+    lowest, highest = min(low for low, _ in found), max(high for _, high in found)
+    if lowest < 0 or highest >= tokenizer.n_vocab:
         raise ValueError(
-            f"{tokens.paths[0]} has token {highest}, out of range for the {tokenizer.n_vocab} of "
-            f"tokenizer {tokenizer.name}; use the tokenizer that made the file"
+            f"{tokens.paths[0]} has token {lowest if lowest < 0 else highest}, out of range for "
+            f"the {tokenizer.n_vocab} of tokenizer {tokenizer.name}; use the tokenizer that made "
+            "the file (--tokenizer)"
+        )
+    if len(tokens) >= _MIN_TOKENS_TO_JUDGE and highest < tokenizer.n_vocab * _LOW_SHARE:
+        _LOG.warning(
+            "%s has no token above %d, but tokenizer %s has %d tokens; if another one made the "
+            "file, name it (--tokenizer)",
+            tokens.paths[0],
+            highest,
+            tokenizer.name,
+            tokenizer.n_vocab,
         )

