@@ -100,10 +100,20 @@ def stream_text(
 
     A piece is whole characters, and never any part of a stop string.
     """
-    ids = tokenizer.encode(prompt, allowed_special)
+    ids = prompt_ids(tokenizer, prompt, allowed_special)
     checked = text_options(tokenizer, options)
     job = checked_stream_job(as_decoder(model), ids, max_new_tokens, checked)
     return continuation.stream_pieces(_decoder(model, job), job)
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, prompt: str, allowed_special: Collection[str] = ()
+) -> list[int]:
+    """Return the ids of a prompt; those of an empty one are end-of-text, where a new text begins.
+
+    In training, a text follows the end of the one before.
+    """
+    return tokenizer.encode(prompt, allowed_special) or [tokenizer.eot]
 
 
 def generate_text(
@@ -120,12 +130,13 @@ def generate_text(
     Takes `generate`'s options; stops at the tokenizer's end-of-text unless eos_id says otherwise.
     End-of-text and ids that only the model has are not part of the text. With `stop`, the text ends
     where the stop begins, even inside a token. allowed_special: names of special tokens that the
-    prompt may hold; any other name is plain text. Raises what `generate` raises.
+    prompt may hold; any other name is plain text. An empty prompt starts from end-of-text. Raises
+    what `generate` raises.
     """
     if not isinstance(prompt, Sequence):
         raise ValueError(f"prompt must be a string or a list of strings, got {prompt!r}")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    ids = [tokenizer.encode(p, allowed_special) for p in prompts]
+    ids = [prompt_ids(tokenizer, p, allowed_special) for p in prompts]
     checked = text_options(tokenizer, options)
     job = checked_job(as_decoder(model), ids, max_new_tokens, checked)
     found = continuation.continuations(_decoder(model, job), job)

@@ -52,9 +52,14 @@ def _part_files(path: str | PathLike) -> dict[str, list[Path]]:
     return parts
 
 
+def is_prepared(paths: Sequence[str | PathLike]) -> bool:
+    """Return whether the paths are one directory with files for the parts of the data."""
+    return len(paths) == 1 and bool(_part_files(paths[0]))
+
+
 def prepared_tokenizer(paths: Sequence[str | PathLike]) -> str | None:
     """Return the name of the tokenizer that prepared a directory; None for other data."""
-    if len(paths) == 1 and _part_files(paths[0]):
+    if is_prepared(paths):
         return _read_meta(Path(paths[0])).get("tokenizer")
     return None
 
