@@ -155,16 +155,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gptfast: interrupted", file=sys.stderr)
         return INTERRUPTED
     except ERRORS as error:
-        return _failed(error)
+        return _failed(error, argv)
 
 
-def _failed(error: BaseException) -> int:
+def _failed(error: BaseException, argv: Sequence[str]) -> int:
     """Print an error on one line and return the exit code."""
     from gptfast.cli.flags import UsageError
+    from gptfast.cli.hints import with_flags
+    from gptfast.cli.settings import SettingsError
 
+    message = one_line(error)
+    if argv and argv[0] in COMMANDS and not isinstance(error, SettingsError):
+        message = with_flags(message, command_flags(argv[0]))
     if isinstance(error, OSError) and not _can_write():
         discard(sys.stdout)  # else Python would complain once more when it ends
-    print(f"gptfast: {one_line(error)}", file=sys.stderr)
+    print(f"gptfast: {message}", file=sys.stderr)
     return USAGE_ERROR if isinstance(error, UsageError) else 1
 
 

@@ -31,14 +31,9 @@ def refuse(*rules: tuple[bool, str]) -> None:
             raise UsageError(message)
 
 
-def check_training(given: Mapping[str, Any], train: "Train") -> None:
-    """Raise UsageError for flags of `gptfast train` that contradict one another.
-
-    given: the flags by name. train: the command with all its settings.
-    """
-    run = train.train
+def check_start(given: Mapping[str, Any]) -> None:
+    """Raise UsageError for flags that start a run in more than one way. given: flags by name."""
     on = {name for name, value in given.items() if _is_set(value)}
-    window = train.model.block_size if train.max_length is None else train.max_length
     refuse(
         (
             {"resume", "init"} <= on,
@@ -54,6 +49,18 @@ def check_training(given: Mapping[str, Any], train: "Train") -> None:
             {"init", "preset"} <= on,
             "--init brings the shape of its model: leave out --preset",
         ),
+    )
+
+
+def check_training(given: Mapping[str, Any], train: "Train") -> None:
+    """Raise UsageError for flags of `gptfast train` that contradict one another.
+
+    given: the flags by name. train: the command with all its settings.
+    """
+    run = train.train
+    on = {name for name, value in given.items() if _is_set(value)}
+    window = train.model.block_size if train.max_length is None else train.max_length
+    refuse(
         (
             "min_lr" in on and run.schedule == "constant",
             "--min-lr is where a schedule ends, and --schedule constant stays at --lr: leave one "

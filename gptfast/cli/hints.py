@@ -1,6 +1,10 @@
-"""Hints for flags and commands that do not exist: near spellings, and what other programs say."""
+"""Hints for flags and commands that do not exist: near spellings, and what other programs say.
+
+Also the names of flags in messages of the functions that commands call.
+"""
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -187,6 +191,8 @@ speculative-model: --draft
 prompt-lookup-num-tokens: --lookup
 special: --allow-special
 chat-template: --template
+dtype: --precision
+precision: --dtype
 verbose: --stats on
 fields: --text-field
 column: --text-field
@@ -240,19 +246,21 @@ def hint_for(word: str, command: str, flags: Sequence["Flag"]) -> str:
     """
     known = [flag.long for flag in flags if not flag.hidden]
     name = word.lstrip("-").replace("_", "-").lower()
-    if near := similar(name, known):
+    if near := elsewhere(name, known):
         return f"; perhaps you meant {' or '.join(near)}"
-    if name in _MODEL:
+    if name in _MODEL and any(flag.positional for flag in flags):
         return f"; the model stands without a flag: gptfast {command} MODEL"
     if others := _commands_with(f"--{name}", command):
-        return f"; {' and '.join(others)} {'has' if len(others) == 1 else 'have'} it"
-    return ""
+        return f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} it"
+    refused = [flag for flag in flags if flag.hidden and flag.long.startswith(f"--{name}")]
+    near = [] if refused else spelt(name, known)
+    return f"; perhaps you meant {near[0]}" if near else ""
 
 
-def similar(name: str, known: Collection[str]) -> list[str]:
-    """Return the flags among `known` that a name without dashes may mean, likeliest first.
+def elsewhere(name: str, known: Collection[str]) -> list[str]:
+    """Return the flags among `known` that a name without dashes means, likeliest first.
 
-    They are what the name means elsewhere, or begin with it, or are spelt nearly so.
+    They have the name, are called so in other programs, or begin with it.
     """
     if (exact := f"--{name}") in known:
         return [exact]
@@ -264,19 +272,36 @@ def similar(name: str, known: Collection[str]) -> list[str]:
     begin = [flag for flag in known if flag.startswith(f"--{name}")] if len(name) > 1 else []
     without_no = name.removeprefix("no-")
     if not (suggested or begin) and without_no != name:
-        return [f"--no-{flag[2:]}" for flag in similar(without_no, known) if " " not in flag]
-    near = difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.7) if len(name) > 1 else []
-    return (suggested or begin or near)[:MAX_SUGGESTIONS]
+        return [f"--no-{flag[2:]}" for flag in elsewhere(without_no, known) if " " not in flag]
+    return (suggested or begin)[:MAX_SUGGESTIONS]
+
+
+def spelt(name: str, known: Collection[str]) -> list[str]:
+    """Return the flag among `known` that is spelt nearly as a name without dashes, if one is."""
+    return difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.7) if len(name) > 1 else []
 
 
 def similar_key(name: str, known: Collection[str]) -> list[str]:
-    """Return the keys of a settings file that a name may mean, as `similar` does for flags."""
+    """Return the keys of a settings file that a name may mean."""
     flags = {f"--{key.replace('_', '-')}": key for key in known}
-    return [
-        flags[flag]
-        for flag in similar(name.replace("_", "-").lower(), flags)
-        if flag in flags  # advice on a flag's value is not for a file
-    ]
+    name = name.replace("_", "-").lower()
+    # Advice on a flag's value is not for a file.
+    near = [flag for flag in elsewhere(name, flags) if flag in flags]
+    return [flags[flag] for flag in near or spelt(name, flags)]
+
+
+def with_flags(message: str, flags: Sequence["Flag"]) -> str:
+    """Return an error message with the flags of a command in place of their fields' names.
+
+    A function says max_length; who typed a command knows --max-length. Names of one word are words
+    of English too: they count only where a message begins with them.
+    """
+    for flag in flags:
+        if not flag.positional:
+            name = rf"(?<![\w./='\"-]){flag.name}(?![\w./'\"-])"
+            name = name if "_" in flag.name else rf"^{flag.name}(?= must)"
+            message = re.sub(name, flag.long, message)
+    return message
 
 
 def similar_command(name: str, commands: Collection[str]) -> str:

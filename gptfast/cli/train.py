@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from gptfast.cli.conflicts import check_training
+from gptfast.cli.conflicts import check_start, check_training
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.cli.threads import set_threads, thread_advice
 from gptfast.config import GPTConfig, TrainConfig
@@ -98,6 +98,7 @@ class Train:
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> "Train":
         """Return the command with these flags, and for the rest what `train_defaults` returns."""
+        check_start(given)
         train = apply(train_defaults(given, cls()), given, "")
         check_training(given, train)
         return train
