@@ -89,8 +89,7 @@ class Chat(GenerationFlags):
         conversation = Conversation(template, tokenizer)
         shows_speed = self.shows_speed and model.stats is not None
         session = _Session(model, conversation, settings, options, shows_speed)
-        if self.seed is None and self.temperature != 0:
-            print_note(f"seed {settings['seed']}: --seed {settings['seed']} repeats these replies")
+        session.announces_seed = self.seed is None and self.temperature != 0
         if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
             session.run(line.rstrip("\r\n") for line in sys.stdin)
             return
@@ -117,6 +116,7 @@ class _Session:
     ) -> None:
         self.model, self.conversation, self.settings = model, conversation, settings
         self.options, self.shows_speed, self.interactive = options, shows_speed, False
+        self.announces_seed = False
 
     def run(self, lines: Iterable[str]) -> None:
         """Take lines until they end or one is /quit. An error ends a pipe, but not a terminal."""
@@ -181,6 +181,9 @@ class _Session:
 
     def _reply(self) -> None:
         """Generate the reply and print it piece by piece."""
+        if self.announces_seed:
+            seed, self.announces_seed = self.settings["seed"], False
+            print_note(f"seed {seed}: --seed {seed} repeats these replies")
         options = {**self.settings, **self.options}
         n, size = options.pop("max_new_tokens"), self.model.config.block_size
         if forgotten := self.conversation.make_room(size, n):

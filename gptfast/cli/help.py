@@ -22,6 +22,7 @@ def help_text(command: str, owner: type, flags: Sequence[Flag]) -> str:
     shown = [flag for flag in flags if not flag.hidden]
     positional = [flag for flag in shown if flag.positional]
     own = [flag for flag in shown if not (flag.positional or flag.group)]
+    own.sort(key=lambda flag: not flag.required)
     texts = group_help(owner)
     parts = [f"usage: {_usage(command, flags)}", inspect.getdoc(owner) or ""]
     if positional:
