@@ -549,7 +549,10 @@ BAD_COMMANDS = {
     "generate RUN --prompt a --repetition-penalty 1e300": ["repetition_penalty must be a finite"],
     "generate RUN --prompt a --num-beams 0": ["num_beams must be an integer >= 1, got 0"],
     "generate RUN --prompt a --num-beams 2 --top-k 5": ["leave out top_k=5"],
-    "generate RUN --prompt a --num-beams 2 --temperature 0.5": ["leave out temperature=0.5", "take --num-beams=1"],
+    "generate RUN --prompt a --num-beams 2 --temperature 0.5": [
+        "leave out temperature=0.5",
+        "take --num-beams=1",
+    ],
     "generate RUN --prompt a --num-beams 2 --top-p 0.5": ["leave out top_p=0.5"],
     "generate RUN --prompt a --num-beams 2 --min-p 0.1": ["leave out min_p=0.1"],
     "prepare --data empty --out out": ["empty has only empty files, such as a.txt"],

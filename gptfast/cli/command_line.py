@@ -73,7 +73,8 @@ class CommandLine:
         short = self._named.get(word[:2])
         if short and short[0].kind in (int, float) and word[2:3].isdigit():  # -n50
             return *short, word[2:]
-        self.error(f"there is no flag {name}{hint_for(name, self.command, self.flags)}")
+        every = [*self.positional, *self.flags]
+        self.error(f"there is no flag {name}{hint_for(name, self.command, every)}")
 
     def _switch(self, word: str, on: bool, attached: str | None) -> bool:
         """Return the value of a switch such as --compile, --no-compile or --compile=false."""

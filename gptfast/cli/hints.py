@@ -244,7 +244,7 @@ def hint_for(word: str, command: str, flags: Sequence["Flag"]) -> str:
 
     word: the flag without its value. flags: those of the command.
     """
-    known = [flag.long for flag in flags if not flag.hidden]
+    known = [flag.long for flag in flags if not (flag.hidden or flag.positional)]
     name = word.lstrip("-").replace("_", "-").lower()
     if near := elsewhere(name, known):
         return f"; perhaps you meant {' or '.join(near)}"
