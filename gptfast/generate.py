@@ -16,7 +16,7 @@ from gptfast.generation.model_decoder import as_decoder
 from gptfast.generation.options import Draft, LogprobOptions, Number, Options
 from gptfast.generation.stop import Ends, Stop, TextStream
 from gptfast.model import GPT
-from gptfast.tokenizer.bpe import Tokenizer, encode_opening
+from gptfast.tokenizer.bpe import Tokenizer, encode_opening, end_of_text
 
 
 def generate(
@@ -100,11 +100,29 @@ def stream_text(
 
     A piece is whole characters, and never any part of a stop string.
     """
-    ids = encode_opening(tokenizer, prompt, allowed_special)
+    ids = prompt_ids(tokenizer, prompt, allowed_special)
     decoder = as_decoder(model)
     checked = text_options(tokenizer, options, decoder.eos_ids)
     job = checked_stream_job(decoder, ids, max_new_tokens, checked)
     return continuation.stream_pieces(_decoder(model, job), job)
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, prompt: str, allowed_special: Collection[str] = ()
+) -> list[int]:
+    """Return the ids of a prompt; those of an empty one are end-of-text, where a new text begins.
+
+    In training, a text follows the end of the one before. Raises ValueError for an empty one if the
+    vocabulary has no end-of-text.
+    """
+    if ids := encode_opening(tokenizer, prompt, allowed_special):
+        return ids
+    end = end_of_text(tokenizer)
+    if end is None or end >= tokenizer.n_vocab:
+        raise ValueError(
+            "the prompt is empty, and the vocabulary has no end-of-text to start from; give a prompt"
+        )
+    return [end]
 
 
 def generate_text(
@@ -122,12 +140,13 @@ def generate_text(
     else at the tokenizer's end-of-text, unless eos_id says otherwise.
     End-of-text and ids that only the model has are not part of the text. With `stop`, the text ends
     where the stop begins, even inside a token. allowed_special: names of special tokens that the
-    prompt may hold; any other name is plain text. Raises what `generate` raises.
+    prompt may hold; any other name is plain text. An empty prompt starts from end-of-text. Raises
+    what `generate` raises.
     """
     if not isinstance(prompt, Sequence):
         raise ValueError(f"prompt must be a string or a list of strings, got {prompt!r}")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    ids = [encode_opening(tokenizer, p, allowed_special) for p in prompts]
+    ids = [prompt_ids(tokenizer, p, allowed_special) for p in prompts]
     decoder = as_decoder(model)
     checked = text_options(tokenizer, options, decoder.eos_ids)
     job = checked_job(decoder, ids, max_new_tokens, checked)

@@ -68,7 +68,8 @@ def piped(
     lines: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture, *args: object
 ) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    return run(capsys, "chat", *args, "--tokenizer", "byte")
+    seed = () if "--seed" in args else ("--seed", 0)
+    return run(capsys, "chat", *args, *seed, "--tokenizer", "byte")
 
 
 @pytest.mark.parametrize(
@@ -140,18 +141,77 @@ def test_the_oldest_turns_are_forgotten(
     lines = f"{long}\nb\n{long}\n{long}\n" + "y" * 200 + "\n"
     code, output, err = piped(lines, monkeypatch, capsys, model, "--max-new-tokens", 20)
     assert (code, output) == (0, "one\ntwo\nthree\nfour\nfive\n")
-    # There is room for SIZE - 20 tokens.
+    # There is room for SIZE - 20 tokens; where it is full, half of it is cleared.
     third = f"Q: {long}\nA:one\nQ: b\nA:two\nQ: {long}\nA:"
-    assert len(third) > SIZE - 20 >= len(third) - len(f"Q: {long}\nA:one")
-    assert spoken[2][0] == f"\nQ: b\nA:two\nQ: {long}\nA:"
+    assert len(third) > SIZE - 20
+    assert len(f"\nQ: b\nA:two\nQ: {long}\nA:") > (SIZE - 20) // 2
+    assert spoken[2][0] == f"\nQ: {long}\nA:"
     assert spoken[3][0] == f"\nQ: {long}\nA:"
     assert spoken[4][0] == "\nQ: " + "y" * 200 + "\nA:"
     assert err.splitlines() == [
-        f"the oldest turn no longer fits into {SIZE} tokens and will be left out",
         f"the oldest 2 turns no longer fit into {SIZE} tokens and will be left out",
+        f"the oldest turn no longer fits into {SIZE} tokens and will be left out",
         f"the oldest turn no longer fits into {SIZE} tokens and will be left out",
         f"the model sees only the last {SIZE} of 207 tokens",
     ]
+
+
+@pytest.mark.parametrize("n", [1, 10, 40, 1000])
+def test_room_is_made_for_several_turns(n: int) -> None:
+    """Turns are forgotten seldom, so that most of them keep what is cached before them."""
+    talk, size = Conversation(Template.parse(QUESTIONS), BYTE), 400
+    most, forgetting = size - min(n, size // 2), 0
+    for _ in range(100):
+        talk.ask("why")
+        forgotten = talk.make_room(size, n)
+        assert len(talk.ids) <= most
+        forgetting += forgotten > 0
+        assert forgotten in (0, 1) or len(talk.ids) > most // 2 - 20
+        talk.turns[-1].reply = BYTE.encode("because")
+    assert forgetting <= 100 / (most // 2 // 20) + 1
+
+
+@pytest.mark.parametrize("line", ["/exit", "exit", "/quit", "quit", " exit "])
+def test_words_that_leave(
+    line: str, model: Path, spoken: list, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert piped(f"a\n{line}\nb\n", monkeypatch, capsys, model) == (0, "one\n", "")
+    assert len(spoken) == 1
+    assert piped("exit the room\n", monkeypatch, capsys, model)[1] == "two\n"
+
+
+def test_settings_with_hyphens(
+    model: Path, spoken: list, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    lines = "/top-k 3\n/max-new-tokens 5\n"
+    note = "top_k is 3\nmax_new_tokens is 5\n"
+    assert piped(lines, monkeypatch, capsys, model) == (0, "", note)
+
+
+def test_a_seed_that_can_be_had_again(
+    model: Path, spoken: list, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
+    _, _, err = run(capsys, "chat", model, "--tokenizer", "byte")
+    seed = int(err.split(":")[0].removeprefix("seed "))
+    assert err == f"seed {seed}: --seed {seed} repeats these replies\n"
+    assert [options["seed"] for _, options in spoken] == [seed, seed]
+
+
+def test_a_template_with_an_escaped_line_break(
+    model: Path, spoken: list, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The help shows the default template with \\n, so that is how people type one."""
+    piped("hi\n", monkeypatch, capsys, model, "--template", r"Q: {prompt}\nA:")
+    assert spoken[0][0] == "Q: hi\nA:"
+
+
+def test_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTFAST_CACHE", str(tmp_path / "cache"))
+    chat._open_history(False)()
+    assert not (tmp_path / "cache").exists()
+    chat._open_history()()
+    assert (tmp_path / "cache" / chat.HISTORY).is_file()
 
 
 def test_commands(
@@ -202,7 +262,12 @@ BAD_LINES = {
     "/seed off": ["/seed takes a whole number, got 'off'"],
     "/temperature hot": ["/temperature takes a number, got 'hot'"],
     "/temperature -1": ["temperature must be", "got -1.0"],
-    "/top_k 0": ["top_k must be an integer >= 1, got 0"],
+    "/top_k -1": ["top-k must be an integer >= 1, or 0 for off, got -1"],
+    "/temprature 0.3": ["there is no /temprature; perhaps you meant /temperature; /help"],
+    "/temp 0.3": ["perhaps you meant /temperature"],
+    "/max_tokens 3": ["perhaps you meant /max_new_tokens"],
+    "/clear": ["perhaps you meant /reset"],
+    "/": ["there is no /; /help"],
     "/max_new_tokens -1": ["max_new_tokens must be an integer >= 0, got -1"],
     "\ud800": ["lone surrogate"],
 }
@@ -430,6 +495,7 @@ class Terminal:
 def test_a_session_in_a_terminal(model: Path, tmp_path: Path) -> None:
     cache = {"GPTFAST_CACHE": str(tmp_path / "cache")}
     args = [model, "--tokenizer", "byte", "--template", "{prompt} ", "--max-new-tokens", 10**6]
+    args += ["--seed", 0]
     terminal = Terminal(*args, **cache)
     begin = terminal.wait("> ")
     assert "a context of 96 tokens. /help lists the commands" in begin and "\x1b[2m" in begin

@@ -7,11 +7,22 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import gptfast
 from gptfast.checks import one_line
-from gptfast.cli.terminal import ERRORS
+from gptfast.cli.terminal import ERRORS, is_terminal
 from gptfast.ops.backend import check_isa
+from gptfast.training.log import discard
+
+if TYPE_CHECKING:
+    from gptfast.cli.flags import Flag
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+"""128 and the number of SIGINT, as a shell says it of a command that Ctrl-C ended."""
+BROKEN_PIPE = 141
+"""128 and the number of SIGPIPE."""
 
 
 class _Commands(Mapping[str, type]):
@@ -46,32 +57,65 @@ COMMANDS = _Commands(
 )
 
 
+def command_flags(name: str) -> "list[Flag]":
+    """Return the flags of a command."""
+    from gptfast.cli.flags import flags_of
+
+    command = COMMANDS[name]
+    hidden = {
+        option: getattr(command, option, ()) for option in ("no_default_shown", "not_in_help")
+    }
+    return flags_of(command, **hidden)
+
+
 def parse(argv: Sequence[str]) -> Any:
-    """Return the command that argv names, ready to `run`. Raises ValueError for a wrong argv."""
+    """Return the command that argv names, ready to `run`. Raises UsageError for a wrong argv.
+
+    Prints help and raises SystemExit if that is asked for.
+    """
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
     if not argv or argv[0] not in COMMANDS:
         return _no_command(argv)
-    from gptfast.cli.flags import command_parser
+    from gptfast.cli.command_line import CommandLine
+    from gptfast.cli.settings import with_tuples
 
-    command, prog = COMMANDS[argv[0]], f"gptfast {argv[0]}"
-    hidden = {name: getattr(command, name, ()) for name in ("no_default_shown", "not_in_help")}
-    given = command_parser(command, prog, **hidden).given(argv[1:])
+    name, flags = argv[0], command_flags(argv[0])
+    command = COMMANDS[name]
+    before_rest = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
+    if {"-h", "--help"} & set(before_rest):
+        from gptfast.cli.help import help_text
+
+        print(help_text(name, command, flags), end="")
+        raise SystemExit(0)
+    given = CommandLine(name, flags).read(argv[1:])
     if hasattr(command, "from_given"):  # it reads files and saved settings, then the flags
         return command.from_given(given)
-    return command(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    return command(**with_tuples(given))
 
 
 def _no_command(argv: Sequence[str]) -> None:
-    """Print the help, or raise a ValueError that lists the commands."""
+    """Print the help or the version, or raise a UsageError that lists the commands."""
+    if argv and argv[0] in ("--version", "-V"):
+        print(f"gptfast {gptfast.__version__}")
+        raise SystemExit(0)
     if argv and argv[0] in ("-h", "--help"):
         print("usage: gptfast COMMAND [FLAGS]\n")
         print("commands (gptfast COMMAND --help shows the flags of a command):")
         for name, command in COMMANDS.items():
             line = (inspect.getdoc(command) or "").partition("\n")[0]
             print(f"  {name:<11}{line}")
+        print("\ngptfast --version prints the version; docs/command.md explains the rest.")
         raise SystemExit(0)
+    from gptfast.cli.flags import UsageError
+    from gptfast.cli.hints import similar_command
+
     names = ", ".join(COMMANDS)
     got = f"there is no command {argv[0]!r}" if argv else "no command given"
-    raise ValueError(f"{got}; choose one of {{{names}}} (see gptfast --help)")
+    hint = similar_command(argv[0], COMMANDS) if argv else ""
+    if argv and argv[0].startswith("-"):
+        got, hint = f"{argv[0]} stands before the command", "; write gptfast COMMAND [FLAGS]"
+    raise UsageError(f"{got}{hint}; choose one of {{{names}}} (see gptfast --help)")
 
 
 def _check_arguments(argv: Sequence[str]) -> None:
@@ -85,7 +129,8 @@ def _check_arguments(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    An error that the user can act on prints one line on stderr and returns 1.
+    An error that the user can act on prints one line on stderr and returns 1, or 2 if the command
+    line is wrong.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A sample with characters that the terminal cannot encode must not end a training run.
@@ -98,14 +143,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_arguments(argv)
         check_isa()
-        parse(argv).run()
+        code = parse(argv).run() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where an error is caught
+        return code
     except BrokenPipeError:  # the reader of our output, such as head, has closed it
-        sys.stderr.close()
-        return 1
+        discard(sys.stdout)
+        return BROKEN_PIPE
     except KeyboardInterrupt:
+        _end_line()
         print("gptfast: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except ERRORS as error:
-        print(f"gptfast: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+        return _failed(error, argv)
+
+
+def _failed(error: BaseException, argv: Sequence[str]) -> int:
+    """Print an error on one line and return the exit code."""
+    from gptfast.cli.flags import UsageError
+    from gptfast.cli.hints import with_flags
+    from gptfast.cli.settings import SettingsError
+
+    message = one_line(error)
+    if argv and argv[0] in COMMANDS and not isinstance(error, SettingsError):
+        message = with_flags(message, command_flags(argv[0]))
+    if isinstance(error, OSError) and not _can_write():
+        discard(sys.stdout)  # else Python would complain once more when it ends
+    print(f"gptfast: {message}", file=sys.stderr)
+    return USAGE_ERROR if isinstance(error, UsageError) else 1
+
+
+def _can_write() -> bool:
+    """Return whether stdout takes what was printed."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _end_line() -> None:
+    """End the line on which a terminal shows ^C."""
+    for stream in (sys.stdout, sys.stderr):
+        if is_terminal(stream):
+            print(file=stream, flush=True)
+            return

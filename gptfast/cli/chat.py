@@ -1,7 +1,7 @@
 """`gptfast chat`: talk with a model in the terminal, or send it one turn per line of a pipe."""
 
 import contextlib
-import os
+import difflib
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from gptfast.checks import one_line
-from gptfast.cli.model_flags import NEEDS_ENGINE, GenerationFlags
-from gptfast.cli.terminal import ERRORS, is_terminal, printable, speed
+from gptfast.cli.generate import unescaped
+from gptfast.cli.model_flags import NEEDS_ENGINE, GenerationFlags, new_seed
+from gptfast.cli.terminal import ERRORS, is_terminal, print_note, printable, speed
 from gptfast.generation.conversation import QUESTIONS, Conversation, Template
 from gptfast.generation.decoder import Decoder, Stats
-from gptfast.generation.options import Options, new_tokens
+from gptfast.generation.options import Options, new_tokens, next_seed
 
 HELP = """\
 /retry             replace the last reply with another one
@@ -26,17 +27,29 @@ HELP = """\
                    and /max_new_tokens N work the same way; "off" switches a setting off, and
                    without a value the setting is printed
 /stats             switch the line with tokens per second after each reply on or off
-/quit              end the conversation, as Ctrl-D does; Ctrl-C stops a reply or clears the line
+/quit              end the conversation, as /exit, exit and Ctrl-D do; Ctrl-C stops a reply or
+                   clears the line
 To begin a message with /, type // instead."""
+COMMANDS = ("retry", "reset", "save", "stats", "help", "quit", "exit")
+LEAVE = ("exit", "quit")
+"""Lines that end the conversation without a slash, as in other programs with a prompt."""
+OTHER_NAMES = {"temp": "temperature", "clear": "reset", "regenerate": "retry", "bye": "quit"}
+"""What other chats call our commands."""
 INTEGER_SETTINGS = ("top_k", "seed", "max_new_tokens")
 SETTINGS = (*INTEGER_SETTINGS, "temperature", "top_p", "min_p", "repetition_penalty")
 OFF_VALUES = {"top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0}
+HISTORY = "chat_history"
+"""The file of earlier lines in the cache directory."""
 MAX_HISTORY_LINES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(GenerationFlags):
     """Talk with a model: type a message, read the reply. Inside, /help lists the commands.
+
+    In a terminal, your lines are kept for the next chat, where the arrow keys bring them back: in
+    the file chat_history of the cache directory ($GPTFAST_CACHE, or else gptfast in
+    $XDG_CACHE_HOME or ~/.cache), which only you can read. --no-history keeps none.
 
     The template turns each message into text for the model to continue. GPT-2 is no assistant, so
     the default template writes questions and answers. For a model finetuned on prompts with
@@ -52,7 +65,10 @@ class Chat(GenerationFlags):
 
     template: str = QUESTIONS
     """The text of a turn, in which {prompt} stands for your message. A reply ends where the model
-    writes the words that stand before {prompt}, or at end-of-text if there are none."""
+    writes the words that stand before {prompt}, or at end-of-text if there are none. \\n in it is a
+    line break."""
+    history: bool = True
+    """Keep the lines that you type in a terminal for the next chat."""
     temperature: float = 0.8
     """Divides the logits. Below 1 the text is more predictable; 0 always takes the most likely
     token."""
@@ -63,8 +79,9 @@ class Chat(GenerationFlags):
     def run(self) -> None:
         if sys.stdin is None:
             raise ValueError("chat reads your messages from standard input, which is closed")
-        template = Template.parse(self.template)
+        template = Template.parse(unescaped(self.template))
         settings = {name: getattr(self, name) for name in SETTINGS}
+        settings["seed"] = new_seed() if self.seed is None else self.seed
         _check_settings(settings)
         model, tokenizer = self.load()
         options = {k: v for k, v in self.options().items() if k not in SETTINGS}
@@ -72,17 +89,18 @@ class Chat(GenerationFlags):
         conversation = Conversation(template, tokenizer, model.eos_ids)
         shows_speed = self.shows_speed and model.stats is not None
         session = _Session(model, conversation, settings, options, shows_speed)
+        session.announces_seed = self.seed is None and self.temperature != 0
         if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
             session.run(line.rstrip("\r\n") for line in sys.stdin)
             return
         kind = self.checkpoint + (f" in {model.dtype}" if model.dtype else "")
         size = model.config.block_size
-        _print_note(
+        print_note(
             f"{kind}, a context of {size:,} tokens. /help lists the commands, Ctrl-D ends the chat."
         )
         session.interactive = True
         with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C during a reply
-            session.run(_typed_lines())
+            session.run(_typed_lines(self.history))
 
 
 class _Session:
@@ -98,6 +116,7 @@ class _Session:
     ) -> None:
         self.model, self.conversation, self.settings = model, conversation, settings
         self.options, self.shows_speed, self.interactive = options, shows_speed, False
+        self.announces_seed = False
 
     def run(self, lines: Iterable[str]) -> None:
         """Take lines until they end or one is /quit. An error ends a pipe, but not a terminal."""
@@ -108,10 +127,12 @@ class _Session:
             except ERRORS as error:
                 if not self.interactive:
                     raise
-                _print_note(one_line(error))
+                print_note(one_line(error))
 
     def _take(self, line: str) -> bool:
         """Answer or obey one line; return whether to read another."""
+        if line.strip() in LEAVE:
+            return False
         if line.startswith("/") and not line.startswith("//"):
             name, _, value = line[1:].partition(" ")
             return self._command(name, value.strip())
@@ -124,6 +145,9 @@ class _Session:
 
     def _command(self, name: str, value: str) -> bool:
         """Obey a command; return whether to read another line."""
+        name = name.replace("-", "_")
+        if name not in (*SETTINGS, *COMMANDS):
+            raise ValueError(f"there is no /{name}{_hint(name)}; /help lists the commands")
         if name in SETTINGS:
             self._set(name, value)
             return True
@@ -138,16 +162,13 @@ class _Session:
             self.conversation.reset()
         elif name == "retry":
             self.conversation.ask(self.conversation.take_back())
-            # The next seed, within int64.
-            self.settings["seed"] = (self.settings["seed"] + 1 + 2**63) % 2**64 - 2**63
+            self.settings["seed"] = next_seed(self.settings["seed"])
             self._reply()
         elif name == "stats":
             if self.model.stats is None:
                 raise ValueError(f"/stats {NEEDS_ENGINE}")
             self.shows_speed = not self.shows_speed
-        elif name != "quit":
-            raise ValueError(f"there is no /{name}; /help lists the commands")
-        return name != "quit"
+        return name not in LEAVE
 
     def _set(self, name: str, value: str) -> None:
         """Change a setting if a value is given, and print it."""
@@ -156,17 +177,20 @@ class _Session:
             _check_settings(changed)
             self.settings = changed
         now = self.settings[name]
-        _print_note(f"{name} is {'off' if now is None else now}")
+        print_note(f"{name} is {'off' if now is None else now}")
 
     def _reply(self) -> None:
         """Generate the reply and print it piece by piece."""
+        if self.announces_seed:
+            seed, self.announces_seed = self.settings["seed"], False
+            print_note(f"seed {seed}: --seed {seed} repeats these replies")
         options = {**self.settings, **self.options}
         n, size = options.pop("max_new_tokens"), self.model.config.block_size
         if forgotten := self.conversation.make_room(size, n):
             turns = "turn no longer fits" if forgotten == 1 else f"{forgotten} turns no longer fit"
-            _print_note(f"the oldest {turns} into {size:,} tokens and will be left out")
+            print_note(f"the oldest {turns} into {size:,} tokens and will be left out")
         if (long := len(self.conversation.ids)) > size:
-            _print_note(f"the model sees only the last {size:,} of {long:,} tokens")
+            print_note(f"the model sees only the last {size:,} of {long:,} tokens")
         with _caught_ctrl_c(self.interactive) as interrupted:
             pieces = self.conversation.reply(self.model, n, interrupted, **options)
             if not self.conversation.template.running:
@@ -181,8 +205,17 @@ class _Session:
                 raise
         print(flush=True)
         if self.shows_speed and self.model.stats:
-            _print_note(speed(self.model.stats))
+            print_note(speed(self.model.stats))
             self.model.stats = Stats()
+
+
+def _hint(name: str) -> str:
+    """Return the command that was perhaps meant, for an error about an unknown one."""
+    names = (*SETTINGS, *COMMANDS)
+    begin = [known for known in names if name and known.startswith(name)]
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = OTHER_NAMES.get(name) or next(iter([*begin, *near]), None)
+    return f"; perhaps you meant /{meant}" if meant else ""
 
 
 def _number(name: str, value: str) -> float | None:
@@ -217,12 +250,6 @@ def _trimmed(pieces: Iterable[str]) -> Iterator[str]:
             held = text
 
 
-def _print_note(line: str) -> None:
-    """Print a line that is not part of the conversation: on stderr, dim if it is a terminal."""
-    plain = not sys.stderr.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-    print(line if plain else f"\x1b[2m{line}\x1b[0m", file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def _caught_ctrl_c(caught: bool) -> Iterator[Callable[[], bool]]:
     """Yield a function that returns whether Ctrl-C was pressed inside the context.
@@ -247,9 +274,9 @@ def _caught_ctrl_c(caught: bool) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _typed_lines() -> Iterator[str]:
+def _typed_lines(keeps_history: bool) -> Iterator[str]:
     """Yield the lines typed at the prompt until Ctrl-D. Ctrl-C clears the line."""
-    remember = _open_history()
+    remember = _open_history(keeps_history)
     while True:
         try:
             line = input("> ")
@@ -263,16 +290,22 @@ def _typed_lines() -> Iterator[str]:
         yield line
 
 
-def _open_history() -> Callable[[], None]:
-    """Offer the lines of earlier chats for editing; return a function that saves the last line."""
+def _open_history(keeps: bool = True) -> Callable[[], None]:
+    """Offer the lines of earlier chats for editing; return a function that saves the last line.
+
+    keeps: False offers and saves the lines of this chat only, and touches no file.
+    """
     try:
         import readline
     except ImportError:  # Python was built without it: input() has no line editing
         return lambda: None
     from gptfast.files import cache_directory
 
+    if not keeps:
+        readline.clear_history()
+        return lambda: None
     try:
-        path = cache_directory() / "chat_history"
+        path = cache_directory() / HISTORY
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         if path.is_file() and path.stat().st_mode & 0o077:  # an older file that others could read
@@ -280,7 +313,7 @@ def _open_history() -> Callable[[], None]:
         readline.clear_history()
         readline.read_history_file(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        _print_note(f"this chat's lines cannot be kept for the next one: {error}")
+        print_note(f"this chat's lines cannot be kept for the next one: {error}")
         return lambda: None
     readline.set_history_length(MAX_HISTORY_LINES)
     held = readline.get_current_history_length()

@@ -1,12 +1,16 @@
 """`gptfast eval`: measure how well a model predicts text and solves tasks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gptfast.checks import integer
+from gptfast.cli.conflicts import check_evaluation
 from gptfast.cli.data_flags import Reading
-from gptfast.cli.flags import Positional
+from gptfast.cli.flags import Positional, UsageError
 from gptfast.cli.model_flags import Dtype, load
+from gptfast.cli.settings import with_tuples
+from gptfast.cli.threads import set_threads
 from gptfast.data.loader import create_dataloader
 from gptfast.data.sources import load_part
 from gptfast.data.token_files import Documents
@@ -69,10 +73,21 @@ class Eval(Reading):
     the PyTorch model for others)."""
     device: str = "auto"
     """cpu, cuda or auto; auto takes a GPU if there is one."""
+    threads: int | None = None
+    """Number of threads (default: $OMP_NUM_THREADS, else one per core)."""
+
+    @classmethod
+    def from_given(cls, given: Mapping[str, Any]) -> Self:
+        """Return the command with these flags. Raises UsageError for some that do not apply."""
+        command = cls(**with_tuples(given))
+        asked = {name for name in ("data", "hellaswag", "tasks") if getattr(command, name)}
+        if not asked:
+            raise UsageError("nothing to measure: give --data, --hellaswag or --tasks")
+        check_evaluation(given.keys(), command.data, asked)
+        return command
 
     def run(self) -> None:
-        if not (self.data or self.hellaswag or self.tasks):
-            raise ValueError("nothing to measure: give --data, --hellaswag or --tasks")
+        set_threads(self.threads)
         integer("batch_size", self.batch_size, 1)  # now, before the model is loaded
         model, tokenizer = load(
             self.checkpoint, self.tokenizer, self.device, self.dtype, engine=False

@@ -1,106 +1,119 @@
-"""A command's flags, made from the fields of its dataclass with Python's argparse.
+"""A command's flags, made from the fields of its dataclass.
 
 A field `n_layer: int = 4` becomes the flag `--n-layer`. A field of type `Positional[str]` becomes a
 positional argument. A field that is a dataclass contributes its own fields. The string under a
-field is its help. Parsing returns only the flags that were given, because files and saved settings
-rank between the defaults and the flags. (tyro parses such dataclasses too, but it prints errors as
-boxes and fills in the defaults at once. A second parser was needed to see which flags were given.)
+field is its help. `gptfast.cli.command_line` reads the flags that were given, and
+`gptfast.cli.help` writes the help. (Python's argparse parses neither a list flag before a
+positional argument nor a value that begins with a dash, and would read -prompt as -p rompt.)
 """
 
-import argparse
 import ast
 import dataclasses
-import difflib
 import inspect
 import textwrap
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
 Positional = Annotated[T, "positional"]
 """The type of a field that is a positional argument instead of a flag."""
 
-_METAVARS = {"int": "N", "float": "X"}
-GROUP_TEXT_COLUMNS = 80
-"""Width of the text below a group's title, which argparse does not wrap."""
+SHORT = {"data": "-d", "out": "-o", "prompt": "-p", "max_new_tokens": "-n", "seed": "-s"}
+"""The short flags, which mean the same in every command. There is no -t: it is the number of
+threads in one program and the temperature in the next."""
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+# What stands for the value in the help, by the field's name or else by its type.
+_METAVARS = {
+    **dict.fromkeys(("data", "config", "hellaswag"), "FILE"),
+    **dict.fromkeys(("init", "draft"), "MODEL"),
+    **dict.fromkeys(("prompt", "sample_prompt", "stop", "template"), "TEXT"),
+    **dict.fromkeys(("tokenizer", "tasks", "allow_special", "freeze", "device"), "NAME"),
+    **dict.fromkeys(("text_field", "prompt_field", "completion_field"), "NAME"),
+    **{"grid": "NAME=VALUE,VALUE", "random": "NAME=LOW:HIGH", "lr_range": "LOW HIGH"},
+}
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """A formatter that keeps the lines of descriptions and never breaks a line within a flag."""
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_on_hyphens=False)
+class UsageError(ValueError):
+    """The command line is wrong: the command ends with exit code 2, as Unix commands do."""
 
 
-class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises a ValueError of one line instead of exiting."""
+@dataclass(frozen=True)
+class Flag:
+    """A flag or a positional argument of a command."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+    name: str
+    """The name of its field."""
+    kind: type
+    """int, float, str or bool."""
+    count: int | None
+    """The number of values; 0 for a switch, None for one or more."""
+    choices: tuple[str, ...]
+    """The possible values; () if any is."""
+    optional: bool
+    """Whether "none" stands for None."""
+    positional: bool
+    required: bool
+    help: str
+    hidden: bool = False
+    """Whether the help leaves it out and no hint suggests it."""
+    group: str = ""
+    """The field of the dataclass that it comes from, "" for the command itself."""
 
-    def error(self, message: str) -> NoReturn:
-        """Raise ValueError with argparse's message."""
-        raise ValueError(f"{message} (see {self.prog} --help)")
+    @property
+    def long(self) -> str:
+        """The flag as it is typed, such as --n-layer; the name in capitals for a positional."""
+        return self.name.upper() if self.positional else f"--{self.name.replace('_', '-')}"
 
-    def given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Return the value of each flag in argv by its field's name. Raises ValueError."""
-        values, unknown = self.parse_known_args([self._with_hyphens(word) for word in argv])
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            self.error(f"unknown argument {unknown[0]!r}{hint}")
-        return vars(values)
+    @property
+    def short(self) -> str | None:
+        """The short form, such as -p."""
+        return None if self.positional else SHORT.get(self.name)
 
-    def _with_hyphens(self, word: str) -> str:
-        """Return --n_layer as --n-layer; what is no flag of this parser stays as it is."""
-        name, equals, value = word.partition("=")
-        flag = name.replace("_", "-")
-        return flag + equals + value if flag in self._option_string_actions else word
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in the help; "" for a switch."""
+        if self.count == 0:
+            return ""
+        if self.choices:
+            return "{" + ",".join(self.choices) + "}"
+        by_kind = {int: "N", float: "X"}.get(self.kind, self.name.upper())
+        return _METAVARS.get(self.name, by_kind) + (" ..." if self.count is None else "")
+
+    def value(self, text: str) -> Any:
+        """Return the value that a text stands for. Raises UsageError for a wrong one."""
+        if self.optional and text in ("none", "None"):
+            return None
+        if self.choices:
+            if text in self.choices:
+                return text
+            raise UsageError(f"{self.long} takes one of {', '.join(self.choices)}, got {text!r}")
+        try:
+            return self.kind(text)
+        except ValueError:
+            raise UsageError(f"{self.long} takes {_KINDS[self.kind]}, got {text!r}") from None
 
 
-def command_parser(
-    command: type,
-    prog: str,
-    *,
-    no_default_shown: Collection[str] = (),
-    not_in_help: Collection[str] = (),
-) -> FlagParser:
-    """Return the parser of a command's flags.
+def flags_of(
+    command: type, *, no_default_shown: Collection[str] = (), not_in_help: Collection[str] = ()
+) -> list[Flag]:
+    """Return the flags of a command in the order of its fields.
 
-    command: a dataclass whose docstring is the description in the help. no_default_shown: fields
-    whose default stands for something else and does not appear in the help. not_in_help: fields
-    that the command refuses itself, with an error that names the remedy.
+    command: a dataclass. no_default_shown: fields whose default stands for something else and does
+    not appear in the help. not_in_help: fields that the command refuses itself, with an error that
+    names the remedy.
     """
-    parser = FlagParser(prog=prog, description=inspect.getdoc(command))
-    _add_fields(parser, parser, command, dataclasses.MISSING, no_default_shown, not_in_help)
-    parser.usage = _usage(parser)
-    return parser
+    found = _flags_of(command, dataclasses.MISSING, "", no_default_shown)
+    return [dataclasses.replace(flag, hidden=flag.name in not_in_help) for flag in found]
 
 
-def _usage(parser: FlagParser) -> str:
-    """Return the usage line: required flags and positional arguments; the help lists the rest."""
-    required, positional = [], []
-    for action in parser._actions:
-        values = f"{action.metavar} ..." if action.nargs == "*" else str(action.metavar)
-        if not action.option_strings:
-            positional.append(values)
-        elif action.required:
-            required.append(f"{action.option_strings[0]} {values}")
-    return " ".join([parser.prog, "[FLAGS]", *required, *positional])
-
-
-def _add_fields(
-    parser: FlagParser,
-    group: Any,
-    owner: type,
-    instance: Any,
-    no_default_shown: Collection[str],
-    not_in_help: Collection[str],
-) -> None:
-    """Add a flag for each field of the dataclass `owner`.
+def _flags_of(
+    owner: type, instance: Any, group: str, no_default_shown: Collection[str]
+) -> Iterator[Flag]:
+    """Yield the flags of the dataclass `owner`.
 
     instance: has the defaults, or is MISSING if the fields' own defaults apply.
     """
@@ -112,15 +125,15 @@ def _add_fields(
         if instance is not dataclasses.MISSING:
             default = getattr(instance, field.name)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            wrapped = textwrap.fill(text, GROUP_TEXT_COLUMNS, break_on_hyphens=False)
-            own_group = parser.add_argument_group(field.name, wrapped or None)
-            _add_fields(parser, own_group, hint, default, no_default_shown, not_in_help)
+            yield from _flags_of(hint, default, field.name, no_default_shown)
             continue
-        if field.name in not_in_help:
-            text = argparse.SUPPRESS
-        elif field.name not in no_default_shown:
+        if field.name not in no_default_shown:
             text += _default_text(default)
-        _add_flag(group, field.name, hint, text, default is dataclasses.MISSING)
+        positional = typing.get_origin(hint) is Annotated
+        if positional:
+            hint = typing.get_args(hint)[0]
+        required = default is dataclasses.MISSING
+        yield Flag(field.name, *_value_of(hint), positional, required, text, group=group)
 
 
 def _default_text(default: Any) -> str:
@@ -135,56 +148,17 @@ def _default_text(default: Any) -> str:
     return f" (default: {shown})"
 
 
-def _add_flag(group: Any, name: str, hint: Any, text: str, required: bool) -> None:
-    """Add the flag or positional argument of one field of type `hint`."""
-    positional = typing.get_origin(hint) is Annotated
-    if positional:
-        hint = typing.get_args(hint)[0]
-    options: dict[str, Any] = {
-        "help": text.replace("%", "%%"),
-        "default": argparse.SUPPRESS,
-        **_value_options(hint),
-    }
-    if positional:
-        if options.get("nargs") != "*":
-            options.pop("default")
-        group.add_argument(name, metavar=name.upper(), **options)
-        return
-    if "choices" not in options and hint is not bool:
-        options["metavar"] = _METAVARS.get(options["type"].__name__) or name.upper()
-    flag = f"--{name.replace('_', '-')}"
-    group.add_argument(flag, dest=name, required=required, **options)
-
-
-def _value_options(hint: Any) -> dict[str, Any]:
-    """Return the options of argparse's add_argument for a field of this type."""
+def _value_of(hint: Any) -> tuple[type, int | None, tuple[str, ...], bool]:
+    """Return kind, count, choices and optional of a flag for a field of this type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (UnionType, typing.Union):
-        options = _value_options(next(arg for arg in args if arg is not NoneType))
-        if "choices" in options:
-            # "none" is a choice too, but the help lists the values only.
-            shown = "{" + ",".join(options["choices"]) + "}"
-            choices = (*options["choices"], None)
-            return {"choices": choices, "type": _or_none(str), "metavar": shown}
-        return options | {"type": _or_none(options["type"])}
+        kind, count, choices, _ = _value_of(next(arg for arg in args if arg is not NoneType))
+        return kind, count, choices, True
     if origin is Literal:
-        return {"choices": args}
+        return str, 1, args, False
     if origin is tuple:
-        n = "*" if args[-1] is Ellipsis else len(args)
-        return {"nargs": n, "type": args[0]}
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    return {"type": hint}
-
-
-def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a function that converts text to `kind`, and "none" to None as in TOML files."""
-
-    def read(text: str) -> Any:
-        return None if text in ("none", "None") else kind(text)
-
-    read.__name__ = kind.__name__  # argparse puts it in its message: invalid int value
-    return read
+        return args[0], None if args[-1] is Ellipsis else len(args), (), False
+    return hint, 0 if hint is bool else 1, (), False
 
 
 def field_help(owner: type) -> dict[str, str]:
@@ -202,3 +176,13 @@ def field_help(owner: type) -> dict[str, str]:
             ):
                 texts[field.target.id] = " ".join(str(below.value.value).split())
     return texts
+
+
+def group_help(owner: type) -> dict[str, str]:
+    """Return the string below each field that is a dataclass itself, by the field's name."""
+    texts = field_help(owner)
+    found: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(owner).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            found |= {name: texts.get(name, ""), **group_help(hint)}
+    return found

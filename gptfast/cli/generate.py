@@ -1,38 +1,54 @@
 """`gptfast generate`: continue a prompt with a trained model."""
 
+import re
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gptfast.checks import integer
+from gptfast.cli.flags import UsageError
 from gptfast.cli.model_flags import GenerationFlags
-from gptfast.cli.terminal import printable, speed
-from gptfast.generate import generate, generate_text, stream_text
+from gptfast.cli.terminal import is_terminal, print_note, printable, speed
+from gptfast.generate import generate, generate_text, prompt_ids, stream_text
 from gptfast.generation.decoder import Decoder
-from gptfast.tokenizer.bpe import Tokenizer, encode_opening, end_of_text
+from gptfast.generation.options import next_seed
+from gptfast.tokenizer.bpe import Tokenizer, end_of_text
+
+SEPARATOR = "-" * 15
+"""The line between two samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(GenerationFlags):
     """Continue a prompt with a trained model. The text appears while it is generated.
 
+    A prompt that begins with a dash is written --prompt=-x; --prompt - reads it from standard
+    input, without its last line break. An empty prompt starts a new text.
+
     gptfast generate runs/book --prompt "Once upon" --temperature 0.8 --top-k 40 --seed 1
+
+    gptfast generate runs/book --prompt "Once upon" --num-samples 4 --stop '\\n\\n'
 
     gptfast generate gpt2 --prompt "Once upon" --dtype int8
 
     gptfast generate gpt2 --prompt "Once upon" --dtype bf16 --device cuda
 
-    gptfast generate runs/book --prompt "Once upon" --num-beams 4
+    gptfast generate runs/book --prompt - --num-beams 4 < prompt.txt
     """
 
     prompt: str
-    """The text to continue."""
+    """The text to continue; - reads it from standard input."""
+    num_samples: int = 1
+    """How many texts to write. Each has the seed after that of the one before."""
     num_beams: int = 1
     """Above 1, search for the most likely text with this many beams instead of sampling."""
     length_penalty: float = 1.0
     """With beams, a text's score is divided by its length to this power. Above 0 favours long
     texts."""
     stop: tuple[str, ...] = ()
-    """End the text before the first of these strings."""
+    r"""End the text before the first of these strings. In them, \n is a line break, \t a tab and
+    \\ a backslash."""
     allow_special: tuple[str, ...] = ()
     """Special tokens to recognise in the prompt, for example '<|endoftext|>'. Others are read as
     plain text."""
@@ -40,41 +56,104 @@ class Generate(GenerationFlags):
     """Print each new token with its log-probability instead of the text."""
 
     def run(self) -> None:
+        self._check_flags()
+        prompt = _standard_input() if self.prompt == "-" else self.prompt
         model, tokenizer = self.load()
         options = self.options()
         options |= {"num_beams": self.num_beams, "length_penalty": self.length_penalty}
-        options["stop"] = self.stop or None
-        if self.logprobs:
-            self._print_logprobs(model, tokenizer, options)
-        else:
-            self._print_text(model, tokenizer, options | {"allowed_special": self.allow_special})
+        options["stop"] = [unescaped(text) for text in self.stop] or None
+        seed, write = options["seed"], self._print_logprobs if self.logprobs else self._print_text
+        for n in range(self.num_samples):
+            if n:
+                print(SEPARATOR)
+            options["seed"] = next_seed(seed, n)
+            announce = self._announce_seed if n == 0 else (lambda seed: None)
+            write(model, tokenizer, prompt, options, announce)
         if self.shows_speed and model.stats and self.num_beams == 1:
             print(speed(model.stats), file=sys.stderr)
 
-    def _print_text(self, model: Decoder, tokenizer: Tokenizer, options: dict[str, Any]) -> None:
+    def _check_flags(self) -> None:
+        """Raise UsageError for flags that contradict one another, before the model is loaded."""
+        integer("num_samples", self.num_samples, 1)
+        if self.num_beams != 1 and self.stats == "on":
+            raise UsageError("--stats on measures sampling: leave it out or take --num-beams 1")
+        if self.num_samples > 1 and self.num_beams != 1:
+            raise UsageError("beams find one text: leave out --num-samples or --num-beams")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise UsageError(
+                "--temperature 0 always writes the same text: leave out --num-samples, or take a "
+                "temperature above 0"
+            )
+
+    def _announce_seed(self, seed: int) -> None:
+        """Print the seed on stderr if it was drawn and decides the text."""
+        if self.seed is None and self.num_beams == 1 and self.temperature != 0:
+            again = f" --num-samples {self.num_samples}" if self.num_samples > 1 else ""
+            print_note(f"seed {seed}: --seed {seed}{again} writes this again")
+
+    def _print_text(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        prompt: str,
+        options: Mapping[str, Any],
+        announce: Callable[[int], None],
+    ) -> None:
         """Print the prompt and its continuation, piece by piece unless beams search for it."""
+        options = {**options, "allowed_special": self.allow_special}
         if self.num_beams != 1:
-            text = generate_text(model, tokenizer, self.prompt, self.max_new_tokens, **options)
+            text = generate_text(model, tokenizer, prompt, self.max_new_tokens, **options)
             assert isinstance(text, str)
             print(printable(text))
             return
-        pieces = stream_text(model, tokenizer, self.prompt, self.max_new_tokens, **options)
+        pieces = stream_text(model, tokenizer, prompt, self.max_new_tokens, **options)
         # Generate the first piece before printing the prompt, so that bad input prints nothing.
         first = next(pieces, "")
-        print(printable(self.prompt + first), end="", flush=True)
-        for piece in pieces:
-            print(printable(piece), end="", flush=True)
-        print()
+        announce(options["seed"])
+        print(printable(prompt + first), end="", flush=True)
+        try:
+            for piece in pieces:
+                print(printable(piece), end="", flush=True)
+        except KeyboardInterrupt:
+            if not is_terminal(sys.stdout):  # else `main` ends the line that shows ^C
+                print(flush=True)
+            raise
+        print(flush=True)
 
     def _print_logprobs(
-        self, model: Decoder, tokenizer: Tokenizer, options: dict[str, Any]
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        prompt: str,
+        options: Mapping[str, Any],
+        announce: Callable[[int], None],
     ) -> None:
         """Print each new token on a line with its log-probability."""
-        ids = encode_opening(tokenizer, self.prompt, self.allow_special)
+        ids = prompt_ids(tokenizer, prompt, self.allow_special)
         ends = list(model.eos_ids) or end_of_text(tokenizer)
-        options |= {"eos_id": ends, "tokenizer": tokenizer, "logprobs": True}
+        options = {**options, "eos_id": ends, "tokenizer": tokenizer, "logprobs": True}
         generated: Any = generate(model, [ids], self.max_new_tokens, **options)
+        announce(options["seed"])
         rows, logprobs = generated
         for token, logprob in zip(rows[0][len(ids) :], logprobs[0], strict=True):
             text = tokenizer.decode([token]) if token < tokenizer.n_vocab else f"<{token}>"
             print(f"{logprob:10.4f}  {text!r}")
+
+
+def unescaped(text: str) -> str:
+    r"""Return a text of the command line in which \n, \t, \r and \\ are characters."""
+    meaning = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda found: meaning[found[1]], text)
+
+
+def _standard_input() -> str:
+    """Return what standard input holds, without its last line break, as $(...) of a shell does."""
+    if sys.stdin is None:
+        raise ValueError("--prompt - reads standard input, which is closed")
+    if is_terminal(sys.stdin):
+        print_note("reading the prompt from the terminal; Ctrl-D on an empty line ends it")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text: {error}") from None
+    return re.sub(r"\r?\n\Z", "", text)

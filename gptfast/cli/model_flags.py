@@ -1,5 +1,6 @@
 """The flags that `gptfast generate` and `gptfast chat` share: the model, sampling and speed."""
 
+import secrets
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,6 +9,7 @@ import torch
 
 from gptfast.cli.flags import Positional
 from gptfast.cli.terminal import is_terminal
+from gptfast.cli.threads import set_threads
 from gptfast.cli.vocabularies import check_draft, chosen_tokenizer
 from gptfast.device import choose_device
 from gptfast.generation.decoder import Decoder
@@ -68,6 +70,11 @@ def _load(checkpoint: str, device: str, dtype: str | None, engine: bool) -> "GPT
     return Engine(model, dtype) if engine or dtype else model
 
 
+def new_seed() -> int:
+    """Return a seed that is short to type and another one each time."""
+    return secrets.randbelow(10**9)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationFlags:
     """The flags that choose a model and how it generates text."""
@@ -81,16 +88,17 @@ class GenerationFlags:
     """Divides the logits. Below 1 the text is more predictable; 0 always takes the most likely
     token."""
     top_k: int | None = None
-    """Sample from the k most likely tokens only."""
+    """Sample from the k most likely tokens only; 0 is off."""
     top_p: float | None = None
     """Sample from the smallest set of tokens whose probabilities add up to at least
-    this."""
+    this; 1 is off."""
     min_p: float | None = None
     """Drop tokens whose probability is below this fraction of the most likely token's."""
     repetition_penalty: float = 1.0
     """Above 1, makes tokens that already occur in the text less likely, for example 1.2."""
-    seed: int = 0
-    """Seed of the sampling: the same seed gives the same text."""
+    seed: int | None = None
+    """Seed of the sampling: the same seed gives the same text (default: another one each time,
+    which is printed)."""
     dtype: Dtype | None = None
     """Data type of the weights (default: that of a packed model, else fp32)."""
     lookup: bool = False
@@ -105,9 +113,12 @@ class GenerationFlags:
     """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: the checkpoint's)."""
     device: str = "auto"
     """cpu, cuda or auto; auto takes a GPU if there is one."""
+    threads: int | None = None
+    """Number of threads (default: $OMP_NUM_THREADS, else one per core)."""
 
     def load(self) -> tuple[Decoder, Tokenizer]:
         """Return the model and its tokenizer. Raises ValueError for flags that do not fit."""
+        set_threads(self.threads)
         model, tokenizer = load(self.checkpoint, self.tokenizer, self.device, self.dtype)
         decoder = as_decoder(model)
         for name, given, works in (
@@ -123,6 +134,8 @@ class GenerationFlags:
         """Return the flags that are options of `gptfast.generate`."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
         options = {name: getattr(self, name) for name in names}
+        if self.seed is None:
+            options["seed"] = new_seed()
         if self.lookup:
             options["lookup"] = True
         if self.draft is not None:

@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from gptfast.cli.conflicts import check_search, check_training
+from gptfast.cli.hints import similar_key
+from gptfast.cli.plan import plan_search, trial_settings
 from gptfast.cli.settings import apply, flat
 from gptfast.cli.train import SMALL_RUN, Train, train_defaults
 from gptfast.cli.train_data import absolute, check_data
-from gptfast.search.range_test import lr_range
+from gptfast.search.range_test import lr_range, lr_range_steps
 from gptfast.search.report import run_search
 from gptfast.search.space import log_fields, parse_grid, parse_random
 
@@ -63,19 +66,24 @@ class Search:
             # The default min_lr suits the default lr, not the rates that a search tries.
             train = apply(train, {"min_lr": None}, "")
         train = apply(train, common, "")
+        check_search(given)
+        check_training(common, train)
         return apply(cls(common=train), {k: v for k, v in given.items() if k in own}, "")
 
     def run(self) -> None:
-        if sum(map(bool, (self.grid, self.random, self.lr_range))) != 1:
-            raise ValueError("give one of --grid, --random and --lr-range")
         base = flat(self.common)
         out = base.pop("out")
-        for name in ("resume", "config"):
+        for name in ("resume", "config", "dry_run", "preset"):
             del base[name]
         base["data"] = absolute(self.common.data)
+        for spec in (*self.grid, *self.random):
+            self._check_name(spec.partition("=")[0].strip(), base)
         if self.lr_range:
             check_data([self.common])
-            lr_range(base, *self.lr_range, out)
+            if self.common.dry_run:
+                plan_search(self.common, [{"max_steps": lr_range_steps(base)}], self.jobs)
+            else:
+                lr_range(base, *self.lr_range, out)
             return
         if self.grid:
             trials = parse_grid(self.grid, allowed=base)
@@ -83,11 +91,19 @@ class Search:
             seed = self.common.train.seed
             trials = parse_random(self.random, self.trials, seed, allowed=base)
         check_data([self._checked(trial) for trial in trials])
+        if self.common.dry_run:
+            plan_search(self.common, trials, self.jobs)
+            return
         run_search(base, trials, out, jobs=self.jobs, log_fields=log_fields(self.random))
+
+    def _check_name(self, name: str, known: Mapping[str, Any]) -> None:
+        """Raise ValueError with a hint for a setting that is called so elsewhere."""
+        near = similar_key(name, known)
+        if name and name.replace("-", "_") not in known and near:
+            raise ValueError(f"there is no field {name!r}; did you mean {' or '.join(near)}?")
 
     def _checked(self, trial: dict[str, Any]) -> Train:
         """Return a trial's run. Raises ValueError for a bad value now, not in a trial's log."""
-        train = self.common
-        if {"max_steps", "epochs"} & trial.keys():
-            train = apply(train, {"max_steps": None, "epochs": None}, "--grid")
-        return apply(train, trial, "the search")
+        train = trial_settings(self.common, trial)
+        check_training({}, train)
+        return train

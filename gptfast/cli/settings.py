@@ -1,7 +1,6 @@
 """The settings of a command, which is a nested dataclass, as one flat mapping as in TOML files."""
 
 import dataclasses
-import difflib
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -10,11 +9,17 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptfast import checks
+from gptfast.cli.flags import UsageError
+from gptfast.cli.hints import similar_key
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+
+class SettingsError(ValueError):
+    """A setting of a file is wrong. Its message has the names that stand in the file."""
 
 
 def _nested(command: Any) -> list[str]:
@@ -37,6 +42,11 @@ def flat(command: Any) -> dict[str, Any]:
     return {**{k: v for config in nested.values() for k, v in flat(config).items()}, **own}
 
 
+def with_tuples(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of flags with tuples in place of lists, for a frozen dataclass."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Return the keys of a TOML file. Raises ValueError if it cannot be read or is not TOML."""
     try:
@@ -55,15 +65,20 @@ def apply(command: T, values: Mapping[str, Any], source: str) -> T:
     """Return a copy of the command with these values in its fields or its nested fields.
 
     "none" stands for None, which TOML does not have. source: where the values come from, for error
-    messages; "" for flags. Raises ValueError for an unknown key and for a value of a wrong type.
+    messages; "" for flags. Raises SettingsError for an unknown key and for a value of a wrong type;
+    of flags, UsageError.
     """
     known, prefix = flat(command), f"{source}: " if source else ""
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{prefix}unknown key {key!r}{hint}")
-    return _replace(command, values, prefix)
+            near = similar_key(key, known)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise SettingsError(f"{prefix}unknown key {key!r}{hint}")
+    try:
+        return _replace(command, values, prefix)
+    except ValueError as error:
+        kind = SettingsError if source else UsageError
+        raise kind(str(error)) from None
 
 
 def _replace(command: T, values: Mapping[str, Any], prefix: str) -> T:

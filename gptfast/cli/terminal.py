@@ -1,5 +1,6 @@
 """What the commands print on a terminal: errors, text that a model wrote, and speed."""
 
+import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -8,7 +9,10 @@ from gptfast.generation.stop import REPLACEMENT
 if TYPE_CHECKING:
     from gptfast.generation.decoder import Stats
 
-ERRORS = (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, MemoryError)
+ERRORS = (
+    *(ValueError, LookupError, OSError, RuntimeError, ArithmeticError, MemoryError),
+    ImportError,  # of a package that is an extra, and names itself
+)
 """The errors that a user can act on. They are printed as one line, without a traceback."""
 
 
@@ -22,6 +26,14 @@ def is_terminal(stream: TextIO | None) -> bool:
     The stream is None if it was closed before Python started.
     """
     return stream is not None and stream.isatty()
+
+
+def print_note(line: str) -> None:
+    """Print a line that is not the result: on stderr, dim if it is a terminal with colours."""
+    # https://no-color.org: NO_COLOR counts unless it is empty.
+    plain = not is_terminal(sys.stderr) or os.environ.get("NO_COLOR")
+    plain = plain or os.environ.get("TERM") == "dumb"
+    print(line if plain else f"\x1b[2m{line}\x1b[0m", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:

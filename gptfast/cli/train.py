@@ -1,16 +1,19 @@
 """`gptfast train`: train a GPT on text or token files and write a run directory."""
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from gptfast.cli.conflicts import check_start, check_training
 from gptfast.cli.data_flags import Reading
 from gptfast.cli.settings import apply, flat, read_toml
+from gptfast.cli.threads import set_threads, thread_advice
 from gptfast.cli.train_data import (
     absolute,
     batch_size_of,
@@ -32,6 +35,8 @@ from gptfast.ops.library import backend_of, operators
 from gptfast.tokenizer.bpe import BPETokenizer, Tokenizer
 from gptfast.tokenizer.train import reduce_tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
+from gptfast.training.interrupt import exit_code
+from gptfast.training.log import say
 from gptfast.training.trainer import SAMPLE_MIN_P, Trainer
 from gptfast.weights.checkpoint import checkpoints, read_settings
 from gptfast.weights.open import open_weights, tokenizer_of
@@ -46,10 +51,13 @@ class Train(Reading):
     """Train a GPT on text; print its losses and text samples, and save checkpoints.
 
     Without --data, the model learns from the English text that Python itself brings along. The run
-    directory --out gets metrics.jsonl, samples.txt, loss.png, loss.pdf and checkpoints/. Ctrl-C
-    finishes the current step, saves a checkpoint and ends the run; --resume continues it.
+    directory --out gets metrics.jsonl, samples.txt, loss.png, loss.pdf and checkpoints/. Ctrl-C, a
+    SIGTERM or a closed terminal finishes the current step, saves a checkpoint and ends the run;
+    --resume continues it. --dry-run shows what a run would take.
 
     gptfast train --data book.txt --out runs/book --max-steps 1000
+
+    gptfast train --data book.txt --preset gpt2 --batch-size 4 --dry-run
 
     gptfast train --out runs/book --resume
 
@@ -58,7 +66,7 @@ class Train(Reading):
 
     model: GPTConfig = SMALL_MODEL
     """The shape of the model. The defaults make a small model that learns in minutes on a CPU.
-    GPT-2 with 124M parameters has --n-layer 12 --n-head 12 --n-embd 768 --block-size 1024."""
+    --preset gpt2 is the shape of GPT-2 with 124M parameters."""
     train: TrainConfig = SMALL_RUN
     """How the model is trained."""
     data: tuple[str, ...] = ()
@@ -69,6 +77,9 @@ class Train(Reading):
     """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: that of the prepared
     data, else that of --init, else gpt2; without --data, gpt2 reduced to the tokens of the text
     and saved in OUT/tokenizer)."""
+    preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = None
+    """The shape of one of OpenAI's models, with random weights and a context of 1,024 tokens. The
+    flags of the model below overrule it. For their weights, give --init gpt2."""
     batch_size: int = 8
     """Number of windows (sequences of --max-length tokens) per batch."""
     max_length: int | None = None
@@ -90,16 +101,50 @@ class Train(Reading):
     config: str | None = None
     """A TOML file of settings, named as the flags but with underscores, for example n_layer = 6.
     The value "none" leaves a setting unset. Flags overrule the file. Each checkpoint has the
-    settings of its run in train.toml, which can be given here."""
+    settings of its run in train.toml, which can be given here; examples/train.toml is another."""
+    threads: int | None = None
+    """Number of threads (default: $OMP_NUM_THREADS, else one per core)."""
+    dry_run: bool = False
+    """Show data, sizes, memory and time of the run, measured on a few steps, and write nothing."""
     # The default of 1 means the tokenizer's size, because a smaller vocab_size is raised to it.
     no_default_shown: ClassVar = ("vocab_size",)
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> "Train":
         """Return the command with these flags, and for the rest what `train_defaults` returns."""
-        return apply(train_defaults(given, cls()), given, "")
+        check_start(given)
+        train = apply(train_defaults(given, cls()), given, "")
+        check_training(given, train)
+        return train
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """Train, and return the exit code: that of a signal if one ended the run."""
+        set_threads(self.threads)
+        trainer, sources, T = self.trainer()
+        self._introduce(trainer, sources, T)
+        if left_out := getattr(trainer.train_loader.dataset, "left_out", 0):
+            say(f"left out {left_out:,} examples without a completion in their first {T} tokens")
+        if (n := batch_size_of(trainer.train_loader)) < self.batch_size:
+            say(f"the data fills no batch of {self.batch_size}: batches have {n}, all there is")
+        if self.dry_run:
+            from gptfast.cli.plan import plan_run
+
+            plan_run(trainer, resume=self.resume)
+            return 0
+        if trainer.device.type == "cpu" and (advice := thread_advice()):
+            say(advice)
+        trainer.fit(resume=self.resume)
+        if trainer.interrupt.requested:
+            return exit_code(trainer.interrupt.requested)
+        prompt = f'--prompt "{self.train.sample_prompt}" --min-p {SAMPLE_MIN_P}'
+        say(
+            f"done: see {trainer.run.out}/loss.png; try\n"
+            f"  gptfast generate {trainer.run.out} {prompt}"
+        )
+        return 0
+
+    def trainer(self) -> tuple[Trainer, list[Source], int]:
+        """Return the trainer of this run, its data, and the number of tokens per window."""
         if len(self.split) not in (2, 3):
             raise ValueError(f"--split takes two or three shares, got {self.split}")
         tokenizer = self._tokenizer()
@@ -121,17 +166,7 @@ class Train(Reading):
             settings=self._settings(),
             data_sha256=fingerprint(*sources),
         )
-        self._introduce(trainer, sources, T)
-        if left_out := getattr(loaders[0].dataset, "left_out", 0):
-            print(f"left out {left_out:,} examples without a completion in their first {T} tokens")
-        if (n := batch_size_of(loaders[0])) < self.batch_size:
-            print(f"the data fills no batch of {self.batch_size}: batches have {n}, all there is")
-        trainer.fit(resume=self.resume)
-        if trainer.interrupt.requested:
-            return
-        print(f"done: see {trainer.run.out}/loss.png; try")
-        prompt = f'--prompt "{self.train.sample_prompt}" --min-p {SAMPLE_MIN_P}'
-        print(f"  gptfast generate {trainer.run.out} {prompt}")
+        return trainer, sources, T
 
     def tokenizer_name(self) -> str:
         """Return the name of the tokenizer: as given, or of the data, or of the --init weights."""
@@ -146,6 +181,8 @@ class Train(Reading):
         if self.data or self.tokenizer is not None or self.init is not None:
             return keep_characters(get_tokenizer(self.tokenizer_name()), self.train.out)
         directory = Path(self.train.out) / "tokenizer"
+        if self.dry_run:
+            return self._tokenizer_of_dry_run(directory)
         # A vocabulary that is there is never replaced: another process may start on it just now.
         with lock(Path(self.train.out), LOCK_TIMEOUT_S):
             if (directory / "vocab.bpe").is_file():
@@ -156,6 +193,15 @@ class Train(Reading):
             # With all of GPT-2's tokens, a model this small spends most of its time on the head.
             assert isinstance(whole, BPETokenizer)
             return reduce_tokenizer(whole, embedded_text(), directory)
+
+    def _tokenizer_of_dry_run(self, directory: Path) -> Tokenizer:
+        """Return the tokenizer of the embedded text, and leave no files of it."""
+        if (directory / "vocab.bpe").is_file():
+            return get_tokenizer(str(directory))
+        whole = get_tokenizer("gpt2")
+        assert isinstance(whole, BPETokenizer)
+        with tempfile.TemporaryDirectory() as elsewhere:
+            return reduce_tokenizer(whole, embedded_text(), elsewhere)
 
     def _model(self, n_vocab: int) -> GPT:
         """Return the model to train, with random weights or those of --init."""
@@ -177,7 +223,7 @@ class Train(Reading):
         """Print the size of the data, the model and the run."""
         unit = "documents" if isinstance(sources[0], Documents) else "tokens"
         n_params = sum(p.numel() for p in trainer.model.parameters())
-        print(
+        say(
             f"{sum(map(len, sources)):,} {unit}, {n_params:,} parameters, "
             f"{trainer.total_steps} steps of "
             f"{batch_size_of(trainer.train_loader) * self.train.accumulation_steps} x {T} tokens "
@@ -189,7 +235,7 @@ class Train(Reading):
             default = (
                 ", the default with --init; --lr sets another" if rate == FINETUNING_LR else ""
             )
-            print(f"fine-tuning {self.init} at a learning rate of {rate:g}{default}")
+            say(f"fine-tuning {self.init} at a learning rate of {rate:g}{default}")
 
 
 def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
@@ -210,10 +256,14 @@ def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
         if "lr" not in layered:
             # The rate of the small model, which starts from random weights, wrecks a trained one.
             command = apply(command, {"lr": FINETUNING_LR, "min_lr": None}, "--init")
+    preset = layered.get("preset")
+    if isinstance(preset, str) and preset != "none" and not saved:
+        # A vocab_size of 1 is raised to that of the tokenizer.
+        command = dataclasses.replace(command, model=GPTConfig.preset(preset, vocab_size=1))
     if saved:
         source = layered.get("out", command.train.out)
         command = apply(command, {**saved, "out": source}, f"the settings of {source}")
-    elif "lr" in layered and "min_lr" not in layered:
+    elif "lr" in layered:
         # The default min_lr suits the default lr only.
         command = apply(command, {"min_lr": None}, "--lr")
     # max_steps or epochs from a later place replaces either of them from an earlier one.

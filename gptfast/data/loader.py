@@ -154,8 +154,9 @@ class BatchOrder(Sampler[list[int]]):
 
 def _ignore_interrupts(worker: int) -> None:
     # Signals may go to the whole process group; the trainer still wants its last step's batches.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def create_dataloader(

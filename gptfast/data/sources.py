@@ -89,9 +89,14 @@ def _part_files(path: str | PathLike) -> dict[str, list[Path]]:
     return parts
 
 
+def is_prepared(paths: Sequence[str | PathLike]) -> bool:
+    """Return whether the paths are one directory with files for the parts of the data."""
+    return len(paths) == 1 and bool(_part_files(paths[0]))
+
+
 def _token_directory(paths: Sequence[str | PathLike]) -> Path | None:
     """Return the directory of token files that paths name, as such or file by file; else None."""
-    if len(paths) == 1 and _part_files(paths[0]):
+    if is_prepared(paths):
         return Path(paths[0])
     names = [name for path in paths for name in glob.glob(str(path)) or [str(path)]]
     parents = {Path(name).parent for name in names}

@@ -45,7 +45,7 @@ def checked_job(
     options.penalty(len(prompts), device)
     if not decoder.can_guess:
         options.refuse_guesses()
-    return Job(prompts, n, options, stops, logprobs)
+    return Job(prompts, n, options.with_seeds(prompts), stops, logprobs)
 
 
 def checked_stream_job(

@@ -126,13 +126,18 @@ class Conversation:
         return [i for turn in self.turns[self.forgotten :] for i in (*turn.ids, *turn.reply)]
 
     def make_room(self, block_size: int, n: int) -> int:
-        """Forget the oldest turns until n more tokens fit; return how many were forgotten.
+        """Forget the oldest turns if n more tokens do not fit; return how many were forgotten.
 
-        Room is made for half of block_size at most, and the latest turn always stays.
+        Half of the room is then cleared, for several new turns: the next turns keep their beginning
+        in the cache, and nothing is computed again. Room is made for half of block_size at most,
+        and the latest turn always stays.
         """
         before, most = self.forgotten, block_size - min(n, block_size // 2)
-        while self.forgotten < len(self.turns) - 1 and len(self.ids) > most:
-            self.forgotten += 1
+        if len(self.ids) > most:
+            latest = len(self.turns[-1].ids)
+            aim = most // 2 if latest <= most // 2 else most
+            while self.forgotten < len(self.turns) - 1 and len(self.ids) > aim:
+                self.forgotten += 1
         return self.forgotten - before
 
     def reply(

@@ -1,10 +1,11 @@
 """The options of generation and their checks: one error with value and remedy."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ Number = float | Sequence[float] | Tensor
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 """The parameters of `ops.sample` in their order, without the position."""
 _INTEGERS = ("top_k", "seed")
+_NO_TOP_K = 2**62
+"""More tokens than any vocabulary has: `ops.sample` takes it for no top-k."""
+# Besides None: what beam search, which draws nothing, need not refuse.
+_OFF = {"temperature": (1, 0), "top_k": (0,), "top_p": (1,), "min_p": (0,)}
 
 
 @runtime_checkable
@@ -39,15 +44,18 @@ class Options:
     """How to continue prompts.
 
     Drawing, where each value is one number or one for each prompt:
-        temperature, top_k, top_p, min_p, seed: as in `ops.sample`; temperature 0 is greedy.
+        temperature, top_k, top_p, min_p, seed: as in `ops.sample`; temperature 0 is greedy, and
+            top_k 0 is off. A prompt that stands in a batch again takes the next seed of a single
+            one, so that the same prompt several times gives several texts.
         repetition_penalty: CTRL's (Keskar et al., 2019), applied before the temperature: the logits
             of tokens that the prompt or its continuation holds are divided by it if positive and
             multiplied by it if negative; 1 is off.
     Beam search:
         num_beams: above 1, search for the likeliest continuation instead of drawing (see
-            `gptfast.generation.beam`). The result is the hypothesis with the highest sum of
-            log-probabilities / number of new tokens ** length_penalty. The repetition penalty then
-            applies to log-probabilities, and the seed has no effect.
+            `gptfast.generation.beam`), with temperature 0 or 1 and no truncation. The result is the
+            hypothesis with the highest sum of log-probabilities / number of new tokens **
+            length_penalty. The repetition penalty then applies to log-probabilities, and the seed
+            has no effect.
         length_penalty: the exponent of that division; values above 0 favour long continuations.
     The end:
         eos_id: a continuation ends after this token and keeps it; a list of ids ends it after any.
@@ -98,7 +106,22 @@ class Options:
     def sampling(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """Return the parameters of `ops.sample` for each prompt, as (batch,) tensors."""
         given = {name: _number(name, getattr(self, name), batch, device) for name in SAMPLING}
+        given["top_k"] = _top_k(given["top_k"])
         return per_row(batch, device, **given)
+
+    def with_seeds(self, prompts: Sequence[Sequence[int]]) -> Self:
+        """Return these checked options with the seed of each prompt.
+
+        Of equal prompts, each takes the seed after the one before, unless there is a seed for each.
+        """
+        if self.num_beams != 1 or not isinstance(self.seed, Real):
+            return self
+        repeats: Counter[tuple[int, ...]] = Counter()
+        seeds = []
+        for prompt in map(tuple, prompts):
+            seeds.append(next_seed(int(self.seed), repeats[prompt]))
+            repeats[prompt] += 1
+        return self if len(repeats) == len(seeds) else replace(self, seed=seeds)
 
     def penalty(self, batch: int, device: torch.device) -> Tensor | None:
         """Return the repetition penalty of each prompt, (batch,) fp32; None if all are 1."""
@@ -152,10 +175,15 @@ class Options:
             raise ValueError(f"length_penalty must be a finite number, got {self.length_penalty}")
         self._check_guesses(vocab_size)
         if n == 1:
+            if self.length_penalty != 1:
+                raise ValueError(
+                    f"length_penalty={self.length_penalty} weighs the texts that beams find: leave "
+                    "it out or take num_beams above 1"
+                )
             return
-        for name, off in (("temperature", 1.0), ("top_k", None), ("top_p", None), ("min_p", None)):
+        for name, off in _OFF.items():
             value = getattr(self, name)
-            if value is not off and not (isinstance(value, Real) and value == off):
+            if value is not None and not (isinstance(value, Real) and value in off):
                 raise ValueError(
                     f"beam search draws nothing: leave out {name}={value} or take num_beams=1"
                 )
@@ -237,6 +265,22 @@ def _number(name: str, value: Any, batch: int, device: torch.device) -> Any:
         raise ValueError(
             f"{name} must be a number, or one for each of {batch} rows, got {value!r}"
         ) from None
+
+
+def _top_k(value: Any) -> Any:
+    """Return a top_k, of which 0 is off, as `ops.sample` takes it."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else value.where(value != 0, _NO_TOP_K)
+    if isinstance(value, Real) and not value >= 1:
+        if value == 0:
+            return None
+        raise ValueError(f"top_k must be an integer >= 1, or 0 for off, got {value}")
+    return value
+
+
+def next_seed(seed: int, n: int = 1) -> int:
+    """Return the seed n places after another, within int64."""
+    return (seed + n + 2**63) % 2**64 - 2**63
 
 
 def new_tokens(max_new_tokens: Any) -> int:

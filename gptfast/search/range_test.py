@@ -11,6 +11,7 @@ import numpy as np
 from gptfast.search.plot import plot_range
 from gptfast.search.report import aligned_table, trial_rows
 from gptfast.search.trials import COMMAND, Settings, run_trials
+from gptfast.training.log import say
 from gptfast.training.metrics import finite
 
 
@@ -75,6 +76,12 @@ def range_test(lr: Sequence[float], loss: Sequence[float]) -> RangeTest:
     )
 
 
+def lr_range_steps(base: Settings) -> int | None:
+    """Return the number of steps of a range test; None if the settings give epochs instead."""
+    steps = base.get("max_steps")
+    return 200 if steps is None and base.get("epochs") is None else steps
+
+
 def lr_range(
     base: Settings,
     lr_min: float,
@@ -96,6 +103,7 @@ def lr_range(
     base = base | {
         "schedule": "exponential",
         "warmup_steps": 0,
+        "decay_steps": None,
         "log_interval": 1,
         "eval_interval": 10**9,
         "eval_batches": 1,
@@ -104,8 +112,7 @@ def lr_range(
         "skip_zscore": None,
         "nonfinite": "stop",
     }
-    if base.get("max_steps") is None and base.get("epochs") is None:
-        base["max_steps"] = 200
+    base["max_steps"] = lr_range_steps(base)
     result = run_trials(base, [{"lr": lr_max, "min_lr": lr_min}], out, command=command)[0]
     rows = [
         row for row in trial_rows(out / result.trial) if finite(row, "loss") and finite(row, "lr")
@@ -116,8 +123,8 @@ def lr_range(
     plot_range(test, out / "lr_range.png")
     shown = np.linspace(0, len(test.lr) - 1, 15).round().astype(int)
     table = [[f"{test.lr[i]:.2e}", f"{test.smoothed[i]:.4f}"] for i in dict.fromkeys(shown)]
-    print(aligned_table([["lr", "smoothed loss"], *table]))
-    print(
+    say(aligned_table([["lr", "smoothed loss"], *table]))
+    say(
         f"suggested: {test.suggestion:.2g}, where the loss falls most steeply "
         f"(a tenth of the minimum's: {test.tenth_of_minimum:.2g}); see {out / 'lr_range.png'}"
     )

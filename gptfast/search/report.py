@@ -10,6 +10,7 @@ from typing import Any
 from gptfast.files import replace_link, replacing, write_json
 from gptfast.search.plot import plot_search
 from gptfast.search.trials import COMMAND, Result, Settings, run_trials, short
+from gptfast.training.log import say
 from gptfast.training.metrics import read_metrics
 
 COLUMNS = {
@@ -90,7 +91,7 @@ def run_search(
     try:
         results = run_trials(base, trials, out, jobs=jobs, command=command)
     except KeyboardInterrupt:
-        print(f"stopped; the same command continues {out}")
+        say(f"stopped; the same command continues {out}")
         raise
     if not any(result.status == "done" for result in results):
         first = results[0]
@@ -100,14 +101,14 @@ def run_search(
         )
     results = sorted(results, key=_order)
     rows = _rows(results)
-    print(aligned_table(rows))
+    say(aligned_table(rows))
     with replacing(out / "results.md") as file:
         file.write(_markdown(rows))
     write_json(out / "results.json", [dataclasses.asdict(result) for result in results])
     replace_link(out / "best", results[0].trial)
     histories = [trial_rows(out / result.trial) for result in results]
     plot_search(results, histories, out / "search.png", log_fields=log_fields)
-    print(f"best: {results[0].label} ({out / results[0].trial}); see {out / 'search.png'}")
+    say(f"best: {results[0].label} ({out / results[0].trial}); see {out / 'search.png'}")
     return results
 
 

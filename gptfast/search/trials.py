@@ -22,7 +22,8 @@ from typing import Any
 from gptfast.checks import integer
 from gptfast.config import to_toml
 from gptfast.files import lock, replacing, write_json
-from gptfast.training.interrupt import Interrupt
+from gptfast.training.interrupt import EXIT_CODES, Interrupt
+from gptfast.training.log import say
 from gptfast.training.metrics import MetricsRow, finite, read_metrics
 
 Settings = dict[str, Any]
@@ -136,7 +137,7 @@ class _Trial:
         before = load_result(directory)
         self.seconds_before = before.seconds if before else 0.0
         directory.mkdir(exist_ok=True)
-        print(f"{directory.name} starts: {_label(settings)}", flush=True)
+        say(f"{directory.name} starts: {_label(settings)}")
         toml = directory / "trial.toml"
         with replacing(toml) as file:
             file.write(to_toml(_settings(base, settings, directory)))
@@ -165,7 +166,7 @@ class _Trial:
         numbers = _numbers(rows)
         if code == 0 and final and numbers["val_loss"] is not None:
             status, reason = "done", None
-        elif interrupted or (code == 0 and rows and not final):
+        elif interrupted or code in EXIT_CODES or (code == 0 and rows and not final):
             status, reason = "interrupted", "stopped before its last step"
         elif code == 0:
             status, reason = "failed", damage or "it has no validation loss"
@@ -222,9 +223,9 @@ def run_trials(
     """Run the trials that are not done, `jobs` at a time, and return all results in order.
 
     A trial runs `command --config OUT/trial-NNN/trial.toml --resume`. The file has the settings of
-    base, those of the trial, and the trial's directory as out. After Ctrl-C or SIGTERM the running
-    trials stop, and KeyboardInterrupt is raised once they have. Raises ValueError if out holds
-    another search or one that is running.
+    base, those of the trial, and the trial's directory as out. After Ctrl-C, SIGTERM or SIGHUP
+    the running trials stop, and KeyboardInterrupt is raised once they have. Raises ValueError if
+    out holds another search or one that is running.
     """
     if not trials:
         raise ValueError("a search needs at least one trial")
@@ -237,7 +238,7 @@ def run_trials(
         results = {d: result for d, result in loaded.items() if result and result.status == "done"}
         waiting = [t for t in zip(directories, trials, strict=True) if t[0] not in results]
         if results:
-            print(f"{len(results)} of {len(trials)} trials are done already", flush=True)
+            say(f"{len(results)} of {len(trials)} trials are done already")
         _run_waiting(waiting, base, results, jobs, command)
     return [results[directory] for directory in directories]
 
@@ -251,7 +252,7 @@ def _run_waiting(
 ) -> None:
     """Run the waiting trials and add their results to `results`.
 
-    Raises KeyboardInterrupt after SIGINT or SIGTERM, when no trial runs any more.
+    Raises KeyboardInterrupt after SIGINT, SIGTERM or SIGHUP, when no trial runs any more.
     """
     running: list[_Trial] = []
     stopping = False
@@ -269,7 +270,7 @@ def _run_waiting(
                 for trial in [trial for trial in running if trial.process.poll() is not None]:
                     running.remove(trial)
                     results[trial.directory] = trial.result(bool(interrupt.requested))
-                    print(_line(results[trial.directory]), flush=True)
+                    say(_line(results[trial.directory]))
         finally:
             for trial in running:
                 trial.process.kill()

@@ -83,7 +83,7 @@ def _train(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], list[
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as error:
         raise ImportError(
-            "train_tokenizer needs the tokenizers library: pip install tokenizers"
+            "learning a vocabulary needs the tokenizers library: pip install tokenizers"
         ) from error
 
     def checked() -> Iterator[str]:

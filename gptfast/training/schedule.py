@@ -30,3 +30,34 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
         left = max(0, steps - 1 - step)
         return min_lr + (lr - min_lr) * min(1.0, left / decay)
     return lr
+
+
+def check_schedule(config: TrainConfig, steps: int | None = None) -> None:
+    """Raise ValueError for settings of the learning rate that contradict one another.
+
+    steps: the length of the run; None leaves out what depends on it.
+    """
+    decay = config.decay_steps
+    if config.min_lr is not None and config.min_lr > config.lr:
+        raise ValueError(
+            f"min_lr must be at most lr, got min_lr {config.min_lr} and lr {config.lr}; lower "
+            "min_lr, or leave it out for a tenth of lr"
+        )
+    if decay is not None and config.schedule != "wsd":
+        raise ValueError(
+            f"decay_steps {decay} is for schedule wsd, not {config.schedule}, which decays during "
+            "the whole run; leave it out or choose wsd"
+        )
+    if steps is None:
+        return
+    warmup = config.warmup_steps or 0
+    if warmup > steps:
+        raise ValueError(
+            f"warmup_steps {warmup} is longer than the run of {steps} steps; lower it or train for "
+            "longer"
+        )
+    if decay is not None and warmup + decay > steps:
+        raise ValueError(
+            f"warmup_steps {warmup} and decay_steps {decay} are longer than the run of {steps} "
+            "steps together; lower them or train for longer"
+        )

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from gptfast import ops
 from gptfast.config import TrainConfig
@@ -25,11 +23,12 @@ from gptfast.training.checkpoint import clean_up
 from gptfast.training.feed import Feed
 from gptfast.training.flops import mfu
 from gptfast.training.interrupt import Interrupt
+from gptfast.training.log import RunLog, warn
 from gptfast.training.metrics import finite, read_metrics
 from gptfast.training.plot import plot_losses
 from gptfast.training.progress import Progress, RunCheckpoints, run_settings
 from gptfast.training.run_directory import RunDirectory
-from gptfast.training.schedule import learning_rate
+from gptfast.training.schedule import check_schedule, learning_rate
 from gptfast.training.step import Batch, RefusedStep, TrainStep, autocast
 from gptfast.weights.checkpoint import checkpoints
 
@@ -40,6 +39,12 @@ SAMPLE_MIN_P = 0.2
 
 # Measured with the matrix product of training, which is twice as fast as PyTorch's on some CPUs.
 _peak = functools.cache(functools.partial(measured_peak, product=ops.linear))
+
+
+def run_length(config: TrainConfig, batches: int) -> int:
+    """Return the number of steps of a run over data of so many batches."""
+    epochs = config.epochs or DEFAULT_EPOCHS
+    return config.max_steps or max(1, epochs * batches // config.accumulation_steps)
 
 
 class _EvaluationInterrupted(Exception):
@@ -75,23 +80,22 @@ class Trainer:
         for loader in (train_loader, val_loader, test_loader):
             if loader is not None and not isinstance(loader.batch_sampler, BatchOrder):
                 raise ValueError("the loaders must come from gptfast.create_dataloader")
-        if tokenizer and config.sample_tokens and not tokenizer.encode(config.sample_prompt):
-            raise ValueError("sample_prompt is empty; give it some text or set sample_tokens to 0")
-        self._bar: tqdm | None = None
+        self.log = RunLog()
         self._feed: Feed | None = None
         self.device = choose_device(config.device)
         self.model, self.config, self.tokenizer = model.to(self.device), config, tokenizer
         self.train_loader, self.val_loader = train_loader, val_loader
         self.test_loader = test_loader
-        epochs = config.epochs or DEFAULT_EPOCHS
-        per_run = epochs * len(train_loader) // config.accumulation_steps
-        self.total_steps = config.max_steps or max(1, per_run)
-        self.step = TrainStep(model, config, self.device, self._log)
+        self.total_steps = run_length(config, len(train_loader))
+        check_schedule(config, self.total_steps)
+        self.step = TrainStep(model, config, self.device, self.log.line)
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
         self.run = RunDirectory(Path(config.out), tensorboard=config.tensorboard)
         made_by = run_settings(model.config, config, tokenizer, data_sha256, settings or {})
-        self.checkpoints = RunCheckpoints(self.run.out, self.step, made_by, self._log, tokenizer)
+        self.checkpoints = RunCheckpoints(
+            self.run.out, self.step, made_by, self.log.line, tokenizer
+        )
         self.interrupt = Interrupt()
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
@@ -99,22 +103,16 @@ class Trainer:
 
         resume: continue exactly from the latest undamaged checkpoint in config.out, or start if
         there is none. Raises ValueError for resume=False in a directory that has checkpoints.
-        SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second SIGINT
-        raises KeyboardInterrupt at once. A loss or gradient norm that is not finite raises
-        FloatingPointError after a checkpoint of the weights before that step.
+        SIGINT, SIGTERM and SIGHUP end the run after the current step, with a checkpoint; a second
+        SIGINT raises KeyboardInterrupt at once. Log lines that cannot be written do not end it. A
+        loss or gradient norm that is not finite raises FloatingPointError after a checkpoint of the
+        weights before that step.
         """
         with self.run.lock(), Interrupt() as self.interrupt:
             self._open(resume)
             self._peak_flops()  # half a second that must not count in the first tokens per second
             self.model.train()
-            self._bar = tqdm(
-                total=self.total_steps,
-                initial=self.progress.step,
-                unit="step",
-                disable=None,
-                dynamic_ncols=True,
-            )
-            with self._bar:
+            with self.log.progress_bar(self.total_steps, self.progress.step):
                 self._loop()
             self.history = read_metrics(self.run.out)
             if any(finite(row, "val_loss") for row in self.history):
@@ -144,7 +142,7 @@ class Trainer:
         progress.tokens += row.pop("targets")
         if "skipped" in row:
             data = self._data_of(progress.step - 1)
-            self._log(f"step {progress.step} skipped: {row['skipped']}; {data}")
+            self.log.line(f"step {progress.step} skipped: {row['skipped']}; {data}")
         return row
 
     def _open(self, resume: bool) -> None:
@@ -168,7 +166,9 @@ class Trainer:
             self._after_step(self.progress.pending)
         elif self._is_over():
             more = "max_steps or epochs" if self._has_all_steps() else "early_stopping"
-            self._log(f"the run is complete at step {self.progress.step}; raise {more} for more")
+            self.log.line(
+                f"the run is complete at step {self.progress.step}; raise {more} for more"
+            )
         with self._profiler() as profiled_step:
             start, tokens = time.perf_counter(), 0
             for batches in self._batches():
@@ -179,8 +179,7 @@ class Trainer:
                     if self.config.compile and self.interrupt.requested:
                         break
                     raise
-                if self._bar is not None:
-                    self._bar.update()
+                self.log.advance()
                 profiled_step()
                 tokens += sum(x.numel() for x, _ in batches)  # masked targets cost as much time
                 row |= self._speed(tokens / (time.perf_counter() - start), batches[0][0].shape[1])
@@ -192,7 +191,9 @@ class Trainer:
             saved = "all is saved; --resume continues"
             if not self.config.save_optimizer:
                 saved = "the model is saved"
-            self._log(f"{self.interrupt.requested}: stopped at step {self.progress.step}, {saved}")
+            self.log.line(
+                f"{self.interrupt.requested}: stopped at step {self.progress.step}, {saved}"
+            )
 
     def _batches(self) -> Iterator[list[Batch]]:
         """Yield the batches of each step, from the current step to the last."""
@@ -247,7 +248,18 @@ class Trainer:
         progress.pending = None
         if self._saves_now(improved):
             self._save()
+        self._mention_lost_log()
         return due
+
+    def _mention_lost_log(self) -> None:
+        """Say on stderr that log lines can no longer be written, once what they told is saved."""
+        if self.log.lost:
+            warn(
+                f"gptfast: the log lines cannot be written ({self.log.lost}). Step "
+                f"{self.progress.step} is saved in {self.run.out}, and the run goes on without "
+                "them; metrics.jsonl has its numbers, and Ctrl-C ends it"
+            )
+            self.log.lost = None
 
     def _saves_now(self, improved: bool) -> bool:
         """Return whether a checkpoint is due. improved: whether the model is the best so far."""
@@ -255,7 +267,7 @@ class Trainer:
         every = config.checkpoint_interval or config.eval_interval
         scheduled = step > 0 and (self._is_over() or step % every == 0)
         new_best = improved and config.keep_best
-        return bool(scheduled or new_best or self.interrupt.requested)
+        return bool(scheduled or new_best or self.interrupt.requested or self.log.lost)
 
     def _save(self) -> None:
         """Write a checkpoint, after the metrics and samples up to its step are on disk."""
@@ -305,14 +317,14 @@ class Trainer:
         train_loss = self._loss_over(self.train_loader, n)
         val_loss = self._loss_over(self.val_loader, self.config.eval_batches)
         row |= {"train_loss": train_loss, "val_loss": val_loss}
-        self._log(
+        self.log.line(
             f"step {self.progress.step}/{self.total_steps} | training loss {train_loss:.3f} | "
             f"validation loss {val_loss:.3f} (perplexity {perplexity(val_loss):.1f})"
         )
         improved = self.progress.update_best(val_loss)
         if self._is_over() and self.test_loader is not None:
             row["test_loss"] = loss = self._loss_over(self.test_loader, None)
-            self._log(f"test loss {loss:.3f} (perplexity {perplexity(loss):.1f})")
+            self.log.line(f"test loss {loss:.3f} (perplexity {perplexity(loss):.1f})")
         return improved
 
     def _loss_over(self, loader: DataLoader, n: int | None) -> float:
@@ -345,25 +357,18 @@ class Trainer:
         assert isinstance(text, str)
         line = " ".join(text.split())
         self.run.write_sample(self.progress.step, line)
-        self._log(f"step {self.progress.step}/{self.total_steps} | sample: {line}")
+        self.log.line(f"step {self.progress.step}/{self.total_steps} | sample: {line}")
 
     def _log_row(self, row: dict[str, Any]) -> None:
         """Print the numbers of an ordinary step."""
         if "loss" not in row or "grad_norm" not in row:
             return
         share = f" | MFU {row['mfu']:.0%}" if "mfu" in row else ""
-        self._log(
+        self.log.line(
             f"step {self.progress.step}/{self.total_steps} | loss {row['loss']:.3f} | "
             f"lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
             f"{row['tokens_per_second']:,.0f} tokens/s{share}"
         )
-
-    def _log(self, line: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        if self._bar is not None and not self._bar.disable:
-            self._bar.write(line)
-        else:
-            print(line, file=sys.stdout, flush=True)
 
     def _profiler(self) -> contextlib.AbstractContextManager:
         """Return a context that yields the function to call after each step."""

@@ -1,0 +1,230 @@
+"""Test how words become values of flags, and the hints for what people type from habit."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Capture, refused, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gptfast
+from gptfast.cli import COMMANDS, command_flags, parse
+from gptfast.cli.command_line import CommandLine, looks_like_flag
+from gptfast.cli.flags import SHORT, UsageError
+from gptfast.cli.generate import unescaped
+from gptfast.cli.hints import _COMMANDS_ELSEWHERE, _ELSEWHERE, with_flags
+from gptfast.cli.settings import flat, read_toml
+from gptfast.cli.train import Train
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(command: str, *words: str) -> dict[str, Any]:
+    return CommandLine(command, command_flags(command)).read(words)
+
+
+GENERATE = {"checkpoint": "RUN", "prompt": "a"}
+READ = {
+    "generate RUN --prompt a": {},
+    "generate RUN -p a": {},
+    "generate -p a RUN": {},
+    "generate RUN -p a -n 5": {"max_new_tokens": 5},
+    "generate RUN -p a -n5": {"max_new_tokens": 5},
+    "generate RUN -p a -s=5": {"seed": 5},
+    "generate RUN --prompt=a --top_k 3": {"top_k": 3},
+    "generate RUN -p a --top-k none": {"top_k": None},
+    "generate RUN -p a --temperature -1": {"temperature": -1.0},
+    "generate RUN -p a --min-p -.5": {"min_p": -0.5},
+    "generate RUN -p a --length-penalty -inf": {"length_penalty": float("-inf")},
+    "generate RUN -p a --stop . ,": {"stop": [".", ","]},
+    "generate RUN -p a --stop . --stop ,": {"stop": [".", ","]},
+    "generate RUN -p a --stop=. --stop=, --stop ; !": {"stop": [".", ",", ";", "!"]},
+    "generate -p a --stop . , RUN": {"stop": [".", ","]},
+    "generate -p a --stop . RUN": {"stop": ["."]},
+    "generate --stop . RUN -p a": {"stop": ["."]},
+    "generate RUN -p a --stop --": {"stop": ["--"]},
+    "generate RUN -p a --stop=--": {"stop": ["--"]},
+    "generate RUN -p a --stop - -1": {"stop": ["-", "-1"]},
+    "generate -p a --stop x -- RUN": {"stop": ["x"]},
+    "generate RUN -p a --stop=--prompt": {"stop": ["--prompt"]},
+    "generate RUN -p b -p a": {},
+    "generate RUN -p a --lookup": {"lookup": True},
+    "generate RUN -p a --lookup=true --logprobs=False": {"lookup": True, "logprobs": False},
+    "generate RUN -p a --lookup --no-lookup": {"lookup": False},
+}
+
+
+@pytest.mark.parametrize("line", READ)
+def test_words_become_values(line: str) -> None:
+    name, *words = line.split()
+    assert read(name, *words) == {**GENERATE, **READ[line]}
+
+
+@pytest.mark.parametrize("prompt", ["-", "-5", "- a list", "-no way", "--my_flag is", "", "–x"])
+def test_prompts_that_are_taken_as_they_are(prompt: str) -> None:
+    assert read("generate", "RUN", "--prompt", prompt)["prompt"] == prompt
+
+
+@given(prompt=st.text(max_size=8) | st.from_regex(r"--?[a-z]+(=[a-z]*)?", fullmatch=True))
+def test_any_prompt_can_be_written(prompt: str) -> None:
+    """With =, and without it unless it looks like a flag, which is refused with the remedy."""
+    assert read("generate", "RUN", f"--prompt={prompt}")["prompt"] == prompt
+    if looks_like_flag(prompt):
+        with pytest.raises(UsageError) as error:
+            read("generate", "RUN", "--prompt", prompt)
+        assert f"is written --prompt={prompt}" in str(error.value)
+    else:
+        assert read("generate", "RUN", "--prompt", prompt)["prompt"] == prompt
+
+
+@given(words=st.lists(st.sampled_from("- -- -p -n5 --stop --stop= a RUN --lookup -x =".split())))
+def test_any_words_are_read_or_a_usage_error(words: list[str]) -> None:
+    try:
+        assert "checkpoint" in read("generate", *words)
+    except UsageError as error:
+        assert len(str(error).splitlines()) == 1 and "gptfast generate --help" in str(error)
+
+
+MISTYPED = {
+    "generate RUN --temp 0.5": "perhaps you meant --temperature",
+    "generate RUN --temprature 0.5": "perhaps you meant --temperature",
+    "generate RUN -temperature 0.5": "perhaps you meant --temperature",
+    "generate RUN -prompt a": "perhaps you meant --prompt",
+    "generate RUN -t 8": "perhaps you meant --threads or --temperature",
+    "generate RUN --n-predict 9": "perhaps you meant --max-new-tokens",
+    "generate RUN --max_tokens 9": "perhaps you meant --max-new-tokens",
+    "generate RUN --max-length 9": "perhaps you meant --max-new-tokens",
+    "generate RUN --num-return-sequences 4": "perhaps you meant --num-samples",
+    "generate RUN --repeat-penalty 2": "perhaps you meant --repetition-penalty",
+    "generate RUN --do_sample": "perhaps you meant --temperature 0",
+    "generate RUN --file a.txt": "perhaps you meant --prompt - < FILE",
+    "generate -m RUN": "the model stands without a flag: gptfast generate MODEL",
+    "generate RUN --model-draft x": "perhaps you meant --draft",
+    "generate RUN --lr 1": "gptfast train, gptfast search have it",
+    "chat RUN -r User:": "there is no flag -r",
+    "train --learning-rate 1": "perhaps you meant --lr",
+    "train --learning_rate=1": "perhaps you meant --lr",
+    "train --max-iters 5": "perhaps you meant --max-steps",
+    "train --gradient_accumulation_steps 5": "perhaps you meant --accumulation-steps",
+    "train --per_device_train_batch_size 5": "perhaps you meant --batch-size",
+    "train --num_train_epochs 5": "perhaps you meant --epochs",
+    "train --output_dir x": "perhaps you meant --out",
+    "train --init_from gpt2": "perhaps you meant --init",
+    "train --bf16": "perhaps you meant --precision bf16",
+    "train --dtype bf16": "perhaps you meant --precision",
+    "train --batch 8": "perhaps you meant --batch-size",
+    "train --no-cuda": "perhaps you meant --device cpu",
+    "train --no-compil": "perhaps you meant --no-compile",
+    "train --prompt a": "gptfast generate has it",
+    "train --wholly-unknown 3": "there is no flag --wholly-unknown (see gptfast train --help)",
+    "train --compile False": "a switch takes no value: --compile or --no-compile",
+    "train \u2013\u2013lr 3": "begins with another kind of dash",
+    "train --data": "--data takes one or more values",
+    "train --data --out x": "--data takes one or more values",
+    "train --lr": "--lr takes a value, X",
+    "train --lr --out x": "--lr takes a value, X, got --out",
+    "train --lr fast": "--lr takes a number, got 'fast'",
+    "train --max-steps 1.5": "--max-steps takes a whole number, got '1.5'",
+    "train --schedule cos": "--schedule takes one of cosine, linear, constant",
+    "train --resume=maybe": "--resume takes no value, got 'maybe'",
+    "search --grid lr=1 --lr-range 1": "--lr-range takes 2 values, LOW HIGH",
+    "eval RUN --prompt a": "gptfast generate has it",
+    "generate RUN This is": "text with spaces needs quotes",
+    "trian": "perhaps you meant gptfast train;",
+    "Train": "perhaps you meant gptfast train;",
+    "finetune": "perhaps you meant gptfast train --init;",
+    "sample": "perhaps you meant gptfast generate;",
+    "gen": "perhaps you meant gptfast generate;",
+    "frobnicate": "there is no command 'frobnicate'; choose one of",
+    "--prompt a": "--prompt stands before the command; write gptfast COMMAND [FLAGS]",
+}
+
+
+@pytest.mark.parametrize("line", MISTYPED)
+def test_what_people_type(line: str, capsys: Capture) -> None:
+    result = run(capsys, *line.split())
+    refused(result, MISTYPED[line])
+    assert result[0] == 2 and result[1] == ""
+
+
+def test_a_refused_flag_is_not_suggested(capsys: Capture) -> None:
+    """A search takes no --resume, so nothing like it is suggested."""
+    for word in ("--res", "--resum", "--resume-from", "--continue"):
+        assert "--resume" not in run(capsys, "search", word)[2].replace(word, "")
+
+
+def test_the_names_of_other_programs_lead_to_flags_that_exist() -> None:
+    flags = {flag.long for name in COMMANDS for flag in command_flags(name)}
+    for entries in _ELSEWHERE.values():
+        for entry in entries:
+            assert entry.split()[0] in flags or entry.split()[:1] == ["gptfast"], entry
+    for command in _COMMANDS_ELSEWHERE.values():
+        assert command.split()[0] in COMMANDS or command == "--version"
+
+
+def test_short_flags_mean_the_same_everywhere(capsys: Capture) -> None:
+    assert len(set(SHORT.values())) == len(SHORT) == 5
+    for name in COMMANDS:
+        shown = run(capsys, name, "--help")[1]
+        for flag in command_flags(name):
+            if flag.short:
+                assert f"  {flag.short}, {flag.long}" in shown
+
+
+def test_help_speaks_words(capsys: Capture) -> None:
+    for name in COMMANDS:
+        shown = run(capsys, name, "--help")[1]
+        assert "STR" not in shown.split() and "None" not in shown and "INT" not in shown.split()
+        assert run(capsys, "help", name)[1] == run(capsys, name, "-h")[1] == shown
+    assert run(capsys, "train", "--lr", "1", "--help")[0] == 0
+
+
+@pytest.mark.parametrize("word", ["--version", "-V"])
+def test_version(word: str, capsys: Capture) -> None:
+    assert run(capsys, word) == (0, f"gptfast {gptfast.__version__}\n", "")
+
+
+def test_errors_name_flags() -> None:
+    flags = command_flags("train")
+    assert with_flags("batch_size must be >= 1, got 0", flags) == "--batch-size must be >= 1, got 0"
+    assert with_flags("lr must be > 0, got -1", flags) == "--lr must be > 0, got -1"
+    for kept in ("a/batch_size.txt", "the split must be", "no field 'batch_size'", "--batch-size"):
+        assert with_flags(kept, flags) == kept
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (r"\n", "\n"),
+        (r"a\n\n", "a\n\n"),
+        (r"\\n", r"\n"),
+        (r"\t|\r", "\t|\r"),
+        (r"\d \x", r"\d \x"),
+    ],
+)
+def test_escapes(written: str, meant: str) -> None:
+    assert unescaped(written) == meant
+
+
+def test_the_sample_settings_are_settings() -> None:
+    """examples/train.toml can be given as it is, and shows at least the most used settings."""
+    path = ROOT / "examples" / "train.toml"
+    command = parse(["train", "--config", str(path)])
+    assert dataclasses.replace(command, config=None) != Train()
+    assert {"data", "out", "lr", "max_steps", "n_layer", "batch_size"} <= read_toml(path).keys()
+    assert read_toml(path).keys() <= flat(Train()).keys()
+
+
+def test_a_preset() -> None:
+    model = parse(["train", "--preset", "gpt2-medium", "--block-size", "256"]).model
+    assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (24, 16, 1024, 256)
+    assert model.vocab_size == 1  # raised to the tokenizer's
+
+
+def test_misspelt_keys_of_a_file(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "run.toml").write_text("learning_rate = 1e-3")
+    refused(run(capsys, "train", "--config", tmp_path / "run.toml"), "did you mean 'lr'?")
+    (tmp_path / "run.toml").write_text("batch_size = 0.5")
+    refused(run(capsys, "train", "--config", tmp_path / "run.toml"), "run.toml: batch_size must")
