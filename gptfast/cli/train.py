@@ -56,7 +56,7 @@ class Train:
     """The text to learn from: UTF-8 text files, .jsonl files, directories or globs of them, .bin
     token files, or a directory that `gptfast prepare` wrote."""
     tokenizer: str | None = None
-    """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: that of the prepared
+    """gpt2, byte, or a directory with a vocabulary's files (default: that of the prepared
     data, else that of --init, else gpt2; without --data, gpt2 reduced to the tokens of the text
     and saved in OUT/tokenizer)."""
     batch_size: int = 8
