@@ -101,8 +101,8 @@ def check_rows(source: Source, vocab_size: int, tokenizer: Tokenizer, model: str
         text = tokenizer.decode([highest])
         raise ValueError(
             f"the data has token {highest}, {text!r}, but {model} has rows for {vocab_size} tokens "
-            f"only, and {tokenizer.name} has {tokenizer.n_vocab}; use the model's own tokenizer, leave that "
-            "token out, or grow the model's vocabulary"
+            f"only, and {tokenizer.name} has {tokenizer.n_vocab}; use the model's own tokenizer, "
+            "leave that token out, or grow the model's vocabulary"
         )
 
 

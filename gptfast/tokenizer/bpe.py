@@ -55,7 +55,7 @@ def encode_opening(
 ) -> list[int]:
     """Return the ids of a text that goes on: with what its vocabulary puts before it, not after."""
     encode = getattr(tokenizer, "encode_opening", tokenizer.encode)
-    return encode(text, allowed_special)
+    return encode(text, allowed_special) if allowed_special else encode(text)
 
 
 def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
