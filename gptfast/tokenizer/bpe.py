@@ -86,6 +86,7 @@ class BPETokenizer:
     def __init__(self, name: str, description: Description) -> None:
         self.name = name
         self._description: Description | None = description
+        self._merges: Path | None = None
         self._set(
             words_of(
                 name,
