@@ -54,8 +54,14 @@ class Convert:
         model = self._load()
         if self.dtype is not None:
             model.to(_DTYPES[self.dtype])
-        text = {"tokenizer": model.tokenizer_name, "eos_ids": model.eos_ids}
-        save(model.config, model.state_dict(), self.dst, self.to, **text)
+        save(
+            model.config,
+            model.state_dict(),
+            self.dst,
+            self.to,
+            tokenizer=model.tokenizer_name,
+            eos_ids=model.eos_ids,
+        )
         n = sum(p.numel() for p in model.parameters())
         print(f"done: {n:,} parameters in {self.dst} ({self.to or format_of(self.dst)})")
 

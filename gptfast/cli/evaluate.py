@@ -67,7 +67,7 @@ class Eval(Reading):
     max_length: int | None = None
     """Number of tokens per window (default: the model's block_size)."""
     tokenizer: str | None = None
-    """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: the checkpoint's)."""
+    """gpt2, byte, or a directory with a vocabulary's files (default: the checkpoint's)."""
     dtype: Dtype | None = None
     """Measure the engine with weights of this data type (default: the engine for a packed model,
     the PyTorch model for others)."""

@@ -110,7 +110,7 @@ class GenerationFlags:
     stats: Literal["auto", "on", "off"] = "auto"
     """Print tokens and gigabytes per second on stderr; auto does so if stderr is a terminal."""
     tokenizer: str | None = None
-    """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: the checkpoint's)."""
+    """gpt2, byte, or a directory with a vocabulary's files (default: the checkpoint's)."""
     device: str = "auto"
     """cpu, cuda or auto; auto takes a GPU if there is one."""
     threads: int | None = None

@@ -28,7 +28,7 @@ class Prepare(Reading):
     out: str
     """The directory to create, with train_000000.bin and so on, and meta.json."""
     tokenizer: str = "gpt2"
-    """gpt2, byte, or a directory with vocab.bpe and encoder.json."""
+    """gpt2, byte, or a directory with a vocabulary's files, such as tokenizer.json."""
     split: tuple[float, ...] = (0.9, 0.1)
     """Shares of the tokens for training, validation and test; 1 puts all into training."""
     shard_tokens: int = 100_000_000

@@ -74,7 +74,7 @@ class Train(Reading):
     directories or globs of them, - for standard input, .bin or .npy token files, or a directory
     that `gptfast prepare` wrote. docs/data.md has all kinds."""
     tokenizer: str | None = None
-    """gpt2, byte, or a directory with vocab.bpe and encoder.json (default: that of the prepared
+    """gpt2, byte, or a directory with a vocabulary's files (default: that of the prepared
     data, else that of --init, else gpt2; without --data, gpt2 reduced to the tokens of the text
     and saved in OUT/tokenizer)."""
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = None

@@ -1,6 +1,6 @@
 """Vocabularies where a command brings two together: a model's, --tokenizer's, the data's."""
 
-import sys
+import logging
 from typing import Protocol
 
 from gptfast.config import GPTConfig
@@ -13,6 +13,7 @@ GPT2_ROWS = range(50257, 50305)
 """The rows of models that have GPT-2's tokens, with or without padding to a multiple of 64."""
 PADDING = 128
 """A model has up to so many rows more than its tokenizer has tokens, to fill its matrices."""
+_LOGGER = logging.getLogger(__name__)
 
 
 class Model(Protocol):
@@ -22,11 +23,6 @@ class Model(Protocol):
     def config(self) -> GPTConfig: ...
     @property
     def vocabulary(self) -> str | None: ...
-
-
-def note(line: str) -> None:
-    """Print a line that is no result, on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def chosen_tokenizer(checkpoint: str, model: "Model", given: str | None) -> Tokenizer:
@@ -73,7 +69,7 @@ def check(
 def say_unknown(source: str, vocab_size: int, tokenizer: Tokenizer) -> None:
     """Print that nothing says whose tokens a model has, if the number of its rows does not fit."""
     if not tokenizer.n_vocab <= vocab_size < tokenizer.n_vocab + PADDING:
-        note(
+        _LOGGER.warning(
             f"{source} does not say which tokenizer it was trained with; taking {tokenizer.name}, "
             f"which has {tokenizer.n_vocab:,} tokens, for its {vocab_size:,} rows"
         )
@@ -88,7 +84,7 @@ def _assumed(checkpoint: str, vocab_size: int) -> str:
             f"{vocab_size:,} rows are too few for GPT-2's; give --tokenizer (byte has {byte})"
         )
     if vocab_size not in GPT2_ROWS:
-        note(
+        _LOGGER.warning(
             f"{checkpoint} does not say which tokenizer it was trained with; taking gpt2, "
             f"which has {GPT2_ROWS.start:,} tokens, for its {vocab_size:,} rows (see --tokenizer)"
         )

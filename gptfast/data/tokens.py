@@ -121,7 +121,8 @@ def check_rows(source: Source, vocab_size: int, tokenizer: Tokenizer, model: str
         text = tokenizer.decode([highest])
         raise ValueError(
             f"the data has token {highest}, {text!r}, but {model} has rows for {vocab_size} tokens "
-            f"only, and its tokenizer {tokenizer.n_vocab}; leave that token out, or grow the model"
+            f"only, and {tokenizer.name} has {tokenizer.n_vocab}; use the model's own tokenizer, "
+            "leave that token out, or grow the model's vocabulary"
         )
 
 

@@ -157,8 +157,8 @@ def _decode(sequences: Sequences, job: Job) -> list[Continuation]:
             if all(end.ended for end in ends):
                 break
         elif stops.eos_ids:
-            for end in stops.eos_ids:
-                done |= ids == end
+            for eos_id in stops.eos_ids:
+                done |= ids == eos_id
             if (step + 1) % HOST_CHECK_INTERVAL == 0 and done.all():
                 break
     rows = torch.stack(steps, 1).tolist()

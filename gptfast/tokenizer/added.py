@@ -10,13 +10,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from gptfast.tokenizer.words import SPACE
+from gptfast.tokenizer.words import SPACE, is_of
 
 MAX_IDS = 10_000_000
 _LOGGER = logging.getLogger(__name__)
 _SPACE_BEFORE = re.compile(f"[{SPACE}]*\\Z")
 _SPACE_AFTER = re.compile(f"[{SPACE}]*")
-_WORD_CHARACTER = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d]"
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,8 @@ class AddedTokens:
 
 def _inside_word(text: str, start: int, end: int) -> bool:
     """Return whether a character of a word stands beside text[start:end]."""
-    import regex
-
-    word = regex.compile(_WORD_CHARACTER)
-    return bool(start and word.match(text[start - 1]) or end < len(text) and word.match(text[end]))
+    before, after = text[start - 1 : start], text[end : end + 1]
+    return any(one and is_of(one, r"\w") for one in (before, after))
 
 
 class AddedIds:

@@ -55,7 +55,7 @@ def encode_opening(
 ) -> list[int]:
     """Return the ids of a text that goes on: with what its vocabulary puts before it, not after."""
     encode = getattr(tokenizer, "encode_opening", tokenizer.encode)
-    return encode(text, allowed_special)
+    return encode(text, allowed_special) if allowed_special else encode(text)
 
 
 def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -86,6 +86,7 @@ class BPETokenizer:
     def __init__(self, name: str, description: Description) -> None:
         self.name = name
         self._description: Description | None = description
+        self._merges: Path | None = None
         self._set(
             words_of(
                 name,

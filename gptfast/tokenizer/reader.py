@@ -310,8 +310,8 @@ class _Reader:
             names = {token.content for token in named.values()}
             ids = AddedIds(description.vocab, str(self.directory))
             if not self.is_gpt2:
-                for token in raw_added:
-                    ids.add(AddedToken.parse(token), token["id"])
+                for given in raw_added:
+                    ids.add(AddedToken.parse(given), given["id"])
             for i, token in self._in_decoder(raw_added):
                 special = token.special or token.content in names
                 ids.add(replace(token, special=special), i)

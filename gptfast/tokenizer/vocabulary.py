@@ -121,6 +121,8 @@ def get_tokenizer(name: str = "gpt2") -> Tokenizer:
     if name == "gpt2":
         return _gpt2()
     directory = Path(name)
+    if directory.is_file() and any(directory.name in names for names in VOCABULARIES):
+        directory = directory.parent
     if not directory.is_dir():
         raise ValueError(f"tokenizer must be 'gpt2', 'byte' or a directory, got {name!r}")
     if not vocabulary_in(directory) and (characters := characters_file(directory)):

@@ -6,6 +6,7 @@ token is the result of one listed pair and of no other (`is_canonical`): then ti
 work. For any other list, `ListedMerges` does it in Python.
 """
 
+import functools
 import hashlib
 import heapq
 import re
@@ -128,6 +129,48 @@ class TiktokenWords:
         return ranks + self.encoding.encode_ordinary(text[start:])
 
 
+@functools.cache
+def _probe(pattern: str) -> "tiktoken.Encoding":
+    import tiktoken
+
+    ranks = {bytes([b]): b for b in range(256)}
+    return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def is_of(character: str, pattern: str) -> bool:
+    """Return whether a character matches a pattern of tiktoken's.
+
+    Python's libraries know other versions of Unicode.
+    """
+    return bool(_probe(pattern).encode_ordinary(character))
+
+
+class _Classes(dict[int, int]):
+    """Maps each character to one of its class for SPLIT; white space and ASCII stay as they are."""
+
+    def __init__(self) -> None:
+        super().__init__({i: i for i in range(128)})
+
+    def __missing__(self, character: int) -> int:
+        text = chr(character)
+        found = ord(OTHER)
+        if is_of(text, r"\s"):
+            found = character
+        elif is_of(text, r"\p{L}"):
+            found = ord(LETTER)
+        elif is_of(text, r"\p{N}"):
+            found = ord(NUMBER)
+        self[character] = found
+        return found
+
+
+LETTER, NUMBER, OTHER = "é²§"
+_SPLIT_OF_CLASSES = re.compile(
+    f"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z{LETTER}]+| ?[0-9{NUMBER}]+"
+    f"| ?[^{SPACE}A-Za-z{LETTER}0-9{NUMBER}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+"
+)
+
+
 class ListedMerges:
     """Byte pairs merged as the tokenizers library does it: pairs that are listed, and no others.
 
@@ -146,15 +189,12 @@ class ListedMerges:
         fused: bool = False,
         whole_words: bool = False,
     ) -> None:
-        import regex
-
         self._vocab, self._whole_words = vocab, whole_words
         self._unknown, self._fused = unknown, fused
         self._merges = {
             (vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)
         }
-        pattern = SPLIT.replace(r"[^\s", f"[^{SPACE}").replace(r"\S", f"[^{SPACE}]")
-        self._split: Any = regex.compile(pattern.replace(r"\s", f"[{SPACE}]"))
+        self._classes = _Classes()
         self._cache: dict[str, list[int]] = {}
 
     @cached_property
@@ -163,7 +203,8 @@ class ListedMerges:
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for word in self._split.findall(text):
+        for match in _SPLIT_OF_CLASSES.finditer(text.translate(self._classes)):
+            word = text[match.start() : match.end()]
             known = self._cache.get(word)
             if known is None:
                 known = self._word("".join(BYTE_SYMBOLS[b] for b in word.encode("utf-8")))

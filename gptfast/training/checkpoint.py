@@ -62,9 +62,8 @@ def save_checkpoint(
     """Write the checkpoint out/checkpoints/step-<progress["step"]> and return its path.
 
     optimizer: None for a checkpoint of the model only. progress: what else a resumed run needs, as
-    values that JSON can hold; state.json keeps it. keep: how many of the latest checkpoints to
-    keep. best: the step of a checkpoint that is kept too, to which out/checkpoints/best links.
-    texts: further files by name. ends: those of a text, for config.json.
+    values of JSON, for state.json. keep: how many of the latest checkpoints to keep. best: the step
+    of one that is kept too; out/checkpoints/best links to it. texts: further files; ends: a text's.
 
     Raises OSError if it cannot be written, and ValueError for a model with modules of others; the
     earlier checkpoints then stay as they were.

@@ -76,13 +76,14 @@ def tokenizer_texts(tokenizer: Tokenizer | str | None) -> tuple[dict[str, str], 
     logged.
     """
     if isinstance(tokenizer, str):
+        name = tokenizer
         try:
-            tokenizer = get_tokenizer(tokenizer)
+            tokenizer = get_tokenizer(name)
         except (OSError, ValueError) as error:
             logging.getLogger(__name__).warning(
                 "the model is saved, but its tokenizer cannot be loaded: %s", error
             )
-            files = (Path(tokenizer) / name for name in _TOKENIZER_FILES)
+            files = (Path(name) / file for file in _TOKENIZER_FILES)
             return {path.name: read_text(path) for path in files if path.is_file()}, Ends()
     if tokenizer is None:
         return {}, Ends()
