@@ -113,6 +113,8 @@ class CommandLine:
         """Return how a value that begins with a dash is written."""
         if flag.kind is not str or flag.count not in (1, None):
             return f", got {next_word}"
+        if next_word.partition("=")[0].replace("_", "-") in self._named:
+            return f", and {next_word} is a flag (as a value it is written {name}={next_word})"
         return f"; a value that begins with a dash is written {name}={next_word}"
 
     def _loose(
