@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from seeds import shifted
 from torch import Tensor
 
-from gptfast import GPT, generate, ops
+from gptfast import GPT, generate, get_tokenizer, ops
 from gptfast.engine.rows import Rows
-from gptfast.generate import stream
+from gptfast.generate import generate_text, stream, stream_text
 from gptfast.generation.options import Options
 from gptfast.generation.sequences import MIN_ROOM_TOKENS, Sequences
 
@@ -152,6 +152,56 @@ def test_seed_reproduces(model: GPT) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_equal_prompts_take_one_seed_after_the_other(model: GPT) -> None:
+    """The same prompt several times gives several texts: those of the next seeds."""
+    a, b = prompt(3), prompt(5)
+    rows = generate(model, [a, b, a, a], 20, seed=7)
+    assert rows[:2] == generate(model, [a, b], 20, seed=7)
+    assert rows == generate(model, [a, b, a, a], 20, seed=[7, 7, 8, 9])
+    assert len({tuple(row) for row in rows}) == 4
+    same = generate(model, [a, a], 20, seed=[7, 7])
+    assert same[0] == same[1] == rows[0]
+    last = 2**63 - 1  # of int64
+    assert generate(model, [a, a], 9, seed=last) == generate(
+        model, [a, a], 9, seed=[last, -(2**63)]
+    )
+    greedy = generate(model, [a, a], 9, temperature=0.0)
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize("zero", [0, 0.0], ids=repr)
+def test_a_top_k_of_0_is_off(model: GPT, zero: float) -> None:
+    a, b = prompt(3), prompt(5)
+    free = generate(model, [a, b], 12, seed=3)
+    assert free == generate(model, [a, b], 12, seed=3, top_k=zero, top_p=1, min_p=0)
+    mixed = generate(model, [a, b], 12, seed=3, top_k=[0, 1])
+    assert mixed[0] == free[0] and mixed[1] == generate(model, [b], 12, top_k=1)[0]
+    assert mixed == generate(model, [a, b], 12, seed=3, top_k=torch.tensor([0, 1]))
+
+
+def test_beams_take_what_switches_sampling_off(model: GPT) -> None:
+    beams = generate(model, [prompt(3)], 6, num_beams=3)
+    for off in ({"temperature": 0}, {"temperature": 0.0, "top_k": 0}, {"top_p": 1}, {"min_p": 0}):
+        assert generate(model, [prompt(3)], 6, num_beams=3, **off) == beams
+    for on in ({"temperature": 0.5}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.1}):
+        with pytest.raises(ValueError, match="beam search draws nothing: leave out"):
+            generate(model, [prompt(3)], 6, num_beams=3, **on)
+    with pytest.raises(ValueError, match="length_penalty=2.0 weighs the texts that beams find"):
+        generate(model, [prompt(3)], 6, length_penalty=2.0)
+
+
+@pytest.mark.parametrize("options", [{"seed": 3}, {"num_beams": 2}, {"temperature": 0.0}], ids=str)
+def test_an_empty_prompt_starts_from_end_of_text(options: dict[str, Any]) -> None:
+    """In training, a text follows the end of the one before."""
+    model, tokenizer = random_model(vocab_size=257), get_tokenizer("byte")
+    row = generate(model, [[tokenizer.eot]], 6, eos_id=tokenizer.eot, **options)[0]
+    text = generate_text(model, tokenizer, "", 6, **options)
+    assert text == tokenizer.decode([i for i in row if i != tokenizer.eot])
+    assert generate_text(model, tokenizer, ["", "a"], 6, **options)[0] == text
+    if "num_beams" not in options:
+        assert "".join(stream_text(model, tokenizer, "", 6, **options)) == text
+
+
 def test_torchs_generator_is_not_used(model: GPT) -> None:
     torch.manual_seed(shifted(1))
     before = torch.get_rng_state()
@@ -247,7 +297,7 @@ def test_greedy_equals_transformers(tied: bool, penalty: float, tmp_path: Path) 
     ("options", "message"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
-        ({"top_k": 0}, "top_k must be an integer >= 1, got 0"),
+        ({"top_k": -1}, "top_k must be an integer >= 1, or 0 for off, got -1"),
         ({"top_k": -3}, "top_k must be .*got -3"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be .*got 1.5"),

@@ -101,6 +101,22 @@ def test_generate_until_draws(model: GPT) -> None:
     assert got("", max_new_tokens=3) == got("<|endoftext|>", max_gen_toks=3)
 
 
+@pytest.mark.parametrize(
+    "off",
+    [{"top_k": 0}, {"top_k": 0, "top_p": 1.0}, {"top_k": None, "top_p": 1}],
+    ids=str,
+)
+def test_generation_without_truncation(model: GPT, off: dict[str, float]) -> None:
+    """Tasks write top_k 0 for none, as transformers does."""
+
+    def got(**options: object) -> str:
+        asked = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 0.9, **options}
+        harness = GPTFastLM(model, BYTE)
+        return harness.generate_until([request("generate_until", "the v", asked)], True)[0]
+
+    assert got(**off) == got()
+
+
 def test_end_of_text_and_refused_continuations(model: GPT) -> None:
     harness = GPTFastLM(model, BYTE)
     assert harness.tok_encode("a<|endoftext|>b") == [97, 256, 98]

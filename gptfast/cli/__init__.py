@@ -88,10 +88,19 @@ def parse(argv: Sequence[str]) -> Any:
 
         print(help_text(name, command, flags), end="")
         raise SystemExit(0)
-    given = CommandLine(name, flags).read(argv[1:])
+    given = CommandLine(name, flags, _commands_with).read(argv[1:])
     if hasattr(command, "from_given"):  # it reads files and saved settings, then the flags
         return command.from_given(given)
     return command(**with_tuples(given))
+
+
+def _commands_with(flag: str) -> list[str]:
+    """Return the commands that have a flag and show it in their help."""
+    return [
+        name
+        for name in COMMANDS
+        if any(flag == other.long and not other.hidden for other in command_flags(name))
+    ]
 
 
 def _no_command(argv: Sequence[str]) -> None:

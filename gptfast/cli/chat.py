@@ -9,15 +9,20 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import torch
-
 from gptfast.checks import one_line
 from gptfast.cli.generate import unescaped
-from gptfast.cli.model_flags import NEEDS_ENGINE, GenerationFlags, new_seed
+from gptfast.cli.model_flags import (
+    INTEGER_SETTINGS,
+    NEEDS_ENGINE,
+    SETTINGS,
+    GenerationFlags,
+    check_settings,
+    new_seed,
+)
 from gptfast.cli.terminal import ERRORS, is_terminal, print_note, printable, speed
 from gptfast.generation.conversation import QUESTIONS, Conversation, Template
 from gptfast.generation.decoder import Decoder, Stats
-from gptfast.generation.options import Options, new_tokens, next_seed
+from gptfast.generation.options import Options, next_seed
 
 HELP = """\
 /retry             replace the last reply with another one
@@ -35,8 +40,6 @@ LEAVE = ("exit", "quit")
 """Lines that end the conversation without a slash, as in other programs with a prompt."""
 OTHER_NAMES = {"temp": "temperature", "clear": "reset", "regenerate": "retry", "bye": "quit"}
 """What other chats call our commands."""
-INTEGER_SETTINGS = ("top_k", "seed", "max_new_tokens")
-SETTINGS = (*INTEGER_SETTINGS, "temperature", "top_p", "min_p", "repetition_penalty")
 OFF_VALUES = {"top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0}
 HISTORY = "chat_history"
 """The file of earlier lines in the cache directory."""
@@ -82,7 +85,7 @@ class Chat(GenerationFlags):
         template = Template.parse(unescaped(self.template))
         settings = {name: getattr(self, name) for name in SETTINGS}
         settings["seed"] = new_seed() if self.seed is None else self.seed
-        _check_settings(settings)
+        check_settings(settings)
         model, tokenizer = self.load()
         options = {k: v for k, v in self.options().items() if k not in SETTINGS}
         Options(**options).check_beams(model.config.vocab_size)  # the draft model is loaded now
@@ -174,7 +177,7 @@ class _Session:
         """Change a setting if a value is given, and print it."""
         if value:
             changed = {**self.settings, name: _number(name, value)}
-            _check_settings(changed)
+            check_settings(changed)
             self.settings = changed
         now = self.settings[name]
         print_note(f"{name} is {'off' if now is None else now}")
@@ -227,15 +230,6 @@ def _number(name: str, value: str) -> float | None:
     except ValueError:
         kind = "a whole number" if name in INTEGER_SETTINGS else "a number"
         raise ValueError(f"/{name} takes {kind}, got {value!r:.100}") from None
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Raise ValueError if a setting is out of range."""
-    options = dict(settings)
-    new_tokens(options.pop("max_new_tokens"))
-    checked = Options(**options)
-    checked.sampling(1, torch.device("cpu"))
-    checked.penalty(1, torch.device("cpu"))
 
 
 def _trimmed(pieces: Iterable[str]) -> Iterator[str]:

@@ -6,7 +6,7 @@ defaults and the flags.
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from gptfast.cli.flags import Flag, UsageError
@@ -17,10 +17,18 @@ _SWITCH = {"true": True, "false": False}
 
 
 class CommandLine:
-    """Reads the words after a command, such as `train`, by its flags."""
+    """Reads the words after a command, such as `train`, by its flags.
 
-    def __init__(self, command: str, flags: Sequence[Flag]) -> None:
-        self.command = command
+    commands_with: returns the commands that have a flag, for hints.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        flags: Sequence[Flag],
+        commands_with: Callable[[str], list[str]] = lambda flag: [],
+    ) -> None:
+        self.command, self._commands_with = command, commands_with
         self.flags = [flag for flag in flags if not flag.positional]
         self.positional = [flag for flag in flags if flag.positional]
         self._named: dict[str, tuple[Flag, bool]] = {}  # with whether the switch is on
@@ -74,7 +82,8 @@ class CommandLine:
         if short and short[0].kind in (int, float) and word[2:3].isdigit():  # -n50
             return *short, word[2:]
         every = [*self.positional, *self.flags]
-        self.error(f"there is no flag {name}{hint_for(name, self.command, every)}")
+        hint = hint_for(name, self.command, every, self._commands_with)
+        self.error(f"there is no flag {name}{hint}")
 
     def _switch(self, word: str, on: bool, attached: str | None) -> bool:
         """Return the value of a switch such as --compile, --no-compile or --compile=false."""
@@ -104,6 +113,8 @@ class CommandLine:
         """Return how a value that begins with a dash is written."""
         if flag.kind is not str or flag.count not in (1, None):
             return f", got {next_word}"
+        if next_word.partition("=")[0].replace("_", "-") in self._named:
+            return f", and {next_word} is a flag (as a value it is written {name}={next_word})"
         return f"; a value that begins with a dash is written {name}={next_word}"
 
     def _loose(

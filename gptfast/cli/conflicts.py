@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from gptfast.cli.train import Train
 
 # What a learning-rate range test sets itself.
-_RANGE_TEST = ("lr", "min_lr", "schedule", "warmup_steps", "decay_steps")
-_RANGE_TEST += ("early_stopping", "skip_zscore", "nonfinite")
+_RANGE_TEST = (
+    *("lr", "min_lr", "schedule", "warmup_steps", "decay_steps"),
+    *("early_stopping", "skip_zscore", "nonfinite"),
+)
 # Flags of `gptfast eval` by what they belong to.
 _OF_DATA, _OF_TASKS = ("stride", "part"), ("limit",)
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gptfast.checks import integer
 from gptfast.cli.flags import UsageError
-from gptfast.cli.model_flags import GenerationFlags
+from gptfast.cli.model_flags import SETTINGS, GenerationFlags, check_settings
 from gptfast.cli.terminal import is_terminal, print_note, printable, speed
 from gptfast.generate import generate, generate_text, prompt_ids, stream_text
 from gptfast.generation.decoder import Decoder
@@ -74,7 +73,12 @@ class Generate(GenerationFlags):
 
     def _check_flags(self) -> None:
         """Raise UsageError for flags that contradict one another, before the model is loaded."""
-        integer("num_samples", self.num_samples, 1)
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        check_settings({**settings, "seed": self.seed or 0, "num_samples": self.num_samples})
+        if "" in self.stop:
+            raise UsageError(
+                "--stop has an empty string, which ends any text: leave it out"
+            )
         if self.num_beams != 1 and self.stats == "on":
             raise UsageError("--stats on measures sampling: leave it out or take --num-beams 1")
         if self.num_samples > 1 and self.num_beams != 1:

@@ -5,7 +5,7 @@ Also the names of flags in messages of the functions that commands call.
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -239,10 +239,13 @@ _ELSEWHERE = {
 MAX_SUGGESTIONS = 3
 
 
-def hint_for(word: str, command: str, flags: Sequence["Flag"]) -> str:
+def hint_for(
+    word: str, command: str, flags: Sequence["Flag"], commands_with: Callable[[str], list[str]]
+) -> str:
     """Return the end of an error about an unknown flag: what was perhaps meant, or "".
 
-    word: the flag without its value. flags: those of the command.
+    word: the flag without its value. flags: those of the command. commands_with: returns the
+    commands that have a flag.
     """
     known = [flag.long for flag in flags if not (flag.hidden or flag.positional)]
     name = word.lstrip("-").replace("_", "-").lower()
@@ -250,8 +253,9 @@ def hint_for(word: str, command: str, flags: Sequence["Flag"]) -> str:
         return f"; perhaps you meant {' or '.join(near)}"
     if name in _MODEL and any(flag.positional for flag in flags):
         return f"; the model stands without a flag: gptfast {command} MODEL"
-    if others := _commands_with(f"--{name}", command):
-        return f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} it"
+    if others := commands_with(f"--{name}")[:MAX_SUGGESTIONS]:
+        typed = ", ".join(f"gptfast {other}" for other in others)
+        return f"; {typed} {'has' if len(others) == 1 else 'have'} it"
     refused = [flag for flag in flags if flag.hidden and flag.long.startswith(f"--{name}")]
     near = [] if refused else spelt(name, known)
     return f"; perhaps you meant {near[0]}" if near else ""
@@ -313,15 +317,3 @@ def similar_command(name: str, commands: Collection[str]) -> str:
     if found is None:
         return ""
     return f"; perhaps you meant gptfast {found}"
-
-
-def _commands_with(flag: str, command: str) -> list[str]:
-    """Return the other commands that have a flag, as they are typed."""
-    from gptfast.cli import COMMANDS, command_flags
-
-    others = [name for name in COMMANDS if name != command]
-    return [
-        f"gptfast {name}"
-        for name in others
-        if flag in [f.long for f in command_flags(name) if not f.hidden]
-    ][:MAX_SUGGESTIONS]

@@ -2,18 +2,21 @@
 
 import secrets
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from gptfast.cli.flags import Positional
+from gptfast.checks import integer
+from gptfast.cli.flags import Positional, UsageError
 from gptfast.cli.terminal import is_terminal
 from gptfast.cli.threads import set_threads
 from gptfast.cli.vocabularies import check_draft, chosen_tokenizer
 from gptfast.device import choose_device
 from gptfast.generation.decoder import Decoder
 from gptfast.generation.model_decoder import as_decoder
+from gptfast.generation.options import Options, new_tokens
 from gptfast.model import GPT
 from gptfast.ops.backend import EXTENSION
 from gptfast.tokenizer.bpe import Tokenizer
@@ -25,6 +28,24 @@ Dtype = Literal["fp32", "bf16", "int8"]
 NEEDS_ENGINE = (
     "needs the engine, which on the CPU needs the C++ extension: install g++ and reinstall gptfast"
 )
+
+
+INTEGER_SETTINGS = ("top_k", "seed", "max_new_tokens")
+SETTINGS = (*INTEGER_SETTINGS, "temperature", "top_p", "min_p", "repetition_penalty")
+"""The flags that a chat can change while it runs."""
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise UsageError if a setting is out of range, before a model is loaded for it."""
+    options = dict(settings)
+    try:
+        integer("num_samples", options.pop("num_samples", 1), 1)
+        new_tokens(options.pop("max_new_tokens"))
+        checked = Options(**options)
+        checked.sampling(1, torch.device("cpu"))
+        checked.penalty(1, torch.device("cpu"))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def load(

@@ -55,7 +55,8 @@ def plan_run(trainer: Trainer, *, resume: bool) -> None:
     done = int(there[-1].name.removeprefix("step-")) if there else 0
     n = parameter_count(model)
     print(
-        f"model: {n:,} parameters: {model.n_layer} blocks, {model.n_head} heads, {model.n_embd} "
+        f"model: {n:,} parameters: {_counted(model.n_layer, 'block')}, "
+        f"{_counted(model.n_head, 'head')}, {model.n_embd} "
         f"channels, a context of {model.block_size:,} and a vocabulary of {model.vocab_size:,} "
         "tokens"
     )
@@ -82,7 +83,7 @@ def plan_run(trainer: Trainer, *, resume: bool) -> None:
     resumed = f" from step {done}" if done else ""
     print(
         f"time: about {_duration(seconds)}{resumed}: {measured.seconds:.3g} s a step, measured, "
-        f"and {evaluations} evaluations of {per_evaluation} batches"
+        f"and {_counted(evaluations, 'evaluation')} of {per_evaluation} batches"
     )
     say("dry run: nothing was written")
 
@@ -194,6 +195,10 @@ def _fits(parameters: int) -> bool:
         f"{_size(free)} are free: take a smaller model or another machine"
     )
     return False
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def _size(n: int) -> str:

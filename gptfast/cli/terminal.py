@@ -31,8 +31,8 @@ def is_terminal(stream: TextIO | None) -> bool:
 def print_note(line: str) -> None:
     """Print a line that is not the result: on stderr, dim if it is a terminal with colours."""
     # https://no-color.org: NO_COLOR counts unless it is empty.
-    plain = not is_terminal(sys.stderr) or os.environ.get("NO_COLOR")
-    plain = plain or os.environ.get("TERM") == "dumb"
+    no_colour = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    plain = no_colour or not is_terminal(sys.stderr)
     print(line if plain else f"\x1b[2m{line}\x1b[0m", file=sys.stderr, flush=True)
 
 

@@ -1,0 +1,197 @@
+"""Test how commands end in a shell: closed pipes, closed terminals, full disks, dry runs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+from commands import TINY, Capture, done, run, start
+from helpers import random_model
+
+from gptfast.cli import main
+from gptfast.data.embedded import embedded_text
+from gptfast.training.interrupt import Interrupt
+from gptfast.training.log import RunLog, say
+from gptfast.weights.checkpoint import checkpoints, read_state
+
+QUICK = "--sample-tokens 0 --eval-interval 1000 --eval-batches 1 --log-interval 5".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(embedded_text()[:3000], "utf-8")
+    return path
+
+
+def stream_without_reader() -> TextIO:
+    """Return a pipe whose reader has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+def train_args(text: Path, out: Path, steps: int) -> list[str]:
+    where = ["--data", str(text), "--out", str(out), "--max-steps", str(steps)]
+    return ["train", *TINY, *QUICK, *where]
+
+
+def test_a_run_goes_on_without_its_reader(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`train | head` loses its log lines and nothing else, and says so once."""
+    with stream_without_reader() as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        assert main(train_args(text, tmp_path, 20)) == 0
+    assert read_state(checkpoints(tmp_path)[-1])["step"] == 20
+    err = capfd.readouterr().err
+    assert err.count("cannot be written (Broken pipe)") == 1 and "Traceback" not in err
+
+
+def test_losing_the_log_saves_at_once(text: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Who reads no more may kill the run next: the step is saved before anything else happens."""
+    from gptfast.training.trainer import Trainer
+
+    real, saved = Trainer.train_step, []
+
+    def step(self: Trainer, batches: object) -> object:
+        row = real(self, batches)  # type: ignore[arg-type]
+        if self.progress.step == 7:
+            self.log.lost = "Input/output error"
+        saved.append([path.name for path in checkpoints(tmp_path)])
+        return row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step)
+        code, _, err = run(capsys, *train_args(text, tmp_path, 9))
+    assert code == 0
+    assert saved[6] == [] and saved[7] == ["step-00000007"]
+    assert err.startswith(
+        "gptfast: the log lines cannot be written (Input/output error). Step 7 is"
+    )
+    assert err.count("\n") == 1
+
+
+def test_head_and_a_full_disk(text: Path, tmp_path: Path) -> None:
+    """In processes of their own: Python adds no complaint of its own when it ends."""
+    args = [sys.executable, "-m", "gptfast"]
+    train = subprocess.Popen(
+        [*args, *train_args(text, tmp_path / "head", 30)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    assert "30 steps" in train.stdout.readline()
+    train.stdout.close()
+    err = train.stderr.read()
+    assert train.wait(60) == 0
+    assert err.count("\n") == 1 and "metrics.jsonl has its numbers" in err
+    assert checkpoints(tmp_path / "head")[-1].name == "step-00000030"
+    full = subprocess.run(
+        [*args, "info"], stdout=open("/dev/full", "w"), stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    assert (full.returncode, full.stderr) == (1, "gptfast: [Errno 28] No space left on device\n")
+    random_model(vocab_size=257).save_pretrained(tmp_path / "model")
+    options = ["--tokenizer", "byte", "--prompt", "a", "--seed", "1", "--max-new-tokens", "4000"]
+    generate = subprocess.Popen(
+        [*args, "generate", str(tmp_path / "model"), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert generate.stdout.read(1) == b"a"
+    generate.stdout.close()
+    assert generate.stderr.read() == b"" and generate.wait(60) == 141  # 128 + SIGPIPE
+
+
+def test_a_closed_terminal(text: Path, tmp_path: Path) -> None:
+    """SIGHUP saves the step and ends the run as the signal does."""
+    process = start(*train_args(text, tmp_path / "run", 10**6)[:-2], "--max-steps", 10**6)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.stdout.close()  # the terminal is gone, and with it what the run writes
+    process.stderr.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    state = read_state(checkpoints(tmp_path / "run")[-1])
+    assert state["step"] > 0 and state["pending"] is None
+
+
+def test_nohup() -> None:
+    """A SIGHUP that the shell ignores stays ignored; so do the handlers that were there."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupt.requested is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupt.requested == "SIGHUP"
+    assert signal.getsignal(signal.SIGHUP) is before
+
+
+@pytest.mark.parametrize("kind", ["pipe", "closed", "full"])
+def test_lines_that_cannot_be_written(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    if kind == "pipe":
+        file = stream_without_reader()
+    else:
+        file = open("/dev/full" if kind == "full" else os.devnull, "w")
+    if kind == "closed":
+        file.close()
+    monkeypatch.setattr(sys, "stdout", file)
+    log = RunLog()
+    log.line("a")
+    assert log.lost
+    say("b")
+    monkeypatch.undo()
+    assert capsys.readouterr().err.count("standard output cannot be written") == (kind == "closed")
+    file.close()
+
+
+def test_an_interrupted_text_ends_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    random_model(vocab_size=257).save_pretrained(tmp_path)
+
+    def pieces(*_: object, **__: object) -> object:
+        yield "bc"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptfast.cli.generate.stream_text", pieces)
+    args = ["generate", tmp_path, "--tokenizer", "byte", "-p", "a", "-s", 1]
+    assert run(capsys, *args) == (130, "abc\n", "gptfast: interrupted\n")
+
+
+def test_a_dry_run_writes_nothing(text: Path, tmp_path: Path, capsys: Capture) -> None:
+    args = train_args(text, tmp_path / "run", 300)
+    out = done(capsys, *args, "--dry-run")
+    for words in (
+        "3,000 tokens",
+        "300 steps",
+        "model: 7,680 parameters: 1 block, 2 heads",
+        "memory:",
+        "disk:",
+        "time: about",
+    ):
+        assert words in out
+    assert out.endswith("dry run: nothing was written\n") and not (tmp_path / "run").exists()
+    args = ["search", *args[1:], "--grid", "n_layer=1,2", "batch_size=2,4", "--dry-run"]
+    out = done(capsys, *args)
+    assert out.count(" parameters, 300 steps of ") == 4 and "for 4 trials" in out
+    assert not (tmp_path / "run").exists()
+    done(capsys, *train_args(text, tmp_path / "run", 1))
+    code, _, err = run(capsys, *train_args(text, tmp_path / "run", 3), "--dry-run")
+    assert code == 1 and "already holds a run" in err
+    resumed = ["train", "--out", tmp_path / "run", "--resume", "--max-steps", 9, "--dry-run"]
+    out = done(capsys, *resumed)
+    assert "from step 1" in out and len(checkpoints(tmp_path / "run")) == 1
