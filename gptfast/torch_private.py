@@ -6,6 +6,7 @@ torch.compile knows some of them by identity.
 """
 
 import re
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,6 +85,20 @@ def use_counts(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int]
     """Return how many references a tensor and its memory have in C++."""
     tensor_count = tensor._use_count()  # type: ignore[attr-defined]
     return tensor_count, torch._C._storage_Use_Count(storage._cdata)
+
+
+def likeness(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Return a function of as many tensors, which returns whether each is like that of this list.
+
+    Like means: of the same class, dtype, device, layout, sizes, strides and requires_grad; where
+    the memory is does not count. The answer is also False for a tensor that is given twice, and
+    where autocast or a mode of the dispatcher has come between. No tensor is kept alive.
+    """
+    # What torch.compile asks before each call of compiled code, in C++.
+    guards = torch._C._dynamo.guards.TensorGuards(
+        *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+    )
+    return guards.check
 
 
 def any_global_hooks() -> bool:
