@@ -49,14 +49,15 @@ def use_triton_on_cpu() -> list[torch.library.Library]:
     """Register every operator's GPU implementation for CPU tensors; return what must stay alive."""
     from gptfast import GPT, AdamW  # noqa: F401 - they define the operators
     from gptfast.kernels.triton import cross_entropy, embedding
-    from gptfast.ops.library import IMPLEMENTATIONS
+    from gptfast.ops import library as operators
 
     # On a GPU these return at once; on CPU tensors they would look at the values.
     cross_entropy.check_targets = embedding.check_ids = lambda *args: None
 
-    libraries = []
+    libraries, launchers = [], operators.IMPLEMENTATIONS["triton"]
+    operators._IN_PYTHON["cpu"] = launchers
     with warnings.catch_warnings(action="ignore"):  # about the kernels that it overrides on purpose
-        for op, implementation in IMPLEMENTATIONS["triton"].items():
+        for op, implementation in launchers.items():
             library = torch.library.Library("gptfast", "IMPL")
             name = op.name().removeprefix("gptfast::").removesuffix(".default")
             library.impl(name, implementation, "CPU", allow_override=True)
@@ -247,9 +248,7 @@ def step_cases() -> Iterator[Case]:
             optimizers[i].step()
 
         name = "fp32" if dtype == torch.float32 else "bf16"
-        yield Case(
-            f"training step, 12 layers, {name}", lambda f=step: f(0), lambda f=step: f(1)
-        )
+        yield Case(f"training step, 12 layers, {name}", lambda f=step: f(0), lambda f=step: f(1))
 
 
 def sample(run: Run) -> float:

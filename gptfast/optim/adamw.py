@@ -126,8 +126,11 @@ class AdamW(torch.optim.Optimizer):
 
     def _prepare(
         self, params: list[Tensor], grads: list[Tensor | None]
-    ) -> Iterable[tuple[Call, Columns]]:
-        """Return the calls of a step with the states, which are made or fitted where necessary."""
+    ) -> tuple[Iterable[tuple[Call, Columns]], object]:
+        """Return the calls of a step with the states, which are made or fitted where necessary.
+
+        Also returns what stands for the layout of all tensors.
+        """
         options, groups = self._state_options, self.param_groups
         columns = None
         if self._work is not None:
@@ -143,7 +146,7 @@ class AdamW(torch.optim.Optimizer):
             self._work = Work(options, groups, grads, self.state)
             columns = self._work.look_up(self.state)
             assert columns is not None
-        return zip(self._work.calls, columns, strict=True)
+        return zip(self._work.calls, columns, strict=True), self._work.layout
 
     def _check_limit(self, norm_limit: Tensor | None) -> None:
         if norm_limit is None:
@@ -160,6 +163,7 @@ class AdamW(torch.optim.Optimizer):
         params: list[Tensor],
         grads: list[Tensor | None],
         split: bool,
+        layout: object,
         norm_limit: Tensor | None,
     ) -> Tensor | None:
         """Set `grad_norm`; return the norm for the kernels, NaN above the limit, None without."""
@@ -170,7 +174,7 @@ class AdamW(torch.optim.Optimizer):
         if split:
             norm = dtensor.global_norm(params, grads)
         elif present:
-            norm = grad_norm(present)
+            norm = grad_norm(present, layout)
         if norm is None:
             return None
         self.grad_norm = norm
@@ -204,13 +208,15 @@ class AdamW(torch.optim.Optimizer):
         if self.max_norm is not None:
             dtensor.check_whole(params)
         grads = [p.grad for p in params]
-        calls = self._prepare(params, grads)
+        calls, layout = self._prepare(params, grads)
         split = dtensor.any_in(params)
         if split:
             grads = [dtensor.local_gradient(p, g) for p, g in zip(params, grads, strict=True)]
-        norm = self._measure(params, grads, split, norm_limit)
+            layout = None
+        norm = self._measure(params, grads, split, layout, norm_limit)
         for call, columns in calls:
-            self._update(call, columns, [grads[place] for place in call.places], norm, split)
+            of_call = [grads[place] for place in call.places]
+            self._update(call, columns, of_call, norm, split, layout)
         return loss
 
     def _update(
@@ -220,10 +226,12 @@ class AdamW(torch.optim.Optimizer):
         grads: list[Tensor | None],
         norm: Tensor | None,
         split: bool,
+        layout: object,
     ) -> None:
         """Update the parameters of a call.
 
-        grads: theirs; norm: of all gradients; split: whether there are DTensors.
+        grads: theirs; norm: of all gradients; split: whether there are DTensors; layout: as
+        `_prepare` returns it.
         """
         group, params, ids = self.param_groups[call.group], call.params, call.places
         stochastic = call.dtype == torch.bfloat16 and self.bf16_update == "stochastic"
@@ -251,6 +259,7 @@ class AdamW(torch.optim.Optimizer):
             ids,
             stochastic,
             self.seed,
+            layout=layout,
         )
         if split:
             # A DTensor counts its versions apart from its local tensor.

@@ -7,7 +7,8 @@ parameter again.
 """
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter, is_
+from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,6 @@ from gptfast.torch_private import likeness
 _HALVES = frozenset({torch.float16, torch.bfloat16})
 # The dtype of the moments of a parameter, from its own.
 _WIDEST = dict.fromkeys((torch.float32, *_HALVES), torch.float32) | {torch.float64: torch.float64}
-
-_dtype = attrgetter("dtype")
 
 State = dict[str, Tensor]
 """Of a parameter: "step", "exp_avg", "exp_avg_sq" and perhaps "master"."""
@@ -154,13 +153,17 @@ class Work:
             self.calls.append(Call(group, device, dtype, params, places, slots, with_master))
         columns = self.look_up(states)
         assert columns is not None, "every state fits"
-        self._are_alike = likeness(self._every(grads, columns))
+        every = self._every(grads, columns)
+        self._are_alike = likeness(every)
+        plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in every)
+        self.layout = object() if plain else None
+        """Stands for the layout of all tensors, for the operators; None if they are not plain."""
 
     def _every(self, grads: Sequence[Tensor | None], columns: list[Columns]) -> list[Tensor]:
         """Return all tensors whose dtypes, devices and sizes decide about the calls."""
         every = self._params + [grad for grad in grads if grad is not None]
-        for exp_avgs, exp_avg_sqs, masters, _ in columns:
-            every += exp_avgs + exp_avg_sqs + masters
+        for of_call in columns:
+            every += chain.from_iterable(of_call)
         return every
 
     def look_up(self, states: Mapping[Tensor, State]) -> list[Columns] | None:
@@ -168,15 +171,17 @@ class Work:
         found, columns = list(states.values()), []
         for call in self.calls:
             used = [found[slot] for slot in call.slots]
-            masters = [state["master"] for state in used if "master" in state]
-            if len(masters) != (len(used) if call.with_master else 0):
+            # The only tensor that a state may have too many.
+            if not call.with_master and any(["master" in state for state in used]):
                 return None
             try:
-                names = ("exp_avg", "exp_avg_sq", "step")
-                m, v, steps = ([state[name] for state in used] for name in names)
+                masters = [state["master"] for state in used] if call.with_master else []
+                exp_avgs = [state["exp_avg"] for state in used]
+                exp_avg_sqs = [state["exp_avg_sq"] for state in used]
+                steps = [state["step"] for state in used]
             except KeyError:
                 return None
-            columns.append(Columns(m, v, masters, steps))
+            columns.append(Columns(exp_avgs, exp_avg_sqs, masters, steps))
         return columns
 
     def still(

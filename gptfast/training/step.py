@@ -164,8 +164,9 @@ class TrainStep:
     def _compute(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Queue a step; return its loss and gradient norm as they will be, (2,) fp64.
 
-        Also returns the optimizer's own gradient norm, 0-d. Where the guard will find fault with one of them, the update changes nothing. All that
-        differs between two steps is in the inputs, and nothing is read back.
+        Also returns the optimizer's own gradient norm, 0-d. Where the guard will find fault with
+        one of the numbers, the update changes nothing. All that differs between two steps is in the
+        inputs, and nothing is read back.
         """
         *tensors, numbers = [moved(x, self.device) for x in inputs]
         lr, loss_limit, norm_limit, *shares = numbers.unbind()

@@ -267,9 +267,9 @@ def adamw_kernel(
         )  # fmt: skip
 
 
-def grad_norm(grads: list[Tensor]) -> Tensor:
-    """Return the 2-norm over all gradients together, 0-d fp32."""
-    plan = norm_plan(grads, CHUNK)
+def grad_norm(grads: list[Tensor], layout: object = None) -> Tensor:
+    """Return the 2-norm over all gradients together, 0-d fp32; layout: as in `adamw`."""
+    plan = norm_plan(grads, CHUNK, layout)
     if plan is None:
         return reference.grad_norm(grads)
     device = grads[0].device
@@ -293,7 +293,15 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
                 SEARCH=SEARCH,
                 num_warps=warps,
             )
-    launch(grad_norm_sum_kernel, (1,), partials, norm, plan.n_programs, LANES=LANES, num_warps=2 * warps)
+    launch(
+        grad_norm_sum_kernel,
+        (1,),
+        partials,
+        norm,
+        plan.n_programs,
+        LANES=LANES,
+        num_warps=2 * warps,
+    )
     return norm
 
 
@@ -326,11 +334,16 @@ def adamw(
     param_ids: list[int],
     stochastic: bool,
     seed: int,
+    layout: object = None,
 ) -> None:
-    """Take one step in place. masters: empty, or one fp32 tensor per parameter."""
+    """Take one step in place. masters: empty, or one fp32 tensor per parameter.
+
+    layout: an object that comes only with tensors of the classes, dtypes, devices, sizes and
+    strides with which it came before; None: nothing is known.
+    """
     columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else []), steps]
     block, warps = STEP_CONFIGS[target.arch()]
-    plan = step_plan(columns, param_ids, stochastic, block)
+    plan = step_plan(columns, param_ids, stochastic, block, layout)
     if plan is None:
         return reference.adamw(
             params, grads, exp_avgs, exp_avg_sqs, masters, steps, lr, grad_norm, max_norm, beta1,
@@ -384,10 +397,4 @@ def adamw(
                 # So each operation rounds as in the reference; the kernel waits for memory anyway.
                 enable_fp_fusion=False,
             )
-    if plan.used is None:
-        return
-    for tensors, used in zip(zip(*columns[:-1], strict=True), plan.used, strict=True):
-        for tensor, copy in zip(tensors, used, strict=True):
-            # The gradient was only read.
-            if copy is not tensor and tensor is not tensors[1]:
-                tensor.copy_(copy)
+    plan.copy_back(columns[:-1])

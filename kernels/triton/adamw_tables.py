@@ -12,7 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -158,7 +158,8 @@ class Plan:
         self.n_programs = sum(launch.n_programs for launch in self.launches)
         # Python writes faster to an array than to the tensor of its memory.
         self._array = array("q", [word for column in zip(*table, strict=True) for word in column])
-        self.words = torch.frombuffer(self._array, dtype=torch.int64).view(-1, self.n_rows)
+        words = torch.frombuffer(self._array, dtype=torch.int64)
+        self.words = words.view(-1, self.n_rows)
         self.version = 0
         """How often the addresses in `words` changed."""
         self._tables: dict[int, tuple[int, Tensor]] = {}
@@ -169,16 +170,27 @@ class Plan:
 
         columns: of the table, each with the addresses of the next `n_rows` tensors.
         """
+        if len(set(map(id, tensors))) < len(tensors):
+            return  # `likeness` takes no tensor twice
         self._key, self._columns = (len(tensors), *key), columns
-        self._are_alike = likeness(tensors)
+        self._are_alike, self._layout = likeness(tensors), None
         self._addresses = list(map(Tensor.data_ptr, tensors))
         self._alignment = [address % 16 for address in self._addresses]
         _plans.recent.appendleft(self)
 
-    def follow(self, key: tuple, tensors: list[Tensor], addresses: list[int]) -> bool:
-        """Rewrite the addresses that changed; return False if the plan does not fit any more."""
-        if key != self._key or not self._are_alike(*tensors):
+    def follow(
+        self, key: tuple, tensors: list[Tensor], addresses: list[int], layout: object
+    ) -> bool:
+        """Rewrite the addresses that changed; return False if the plan does not fit any more.
+
+        layout: an object that stands for all about the tensors but their addresses, or None.
+        """
+        if key != self._key:
             return False
+        if layout is None or layout is not self._layout:
+            if not self._are_alike(*tensors):
+                return False
+            self._layout = layout
         if addresses == self._addresses:
             return True
         n, moved = self.n_rows, []
@@ -194,6 +206,19 @@ class Plan:
         self._addresses = addresses
         self.version += 1
         return True
+
+    def copy_back(self, columns: list[list[Tensor]]) -> None:
+        """Copy what the launches wrote to the tensors whose copies they worked on.
+
+        columns: params, grads and the others of `adamw_kernel`.
+        """
+        if self.used is None:
+            return
+        for tensors, used in zip(zip(*columns, strict=True), self.used, strict=True):
+            for tensor, copy in zip(tensors, used, strict=True):
+                # The gradient was only read.
+                if copy is not tensor and tensor is not tensors[1]:
+                    tensor.copy_(copy)
 
     def table_on(self, device: torch.device) -> Tensor:
         """Return the table on the device, copied there if addresses have changed."""
@@ -229,23 +254,25 @@ def _check_device(tensors: list[Tensor], device: torch.device) -> None:
             raise ValueError(f"every tensor must be on {device}, got one on {t.device}")
 
 
-def _kept_plan(key: tuple, tensors: list[Tensor]) -> Plan | None:
+def _kept_plan(
+    key: tuple, tensors: list[Tensor], addresses: list[int], layout: object
+) -> Plan | None:
     """Return the plan that was kept for such tensors, with their addresses in its table."""
     key = (len(tensors), *key)
-    addresses = list(map(Tensor.data_ptr, tensors))
     for plan in _plans.recent:
-        if plan.follow(key, tensors, addresses):
+        if plan.follow(key, tensors, addresses, layout):
             return plan
     return None
 
 
-def norm_plan(grads: list[Tensor], chunk: int) -> Plan | None:
+def norm_plan(grads: list[Tensor], chunk: int, layout: object) -> Plan | None:
     """Return the plan of grad_norm_kernel, whose programs each take `chunk` elements.
 
-    Returns None if one of the gradients is float64, which the kernel does not take.
+    layout: as in `Plan.follow`. Returns None if one of the gradients is float64, which the kernel
+    does not take.
     """
     key = (chunk,)
-    plan = _kept_plan(key, grads)
+    plan = _kept_plan(key, grads, list(map(Tensor.data_ptr, grads)), layout)
     if plan is not None or any(g.dtype == torch.float64 for g in grads):
         return plan
     _check_device(grads, grads[0].device)
@@ -272,18 +299,23 @@ _MASTER, _STEP = (StepRow._fields.index(name) for name in ("master", "step"))
 
 
 def step_plan(
-    columns: list[list[Tensor]], param_ids: list[int], stochastic: bool, block: int
+    columns: list[list[Tensor]],
+    param_ids: list[int],
+    stochastic: bool,
+    block: int,
+    layout: object,
 ) -> Plan | None:
     """Return the plan of adamw_kernel, whose programs each take `block` elements.
 
-    columns: params, grads, exp_avgs, exp_avg_sqs, masters if there are any, and steps. Returns None
-    if a tensor of another column than the steps is float64, which the kernel does not take.
+    columns: params, grads, exp_avgs, exp_avg_sqs, masters if there are any, and steps; layout: as
+    in `Plan.follow`. Returns None if a tensor of another column than the steps is float64, which
+    the kernel does not take.
     """
     every = list(chain.from_iterable(columns))
+    addresses = list(map(Tensor.data_ptr, every))
     # Models of the same shapes take turns with plans of their own.
-    place = tuple(map(Tensor.data_ptr, columns[0]))
-    key = (block, stochastic, len(columns), param_ids, place)
-    plan = _kept_plan(key, every)
+    key = (block, stochastic, len(columns), param_ids, addresses[: len(columns[0])])
+    plan = _kept_plan(key, every, addresses, layout)
     *columns, steps = columns
     if plan is not None or any(t.dtype == torch.float64 for column in columns for t in column):
         return plan
