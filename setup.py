@@ -121,6 +121,7 @@ setup(
         "gptfast.evaluate",
         "gptfast.generation",
         "gptfast.ops",
+        "gptfast.optim",
         "gptfast.search",
         "gptfast.tokenizer",
         "gptfast.training",

@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,22 +33,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Run = Callable[[], object]
-Case = tuple[str, Run, Run]
 BF16 = torch.bfloat16
+
+
+class Case(NamedTuple):
+    """What is measured: ours and PyTorch's; `before` runs before both and does not count."""
+
+    name: str
+    ours: Run
+    plain: Run
+    before: Run = lambda: None
 
 
 def use_triton_on_cpu() -> list[torch.library.Library]:
     """Register every operator's GPU implementation for CPU tensors; return what must stay alive."""
     from gptfast import GPT, AdamW  # noqa: F401 - they define the operators
     from gptfast.kernels.triton import cross_entropy, embedding
-    from gptfast.ops.library import IMPLEMENTATIONS
+    from gptfast.ops import library as operators
 
     # On a GPU these return at once; on CPU tensors they would look at the values.
     cross_entropy.check_targets = embedding.check_ids = lambda *args: None
 
-    libraries = []
+    libraries, launchers = [], operators.IMPLEMENTATIONS["triton"]
+    operators._IN_PYTHON["cpu"] = launchers
     with warnings.catch_warnings(action="ignore"):  # about the kernels that it overrides on purpose
-        for op, implementation in IMPLEMENTATIONS["triton"].items():
+        for op, implementation in launchers.items():
             library = torch.library.Library("gptfast", "IMPL")
             name = op.name().removeprefix("gptfast::").removesuffix(".default")
             library.impl(name, implementation, "CPU", allow_override=True)
@@ -68,15 +78,15 @@ def attention_cases() -> Iterator[Case]:
         return F.scaled_dot_product_attention(*small, is_causal=True)
 
     loss = plain()
-    yield "attention forward", lambda: attention.attention_qkv_fwd(qkv, H, *options), plain
-    yield (
+    yield Case("attention forward", lambda: attention.attention_qkv_fwd(qkv, H, *options), plain)
+    yield Case(
         "attention backward (2 kernels)",
         lambda: attention.attention_qkv_bwd(dout, qkv, out, lse, H, *options),
         lambda: torch.autograd.grad(loss, small, loss, retain_graph=True),
     )
     q, k = torch.zeros(B, H, 1, D, dtype=BF16), torch.zeros(B, H, 1024, D, dtype=BF16)
     one = small.detach()[:, :, :, :1]
-    yield (
+    yield Case(
         "attention decode (2 kernels)",
         lambda: attention.attention_fwd(q, k, k, *options),
         lambda: F.scaled_dot_product_attention(*one),
@@ -91,12 +101,12 @@ def loss_cases() -> Iterator[Case]:
     loss, stats = cross_entropy.cross_entropy_fwd(logits, target, *options)
     leaf = logits.clone().requires_grad_()
     plain = F.cross_entropy(leaf, target)
-    yield (
+    yield Case(
         "cross_entropy forward",
         lambda: cross_entropy.cross_entropy_fwd(logits, target, *options),
         lambda: F.cross_entropy(leaf, target),
     )
-    yield (
+    yield Case(
         "cross_entropy backward",
         lambda: cross_entropy.cross_entropy_bwd(loss, logits, target, stats, *options),
         lambda: torch.autograd.grad(plain, leaf, retain_graph=True),
@@ -110,12 +120,12 @@ def embedding_cases() -> Iterator[Case]:
     leaf = weight.clone().requires_grad_()
     out = F.embedding(idx, leaf)
     dx = torch.zeros_like(out)
-    yield (
+    yield Case(
         "embedding forward",
         lambda: embedding.embedding_fwd(weight, idx),
         lambda: F.embedding(idx, leaf),
     )
-    yield (
+    yield Case(
         "embedding backward",
         lambda: embedding.embedding_bwd(weight, dx, idx),
         lambda: torch.autograd.grad(out, leaf, dx, retain_graph=True),
@@ -142,20 +152,20 @@ def layer_cases() -> Iterator[Case]:
         return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
     y, stats = linear.linear_fwd(x, *norm, eps, weight, bias, None)
-    yield (
+    yield Case(
         "norm and linear, forward",
         lambda: linear.linear_fwd(x, *norm, eps, weight, bias, None),
         layer,
     )
-    yield (
+    yield Case(
         "norm and linear, backward",
         lambda: linear.linear_bwd(y, x, *norm, eps, weight, bias, stats, True, True),
         gradients(layer(), leaves[:5]),
     )
     layers = (*norm, eps, weight, bias, back, ones, True)
     y, h, stats = mlp.mlp_fwd(x, *layers)
-    yield "norm and mlp, forward", lambda: mlp.mlp_fwd(x, *layers), perceptron
-    yield (
+    yield Case("norm and mlp, forward", lambda: mlp.mlp_fwd(x, *layers), perceptron)
+    yield Case(
         "norm and mlp, backward",
         lambda: mlp.mlp_bwd(y, x, h, stats, *layers, True, True, True),
         gradients(perceptron(), leaves),
@@ -168,7 +178,7 @@ def decoding_cases() -> Iterator[Case]:
     x, ones = torch.zeros(1, 16, dtype=BF16), torch.ones(16, dtype=BF16)
     weight = torch.zeros(64, 16, dtype=BF16)
     layer = (weight, None, None, None, False, False)
-    yield (
+    yield Case(
         "norm and linear of one token",
         lambda: decode_linear.decode_linear(x, ones, ones, 1e-5, *layer),
         lambda: F.linear(F.layer_norm(x, (16,), ones, ones), weight),
@@ -183,7 +193,7 @@ def decoding_cases() -> Iterator[Case]:
             return ids.gather(1, torch.multinomial(torch.softmax(best, -1), 1))
 
         kernels = "4 kernels" if V > 64 else "1 kernel"
-        yield (
+        yield Case(
             f"sampling ({kernels})",
             lambda logits=logits: sampling.sample(logits, *numbers, *seeds),
             plain,
@@ -193,35 +203,26 @@ def decoding_cases() -> Iterator[Case]:
 def adamw_cases() -> Iterator[Case]:
     import gptfast
 
-    def parameters() -> list[torch.nn.Parameter]:
-        shapes = [(4, 8), (8,), (4, 4), (4,)] * 37
-        return [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
-
+    shapes = [(4, 8), (8,), (4, 4), (4,)] * 37
     for moved in (False, True):
-        steps = []
-        for cls, options in (
-            (gptfast.AdamW, {"max_norm": 1.0}),
-            (torch.optim.AdamW, {"fused": True}),
-        ):
-            params = parameters()
-            optimizer = cls(params, **options)
-            # Many sets of gradients take turns: no cache of ours has so many.
-            sets = [[torch.zeros_like(p) for p in params] for _ in range(40)]
+        of_each = [[torch.nn.Parameter(torch.zeros(s)) for s in shapes] for _ in range(2)]
+        # Many sets of gradients take turns: no cache of ours has so many.
+        sets = [[torch.zeros(s) for s in shapes] for _ in range(40 if moved else 1)]
+        ours = gptfast.AdamW(of_each[0], max_norm=1.0)
+        plain = torch.optim.AdamW(of_each[1], fused=True)
 
-            def step(  # type: ignore[no-untyped-def]
-                params=params, optimizer=optimizer, sets=sets, moved=moved
-            ) -> None:
-                if moved or params[0].grad is None:
-                    sets.append(sets.pop(0))
-                    for p, g in zip(params, sets[0], strict=True):
-                        p.grad = g
-                if "fused" in optimizer.defaults and optimizer.defaults["fused"]:
-                    torch.nn.utils.clip_grad_norm_(params, 1.0)
-                optimizer.step()
+        def take(of_each=of_each, sets=sets) -> None:  # type: ignore[no-untyped-def]
+            sets.append(sets.pop(0))
+            for params in of_each:
+                for p, g in zip(params, sets[0], strict=True):
+                    p.grad = g
 
-            steps.append(step)
+        def step(params=of_each[1], plain=plain) -> None:  # type: ignore[no-untyped-def]
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            plain.step()
+
         name = "new gradients" if moved else "the same gradients"
-        yield f"AdamW step, 148 tensors, {name}", *steps
+        yield Case(f"AdamW step, 148 tensors, {name}", ours.step, step, take)
 
 
 def step_cases() -> Iterator[Case]:
@@ -247,7 +248,7 @@ def step_cases() -> Iterator[Case]:
             optimizers[i].step()
 
         name = "fp32" if dtype == torch.float32 else "bf16"
-        yield f"training step, 12 layers, {name}", lambda f=step: f(0), lambda f=step: f(1)
+        yield Case(f"training step, 12 layers, {name}", lambda f=step: f(0), lambda f=step: f(1))
 
 
 def sample(run: Run) -> float:
@@ -257,11 +258,13 @@ def sample(run: Run) -> float:
     return (time.thread_time_ns() - begin) / 1e3
 
 
-def measure(ours: Run, plain: Run, samples: int) -> tuple[float, float]:
+def measure(case: Case, samples: int) -> tuple[float, float]:
     """Return the median costs of both, measured in turn."""
-    for run in (ours, plain, ours, plain):
-        run()
-    costs = [(sample(ours), sample(plain)) for _ in range(samples)]
+    costs = []
+    for _ in range(2 + samples):
+        case.before()
+        costs.append((sample(case.ours), sample(case.plain)))
+    del costs[:2]
     return tuple(map(statistics.median, zip(*costs, strict=True)))  # type: ignore[return-value]
 
 
@@ -290,11 +293,12 @@ def main() -> None:
         rows = []
         kernels = (attention_cases, loss_cases, embedding_cases, layer_cases, decoding_cases)
         for cases in (*kernels, adamw_cases, step_cases):
-            for name, ours, plain in cases():
-                few = max(10, options.samples // (10 if "step" in name else 1))
-                mine, theirs = measure(ours, plain, few)
+            for case in cases():
+                name = case.name
+                few = max(10, options.samples // (10 if "training" in name else 1))
+                mine, theirs = measure(case, few)
                 before = stub.count()
-                ours()
+                case.ours()
                 rows.append((name, mine, theirs, stub.count() - before))
                 ratio = f"{theirs / mine:.2f}"
                 print(

@@ -6,6 +6,9 @@ torch.compile knows some of them by identity.
 """
 
 import re
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +36,7 @@ check_version(torch.__version__)
 from torch._functorch.pyfunctorch import (  # noqa: E402
     temporarily_clear_interpreter_stack as temporarily_clear_interpreter_stack,
 )
-from torch._library.autograd import Info as Info  # noqa: E402
-from torch._library.autograd import make_autograd_impl as make_autograd_impl  # noqa: E402
+from torch._library.autograd import Info, make_autograd_impl  # noqa: E402
 from torch._ops import OpOverload as OpOverload  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # noqa: E402
 from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTensor  # noqa: E402
@@ -73,6 +75,28 @@ def below_autograd(op: OpOverload, keyset: DispatchKeySet, args: tuple) -> objec
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
+def autograd_kernel(op: OpOverload, backward: Callable, setup: Callable) -> Callable:
+    """Return what torch.library.register_autograd registers for an operator.
+
+    PyTorch makes new objects of the operator's arguments for each look at one in each call, which
+    takes 10 to 20 microseconds. So it is given those of one look.
+    """
+    schema = op._schema
+    arguments = [
+        SimpleNamespace(
+            name=a.name, type=a.type, kwarg_only=a.kwarg_only, default_value=a.default_value
+        )
+        for a in schema.arguments
+    ]
+    names = ("_namespace", "_opname", "_overloadname", "redispatch")
+    stand_in: Any = SimpleNamespace(
+        _schema=SimpleNamespace(arguments=arguments, returns=list(schema.returns)),
+        tags=tuple(op.tags),
+        **{name: getattr(op, name) for name in names},
+    )
+    return make_autograd_impl(stand_in, Info(backward, setup))
+
+
 def is_transformed() -> bool:
     """Return whether this code runs under a transform of torch.func or in forward mode."""
     # torch.compile does not follow the first question, so it leaves this function as it is.
@@ -84,6 +108,20 @@ def use_counts(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int]
     """Return how many references a tensor and its memory have in C++."""
     tensor_count = tensor._use_count()  # type: ignore[attr-defined]
     return tensor_count, torch._C._storage_Use_Count(storage._cdata)
+
+
+def likeness(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Return a function of as many tensors, which returns whether each is like that of this list.
+
+    Like means: of the same class, dtype, device, layout, sizes, strides and requires_grad; where
+    the memory is does not count. The answer is also False for a tensor that is given twice, and
+    where autocast or a mode of the dispatcher has come between. No tensor is kept alive.
+    """
+    # What torch.compile asks before each call of compiled code, in C++.
+    guards = torch._C._dynamo.guards.TensorGuards(
+        *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+    )
+    return guards.check
 
 
 def any_global_hooks() -> bool:

@@ -658,10 +658,10 @@ def test_only_addresses_that_moved_are_rewritten(
 
 
 def test_plans_are_few_and_of_one_thread(tables: ModuleType, uploads: list[Tensor]) -> None:
-    for n in range(1, 2 * tables._Recent.SIZE):
+    for n in range(1, 2 * tables._Plans.SIZE):
         grads = [torch.randn(n)]
         grad_norm(grads)
-        assert len(tables._plans.recent) == min(n, tables._Recent.SIZE)
+        assert len(tables._plans.recent) == min(n, tables._Plans.SIZE)
     seen: list[int] = []
     thread = threading.Thread(target=lambda: seen.append(len(tables._plans.recent)))
     thread.start()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.reference import adamw as reference
-from gptfast.ops.library import register
+from gptfast.ops.library import direct, register
 
 
 def _grad_norm_fake(grads: list[Tensor]) -> Tensor:
@@ -15,7 +15,7 @@ def _adamw_fake(*args: object) -> None:
     return None
 
 
-grad_norm = register("grad_norm(Tensor[] grads) -> Tensor", reference.grad_norm, _grad_norm_fake)
+_grad_norm = register("grad_norm(Tensor[] grads) -> Tensor", reference.grad_norm, _grad_norm_fake)
 _adamw = register(
     "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] masters, Tensor(e!)[] steps, Tensor lr, Tensor? grad_norm, float max_norm, "
@@ -26,8 +26,22 @@ _adamw = register(
 )
 
 
-def adamw(params: list[Tensor], *args: object) -> None:
-    """Take one step in place; the arguments are the schema's."""
-    _adamw(params, *args)
+def grad_norm(grads: list[Tensor], layout: object = None) -> Tensor:
+    """Return the 2-norm over all gradients together, 0-d; layout: as in `adamw`."""
+    launcher = None if layout is None else direct(_grad_norm, grads[0])
+    return _grad_norm(grads) if launcher is None else launcher(grads, layout)
+
+
+def adamw(params: list[Tensor], *args: object, layout: object = None) -> None:
+    """Take one step in place; the arguments are the schema's.
+
+    layout: an object that the caller gives with plain tensors alone, and only with such as have the
+    classes, dtypes, devices, sizes and strides that the tensors had the last time.
+    """
+    launcher = None if layout is None else direct(_adamw, params[0])
+    if launcher is None:
+        _adamw(params, *args)
+    else:
+        launcher(params, *args, layout)
     # As ATen's in-place operators do: a backward that saved the old values is now an error.
     torch.autograd.graph.increment_version(params)

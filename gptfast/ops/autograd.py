@@ -16,13 +16,12 @@ from gptfast.ops.backend import IMPLEMENTATIONS
 from gptfast.ops.library import LIBRARY
 from gptfast.torch_private import (
     DispatchKeySet,
-    Info,
     OpOverload,
     any_requires_grad,
+    autograd_kernel,
     below_autograd,
     is_legacy_batchedtensor,
     is_transformed,
-    make_autograd_impl,
 )
 
 
@@ -46,7 +45,7 @@ def register_autograd(op: OpOverload, backward: Callable, setup: Callable) -> No
     The backward must be differentiable where `needs_reference` says so; `gradients` helps.
     """
     # What torch.library.register_autograd registers; it has no rules for torch.func and tangents.
-    kernel = make_autograd_impl(op, Info(backward, setup))
+    kernel = autograd_kernel(op, backward, setup)
     reference = IMPLEMENTATIONS["reference"][op]
 
     def autograd(keyset: DispatchKeySet, *args: object) -> object:

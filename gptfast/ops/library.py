@@ -7,6 +7,7 @@ the CPU under the same names.
 
 import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -21,7 +22,13 @@ from gptfast.ops.backend import (
     TRITON_MISSING,
     check_isa,
 )
-from gptfast.torch_private import OpOverload, excluded, has_kernel
+from gptfast.torch_private import (
+    OpOverload,
+    are_transforms_active,
+    excluded,
+    has_kernel,
+    len_dispatch_stack,
+)
 
 LIBRARY = torch.library.Library("gptfast", "DEF")
 # torch.amp.is_autocast_available would tell, but torch.compile cannot follow it before torch 2.12.
@@ -57,7 +64,8 @@ class _Launcher:
         first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
         if first.dtype == torch.float64:
             return self.reference(*args)
-        launcher = getattr(importlib.import_module(self.module), self.reference.__name__)
+        module = sys.modules.get(self.module) or importlib.import_module(self.module)
+        launcher = getattr(module, self.reference.__name__)
         # The device of the tensors need not be the current one; on the CPU this does nothing.
         with torch.cuda.device_of(first):
             return launcher(*args)
@@ -91,6 +99,22 @@ def register(schema: str, reference: Callable, fake: Callable) -> OpOverload:
     torch.library.register_fake(f"gptfast::{name}", fake, lib=LIBRARY)
     IMPLEMENTATIONS["reference"][op] = reference
     return op
+
+
+# By the type of the device. bench/host_cost.py adds the CPU.
+_IN_PYTHON = {"cuda": IMPLEMENTATIONS["triton"]}
+
+
+def direct(op: OpOverload, x: torch.Tensor) -> Callable | None:
+    """Return the launcher that a call of op on x, a plain tensor, would end at, or None.
+
+    To call it spares the dispatcher's copies of lists of tensors, which take longer than a launch.
+    It is None for other kernels and where a mode or a transform must see the call. The
+    caller must know that op has no gradient and that autocast does nothing to it.
+    """
+    if len_dispatch_stack() or are_transforms_active():
+        return None
+    return _IN_PYTHON.get(x.device.type, {}).get(op)
 
 
 def autocast_enabled(x: torch.Tensor) -> bool:

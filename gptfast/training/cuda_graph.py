@@ -19,17 +19,21 @@ from gptfast.device import pinned
 WARM_UP_STEPS = 2
 """Ordinary steps before a capture: they compile kernels and make the optimizer's state."""
 
-Compute = Callable[[], Tensor]
+Tensors = tuple[Tensor, ...]
+Compute = Callable[[], Tensors]
 
 
 class Recorder(Protocol):
     """Runs functions, and records them to be run again. Tests have one that needs no GPU."""
 
-    def run(self, function: Compute) -> Tensor:
+    def run(self, function: Compute) -> Tensors:
         """Return function(), run so that a later capture finds everything prepared."""
 
     def capture(self, function: Compute) -> Compute:
-        """Return a function that repeats what this one does. No tensor has changed meanwhile."""
+        """Return a function that repeats what this one does, and returns the same tensors anew.
+
+        No tensor has changed meanwhile.
+        """
 
 
 class CudaGraphs:
@@ -38,7 +42,7 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
 
-    def run(self, function: Compute) -> Tensor:
+    def run(self, function: Compute) -> Tensors:
         # What is made on the default stream may wait for it later, which a capture forbids.
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
@@ -70,7 +74,7 @@ class CudaGraphs:
             # Ending it raises another error than the one that says why it failed.
             raise errors.pop() if errors else error from None
 
-        def replay() -> Tensor:
+        def replay() -> Tensors:
             graph.replay()
             return result
 
@@ -86,7 +90,7 @@ def recorder_for(config: TrainConfig, device: torch.device) -> Recorder | None:
 class StepGraph:
     """A function of tensors that becomes a graph once it has run often enough.
 
-    compute: takes input tensors, queues a step on the device and returns a tensor. params: it sets
+    compute: takes input tensors, queues a step on the device and returns tensors. params: it sets
     their gradients. held: returns what a graph holds besides the inputs, such as addresses; a graph
     is used as long as that is the same. obstacle: returns why there can be no graph, or None.
 
@@ -96,7 +100,7 @@ class StepGraph:
 
     def __init__(
         self,
-        compute: Callable[[Sequence[Tensor]], Tensor],
+        compute: Callable[[Sequence[Tensor]], Tensors],
         params: Sequence[Tensor],
         held: Callable[[], Hashable],
         obstacle: Callable[[], str | None],
@@ -123,8 +127,11 @@ class StepGraph:
         """Whether there is a graph."""
         return self._replay is not None
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return compute(inputs). The inputs may be on the CPU."""
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensors:
+        """Return compute(inputs). The inputs may be on the CPU.
+
+        A replay writes to the tensors that the one before it returned.
+        """
         if not self._may_capture:
             return self._recorder.run(lambda: self._compute(inputs))
         key = tuple(x.shape for x in inputs), self._held()

@@ -4,6 +4,8 @@ import contextlib
 import fnmatch
 import math
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from gptfast.training.guard import Fault, Guard
 
 Batch = tuple[Tensor, Tensor]
 """Input ids and targets, each (B, T) int64. A target of -100 is masked: it has no loss."""
+
+_requires_grad = attrgetter("requires_grad")
 
 
 class RefusedStep(ArithmeticError):
@@ -95,7 +99,7 @@ class TrainStep:
         self.guard = Guard(config)
         self._parts, self._params = list(model.modules()), list(model.parameters())
         recorder = recorder_for(config, device)
-        self._step: Callable[[Sequence[Tensor]], Tensor] = self._compute
+        self._step: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = self._compute
         if recorder is not None:
             self._step = StepGraph(
                 self._compute, self._params, self._held, self._obstacle, recorder, device, log
@@ -121,7 +125,8 @@ class TrainStep:
         fault: Fault | None = Fault("every target is masked", finite=True)
         if sum(counts):
             try:
-                numbers = self._step(self._inputs(batches, counts, lr))
+                # A replay knows nothing of the attribute, which has the norm of the step before.
+                numbers, self.optimizer.grad_norm = self._step(self._inputs(batches, counts, lr))
                 if meanwhile is not None:
                     meanwhile()
                 # The only time that a step waits for a GPU.
@@ -156,11 +161,12 @@ class TrainStep:
         kept = [batch for batch, count in zip(batches, counts, strict=True) if count]
         return [*(tensor for batch in kept for tensor in batch), numbers]
 
-    def _compute(self, inputs: Sequence[Tensor]) -> Tensor:
+    def _compute(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Queue a step; return its loss and gradient norm as they will be, (2,) fp64.
 
-        Where the guard will find fault with one of them, the update changes nothing. All that
-        differs between two steps is in the inputs, and nothing is read back.
+        Also returns the optimizer's own gradient norm, 0-d. Where the guard will find fault with
+        one of the numbers, the update changes nothing. All that differs between two steps is in the
+        inputs, and nothing is read back.
         """
         *tensors, numbers = [moved(x, self.device) for x in inputs]
         lr, loss_limit, norm_limit, *shares = numbers.unbind()
@@ -175,20 +181,21 @@ class TrainStep:
             group["lr"] = lr
         accepted = total.isfinite() & (total <= loss_limit)
         self.optimizer.step(norm_limit=norm_limit.where(accepted, math.nan))
-        assert self.optimizer.grad_norm is not None  # max_norm is set
-        return torch.stack((total, self.optimizer.grad_norm.double()))
+        norm = self.optimizer.grad_norm
+        assert norm is not None  # max_norm is set
+        return torch.stack((total, norm.double())), norm
 
     def _held(self) -> Hashable:
         """Return what a graph of `_compute` holds besides its inputs."""
         # Asked before each step: lists that were made once, and no traversal of the model.
         groups, state, model = self.optimizer.param_groups, self.optimizer.state, self.raw_model
-        addresses = [p.data_ptr() for p in self._params]
-        addresses += [x.data_ptr() for of_param in state.values() for x in of_param.values()]
+        states = chain.from_iterable(map(dict.values, state.values()))
+        addresses = map(Tensor.data_ptr, chain(self._params, states))
         changing = ("params", "lr")
         options = [v for group in groups for name, v in group.items() if name not in changing]
         options += [(m.training, m.p) for m in self._parts if isinstance(m, nn.Dropout)]
         options += [self.optimizer.max_norm, model.skip_below, model.activation_checkpointing]
-        options += [chosen_backend(), *(p.requires_grad for p in self._params)]
+        options += [chosen_backend(), *map(_requires_grad, self._params)]
         return *addresses, *options, self.model, self._hook()
 
     def _hook(self) -> str:

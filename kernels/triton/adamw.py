@@ -51,7 +51,7 @@ from gptfast.kernels.triton.adamw_access import (
     row_of,
     store,
 )
-from gptfast.kernels.triton.adamw_tables import look_at, norm_plan, step_plan
+from gptfast.kernels.triton.adamw_tables import norm_plan, step_plan
 from gptfast.kernels.triton.launch import launch
 from gptfast.kernels.triton.philox import in_order, philox
 
@@ -267,16 +267,14 @@ def adamw_kernel(
         )  # fmt: skip
 
 
-def grad_norm(grads: list[Tensor]) -> Tensor:
-    """Return the 2-norm over all gradients together, 0-d fp32."""
-    seen = look_at(grads, [])
-    if torch.float64 in seen.dtypes:
+def grad_norm(grads: list[Tensor], layout: object = None) -> Tensor:
+    """Return the 2-norm over all gradients together, 0-d fp32; layout: as in `adamw`."""
+    plan = norm_plan(grads, CHUNK, layout)
+    if plan is None:
         return reference.grad_norm(grads)
     device = grads[0].device
-    plan = norm_plan(grads, seen, CHUNK)
     table_ptr = plan.table_on(device)
-    n_partials = sum(programs for *_, programs in plan.launches)
-    partials = torch.empty(n_partials, dtype=torch.float64, device=device)
+    partials = torch.empty(plan.n_programs, dtype=torch.float64, device=device)
     norm = torch.empty((), dtype=torch.float32, device=device)
     warps = NORM_CONFIGS[target.arch()]
     for (dtype, _), begin, n_rows, programs in plan.launches:
@@ -295,7 +293,15 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
                 SEARCH=SEARCH,
                 num_warps=warps,
             )
-    launch(grad_norm_sum_kernel, (1,), partials, norm, n_partials, LANES=LANES, num_warps=2 * warps)
+    launch(
+        grad_norm_sum_kernel,
+        (1,),
+        partials,
+        norm,
+        plan.n_programs,
+        LANES=LANES,
+        num_warps=2 * warps,
+    )
     return norm
 
 
@@ -328,18 +334,22 @@ def adamw(
     param_ids: list[int],
     stochastic: bool,
     seed: int,
+    layout: object = None,
 ) -> None:
-    """Take one step in place. masters: empty, or one fp32 tensor per parameter."""
+    """Take one step in place. masters: empty, or one fp32 tensor per parameter.
+
+    layout: an object that comes only with tensors of the classes, dtypes, devices, sizes and
+    strides with which it came before; None: nothing is known.
+    """
     columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else []), steps]
-    seen = look_at([t for column in columns[:-1] for t in column], steps)
-    if torch.float64 in seen.dtypes[: -len(steps)]:
+    block, warps = STEP_CONFIGS[target.arch()]
+    plan = step_plan(columns, param_ids, stochastic, block, layout)
+    if plan is None:
         return reference.adamw(
             params, grads, exp_avgs, exp_avg_sqs, masters, steps, lr, grad_norm, max_norm, beta1,
             beta2, eps, weight_decay, param_ids, stochastic, seed,
         )  # fmt: skip
     device = params[0].device
-    block, warps = STEP_CONFIGS[target.arch()]
-    plan = step_plan(columns, seen, param_ids, stochastic, block)
     table_ptr = plan.table_on(device)
     scalars = torch.empty(N_SCALARS, plan.n_rows, dtype=torch.float32, device=device)
     resident = _read_on_device(lr, device)
@@ -387,10 +397,4 @@ def adamw(
                 # So each operation rounds as in the reference; the kernel waits for memory anyway.
                 enable_fp_fusion=False,
             )
-    if plan.used is None:
-        return
-    for tensors, used in zip(zip(*columns[:-1], strict=True), plan.used, strict=True):
-        for tensor, copy in zip(tensors, used, strict=True):
-            # The gradient was only read.
-            if copy is not tensor and tensor is not tensors[1]:
-                tensor.copy_(copy)
+    plan.copy_back(columns[:-1])

@@ -1,18 +1,25 @@
 """The tables in which AdamW's kernels look up their tensors.
 
 They are built on the host and kept on the device, column by column, as int64. Building one takes
-Python a millisecond or more, so a plan is kept for each list of tensors. A step looks at the
-tensors' addresses, strides, sizes and dtypes. Where only addresses changed, as those of gradients
-do, it rewrites their columns; where nothing did, the table on the device serves as it is.
+Python a millisecond or more, so a plan is kept for each list of tensors. A step reads the tensors'
+addresses, and asks PyTorch once whether all else about them is as it was. Where only addresses
+changed, as those of gradients do, it rewrites their columns; where nothing did, the table on the
+device serves as it is.
 """
 
 import threading
-from operator import attrgetter
-from typing import Any, NamedTuple
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
+
+from gptfast.torch_private import likeness
 
 
 class NormRow(NamedTuple):
@@ -74,31 +81,17 @@ class _Staging:
         return source
 
 
-class _Recent(dict[Any, Any]):
-    """A cache of the SIZE values that were added last.
-
-    The oldest value is dropped, not the least used: so a look-up hashes its key only once.
-    """
-
-    SIZE = 32
-
-    def keep(self, key: Any, value: Any) -> Any:
-        """Add the value, drop the oldest one if there are too many, and return the value."""
-        self[key] = value
-        if len(self) > self.SIZE:
-            del self[next(iter(self))]
-        return value
-
-
 class _Plans(threading.local):
     """The plans of a thread. A plan changes when tensors move, so threads do not share any."""
 
+    SIZE = 32
+    """The most plans that are kept; the one that was made first goes first."""
+
     def __init__(self) -> None:
-        self.recent = _Recent()
+        self.recent: deque[Plan] = deque(maxlen=self.SIZE)
 
 
 _staging = _Staging()
-_plans = _Plans()
 
 
 def _capturing(device: torch.device) -> bool:
@@ -106,7 +99,6 @@ def _capturing(device: torch.device) -> bool:
 
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_dtype = attrgetter("dtype")
 
 
 def _kind_of(tensors: list[Tensor]) -> tuple:
@@ -133,34 +125,14 @@ class Launch(NamedTuple):
     n_programs: int
 
 
-class Seen(NamedTuple):
-    """What a plan depends on, as it is now: the addresses, and all else."""
-
-    addresses: list[int]
-    strides: list[tuple[int, ...]]
-    shapes: list[torch.Size]
-    dtypes: list[torch.dtype]
-
-
-def look_at(tensors: list[Tensor], steps: list[Tensor]) -> Seen:
-    """Return what a plan for these tensors depends on; most steps need no more work than this.
-
-    steps: tensors of one element each, whose addresses and dtypes come last.
-    """
-    every = tensors + steps
-    return Seen(
-        list(map(Tensor.data_ptr, every)),
-        list(map(Tensor.stride, tensors)),
-        list(map(Tensor.size, tensors)),
-        list(map(_dtype, every)),
-    )
-
-
 class Plan:
     """A table and the launches that work on it.
 
     used: the tensors to work on, if some of those given had to be copied; else None.
     """
+
+    MAX_STREAMS = 32
+    """The most streams that have a table of their own."""
 
     def __init__(
         self,
@@ -183,43 +155,70 @@ class Plan:
                     n_programs += -(-row.numel // elements_per_program)
             self.launches.append(Launch(kind, first_row, len(table) - first_row, n_programs))
         self.n_rows = len(table)
-        self.words = torch.tensor(list(zip(*table, strict=True)), dtype=torch.int64, device="cpu")
-        self.addresses: list[int] = []
-        self.alignment: list[int] = []
-        self.layout: tuple = ()
-        self.columns: list[int] = []
+        self.n_programs = sum(launch.n_programs for launch in self.launches)
+        # Python writes faster to an array than to the tensor of its memory.
+        self._array = array("q", [word for column in zip(*table, strict=True) for word in column])
+        words = torch.frombuffer(self._array, dtype=torch.int64)
+        self.words = words.view(-1, self.n_rows)
         self.version = 0
         """How often the addresses in `words` changed."""
-        self._tables = _Recent()
+        self._tables: dict[int, tuple[int, Tensor]] = {}
         """The version and the table on the device, by stream."""
 
-    def remember(self, seen: Seen, layout: tuple, columns: list[int]) -> None:
-        """Keep what the plan was made from; `columns` of the table hold its addresses in turn."""
-        self.addresses, self.layout, self.columns = seen.addresses, layout, columns
-        self.alignment = [address % 16 for address in seen.addresses]
+    def keep(self, key: tuple, tensors: list[Tensor], columns: Sequence[int]) -> None:
+        """Keep the plan for calls with this key and tensors like these, wherever they are.
 
-    def follow(self, seen: Seen, layout: tuple, tensors: list[Tensor]) -> bool:
-        """Rewrite the addresses that changed; return False if the plan does not fit any more."""
-        if layout != self.layout:
+        columns: of the table, each with the addresses of the next `n_rows` tensors.
+        """
+        if len(set(map(id, tensors))) < len(tensors):
+            return  # `likeness` takes no tensor twice
+        self._key, self._columns = (len(tensors), *key), columns
+        self._are_alike, self._layout = likeness(tensors), None
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._alignment = [address % 16 for address in self._addresses]
+        _plans.recent.appendleft(self)
+
+    def follow(
+        self, key: tuple, tensors: list[Tensor], addresses: list[int], layout: object
+    ) -> bool:
+        """Rewrite the addresses that changed; return False if the plan does not fit any more.
+
+        layout: an object that stands for all about the tensors but their addresses, or None.
+        """
+        if key != self._key:
             return False
-        addresses, n = seen.addresses, self.n_rows
-        if addresses == self.addresses:
+        if layout is None or layout is not self._layout:
+            if not self._are_alike(*tensors):
+                return False
+            self._layout = layout
+        if addresses == self._addresses:
             return True
-        moved = []
-        for i, column in enumerate(self.columns):
+        n, moved = self.n_rows, []
+        for i, column in enumerate(self._columns):
             part = slice(i * n, i * n + n)
             new = addresses[part]
-            if new != self.addresses[part]:
-                if [address % 16 for address in new] != self.alignment[part]:
+            if new != self._addresses[part]:
+                if [address % 16 for address in new] != self._alignment[part]:
                     return False
-                if set(map(Tensor.get_device, tensors[part])) != {tensors[0].get_device()}:
-                    return False
-                moved.append((column, [new[row] for row in self.order]))
-        for column, values in moved:
-            self.words[column] = torch.tensor(values, dtype=torch.int64, device="cpu")
-        self.addresses = addresses
+                moved.append((column * n, array("q", [new[row] for row in self.order])))
+        for begin, column_words in moved:
+            self._array[begin : begin + n] = column_words
+        self._addresses = addresses
         self.version += 1
         return True
+
+    def copy_back(self, columns: list[list[Tensor]]) -> None:
+        """Copy what the launches wrote to the tensors whose copies they worked on.
+
+        columns: params, grads and the others of `adamw_kernel`.
+        """
+        if self.used is None:
+            return
+        for tensors, used in zip(zip(*columns, strict=True), self.used, strict=True):
+            for tensor, copy in zip(tensors, used, strict=True):
+                # The gradient was only read.
+                if copy is not tensor and tensor is not tensors[1]:
+                    tensor.copy_(copy)
 
     def table_on(self, device: torch.device) -> Tensor:
         """Return the table on the device, copied there if addresses have changed."""
@@ -227,15 +226,19 @@ class Plan:
             return _staging.take(self.words).to(device, non_blocking=True)
         _staging.reserve(device, self.words.numel())
         # One table per stream: another stream would not wait for the copy.
-        cuda = device.type == "cuda"
-        stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
+        stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
         version, table = self._tables.get(stream, (-1, None))
         if version != self.version:
             if table is None:
                 table = torch.empty_like(self.words, device=device)
             upload(self.words, table)
-            self._tables.keep(stream, (self.version, table))
+            if len(self._tables) == self.MAX_STREAMS:
+                self._tables.clear()
+            self._tables[stream] = self.version, table
         return table
+
+
+_plans = _Plans()
 
 
 def upload(words: Tensor, table: Tensor) -> None:
@@ -251,12 +254,26 @@ def _check_device(tensors: list[Tensor], device: torch.device) -> None:
             raise ValueError(f"every tensor must be on {device}, got one on {t.device}")
 
 
-def norm_plan(grads: list[Tensor], seen: Seen, chunk: int) -> Plan:
-    """Return the plan of grad_norm_kernel, whose programs each take `chunk` elements."""
-    key = (chunk, grads[0].get_device(), tuple(seen.shapes))
-    layout = (seen.strides, seen.shapes, seen.dtypes)
-    plan = _plans.recent.get(key)
-    if plan is not None and plan.follow(seen, layout, grads):
+def _kept_plan(
+    key: tuple, tensors: list[Tensor], addresses: list[int], layout: object
+) -> Plan | None:
+    """Return the plan that was kept for such tensors, with their addresses in its table."""
+    key = (len(tensors), *key)
+    for plan in _plans.recent:
+        if plan.follow(key, tensors, addresses, layout):
+            return plan
+    return None
+
+
+def norm_plan(grads: list[Tensor], chunk: int, layout: object) -> Plan | None:
+    """Return the plan of grad_norm_kernel, whose programs each take `chunk` elements.
+
+    layout: as in `Plan.follow`. Returns None if one of the gradients is float64, which the kernel
+    does not take.
+    """
+    key = (chunk,)
+    plan = _kept_plan(key, grads, list(map(Tensor.data_ptr, grads)), layout)
+    if plan is not None or any(g.dtype == torch.float64 for g in grads):
         return plan
     _check_device(grads, grads[0].device)
     # The order of the elements does not matter, if each is there once.
@@ -271,10 +288,9 @@ def norm_plan(grads: list[Tensor], seen: Seen, chunk: int) -> Plan:
         rows.append((_kind_of([g]), NormRow(0, g.numel(), g.data_ptr(), n_partials)))
         n_partials += -(-g.numel() // chunk)
     plan = Plan(rows, chunk, [used] if copied else None)
-    if copied:
-        return plan
-    plan.remember(seen, layout, [NormRow._fields.index("grad")])
-    return _plans.recent.keep(key, plan)
+    if not copied:
+        plan.keep(key, grads, [NormRow._fields.index("grad")])
+    return plan
 
 
 # The columns of addresses, in the order of the lists of tensors.
@@ -284,24 +300,26 @@ _MASTER, _STEP = (StepRow._fields.index(name) for name in ("master", "step"))
 
 def step_plan(
     columns: list[list[Tensor]],
-    seen: Seen,
     param_ids: list[int],
     stochastic: bool,
     block: int,
-) -> Plan:
+    layout: object,
+) -> Plan | None:
     """Return the plan of adamw_kernel, whose programs each take `block` elements.
 
-    columns: params, grads, exp_avgs, exp_avg_sqs, masters if there are any, and steps; seen: what
-    these tensors are, one column after the other.
+    columns: params, grads, exp_avgs, exp_avg_sqs, masters if there are any, and steps; layout: as
+    in `Plan.follow`. Returns None if a tensor of another column than the steps is float64, which
+    the kernel does not take.
     """
-    key = (block, stochastic, len(columns), tuple(seen.addresses[: len(param_ids)]))
-    layout = (seen.strides, seen.shapes, seen.dtypes, param_ids)
-    every = [t for column in columns for t in column]
-    plan = _plans.recent.get(key)
-    if plan is not None and plan.follow(seen, layout, every):
+    every = list(chain.from_iterable(columns))
+    addresses = list(map(Tensor.data_ptr, every))
+    # Models of the same shapes take turns with plans of their own.
+    key = (block, stochastic, len(columns), param_ids, addresses[: len(columns[0])])
+    plan = _kept_plan(key, every, addresses, layout)
+    *columns, steps = columns
+    if plan is not None or any(t.dtype == torch.float64 for column in columns for t in column):
         return plan
     _check_device(every, every[0].device)
-    *columns, steps = columns
     params, masters = columns[0], columns[4:]
     if any(t.dtype != torch.float32 for t in (*steps, *(masters[0] if masters else []))):
         raise ValueError("adamw: masters and steps must be float32; convert them with .float()")
@@ -314,10 +332,9 @@ def step_plan(
         copied |= any(u is not t for u, t in zip(used[-1], tensors, strict=True))
         rows.append((_kind_of(used[-1]), _step_row(used[-1], step, param_id)))
     plan = Plan(rows, block, used if copied else None)
-    if copied:
-        return plan
-    plan.remember(seen, layout, [*_MOVING, *([_MASTER] if masters else []), _STEP])
-    return _plans.recent.keep(key, plan)
+    if not copied:
+        plan.keep(key, every, [*_MOVING, *([_MASTER] if masters else []), _STEP])
+    return plan
 
 
 def _step_row(tensors: list[Tensor], step: Tensor, param_id: int) -> StepRow:

@@ -142,7 +142,8 @@ def _record(key: tuple, fill: Callable[..., None], tensors: Sequence, numbers: t
         fill(*tensors, *numbers)
     finally:
         record.launches = _scratch.tensors = None
-    # A launcher that started over with a smaller tile has launched some kernels twice.
+    # A launcher that started over with a smaller tile has launched some kernels twice. Its next
+    # call records them, once each: a kernel steps down a few times in a process at most.
     if lowered != target.lowered() or any(watched(kernel) for kernel, *_ in launches):
         return
     given = [t for t in tensors if t is not None]

@@ -52,17 +52,16 @@ def linear_bwd(
             dy, x, norm_weight, norm_bias, eps, weight, bias, stats, need_dx, need_dweight
         )
     dy = dy.to(weight.dtype).contiguous()
-    dx, dnorm_weight, dnorm_bias, dweight, dbias = (dy.new_empty(0) for _ in range(5))
     a = None
     if need_dx:
         da = torch.mm(dy, weight)
         dx, dnorm_weight, dnorm_bias, a = norm_bwd(
             da, x, norm_weight, norm_bias, stats, with_a=need_dweight
         )
-    if need_dweight:
-        if a is None:
-            a = norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)[0]
-        dweight = torch.mm(dy.t(), a)
-        if bias is not None:
-            dbias = column_sums(dy)
+    else:
+        dx, dnorm_weight, dnorm_bias = (dy.new_empty(0) for _ in range(3))
+    if need_dweight and a is None:
+        a = norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)[0]
+    dweight = torch.mm(dy.t(), a) if a is not None else dy.new_empty(0)
+    dbias = column_sums(dy) if need_dweight and bias is not None else dy.new_empty(0)
     return dx, dnorm_weight, dnorm_bias, dweight, dbias

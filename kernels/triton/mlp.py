@@ -62,15 +62,13 @@ def mlp_bwd(
         needs = need_dx, need_dfc, need_dproj
         return reference.mlp_bwd(dy, x, h, stats, *norm, eps, *layers, residual, *needs)
     dy, h = dy.to(fc_weight.dtype).contiguous(), h.contiguous()
-    dx, dnorm_weight, dnorm_bias, dfc, dfc_bias = (dy.new_empty(0) for _ in range(5))
-    dh, dproj, dproj_bias = (dy.new_empty(0) for _ in range(3))
     if need_dx or need_dfc:
         dg = torch.mm(dy, proj_weight)
         dh, g, dfc_bias = gelu_bwd_(dg, h, with_g=need_dproj, with_sums=need_dfc)
     else:
-        g = gelu_fwd(h)
-    if need_dproj:
-        dproj, dproj_bias = torch.mm(dy.t(), g), column_sums(dy)
+        dh, g, dfc_bias = dy.new_empty(0), gelu_fwd(h), dy.new_empty(0)
+    dproj = torch.mm(dy.t(), g) if need_dproj else dy.new_empty(0)
+    dproj_bias = column_sums(dy) if need_dproj else dy.new_empty(0)
     del g  # one of the largest tensors; the rest can use its memory
     a = None
     if need_dx:
@@ -78,8 +76,9 @@ def mlp_bwd(
         dx, dnorm_weight, dnorm_bias, a = norm_bwd(
             da, x, *norm, stats, dresidual=dresidual, with_a=need_dfc
         )
-    if need_dfc:
-        if a is None:
-            a = norm_fwd(x, *norm, eps, fc_weight.dtype)[0]
-        dfc = torch.mm(dh.t(), a)
+    else:
+        dx, dnorm_weight, dnorm_bias = (dy.new_empty(0) for _ in range(3))
+    if need_dfc and a is None:
+        a = norm_fwd(x, *norm, eps, fc_weight.dtype)[0]
+    dfc = torch.mm(dh.t(), a) if a is not None else dy.new_empty(0)
     return dx, dnorm_weight, dnorm_bias, dfc, dfc_bias, dproj, dproj_bias

@@ -9,24 +9,14 @@ from torch import Tensor
 
 from gptfast import dtensor
 from gptfast.ops.adamw import adamw, grad_norm
+from gptfast.optim.state import Call, Columns, StateOptions, Work, check_gradient, fit_state
 
 # torch.optim.AdamW's other keywords, with their defaults. Those that choose an implementation are
 # ignored; those that change the mathematics are refused.
 _IGNORED = {"foreach": None, "fused": None, "capturable": False}
 _REFUSED = {"amsgrad": False, "maximize": False, "differentiable": False}
 
-_HALVES = frozenset({torch.float16, torch.bfloat16})
-# The dtype of the moments of a parameter, from its own.
-_WIDEST = dict.fromkeys((torch.float32, *_HALVES), torch.float32) | {torch.float64: torch.float64}
-
-
 _dtype = attrgetter("dtype")
-_device = attrgetter("device")
-
-
-def _fits(state: torch.dtype, param: torch.dtype) -> bool:
-    """Return whether a state of this dtype can stand beside a parameter of that dtype."""
-    return state is _WIDEST.get(param) or state is param is torch.bfloat16
 
 
 def _refuse(options: dict[str, Any]) -> None:
@@ -66,6 +56,9 @@ class AdamW(torch.optim.Optimizer):
     Raises ValueError for values out of range, for amsgrad, maximize and differentiable, and for
     other tensor subclasses.
     """
+
+    # Of the class: a copy of an optimizer begins without.
+    _work: Work | None = None
 
     def __init__(
         self,
@@ -120,105 +113,40 @@ class AdamW(torch.optim.Optimizer):
         for param in self.param_groups[-1]["params"]:
             if param.requires_grad:
                 dtensor.check_parameter(param)
-            self._check_dtype(param.dtype)
-
-    def _check_dtype(self, dtype: torch.dtype) -> None:
-        """Raise ValueError for a parameter's data type that the options do not allow."""
-        if dtype.is_complex:
-            raise ValueError("gptfast.AdamW takes real parameters, got a complex one")
-        if self.moment_dtype == torch.bfloat16 and dtype != torch.bfloat16:
-            raise ValueError(f"moment_dtype=torch.bfloat16 needs bfloat16 parameters, got {dtype}")
-        if self.bf16_update == "stochastic" and dtype == torch.float16:
-            raise ValueError("bf16_update='stochastic' is for bfloat16; use 'master' for float16")
+            self._state_options.check(param.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class copies the groups only; a copy without these could not step.
         own = ("max_norm", "bf16_update", "moment_dtype", "seed", "grad_norm")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
-    def _init_state(self, param: Tensor) -> None:
-        """Create the step count and the moments of a parameter."""
-        dtensor.check_parameter(param)
-        if param.dtype not in _WIDEST:
-            raise ValueError(
-                f"gptfast.AdamW takes float16 to float64 parameters, got {param.dtype}"
-            )
-        state = self.state[param]
-        widest = _WIDEST[param.dtype]
-        dtype = torch.bfloat16 if self.moment_dtype == torch.bfloat16 else widest
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
-        state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+    @property
+    def _state_options(self) -> StateOptions:
+        return StateOptions(self.bf16_update, self.moment_dtype)
 
-    def _fit_state(self, param: Tensor) -> None:
-        """Create the state of a parameter, or fit it to what the parameter has become since.
+    def _prepare(
+        self, params: list[Tensor], grads: list[Tensor | None]
+    ) -> tuple[Iterable[tuple[Call, Columns]], object]:
+        """Return the calls of a step with the states, which are made or fitted where necessary.
 
-        Raises ValueError if the parameter has another shape now.
+        Also returns what stands for the layout of all tensors.
         """
-        state, dtype = self.state[param], param.dtype
-        if "step" not in state:
-            self._init_state(param)
-        if not self._wants_master(dtype):
-            state.pop("master", None)
-        elif "master" not in state:
-            # It is also missing after loading torch's state, which has none.
-            state["master"] = param.detach().float()
-        for name in ("exp_avg", "exp_avg_sq", "master"):
-            x = state.get(name)
-            if x is None:
-                continue
-            if x.shape != param.shape:
-                raise ValueError(
-                    f"a parameter has the shape {tuple(param.shape)}, but its {name} has "
-                    f"{tuple(x.shape)}; make a new optimizer after changing a shape"
-                )
-            if not _fits(x.dtype, dtype):
-                state[name] = x.to(_WIDEST[dtype])
-
-    def _wants_master(self, dtype: torch.dtype) -> bool:
-        return dtype in _HALVES and self.bf16_update == "master"
-
-    def _fits_as_it_is(self, params: list[Tensor], grads: list[Tensor]) -> bool:
-        """Return whether every gradient is right and every state fits its parameter.
-
-        It looks at all of them at once, as this runs in each step, and at one moment of each state.
-        """
-        states = [self.state[param] for param in params]
-        try:
-            moments = [state["exp_avg"] for state in states]
-        except KeyError:
-            return False
-        shapes = list(map(Tensor.size, params))
-        kinds = zip(map(_dtype, params), map(_dtype, moments), strict=True)
-        with_master = ["master" in state for state in states]
-        return (
-            {grad.layout for grad in grads} == {torch.strided}
-            and shapes == list(map(Tensor.size, grads))
-            and shapes == list(map(Tensor.size, moments))
-            and all(
-                _fits(moment, dtype) and master == self._wants_master(dtype)
-                for (dtype, moment), master in set(zip(kinds, with_master, strict=True))
-            )
-        )
-
-    def _prepare(self, param: Tensor, grad: Tensor) -> None:
-        """Check the gradient of a parameter and fit the state to the parameter."""
-        shape, dtype, state = param.shape, param.dtype, self.state[param]
-        if grad.layout != torch.strided:
-            raise ValueError("gptfast.AdamW takes dense gradients, got a sparse one")
-        if grad.shape != shape:
-            raise ValueError(
-                f"a parameter has the shape {tuple(shape)}, but its gradient has "
-                f"{tuple(grad.shape)}; call zero_grad() after changing a shape"
-            )
-        moment = state.get("exp_avg")
-        if (
-            moment is None
-            or moment.shape != shape
-            or not _fits(moment.dtype, dtype)
-            or ("master" in state) != self._wants_master(dtype)
-        ):
-            self._fit_state(param)
+        options, groups = self._state_options, self.param_groups
+        columns = None
+        if self._work is not None:
+            columns = self._work.still(options, groups, params, grads, self.state)
+        if self._work is None or columns is None:
+            # Nothing is updated before all checks have passed.
+            for dtype in set(map(_dtype, params)):
+                options.check(dtype)
+            used = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+            for param, grad in used:
+                check_gradient(param, grad)
+                fit_state(self.state[param], param, options)
+            self._work = Work(options, groups, grads, self.state)
+            columns = self._work.look_up(self.state)
+            assert columns is not None
+        return zip(self._work.calls, columns, strict=True), self._work.layout
 
     def _check_limit(self, norm_limit: Tensor | None) -> None:
         if norm_limit is None:
@@ -235,6 +163,7 @@ class AdamW(torch.optim.Optimizer):
         params: list[Tensor],
         grads: list[Tensor | None],
         split: bool,
+        layout: object,
         norm_limit: Tensor | None,
     ) -> Tensor | None:
         """Set `grad_norm`; return the norm for the kernels, NaN above the limit, None without."""
@@ -245,7 +174,7 @@ class AdamW(torch.optim.Optimizer):
         if split:
             norm = dtensor.global_norm(params, grads)
         elif present:
-            norm = grad_norm(present)
+            norm = grad_norm(present, layout)
         if norm is None:
             return None
         self.grad_norm = norm
@@ -278,72 +207,63 @@ class AdamW(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         if self.max_norm is not None:
             dtensor.check_whole(params)
-        # Nothing is updated before all checks have passed.
-        for dtype in set(map(_dtype, params)):
-            self._check_dtype(dtype)
         grads = [p.grad for p in params]
-        used = [p for p, g in zip(params, grads, strict=True) if g is not None]
-        present = [g for g in grads if g is not None]
-        if present and not self._fits_as_it_is(used, present):
-            for param, grad in zip(used, present, strict=True):
-                self._prepare(param, grad)
+        calls, layout = self._prepare(params, grads)
         split = dtensor.any_in(params)
         if split:
             grads = [dtensor.local_gradient(p, g) for p, g in zip(params, grads, strict=True)]
-        norm = self._measure(params, grads, split, norm_limit)
-        first_id = 0
-        for group in self.param_groups:
-            n = len(group["params"])
-            self._step_group(group, grads[first_id : first_id + n], first_id, norm, split)
-            first_id += n
+            layout = None
+        norm = self._measure(params, grads, split, layout, norm_limit)
+        for call, columns in calls:
+            of_call = [grads[place] for place in call.places]
+            self._update(call, columns, of_call, norm, split, layout)
         return loss
 
-    def _step_group(
+    def _update(
         self,
-        group: dict[str, Any],
+        call: Call,
+        columns: Columns,
         grads: list[Tensor | None],
-        first_id: int,
         norm: Tensor | None,
         split: bool,
+        layout: object,
     ) -> None:
-        """Update the parameters of a group, all of one device and dtype at a time.
+        """Update the parameters of a call.
 
-        grads: of the group; first_id: the number of parameters in the groups before; norm: of all
-        gradients; split: whether there are DTensors.
+        grads: theirs; norm: of all gradients; split: whether there are DTensors; layout: as
+        `_prepare` returns it.
         """
-        with_grad = [i for i, grad in enumerate(grads) if grad is not None]
-        for (device, dtype), kind in _by_kind(group["params"], with_grad):
-            params = [group["params"][i] for i in kind]
-            states = [self.state[p] for p in params]
-            stochastic = dtype == torch.bfloat16 and self.bf16_update == "stochastic"
-            ids = [first_id + i for i in kind]
-            if stochastic and split:
-                ids = [self._id_of_part(i, p) for i, p in zip(ids, params, strict=True)]
-            lr = group["lr"]
-            if not isinstance(lr, Tensor):
-                # On the CPU: a copy to the GPU would wait for it and break a CUDA graph's capture.
-                lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
-            local: Callable[[list[Tensor]], list[Tensor]] = dtensor.local if split else list
-            adamw(
-                local(params),
-                [grads[i] for i in kind],
-                local([s["exp_avg"] for s in states]),
-                local([s["exp_avg_sq"] for s in states]),
-                local([s["master"] for s in states if "master" in s]),
-                [s["step"] for s in states],
-                lr,
-                norm if norm is None else norm.to(device),
-                self.max_norm or 0.0,
-                *group["betas"],
-                group["eps"],
-                group["weight_decay"],
-                ids,
-                stochastic,
-                self.seed,
-            )
-            if split:
-                # A DTensor counts its versions apart from its local tensor.
-                torch.autograd.graph.increment_version(params)
+        group, params, ids = self.param_groups[call.group], call.params, call.places
+        stochastic = call.dtype == torch.bfloat16 and self.bf16_update == "stochastic"
+        if stochastic and split:
+            ids = [self._id_of_part(i, p) for i, p in zip(ids, params, strict=True)]
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            # On the CPU: a copy to the GPU would wait for it and break a CUDA graph's capture.
+            lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
+        exp_avgs, exp_avg_sqs, masters, steps = columns
+        local: Callable[[list[Tensor]], list[Tensor]] = dtensor.local if split else list
+        adamw(
+            local(params),
+            grads,
+            local(exp_avgs),
+            local(exp_avg_sqs),
+            local(masters),
+            steps,
+            lr,
+            norm if norm is None else norm.to(call.device),
+            self.max_norm or 0.0,
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            ids,
+            stochastic,
+            self.seed,
+            layout=layout,
+        )
+        if split:
+            # A DTensor counts its versions apart from its local tensor.
+            torch.autograd.graph.increment_version(params)
 
     def _id_of_part(self, param_id: int, param: Tensor) -> int:
         """Return a number for this process's part of a parameter: each part rounds differently."""
@@ -369,20 +289,6 @@ class AdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for param, state in states:
             self.state[param].update(state)
-
-
-def _by_kind(
-    params: list[Tensor], places: list[int]
-) -> Iterable[tuple[tuple[torch.device, torch.dtype], list[int]]]:
-    """Return the places of the parameters of each device and dtype."""
-    used = [params[i] for i in places]
-    devices, dtypes = set(map(_device, used)), set(map(_dtype, used))
-    if len(devices) == len(dtypes) == 1:
-        return [((devices.pop(), dtypes.pop()), places)]
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, param in zip(places, used, strict=True):
-        kinds.setdefault((param.device, param.dtype), []).append(i)
-    return kinds.items()
 
 
 def _placed(saved: dict[str, Any], param: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,3 @@
+"""The optimizer."""
+
+from gptfast.optim.adamw import AdamW as AdamW
