@@ -7,7 +7,8 @@ A kernel takes at least the longest of
     issue    warp instructions / (132 multiprocessors * 4 a cycle * 1.7 GHz)
     launch   2 us
 
-and the longest of them is what binds it. If nothing overlaps, it takes the sum of the first three;
+where a launch of fewer programs has as many multiprocessors; the longest of them is what binds it.
+If nothing overlaps, it takes the sum of the first three;
 the truth lies between. 989 TFLOP/s and the clock are NVIDIA's figures for the H100 SXM; 3.0 TB/s is
 nine tenths of the 3.35 TB/s of its memory, about what copies reach. Latency, the rounding up of
 waves of programs, conflicts of banks and bandwidth of the L2 cache are left out.
@@ -143,14 +144,23 @@ class Bounds:
         return max(times, key=lambda name: times[name])
 
 
-def bounds(n_bytes: float, flops: float, instructions: float) -> Bounds:
-    """Return the bounds of a launch of ours."""
-    return Bounds(n_bytes / BYTES_PER_S, flops / FLOPS_PER_S, instructions / ISSUED_PER_S)
+def bounds(n_bytes: float, flops: float, instructions: float, programs: int) -> Bounds:
+    """Return the bounds of a launch of ours. A program runs on one multiprocessor."""
+    share = min(1.0, programs / SMS)
+    return Bounds(
+        n_bytes / BYTES_PER_S,
+        flops / (FLOPS_PER_S * share),
+        instructions / (ISSUED_PER_S * share),
+    )
 
 
 def library(n_bytes: float, flops: float) -> Bounds:
-    """Return the bounds of a kernel of PyTorch or cuBLAS, whose instructions nobody counted."""
-    return Bounds(n_bytes / BYTES_PER_S, flops / PRODUCTS_PER_S, 0.0)
+    """Return the bounds of a kernel of PyTorch or cuBLAS, whose instructions nobody counted.
+
+    In its products, memory and tensor cores overlap.
+    """
+    memory, tensor = n_bytes / BYTES_PER_S, flops / PRODUCTS_PER_S
+    return Bounds(memory if memory >= tensor else 0.0, tensor if tensor > memory else 0.0, 0.0)
 
 
 @dataclass
@@ -167,7 +177,8 @@ class Kernel:
     @property
     def bounds(self) -> Bounds:
         """The bounds of one launch."""
-        return bounds(self.n_bytes, self.counted.flops, self.counted.issued)
+        counted = self.counted
+        return bounds(self.n_bytes, counted.flops, counted.issued, counted.programs)
 
 
 @dataclass

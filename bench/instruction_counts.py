@@ -5,8 +5,10 @@ Which of the programs run, and how many of the launch each of them stands for:
 - attention: all blocks of one head, each for as many programs as there are heads. A block's loop
   has as many steps as the causal mask leaves, which all heads share, so the count is exact.
 - sampling of few rows: all programs, as the next launch needs their results.
+- cross entropy of rows that are not padded: eight rows, as each eighth row begins at the same
+  distance from a multiple of 16 bytes; exact.
 - kernels whose programs differ with the data (VARIED): SAMPLED programs at equal distances, each
-  for as many as lie between two of them. This is an estimate.
+  for as many as lie between two of them. This is an estimate, unless there are no more programs.
 - all others: the first program, the last one, and three in between. These three must issue the same
   instructions, and stand for all in between: exact, as what differs at the edges is masked.
 
@@ -25,7 +27,9 @@ from ptx.counts import Counts  # noqa: E402
 from ptx.machine import Launch, Place  # noqa: E402
 
 VARIED = ("embedding_bwd_kernel", "embedding_bwd_runs_kernel", "grad_norm_kernel", "adamw_kernel")
+VARIED += ("column_totals_kernel",)
 SAMPLED = 192
+CYCLES = {"cross_entropy_fwd_kernel": 8, "cross_entropy_bwd_kernel": 8}
 WHOLE = ("sample_extremes_kernel", "sample_histogram_kernel", "sample_collect_kernel")
 WHOLE += ("sample_draw_kernel",)
 ATTENTION = ("attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dk_dv_kernel")
@@ -66,21 +70,33 @@ def run_one(launch: Launch, number: int) -> Counts:
     return launch.counts
 
 
-def weights(launch: Launch, named: dict[str, Any]) -> tuple[dict[int, float], bool]:
-    """Return the programs to run, by number, with how many each stands for; whether it is exact."""
-    name, n = launch.kernel.name, math.prod(launch.grid)
+@dataclass(frozen=True)
+class Choice:
+    """The programs to run, by number, with how many each stands for.
+
+    exact: whether they stand for nothing but their like. alike: those that must prove it.
+    """
+
+    weights: dict[int, float]
+    exact: bool = True
+    alike: tuple[int, ...] = ()
+
+
+def choose(name: str, grid: tuple[int, ...], named: dict[str, Any]) -> Choice:
+    """Return which programs of a kernel's launch to run; named: its arguments by name."""
+    n = math.prod(grid)
     if name in ATTENTION:
-        n_heads = named["n_heads"]
-        programs = of_one_head(launch.grid, n_heads, named["group"])
-        return dict.fromkeys(programs, n_heads), True
-    if n <= 5 or name in WHOLE:
-        return dict.fromkeys(range(n), 1), True
-    if name in VARIED and n > SAMPLED:
-        numbers = [i * n // SAMPLED + n // (2 * SAMPLED) for i in range(SAMPLED)]
-        return dict.fromkeys(numbers, n / SAMPLED), False
+        programs = of_one_head(grid, named["n_heads"], named["group"])
+        return Choice(dict.fromkeys(programs, named["n_heads"]))
+    if n <= 5 or name in WHOLE or (name in VARIED and n <= SAMPLED):
+        return Choice(dict.fromkeys(range(n), 1))
+    if name in CYCLES and n % CYCLES[name] == 0:
+        return Choice(dict.fromkeys(range(CYCLES[name]), n / CYCLES[name]))
     if name in VARIED:
-        return dict.fromkeys(range(n), 1), True
-    return {0: 1, n // 4: (n - 2) / 3, n // 2: (n - 2) / 3, n - 2: (n - 2) / 3, n - 1: 1}, True
+        numbers = [(2 * i + 1) * n // (2 * SAMPLED) for i in range(SAMPLED)]
+        return Choice(dict.fromkeys(numbers, n / SAMPLED), exact=False)
+    alike = (1, n // 2, n - 2)
+    return Choice({0: 1, n - 1: 1, **dict.fromkeys(alike, (n - 2) / 3)}, alike=alike)
 
 
 def count(launch: Launch, named: dict[str, Any]) -> Counted:
@@ -88,20 +104,18 @@ def count(launch: Launch, named: dict[str, Any]) -> Counted:
 
     Raises ValueError where programs that should be alike are not.
     """
-    chosen, exact = weights(launch, named)
-    n = math.prod(launch.grid)
-    total, inner = Counted(n, len(chosen), exact), []
+    name, choice = launch.kernel.name, choose(launch.kernel.name, launch.grid, named)
+    counts = {number: run_one(launch, number) for number in choice.weights}
+    if any(counts[i].instructions != counts[choice.alike[0]].instructions for i in choice.alike):
+        raise ValueError(f"programs of {name} differ: add its name to VARIED")
     sums: dict[str, float] = {}
-    flops = 0.0
-    for number, weight in chosen.items():
-        counts = run_one(launch, number)
-        if weight == (n - 2) / 3 and exact:
-            inner.append(counts.instructions)
-        for kind, issued in counts.instructions.items():
+    for number, weight in choice.weights.items():
+        for kind, issued in counts[number].instructions.items():
             sums[kind] = sums.get(kind, 0.0) + issued * weight
-        flops += counts.flops * weight
-    if any(other != inner[0] for other in inner):
-        raise ValueError(f"programs of {launch.kernel.name} differ: add its name to VARIED")
-    total.instructions = {kind: round(issued) for kind, issued in sorted(sums.items())}
-    total.flops = round(flops)
-    return total
+    return Counted(
+        math.prod(launch.grid),
+        len(counts),
+        choice.exact,
+        {kind: round(issued) for kind, issued in sorted(sums.items())},
+        round(sum(counts[i].flops * weight for i, weight in choice.weights.items())),
+    )

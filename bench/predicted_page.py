@@ -26,24 +26,28 @@ tensors without contents. Each launch of ours was compiled for sm_90, and the em
 (`make test-ptx`) executed some of its programs to count instructions:
 
 - attention: all blocks of one head, for every head alike; exact
-- kernels whose programs differ with the data, marked ~: 192 programs at equal distances, an estimate
+- kernels whose programs differ with the data, marked ~: 192 programs at equal distances; an
+  estimate, within a few percent
 - all others: the first program, the last one and three in between, which issued the same
-  instructions and stand for the rest; exact. Where a launch depends on the results of another one
-  (sampling of few rows), all programs ran
+  instructions and stand for the rest; exact
+- where a launch needs the results of another one (sampling of few rows), and where there are few
+  programs: all of them
+- rows of logits that are not padded: eight neighbours, as each eighth one is aligned alike; exact
 
 Instructions are those of PTX, one for each warp; what the GPU executes (SASS) has some more and
 some fewer. Bytes: each tensor once. A kernel's time is bound by the longest of
 
 - memory: its bytes at {BYTES_PER_S / 1e12:.1f} TB/s
 - tensor cores: the FLOPs of its tensor-core instructions at {FLOPS_PER_S / 1e12:.0f} TFLOP/s
-- issue: its instructions at 4 a cycle on each of {SMS} multiprocessors at 1.7 GHz
+- issue: its instructions at 4 a cycle on each of {SMS} multiprocessors at 1.7 GHz, or on as many as
+  it has programs
 - launch: {LAUNCH * 1e6:.0f} us
 
-If these overlap perfectly, it takes the longest; if not at all, the sum of the first three. Latency,
-the last wave of programs, the L2 cache's bandwidth and bank conflicts are left out. cuBLAS's
-products are assumed to reach {PRODUCTS_PER_S / 1e12:.0f} TFLOP/s. PyTorch's other operators are
-assumed to be one launch each that moves its tensors once. The host's time is not in here:
-`bench/host_cost.py` measures it."""
+If these overlap perfectly, it takes the longest; if not at all, the sum of the first three. The
+truth lies between, where nothing else binds: latency, the last wave of programs, the L2 cache's
+bandwidth and bank conflicts are left out. cuBLAS's products are assumed to reach
+{PRODUCTS_PER_S / 1e12:.0f} TFLOP/s. PyTorch's other operators are assumed to be one launch each
+that moves its tensors once. The host's time is not in here: `bench/host_cost.py` measures it."""
 
 
 def table(head: str, rows: Iterable[Iterable[object]]) -> str:
@@ -57,7 +61,9 @@ def table(head: str, rows: Iterable[Iterable[object]]) -> str:
 def number(x: float, unit: float = 1.0) -> str:
     """Return x / unit with about three digits."""
     x /= unit
-    return "0" if not x else f"{x:.0f}" if x >= 99.5 else f"{x:.1f}" if x >= 9.95 else f"{x:.2f}"
+    if x < 0.005:
+        return "<0.01" if x else "0"
+    return f"{x:.0f}" if x >= 99.5 else f"{x:.1f}" if x >= 9.95 else f"{x:.2f}"
 
 
 def kernel_rows(kernels: Iterable[Kernel]) -> Iterable[Iterable[object]]:
@@ -86,6 +92,7 @@ KERNELS += "| tensor us | issue us | bound by | all launches, ms"
 OPERATORS = "operator | tensors | calls | MB | GFLOP | us | all calls, ms"
 CLASSES = ("tensor", "global_load", "global_store", "shared", "exchange", "special", "convert")
 CLASSES += ("float", "float64", "integer", "move", "branch", "barrier", "parameter")
+BY_CLASS = "kernel | grid | M instructions | " + " | ".join(CLASSES)
 
 
 def class_rows(kernels: Iterable[Kernel]) -> Iterable[Iterable[object]]:
@@ -149,13 +156,15 @@ def page(workloads: list[Workload]) -> str:
 
     out = [f"# {HEADING.format(triton.__version__)}", INTRODUCTION]
     for workload in workloads:
-        kind = workload.name.removeprefix("step, ")
-        title = f"The training step, {STEPS[kind]}" if kind in STEPS else workload.name.capitalize()
+        title = STEPS.get(workload.name, workload.name[0].upper() + workload.name[1:])
         out += [f"## {title}", summary(workload)]
         out += ["Our kernels, predicted:", table(KERNELS, kernel_rows(workload.kernels))]
         if workload.operators:
             calls = workload.operators
             out += ["PyTorch's operators, predicted:", table(OPERATORS, operator_rows(calls))]
         classes = "kernel | grid | M instructions | " + " | ".join(CLASSES)
-        out += ["Instructions by class, counted, in %:", table(classes, class_rows(workload.kernels))]
+        out += [
+            "Instructions by class, counted, in %:",
+            table(classes, class_rows(workload.kernels)),
+        ]
     return "\n\n".join(out) + "\n"

@@ -25,11 +25,13 @@ from compile_audit import code
 from cost_model import Call, Kernel, Workload, n_bytes
 from instruction_counts import Counted, count
 from predicted_page import page
+from ptx.launch import install, prepared
 from step_trace import Operator, Trace, size_of
 from torch import Tensor
 from workloads import WORKLOADS
 
 from gptfast.files import replacing
+from gptfast.torch_private import disable_modes
 
 HERE = Path(__file__).parent
 PAGE = HERE / "results" / "predicted_step.md"
@@ -63,21 +65,25 @@ class Recorder:
         self._kernels: dict[tuple, Kernel] = {}
 
     def __call__(self, compiled: Any, grid: Any, named: dict[str, Any]) -> None:
-        if self.workload is None:
-            return
-        # Kernels of one constant run in both steps; what they move differs with the tensors.
-        sizes = tuple(_sizes(named.values()))
-        key = (compiled.hash, tuple(grid), sizes)
-        kernel = self._kernels.get((self.workload.name, *key))
+        if self.workload is not None:
+            # What reads numbers here is no part of the workload.
+            with disable_modes():
+                self._add(self.workload, compiled, grid, named)
+
+    def _add(self, workload: Workload, compiled: Any, grid: Any, named: dict[str, Any]) -> None:
+        name = compiled.metadata.name
+        key = (compiled.hash, tuple(grid), *_sizes(named.values()))
+        kernel = self._kernels.get((workload.name, *key))
         if kernel is None:
-            if key not in self._counted:
-                self._counted[key] = _count(compiled, grid, named)
-            name = compiled.metadata.name
+            # How a token is drawn depends on the logits and on options.
+            shared = key if not name.startswith("sample") else (workload.name, *key)
+            if shared not in self._counted:
+                self._counted[shared] = count(prepared(compiled, grid, named), named)
             tile = "x".join(str(v) for k, v in named.items() if k.startswith("BLOCK"))
             size = n_bytes(name, named)
-            kernel = Kernel(name, tile, tuple(grid), size, self._counted[key])
-            self._kernels[self.workload.name, *key] = kernel
-            self.workload.kernels.append(kernel)
+            kernel = Kernel(name, tile, tuple(grid), size, self._counted[shared])
+            self._kernels[workload.name, *key] = kernel
+            workload.kernels.append(kernel)
         kernel.calls += 1
 
 
@@ -92,16 +98,8 @@ def _sizes(values: Any) -> Any:
             yield value
 
 
-def _count(compiled: Any, grid: Any, named: dict[str, Any]) -> Counted:
-    from ptx.launch import prepared
-
-    return count(prepared(compiled, grid, named), named)
-
-
 def predict(wanted: Callable[[str], object]) -> list[Workload]:
     """Return the workloads whose names are wanted. Triton must not be interpreting."""
-    from ptx.launch import install
-
     recorder = Recorder()
     install(recorder)
     return [run(name, recorder) for name in WORKLOADS if wanted(name)]
@@ -149,7 +147,9 @@ def store(workloads: list[Workload]) -> None:
         rows.append(f'{{"name": {json.dumps(workload.name)},\n{", ".join(lists)}}}')
     with replacing(PAGE) as text, replacing(RESULTS) as file:
         text.write(page(workloads))
-        file.write(f'{{"inputs": "{inputs_digest()}", "workloads": [\n' + ",\n".join(rows) + "\n]}\n")
+        file.write(
+            f'{{"inputs": "{inputs_digest()}", "workloads": [\n' + ",\n".join(rows) + "\n]}\n"
+        )
 
 
 def main() -> None:

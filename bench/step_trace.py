@@ -8,7 +8,7 @@ rates: all other numbers are zeros.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,20 @@ SMALL = 1 << 16
 """Elements of the largest tensor with which operators are computed."""
 EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 # They launch nothing, beside views.
-FREE = ("_unsafe_view", "detach", "lift_fresh", "_local_scalar_dense", "is_same_size", "set_")
+FREE = (
+    "_unsafe_view",
+    "detach",
+    "detach_",
+    "lift_fresh",
+    "_local_scalar_dense",
+    "is_same_size",
+    "set_",
+)
+# Of a larger tensor, they read or write some rows only, as many as this tensor has.
+BY_ROWS: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {
+    "embedding": lambda given, made: made[0],
+    "index_put_": lambda given, made: given[-1],
+}
 # In place, they do not read what they overwrite.
 OVERWRITING = ("copy_", "zero_", "fill_", "normal_")
 
@@ -66,10 +79,12 @@ def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
 
 def flops_of(name: str, tensors: list[Tensor]) -> int:
     """Return the FLOPs of a product, two for each multiply-add; 0 for other operators."""
-    if name not in ("mm", "addmm", "bmm"):
-        return 0
-    a, b = [x for x in tensors if x.dim() == (3 if name == "bmm" else 2)][-2:]
-    return 2 * a.numel() * b.shape[-1]
+    if name == "linear":  # x (..., C), weight (O, C)
+        return 2 * tensors[0].numel() * tensors[1].shape[0]
+    if name in ("mm", "addmm"):
+        a, b = tensors[-2:]
+        return 2 * a.numel() * b.shape[1]
+    return 0
 
 
 class Trace(TorchDispatchMode):
@@ -96,7 +111,7 @@ class Trace(TorchDispatchMode):
             with self:
                 return self.launchers[func](*args, **kwargs)
         name = func.overloadpacket.__name__
-        if func.is_view or name in FREE:
+        if func.namespace != "aten" or func.is_view or name in FREE:
             return func(*args, **kwargs)
         on_meta = tree_map_only(Tensor, _on_meta, (args, kwargs))
         if "device" in kwargs:
@@ -105,9 +120,10 @@ class Trace(TorchDispatchMode):
         if name in EMPTY:
             return zeros(shape)
         written = _written(func, args, kwargs)
-        self._note(func, name, args, kwargs, written, shape)
-        largest = max(x.numel() for x in _tensors((args, kwargs, shape)))
-        if largest <= SMALL:
+        tensors = list(_tensors((args, kwargs, shape)))
+        if tensors:
+            self._note(func, name, args, kwargs, written, shape)
+        if all(x.numel() <= SMALL for x in tensors):
             return func(*args, **kwargs)
         if written:
             return written[0] if len(written) == 1 else tuple(written)
@@ -122,6 +138,8 @@ class Trace(TorchDispatchMode):
         read = [x for x in given if in_place or not any(x is w for w in overwritten)]
         made = overwritten or list(_tensors(shape))
         n_bytes = sum(map(size_of, read)) + sum(map(size_of, made))
+        if name in BY_ROWS:
+            n_bytes = 2 * size_of(BY_ROWS[name](given, made))
         factors = [x for x in given if "out" not in func._overloadname or x is not overwritten[0]]
         shapes = tuple(tuple(x.shape) for x in factors)
         self.operators[Operator(name, shapes, n_bytes, flops_of(name, factors))] += 1

@@ -72,9 +72,11 @@ def _cross_entropy(record: Record) -> None:
 
 
 STEPS = {
-    "bf16": "bf16 parameters with fp32 masters",
-    "autocast": "fp32 parameters under autocast, as `gptfast train --precision bf16` has them",
+    "step, bf16": "The training step, bf16 parameters with fp32 masters",
+    "step, autocast": "The training step, fp32 parameters under autocast "
+    "(`gptfast train --precision bf16`)",
 }
+"""The titles of the training steps."""
 WORKLOADS: dict[str, Callable[[Record], None]] = {
     "step, bf16": partial(_step, bf16_parameters=True),
     "step, autocast": partial(_step, bf16_parameters=False),
