@@ -25,7 +25,8 @@ from compile_audit import code
 from cost_model import Call, Kernel, Workload, n_bytes
 from instruction_counts import Counted, count
 from predicted_page import page
-from ptx.launch import install, prepared
+from ptx.launch import arguments, install
+from ptx.machine import Launch
 from step_trace import Operator, Trace, size_of
 from torch import Tensor
 from workloads import WORKLOADS
@@ -78,7 +79,7 @@ class Recorder:
             # How a token is drawn depends on the logits and on options.
             shared = key if not name.startswith("sample") else (workload.name, *key)
             if shared not in self._counted:
-                self._counted[shared] = count(prepared(compiled, grid, named), named)
+                self._counted[shared] = count(Launch(*arguments(compiled, grid, named)), named)
             tile = "x".join(str(v) for k, v in named.items() if k.startswith("BLOCK"))
             size = n_bytes(name, named)
             kernel = Kernel(name, tile, tuple(grid), size, self._counted[shared])

@@ -103,8 +103,10 @@ def install(run: Run | None = None) -> None:
     backend._interpreted = lambda: True
 
 
-def prepared(compiled: Any, grid: Any, named: dict[str, Any]) -> Launch:
-    """Return the launch of a compiled kernel, to run. named: its arguments by name."""
+def arguments(
+    compiled: Any, grid: Any, named: dict[str, Any]
+) -> tuple[Kernel, tuple[int, ...], list[int], list[tuple[int, int, str]]]:
+    """Return what `Launch` takes for a compiled kernel. named: its arguments by name."""
     kernel = _kernels.get(compiled.hash)
     if kernel is None:
         kernel = Kernel(compiled.asm["ptx"], compiled.metadata.shared)
@@ -115,12 +117,12 @@ def prepared(compiled: Any, grid: Any, named: dict[str, Any]) -> Launch:
     tensors = [value for _, value in given if isinstance(value, Tensor)]
     size = tuple(grid(named) if callable(grid) else grid)
     # The last parameters are memory for profilers, which nothing here uses.
-    return Launch(kernel, size, [*bits, 0, 0], list(reachable(kernel.name, tensors)))
+    return kernel, size, [*bits, 0, 0], list(reachable(kernel.name, tensors))
 
 
 def launch(compiled: Any, grid: Any, named: dict[str, Any]) -> None:
     """Run a compiled kernel; raise Fault for what it did wrong. named: its arguments by name."""
-    running = prepared(compiled, grid, named)
+    running = Launch(*arguments(compiled, grid, named))
     kernel, findings = running.kernel, running.run()
     counts.setdefault(kernel.name, Counts()).add(running.counts)
     found = [f"{kind}: {text} ({n} times)" for (kind, text), n in findings.items()]
