@@ -28,7 +28,7 @@ from ptx.machine import Launch, Place  # noqa: E402
 
 VARIED = ("embedding_bwd_kernel", "embedding_bwd_runs_kernel", "grad_norm_kernel", "adamw_kernel")
 VARIED += ("column_totals_kernel",)
-SAMPLED = 192
+SAMPLED = 96
 CYCLES = {"cross_entropy_fwd_kernel": 8, "cross_entropy_bwd_kernel": 8}
 WHOLE = ("sample_extremes_kernel", "sample_histogram_kernel", "sample_collect_kernel")
 WHOLE += ("sample_draw_kernel",)

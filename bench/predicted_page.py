@@ -13,6 +13,7 @@ from cost_model import (
     Workload,
     parts,
 )
+from instruction_counts import SAMPLED
 from workloads import STEPS, B, T
 
 HEADING = "What a step takes on an H100: predictions, from Triton {}"
@@ -26,8 +27,8 @@ tensors without contents. Each launch of ours was compiled for sm_90, and the em
 (`make test-ptx`) executed some of its programs to count instructions:
 
 - attention: all blocks of one head, for every head alike; exact
-- kernels whose programs differ with the data, marked ~: 192 programs at equal distances; an
-  estimate, within a few percent
+- kernels whose programs differ with the data, marked ~: {SAMPLED} programs at equal distances; an
+  estimate (twice as many programs change those that take longest by less than 1%)
 - all others: the first program, the last one and three in between, which issued the same
   instructions and stand for the rest; exact
 - where a launch needs the results of another one (sampling of few rows), and where there are few
