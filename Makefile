@@ -113,9 +113,11 @@ gpu: gpu-ready
 gpu-cache: gpu-ready
 	PYTHONPATH="$(CURDIR):$(CURDIR)/bench:$$PYTHONPATH" $(PYTHON) bench/gpu_cache.py --arch $(or $(ARCH),sm_90) --tests
 
-# What the compilers say of the Triton kernels, for seven architectures; no GPU needed.
+# What the compilers say of the Triton kernels, for seven architectures, and what a step is predicted to take on an
+# H100, from instructions that the emulator of PTX counts. Some minutes on two cores; no GPU needed.
 audit: $(VENV)/ready-test
 	$(BIN)/python bench/compile_audit.py --store
+	$(BIN)/python bench/predicted_step.py --store
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info gptfast/*.so

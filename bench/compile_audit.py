@@ -25,19 +25,9 @@ from pathlib import Path
 
 import torch
 from audit_cases import all_cases
-from cost_model import COSTS, SMS, predict
 
 from gptfast.files import replacing
 
-REFERENCE_CASES = (
-    "attention bf16 D=64",
-    "attention decode bf16 D=64 Tk=1024",
-    "cross_entropy bf16 V=50257",
-    "linear_cross_entropy bf16",
-    "adamw fp32",
-    "mlp bf16",
-)
-"""The cases whose shapes are those of the cost model."""
 REPORT = Path(__file__).parent / "results" / "compile_audit.md"
 RESULTS = REPORT.with_suffix(".json")
 """The kernels of the report as data, beside the digest of what they were compiled from."""
@@ -53,11 +43,6 @@ first case that needs this set.
 - programs/SM: how many programs fit on one multiprocessor (AMD: compute unit)
 - products: the number of `tl.dot`s, and on sm_90 how many of them are wgmma
 - load: the widest load from global memory"""
-PREDICTIONS = """\
-## Predictions for an H200
-
-bench/cost_model.py predicts these times from the table above, at GPT-2 124M's sizes. Nothing here
-was measured."""
 
 
 @dataclass(frozen=True)
@@ -262,33 +247,33 @@ def audit_all(archs: Iterable[str], ops: Iterable[str] = OPS) -> list[Kernel]:
         return [kernel for kernels in pool.map(run, archs) for kernel in kernels]
 
 
-def _code(path: Path) -> str:
+def code(path: Path) -> str:
     """Return a file's tokens without comments and docstrings, which no compiler sees."""
     with path.open("rb") as file:
         tokens = list(tokenize.tokenize(file.readline))
-    code, starts_line = [], True
+    kept, starts_line = [], True
     for token in tokens:
         if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING):
             continue
         if token.type != tokenize.STRING or not starts_line:
-            code.append(token.string)
+            kept.append(token.string)
         starts_line = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT) or (
             starts_line and token.type == tokenize.STRING
         )
-    return "".join(code)
+    return "".join(kept)
 
 
 def inputs_digest() -> str:
-    """Return the SHA-256 of all that decides the report: the kernels, the cases, this file, the
-    cost model and the version of Triton."""
+    """Return the SHA-256 of all that decides the report: the kernels, the cases, this file and the
+    version of Triton."""
     import triton
 
     here = Path(__file__).parent
     kernels = (here.parent / "kernels").rglob("*.py")
-    files = [*sorted(kernels), *(here / f"{name}.py" for name in ("audit_cases", "cost_model"))]
+    files = [*sorted(kernels), here / "audit_cases.py", Path(__file__)]
     digest = hashlib.sha256(triton.__version__.encode())
-    for path in (*files, Path(__file__)):
-        digest.update(f"\n{path.name}\n{_code(path)}".encode())
+    for path in files:
+        digest.update(f"\n{path.name}\n{code(path)}".encode())
     return digest.hexdigest()
 
 
@@ -324,26 +309,11 @@ def table(kernels: Iterable[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def predictions(kernels: Iterable[Kernel]) -> str:
-    """Return the table of the cost model, for the kernels that it covers."""
-    head = ["kernel", "tile", "programs/SM", "MB", "GFLOP", "waves", "us", "of the limit"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    known = [k for k in kernels if k.kernel in COSTS and k.case in REFERENCE_CASES]
-    for k in {(k.kernel, k.tile): k for k in known if k.arch == "sm_90"}.values():
-        cost, seconds, fraction = predict(k.kernel, k.tile, k.programs)
-        waves = cost.programs / (SMS * k.programs)
-        cells = (k.kernel, k.tile, k.programs, f"{cost.n_bytes / 1e6:.0f}")
-        cells += (f"{cost.flops / 1e9:.1f}", f"{waves:.1f}", f"{seconds * 1e6:.0f}")
-        lines.append("| " + " | ".join(map(str, (*cells, f"{fraction:.0%}"))) + " |")
-    return "\n".join(lines)
-
-
 def report(kernels: list[Kernel]) -> str:
     """Return the text of compile_audit.md."""
     import triton
 
     parts = [f"# {HEADING.format(triton.__version__)}", INTRODUCTION, table(kernels)]
-    parts += [PREDICTIONS, predictions(kernels)]
     return "\n\n".join(parts) + "\n"
 
 

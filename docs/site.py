@@ -19,6 +19,7 @@ PLACES = {
     ROOT / "CONTRIBUTING.md": "contributing.md",
     ROOT / "CHANGELOG.md": "changelog.md",
     ROOT / "bench/results/compile_audit.md": "compile_audit.md",
+    ROOT / "bench/results/predicted_step.md": "predicted_step.md",
     **{page: page.name for page in (ROOT / "docs").glob("*.md")},
 }
 # A fenced block or inline code, which is left alone, or a link's target.

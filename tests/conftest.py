@@ -95,6 +95,10 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+# Modules whose tests share what is slow to set up.
+SHARING = ("test_compile_audit", "test_finetuning", "test_predicted_step")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Send the modules whose fixtures take long to one worker, and any other test to any worker.
@@ -106,7 +110,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             module = Path(nodeid.partition("::")[0]).stem
-            return module if module in ("test_compile_audit", "test_finetuning") else nodeid
+            return module if module in SHARING else nodeid
 
     return Scheduler(config, log)
 

@@ -1,5 +1,6 @@
 """What a launch executes, counted: for a model of its time."""
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -25,13 +26,22 @@ _CLASSES = [
 
 def class_of(instruction: Instruction) -> str:
     """Return an instruction's class."""
-    opcode = instruction.opcode
+    return _class_of(instruction.opcode)
+
+
+@functools.cache
+def _class_of(opcode: str) -> str:
     return next((name for name, of in _CLASSES if re.match(of, opcode)), "integer")
 
 
 def flops_of(instruction: Instruction) -> int:
     """Return the FLOPs of one warp's share of a product, two for each multiply-add; else 0."""
-    match = re.match(r"(w?g?mma)\..*?\.m(\d+)n(\d+)k(\d+)", instruction.opcode)
+    return _flops_of(instruction.opcode)
+
+
+@functools.cache
+def _flops_of(opcode: str) -> int:
+    match = re.match(r"(w?g?mma)\..*?\.m(\d+)n(\d+)k(\d+)", opcode)
     if match is None:
         return 0
     m, n, k = (int(size) for size in match.groups()[1:])

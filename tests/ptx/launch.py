@@ -41,6 +41,9 @@ counts: dict[str, Counts] = {}
 """What was executed since the last `reset_counts`, by kernel."""
 _kernels: dict[str, Kernel] = {}
 
+Run = Callable[[Any, Any, dict[str, Any]], None]
+"""Takes a compiled kernel, its grid and its arguments by name."""
+
 
 class Driver:
     """A driver of Triton for a GPU that is not there."""
@@ -74,8 +77,11 @@ class Driver:
         return {"max_shared_mem": shared << 10}
 
 
-def install() -> None:
-    """Send every launch of this process to the emulator. Triton must not be interpreting."""
+def install(run: Run | None = None) -> None:
+    """Send every launch of this process to `run`, by default `launch`, with its arguments.
+
+    Triton must not be interpreting.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -85,20 +91,22 @@ def install() -> None:
     driver.set_active(Driver(int(os.environ.get("GPTFAST_TEST_PTX_ARCH", "90"))))
     compile_for = JITFunction.run
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def compile_and_run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = compile_for(self, *args, grid=grid, warmup=True, **options)
         if not warmup:
             named = {**dict(zip(self.arg_names, args, strict=False)), **options}
-            launch(compiled, grid, named)
+            (run or launch)(compiled, grid, named)
         return compiled
 
-    JITFunction.run = run
+    JITFunction.run = compile_and_run
     # Kernels may run on CPU tensors, as in Triton's interpreter.
     backend._interpreted = lambda: True
 
 
-def launch(compiled: Any, grid: Any, named: dict[str, Any]) -> None:
-    """Run a compiled kernel; raise Fault for what it did wrong. named: its arguments by name."""
+def arguments(
+    compiled: Any, grid: Any, named: dict[str, Any]
+) -> tuple[Kernel, tuple[int, ...], list[int], list[tuple[int, int, str]]]:
+    """Return what `Launch` takes for a compiled kernel. named: its arguments by name."""
     kernel = _kernels.get(compiled.hash)
     if kernel is None:
         kernel = Kernel(compiled.asm["ptx"], compiled.metadata.shared)
@@ -109,8 +117,13 @@ def launch(compiled: Any, grid: Any, named: dict[str, Any]) -> None:
     tensors = [value for _, value in given if isinstance(value, Tensor)]
     size = tuple(grid(named) if callable(grid) else grid)
     # The last parameters are memory for profilers, which nothing here uses.
-    running = Launch(kernel, size, [*bits, 0, 0], list(reachable(kernel.name, tensors)))
-    findings = running.run()
+    return kernel, size, [*bits, 0, 0], list(reachable(kernel.name, tensors))
+
+
+def launch(compiled: Any, grid: Any, named: dict[str, Any]) -> None:
+    """Run a compiled kernel; raise Fault for what it did wrong. named: its arguments by name."""
+    running = Launch(*arguments(compiled, grid, named))
+    kernel, findings = running.kernel, running.run()
     counts.setdefault(kernel.name, Counts()).add(running.counts)
     found = [f"{kind}: {text} ({n} times)" for (kind, text), n in findings.items()]
     harmless = HARMLESS.get(kernel.name)

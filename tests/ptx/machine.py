@@ -32,6 +32,9 @@ from ptx.wgmma import WARPGROUP, Groups
 _MAX_BLOCKS = 2_000_000
 _CONTROL = ("bra", "ret", "exit", "bar.sync", "barrier.sync", "call")
 
+Place = tuple[int, int, int]
+"""A CTA's place in the grid."""
+
 
 @dataclass
 class Block:
@@ -137,11 +140,12 @@ class Launch:
         self.interval = 1
         self.findings: dict[tuple[str, str], int] = {}
 
-    def run(self) -> dict[tuple[str, str], int]:
-        """Run all CTAs; return what was found: (kind, text) and how often."""
+    def run(self, places: list[Place] | None = None) -> dict[tuple[str, str], int]:
+        """Run all CTAs, or those at some places; return what was found: (kind, text), how often."""
         x, y, z = self.grid
-        places = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
-        random.Random(1).shuffle(places)
+        if places is None:
+            places = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+            random.Random(1).shuffle(places)
         with np.errstate(all="ignore"):
             for place in places:
                 CTA(self, place).run()
