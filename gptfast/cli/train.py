@@ -180,7 +180,9 @@ class Train:
         )
         if self.init is not None:
             rate = self.train.lr
-            default = ", the default with --init; --lr sets another" if rate == FINETUNING_LR else ""
+            default = (
+                ", the default with --init; --lr sets another" if rate == FINETUNING_LR else ""
+            )
             print(f"fine-tuning {self.init} at a learning rate of {rate:g}{default}")
 
 

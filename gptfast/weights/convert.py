@@ -47,8 +47,8 @@ def format_of(path: str | PathLike) -> str:
     name, suffix = Path(path).name, Path(path).suffix.lower()
     if name.lower() == "pytorch_model.bin":
         raise ValueError(
-            f"{path} is transformers' name for its own file, and .bin means llm.c's form here: name "
-            "a directory for transformers' form, or another file"
+            f"{path} is transformers' name for its own file, and .bin means llm.c's form here: "
+            "name a directory for transformers' form, or another file"
         )
     # What begins with a digit is no suffix but a version or a size, as in gpt2-1.5b.
     if suffix == ".safetensors":
@@ -69,7 +69,9 @@ def check_name(path: str | PathLike, form: str) -> None:
     if is_directory and suffix in (*_SUFFIXES, ".safetensors"):
         raise ValueError(f"{form}'s form is a directory: give one instead of {path}")
     if suffix in (*_OTHERS, ".safetensors"):
-        raise ValueError(f"{path} would be no {suffix} file, but {form}'s form; choose another name")
+        raise ValueError(
+            f"{path} would be no {suffix} file, but {form}'s form; choose another name"
+        )
 
 
 def check(path: str | PathLike, form: str | None = None) -> None:

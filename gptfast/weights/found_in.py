@@ -100,7 +100,9 @@ def directory(path: Path) -> str:
         if any(path.glob(pattern)):
             remedy = "use the model it was made from, as model.safetensors"
             if "flax" in pattern or "tf_" in pattern:
-                remedy = "transformers 4 loads it (from_tf or from_flax) and saves model.safetensors"
+                remedy = (
+                    "transformers 4 loads it (from_tf or from_flax) and saves model.safetensors"
+                )
             return f"it has weights as {form} only, which gptfast does not read; {remedy}"
     if any(path.glob("*.index")):
         return "it has a TensorFlow checkpoint, but no hparams.json with its sizes; put it beside"

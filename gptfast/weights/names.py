@@ -6,7 +6,7 @@ knows, and what stands before that is the same for the whole model.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -169,7 +169,9 @@ def gpt_names(source: str, raw: Mapping[str, LazyTensor]) -> Named:
     read = {name: _read(name) for name in raw}
     if not any(what.ours for what in read.values()) and family_of(tuple(raw)) is None:
         some = ", ".join(map(repr, list(raw)[:3])) or "no tensors"
-        raise CheckpointError(f"{source} has no tensor 'wte.weight', nor any of GPT-2's: {some:.300}")
+        raise CheckpointError(
+            f"{source} has no tensor 'wte.weight', nor any of GPT-2's: {some:.300}"
+        )
     prefix = _prefix(source, raw, read)
     found: dict[str, list[tuple[str, LazyTensor]]] = {}
     parts: dict[str, dict[str, str]] = {}
@@ -221,9 +223,7 @@ def _unknown(source: str, name: str, raw: tuple[str, ...]) -> str:
     return f"{source} has a tensor the model does not know: {name!r}"
 
 
-def _one(
-    source: str, ours: str, same: list[tuple[str, LazyTensor]]
-) -> tuple[str, LazyTensor]:
+def _one(source: str, ours: str, same: list[tuple[str, LazyTensor]]) -> tuple[str, LazyTensor]:
     """Return the one tensor for a name; CheckpointError if several have other values."""
     (first, tensor), *others = same
     for name, other in others:

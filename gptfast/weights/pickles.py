@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gptfast.checks import one_line
-from gptfast.weights.inert import Global, Inert, mapping_of, read_pickle
+from gptfast.weights.inert import Inert, mapping_of, read_pickle
 from gptfast.weights.lazy_tensor import CheckpointError, LazyTensor, MappedFiles, map_file
 
 REMEDY = "save it again as torch.save(model.state_dict(), FILE)"

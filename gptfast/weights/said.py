@@ -110,8 +110,8 @@ def check_fixed(source: str, said: Said) -> None:
     activation, epsilon = said.get("activation"), said.get("epsilon")
     if activation is not None and activation.lower() not in _TANH_GELU:
         raise CheckpointError(
-            f"{source}: {said.places['activation']} is {activation!r:.100}, but gptfast's GPT needs "
-            "'gelu_new'"
+            f"{source}: {said.places['activation']} is {activation!r:.100}, but gptfast's GPT "
+            "needs 'gelu_new'"
         )
     if epsilon is not None and epsilon != _EPSILON:
         raise CheckpointError(

@@ -109,7 +109,8 @@ class Weights:
         old = self.config.vocab_size
         if vocab_size < old:
             raise ValueError(
-                f"{self.source} has {old:,} tokens, and --resize-vocab only adds: got {vocab_size:,}"
+                f"{self.source} has {old:,} tokens, and --resize-vocab only adds, got "
+                f"{vocab_size:,}"
             )
         tensors = dict(self.tensors)
         for name in {"wte.weight", "lm_head.weight"} & tensors.keys() if vocab_size > old else ():
