@@ -8,6 +8,8 @@ test_hostile.py runs some mutations in CI.
 """
 
 import argparse
+import io
+import logging
 import random
 import resource
 import shutil
@@ -17,6 +19,8 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
+from argparse import Namespace
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -49,7 +53,7 @@ class Form:
 
 
 def forms(directory: Path) -> dict[str, Form]:
-    """Return the forms that are not pickles: torch's own reader handles those."""
+    """Return a model in each form that has a reader of its own."""
     model, made = tiny_model(), {}
     for name in ("openai", "hf", "shards", "llmc"):
         (directory / name).mkdir()
@@ -70,6 +74,12 @@ def forms(directory: Path) -> dict[str, Form]:
     made["shards"] = Form(shards, shards, ["model.safetensors.index.json", "a.safetensors"])
     save(model.config, model.state_dict(), directory / "llmc" / "m.bin")
     made["llmc"] = Form(directory / "llmc", directory / "llmc" / "m.bin", ["m.bin"])
+    content = {"model": model.state_dict(), "config": Namespace(n_head=1), "set": {1, "a"}}
+    for name in ("zip", "legacy"):
+        path = directory / name / f"{name}.pt"
+        path.parent.mkdir()
+        torch.save(content, path, _use_new_zipfile_serialization=name == "zip")
+        made[name] = Form(path.parent, path, [path.name])
     return made
 
 
@@ -86,6 +96,7 @@ _WORDS = [
     b"}",
     b"\\u0000",
 ]
+_WORDS += [b"(", b")", b"l", b"}", b"R", b"b", b"s", b"u", b"a", b"0", b"2", b"h\x01", b"q\x02"]
 _WORDS += [b"F64", b"BF16", b"I8", b"F8_E4M3", b"BOOL", b"U64", b"transformer.", b"h.0.", b"\xff"]
 
 
@@ -148,6 +159,17 @@ def mutate_safetensors(content: bytes, rng: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[8 + n :]
 
 
+def mutate_zip(content: bytes, rng: random.Random) -> bytes:
+    """Mutate the pickle of torch.save's zip file but keep its checksums right."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w") as new:
+        for record in old.infolist():
+            part = old.read(record)
+            is_pickle = record.filename.endswith("data.pkl")
+            new.writestr(record.filename, mutate(part, rng) if is_pickle else part)
+    return out.getvalue()
+
+
 class Fuzzer:
     """Mutates one file at a time in its own directory."""
 
@@ -165,6 +187,8 @@ class Fuzzer:
             change = mutate_index
         if rng.random() < 0.7 and file.endswith(".safetensors"):
             change = mutate_safetensors
+        if rng.random() < 0.7 and file == "zip.pt":
+            change = mutate_zip
         path = form.path / file
         path.write_bytes(change(form.contents[file], rng))
         try:
@@ -191,6 +215,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.disable()  # what is assumed about files that load
     torch.set_num_threads(1)
     shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
 

@@ -1,11 +1,17 @@
 """Malicious files: no pickle is ever executed, whatever its name, and each of many mutated files
 gives a model or CheckpointError."""
 
+import contextlib
+import functools
+import importlib
 import io
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -400,4 +406,117 @@ def test_a_state_that_names_no_sums(sums: Any, tmp_path: Path) -> None:
     state["digest"] = digest(state)
     (path / "state.json").write_text(json_text(state))
     with pytest.raises(CheckpointError, match="state.json is damaged: it has no SHA-256"):
+        GPT.from_pretrained(path)
+
+
+# Pickles are read as data
+
+
+def saved_state() -> dict[str, Any]:
+    return {f"transformer.{name}": t for name, t in random_model(n_embd=64).state_dict().items()}
+
+
+class Called:
+    """Unpickled, it calls a function with these arguments."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.function, self.args
+
+
+@pytest.mark.parametrize(
+    "function",
+    [eval, exec, os.system, os.remove, subprocess.Popen, subprocess.run, importlib.import_module],
+    ids=lambda function: function.__name__,
+)
+def test_a_pickle_that_asks_for_harm_is_refused(function: Any, tmp_path: Path) -> None:
+    torch.save({"model": saved_state(), "x": Called(function, "1/0")}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="was not read: it asks for .*, which no model needs"):
+        GPT.from_pretrained(tmp_path / "m.pt")
+
+
+def test_no_class_of_a_file_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are read although the module of a class beside them does harm when imported."""
+    marker = tmp_path / "marker"
+    (tmp_path / "harmless_name.py").write_text("class Config: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("harmless_name")
+    torch.save({"model": saved_state(), "config": module.Config()}, tmp_path / "m.pt")
+    monkeypatch.delitem(sys.modules, "harmless_name")
+    (tmp_path / "harmless_name.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: pass\n")
+    assert GPT.from_pretrained(tmp_path / "m.pt").config.n_layer == 2
+    assert "harmless_name" not in sys.modules and not marker.exists()
+
+
+def test_calls_that_no_list_foresees_are_not_made(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    calls = (
+        Called(Path.touch, marker),
+        Called(marker.touch),
+        Called(functools.partial(marker.write_text, "x")),
+        Called(shutil.copy, __file__, marker),
+        Called(getattr, marker, "touch"),
+        Called(torch.load, str(marker)),
+        Called(io.open, marker, "w"),
+    )
+    for i, call in enumerate(calls):
+        torch.save({"model": saved_state(), "x": call}, tmp_path / f"{i}.pt")
+        with contextlib.suppress(CheckpointError):
+            GPT.from_pretrained(tmp_path / f"{i}.pt")
+    assert not marker.exists()
+
+
+def with_opcodes(path: Path, opcodes: bytes) -> Path:
+    """Write weights whose pickle has these opcodes, which must leave one value, as {"config": .}"""
+    torch.save({"model": saved_state(), "config": "HERE"}, path)
+    with zipfile.ZipFile(path) as old:
+        parts = {record.filename: old.read(record) for record in old.infolist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, part in parts.items():
+            new.writestr(name, part.replace(b"X\x04\x00\x00\x00HERE", opcodes))
+    return path
+
+
+NESTED = {
+    "doubled tuples": b")" + b"2\x86" * 60,
+    "doubled lists": b"]" + b"q\xf0](h\xf0h\xf0e" * 60,
+    "deep lists": b"]" * 5000 + b"a" * 4999,
+    "a list in itself": b"]q\xf0h\xf0a",
+    "a dictionary in itself": b"}q\xf0X\x01\x00\x00\x00ah\xf0s",
+    "a doubled tuple as a key": b"})" + b"2\x86" * 60 + b"Ns",
+    "a list as a key": b"}]Ns",
+    "integers of one hash": b"}" + b"\x8a\x10" + (2**61 - 1 << 60).to_bytes(16, "little") + b"Ns",
+    "a far memo": b"Nr\xff\xff\xff\xff",
+    "a state for a number": b"K\x01}b",
+    "a call of a number": b"K\x01)R",
+    "too few items": b"\x87",
+    "no mark": b"e",
+    "a registered extension": b"\x82\x01",
+    "large bytes": b"\x96\xff\xff\xff\xff\xff\x00\x00\x00",
+    "a large unicode": b"\x8d\xff\xff\xff\xff\xff\x00\x00\x00",
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_pickles_that_would_grow_or_hang(kind: str, tmp_path: Path) -> None:
+    """A pickle of some bytes is read or refused at once, whatever its values would unfold to."""
+    path = with_opcodes(tmp_path / "m.pt", NESTED[kind])
+    start = time.process_time()
+    with contextlib.suppress(CheckpointError):
+        GPT.from_pretrained(path)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before-1.6"])
+def test_a_pickle_whose_tensors_lie_outside_its_file(legacy: bool, tmp_path: Path) -> None:
+    state = saved_state()
+    path = tmp_path / "m.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    content = path.read_bytes()
+    name = b"transformer.wpe.weight"
+    number = content.index(b"M\x00\x04", content.index(name))  # 16 x 64 elements, as BININT2
+    path.write_bytes(content[:number] + b"M\xff\xff" + content[number + 3 :])
+    with pytest.raises(CheckpointError, match="is damaged|not dense"):
         GPT.from_pretrained(path)

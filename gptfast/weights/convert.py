@@ -47,8 +47,8 @@ def format_of(path: str | PathLike) -> str:
     name, suffix = Path(path).name, Path(path).suffix.lower()
     if name.lower() == "pytorch_model.bin":
         raise ValueError(
-            f"{path} is transformers' name for its own file, and .bin means llm.c's form here: name "
-            "a directory for transformers' form, or another file"
+            f"{path} is transformers' name for its own file, and .bin means llm.c's form here: "
+            "name a directory for transformers' form, or another file"
         )
     # What begins with a digit is no suffix but a version or a size, as in gpt2-1.5b.
     if suffix == ".safetensors":

@@ -8,7 +8,7 @@ from gptfast.config import PRESETS
 from gptfast.weights.lazy_tensor import CheckpointError, read_json
 from gptfast.weights.transformers import FILES, SHARD
 
-_HUB = re.compile(r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)")
+_HUB = re.compile(r"(?:hf:/+|(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/)")
 _HUB_NAME = re.compile(r"(?:[\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}")
 _OURS = "gptfast reads safetensors, torch.save's files, llm.c's .bin and OpenAI's directory"
 # Files of other programs, by their first bytes.

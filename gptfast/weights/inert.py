@@ -21,7 +21,9 @@ _LITERALS = frozenset(
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 # No state dictionary and no configuration needs these: a file that does was made to do harm.
-_HARMFUL_MODULES = ("os", "posix", "nt", "sys", "subprocess", "runpy", "pty", "socket", "importlib")
+_HARMFUL_MODULES = frozenset(
+    "os posix nt sys subprocess commands shutil runpy pty socket importlib ctypes".split()
+)
 _HARMFUL = ("eval", "exec", "compile", "__import__", "open", "breakpoint", "input")
 
 

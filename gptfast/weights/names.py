@@ -18,17 +18,15 @@ _WRAPPERS = frozenset(
     "_forward_module _ddp_module _dp_module model gpt2 gpt transformer base_model "
     "pretrained_model language_model".split()
 )
+_HEADS = ("lm_head", "out_head", "lm_head.decoder", "embed_out", "head", "output", "output_layer")
 # GPT's names and their spellings: GPT-2's own, then those of the book and its variants.
 _OUTER = {
     "wte.weight": ("wte.weight", "tok_emb.weight"),
     "wpe.weight": ("wpe.weight", "pos_emb.weight"),
     "ln_f.weight": ("ln_f.weight", "final_norm.scale", "final_norm.weight"),
     "ln_f.bias": ("ln_f.bias", "final_norm.shift", "final_norm.bias"),
-    "lm_head.weight": (
-        *("lm_head.weight", "out_head.weight", "lm_head.decoder.weight"),
-        *("embed_out.weight", "head.weight", "output.weight", "output_layer.weight"),
-    ),
-    "lm_head.bias": ("lm_head.bias", "out_head.bias", "head.bias"),
+    "lm_head.weight": tuple(f"{head}.weight" for head in _HEADS),
+    "lm_head.bias": tuple(f"{head}.bias" for head in _HEADS),
 }
 _INNER = {
     "ln_1.weight": ("ln_1.weight", "norm1.scale", "norm1.weight", "ln1.weight"),

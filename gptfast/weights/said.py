@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
-from gptfast.weights.inert import mapping_of
+from gptfast.weights.inert import Inert, mapping_of
 from gptfast.weights.lazy_tensor import CheckpointError
 
 # Our names, and those under which files have the same.
@@ -63,8 +64,13 @@ def _plain(name: str, value: Any) -> Any:
     return value
 
 
-def _values(value: Any, place: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any, str]]:
-    """Yield our name, the value and the place of all that a mapping states, at any depth."""
+def _values(
+    value: Any, place: str, depth: int, seen: set[int], *, only: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, Any, str]]:
+    """Yield our name, the value and the place of all that a mapping states, at any depth.
+
+    only: the keys below which to look; None looks below all.
+    """
     if isinstance(value, str) and value.startswith("{"):
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
@@ -76,7 +82,7 @@ def _values(value: Any, place: str, depth: int, seen: set[int]) -> Iterator[tupl
         if isinstance(key, str) and key in _OUR_NAME:
             if (plain := _plain(_OUR_NAME[key], inner)) is not None:
                 yield _OUR_NAME[key], plain, f"{place}.{key}".lstrip(".")
-        elif isinstance(key, str) and (place or key in _PLACES):
+        elif isinstance(key, str) and (only is None or key in only):
             yield from _values(inner, f"{place}.{key}".lstrip("."), depth - 1, seen)
 
 
@@ -89,7 +95,11 @@ def said_in(source: str, content: Any) -> Said:
     mapping = mapping_of(content) or {}
     if mapping_of(mapping.get("model_args")):
         mapping = {"model_args": mapping["model_args"], "config": _activation_only(mapping)}
-    for name, value, place in _values(mapping, "", _MAX_DEPTH, set()):
+    stated = [_values(mapping, "", _MAX_DEPTH, set(), only=_PLACES)]
+    for key, value in mapping.items():
+        if isinstance(value, Inert) and "_modules" in value.attributes:  # a module saved whole
+            stated.append(_values(value, str(key), _MAX_DEPTH, set(), only=_PLACES))
+    for name, value, place in chain.from_iterable(stated):
         if said.values.setdefault(name, value) != value and name != "dropout":
             raise CheckpointError(
                 f"{source} contradicts itself: {said.places[name]} is {said.values[name]}, but "
@@ -110,8 +120,8 @@ def check_fixed(source: str, said: Said) -> None:
     activation, epsilon = said.get("activation"), said.get("epsilon")
     if activation is not None and activation.lower() not in _TANH_GELU:
         raise CheckpointError(
-            f"{source}: {said.places['activation']} is {activation!r:.100}, but gptfast's GPT needs "
-            "'gelu_new'"
+            f"{source}: {said.places['activation']} is {activation!r:.100}, but gptfast's GPT "
+            "needs 'gelu_new'"
         )
     if epsilon is not None and epsilon != _EPSILON:
         raise CheckpointError(

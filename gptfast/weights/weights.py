@@ -114,7 +114,8 @@ class Weights:
         old = self.config.vocab_size
         if vocab_size < old:
             raise ValueError(
-                f"{self.source} has {old:,} tokens, and --resize-vocab only adds: got {vocab_size:,}"
+                f"{self.source} has {old:,} tokens, and --resize-vocab only adds, got "
+                f"{vocab_size:,}"
             )
         tensors = dict(self.tensors)
         for name in {"wte.weight", "lm_head.weight"} & tensors.keys() if vocab_size > old else ():
@@ -178,7 +179,7 @@ def infer_config(
                 f"{source} contradicts itself: {said.places[name]} is {said.get(name)}, but its "
                 f"tensors have {name} {sizes[name]}"
             )
-    heads = said.get("n_head") if n_head is None else n_head
+    heads = said.get("n_head", n_head)  # open_weights compares the two
     if heads is None and C % 64:
         raise CheckpointError(
             f"{source} does not say how many heads it has; n_head ({C} channels) must be given "
