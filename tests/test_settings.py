@@ -115,7 +115,7 @@ def test_unreadable_file(tmp_path: Path, capsys: Capture) -> None:
     refused(run(capsys, "train", "--config", tmp_path / "no.toml"), "no.toml: No such file")
     refused(run(capsys, "train", "--config", tmp_path), "cannot read", "Is a directory")
     (tmp_path / "run.toml").write_bytes(b"out = '\xff'")
-    refused(run(capsys, "train", "--config", tmp_path / "run.toml"), "is not TOML", "utf-8")
+    refused(run(capsys, "train", "--config", tmp_path / "run.toml"), "is not UTF-8 text")
     refused(run(capsys, "train", "--config"), "--config")
 
 
@@ -196,7 +196,7 @@ def test_the_resolved_file_repeats_the_run(straight: Path, tmp_path: Path, capsy
     done(capsys, "train", "--config", resolved, "--out", out)
     assert tensors(out) == tensors(straight)
     ours, theirs = (read_toml(checkpoints(o)[-1] / "train.toml") for o in (out, straight))
-    assert {name for name in ours if ours[name] != theirs[name]} == {"out"}
+    assert ours == theirs and "out" not in ours
 
 
 def test_init_brings_architecture_and_tokenizer(
@@ -210,6 +210,11 @@ def test_init_brings_architecture_and_tokenizer(
     assert ours["n_embd"] == 16 and ours["tokenizer"] == "byte"
     assert (ours["lr"], ours["schedule"], ours["freeze"]) == (SMALL_RUN.lr, "cosine", [])
     assert rows(tmp_path)[0]["val_loss"] < rows(straight)[0]["val_loss"]
+    # Where the weights came from is no setting, and stays on record when the run goes on.
+    for steps in (1, 2):
+        note = f"# This run started from the weights of {straight.name!r}: give them as --init"
+        assert (checkpoints(tmp_path)[-1] / "train.toml").read_text().startswith(note)
+        done(capsys, "train", "--resume", "--out", tmp_path, "--max-steps", steps + 1)
 
 
 def test_init_from_a_file_and_none(straight: Path, tmp_path: Path) -> None:

@@ -217,7 +217,8 @@ class Train(Reading):
         """Return the settings that a checkpoint keeps besides the two configurations."""
         # No other path than that of the data: the run may move, and the data then stays.
         own = ("batch_size", "max_length", "stride", "split", *self.reading())
-        return {"data": absolute(self.data), **{name: flat(self)[name] for name in own}}
+        origin = {} if self.init is None else {"started_from": Path(self.init).name}
+        return {"data": absolute(self.data), **{name: flat(self)[name] for name in own}, **origin}
 
     def _introduce(self, trainer: Trainer, sources: list[Source], T: int) -> None:
         """Print the size of the data, the model and the run."""

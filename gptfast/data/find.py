@@ -31,7 +31,7 @@ def _files_below(directory: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}")
 
-    found, others = [], list[Path]()
+    found, others = list[Path](), list[Path]()
     for folder, folders, files in os.walk(directory, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(folder, name) for name in files if not name.startswith(".")):

@@ -251,7 +251,8 @@ def _message(where: str, message: Any) -> tuple[str, str]:
         content = message.get("content", message.get("value"))
         if isinstance(content, list):  # parts, of which text is one kind
             texts = [part.get("text") for part in content if isinstance(part, dict)]
-            content = "".join(texts) if len(texts) == len(content) and all(texts) else None
+            known = [text for text in texts if isinstance(text, str)]
+            content = "".join(known) if len(known) == len(content) else None
         if isinstance(role, str) and isinstance(content, str):
             return role.lower(), _text(where, content)
     raise ValueError(f"{where} has a message without a role and a text: {message!r:.60}")

@@ -175,8 +175,7 @@ def create_dataloader(
 
     Items are windows `stride` tokens apart. For Documents they are `Examples` instead, padded to
     the batch's longest with the end-of-text of the tokenizer or, without one, of the documents.
-    tokenizer: for a text; None takes GPT-2's. allowed_special: names of special tokens, such as
-    <|endoftext|>, that are tokens in the text and not plain text. The order of an epoch is a pure
+    tokenizer, allowed_special: for a text, as in `as_tokens`. The order of an epoch is a pure
     function of seed and epoch; each pass over the loader is the next epoch.
     Raises ValueError for sizes that are too small and for data too short for one window or batch.
     """

@@ -118,13 +118,12 @@ def prepare(
 
     out: gets train_000000.bin, …, val_…, test_…, sidecars .idx for prompts, and meta.json, all or
     nothing. split: one to three shares of the tokens or, for prompts and completions, of the
-    documents. The three fields are those of records. split_on_eot: whether <|endoftext|> written in
-    a text separates documents. shard_tokens: the most tokens per file.
-    workers: threads, None for one per core. progress: whether to show a bar.
+    documents. The three fields and split_on_eot: as in `Fields`. shard_tokens: the most tokens per
+    file. workers: threads, None for one per core. progress: whether to show a bar.
 
     Returns the number of documents, the tokens per part, and the files written. Raises ValueError
-    for input that cannot be used, an `out` that is not empty and a vocabulary beyond 65,536;
-    OSError if `out` cannot be written.
+    for input that cannot be used, an `out` that is not empty, too large a vocabulary; OSError if
+    `out` cannot be written.
     """
     out = Path(out).resolve()
     _check(out, tokenizer, split, workers)

@@ -53,7 +53,7 @@ def is_stream(path: Path) -> bool:
 
 
 @contextmanager
-def open_bytes(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[io.BufferedReader]:
+def open_bytes(path: Path, on_bytes: Callable[[int], Any]) -> "Iterator[io.BufferedReader[Any]]":
     """Open a file as a stream, decompressed if its first bytes say that it is compressed.
 
     on_bytes: called with the number of bytes after each read of the file itself.
@@ -73,7 +73,7 @@ def open_bytes(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[io.Buffer
             raise
 
 
-def _decompressed(path: Path, stored: io.BufferedReader) -> Any:
+def _decompressed(path: Path, stored: "io.BufferedReader[Any]") -> Any:
     start = stored.peek(8)
     kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
     if kind == "gzip":

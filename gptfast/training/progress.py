@@ -78,9 +78,13 @@ def run_settings(
 
 def settings_toml(settings: dict[str, Any]) -> str:
     """Return the settings of `run_settings` as a TOML file for `gptfast train --config`."""
-    derived = ("model", "train", "vocabulary", "data_sha256")
+    derived = ("model", "train", "vocabulary", "data_sha256", "started_from")
     others = {name: value for name, value in settings.items() if name not in derived}
-    return to_toml({**settings["model"], **settings["train"], **others})
+    toml = to_toml({**settings["model"], **settings["train"], **others})
+    if origin := settings.get("started_from"):
+        note = f"started from the weights of {origin!r}: give them as --init to repeat the run"
+        return f"# This run {note}.\n{toml}"
+    return toml
 
 
 class RunCheckpoints:
@@ -142,6 +146,9 @@ class RunCheckpoints:
                 damaged[path] = error
                 continue
             self._check_same_run(state["config"], path)
+            if origin := state["config"].get("started_from"):
+                self.settings["started_from"] = origin
+                self._toml = settings_toml(self.settings)
             progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
             self.train_step.guard.load_state_dict(state["guard"])
             self._saved_step = progress.step if progress.pending is None else None
