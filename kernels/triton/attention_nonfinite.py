@@ -58,7 +58,7 @@ def _store(view, head, H, rows, n, D, tile, BLOCK_D: tl.constexpr):
     """Store rows below n of one head."""
     mask = (rows < n)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     ptrs = rows_of(view, head, H, rows, BLOCK_D)
-    tl.store(ptrs, tile.to(view[0].dtype.element_ty), mask=mask)
+    tl.store(ptrs, tile.to(tl.float32).to(view[0].dtype.element_ty), mask=mask)
 
 
 @triton.jit
