@@ -211,6 +211,15 @@ def test_kv_len(backend: str, Tq: int, dtype: torch.dtype) -> None:
         assert not dk[b, :, length:].any() and not dv[b, :, length:].any()
 
 
+@pytest.mark.parametrize("Tq", [1, 5], ids=lambda Tq: f"Tq{Tq}")
+def test_kv_len_beyond_32_bits(backend: str, Tq: int) -> None:
+    inputs, _ = make((2, 1, Tq, 9, 16), torch.float32)
+    out = ops.attention(*inputs.values(), kv_len=torch.tensor([2**62, -(2**62)]))
+    # Each query sees every key, or none.
+    expected = ops.attention(*inputs.values(), kv_len=torch.tensor([9 + Tq, 0]))
+    assert torch.equal(out, expected) and out[0].any() and not out[1].any()
+
+
 @pytest.mark.parametrize("Tq", [1, 20], ids=lambda Tq: f"Tq{Tq}")
 def test_keys_past_kv_len_are_never_read(backend: str, Tq: int) -> None:
     inputs, _ = make((2, 2, Tq, 90, 16), torch.float32)
@@ -484,6 +493,78 @@ def test_overflow_at_each_level(isa: str, shape: tuple, dtype: torch.dtype, huge
             (x.double() / size).nan_to_num(0, 0, 0), (y / size).nan_to_num(0, 0, 0),
             rtol=tolerance, atol=tolerance,
         )  # fmt: skip
+
+
+def results_of(launchers, inputs: dict[str, Tensor], dout: Tensor, scale: float, p: float):  # type: ignore[no-untyped-def]
+    """Return out, lse and the gradients of q, k and v."""
+    q, k, v = inputs.values()
+    options = scale, p, torch.tensor(7), None
+    out, lse = launchers.attention_fwd(q, k, v, *options)
+    return out, lse, *launchers.attention_bwd(dout, q, k, v, out, lse, *options)
+
+
+# Sizes of q and k, which have random signs, or "-" for scores that are all negative.
+BEYOND_FP32 = {"overflow": (1.0, 1e38, ""), "minus": (1e20, 1e30, "-"), "large": (6e4, 6e4, "")}
+
+
+def check_scores_beyond_fp32(launchers, shape: tuple, dtype: torch.dtype, kind: str, p=0.0):  # type: ignore[no-untyped-def]
+    """Compare with fp64, which holds the scores: each number, and where inf and NaN are."""
+    inputs, dout = make((1, 2, *shape), torch.float32)
+    q_size, k_size, signs = BEYOND_FP32[kind]
+    inputs["q"], inputs["k"] = inputs["q"] * q_size, inputs["k"] * k_size
+    if signs:
+        inputs["q"], inputs["k"] = inputs["q"].abs(), -inputs["k"].abs()
+    most = torch.finfo(dtype).max
+    inputs = {name: x.clamp(-most, most).to(dtype) for name, x in inputs.items()}
+    dout, scale = dout.to(dtype), 0.4 if shape[0] % 2 or signs else -0.4
+    ours = results_of(launchers, inputs, dout, scale, p)
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected = results_of(reference, exact, dout.double(), scale, p)
+    assert (p or expected[0].any(-1).all()) and expected[1].isfinite().all()
+    for x, exactly in zip(ours, expected, strict=True):
+        eps = torch.finfo(x.dtype).eps if x is not ours[1] else 1e-6
+        close = {"rtol": 4 * eps, "atol": 4 * eps * exactly.nan_to_num(0, 0, 0).abs().max().item()}
+        torch.testing.assert_close(x, exactly.to(x.dtype), equal_nan=True, **close)
+
+
+@pytest.mark.parametrize("kind", ["overflow", "minus"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_reference_scores_beyond_fp32(kind: str, dtype: torch.dtype) -> None:
+    for shape in [(1, 9, 5), (9, 9, 5), (20, 20, 16)]:
+        check_scores_beyond_fp32(reference, shape, dtype, kind)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind", "p"),
+    [
+        ((9, 9, 5), torch.float32, "overflow", 0.0),
+        ((9, 9, 5), torch.float32, "minus", 0.5),
+        ((6, 9, 5), torch.float16, "large", 0.0),
+        ((1, 9, 5), torch.float16, "large", 0.0),
+        ((9, 9, 5), torch.bfloat16, "overflow", 0.0),
+        ((6, 20, 16), torch.bfloat16, "minus", 0.0),
+        ((1, 9, 5), torch.bfloat16, "overflow", 0.0),
+        ((1, 9, 5), torch.bfloat16, "minus", 0.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("number", ["few", "many"])
+def test_triton_scores_beyond_fp32(
+    triton: str,
+    monkeypatch: pytest.MonkeyPatch,
+    number: str,
+    shape: tuple,
+    dtype: torch.dtype,
+    kind: str,
+    p: float,
+) -> None:
+    if number == "many":  # compute as for many queries, in fp32; decode in several chunks
+        monkeypatch.setattr(load("attention_tiles"), "FP64_QUERIES", 0)
+        monkeypatch.setattr(load("attention_tiles"), "FP64_WORK", 0)
+        monkeypatch.setattr(load("attention_decode"), "CHUNK", 4)
+    elif dtype != torch.float32 and shape[0] > 1:
+        pytest.skip("16 bits compute as for many queries anyway")
+    check_scores_beyond_fp32(load("attention"), shape, dtype, kind, p)
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 3), (64, 64, 16), (1, 50, 8)], ids=str)

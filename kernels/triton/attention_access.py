@@ -10,9 +10,22 @@ import triton.language as tl
 from gptfast.kernels.triton.philox import in_order, philox, uniform
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Scores, in units of log2, from which on fp32 is a step of 1 or more apart: P would be wrong by a
+# factor of 2 and, further up, be 0 for each key. attention_nonfinite.py computes such rows.
+LIMIT = tl.constexpr(16777216.0)
 # The backward keeps three numbers per query, each in rows that are padded to a multiple of this:
 # the largest BLOCK_M. So blocks of them are loaded aligned, and without a mask.
 ROW = tl.constexpr(128)
+
+
+@triton.jit
+def number_of(parts, NUMBER: tl.constexpr):
+    """Return a number from its two fp32 parts."""
+    number = tl.full([], parts[0], NUMBER)
+    if NUMBER == tl.float64:
+        number += tl.full([], parts[1], NUMBER)
+    return number
 
 
 @triton.jit
@@ -45,7 +58,9 @@ def length_of(kv_len_ptr, head, H, Tk):
     if kv_len_ptr is None:
         return Tk, Tk
     else:
-        length = tl.load(kv_len_ptr + head // H).to(tl.int32)
+        # Beyond these bounds nothing changes, and sums of int32 stay below 2^31.
+        length = tl.load(kv_len_ptr + head // H)
+        length = tl.minimum(tl.maximum(length, -(1 << 30)), 1 << 30).to(tl.int32)
         return length, tl.minimum(length, Tk)
 
 
@@ -118,18 +133,21 @@ def divide(x, y):
 def split_lse(lse_ptrs, mask, c, NUMBER: tl.constexpr, EXACT: tl.constexpr):
     """Return shift and rest, with which `exponential` gives P.
 
-    lse is fp64: in fp32 it would be off by |lse| * 6e-8, and every P with it.
+    lse is fp64: in fp32 it would be off by |lse| * 6e-8, and every P with it. Where it is beyond
+    LIMIT, rest is NaN, so that no sum with such a P passes for a number.
     """
     lse = tl.load(lse_ptrs, mask=mask, other=-float("inf")) * LOG2E
     # P is 0 for a query that sees no key, or only keys whose score is -inf.
     empty = lse == -float("inf")
     lse = tl.where(empty, 0.0, lse)
+    beyond = ~(tl.abs(lse) < LIMIT)
     if EXACT:
         shift = (lse / c).to(NUMBER)
         rest = (lse - shift.to(tl.float64) * c).to(NUMBER)
     else:
         shift = lse.to(NUMBER)
         rest = shift
+    rest = tl.where(beyond, float("nan"), rest)
     return shift, tl.where(empty, float("inf"), rest)
 
 
@@ -139,6 +157,16 @@ def stats_of(stats, head, n_heads, Tq):
     length = tl.cdiv(Tq, ROW) * ROW
     rest_ptr = stats + head.to(tl.int64) * length
     n = n_heads.to(tl.int64) * length
+    return rest_ptr, rest_ptr + n, rest_ptr + 2 * n
+
+
+@triton.jit
+def exact_stats_of(stats, head, n_heads, Tq, EXACT: tl.constexpr):
+    """Return pointers to a head's rest, delta and shift in fp64: see attention_nonfinite.py."""
+    n = n_heads.to(tl.int64) * tl.cdiv(Tq, ROW) * ROW
+    after = (stats + (3 if EXACT else 2) * n).to(tl.pointer_type(tl.float64))
+    rest_ptr = after + head.to(tl.int64) * Tq
+    n = n_heads.to(tl.int64) * Tq
     return rest_ptr, rest_ptr + n, rest_ptr + 2 * n
 
 

@@ -16,6 +16,7 @@ from gptfast.kernels.triton.attention_access import (
     key_range,
     length_of,
     load_stats,
+    number_of,
     p_of_one_key,
     program,
     rows_of,
@@ -25,7 +26,7 @@ from gptfast.kernels.triton.attention_access import (
     store_stats,
     wide,
 )
-from gptfast.kernels.triton.attention_decode import factor_of, number_of, parts_of
+from gptfast.kernels.triton.attention_decode import factor_of, parts_of
 from gptfast.kernels.triton.attention_fwd import dropout_of, group_of, view_of
 from gptfast.kernels.triton.attention_nonfinite import (
     any_nonfinite,
@@ -85,7 +86,7 @@ def attention_bwd_dq_kernel(
     kv_len_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    c = number_of(c, NUMBER)
+    parts, c = c, number_of(c, NUMBER)
     n_blocks = tl.cdiv(Tq, BLOCK_M)
     head, block = program(n_blocks, n_heads, group)
     first = (n_blocks - 1 - block) * BLOCK_M
@@ -129,14 +130,13 @@ def attention_bwd_dq_kernel(
         acc, total, delta, q_tile, dout_tile, k_ptrs, v_ptrs, k, v, shift, rest, last, full, end,
         n_keys, D, c, dropout, head, Tk - Tq + queries, BLOCK_N, EVEN_D, False, NUMBER, EXACT,
     )  # fmt: skip
-    scale = number_of(scale, NUMBER)
-    dq_tile = (acc * scale).to(dq[0].dtype.element_ty)
+    dq_tile = (acc * number_of(scale, NUMBER)).to(dq[0].dtype.element_ty)
     tl.store(rows_of(dq, head, H, queries, BLOCK_D), dq_tile, mask=q_mask)
     if any_nonfinite(acc):
         tl.debug_barrier()  # other threads may store, or have stored, what is read and written here
         store_dq_of_visible(
             dout, q, k, v, stats, dq, head, H, n_heads, first, length, n_keys, end, Tk, Tq, D,
-            scale, c, dropout, BLOCK_M, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+            scale, parts, dropout, BLOCK_M, BLOCK_D, NEGATIVE, EXACT,
         )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def attention_bwd_dk_dv_kernel(
     kv_len_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    c = number_of(c, NUMBER)
+    parts, c = c, number_of(c, NUMBER)
     head, block = program(tl.cdiv(Tk, BLOCK_N), n_heads, group)
     key = block * BLOCK_N
     keys = key + tl.arange(0, BLOCK_N)
@@ -221,8 +221,7 @@ def attention_bwd_dk_dv_kernel(
     k_mask = (keys < Tk)[:, None] & in_d
     seen = (keys < n_keys)[:, None]
     dv_scale = 1.0 if dropout is None else dropout[2]
-    scale = number_of(scale, NUMBER)
-    dk_tile = tl.where(seen, dk_acc * scale, 0.0).to(dk[0].dtype.element_ty)
+    dk_tile = tl.where(seen, dk_acc * number_of(scale, NUMBER), 0.0).to(dk[0].dtype.element_ty)
     dv_tile = tl.where(seen, dv_acc * dv_scale, 0.0).to(dv[0].dtype.element_ty)
     tl.store(rows_of(dk, head, H, keys, BLOCK_D), dk_tile, mask=k_mask)
     tl.store(rows_of(dv, head, H, keys, BLOCK_D), dv_tile, mask=k_mask)
@@ -230,8 +229,16 @@ def attention_bwd_dk_dv_kernel(
         tl.debug_barrier()  # other threads may have stored what is written here
         store_dk_dv_of_visible(
             dout, q, k, v, lse_ptr, stats, dk, dv, head, H, n_heads, key, first, length, n_keys,
-            Tk, Tq, D, scale, c, dropout, BLOCK_N, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+            Tk, Tq, D, scale, parts, dropout, BLOCK_N, BLOCK_D, NEGATIVE, EXACT,
         )  # fmt: skip
+
+
+def stats_scratch(lse: Tensor, NUMBER: tl.dtype, EXACT: bool) -> Tensor:
+    """Return memory for the stats of `stats_of` and, behind them, of `exact_stats_of`."""
+    dtype = torch.float64 if NUMBER == tl.float64 else torch.float32
+    length = triton.cdiv(lse.shape[-1], ROW.value) * ROW.value
+    n = lse.shape[0] * lse.shape[1] * length * (3 if EXACT else 2)
+    return scratch(lse, (n + 3 * lse.numel() * (8 // dtype.itemsize),), dtype)
 
 
 @stepping_down
@@ -255,9 +262,7 @@ def fill_bwd(
     dq, dk, dv = (view_of(x) for x in grads)
     lse = lse.contiguous()
     NUMBER, EXACT = number(q, Tk), q.dtype == torch.float32
-    dtype = torch.float64 if NUMBER == tl.float64 else torch.float32
-    n, length = 3 if EXACT else 2, triton.cdiv(Tq, ROW.value) * ROW.value
-    stats = scratch(lse, (n, B * H, length), dtype)
+    stats = stats_scratch(lse, NUMBER, EXACT)
     factors = parts_of(scale), factor_of(scale)
     common = (Tq, Tk, H, B * H, group_of(k), D, *factors, dropout_of(dropout_p, seed), kv_len)
     kinds = {"NEGATIVE": scale < 0, "NUMBER": NUMBER, "EXACT": EXACT}

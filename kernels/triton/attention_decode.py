@@ -19,26 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast.kernels.triton.attention_access import LN2, LOG2E, length_of, number_of
+from gptfast.kernels.triton.attention_nonfinite import (
+    any_nonfinite,
+    nan_beyond,
+    store_out_of_visible,
+)
 from gptfast.kernels.triton.launch import launch
 from gptfast.kernels.triton.launch_series import scratch
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 # Keys that a program takes.
 CHUNK = 256
 # Elements of K in a block of keys, and as many of V; half of them in fp64.
 BLOCK_ELEMENTS = 4096
 # Chunks that the second kernel merges at once.
 BLOCK_C = 16
-
-
-@triton.jit
-def number_of(parts, NUMBER: tl.constexpr):
-    """Return a number from its two fp32 parts."""
-    number = tl.full([], parts[0], NUMBER)
-    if NUMBER == tl.float64:
-        number += tl.full([], parts[1], NUMBER)
-    return number
 
 
 @triton.jit
@@ -57,19 +52,31 @@ def _merge(peak, total, acc, c):
 
 
 @triton.jit
-def _finish(peak, total, acc, out_ptr, lse_ptr, D, c):
-    """Store the output and the lse of one row."""
-    d = tl.arange(0, acc.shape[0])
-    total = tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + d, (acc / total).to(out_ptr.dtype.element_ty), mask=d < D)
-    natural = peak.to(tl.float64) * (c.to(tl.float64) * LN2)
-    tl.store(lse_ptr, natural + tl.log(total.to(tl.float64)))
-
-
-@triton.jit
 def _head(view, head, H):
     """Return a pointer to the first element of a head; view is (pointer, strides of b, h and t)."""
     return view[0] + (head // H).to(tl.int64) * view[1] + (head % H).to(tl.int64) * view[2]
+
+
+@triton.jit
+def _finish(
+    peak, total, acc, q, k, v, out, lse_ptr, head, H, n_keys, D, parts,
+    NEGATIVE: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """Store the output and the lse of one row."""
+    d = tl.arange(0, acc.shape[0])
+    c = number_of(parts, NUMBER)
+    total = tl.where(total == 0.0, 1.0, total)
+    out_ptr = _head(out, head, H)
+    tl.store(out_ptr + d, (acc / total).to(out_ptr.dtype.element_ty), mask=d < D)
+    natural = peak.to(tl.float64) * (c.to(tl.float64) * LN2)
+    tl.store(lse_ptr + head, natural + tl.log(total.to(tl.float64)))
+    if NUMBER == tl.float32:
+        if any_nonfinite(acc + nan_beyond(peak, c, n_keys > 0)):
+            tl.debug_barrier()  # other threads may have stored what is written here
+            store_out_of_visible(
+                q, k, v, out, lse_ptr, head, H, 0, n_keys, n_keys, n_keys, n_keys, 1, D, parts,
+                None, 1, acc.shape[0], NEGATIVE,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["Tk", "H", "n_chunks"])
@@ -79,10 +86,8 @@ def attention_decode_kernel(
     NEGATIVE: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     head, chunk = tl.program_id(0), tl.program_id(1)
-    c = number_of(c, NUMBER)
-    n_keys = Tk
-    if kv_len_ptr is not None:
-        n_keys = tl.minimum(tl.load(kv_len_ptr + head // H), Tk).to(tl.int32)
+    parts, c = c, number_of(c, NUMBER)
+    n_keys = length_of(kv_len_ptr, head, H, Tk)[1]
     d = tl.arange(0, BLOCK_D)
     query = tl.load(_head(q, head, H) + d, mask=d < D, other=0.0).to(NUMBER)
     if NEGATIVE:
@@ -111,7 +116,9 @@ def attention_decode_kernel(
         peak = new_peak
     peak, total, acc = _merge(peak, total, acc, c)
     if acc_ptr is None:
-        _finish(peak, total, acc, _head(out, head, H), lse_ptr + head, D, c)
+        _finish(
+            peak, total, acc, q, k, v, out, lse_ptr, head, H, n_keys, D, parts, NEGATIVE, NUMBER
+        )  # fmt: skip
     else:
         at = head.to(tl.int64) * n_chunks + chunk
         tl.store(acc_ptr + at * D + d, acc, mask=d < D)
@@ -119,13 +126,13 @@ def attention_decode_kernel(
         tl.store(total_ptr + at, total)
 
 
-@triton.jit(do_not_specialize=["H", "n_chunks"])
+@triton.jit(do_not_specialize=["Tk", "H", "n_chunks"])
 def attention_combine_kernel(
-    out, lse_ptr, acc_ptr, peak_ptr, total_ptr, H, n_chunks, D, c,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, NUMBER: tl.constexpr,
+    q, k, v, out, lse_ptr, acc_ptr, peak_ptr, total_ptr, Tk, H, n_chunks, D, c, kv_len_ptr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    c = number_of(c, NUMBER)
+    parts, c = c, number_of(c, NUMBER)
     d = tl.arange(0, BLOCK_D)
     first = head.to(tl.int64) * n_chunks
     acc = tl.zeros([BLOCK_C, BLOCK_D], NUMBER)
@@ -146,7 +153,10 @@ def attention_combine_kernel(
         acc = acc * rescale[:, None] + more * more_rescale[:, None]
         peak = new_peak
     peak, total, acc = _merge(peak, total, acc, c)
-    _finish(peak, total, acc, _head(out, head, H), lse_ptr + head, D, c)
+    n_keys = length_of(kv_len_ptr, head, H, Tk)[1]
+    _finish(
+        peak, total, acc, q, k, v, out, lse_ptr, head, H, n_keys, D, parts, NEGATIVE, NUMBER
+    )  # fmt: skip
 
 
 View = tuple[Tensor, int, int, int]
@@ -179,30 +189,17 @@ def attention_decode(
         dtype = torch.float64 if fp64 else torch.float32
         acc = scratch(lse, (B * H, n_chunks, D), dtype)
         peak, total = scratch(lse, (2, B * H, n_chunks), dtype)
-    c = factor_of(scale)
+    common = (q, k, v, out, lse, acc, peak, total, Tk, H, n_chunks, D, factor_of(scale), kv_len)
+    kinds = {"NEGATIVE": scale < 0, "NUMBER": number}
     BLOCK_D = max(16, triton.next_power_of_2(D))
     BLOCK_N = min(64, BLOCK_ELEMENTS // BLOCK_D // (2 if fp64 else 1))
     launch(
         attention_decode_kernel, (B * H, n_chunks),
-        q, k, v, out, lse, acc, peak, total, Tk, H, n_chunks, D, c, kv_len, CHUNK=CHUNK,
-        BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=BLOCK_D == D, NEGATIVE=scale < 0, NUMBER=number,
+        *common, CHUNK=CHUNK, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=BLOCK_D == D, **kinds,
         num_warps=4,
     )  # fmt: skip
     if n_chunks > 1:
         launch(
-            attention_combine_kernel,
-            (B * H,),
-            out,
-            lse,
-            acc,
-            peak,
-            total,
-            H,
-            n_chunks,
-            D,
-            c,
-            BLOCK_C=BLOCK_C,
-            BLOCK_D=BLOCK_D,
-            NUMBER=number,
-            num_warps=4,
-        )
+            attention_combine_kernel, (B * H,),
+            *common, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D, **kinds, num_warps=4,
+        )  # fmt: skip

@@ -5,25 +5,29 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.kernels.triton.attention_access import (
+    LN2,
     divide,
     dot,
     exponential,
     keep,
     key_range,
     length_of,
+    number_of,
     program,
     rows_of,
     step_of,
     wide,
 )
-from gptfast.kernels.triton.attention_decode import attention_decode, factor_of, number_of
-from gptfast.kernels.triton.attention_nonfinite import any_nonfinite, store_out_of_visible
+from gptfast.kernels.triton.attention_decode import attention_decode, factor_of
+from gptfast.kernels.triton.attention_nonfinite import (
+    any_nonfinite,
+    nan_beyond,
+    store_out_of_visible,
+)
 from gptfast.kernels.triton.attention_tiles import FWD, number, tile
 from gptfast.kernels.triton.launch import launch
 from gptfast.kernels.triton.target import stepping_down
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 # Bytes of keys and values of the heads of one group: a third of an H100's L2 cache.
 GROUP_BYTES = 16 << 20
 
@@ -34,7 +38,7 @@ def attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     NEGATIVE: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
-    c = number_of(c, NUMBER)
+    parts, c = c, number_of(c, NUMBER)
     n_blocks = tl.cdiv(Tq, BLOCK_M)
     head, block = program(n_blocks, n_heads, group)
     first = (n_blocks - 1 - block) * BLOCK_M
@@ -87,11 +91,11 @@ def attention_fwd_kernel(
     binary = tl.log2(total.to(tl.float64) if EXACT else total).to(tl.float64)
     lse = (peak.to(tl.float64) * c.to(tl.float64) + binary) * LN2
     tl.store(lse_ptrs, lse, mask=queries < Tq)
-    if any_nonfinite(acc):
+    if any_nonfinite(acc + nan_beyond(peak, c, last >= 0)[:, None]):
         tl.debug_barrier()  # other threads may have stored what is read and written here
         store_out_of_visible(
-            q, k, v, out, lse_ptr, head, H, first, length, n_keys, end, Tk, Tq, D, c, dropout,
-            BLOCK_M, BLOCK_D, NEGATIVE, NUMBER, EXACT,
+            q, k, v, out, lse_ptr, head, H, first, length, n_keys, end, Tk, Tq, D, parts, dropout,
+            BLOCK_M, BLOCK_D, NEGATIVE,
         )  # fmt: skip
 
 
