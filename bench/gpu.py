@@ -4,9 +4,11 @@ python bench/gpu.py [--call kernels|train|rest|all] [--only SECTION,...] [--case
                     [--out DIR] [--minutes N]
 
 Each call takes under nine minutes, the most telling first. kernels: each operation beside its peers
-(gpu_cases.py), then the tests of the operations on the GPU. train: the step eager, captured and
-compiled: the same numbers, its profile, its time beside plain PyTorch's (gpu_steps.py,
-gpu_train.py). rest: generation, compute-sanitizer and Nsight Compute, if they are installed.
+(gpu_cases.py, gpu_layers.py), and the tests of the operations on the GPU. train: the step that
+`gptfast train --precision bf16` takes, eager, replayed from its CUDA graph and compiled: the same
+numbers, its profile, its time beside plain PyTorch's (gpu_steps.py, gpu_train.py); choices that a
+GPU must confirm (gpu_variants.py). rest: generation, compute-sanitizer and Nsight Compute, if they
+are installed.
 
 Every job has a process of its own and a time limit (gpu_jobs.py). Results go to <out>/<gpu>/<call>
 .json and .md after each job; out is $OUT if that is set, else bench/results/gpu. --smoke runs the
@@ -19,7 +21,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -39,13 +41,11 @@ MIN_SECONDS = 10.0
 
 
 def _device_job(name: str, section: str, work: Callable[..., None], seconds: float) -> Job:
-    """Return a job that makes its tensors on the device and runs our kernels there."""
+    """Return a job that runs our kernels on the device."""
 
     def run(emit: Emit) -> None:
-        import torch
-        from gpu_device import DEVICE, kernels
+        from gpu_device import kernels
 
-        torch.set_default_device(DEVICE)
         with kernels():
             work(emit=emit)
 
@@ -64,7 +64,7 @@ def _first_jobs() -> Iterator[Job]:
     yield _device_job("limits", "limits", limits, 60)
 
 
-def _cases(cases: Iterator, out: Path) -> Iterator[Job]:
+def _cases(cases: Iterable, out: Path) -> Iterator[Job]:
     """Yield a job for each benchmark case."""
     from gpu_device import SMOKE
     from gpu_timing import measure
@@ -80,12 +80,16 @@ def _cases(cases: Iterator, out: Path) -> Iterator[Job]:
 
 
 def _kernels(out: Path) -> Iterator[Job]:
-    from gpu_cases import cases
+    from gpu_cases import operation_cases, sampling_cases
     from gpu_checks import parity
+    from gpu_layers import layer_cases
 
-    yield from _cases(cases(), out)
+    few, *many = sampling_cases()
+    yield from _cases((*operation_cases(), few), out)
     # pytest chooses the device itself.
     yield Job("parity", "parity", partial(_parity, parity, out), PARITY_S + 20)
+    yield from _cases(layer_cases(), out)
+    yield from _cases(many, out)
 
 
 def _parity(parity: Callable[..., None], out: Path, emit: Emit) -> None:
@@ -94,23 +98,36 @@ def _parity(parity: Callable[..., None], out: Path, emit: Emit) -> None:
 
 
 def _train(out: Path) -> Iterator[Job]:
-    from gpu_cases import chunk_cases
     from gpu_checks import determinism
     from gpu_device import SMOKE
     from gpu_steps import check_step, profile_step
-    from gpu_train import train_cases
+    from gpu_train import COMPILED, EAGER, REPLAYED, large_case, train_cases
+    from gpu_variants import chunk_cases, tile_cases
 
-    measured = {job.name: job for job in _cases(train_cases(), out)}
-    forms = {"eager": 60, "captured": 60, "compiled": 120}
-    if SMOKE:  # where nothing is compiled
-        del forms["compiled"]
-    for form, seconds in forms.items():
-        yield _device_job(f"step {form}", "step", partial(check_step, form), seconds)
-        if form != "captured":
-            yield _device_job(f"profile {form}", "profile", partial(profile_step, form, out), 120)
-        yield from (job for name, job in measured.items() if name.endswith(form))
-    yield from _cases(chunk_cases(), out)
+    replayed, *others = _cases(train_cases(), out)
+
+    def check(form: str, seconds: float) -> Job:
+        return _device_job(f"step {form}", "step", partial(check_step, form), seconds)
+
+    def profile(form: str, side: str) -> Job:
+        work = partial(profile_step, form, side, out)
+        return _device_job(f"profile {form}", "profile", work, 100)
+
+    yield check("eager", 60)
+    if not SMOKE:
+        yield check("replayed", 60)
+    yield replayed
+    yield profile("eager", EAGER)
     yield _device_job("determinism", "determinism", determinism, 60)
+    yield from _cases(chunk_cases(), out)
+    yield from _cases(tile_cases(), out)
+    if SMOKE:  # where nothing is compiled or captured
+        return
+    yield check("compiled", 90)
+    yield profile("compiled", COMPILED)
+    yield from others
+    yield profile("replayed", REPLAYED)
+    yield from _cases(large_case(), out)
 
 
 def _rest(out: Path) -> Iterator[Job]:

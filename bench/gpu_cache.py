@@ -3,9 +3,10 @@
 python bench/gpu_cache.py [--arch sm_90] [--ops OP,...] [--tests]
 
 It compiles, without a GPU, the cases of the compile audit and, with --tests, what the operations'
-tests launch, into CACHE, and packs that folder as ARCHIVE, which bench/gpu.py unpacks at the same
-place: Triton's files name one another by absolute paths. They serve the same version of Triton, for
-the same Python, on the same sources; any other kernel is compiled as usual.
+tests launch, into CACHE, with Triton's launchers in C; and it packs that folder as ARCHIVE, which
+bench/gpu.py unpacks at the same place: Triton's files name one another by absolute paths. They
+serve the same version of Triton, for the same Python, on the same sources; any other kernel is
+compiled as usual.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,33 @@ def pack() -> int:
     return ARCHIVE.stat().st_size
 
 
+def build_launchers(arch: str) -> None:
+    """Let Triton's compilations build the launchers too, for NVIDIA's GPUs.
+
+    Triton calls the driver by C code that a compiler builds: one module for all kernels, and before
+    Triton 3.7 another one for each signature. It is built over a libcuda that launches nothing.
+    Call this before `compile_only`.
+    """
+    if not arch.startswith("sm_"):
+        return
+    import stub_cuda
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    stub_cuda.install(Path(tempfile.mkdtemp()))
+    stub, real = driver.active, JITFunction.run
+
+    def run(self, *args, **options):  # type: ignore[no-untyped-def]
+        compiled = real(self, *args, **options)
+        compiler = driver.active
+        driver.set_active(stub)
+        stub.launcher_cls(compiled.src, compiled.metadata)
+        driver.set_active(compiler)
+        return compiled
+
+    JITFunction.run = run  # type: ignore[method-assign]
+
+
 def compile_audit_cases(arch: str, ops: list[str] | None) -> None:
     """Compile the cases of the compile audit, of all operations or of some."""
     from compile_audit import OPS, audit
@@ -66,6 +95,7 @@ def pytest_configure(config) -> None:  # type: ignore[no-untyped-def]
 
     from gptfast.ops import backend, library
 
+    build_launchers(os.environ["GPU_CACHE_ARCH"])
     compile_only(os.environ["GPU_CACHE_ARCH"])
     backend._interpreted = lambda: True
     launch = library._Launcher.__call__
@@ -96,6 +126,7 @@ def main() -> None:
     parser.add_argument("--tests", action="store_true", help="what the tests launch, too")
     args = parser.parse_args()
     os.environ["TRITON_CACHE_DIR"] = str(CACHE)
+    build_launchers(args.arch)
     compile_audit_cases(args.arch, args.ops)
     if args.tests:
         compile_tests(args.arch, args.ops)

@@ -11,7 +11,6 @@ logits read once.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast import GPT, AdamW, GPTConfig, ops
-from gptfast.kernels.triton import cross_entropy
 from gptfast.ops.sampling import per_row
 
 BF16 = torch.bfloat16
@@ -84,7 +82,9 @@ def _flex() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         T = q.shape[2]
         if T not in masks:
-            masks[T] = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
+            masks[T] = create_block_mask(
+                lambda b, h, i, j: i >= j, None, None, T, T, device=q.device
+            )
         return compiled(q, k, v, block_mask=masks[T])
 
     return run
@@ -155,11 +155,8 @@ def _cross_entropy(smoke: bool) -> Built:
     return Built(sides, lambda: close(sides["gptfast"](), eager()))
 
 
-def _linear_cross_entropy(smoke: bool, chunk_bytes: int | None = None) -> Built:
-    """Return the head with the loss; chunk_bytes: the size of a chunk of logits."""
-    if chunk_bytes is not None:
-        assert isinstance(cross_entropy.CHUNK_BYTES, int)
-        cross_entropy.CHUNK_BYTES = chunk_bytes
+def linear_cross_entropy(smoke: bool) -> Built:
+    """Return the head with the loss."""
     N, V, C = (16, 101, 32) if smoke else (16384, 50257, 768)
     x = torch.randn(N, C).to(dtype_of(smoke)).requires_grad_()
     w = (torch.randn(V, C) * 0.05).to(x.dtype).requires_grad_()
@@ -262,7 +259,8 @@ def _sampling(B: int) -> Callable[[bool], Built]:
     return build
 
 
-def _operation_cases() -> Iterator[GpuCase]:
+def operation_cases() -> Iterator[GpuCase]:
+    """Yield the rows of attention, the loss and the optimizer, the most telling first."""
     B, H, T, D = shape = (16, 12, 1024, 64)
     pairs = B * H * T * (T + 1) / 2
     name = f"bf16 causal {shape}"
@@ -283,7 +281,7 @@ def _operation_cases() -> Iterator[GpuCase]:
     N, V, C = 16384, 50257, 768
     yield GpuCase(
         f"linear_cross_entropy fwd+bwd bf16 N={N} V={V} C={C}",
-        _linear_cross_entropy,
+        linear_cross_entropy,
         flops=3 * 2.0 * N * V * C,
         target="1.3x, 60%, memory 25% of the logits",
         rounds=15,
@@ -299,7 +297,8 @@ def _operation_cases() -> Iterator[GpuCase]:
     yield GpuCase("AdamW + norm + clip, 124M fp32", _adamw, n_bytes=32.0 * params, target="80%")
 
 
-def _sampling_cases() -> Iterator[GpuCase]:
+def sampling_cases() -> Iterator[GpuCase]:
+    """Yield the rows of sampling, from one row of logits to many."""
     V = 50257
     for rows, microseconds in ((1, 30), (64, 60), (512, 300)):
         yield GpuCase(
@@ -311,24 +310,4 @@ def _sampling_cases() -> Iterator[GpuCase]:
             graph=True,
             rounds=100,
             seconds=40,
-        )
-
-
-def cases() -> Iterator[GpuCase]:
-    """Yield the rows of the operations, the most telling first."""
-    yield from _operation_cases()
-    yield from _sampling_cases()
-
-
-def chunk_cases() -> Iterator[GpuCase]:
-    """Yield the head with the loss in small and in large chunks of logits."""
-    N, V, C = 16384, 50257, 768
-    for mb in (64, 400):
-        yield GpuCase(
-            f"linear_cross_entropy with chunks of {mb} MB",
-            partial(_linear_cross_entropy, chunk_bytes=mb << 20),
-            flops=3 * 2.0 * N * V * C,
-            rounds=15,
-            seconds=60,
-            smoke=mb == 64,
         )

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from gpu_device import DTYPES, SMOKE, synchronize
+from gpu_device import DTYPES, SMOKE, on_device, synchronize
 from gpu_jobs import Emit, slug
 from gpu_operations import operations
 
@@ -96,7 +96,9 @@ def determinism(emit: Emit) -> None:
     """Check that each operation gives the same bits in REPEATS runs."""
     result = {}
     for name, dtype in list(DTYPES.items())[: 1 if SMOKE else None]:
-        for op, run in list(operations(dtype, small=SMOKE).items())[: 3 if SMOKE else None]:
+        with on_device():
+            runs = list(operations(dtype, small=SMOKE).items())
+        for op, run in runs[: 3 if SMOKE else None]:
             first = run()
             same = all(
                 torch.equal(a, b)
@@ -112,16 +114,20 @@ def determinism(emit: Emit) -> None:
 def launch_operation(op: str) -> None:
     """Launch an operation on small tensors of odd sizes, for compute-sanitizer to watch."""
     for dtype in list(DTYPES.values())[: 1 if SMOKE else None]:
-        operations(dtype, small=True)[op]()
+        with on_device():
+            run = operations(dtype, small=True)[op]
+        run()
     synchronize()
 
 
-def launch_case(name: str) -> None:
+def launch_case(name: str, small: bool = SMOKE) -> None:
     """Launch our side of a case a few times, for Nsight Compute to watch."""
-    from gpu_cases import cases
+    from gpu_cases import operation_cases, sampling_cases
 
-    case = next(case for case in cases() if case.name.startswith(name))
-    ours = case.build(SMOKE).sides["gptfast"]
+    cases = [*operation_cases(), *sampling_cases()]
+    case = next(case for case in cases if case.name.startswith(name))
+    with on_device():
+        ours = case.build(small).sides["gptfast"]
     for _ in range(1 if SMOKE else 4):
         ours()
     synchronize()

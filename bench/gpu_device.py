@@ -26,6 +26,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def on_device() -> contextlib.AbstractContextManager:
+    """Return a context in which new tensors are made on the device, for making data and checking.
+
+    No measurement may run in it: there, each call of torch goes through Python once more.
+    """
+    return torch.device(DEVICE)
+
+
 def kernels() -> contextlib.AbstractContextManager:
     """Return a context in which gptfast runs its Triton kernels on this device."""
     from gptfast import use_backend
@@ -34,14 +42,20 @@ def kernels() -> contextlib.AbstractContextManager:
     return use_backend("triton") if SMOKE else contextlib.nullcontext()
 
 
-def _driver() -> str:
-    """Return the version of NVIDIA's driver, or nothing without nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+# What decides about times besides the GPU's model; nvidia-smi's names for them.
+ASKED = ("driver_version", "pstate", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+ASKED += ("temperature.gpu", "mig.mode.current", "ecc.mode.current")
+
+
+def _nvidia_smi() -> dict[str, str]:
+    """Return what nvidia-smi says of the GPU, or nothing without it."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return said.partition("\n")[0].strip()
+        return {}
+    values = [value.strip() for value in said.partition("\n")[0].split(",")]
+    return dict(zip(ASKED, values, strict=False)) if len(values) == len(ASKED) else {}
 
 
 def machine() -> dict[str, object]:
@@ -58,8 +72,8 @@ def machine() -> dict[str, object]:
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_gb": round(properties.total_memory / 1e9),
-            "driver": _driver(),
             "cuda": torch.version.cuda,
+            **_nvidia_smi(),
         }
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     return gpu | versions | {"python": platform.python_version()}

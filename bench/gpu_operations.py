@@ -14,7 +14,7 @@ def _tensors(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
 
 
 def operations(dtype: torch.dtype, small: bool) -> dict[str, Callable[[], list[Tensor]]]:
-    """Return every operation by name: forward and backward on fixed data."""
+    """Return every operation by name: forward and backward on fixed data, which is made here."""
     torch.manual_seed(0)
     T, V, N = (20, 101, 20) if small else (500, 50257, 2000)
     (qkv,) = _tensors((2, T, 3 * 128), dtype=dtype)
@@ -27,6 +27,7 @@ def operations(dtype: torch.dtype, small: bool) -> dict[str, Callable[[], list[T
     target = torch.randint(V, (N,))
     target[::7] = -100
     query, cache = (torch.randn(2, 2, n, 64).to(dtype) for n in (1, 333))
+    kv_len = torch.tensor([7, 333])
 
     def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
         return [loss.detach(), *torch.autograd.grad(loss.float().sum(), leaves)]
@@ -44,9 +45,7 @@ def operations(dtype: torch.dtype, small: bool) -> dict[str, Callable[[], list[T
         "attention dropout": lambda: gradients(
             ops.attention_qkv(qkv, 2, dropout_p=0.1, seed=5), qkv
         ),
-        "attention decode": lambda: [
-            ops.attention(query, cache, cache, kv_len=torch.tensor([7, 333]))
-        ],
+        "attention decode": lambda: [ops.attention(query, cache, cache, kv_len=kv_len)],
         "cross_entropy": lambda: gradients(ops.cross_entropy(logits, target), logits),
         "linear_cross_entropy": lambda: gradients(ops.linear_cross_entropy(x, w, target), x, w),
         "embedding": lambda: gradients(ops.embedding(target.clamp(0), w)[0], w),

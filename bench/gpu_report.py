@@ -11,8 +11,10 @@ from pathlib import Path
 
 from gpu_jobs import Job, Outcome, file_of, slug
 
-HEAD = "| case | device time, us | wall time, us | against the best peer | rate | "
-HEAD += "share of the limit | target |\n|" + "---|" * 7
+HEAD = (
+    "| case | GPU, us | host until all is queued, us | wall, us | against the best peer | rate | "
+)
+HEAD += "share of the limit | target |\n|" + "---|" * 8
 
 
 def _times(seconds: dict[str, float]) -> str:
@@ -28,8 +30,8 @@ def row_text(row: dict) -> str:
         rate = f"{row['gb_per_s']:.0f} GB/s"
     ratio = f"{row['ratio']:.2f}x {row['best_peer']}" if row["ratio"] else ""
     share = "" if row["share_of_limit"] is None else f"{row['share_of_limit']:.0%}"
-    cells = (row["case"], _times(row["seconds"]), _times(row["wall_seconds"]), ratio, rate, share)
-    return "| " + " | ".join((*cells, row["target"])) + " |"
+    times = (_times(row[name]) for name in ("seconds", "host_seconds", "wall_seconds"))
+    return "| " + " | ".join((row["case"], *times, ratio, rate, share, row["target"])) + " |"
 
 
 def _lines(result: object) -> list[str]:

@@ -1,88 +1,130 @@
-"""The training steps of bench/gpu.py: eager, compiled and captured, each beside plain PyTorch's.
+"""The training steps of bench/gpu.py: ours replayed, eager and compiled, beside plain PyTorch's.
 
-"gptfast" is the step that `gptfast train --precision bf16` takes: fp32 weights under autocast, with
-the guard that reads loss and norm on the host. "gptfast, bf16 parameters" has bf16 parameters with
-fp32 masters and no guard. "plain" is plain_gpt.py under autocast with torch's fused AdamW. FLOPs
-are counted as in bench_train.py.
+"gptfast" is the step that `gptfast train --precision bf16` takes: `TrainStep`, with fp32 weights
+under autocast, the guard, and the CUDA graph that it replays. "gptfast, eager" is the same with
+--no-cuda-graph, "gptfast, compiled" with --compile. "gptfast, bf16 parameters" has fp32 masters and
+no guard. "plain" is plain_gpt.py under autocast with torch's fused AdamW. FLOPs are counted as in
+bench_train.py. The host's time of a TrainStep ends where it has queued its work; then it waits.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from bench_train import flops as step_flops
 from gpu_cases import BF16, Built, GpuCase
+from gpu_timing import Run, Waiting
 from plain_gpt import PlainGPT, decay_groups
 from torch import Tensor, nn
 
 from gptfast import GPT, AdamW, GPTConfig, TrainConfig
+from gptfast.training.cuda_graph import StepGraph
 from gptfast.training.step import TrainStep
 
 LR, MAX_NORM = 1e-4, 1.0
-OURS, PARAMETERS, PLAIN = "gptfast", "gptfast, bf16 parameters", "plain"
+REPLAYED, EAGER, COMPILED = "gptfast", "gptfast, eager", "gptfast, compiled"
+PARAMETERS = "gptfast, bf16 parameters"
+PLAIN, PLAIN_COMPILED = "plain", "plain, compiled"
+# What the command is told for each of its forms.
+FORMS = {
+    REPLAYED: {"cuda_graph": True},
+    EAGER: {"cuda_graph": False},
+    COMPILED: {"cuda_graph": False, "compile": True},
+}
 
-Step = Callable[[], object]
+Batch = tuple[Tensor, Tensor]
 
 
-def _stepper(
-    net: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], cast: bool,
-    clip: bool, compiled: bool,
-) -> Step:  # fmt: skip
-    """Return a step without anything that waits for the device, so that it can be captured."""
-    f = torch.compile(net, fullgraph=True) if compiled else net
+def command_step(
+    model: GPT, side: str, smoke: bool, device: torch.device, log: Callable[[str], None]
+) -> TrainStep:
+    """Return a step of `gptfast train --precision bf16`; log takes why there is no graph."""
+    # The interpreter has no bf16, and nothing is compiled in a smoke run.
+    options = {"precision": "fp32" if smoke else "bf16", **FORMS[side]}
+    if smoke:
+        options.pop("compile", None)
+    settings = TrainConfig(lr=LR, max_norm=MAX_NORM, **options)  # type: ignore[arg-type]
+    return TrainStep(model, settings, device, log)
+
+
+def is_replayed(step: TrainStep) -> bool:
+    """Return whether a step has captured its CUDA graph."""
+    return isinstance(step._step, StepGraph) and step._step.is_captured
+
+
+def _plain_step(
+    net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, cast: bool, clip: bool
+) -> Run:
+    """Return a step that waits for nothing."""
+    params = list(net.parameters())
 
     def run() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(batch[0].device.type, BF16, enabled=cast):
-            loss = f(*batch)
+            loss = net(*batch)
         loss.backward()
         if clip:
-            torch.nn.utils.clip_grad_norm_(net.parameters(), MAX_NORM)
+            torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
         optimizer.step()
         return loss
 
     return run
 
 
-def steps(form: str, B: int, smoke: bool, sides: tuple[str, ...]) -> dict[str, Step]:
-    """Return training steps on the same batch from the same weights; form: "eager", "compiled" or
-    "captured", a step to capture."""
-    small = GPTConfig(vocab_size=101, block_size=8, n_layer=1, n_head=2, n_embd=32)
-    config, rows = (small, 2) if smoke else (GPTConfig(), B)
-    batch = tuple(torch.randint(config.vocab_size, (2, rows, config.block_size)))
-    compiled = form == "compiled" and not smoke
-    torch.manual_seed(0)
-    state = GPT(config).state_dict()
-    cast = not smoke  # the interpreter has no bf16
+class Steps:
+    """Training steps on the same batch, from the same weights."""
 
-    def model(kind: type[nn.Module]) -> nn.Module:
-        net = kind(config)
-        net.load_state_dict(state)
+    def __init__(self, B: int, smoke: bool) -> None:
+        small = GPTConfig(vocab_size=101, block_size=8, n_layer=1, n_head=2, n_embd=32)
+        self.config, rows = (small, 2) if smoke else (GPTConfig(), B)
+        self.smoke, self.cast = smoke, not smoke
+        ids = torch.randint(self.config.vocab_size, (2, rows, self.config.block_size))
+        self.batch: Batch = (ids[0], ids[1])
+        torch.manual_seed(0)
+        self.state = GPT(self.config).state_dict()
+        self.nets: list[nn.Module] = []
+        self.replayed: list[TrainStep] = []
+        self.reasons: list[str] = []
+
+    def make(self, side: str) -> Run:
+        """Return the step of a side."""
+        if side in FORMS:
+            return self._command(side)
+        if side == PARAMETERS:
+            net = self._model(GPT)
+            net = net.bfloat16() if self.cast else net
+            optimizer = AdamW(decay_groups(net), lr=LR, max_norm=MAX_NORM)
+            return _plain_step(net, optimizer, self.batch, False, False)
+        net = self._model(PlainGPT)
+        adamw = torch.optim.AdamW(decay_groups(net), lr=LR, fused=True)
+        if side == PLAIN_COMPILED and not self.smoke:
+            net = torch.compile(net, fullgraph=True)  # type: ignore[assignment]
+        return _plain_step(net, adamw, self.batch, self.cast, True)
+
+    def _model(self, kind: type[nn.Module]) -> nn.Module:
+        net = kind(self.config)
+        net.load_state_dict(self.state)
+        self.nets.append(net)
         return net
 
-    def command() -> Step:
-        precision = "bf16" if cast else "fp32"
-        settings = TrainConfig(
-            precision=precision, lr=LR, max_norm=MAX_NORM, compile=compiled, cuda_graph=False
-        )
-        step = TrainStep(model(GPT), settings, batch[0].device)
-        return lambda: step.run([batch], LR)
+    def _command(self, side: str) -> Run:
+        model, device = self._model(GPT), self.batch[0].device
+        assert isinstance(model, GPT)
+        step = command_step(model, side, self.smoke, device, self.reasons.append)
+        if side == REPLAYED:
+            self.replayed.append(step)
+        return Waiting(lambda queued: step.run([self.batch], LR, meanwhile=queued))
 
-    def ours(bf16: bool) -> Step:
-        net = model(GPT).bfloat16() if bf16 and cast else model(GPT)
-        optimizer = AdamW(decay_groups(net), lr=LR, max_norm=MAX_NORM)
-        return _stepper(net, optimizer, batch, cast and not bf16, False, compiled)
+    def restart(self) -> None:
+        """Give all models the weights that they had at first."""
+        for net in self.nets:
+            net.load_state_dict(self.state)
 
-    def plain() -> Step:
-        net = model(PlainGPT)
-        optimizer = torch.optim.AdamW(
-            decay_groups(net), lr=LR, fused=True, capturable=form == "captured" and not smoke
-        )
-        return _stepper(net, optimizer, batch, cast, True, compiled)
-
-    # What the command runs reads its loss on the host: a graph can hold the same step without that.
-    first = command if form != "captured" else lambda: ours(bf16=False)
-    made = {OURS: first, PARAMETERS: lambda: ours(bf16=True), PLAIN: plain}
-    return {side: made[side]() for side in sides}
+    def check_graphs(self) -> None:
+        """Check that the steps that should replay a graph have captured one."""
+        if self.batch[0].device.type == "cuda":
+            reason = self.reasons[0] if self.reasons else "its inputs or addresses change"
+            assert all(map(is_replayed, self.replayed)), f"no CUDA graph: {reason}"
 
 
 def _loss(result: object) -> float:
@@ -90,50 +132,42 @@ def _loss(result: object) -> float:
     return float(result["loss"] if isinstance(result, dict) else result)  # type: ignore[arg-type]
 
 
-def _train(form: str, B: int, sides: tuple[str, ...]) -> Callable[[bool], Built]:
-    def build(smoke: bool) -> Built:
-        first: dict[str, float] = {}
-        made = steps(form, B, smoke, sides)
-        if form != "captured":
+def _train(B: int, sides: tuple[str, ...], smoke: bool) -> Built:
+    steps = Steps(B, smoke)
+    made = {side: steps.make(side) for side in sides}
 
-            def noting(side: str, step: Step) -> Step:
-                def run() -> object:
-                    result = step()
-                    if side not in first:
-                        first[side] = _loss(result)
-                    return result
+    def check() -> None:
+        """Compare the losses of one more step, from the same weights."""
+        steps.check_graphs()
+        steps.restart()
+        losses = {side: _loss(step()) for side, step in made.items()}
+        expected = losses[sides[-1]]
+        for side, loss in losses.items():
+            assert abs(loss - expected) < 2e-2, f"{side}: loss {loss:.4f}, not {expected:.4f}"
 
-                return run
+    return Built(made, check)
 
-            made = {side: noting(side, step) for side, step in made.items()}
 
-        def check() -> None:
-            for side, loss in first.items():
-                expected = first.get(PLAIN, loss)
-                assert abs(loss - expected) < 2e-2, f"{side}: loss {loss:.4f}, not {expected:.4f}"
-
-        return Built(made, check)
-
-    return build
+def _case(name: str, B: int, sides: tuple[str, ...], seconds: float, smoke: bool) -> GpuCase:
+    T = 1024
+    return GpuCase(
+        f"GPT-2 124M step bf16 B={B} T={T}{name}",
+        partial(_train, B, sides),
+        flops=step_flops(GPTConfig(), B, T),
+        target="1.25x, 55% MFU",
+        wall=True,
+        rounds=10,
+        seconds=seconds,
+        smoke=smoke,
+    )
 
 
 def train_cases() -> Iterator[GpuCase]:
-    """Yield batches whose logits plain PyTorch can hold in 80 GB, the most telling first."""
-    T = 1024
-    for form, rows, sides, seconds in (
-        ("eager", 16, (OURS, PARAMETERS, PLAIN), 90),
-        ("captured", 16, (OURS, PARAMETERS, PLAIN), 90),
-        ("compiled", 16, (OURS, PLAIN), 150),
-        ("compiled", 32, (PARAMETERS, PLAIN), 150),
-    ):
-        yield GpuCase(
-            f"GPT-2 124M step bf16 B={rows} T={T} {form}",
-            _train(form, rows, sides),
-            flops=step_flops(GPTConfig(), rows, T),
-            target="1.25x, 55% MFU",
-            graph=form == "captured",
-            wall=form != "captured",
-            rounds=10,
-            seconds=seconds,
-            smoke=form == "eager",
-        )
+    """Yield the command's step, eager and replayed, and then its other forms; the last is plain."""
+    yield _case("", 16, (REPLAYED, EAGER, PLAIN_COMPILED), 170, True)
+    yield _case(", other forms", 16, (COMPILED, PARAMETERS, PLAIN), 150, False)
+
+
+def large_case() -> Iterator[GpuCase]:
+    """Yield the largest batch whose logits plain PyTorch can hold in 80 GB."""
+    yield _case("", 32, (REPLAYED, PLAIN_COMPILED), 150, False)

@@ -79,7 +79,7 @@ def compiled_step(model: StaticGPT) -> Step:
 @torch.no_grad()
 def generate(model: StaticGPT, step: Step, idx: Tensor, n: int) -> list[list[int]]:
     """Return n greedy tokens after idx (B, T); step is model.forward, compiled."""
-    time = torch.arange(idx.shape[1])
+    time = torch.arange(idx.shape[1], device=idx.device)
     new = [model(idx, time)]
     time = time[-1:] + 1
     with sdpa_kernel(SDPBackend.MATH):

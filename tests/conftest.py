@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from ptx.selection import selected  # noqa: E402
+from ptx.selection import NODE_IDS, selected  # noqa: E402
 from seeds import shifted  # noqa: E402
 
 # No test depends on the speed of a machine, which may have other work: not on that of one example,
@@ -121,13 +121,14 @@ def _by_the_parity_rule(item: pytest.Item) -> bool:
     return any(name.startswith(("check", "assert_parity")) for name in names)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests that prove nothing, and mark tests for GPU and sanitizer runs.
 
     In 16 bits, the parity rule would compare the reference with itself. The mark "triton" is for
     tests on the Triton kernels, which a GPU run selects; "reference" is for tests in which a
     sanitizer of the C++ kernels has nothing to find.
     """
+    config.stash[NODE_IDS] = [item.nodeid for item in items]
     kept = []
     for item in items:
         if PTX == "1" and item.path.parent.name != "ptx" and not selected(item.nodeid):

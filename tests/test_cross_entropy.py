@@ -909,16 +909,18 @@ def test_triton_weight_tiles(
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_triton_rows_off_16_bytes(triton: str, dtype: torch.dtype) -> None:
+    """Rows begin anywhere within 16 bytes. All layouts share one maximum: of two losses alone,
+    PyTorch's error may be below half a unit in the last place, which nobody could keep to."""
     A = 16 // dtype.itemsize
     for V in (1, 5, A, 2 * A + 3):
+        layouts = []
         for shift in (0, 1, A - 1):
             # One row stride keeps the rows' alignment, the other does not.
             for stride in (V + 2 * A, V + A + 1):
                 memory = torch.full((3 * stride + A,), torch.nan, dtype=dtype)
                 logits = memory.as_strided((2, V), (stride, 1), shift)
-                logits.copy_(torch.randn(2, V))
-                target = torch.randint(V, (2,))
-                check_cross_entropy([logits], target, "none", {"label_smoothing": 0.1})
+                layouts.append(logits.copy_(torch.randn(2, V)))
+        check_cross_entropy(layouts, torch.randint(V, (2,)), "none", {"label_smoothing": 0.1})
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -1,17 +1,28 @@
-"""bench/gpu.py runs on the CPU with --smoke, so that CI, which has no GPU, covers its code."""
+"""bench/gpu.py runs on the CPU with --smoke, so that CI, which has no GPU, covers its code.
+
+stub_jobs.py runs what the smoke run leaves out, up to the launches.
+"""
 
 import json
 import re
 import shutil
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gpu
 import gpu_cache
+import gpu_device
+import gpu_timing
 import pytest
+import torch
+from gpu_cases import Built, GpuCase
 from gpu_jobs import slug
+from test_launch import printed
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -78,7 +89,90 @@ def test_each_call_has_its_jobs(tmp_path: Path) -> None:
     everything = names(tmp_path, "all")
     assert everything == ["machine", "limits", *(x for found in calls.values() for x in found[2:])]
     assert len({slug(name) for name in everything}) == len(everything)
-    assert calls["kernels"][2].startswith("attention fwd") and calls["kernels"][-1] == "parity"
+    assert calls["kernels"][2].startswith("attention fwd")
+
+
+# What a first contact with a GPU must answer, and the jobs of each call that do, in their order.
+PLAN = {
+    "kernels": [
+        "attention fwd", "attention bwd", "linear_cross_entropy", "cross_entropy", "AdamW",
+        "sample B=1", "parity", "norm and linear", "norm and mlp",
+    ],
+    "train": [
+        "step eager", "step replayed", "GPT-2 124M step bf16 B=16", "profile eager", "determinism",
+        "linear_cross_entropy with chunks of 64 MB", "linear_cross_entropy with chunks of 400 MB",
+        "attention bwd bf16 causal (16, 12, 1024, 64), tiles of dK and dV", "step compiled",
+        "profile compiled", "GPT-2 124M step bf16 B=16 T=1024, other forms",
+    ],
+    "rest": [
+        "generate 128 tokens, GPT-2 124M bf16 B=1", "generate 128 tokens, GPT-2 124M int8 B=1",
+        "generate 128 tokens, GPT-2 124M bf16 B=8", "memcheck attention", "memcheck adamw",
+        "memcheck sample", "ncu attention_fwd_kernel", "ncu attention_bwd_dk_dv_kernel",
+        "ncu sample", "ncu linear_cross_entropy_rows_kernel",
+        "ncu linear_cross_entropy_dweight_kernel",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", gpu.CALLS)
+def test_the_first_contact_is_answered(tmp_path: Path, call: str) -> None:
+    found = iter(names(tmp_path, call))
+    for wanted in PLAN[call]:
+        assert any(name.startswith(wanted) for name in found), f"{wanted} is missing, or too early"
+
+
+def test_nothing_is_timed_with_a_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default device makes every call of torch dearer: only data and checks are made with it."""
+
+    def modes() -> int:
+        return torch._C._len_torch_function_stack()
+
+    seen: dict[str, set[int]] = {"build": set(), "run": set(), "check": set()}
+
+    def build(smoke: bool) -> Built:
+        seen["build"].add(modes())
+        sides = {side: lambda: seen["run"].add(modes()) for side in ("gptfast", "other")}
+        return Built(sides, lambda: seen["check"].add(modes()))
+
+    monkeypatch.setattr(gpu_timing, "SMOKE", True)
+    monkeypatch.setattr(gpu_timing, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu_device, "DEVICE", "cpu")
+    before, rows = modes(), list[dict]()
+    gpu._device_job("case", "bench", partial(gpu_timing.measure, GpuCase("x", build), {}), 1).run(
+        rows.append
+    )
+    assert seen == {"build": {before + 1}, "run": {before}, "check": {before + 1}}
+    assert (
+        rows[-1]["host_seconds"].keys() == rows[-1]["wall_seconds"].keys() == {"gptfast", "other"}
+    )
+
+
+def test_the_host_s_time_ends_where_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_timing, "synchronize", lambda: None)
+
+    def run(queued: Callable[[], None]) -> None:
+        queued()
+        time.sleep(0.05)
+
+    queueing, seconds = gpu_timing.wall_seconds(gpu_timing.Waiting(run))
+    assert queueing < 0.05 <= seconds
+
+
+def test_every_job_runs_to_its_launches() -> None:
+    pytest.importorskip("triton")
+    jobs = printed("stub_jobs.py")
+    assert {name: job["ended"] for name, job in jobs.items()} == dict.fromkeys(jobs, "done")
+    assert [name for name, job in jobs.items() if not job["kernels"]] == ["limits"]
+    # The command's step replays the graph that it captured itself, after two ordinary steps.
+    assert jobs["step replayed"]["captures"] == 1 and jobs["step replayed"]["replays"] == 3
+    assert jobs["step replayed"]["result"]["replayed"]
+    row = jobs["GPT-2 124M step bf16 B=16 T=1024"]
+    assert row["captures"] == 1 and row["replays"] > 3
+    for kind in ("seconds", "host_seconds", "wall_seconds"):
+        assert set(row["result"][kind]) == {"gptfast", "gptfast, eager", "plain, compiled"}
+    # Each tile of dK and dV is captured by itself, and has its own row.
+    tiles = jobs["attention bwd bf16 causal (16, 12, 1024, 64), tiles of dK and dV"]
+    assert tiles["captures"] == len(tiles["result"]["seconds"]) > 3
 
 
 def test_jobs_are_chosen_by_section_and_name(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ptx.faults import UnknownInstruction
-from ptx.memory import address_of, threads_of, touch
+from ptx.memory import address_of, fetched, threads_of, touch
 from ptx.parse import Immediate, Instruction
 from ptx.values import U32, WARP, Array, Mask, Read, Step, constant_of, read
 
@@ -74,9 +74,8 @@ def _fetch(cta: "CTA", threads: Array, sources: Array, used: Array, n: int) -> A
         chosen = np.flatnonzero(used == length)
         cta.global_memory.check(cta, sources[chosen], n if length == n else 1)
         cta.global_memory.check_bounds(cta, sources[chosen], length)
-        touch(cta, cta.global_memory, sources[chosen], length, threads[chosen] // WARP, None)
-        cta.launch.counts.bytes_loaded += len(chosen) * length
-        data[chosen, :length] = cta.global_memory.get(sources[chosen], 1, length).T
+        warps = threads[chosen] // WARP
+        data[chosen, :length] = fetched(cta, cta.global_memory, sources[chosen], 1, length, warps).T
     return data
 
 

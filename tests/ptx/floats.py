@@ -14,34 +14,49 @@ from ptx.faults import UnknownInstruction
 from ptx.parse import Instruction
 from ptx.values import F16, F32, F64, U16, U32, U64, Array, Step, from_bf16, pure, to_bf16, type_of
 
-SMALLEST_NORMAL = np.float32(2.0**-126)
+SMALLEST_NORMAL, LARGE = np.float32(2.0**-126), np.float32(1.7e38)
 
 
 class Noise:
-    """The error of approximate instructions, in units in the last place of the result.
+    """The error of approximate instructions: `share` of the largest one that the manual allows.
 
-    ulps: the largest error; each instruction takes the smaller of this and its bound in the manual.
     The error of a result is a function of its bits, so that runs agree.
     """
 
-    ulps = 2
+    share = 1.0
 
 
-def approximate(exact: Array, bound: int) -> Array:
-    """Return float32 results with an error of up to min(bound, Noise.ulps) ulp.
+def within(exact: Array, bound: Array) -> Array:
+    """Return float32 numbers at a distance of up to Noise.share * bound from float64 results.
 
-    Zeros, subnormals, infinities, NaN and 1 stay: the manual gives special values for them, or
-    kernels may rely on 2^0 = 1.
+    Infinities and NaN stay as they are, and so do zeros and subnormals with a relative bound: the
+    manual gives special values for them.
     """
     x = exact.astype(F32)
-    ulps = min(bound, Noise.ulps)
-    if not ulps:
-        return x
-    bits = x.view(U32)
     size = np.abs(x)
-    moved = (size >= 2 * SMALLEST_NORMAL) & (size < np.float32(1.7e38)) & (size != 1)
-    error = ((bits * U32.type(2654435761)) >> 16) % U32.type(2 * ulps + 1)
-    return np.where(moved, bits + error - U32.type(ulps), bits).view(F32)
+    # Rounding has its part in the error.
+    room = Noise.share * bound - np.spacing(size).astype(F64) / 2
+    far = (size >= 2 * SMALLEST_NORMAL) | (bound > size)
+    moved = (room > 0) & far & (size < LARGE) & bool(Noise.share)
+    error = 2 * _hash(x) / 0xFFFF - 1
+    return np.where(moved, exact + error * np.where(moved, room, 0), x).astype(F32)
+
+
+def near(exact: Array, ulps: int) -> Array:
+    """Return float32 numbers up to Noise.share * ulps units from correctly rounded results.
+
+    Zeros, subnormals, infinities and NaN stay as they are.
+    """
+    x, most = exact.astype(F32), int(ulps * Noise.share)
+    moved = (np.abs(x) >= 2 * SMALLEST_NORMAL) & (np.abs(x) < LARGE)
+    error = _hash(x) % U32.type(2 * most + 1) - U32.type(most)
+    bits = x.view(U32)
+    return np.where(moved, bits + error, bits).view(F32)
+
+
+def _hash(x: Array) -> Array:
+    """Return a number below 2^16 for each float32, by its bits."""
+    return (x.view(U32) * U32.type(2654435761)) >> 16
 
 
 def flush(x: Array) -> Array:
@@ -84,19 +99,22 @@ def arithmetic(instruction: Instruction) -> Step:
             raise UnknownInstruction(instruction.text)
     else:
         f = _BINARY[operation]
-    if "full" in modifiers or (operation == "div" and "approx" in modifiers):
-        return pure(instruction, _approximate_division("ftz" in modifiers), [F32, F32])
+    if operation == "div" and {"full", "approx"} & {*modifiers}:
+        f = _full_division if "full" in modifiers else _approximate_division
     f = flushing(f) if "ftz" in modifiers else f
     return pure(instruction, f, [dtype] * (3 if operation == "fma" else 2))
 
 
-def _approximate_division(ftz: bool) -> Callable[[Array, Array], Array]:
-    """div.full, div.approx: at most 2 ulp (for div.approx, with |b| in [2^-126, 2^126])."""
+def _full_division(a: Array, b: Array) -> Array:
+    """div.full: at most 2 ulp."""
+    return near(np.divide(a.astype(F64), b), 2)
 
-    def divide(a: Array, b: Array) -> Array:
-        return approximate(np.divide(a, b), 2)
 
-    return flushing(divide) if ftz else divide
+def _approximate_division(a: Array, b: Array) -> Array:
+    """div.approx: a * (1 / b), at most 2 ulp for |b| in [2^-126, 2^126]; beyond, 1 / b is zero."""
+    out = near(np.divide(a.astype(F64), b), 2)
+    large = (np.abs(b) > 2.0**126) & np.isfinite(b)
+    return np.where(large, a * np.copysign(F32.type(0), b), out)
 
 
 def _mixed(instruction: Instruction, half: str) -> Step:
@@ -249,33 +267,37 @@ def sign(instruction: Instruction) -> Step:
 
 
 def ex2(x: Array) -> Array:
-    """ex2.approx.f32: 2^x, at most 2 ulp; 2^±0 = 1."""
-    return approximate(np.exp2(x.astype(F64)), 2)
+    """ex2.approx.f32: 2^x, at most 2 ulp from the correctly rounded result; 2^±0 = 1."""
+    return np.where(x == 0, F32.type(1), near(np.exp2(x.astype(F64)), 2))
 
 
 def lg2(x: Array) -> Array:
-    """lg2.approx.f32: log2 x, of relative error 2^-22 or, between 0.5 and 2, absolute."""
-    return approximate(np.log2(x.astype(F64)), 2)
+    """lg2.approx.f32: log2 x, of absolute error 2^-22 between 0.5 and 2, else of relative error."""
+    exact = np.log2(x.astype(F64))
+    return within(exact, np.where((x > 0.5) & (x < 2), 1, np.abs(exact)) * 2.0**-22)
 
 
 def rcp(x: Array) -> Array:
     """rcp.approx.f32: 1 / x, at most 1 ulp."""
-    return approximate(1 / x.astype(F64), 1)
+    return near(1 / x.astype(F64), 1)
 
 
 def rsqrt(x: Array) -> Array:
-    """rsqrt.approx.f32: of relative error 2^-22.9, 1 ulp or 2."""
-    return approximate(1 / np.sqrt(x.astype(F64)), 2)
+    """rsqrt.approx.f32: 1 / sqrt(x), of relative error 2^-22.9."""
+    exact = 1 / np.sqrt(x.astype(F64))
+    return within(exact, np.abs(exact) * 2.0**-22.9)
 
 
 def sqrt(x: Array) -> Array:
-    """sqrt.approx.f32: of relative error 2^-23, 1 ulp at least."""
-    return approximate(np.sqrt(x.astype(F64)), 1)
+    """sqrt.approx.f32: of relative error 2^-23."""
+    exact = np.sqrt(x.astype(F64))
+    return within(exact, exact * 2.0**-23)
 
 
 def tanh(x: Array) -> Array:
-    """tanh.approx.f32: of relative error 2^-11, 2^12 ulp."""
-    return approximate(np.tanh(x.astype(F64)), 2**12)
+    """tanh.approx.f32: of relative error 2^-11; subnormal numbers pass through, ±inf gives ±1."""
+    exact = np.tanh(x.astype(F64))
+    return np.where(np.isinf(x), np.sign(x), within(exact, np.abs(exact) * 2.0**-11))
 
 
 _APPROXIMATE = {"ex2": ex2, "lg2": lg2, "rcp": rcp, "rsqrt": rsqrt, "sqrt": sqrt, "tanh": tanh}
@@ -300,7 +322,8 @@ def function(instruction: Instruction) -> Step:
 def rcp_f64(x: Array) -> Array:
     """rcp.approx.ftz.f64: from the upper 32 bits of x; the lower 32 of the result are zero.
 
-    Subnormals are flushed, and 1 / x is truncated to the 20 bits of its fraction that are kept.
+    Subnormal numbers are flushed. The manual calls it a gross approximation and gives no bound:
+    here 1 / x is truncated to the 20 bits of its fraction that are kept.
     """
     upper = U64.type(0xFFFFFFFF00000000)
     given = (x.view(U64) & upper).view(F64)
@@ -308,4 +331,5 @@ def rcp_f64(x: Array) -> Array:
     given = np.where(np.abs(given) < tiny, np.copysign(0.0, given), given)
     exact = 1 / given
     exact = np.where(np.abs(exact) < tiny, np.copysign(0.0, exact), exact)
-    return np.where(np.isnan(x), x, (exact.view(U64) & upper).view(F64))
+    nan = U64.type(0x7FFFFFFF00000000)
+    return np.where(np.isnan(x), nan, exact.view(U64) & upper).view(F64)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ptx import asynchronous, convert, floats, integers, memory, tensor_cores, warp, wgmma
+from ptx import access, asynchronous, convert, floats, integers, tensor_cores, warp, wgmma
 from ptx.faults import UnknownInstruction
 from ptx.parse import Instruction
 from ptx.values import Step, guarded
@@ -60,7 +60,7 @@ MAKERS: dict[str, Maker] = {
     "abs": _by_type(floats.sign, integers.absolute),
     "add": _by_type(floats.arithmetic, integers.add_sub),
     "and": integers.logic,
-    "atom": memory.atomic,
+    "atom": access.atomic,
     "bar": _bar,
     "bfe": integers.extract_bits,
     "cp": _cp,
@@ -69,7 +69,7 @@ MAKERS: dict[str, Maker] = {
     "ex2": floats.function,
     "fence": _nothing,
     "fma": floats.arithmetic,
-    "ld": memory.load,
+    "ld": access.load,
     "ldmatrix": tensor_cores.load_matrix,
     "lg2": floats.function,
     "mad": integers.mad,
@@ -94,7 +94,7 @@ MAKERS: dict[str, Maker] = {
     "shl": integers.shift,
     "shr": integers.shift,
     "sqrt": floats.function,
-    "st": memory.store,
+    "st": access.store,
     "stmatrix": tensor_cores.store_matrix,
     "sub": _by_type(floats.arithmetic, integers.add_sub),
     "tanh": floats.function,

@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ptx.access import granule_of
 from ptx.asynchronous import Copies
 from ptx.counts import Counts, class_of, flops_of
 from ptx.faults import Fault, UnknownInstruction
 from ptx.instructions import decode
-from ptx.memory import GlobalMemory, SharedMemory, granule_of
+from ptx.memory import GlobalMemory, SharedMemory
 from ptx.parse import Immediate, Instruction, Program, Symbol, Vector, parse
 from ptx.values import BOOL, U32, U64, WARP, Array, Mask, Read, Step, read
 from ptx.wgmma import WARPGROUP, Groups

@@ -1,9 +1,6 @@
-"""Global and shared memory: loads, stores and atomics, with bounds, alignment and races checked.
+"""Global and shared memory: its bytes, with bounds, alignment and conflicts of accesses checked.
 
-The manual's "Data Movement and Conversion Instructions: ld, st", "Parallel Synchronization and
-Communication Instructions: atom" and "Memory Consistency Model". Between two barriers, hardware may
-run warps in any order: where one warp writes what another one reads or writes in the same interval,
-the result depends on luck. CTAs of a launch are never ordered.
+The manual's "State Spaces" and "Memory Consistency Model"; shadow.py has the rules of conflicts.
 """
 
 import ctypes
@@ -11,77 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptx.faults import Fault, UnknownInstruction
-from ptx.parse import Address, Immediate, Instruction, Register, Symbol
-from ptx.values import (
-    RAW,
-    SHARED_BASE,
-    U64,
-    WARP,
-    Array,
-    Mask,
-    Read,
-    Step,
-    items,
-    read,
-    special,
-    type_of,
-    write,
-)
+from ptx.faults import Fault
+from ptx.parse import Address, Register, Symbol
+from ptx.shadow import MANY, Race, Shadow
+from ptx.values import RAW, SHARED_BASE, U64, Array, Mask, Read, read, special
 
 if TYPE_CHECKING:
     from ptx.machine import CTA
 
 _ORIGIN = 4096
-MANY, ASYNC = 255, 254
-"""In a stamp, in the place of a warp: several warps; the tensor cores for a warpgroup."""
-
-
-class Shadow:
-    """The stamps of who read and wrote each granule of a memory last.
-
-    A stamp is interval * 256 + warp. Intervals count the barriers of a launch from 1, CTA after
-    CTA; 0 is a granule that nobody touched.
-    """
-
-    def __init__(self, n: int) -> None:
-        # Zeros take no memory until they are written.
-        self.writer, self.reader = np.zeros(n, np.int64), np.zeros(n, np.int64)
-        self.read_by_ctas = np.zeros(n, bool)
-
-    def read(self, granules: Array, stamps: Array, first: int) -> str:
-        """Record a read; return the conflict, or "". first: the first stamp of this CTA."""
-        found = _conflict(self.writer[granules], stamps, first, "read after a write")
-        old = self.reader[granules]
-        if first and ((old > 0) & (old < first)).any():
-            self.read_by_ctas[granules[(old > 0) & (old < first)]] = True
-        new = np.where((old >> 8 == stamps >> 8) & (old != stamps), stamps | MANY, stamps)
-        self.reader[granules] = new
-        lost = self.reader[granules] != new  # read by several warps of this one instruction
-        if lost.any():
-            self.reader[granules[lost]] |= MANY
-        return found
-
-    def write(self, granules: Array, stamps: Array, first: int, changed: Array) -> str:
-        """Record a write; return the conflict, or "".
-
-        changed: where the write changes a value. Two warps that write the same value agree.
-        """
-        found = _conflict(self.reader[granules], stamps, first, "write after a read")
-        if not found and self.read_by_ctas[granules].any():
-            found = "write after a read by another CTA"
-        writers = self.writer[granules]
-        found = found or _conflict(writers[changed], stamps[changed], first, "write after a write")
-        self.writer[granules] = stamps
-        return found
-
-
-def _conflict(last: Array, stamps: Array, first: int, what: str) -> str:
-    if ((last > 0) & (last < first)).any():
-        return f"{what} by another CTA"
-    if ((last >> 8 == stamps >> 8) & (last != stamps)).any():
-        return f"{what} by another warp, no barrier between"
-    return ""
 
 
 class Space:
@@ -119,6 +54,10 @@ class Space:
         """Return n integers of `size` bytes at each address: (n, addresses)."""
         places = (addresses - self.origin) // size
         return self.views[size][places + np.arange(n)[:, None]]
+
+    def misread(self, cta: "CTA", values: Array, addresses: Array, warps: Array) -> Array:
+        """Return the values (n, threads) that threads read, or others, to see if they matter."""
+        return values
 
     def put(self, addresses: Array, size: int, values: Array) -> None:
         """Write what `get` returned."""
@@ -173,6 +112,47 @@ class GlobalMemory(Space):
         offsets = np.cumsum([0, *n])
         self.shift = offsets[:-1] - (self.starts - _ORIGIN) // granule if n else offsets
         self.shadow = Shadow(int(offsets[-1]))
+        self.distrusted: dict[int, tuple[Array, Array]] = {}
+
+    def saved(self) -> list[Array]:
+        """Return the bytes of all tensors."""
+        return [self._bytes_of(i).copy() for i in range(len(self.tensors))]
+
+    def restore(self, saved: list[Array]) -> None:
+        """Write what `saved` returned."""
+        for i, data in enumerate(saved):
+            self._bytes_of(i)[:] = data
+
+    def _bytes_of(self, tensor: int) -> Array:
+        start, size, _ = self.tensors[tensor]
+        return self.views[1][start - self.origin : start - self.origin + size]
+
+    def distrust(self, races: list[Race]) -> None:
+        """Let `misread` falsify what warps read where another one writes in the same interval."""
+        for interval in {race.interval for race in races}:
+            mine = [race for race in races if race.interval == interval]
+            granules, writers = (np.concatenate(x) for x in list(zip(*mine, strict=True))[1:])
+            unique, places = np.unique(granules, return_inverse=True)
+            least, most = (np.full(len(unique), x) for x in (MANY, -1))
+            np.minimum.at(least, places, writers)
+            np.maximum.at(most, places, writers)
+            self.distrusted[interval] = unique, np.where(least == most, least, MANY)
+
+    def misread(self, cta: "CTA", values: Array, addresses: Array, warps: Array) -> Array:
+        """Return values (n, threads) that were read, falsified where they are distrusted."""
+        if cta.interval not in self.distrusted:
+            return values
+        size = values.dtype.itemsize
+        granules, writers = self.distrusted[cta.interval]
+        mine = self.granules(addresses, size * len(values))  # (granules, threads)
+        place = np.minimum(np.searchsorted(granules, mine), len(granules) - 1)
+        wrong = (granules[place] == mine) & (writers[place] != warps)
+        # By bytes, then by values: a granule may have several values, and the reverse.
+        wrong = np.repeat(wrong, self.granule, 0)[: size * len(values)]
+        wrong = wrong.reshape(len(values), size, -1).any(1)
+        mixed = (addresses + 1).astype(U64) * U64.type(0x9E3779B97F4A7C15)
+        noise = (mixed >> U64.type(64 - 8 * size)).astype(values.dtype) | values.dtype.type(1)
+        return np.where(wrong, values ^ noise, values)
 
     def check_bounds(self, cta: "CTA", addresses: Array, size: int) -> None:
         tensor = np.searchsorted(self.starts, addresses, side="right") - 1
@@ -211,21 +191,49 @@ def touch(
 
     changed: None for a read; for a write, where it changes a value.
     """
-    granules = space.granules(addresses, size)
-    stamps = np.broadcast_to((cta.interval << 8) + warps, granules.shape).ravel()
+    granules, stamps = _stamped(cta, space, addresses, size, warps)
     if changed is None:
-        found = space.shadow.read(granules.ravel(), stamps, space.first_stamp(cta))
+        found = space.shadow.read(granules, stamps, space.first_stamp(cta))
     else:
-        changed = np.broadcast_to(changed, granules.shape).ravel()
-        found = space.shadow.write(granules.ravel(), stamps, space.first_stamp(cta), changed)
+        changed = np.broadcast_to(
+            changed, (len(granules) // len(addresses), len(addresses))
+        ).ravel()
+        found = space.shadow.write(granules, stamps, space.first_stamp(cta), changed)
     if found:
         cta.report("race", f"{space.name} {found}")
     if isinstance(space, SharedMemory):
-        flat = granules.ravel()
-        if space.n_arriving and space.arriving[flat if changed is None else flat[changed]].any():
+        used = granules if changed is None else granules[changed]
+        if space.n_arriving and space.arriving[used].any():
             cta.report("early", "shared memory is used before the wait for its cp.async")
-        if changed is not None and space.n_in_use and space.in_use[flat].any():
+        if changed is not None and space.n_in_use and space.in_use[granules].any():
             cta.report("race", "an operand of wgmma is overwritten before its wait")
+
+
+def fetched(cta: "CTA", space: Space, addresses: Array, size: int, n: int, warps: Array) -> Array:
+    """Return what threads read: (n, threads) integers of `size` bytes."""
+    touch(cta, space, addresses, size * n, warps, None)
+    if space is cta.global_memory:
+        cta.launch.counts.bytes_loaded += len(addresses) * size * n
+    return space.misread(cta, space.get(addresses, size, n), addresses, warps)
+
+
+def touch_atomically(cta: "CTA", space: Space, addresses: Array, size: int, warps: Array) -> None:
+    """Record atomic operations in the shadow and report their conflicts."""
+    granules, stamps = _stamped(cta, space, addresses, size, warps)
+    places = np.broadcast_to(
+        addresses * 16 + size, (len(granules) // len(addresses), len(addresses))
+    )
+    found = space.shadow.atomic(granules, stamps, space.first_stamp(cta), places.ravel())
+    if found:
+        cta.report("race", f"{space.name} {found}")
+
+
+def _stamped(
+    cta: "CTA", space: Space, addresses: Array, size: int, warps: Array
+) -> tuple[Array, Array]:
+    """Return the granules of accesses, of all threads and then of all again, and their stamps."""
+    granules = space.granules(addresses, size)
+    return granules.ravel(), np.broadcast_to((cta.interval << 8) + warps, granules.shape).ravel()
 
 
 def address_of(operand: Any) -> Read:
@@ -246,154 +254,3 @@ def address_of(operand: Any) -> Read:
 def threads_of(cta: "CTA", mask: Mask) -> Array:
     """Return the numbers of the threads that execute an instruction."""
     return cta.thread_numbers if mask is None else np.flatnonzero(mask)
-
-
-def _shape(parts: list[str]) -> tuple[bool, int]:
-    """Return whether an ld or st is of global memory, and the length of its vector."""
-    spaces = {"global": True, "shared": False, "shared::cta": False}
-    known = {"v2", "v4", "v8", *spaces, "relaxed", "weak", "volatile", "L1::no_allocate"}
-    known |= {"nc", "L1::evict_last", "L1::evict_first", "L1::evict_normal"}
-    chosen = [spaces[part] for part in parts if part in spaces]
-    if len(chosen) != 1 or not {*parts} <= known:
-        raise UnknownInstruction("ld or st with ." + ".".join(parts))
-    lengths = [int(part[1:]) for part in parts if part in ("v2", "v4", "v8")]
-    return chosen[0], lengths[0] if lengths else 1
-
-
-def load(instruction: Instruction) -> Step:
-    """ld: a value or a vector; one of less bits than its register is extended by its type."""
-    _, *modifiers, name = instruction.parts
-    if "param" in modifiers:
-        return _load_param(instruction)
-    is_global, n = _shape(modifiers)
-    dtype = type_of(name)
-    size = dtype.itemsize
-    puts = [write(item) for item in items(instruction.operands[0])]
-    if len(puts) != n:
-        raise UnknownInstruction(instruction.text)
-    where = address_of(instruction.operands[1])
-
-    def step(cta: "CTA", mask: Mask) -> None:
-        threads = threads_of(cta, mask)
-        if not len(threads):
-            return
-        space: Space = cta.global_memory if is_global else cta.shared
-        addresses = np.broadcast_to(where(cta), (cta.n_threads,))[threads]
-        space.check(cta, addresses, size * n)
-        touch(cta, space, addresses, size * n, threads // WARP, None)
-        if is_global:
-            cta.launch.counts.bytes_loaded += len(threads) * size * n
-        values = space.get(addresses, size, n)
-        if mask is not None:
-            spread = np.zeros((n, cta.n_threads), values.dtype)
-            spread[:, threads] = values
-            values = spread
-        for put, value in zip(puts, values, strict=True):
-            put(cta, value.view(dtype), mask)
-
-    return step
-
-
-def store(instruction: Instruction) -> Step:
-    """st: a value or a vector, the lower bits of its registers."""
-    _, *modifiers, name = instruction.parts
-    if "param" in modifiers:
-        return _store_param(instruction)
-    is_global, n = _shape(modifiers)
-    size = type_of(name).itemsize
-    reads = [read(item, RAW[8 * size]) for item in items(instruction.operands[1])]
-    if len(reads) != n:
-        raise UnknownInstruction(instruction.text)
-    where = address_of(instruction.operands[0])
-
-    def step(cta: "CTA", mask: Mask) -> None:
-        threads = threads_of(cta, mask)
-        if not len(threads):
-            return
-        space: Space = cta.global_memory if is_global else cta.shared
-        addresses = np.broadcast_to(where(cta), (cta.n_threads,))[threads]
-        space.check(cta, addresses, size * n)
-        shape = (cta.n_threads,)
-        values = np.stack([np.broadcast_to(part(cta), shape)[threads] for part in reads])
-        changed = (space.get(addresses, size, n) != values).any(0)
-        touch(cta, space, addresses, size * n, threads // WARP, changed)
-        if is_global:
-            cta.launch.counts.bytes_stored += len(threads) * size * n
-        space.put(addresses, size, values)
-        if (space.get(addresses, size, n) != values).any():
-            cta.report("race", f"threads write different values to one {space.name} address")
-
-    return step
-
-
-def _load_param(instruction: Instruction) -> Step:
-    """ld.param: an argument of the kernel or of the function that runs."""
-    dtype = type_of(instruction.parts[-1])
-    unsigned = RAW[8 * dtype.itemsize]
-    put, operand = write(instruction.operands[0]), instruction.operands[1]
-    if not isinstance(operand, Address) or not isinstance(operand.base, Symbol) or operand.offset:
-        raise UnknownInstruction(instruction.text)
-    name = operand.base.name
-    return lambda cta, mask: put(cta, cta.params[name].astype(unsigned).view(dtype), mask)
-
-
-def _store_param(instruction: Instruction) -> Step:
-    """st.param: an argument of the call that follows."""
-    source = read(instruction.operands[1], type_of(instruction.parts[-1]))
-    operand = instruction.operands[0]
-    if not isinstance(operand, Address) or not isinstance(operand.base, Symbol) or operand.offset:
-        raise UnknownInstruction(instruction.text)
-    name = operand.base.name
-
-    def step(cta: "CTA", mask: Mask) -> None:
-        cta.set_param(name, source(cta).astype(U64), mask)
-
-    return step
-
-
-def atomic(instruction: Instruction) -> Step:
-    """atom.add: read, add and write, thread after thread; conflicts with nothing but itself."""
-    parts = instruction.parts
-    if "add" not in parts or parts[-1] not in ("u32", "s32", "u64") or "global" not in parts:
-        raise UnknownInstruction(instruction.text)
-    size = type_of(parts[-1]).itemsize
-    put, where = write(instruction.operands[0]), address_of(instruction.operands[1])
-    source = read(instruction.operands[2], RAW[8 * size])
-
-    def step(cta: "CTA", mask: Mask) -> None:
-        threads = threads_of(cta, mask)
-        if not len(threads):
-            return
-        space, shape = cta.global_memory, (cta.n_threads,)
-        addresses = np.broadcast_to(where(cta), shape)[threads]
-        space.check(cta, addresses, size)
-        added = np.broadcast_to(source(cta), shape)[threads]
-        old = np.zeros(cta.n_threads, RAW[8 * size])
-        places = (addresses - space.origin) // size
-        memory = space.views[size]
-        for thread, place, value in zip(threads, places, added, strict=True):
-            old[thread] = memory[place]
-            memory[place] += value
-        put(cta, old, mask)
-
-    return step
-
-
-def granule_of(instructions: list[Instruction]) -> tuple[int, int]:
-    """Return the fewest bytes that an access of global and of shared memory has, at most 16."""
-    smallest = {True: 16, False: 16}
-    for instruction in instructions:
-        parts = instruction.parts
-        if parts[0] in ("ld", "st") and "param" not in parts:
-            is_global, n = _shape(parts[1:-1])
-            size = n * type_of(parts[-1]).itemsize
-        elif parts[0] == "atom":
-            is_global, size = True, type_of(parts[-1]).itemsize
-        elif instruction.opcode.startswith("cp.async.") and len(instruction.operands) > 2:
-            assert isinstance(instruction.operands[2], Immediate), instruction.text
-            is_global, size = True, instruction.operands[2].bits
-            smallest[False] = min(smallest[False], size)
-        else:
-            continue
-        smallest[is_global] = min(smallest[is_global], size)
-    return smallest[True], smallest[False]

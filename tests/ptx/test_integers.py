@@ -84,7 +84,13 @@ def test_div_rem(operation: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("opcode", "kind", "bits"),
-    [("mad.lo.s32", "s32", 32), ("mad.wide.s32", "s32", 64), ("mad.wide.u32", "u32", 64)],
+    [
+        ("mad.lo.s32", "s32", 32),
+        ("mad.hi.s32", "s32", 32),
+        ("mad.hi.u32", "u32", 32),
+        ("mad.wide.s32", "s32", 64),
+        ("mad.wide.u32", "u32", 64),
+    ],
 )
 def test_mad(opcode: str, kind: str, bits: int) -> None:
     a, b = zip(*pairs(32), strict=True)
@@ -93,7 +99,9 @@ def test_mad(opcode: str, kind: str, bits: int) -> None:
         f"{opcode} $d, a, b, c;", f"u{bits // 8}", (a, "u4"), (b, "u4"), (c, f"u{bits // 8}")
     )
     rows = zip(a, b, c, strict=True)
-    assert got.tolist() == [(value(x, kind) * value(y, kind) + z) % (1 << bits) for x, y, z in rows]
+    shift = 32 if ".hi." in opcode else 0
+    products = [((value(x, kind) * value(y, kind)) >> shift, z) for x, y, z in rows]
+    assert got.tolist() == [(product + z) % (1 << bits) for product, z in products]
 
 
 @pytest.mark.parametrize("kind", ["b16", "b32", "b64"])
@@ -206,6 +214,10 @@ def test_selp_and_mov() -> None:
     assert got.tolist() == [min(pair) for pair in pairs(32)]
     got = evaluate("mov.b64 $d, {a, b};", "u8", (a, "u4"), (b, "u4"))
     assert got.tolist() == [x | y << 32 for x, y in pairs(32)]
+    got = evaluate("mov.b64 {_, $d}, a;", "u4", ([0x1122334455667788], "u8"))
+    assert got.tolist() == [0x11223344]
+    unpack = "mov.b64 {%rs1, %rs2, %rs3, %rs4}, a; mov.b64 $d, {%rs4, %rs3, %rs2, %rs1};"
+    assert evaluate(unpack, "u8", ([0x1122334455667788], "u8")).tolist() == [0x7788556633441122]
     unpack = "mov.b32 {%rs1, %rs2}, a; cvt.u32.u16 %r1, %rs1; cvt.u32.u16 %r2, %rs2;"
     got = evaluate(f"{unpack} shl.b32 %r1, %r1, 16; or.b32 $d, %r1, %r2;", "u4", (a, "u4"))
     assert got.tolist() == [(x & 0xFFFF) << 16 | x >> 16 for x in a]
@@ -241,6 +253,16 @@ def test_predicated_execution() -> None:
     a = np.arange(64)
     body = "mov.b32 $d, a; setp.gt.s32 %p1, a, 9; @%p1 add.s32 $d, a, 100; @!%p1 neg.s32 $d, a;"
     assert evaluate(body, "i4", (a, "i4")).tolist() == [x + 100 if x > 9 else -x for x in a]
+
+
+def test_special_registers() -> None:
+    """%tid, %ntid, %ctaid, %nctaid and %laneid; only the dimension x has several threads."""
+    body = """mov.u32 %r1, %laneid; mov.u32 %r2, %ntid.x; mov.u32 %r3, %nctaid.x;
+        mov.u32 %r4, %ctaid.y; mov.u32 %r5, %tid.y; mov.u32 %r6, %ntid.z;
+        mad.lo.s32 $d, %r2, 100, %r1; mad.lo.s32 $d, %r3, 100000, $d; add.s32 %r4, %r4, %r5;
+        mad.lo.s32 $d, %r4, 7000000, $d; mad.lo.s32 $d, %r6, 1000000, $d;"""
+    got = evaluate(body, "u4", (np.zeros(64), "u4"))
+    assert got.tolist() == [1_000_000 + 100_000 + 6400 + i % 32 for i in range(64)]
 
 
 @pytest.mark.parametrize("text", ["brev.b32 $d, a;", "add.q32 $d, a, a;", "shfl.b32 $d, a, 1, 2;"])

@@ -1,4 +1,4 @@
-"""Memory, warps, barriers, calls and counts; and each detector fires.
+"""Memory, warps, barriers, calls and counts; and each detector fires. test_races.py has conflicts.
 
 A test of a detector also runs the same program without its fault: nothing is reported then.
 """
@@ -37,6 +37,13 @@ def test_vectors() -> None:
     running = launch(addresses(2) + body, data, out)
     assert out.tolist() == data.reshape(-1, 4)[:, ::-1].reshape(-1).tolist()
     assert (running.counts.bytes_loaded, running.counts.bytes_stored) == (512, 512)
+    body = f"""{element(0, 16, 1)} {element(1, 16, 2)} mov.b32 %r3, global_smem;
+        mad.lo.s32 %r4, %r39, 16, %r3; ld.global.v2.b64 {{%rd3, %rd4}}, [%rd1];
+        st.shared::cta.v2.b64 [%r4], {{%rd4, %rd3}}; ld.shared.v4.b32 {{%r5, %r6, %r7, %r8}}, [%r4];
+        st.global.v4.b32 [%rd2], {{%r6, %r5, %r8, %r7}};"""
+    out[:] = 0
+    launch(addresses(2) + body, data, out, shared=512)
+    assert out.tolist() == data.reshape(-1, 4)[:, ::-1].reshape(-1).tolist()
 
 
 def shuffled(mode: str, value: list[int], b: int, c: int) -> list[tuple[int, bool]]:
@@ -88,6 +95,13 @@ def test_redux_and_vote() -> None:
         got = evaluate(body, bool, (value, "i4")).reshape(2, 32)
         f = {"any": any, "all": all, "uni": lambda row: len(set(row)) == 1}[name]
         assert got[:, 0].tolist() == [f([x > bound for x in row]) for row in warps.tolist()]
+
+
+def test_redux_of_unsigned() -> None:
+    value = [0x80000000, 1, 0xFFFFFFFF, 7] * 8
+    for name, want in (("min", 1), ("max", 0xFFFFFFFF), ("add", sum(value) % 2**32)):
+        got = evaluate(f"redux.sync.{name}.u32 $d, a, -1;", "u4", (value, "u4"))
+        assert got.tolist() == [want] * 32
 
 
 def test_only_whole_warps_exchange() -> None:
@@ -153,72 +167,6 @@ def test_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.tolist() == [2 * x + 7 for x in once]
 
 
-def test_atomic_add_counts_every_thread() -> None:
-    total, old = aligned([5], "u8"), aligned(np.zeros(64), "u8")
-    body = f"""{element(1, 8, 2)} mov.b64 %rd3, 3;
-        atom.global.gpu.relaxed.add.u64 %rd1, [%rd20], %rd3; st.global.b64 [%rd2], %rd1;"""
-    running = launch(addresses(2) + body, total, old, threads=64)
-    assert total[0] == 5 + 3 * 64
-    assert sorted(old.tolist()) == [5 + 3 * i for i in range(64)]
-    assert not running.findings
-
-
-EXCHANGE = """mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 2; mov.b32 %r3, global_smem;
-    add.s32 %r4, %r3, %r2; xor.b32 %r5, %r4, 128;
-    st.shared.b32 [%r4], %r1; {barrier} ld.shared.b32 %r6, [%r5];"""
-
-
-@pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
-def test_a_race_in_shared_memory(barrier: str) -> None:
-    """Two warps exchange values: without a barrier the reads may come first."""
-    running = launch(EXCHANGE.format(barrier=barrier), threads=64, shared=256)
-    assert kinds(running) == (set() if barrier else {"race"})
-
-
-@pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
-def test_a_race_by_a_later_write(barrier: str) -> None:
-    body = EXCHANGE.format(barrier="bar.sync 0;") + f"{barrier} st.shared.b32 [%r4], %r6;"
-    assert kinds(launch(body, threads=64, shared=256)) == (set() if barrier else {"race"})
-
-
-@pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
-def test_a_race_in_global_memory(barrier: str) -> None:
-    data = aligned(np.zeros(64), "u4")
-    body = f"""{element(0, 4, 1)} xor.b64 %rd2, %rd1, 128; mov.u32 %r1, %tid.x;
-        st.global.b32 [%rd1], %r1; {barrier} ld.global.b32 %r2, [%rd2];"""
-    running = launch(addresses(1) + body, data, threads=64)
-    assert kinds(running) == (set() if barrier else {"race"})
-
-
-def test_threads_that_disagree() -> None:
-    """Two threads store to one address: the same value is well, different values are not."""
-    data = aligned([0], "u4")
-    for value, found in (("7", set()), ("%r39", {"race"})):
-        body = f"{addresses(1)} mov.u32 %r39, %tid.x; st.global.b32 [%rd20], {value};"
-        running = launch(body, data, threads=32)
-        assert kinds(running) == found
-
-
-@pytest.mark.parametrize("apart", [True, False])
-@pytest.mark.parametrize("first", ["ld.global.b32 %r4, [%rd2];", ""])
-def test_a_race_between_ctas(apart: bool, first: str) -> None:
-    """CTAs write values of their own to places of their own, or all to the same ones."""
-    data = aligned(np.zeros(128), "u4")
-    body = f"""{element(0, 4, 1)} mov.u32 %r1, %ctaid.x; add.s32 %r3, %r1, %r39;
-        mad.wide.u32 %rd2, %r1, {128 if apart else 0}, %rd1;
-        {first} st.global.b32 [%rd2], %r3;"""
-    running = launch(addresses(1) + body, data, grid=(4,))
-    assert kinds(running) == (set() if apart else {"race"})
-
-
-def test_reads_by_two_ctas_before_a_write() -> None:
-    """The last CTA also writes what all have read."""
-    data = aligned(np.zeros(32), "u4")
-    body = f"""{element(0, 4, 1)} mov.u32 %r1, %ctaid.x; ld.global.b32 %r2, [%rd1];
-        bar.sync 0; setp.eq.s32 %p1, %r1, 2; @%p1 st.global.b32 [%rd1], %r39;"""
-    assert kinds(launch(addresses(1) + body, data, grid=(3,))) == {"race"}
-
-
 @pytest.mark.parametrize(("offset", "size"), [(62, 2), (60, 4), (56, 8), (48, 16)])
 def test_out_of_bounds(offset: int, size: int) -> None:
     """The last access inside a tensor of 64 bytes is well, the next one is a fault."""
@@ -269,6 +217,19 @@ def test_misaligned(size: int) -> None:
         launch(body, data)
 
 
+def test_ends_and_fences() -> None:
+    """ret and exit end some threads; fences and the barrier of a warp change nothing."""
+    for end in ("ret", "exit"):
+        data = aligned(np.zeros(64), "u4")
+        body = f"""{addresses(1)} {element(0, 4, 1)} setp.lt.u32 %p1, %r39, 20; @%p1 {end};
+            membar.gl; fence.acq_rel.gpu; st.global.b32 [%rd1], 7;"""
+        launch(body, data, threads=64)
+        assert data.tolist() == [0] * 20 + [7] * 44
+    part = "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, {}; @%p1 bar.warp.sync -1;"
+    assert kinds(launch(part.format(32), threads=64)) == set()
+    assert kinds(launch(part.format(16), threads=64)) == {"divergence"}
+
+
 def test_divergence() -> None:
     part = "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, {n}; @%p1 bra $L; {other} bra.uni $M;"
     part += " $L: {one} $M: mov.b32 %r2, 0;"
@@ -314,6 +275,18 @@ def test_cp_async(first: int, second: int) -> None:
     got = out.reshape(32, 4)
     assert got[:, :2].tolist() == want
     assert got[:, 2].tolist() == [MINUS_1 if late else 0] * 32
+
+
+def test_cp_async_of_8_bytes() -> None:
+    """Also in the same group as another copy; what src-size leaves out is zero, even all of it."""
+    data, out = aligned(np.arange(64) + 1, "u4"), aligned(np.zeros(64), "u4")
+    body = f"""{addresses(2)} {element(0, 8, 1)} {element(1, 8, 2)} mov.b32 %r3, global_smem;
+        mad.lo.s32 %r4, %r39, 8, %r3; setp.lt.u32 %p1, %r39, 9; selp.b32 %r5, 8, 0, %p1;
+        cp.async.ca.shared.global [%r4], [%rd1], 8, %r5; cp.async.wait_all;
+        ld.shared.v2.b32 {{%r6, %r7}}, [%r4]; st.global.v2.b32 [%rd2], {{%r6, %r7}};"""
+    running = launch(body, data, out, shared=256)
+    assert not running.findings
+    assert out.tolist() == [i + 1 if i < 18 else 0 for i in range(64)]
 
 
 def test_cp_async_of_other_warps_needs_a_barrier() -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptx.faults import Fault, UnknownInstruction
-from ptx.memory import ASYNC, touch
+from ptx.memory import touch
 from ptx.parse import Immediate, Instruction, Operand, Register, Vector
+from ptx.shadow import ASYNC
 from ptx.tensor_cores import a_fragment, accumulator_place, in_warps
 from ptx.values import (
     BOOL,
