@@ -76,4 +76,4 @@ def open_directory(directory: Path) -> Weights:
     raw = {name: t for name, t in read_bundle(prefix).items() if _NAME.fullmatch(name)}
     tensors = {_gpt_name(name): _gpt_tensor(name, tensor) for name, tensor in raw.items()}
     names = {_gpt_name(name): name for name in raw}
-    return Weights(str(prefix), config, tensors, tokenizer_in(directory), names)
+    return Weights(str(prefix), config, tensors, tokenizer_in(directory), names=names)

@@ -237,7 +237,8 @@ def weights_of(
             config = replace(config, qkv_bias=True)
         else:
             tensors = {name: t for name, t in tensors.items() if name not in biases}
-    return Weights(source, config, tensors, tokenizer, named.names, (*notes, *spoken))
+    notes = (*notes, *spoken)
+    return Weights(source, config, tensors, tokenizer, names=named.names, notes=notes)
 
 
 def _tied(tensors: Mapping[str, LazyTensor]) -> bool:
