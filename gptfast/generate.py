@@ -120,7 +120,7 @@ def prompt_ids(
     end = end_of_text(tokenizer)
     if end is None or end >= tokenizer.n_vocab:
         raise ValueError(
-            "the prompt is empty, and the vocabulary has no end-of-text to begin with; write a prompt"
+            "the prompt is empty, and this vocabulary has no end-of-text to start from; write one"
         )
     return [end]
 
