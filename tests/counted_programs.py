@@ -1,4 +1,4 @@
-"""Count launches whole and by a few of their programs; name the kernels of a step; print both.
+"""Count launches whole and by a few of their programs, and a step's launches; print both.
 
 test_predicted_step.py runs this file in a process of its own: here Triton compiles, in the tests it
 interprets.
@@ -24,7 +24,7 @@ from ptx.launch import arguments, counted, install, launch  # noqa: E402
 from ptx.machine import Launch  # noqa: E402
 from step_trace import Trace  # noqa: E402
 from torch import Tensor  # noqa: E402
-from workloads import WORKLOADS  # noqa: E402
+from workloads import STEPS, WORKLOADS  # noqa: E402
 
 BF16 = torch.bfloat16
 Case = Callable[[], object]
@@ -74,8 +74,8 @@ def cases() -> Iterator[Case]:
     yield lambda: grad_norm([zeros(70_000), zeros(300)])
 
 
-def launches_of_a_step() -> dict[str, int]:
-    """Return how often a training step launches each kernel; nothing is compiled."""
+def launches_of(workload: str) -> dict[str, Any]:
+    """Return how often a workload launches each kernel, and PyTorch's operators; nothing runs."""
     from triton.runtime.jit import JITFunction
 
     names: Counter[str] = Counter()
@@ -85,12 +85,13 @@ def launches_of_a_step() -> dict[str, int]:
 
     def record(function: Case) -> None:
         names.clear()
+        trace.operators.clear()
         function()
 
     JITFunction.run = run
-    with Trace():
-        WORKLOADS["step, bf16"](record)
-    return dict(names)
+    with Trace() as trace:
+        WORKLOADS[workload](record)
+    return {"kernels": names, "operators": list(trace.operators.items())}
 
 
 def main() -> None:
@@ -99,7 +100,8 @@ def main() -> None:
     for case in cases():
         for name, counts in counted(case).items():
             found[name]["whole"] = asdict(counts)
-    print(json.dumps({"kernels": found, "step": launches_of_a_step()}))
+    steps = {name: launches_of(name) for name in STEPS}
+    print(json.dumps({"kernels": found, "steps": steps}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ast
 import math
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from predicted_page import HEADING, page  # noqa: E402
 from predicted_step import PAGE, inputs_digest, stored  # noqa: E402
 from step_trace import Trace, size_of  # noqa: E402
 from test_launch import kernel_names, printed  # noqa: E402
+from workloads import STEPS  # noqa: E402
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
 # Of GPT-2 124M: channels, layers, vocabulary, parameters; tokens of a step.
@@ -62,13 +64,16 @@ def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text("utf-8") == page(list(workloads.values())), "run make audit"
 
 
-def test_a_step_launches_what_was_counted(found: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_launches_what_was_counted(found: dict[str, Any], name: str) -> None:
     """The model decides the launches, and it is no part of the digest."""
-    _, workloads = of_today()
-    counted = dict.fromkeys(found["step"], 0)
-    for kernel in workloads["step, bf16"].kernels:
-        counted[kernel.name] = counted.get(kernel.name, 0) + kernel.calls
-    assert counted == found["step"], "a step launches other kernels: run make audit"
+    workload, step = of_today()[1][name], found["steps"][name]
+    counted: Counter[str] = Counter()
+    for kernel in workload.kernels:
+        counted[kernel.name] += kernel.calls
+    assert counted == step["kernels"], "a step launches other kernels: run make audit"
+    operators = [[list(call.operator), call.calls] for call in workload.operators]
+    assert operators == step["operators"], "a step calls other operators: run make audit"
 
 
 def test_some_programs_stand_for_all(found: dict[str, Any]) -> None:
