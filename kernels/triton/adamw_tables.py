@@ -173,7 +173,8 @@ class Plan:
         if len(set(map(id, tensors))) < len(tensors):
             return  # `likeness` takes no tensor twice
         self._key, self._columns = (len(tensors), *key), columns
-        self._are_alike, self._layout = likeness(tensors), None
+        self._are_alike = likeness(tensors)
+        self._layout: object = None
         self._addresses = list(map(Tensor.data_ptr, tensors))
         self._alignment = [address % 16 for address in self._addresses]
         _plans.recent.appendleft(self)
@@ -227,10 +228,11 @@ class Plan:
         _staging.reserve(device, self.words.numel())
         # One table per stream: another stream would not wait for the copy.
         stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
-        version, table = self._tables.get(stream, (-1, None))
+        version, table = self._tables.get(stream) or (
+            -1,
+            torch.empty_like(self.words, device=device),
+        )
         if version != self.version:
-            if table is None:
-                table = torch.empty_like(self.words, device=device)
             upload(self.words, table)
             if len(self._tables) == self.MAX_STREAMS:
                 self._tables.clear()
