@@ -176,8 +176,10 @@ def attention_bwd_dk_dv_kernel(
     if NEGATIVE:
         k_tile = -k_tile
     # Queries before `first` see none of the keys; those from `full` on see all of them.
+    # Keys of which no query sees one have no loop. (Were it `first` that says so, the compiler would
+    # not know that BLOCK_M divides it, and would load the stats one by one.)
     first = tl.maximum(key - (length - Tq), 0) // BLOCK_M * BLOCK_M
-    first = tl.where(key < n_keys, first, Tq)
+    stop = tl.where(key < n_keys, Tq, first)
     full = tl.minimum(key + BLOCK_N, n_keys) - 1 - (length - Tq)
     queries = first + tl.arange(0, BLOCK_M)
     q_ptrs = rows_of(q, head, H, queries, BLOCK_D)
@@ -187,7 +189,7 @@ def attention_bwd_dk_dv_kernel(
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], NUMBER)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], NUMBER)
-    for start in tl.range(first, Tq, BLOCK_M):
+    for start in tl.range(first, stop, BLOCK_M):
         queries = start + tl.arange(0, BLOCK_M)
         mask = (queries < Tq)[:, None] if EVEN_D else (queries < Tq)[:, None] & in_d
         q_tile = wide(tl.load(q_ptrs, mask=mask, other=0.0), NUMBER)
