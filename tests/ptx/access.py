@@ -13,7 +13,10 @@ from ptx.faults import UnknownInstruction
 from ptx.memory import Space, address_of, fetched, threads_of, touch, touch_atomically
 from ptx.parse import Address, Immediate, Instruction, Symbol
 from ptx.values import (
+    F32,
+    F64,
     RAW,
+    U32,
     U64,
     WARP,
     Array,
@@ -28,6 +31,10 @@ from ptx.values import (
 
 if TYPE_CHECKING:
     from ptx.machine import CTA
+
+
+ROUNDING = 2.0**-23
+"""How far float32 neighbours are apart, at most, relative to the larger one."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +118,21 @@ def store(instruction: Instruction) -> Step:
         if is_global:
             cta.launch.counts.bytes_stored += len(threads) * size * n
         space.put(addresses, size, values)
-        if (space.get(addresses, size, n) != values).any():
-            cta.report("race", f"threads write different values to one {space.name} address")
+        if differing := difference(space.get(addresses, size, n), values):
+            cta.report("race", f"threads write {differing} to one {space.name} address")
 
     return step
+
+
+def difference(stored: Array, given: Array) -> str:
+    """Return how the values that threads gave differ from what one of them stored, or ""."""
+    if (stored == given).all():
+        return ""
+    if stored.dtype == U32:
+        a, b = (x.view(F32).astype(F64) for x in (stored, given))
+        if (np.abs(a - b) <= ROUNDING * np.abs(a).max()).all():
+            return "values that differ by a rounding"
+    return "different values"
 
 
 def _load_param(instruction: Instruction) -> Step:

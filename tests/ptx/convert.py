@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ptx.faults import UnknownInstruction
-from ptx.floats import flush
+from ptx.floats import flush, to_odd_f32
 from ptx.parse import Instruction, Vector
 from ptx.values import (
     F16,
@@ -128,15 +128,15 @@ def _narrow(to: str, from_float: bool, ftz: bool) -> Callable[[Array], Array]:
 def to_bits16(name: str) -> Callable[[Array], Array]:
     """Return the rounding of numbers to bf16 or f16, as bits."""
     if name == "bf16":
-        return lambda x: to_bf16(x if x.dtype == F32 else _exactly_f32(x))
+        return lambda x: to_bf16(x if x.dtype == F32 else _to_f32(x))
     return lambda x: _to_f16(x).view(U16)
 
 
-def _exactly_f32(x: Array) -> Array:
-    """Return numbers of 16 bits as float32; of more bits, two roundings would not be one."""
-    if x.dtype == F64 or x.dtype.itemsize > 2:
+def _to_f32(x: Array) -> Array:
+    """Return numbers as float32 that rounds to bf16 as they do: float64 is rounded to odd first."""
+    if x.dtype != F64 and x.dtype.itemsize > 2:
         raise UnknownInstruction(f"cvt.bf16 of {x.dtype}")
-    return x.astype(F32)
+    return to_odd_f32(x) if x.dtype == F64 else x.astype(F32)
 
 
 def _to_f16(x: Array) -> Array:

@@ -43,7 +43,7 @@ def nearest(x: Fraction, dtype: str) -> float:
     exponent -= x < Fraction(2) ** exponent  # now 2^exponent <= x < 2^(exponent + 1)
     unit = Fraction(2) ** max(exponent - digits + 1, lowest)
     out = sign * round(x / unit) * unit  # round() goes to even
-    limit = 2.0**128 if dtype == "f4" else INF
+    limit = Fraction(2) ** (128 if dtype == "f4" else 1024)
     return sign * INF if abs(out) >= limit else float(out)
 
 

@@ -106,8 +106,8 @@ def arithmetic(instruction: Instruction) -> Step:
 
 
 def _full_division(a: Array, b: Array) -> Array:
-    """div.full: at most 2 ulp."""
-    return near(np.divide(a.astype(F64), b), 2)
+    """div.full: at most 2 ulp, and a / 1 = a: that a sigmoid is 1 far out rests on it."""
+    return np.where(b == 1, a, near(np.divide(a.astype(F64), b), 2))
 
 
 def _approximate_division(a: Array, b: Array) -> Array:

@@ -22,12 +22,14 @@ from ptx.machine import Kernel
 
 FOLLOWS_ADDRESSES = ("adamw", "grad_norm")
 """The beginnings of the names of kernels that read addresses of tensors from a table."""
-REPEATED_SUM = "race: threads write different values to one shared address"
+REPEATED_SUM = "race: threads write values that differ by a rounding to one shared address"
 HARMLESS = {"decode_linear_rows_kernel": REPEATED_SUM}
-"""Conflicts that no result depends on beyond a rounding, by kernel.
+"""Conflicts that results depend on by a rounding only, by kernel. Of others, proof.py shows that no
+result depends on them at all.
 
-REPEATED_SUM: lanes that repeat a sum fuse their own product into it (`fma` of the own product and
-the other lane's rounded one), so that they differ by a rounding; either is right."""
+REPEATED_SUM: where a tile has one number a lane, lanes that repeat a sum fuse their own product
+into it (`fma` of the own product and the other lane's rounded one). So they may differ by a
+rounding of the largest sum, and either is right."""
 
 counts: dict[str, Counts] = {}
 """What was executed since the last `reset_counts`, by kernel."""

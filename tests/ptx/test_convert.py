@@ -37,6 +37,16 @@ def test_cvt_to_16_bits() -> None:
     assert got.tolist() == [hi << 16 | lo for hi, lo in zip(want, want[::-1], strict=True)]
 
 
+def test_cvt_of_float64_rounds_once() -> None:
+    """Through float32, a number just above a tie would become the tie."""
+    x = [1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-40, 1 + 3 * 2.0**-8 - 2.0**-40, -(2.0**-140), INF, NAN]
+    got = evaluate("cvt.rn.bf16.f64 $d, a;", "u2", (x, "f8"))
+    assert got.tolist() == [0x3F80, 0x3F81, 0x3F81, 0x8000, 0x7F80, 0x7FFF]
+    x = [1 + 2.0**-11, 1 + 2.0**-11 + 2.0**-40, 65520.0, 65519.999, NAN]
+    got = evaluate("cvt.rn.f16.f64 $d, a;", "u2", (x, "f8"))
+    assert got.tolist() == [0x3C00, 0x3C01, 0x7C00, 0x7BFF, 0x7FFF]
+
+
 def test_cvt_from_16_bits() -> None:
     bits = [0, 0x8000, 0x3C00, 0x0001, 0x7C00, 0x7BFF, 0xFBFF]
     want = [struct.unpack("<e", struct.pack("<H", b))[0] for b in bits]
@@ -44,6 +54,7 @@ def test_cvt_from_16_bits() -> None:
     assert evaluate("cvt.f64.f16 $d, a;", "f8", (bits, "u2")).tolist() == want
     want = [struct.unpack("<f", struct.pack("<I", b << 16))[0] for b in bits]
     assert evaluate("cvt.f32.bf16 $d, a;", "f4", (bits, "u2")).tolist() == want
+    assert evaluate("cvt.f64.bf16 $d, a;", "f8", (bits, "u2")).tolist() == want
 
 
 ROUNDINGS = {"rzi": math.trunc, "rni": round, "rmi": math.floor, "rpi": math.ceil}
@@ -104,3 +115,10 @@ def test_cvt_between_integers() -> None:
     got = evaluate("cvt.s64.s32 $d, a;", "i8", (x, "u4"))
     assert got.tolist() == [v - 2**32 * (v >> 31) for v in x]
     assert evaluate("cvt.u16.u32 $d, a;", "u2", (x, "u4")).tolist() == [v & 0xFFFF for v in x]
+    wide = [v << 16 | v for v in x]
+    got = evaluate("cvt.u32.u64 $d, a;", "u4", (wide, "u8"))
+    assert got.tolist() == [v % 2**32 for v in wide]
+    got = evaluate("cvt.s16.s8 $d, a;", "i2", (x, "u4"))
+    assert got.tolist() == signed8
+    signed16 = [(v & 0xFFFF) - 2**16 * (v >> 15 & 1) for v in x]
+    assert evaluate("cvt.rn.f32.s16 $d, a;", "f4", (x, "u4")).tolist() == signed16

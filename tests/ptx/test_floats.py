@@ -29,6 +29,35 @@ def test_arithmetic_f32(operation: str) -> None:
     assert bits_of(got) == bits_of(want)
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_arithmetic_f64(operation: str) -> None:
+    values = [*SPECIAL, 1 / 3, 2.0**-1040, -(2.0**1000)]
+    a, b = pairs(values)
+
+    def expected(x: float, y: float) -> float:
+        if not (math.isfinite(x) and math.isfinite(y)) or (operation == "div.rn" and not y):
+            return float(OPERATIONS[operation](np.float64(x), np.float64(y)))
+        u, v = Fraction(x), Fraction(y)
+        exact = {"add": u + v, "sub": u - v, "mul": u * v}
+        out = nearest(u / v if operation == "div.rn" else exact[operation], "f8")
+        # Of an exact zero, the fraction has lost the sign.
+        return out or float(OPERATIONS[operation](np.float64(x), np.float64(y)))
+
+    name = operation if "." in operation else f"{operation}.rn"
+    got = evaluate(f"{name}.f64 $d, a, b;", "f8", (a, "f8"), (b, "f8"))
+    with np.errstate(all="ignore"):
+        want = np.array([expected(*pair) for pair in zip(a, b, strict=True)])
+    assert bits_of(got) == bits_of(want)
+    if name != operation:  # .rn is the default
+        again = evaluate(f"{operation}.f64 $d, a, b;", "f8", (a, "f8"), (b, "f8"))
+        assert bits_of(again) == bits_of(want)
+        x, y = (np.array(side, "f4") for side in pairs(SPECIAL))
+        both = [
+            evaluate(f"{o}.f32 $d, a, b;", "f4", (x, "f4"), (y, "f4")) for o in (name, operation)
+        ]
+        assert bits_of(both[0]) == bits_of(both[1])
+
+
 @pytest.mark.parametrize("operation", ["add", "mul"])
 def test_ftz(operation: str) -> None:
     """Subnormal inputs and results become zeros of their sign."""
@@ -39,6 +68,10 @@ def test_ftz(operation: str) -> None:
     want = np.array([flushed(float(x)) for x in want], "f4")
     got = evaluate(f"{operation}.ftz.f32 $d, a, b;", "f4", (a, "f4"), (b, "f4"))
     assert bits_of(got) == bits_of(want)
+    fused = f"fma.rn.ftz.f32 $d, a, {'b, c' if operation == 'mul' else 'c, b'};"
+    c = 0.0 if operation == "mul" else 1.0  # a * b + 0, or a * 1 + b
+    got = evaluate(fused, "f4", (a, "f4"), (b, "f4"), ([c] * len(a), "f4"))
+    assert (got == want).all()
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])

@@ -90,14 +90,15 @@ def test_div_rem(operation: str, kind: str) -> None:
         ("mad.hi.u32", "u32", 32),
         ("mad.wide.s32", "s32", 64),
         ("mad.wide.u32", "u32", 64),
+        ("mad.lo.s64", "s64", 64),
     ],
 )
 def test_mad(opcode: str, kind: str, bits: int) -> None:
-    a, b = zip(*pairs(32), strict=True)
+    given = int(kind[1:])
+    a, b = zip(*pairs(given), strict=True)
     c = [(2**63 + 12345 * i) % (1 << bits) for i in range(len(a))]
-    got = evaluate(
-        f"{opcode} $d, a, b, c;", f"u{bits // 8}", (a, "u4"), (b, "u4"), (c, f"u{bits // 8}")
-    )
+    factor, dtype = f"u{given // 8}", f"u{bits // 8}"
+    got = evaluate(f"{opcode} $d, a, b, c;", dtype, (a, factor), (b, factor), (c, dtype))
     rows = zip(a, b, c, strict=True)
     shift = 32 if ".hi." in opcode else 0
     products = [((value(x, kind) * value(y, kind)) >> shift, z) for x, y, z in rows]
@@ -223,11 +224,37 @@ def test_selp_and_mov() -> None:
     assert got.tolist() == [(x & 0xFFFF) << 16 | x >> 16 for x in a]
 
 
+@pytest.mark.parametrize("kind", ["b16", "f32", "b64", "f64"])
+def test_selp_of_every_width(kind: str) -> None:
+    """The values are bits: nothing is rounded or made canonical, not even a signalling NaN."""
+    bits = int(kind[1:])
+    a, b = zip(*pairs(bits), strict=True)
+    dtype = f"u{bits // 8}"
+    body = f"setp.eq.b{bits} %p1, a, b; selp.{kind} $d, a, 1, %p1;"
+    if kind[0] == "b":
+        got = evaluate(body, dtype, (a, dtype), (b, dtype))
+        assert got.tolist() == [x if x == y else 1 for x, y in pairs(bits)]
+    got = evaluate(f"setp.ne.b{bits} p, a, b;", bool, (a, dtype), (b, dtype))
+    assert got.tolist() == [x != y for x, y in pairs(bits)]
+    got = evaluate(
+        f"setp.ne.b{bits} %p1, a, b; selp.{kind} $d, a, b, %p1;", dtype, (a, dtype), (b, dtype)
+    )
+    assert got.tolist() == [x for x, _ in pairs(bits)]
+
+
+@pytest.mark.parametrize("kind", ["b16", "u16", "b32", "u64"])
+def test_mov(kind: str) -> None:
+    bits = int(kind[1:])
+    dtype = f"u{bits // 8}"
+    got = evaluate(f"mov.{kind} $d, a;", dtype, (EDGES[bits], dtype))
+    assert got.tolist() == EDGES[bits]
+
+
 ORDERS = {"eq": "__eq__", "ne": "__ne__", "lt": "__lt__", "le": "__le__", "gt": "__gt__"}
 ORDERS |= {"ge": "__ge__"}
 
 
-@pytest.mark.parametrize("kind", ["s16", "u32", "s32", "u64", "s64"])
+@pytest.mark.parametrize("kind", ["s16", "u16", "u32", "s32", "u64", "s64"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_setp(order: str, kind: str) -> None:
     bits = int(kind[1:])

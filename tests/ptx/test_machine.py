@@ -4,12 +4,15 @@ A test of a detector also runs the same program without its fault: nothing is re
 """
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ptx.counts import Counts
 from ptx.faults import Fault, UnknownInstruction
+from ptx.instructions import MAKERS
 from ptx.snippets import addresses, aligned, element, evaluate, kinds, launch
 
 MINUS_1 = 0xFFFFFFFF
@@ -44,6 +47,34 @@ def test_vectors() -> None:
     out[:] = 0
     launch(addresses(2) + body, data, out, shared=512)
     assert out.tolist() == data.reshape(-1, 4)[:, ::-1].reshape(-1).tolist()
+
+
+WIDTHS = [(8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (32, 1), (32, 2), (32, 4), (64, 1), (64, 2)]
+
+
+@pytest.mark.parametrize("space", ["global", "shared"])
+@pytest.mark.parametrize(("bits", "n"), WIDTHS)
+def test_every_width_of_memory(bits: int, n: int, space: str) -> None:
+    """A vector's items follow one another; each thread reads what it wrote, and no more."""
+    size = bits * n // 8
+    data = aligned(np.arange(32 * size) * 7 + 1, np.uint8)
+    out = aligned(np.zeros(32 * size), np.uint8)
+    registers = [f"%{'rd' if bits == 64 else 'r' if bits == 32 else 'rs'}{i + 5}" for i in range(n)]
+    given, turned = (", ".join(order) for order in (registers, registers[::-1]))
+    if n > 1:
+        given, turned = f"{{{given}}}", f"{{{turned}}}"
+    kind = f"{f'v{n}.' if n > 1 else ''}b{bits}"
+    body = f"{addresses(2)} {element(0, size, 1)} {element(1, size, 2)}"
+    if space == "shared":
+        body += f"mov.b32 %r3, global_smem; mad.lo.s32 %r4, %r39, {size}, %r3;"
+        body += f"ld.global.{kind} {given}, [%rd1]; st.shared.{kind} [%r4], {turned};"
+        body += f"ld.shared.{kind} {given}, [%r4]; st.global.{kind} [%rd2], {given};"
+    else:
+        body += f"ld.global.{kind} {given}, [%rd1]; st.global.{kind} [%rd2], {turned};"
+    running = launch(body, data, out, shared=32 * size)
+    assert not running.findings
+    items = data.reshape(32, n, bits // 8)[:, ::-1]
+    assert out.tolist() == items.reshape(-1).tolist()
 
 
 def shuffled(mode: str, value: list[int], b: int, c: int) -> list[tuple[int, bool]]:
@@ -325,3 +356,10 @@ def test_counts() -> None:
     total.add(counts)
     total.add(counts)
     assert total.issued == 2 * counts.issued and total.launches == 2
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_instruction_has_a_test(name: str) -> None:
+    """The tests of single instructions have each one in a program, or in a list of operations."""
+    sources = [path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py")]
+    assert any(re.search(rf"(^|[\s\";])({name})(\.|\")", text) for text in sources)

@@ -271,7 +271,7 @@ def test_wgmma(swizzle: str, transposed: tuple[bool, bool], dtype: str) -> None:
     assert (got == a.astype("f8") @ b.T + 1).all()
 
 
-@pytest.mark.parametrize("n", [8, 32, 128])
+@pytest.mark.parametrize("n", [8, 16, 32, 128, 256])
 def test_wgmma_with_a_in_registers(n: int) -> None:
     a, b = numbers((64, 16), 6), numbers((n, 16), 7)
     layouts = [("none", False), ("32", False)]
