@@ -251,6 +251,16 @@ def test_any_corrupted_byte(name: str, directory: Path) -> None:
 
 
 @needs_gpt2
+@pytest.mark.parametrize(
+    "change", [(b"\n", b"\r\n"), (b"#version: 0.2\n", b"")], ids=["crlf", "header"]
+)
+def test_gpt2s_merges_in_another_form(change: tuple[bytes, bytes], directory: Path) -> None:
+    merges = directory / "vocab.bpe"
+    merges.write_bytes(merges.read_bytes().replace(*change))
+    assert get_tokenizer(str(directory)).sha256 == get_tokenizer_once("gpt2").sha256
+
+
+@needs_gpt2
 @pytest.mark.parametrize("place", ["merge", "space", "newline", "end"])
 def test_both_files_corrupted(place: str, directory: Path) -> None:
     """If both files changed, encoder.json only in form, a damaged vocab.bpe does not fit it."""

@@ -63,7 +63,10 @@ class Convert:
             eos_ids=model.eos_ids,
         )
         n = sum(p.numel() for p in model.parameters())
-        print(f"done: {n:,} parameters in {self.dst} ({self.to or format_of(self.dst)})")
+        form = self.to or format_of(self.dst)
+        print(f"done: {n:,} parameters in {self.dst} ({form})")
+        if form != "transformers" and model.tokenizer_name not in (None, "gpt2"):
+            print(f"the file holds no vocabulary: use it with --tokenizer {model.tokenizer_name}")
 
     def _load(self) -> GPT:
         return GPT.from_pretrained(self.src, n_head=self.n_head, resize_vocab=self.resize_vocab)

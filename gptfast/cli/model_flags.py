@@ -20,6 +20,7 @@ from gptfast.generation.options import Options, new_tokens
 from gptfast.model import GPT
 from gptfast.ops.backend import EXTENSION
 from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.weights.lazy_tensor import CheckpointError
 
 if TYPE_CHECKING:
     from gptfast.engine import Engine
@@ -61,7 +62,14 @@ def load(
     The model is an engine on its device. It is a GPT if the CPU has no C++ extension, and with
     engine=False unless dtype or a packed checkpoint needs the engine.
     """
-    model = _load(checkpoint, device, dtype, engine)
+    try:
+        model = _load(checkpoint, device, dtype, engine)
+    except CheckpointError as error:
+        # A file that does not even say its heads: both remedies at once.
+        if tokenizer is None and "--n-head" in str(error):
+            remedy = "and give --tokenizer, which such a file does not name either"
+            raise CheckpointError(f"{error}, {remedy}") from None
+        raise
     return model, chosen_tokenizer(checkpoint, model, tokenizer)
 
 

@@ -114,8 +114,14 @@ def check_init(tokenizer: Tokenizer, init: str, data: str) -> None:
     weights = open_weights(init)
     own = tokenizer_of(init)
     known = fits(tokenizer, weights.vocabulary, own)
+    rows = weights.config.vocab_size
     if known is None:
-        say_unknown(init, weights.config.vocab_size, tokenizer)
+        say_unknown(init, rows, tokenizer)
+    elif known and tokenizer.n_vocab > rows:
+        _LOGGER.warning(
+            f"--init {init} has rows for {rows:,} of the {tokenizer.n_vocab:,} tokens of its "
+            "tokenizer; text with the others will be refused"
+        )
     if known is False:
         theirs = f"({own}) " if own else ""
         raise ValueError(

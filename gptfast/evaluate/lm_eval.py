@@ -18,6 +18,7 @@ from gptfast.generation.model_decoder import target_losses
 from gptfast.generation.sequences import evaluating
 from gptfast.model import GPT
 from gptfast.tokenizer.bpe import END_OF_TEXT, Tokenizer, encode_opening
+from gptfast.tokenizer.compare import fits
 from gptfast.tokenizer.vocabulary import get_tokenizer
 
 MAX_NEW_TOKENS = 256
@@ -49,6 +50,11 @@ class GPTFastLM(TemplateLM):
         self.model = model.to(device or model.device)
         if tokenizer is None or isinstance(tokenizer, str):
             tokenizer = get_tokenizer(tokenizer or model.tokenizer_name or "gpt2")
+        if fits(tokenizer, model.vocabulary, model.tokenizer_name) is False:
+            raise ValueError(
+                f"tokenizer {tokenizer.name} has another vocabulary than the one that the model "
+                "was trained with; leave it out"
+            )
         self.tokens: Tokenizer = tokenizer
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         given = None if max_length is None else int(max_length)

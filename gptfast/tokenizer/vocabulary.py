@@ -18,9 +18,10 @@ from gptfast.tokenizer.reader import (
     check_ids,
     read_directory,
     read_json,
+    read_merges,
     vocabulary_in,
 )
-from gptfast.tokenizer.words import SPLIT, token_bytes
+from gptfast.tokenizer.words import SPLIT, is_gpt2, token_bytes
 
 if TYPE_CHECKING:
     import tiktoken
@@ -45,6 +46,8 @@ def _check_openai(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> bool:
     paths = dict(zip(SHA256, (vocab_bpe, encoder_json), strict=True))
     sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
     others = [name for name in SHA256 if sums[name] != SHA256[name]]
+    if "vocab.bpe" in others and _has_gpt2_merges(vocab_bpe):
+        others.remove("vocab.bpe")
     if others and (gpt2 or len(others) == 1):
         name = others[0]
         raise ValueError(
@@ -52,6 +55,14 @@ def _check_openai(vocab_bpe: Path, encoder_json: Path, *, gpt2: bool) -> bool:
             f"expected {SHA256[name]}"
         )
     return not others
+
+
+def _has_gpt2_merges(path: Path) -> bool:
+    """Return whether a file has GPT-2's merges, with other ends of lines or another first line."""
+    try:
+        return is_gpt2(read_merges(path))
+    except ValueError:
+        return False
 
 
 def _read_gpt2(vocab_bpe: Path, encoder_json: Path) -> BPETokenizer:

@@ -73,13 +73,18 @@ def merged_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]
     return parts[0], parts[1]
 
 
+def is_gpt2(merges: Sequence[Pair]) -> bool:
+    """Return whether these are GPT-2's merges, in their order."""
+    text = "\n".join(map(" ".join, merges))
+    return hashlib.sha256(text.encode()).hexdigest() == _GPT2_MERGES
+
+
 def is_canonical(merges: Sequence[Pair], tokens: Mapping[str, bytes]) -> bool:
     """Return whether every merge makes a new token, which no other pair of tokens makes.
 
     tokens: the bytes of each token; all bytes are among them.
     """
-    text = "\n".join(map(" ".join, merges))
-    if hashlib.sha256(text.encode()).hexdigest() == _GPT2_MERGES:
+    if is_gpt2(merges):
         return True
     ranks = {bytes([b]): b for b in range(256)}
     for a, b in merges:

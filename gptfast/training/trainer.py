@@ -55,8 +55,8 @@ class Trainer:
     """Trains a GPT and leaves checkpoints, metrics.jsonl, samples and a loss plot in config.out.
 
     train_loader, val_loader, test_loader: from `create_dataloader`. The test loss is measured once,
-    at the end. tokenizer: for the text samples; checkpoints keep its name. settings: other settings
-    to keep in checkpoints, as values that TOML can hold. data_sha256: identifies the data; a run
+    at the end. tokenizer: for the text samples; checkpoints hold its files. settings: others to
+    keep in checkpoints, as values that TOML can hold. data_sha256: identifies the data; a run
     cannot be resumed with other data, batches or seed.
 
     `fit` trains. Attributes to read: `progress` (such as the current step), `total_steps`, `step`

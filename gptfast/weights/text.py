@@ -1,5 +1,6 @@
 """What the files of a model say about its text: its vocabulary, and the ids that end a text."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,11 @@ def described(weights: Weights, found: Path) -> Weights:
         weights = replace(weights, tokenizer=tokenizer_in(found if found.is_dir() else directory))
     if weights.eos_ids:
         return weights
-    config = directory / "config.json"
+    rows = weights.config.vocab_size
+    if found.is_dir():
+        return replace(weights, eos_ids=ends_in(directory, rows))
     # Beside a single file there may be the config.json of another model.
-    if config.is_file() and (
-        found.is_dir() or read_json(config).get("vocab_size") == weights.config.vocab_size
-    ):
-        return replace(weights, eos_ids=ends_in(directory, weights.config.vocab_size))
+    with contextlib.suppress(CheckpointError):
+        if read_json(directory / "config.json").get("vocab_size") == rows:
+            return replace(weights, eos_ids=ends_in(directory, rows))
     return weights
