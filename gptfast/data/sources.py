@@ -98,6 +98,11 @@ def _load_prepared(directory: Path, tokenizer: Tokenizer, split: Sequence[float]
     """Return the parts of a directory with *train*.bin, checked against its meta.json, if any."""
     meta = _read_meta(directory)
     _check_meta(directory, meta, tokenizer)
+    if len({path.suffix for files in _part_files(directory).values() for path in files}) > 1:
+        raise ValueError(
+            f"{directory} has tokens as .bin and as .npy, perhaps the same twice; name the files "
+            "to train on"
+        )
     counts = meta.get("tokens")
     opened = {name: open_tokens(files) for name, files in _part_files(directory).items()}
     for name, source in opened.items():
