@@ -222,19 +222,17 @@ def test_help_names_every_command(capsys: Capture) -> None:
         (b"", ["bad.txt is empty"]),
         (b" \n \n", ["bad.txt is empty"]),
         (b"a\0b", ["bad.txt is binary", "NUL byte at 1"]),
-        (b"\xff\xfe\x00", ["bad.txt is not UTF-8"]),
+        (b"caf\xe9", ["bad.txt is not UTF-8 text", "at 3", "save it as UTF-8"]),
+        (b"\xff\xfe\x00", ["bad.txt is UTF-16 text; save it as UTF-8"]),
         (b"short", ["tokens are too few for one window of 16"]),
         (b"x" * 100, ["tokens are too few for one window of 16"]),
         (b"x", ["split of 1 tokens", "is empty"]),
-        (b"x" * 200, ["do not fill one batch of 64"]),
     ],
-    ids=["empty", "blank", "nul", "not-utf-8", "short", "short-validation", "one-byte", "batch"],
+    ids="empty blank nul not-utf-8 utf-16 short short-validation one-byte".split(),
 )
 def test_bad_text(content: bytes, words: list[str], tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "bad.txt").write_bytes(content)
     args = ["--data", tmp_path / "bad.txt", "--out", tmp_path / "out"]
-    if "batch" in words[0]:
-        args += ["--batch-size", 64]
     refused(train(capsys, *args), *words)
     assert not (tmp_path / "out").exists()
 

@@ -166,6 +166,9 @@ def test_parts_as_arrays(tmp_path: Path) -> None:
     np.save(tmp_path / "val.npy", np.arange(50))
     assert [len(part) for part in load_data([tmp_path], BYTE)] == [100, 50]
     assert load_part([tmp_path], BYTE, "val").tensor().tolist() == list(range(50))
+    write_tokens(tmp_path / "train.bin", range(100))
+    with pytest.raises(ValueError, match="has tokens as .bin and as .npy, perhaps the same twice"):
+        load_data([tmp_path], BYTE)
 
 
 def test_files_of_several_types_are_one_sequence(

@@ -116,14 +116,13 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenise files of text or records, directories and globs into a directory of token files.
 
-    out: gets train_000000.bin, …, val_…, test_…, sidecars .idx for prompts, and meta.json, all or
-    nothing. split: one to three shares of the tokens or, for prompts and completions, of the
-    documents. The three fields and split_on_eot: as in `Fields`. shard_tokens: the most tokens per
-    file. workers: threads, None for one per core. progress: whether to show a bar.
+    out: gets train_000000.bin, …, val_…, test_…, .idx for prompts, meta.json, all or nothing.
+    split: one to three shares of the tokens or, for prompts, of the documents. The three fields and
+    split_on_eot: as in `Fields`. shard_tokens: the most tokens per file. workers: threads, None for
+    one per core. progress: whether to show a bar.
 
     Returns the number of documents, the tokens per part, and the files written. Raises ValueError
-    for input that cannot be used, an `out` that is not empty, too large a vocabulary; OSError if
-    `out` cannot be written.
+    for input or an `out` that cannot be used; OSError if `out` cannot be written.
     """
     out = Path(out).resolve()
     _check(out, tokenizer, split, workers)

@@ -13,7 +13,7 @@ from gptfast.data.documents import Fields, find_files
 from gptfast.data.embedded import embedded_text
 from gptfast.data.kinds import TOKEN_SUFFIXES
 from gptfast.data.prepare import META_FORMAT, PARTS
-from gptfast.data.token_files import Documents, open_tokens
+from gptfast.data.token_files import Documents, TokenFiles, open_tokens
 from gptfast.data.tokenize import load_text
 from gptfast.data.tokens import Source, as_tokens, check_vocabulary, split_tokens
 from gptfast.tokenizer.bpe import Tokenizer, same_vocabulary, vocabulary
@@ -114,6 +114,11 @@ def _load_prepared(directory: Path, tokenizer: Tokenizer, split: Sequence[float]
     """Return the parts of a directory with *train*.bin, checked against its meta.json, if any."""
     meta = _read_meta(directory)
     _check_meta(directory, meta, tokenizer)
+    if len({path.suffix for files in _part_files(directory).values() for path in files}) > 1:
+        raise ValueError(
+            f"{directory} has tokens as .bin and as .npy, perhaps the same twice; name the files "
+            "to train on"
+        )
     counts = meta.get("tokens")
     opened = {name: open_tokens(files) for name, files in _part_files(directory).items()}
     for name, source in opened.items():
@@ -201,8 +206,13 @@ def load_data(
         raise ValueError(
             f"{token_files[0]} holds tokens, but {text} holds text; give one kind at a time"
         )
-    for directory in dict.fromkeys(path.parent for path in token_files):
+    return split_tokens(_open_files(token_files, tokenizer), split)
+
+
+def _open_files(files: Sequence[Path], tokenizer: Tokenizer) -> TokenFiles | Documents:
+    """Return token files that were named one by one, checked against what lies beside them."""
+    for directory in dict.fromkeys(path.parent for path in files):
         _check_meta(directory, _read_meta(directory), tokenizer)
-    source = open_tokens(token_files)
+    source = open_tokens(files)
     check_vocabulary(source, tokenizer)
-    return split_tokens(source, split)
+    return source
