@@ -32,7 +32,7 @@ TRAIN = {
     "--lr 1e-3 --min-lr 2e-3": ("--min-lr must be at most lr", 2),
     "--decay-steps 1": ("--decay-steps 1 is for schedule wsd, not cosine", 2),
     "--decay-steps 1 --schedule linear": ("is for schedule wsd, not linear", 2),
-    "--schedule wsd --decay-steps 5": ("are longer than the run of 3 steps together", 2),
+    "--schedule wsd --decay-steps 5": ("--decay-steps 5 is longer than the run of 3 steps", 2),
     "--schedule wsd --decay-steps 2 --warmup-steps 2": ("longer than the run of 3 steps", 2),
     "--schedule constant --min-lr 1e-5": ("--schedule constant stays at --lr", 2),
     "--stride 100": ("--stride 100 would skip the text between windows of 16 tokens", 2),
@@ -126,7 +126,9 @@ def test_other_commands(line: str, capsys: Capture) -> None:
 
 def test_length_penalty_without_beams(capsys: Capture) -> None:
     args = ["generate", "model", *MODEL, "-p", "a", "-n", 3, "--length-penalty"]
-    refused(run(capsys, *args, 2), "leave it out or take --num-beams above 1")
+    result = run(capsys, *args, 2)
+    refused(result, "leave it out or take --num-beams above 1")
+    assert result[0] == 2
     assert done(capsys, *args, 1).startswith("a")
     assert done(capsys, *args, 2, "--num-beams", 2).startswith("a")
 

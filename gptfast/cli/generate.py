@@ -73,8 +73,9 @@ class Generate(GenerationFlags):
 
     def _check_flags(self) -> None:
         """Raise UsageError for flags that contradict one another, before the model is loaded."""
-        settings = {name: getattr(self, name) for name in SETTINGS}
-        check_settings({**settings, "seed": self.seed or 0, "num_samples": self.num_samples})
+        names = (*SETTINGS, "num_samples", "num_beams", "length_penalty", "lookup")
+        settings = {name: getattr(self, name) for name in names}
+        check_settings({**settings, "seed": self.seed or 0})
         if "" in self.stop:
             raise UsageError("--stop has an empty string, which ends any text: leave it out")
         if self.num_beams != 1 and self.stats == "on":

@@ -36,6 +36,10 @@ SETTINGS = (*INTEGER_SETTINGS, "temperature", "top_p", "min_p", "repetition_pena
 """The flags that a chat can change while it runs."""
 
 
+MAX_VOCABULARY = 2**31
+"""More tokens than any vocabulary has: what depends on it is checked once the model is there."""
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise UsageError if a setting is out of range, before a model is loaded for it."""
     options = dict(settings)
@@ -45,6 +49,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         checked = Options(**options)
         checked.sampling(1, torch.device("cpu"))
         checked.penalty(1, torch.device("cpu"))
+        checked.check_beams(MAX_VOCABULARY)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -57,7 +57,9 @@ def check_schedule(config: TrainConfig, steps: int | None = None) -> None:
             "longer"
         )
     if decay is not None and warmup + decay > steps:
+        what = f"decay_steps {decay} is"
+        if warmup:
+            what = f"warmup_steps {warmup} and decay_steps {decay} together are"
         raise ValueError(
-            f"warmup_steps {warmup} and decay_steps {decay} are longer than the run of {steps} "
-            "steps together; lower them or train for longer"
+            f"{what} longer than the run of {steps} steps; lower it or train for longer"
         )
