@@ -216,6 +216,7 @@ def test_training_from_a_model_with_fewer_tokens(capsys: Capture) -> None:
     assert code == 0, error
     found = GPT.from_pretrained("s")
     torch.testing.assert_close(found.wte.weight[:250], model.wte.weight, rtol=0, atol=1e-6)
+    refused(run(capsys, "train", "--resize-vocab", "--out", "u"), "--resize-vocab needs --init")
     longer = run(capsys, *given, "--out", "t", "--resize-vocab", "--block-size", 32)
     refused(longer, "its block_size is 16, not 32; leave --block-size out")
 

@@ -91,6 +91,10 @@ class Train:
     def run(self) -> None:
         if len(self.split) not in (2, 3):
             raise ValueError(f"--split takes two or three shares, got {self.split}")
+        if self.resize_vocab and self.init is None:
+            raise ValueError(
+                "--resize-vocab needs --init: it resizes the model that is there named"
+            )
         tokenizer = self._tokenizer()
         sources = load_data(self.data, tokenizer, self.split)
         T = self.model.block_size if self.max_length is None else self.max_length
