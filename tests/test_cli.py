@@ -291,7 +291,7 @@ def test_another_architecture(
 ) -> None:
     where = ["--out", trained, flag] if flag == "--resume" else ["--out", tmp_path, flag, trained]
     result = train(capsys, "--data", text, "--n-layer", 2, *where)
-    refused(result, "another architecture: its n_layer is 1, not 2")
+    refused(result, "another shape: its n_layer is 1, not 2")
 
 
 BAD_GENERATE_FLAGS = {

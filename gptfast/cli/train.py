@@ -92,9 +92,7 @@ class Train:
         if len(self.split) not in (2, 3):
             raise ValueError(f"--split takes two or three shares, got {self.split}")
         if self.resize_vocab and self.init is None:
-            raise ValueError(
-                "--resize-vocab needs --init: it resizes the model that is there named"
-            )
+            raise ValueError("--resize-vocab needs --init: it is that model that gets more tokens")
         tokenizer = self._tokenizer()
         sources = load_data(self.data, tokenizer, self.split)
         T = self.model.block_size if self.max_length is None else self.max_length
@@ -115,6 +113,8 @@ class Train:
             )
             for source, training in zip(sources, (True, False, False), strict=False)
         ]
+        if self.resize_vocab and self.init is not None:
+            _check_grown(self.init, tokenizer)
         trainer = Trainer(
             self._model(tokenizer.n_vocab),
             self.train,
@@ -222,6 +222,22 @@ def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
     if any(given.get(name) for name in one_of):
         file = {name: value for name, value in file.items() if name not in one_of}
     return apply(command, file, given["config"]) if file else command
+
+
+def _check_grown(init: str, tokenizer: Tokenizer) -> None:
+    """Raise ValueError unless the tokens of a model, if on record, are the tokenizer's first."""
+    recorded = tokenizer_of(init)
+    if recorded is None:
+        return
+    old = get_tokenizer(recorded)
+    for i in range(min(old.n_vocab, tokenizer.n_vocab)):
+        before, now = old.decode_bytes([i]), tokenizer.decode_bytes([i])
+        if before != now:
+            raise ValueError(
+                f"--resize-vocab only adds tokens, but token {i} is {before!r} in the vocabulary "
+                f"of {init} and {now!r} in --tokenizer: that is another vocabulary, for which "
+                "the model must be trained anew, without --init"
+            )
 
 
 def load_weights(model: GPT, path: str | PathLike, *, resize_vocab: bool = False) -> None:
