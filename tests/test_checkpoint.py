@@ -208,7 +208,7 @@ def test_another_format_version(saved: Path) -> None:
 def test_another_architecture(saved: Path, name: str, value: int) -> None:
     model = random_model(**{name: value})
     before = parameters(model)
-    with pytest.raises(ValueError, match=f"another architecture: its {name} is .*, not {value}"):
+    with pytest.raises(ValueError, match=f"another shape: its {name} is .*, not {value}"):
         load_weights(model, saved)
     assert differing(parameters(model), before) == []
 

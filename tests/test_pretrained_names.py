@@ -271,6 +271,9 @@ STATED = {
     "lightning": ("hyper_parameters", {"config": ModelConfig(), "lr": 1e-3}),
     "numpy": ("hparams", {"n_head": np.int64(4)}),
     "nanogpt": ("model_args", {"n_head": 4, "n_layer": 2, "bias": True}),
+    "book": ("GPT_CONFIG_124M", {"n_heads": 4, "emb_dim": 128, "drop_rate": 0.1}),
+    "text": ("args", {"n_head": "4"}),
+    "json": ("config", '{"n_head": 4}'),
     "top": ("n_head", 4),
 }
 

@@ -13,7 +13,7 @@ from commands import TINY, Capture, done, refused, run
 from helpers import differing, parameters, random_model
 from safetensors.torch import load_file, save_file
 
-from gptfast import GPT
+from gptfast import GPT, get_tokenizer
 from gptfast.weights.lazy_tensor import CheckpointError
 
 
@@ -216,6 +216,15 @@ def test_training_from_a_model_with_fewer_tokens(capsys: Capture) -> None:
     assert code == 0, error
     found = GPT.from_pretrained("s")
     torch.testing.assert_close(found.wte.weight[:250], model.wte.weight, rtol=0, atol=1e-6)
+    refused(run(capsys, "train", "--resize-vocab", "--out", "u"), "--resize-vocab needs --init")
+    pytest.importorskip("tokenizers")
+    for name, text in {"v": "the value of ", "w": "another name, in other words "}.items():
+        Path(f"{name}.txt").write_text(text * 90)
+        size = 262 + 8 * (name == "w")
+        done(capsys, "tokenizer", "--data", f"{name}.txt", "--out", name, "--vocab-size", size)
+    random_model(vocab_size=262).save_pretrained("b", tokenizer=get_tokenizer("v"))
+    grown = ["train", "--init", "b", "--data", "text.txt", "--tokenizer", "w", "--out", "x"]
+    refused(run(capsys, *grown, "--resize-vocab"), "token 256 is b", "another vocabulary")
     longer = run(capsys, *given, "--out", "t", "--resize-vocab", "--block-size", 32)
     refused(longer, "its block_size is 16, not 32; leave --block-size out")
 

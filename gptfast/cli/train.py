@@ -147,15 +147,16 @@ class Train(Reading):
         """Return the trainer of this run, its data, and the number of tokens per window."""
         if len(self.split) not in (2, 3):
             raise ValueError(f"--split takes two or three shares, got {self.split}")
+        if self.resize_vocab and self.init is None:
+            raise ValueError("--resize-vocab needs --init: it is that model that gets more tokens")
         tokenizer = self._tokenizer()
-        starts = self.init is not None and not (self.resume and checkpoints(self.train.out))
-        if self.init is not None and starts:
+        if self.init is not None and not self._continues():
             by = "--tokenizer" if self.tokenizer is not None else "the data"
-            check_init(tokenizer, self.init, by)
+            check_init(tokenizer, self.init, by, resized=self.resize_vocab)
         sources, T = load_sources(self, tokenizer), window(self)
         if self.init is not None:
             for source in sources:
-                check_rows(source, self.model.vocab_size, tokenizer, f"--init {self.init}")
+                check_rows(source, self._rows(tokenizer.n_vocab), tokenizer, f"--init {self.init}")
         loaders = make_loaders(self, sources, tokenizer)
         trainer = Trainer(
             self._model(tokenizer.n_vocab),
@@ -206,12 +207,21 @@ class Train(Reading):
     def _model(self, n_vocab: int) -> GPT:
         """Return the model to train, with random weights or those of --init."""
         torch.manual_seed(self.train.seed)
-        # A vocabulary may have tokens that the model to start from has no rows for.
-        vocab_size = self.model.vocab_size if self.init else max(self.model.vocab_size, n_vocab)
-        model = GPT(dataclasses.replace(self.model, vocab_size=vocab_size))
-        if self.init is not None and not (self.resume and checkpoints(self.train.out)):
+        model = GPT(dataclasses.replace(self.model, vocab_size=self._rows(n_vocab)))
+        if self.init is not None and not self._continues():
             load_weights(model, self.init, resize_vocab=self.resize_vocab)
         return model
+
+    def _rows(self, n_vocab: int) -> int:
+        """Return for how many tokens the model has rows.
+
+        The model to start from or to continue may have none for some tokens of its vocabulary.
+        """
+        fixed = self._continues() or (self.init is not None and not self.resize_vocab)
+        return self.model.vocab_size if fixed else max(self.model.vocab_size, n_vocab)
+
+    def _continues(self) -> bool:
+        return self.resume and bool(checkpoints(self.train.out))
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings that a checkpoint keeps besides the two configurations."""

@@ -106,10 +106,11 @@ def check_draft(name: str, draft: "Model", checkpoint: str, given: str | None) -
         )
 
 
-def check_init(tokenizer: Tokenizer, init: str, data: str) -> None:
+def check_init(tokenizer: Tokenizer, init: str, data: str, *, resized: bool) -> None:
     """Raise ValueError for weights to start from whose ids mean something else than the data's.
 
-    data: what the tokenizer was chosen by, for the message.
+    data: what the tokenizer was chosen by, for the message. resized: whether the model gets a row
+    for each token.
     """
     weights = open_weights(init)
     own = tokenizer_of(init)
@@ -117,10 +118,10 @@ def check_init(tokenizer: Tokenizer, init: str, data: str) -> None:
     rows = weights.config.vocab_size
     if known is None:
         say_unknown(init, rows, tokenizer)
-    elif known and tokenizer.n_vocab > rows:
+    elif known and tokenizer.n_vocab > rows and not resized:
         _LOGGER.warning(
             f"--init {init} has rows for {rows:,} of the {tokenizer.n_vocab:,} tokens of its "
-            "tokenizer; text with the others will be refused"
+            "tokenizer; text with the others will be refused (--resize-vocab adds their rows)"
         )
     if known is False:
         theirs = f"({own}) " if own else ""

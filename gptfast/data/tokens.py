@@ -122,7 +122,7 @@ def check_rows(source: Source, vocab_size: int, tokenizer: Tokenizer, model: str
         raise ValueError(
             f"the data has token {highest}, {text!r}, but {model} has rows for {vocab_size} tokens "
             f"only, and {tokenizer.name} has {tokenizer.n_vocab}; use the model's own tokenizer, "
-            "leave that token out, or grow the model's vocabulary"
+            "leave that token out, or give the model a row for it (--resize-vocab with --init)"
         )
 
 

@@ -1,8 +1,8 @@
 """GPT-2's weights, in each form in which they are handed around.
 
-`open.py` recognises the form. One file per form (`checkpoint`, `openai`, `transformers`, `nanogpt`,
-`llmc`, `book`) turns it into `Weights`: a configuration, and tensors in GPT's names and layout that
-are read one at a time. `pretrained.py` and `convert.py` write. Nothing here knows the model:
-readers check against `config.parameter_shapes`, writers take a configuration and a state
+`open.py` recognises the form. `checkpoint`, `openai`, `transformers` and `llmc` turn it into
+`Weights`: a configuration, and tensors in GPT's names and layout that are read one at a time.
+`pretrained.py` and `convert.py` write, with `nanogpt`, `book` and `llmc`. Nothing here knows the
+model: readers check against `config.parameter_shapes`, writers take a configuration and a state
 dictionary.
 """

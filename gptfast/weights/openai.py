@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from gptfast.config import GPTConfig
+from gptfast.config import GPTConfig, parameter_shapes
 from gptfast.weights.lazy_tensor import CheckpointError, LazyTensor, read_json
 from gptfast.weights.tensor_bundle import read_bundle
 from gptfast.weights.weights import Weights, tokenizer_in
@@ -49,6 +49,18 @@ def _gpt_name(name: str) -> str:
     return ".".join([*path, _LEAVES[leaf]] if leaf in _LEAVES else [*path, leaf, "weight"])
 
 
+def _their_name(name: str) -> str:
+    """Return the variable's name of a parameter: h.0.attn.c_attn.weight -> model/h0/attn/c_attn/w.
+
+    It is for messages.
+    """
+    path, _, leaf = re.sub(r"^h\.(\d+)", r"h\1", name).replace(".", "/").rpartition("/")
+    if path in ("wte", "wpe"):
+        return f"model/{path}"
+    weight = "g" if path.split("/")[-1].startswith("ln_") else "w"
+    return f"model/{path}/{'b' if leaf == 'bias' else weight}"
+
+
 def _gpt_tensor(name: str, tensor: LazyTensor) -> LazyTensor:
     """Return a convolution's (1, in, out) as a linear layer's (out, in), any other as it is."""
     if not name.endswith("/w"):
@@ -75,5 +87,5 @@ def open_directory(directory: Path) -> Weights:
     prefix = _prefix(directory)
     raw = {name: t for name, t in read_bundle(prefix).items() if _NAME.fullmatch(name)}
     tensors = {_gpt_name(name): _gpt_tensor(name, tensor) for name, tensor in raw.items()}
-    names = {_gpt_name(name): name for name in raw}
+    names = {name: _their_name(name) for name in parameter_shapes(config)}
     return Weights(str(prefix), config, tensors, tokenizer_in(directory), names=names)

@@ -276,12 +276,14 @@ def _lazy(
     if end > len(mapped.tensors[archive.path]):
         raise CheckpointError(f"{archive.path} is truncated: {name} ends at byte {end:,}")
 
+    aligned = begin % dtype.itemsize == 0
+
     def read() -> Tensor:
         data = mapped.read(archive.path, slice(begin, end))
-        aligned = data if begin % dtype.itemsize == 0 else data.clone()
-        return aligned.view(dtype).as_strided(shape, tensor.stride)
+        data = data if aligned else data.clone()
+        return data.view(dtype).as_strided(shape, tensor.stride)
 
-    return LazyTensor(shape, dtype, read)
+    return LazyTensor(shape, dtype, read, mapped=aligned)
 
 
 def read_pickles(*paths: Path) -> tuple[dict[str, LazyTensor], Any]:

@@ -5,6 +5,7 @@ a `config` that is a dictionary or an object, `args` of a command line, the meta
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,10 +31,8 @@ NAMES = {
 }
 SIZES = ("vocab_size", "block_size", "n_layer", "n_embd")
 _OUR_NAME = {theirs: ours for ours, names in NAMES.items() for theirs in names}
-_PLACES = (
-    *("model_args", "config", "model_config", "gpt_config", "cfg", "hparams", "hyper_parameters"),
-    *("args", "model_kwargs", "init_args", "__metadata__"),
-)
+# The keys below which a file describes its model: config, GPT_CONFIG_124M, hyper_parameters, ...
+_PLACES = re.compile(r"config|cfg|hparams|hyper|args|settings|metadata", re.IGNORECASE)
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_tanh", "gelu_fast")
 _EPSILON = 1e-5
 _MAX_DEPTH = 4
@@ -65,11 +64,11 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _values(
-    value: Any, place: str, depth: int, seen: set[int], *, only: tuple[str, ...] | None = None
+    value: Any, place: str, depth: int, seen: set[int], *, only: re.Pattern[str] | None = None
 ) -> Iterator[tuple[str, Any, str]]:
     """Yield our name, the value and the place of all that a mapping states, at any depth.
 
-    only: the keys below which to look; None looks below all.
+    only: the keys below which to look; None stands for all.
     """
     if isinstance(value, str) and value.startswith("{"):
         with suppress(ValueError, RecursionError):
@@ -82,7 +81,7 @@ def _values(
         if isinstance(key, str) and key in _OUR_NAME:
             if (plain := _plain(_OUR_NAME[key], inner)) is not None:
                 yield _OUR_NAME[key], plain, f"{place}.{key}".lstrip(".")
-        elif isinstance(key, str) and (only is None or key in only):
+        elif isinstance(key, str) and (only is None or only.search(key)):
             yield from _values(inner, f"{place}.{key}".lstrip("."), depth - 1, seen)
 
 

@@ -85,22 +85,15 @@ class Weights:
     def copy_to(self, config: GPTConfig, state: Mapping[str, Tensor]) -> None:
         """Copy the values into the state dictionary of a model with this configuration.
 
-        Raises ValueError, with nothing changed, if config is of another architecture, and
+        Raises ValueError, with nothing changed, if config is of another shape, and
         CheckpointError for damaged files.
         """
         for name in (*SIZES, "n_head", "tie_weights", "qkv_bias"):
             theirs, ours = getattr(self.config, name), getattr(config, name)
             if theirs != ours:
-                flag = name.replace("_", "-")
-                remedy = {
-                    "vocab_size": "--resize-vocab gives new tokens the mean of the old rows"
-                    if ours > theirs
-                    else "choose the tokenizer that it was trained with",
-                    "block_size": "leave --block-size out; --max-length makes windows shorter",
-                }.get(name, f"leave --{flag} out")
                 raise ValueError(
-                    f"{self.source} is another architecture: its {name} is {theirs}, not "
-                    f"{ours}; {remedy}"
+                    f"{self.source} is a model of another shape: its {name} is {theirs}, not "
+                    f"{ours}; {_remedy(name, theirs, ours)}"
                 )
         for name, values in self.read():
             state[name].copy_(values)
@@ -130,6 +123,17 @@ class Weights:
     def _largest_first(self) -> list[str]:
         """Return the names by size: a large tensor is then read while little else is held."""
         return sorted(self.tensors, key=lambda name: -self.tensors[name].numel())
+
+
+def _remedy(name: str, theirs: int, ours: int) -> str:
+    """Return what to do where the model to start from has another value than was asked for."""
+    if name == "block_size":
+        return "leave --block-size out; --max-length makes windows shorter"
+    if name != "vocab_size":
+        return f"leave --{name.replace('_', '-')} out"
+    if ours > theirs:
+        return "for a vocabulary that grew, --resize-vocab adds rows for the new tokens"
+    return "choose the tokenizer that it was trained with"
 
 
 def tokenizer_in(directory: Path) -> str | None:
