@@ -208,6 +208,16 @@ def test_what_is_looked_at_again(dtype: torch.dtype, change: Change) -> None:
     assert after is not before
 
 
+def test_another_option_is_noticed() -> None:
+    """The masters go, though no tensor has changed."""
+
+    def change(net: nn.Sequential, optimizer: gptfast.AdamW) -> None:
+        optimizer.bf16_update = "stochastic"
+
+    before, after = run(torch.bfloat16, change)
+    assert after is not before
+
+
 @pytest.mark.parametrize(
     "change", [other_addresses, data_of_a_state, one_dtype, transposed, moved_to_another_group]
 )
