@@ -22,14 +22,14 @@ from ptx.machine import Kernel
 
 FOLLOWS_ADDRESSES = ("adamw", "grad_norm")
 """The beginnings of the names of kernels that read addresses of tensors from a table."""
-REPEATED_SUM = "race: threads write values that differ by a rounding to one shared address"
+REPEATED_SUM = "race: threads write values that differ by roundings to one shared address"
 HARMLESS = {"decode_linear_rows_kernel": REPEATED_SUM}
-"""Conflicts that results depend on by a rounding only, by kernel. Of others, proof.py shows that no
+"""Conflicts that results depend on by roundings only, by kernel. Of others, proof.py shows that no
 result depends on them at all.
 
 REPEATED_SUM: where a tile has one number a lane, lanes that repeat a sum fuse their own product
-into it (`fma` of the own product and the other lane's rounded one). So they may differ by a
-rounding of the largest sum, and either is right."""
+into it (`fma` of the own product and the other lane's rounded one). So they differ by the roundings
+of two products, and either is right: the tests hold whichever lane the emulator lets win."""
 
 counts: dict[str, Counts] = {}
 """What was executed since the last `reset_counts`, by kernel."""
