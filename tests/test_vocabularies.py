@@ -344,6 +344,21 @@ def test_ends_that_are_no_ids(bad: Any, tmp_path: Path) -> None:
         GPT.from_pretrained(tmp_path)
 
 
+def test_ends_that_contradict_each_other_are_spoken_of(
+    tmp_path: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    random_model(vocab_size=257).save_pretrained(tmp_path / "m", tokenizer=BYTE)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    args = ["generate", tmp_path / "m", "--prompt", "a", "--max-new-tokens", 2]
+    for ends in (256, [5, 256]):
+        write(tmp_path / "m", config_json={**config, "eos_token_id": ends})
+        done(capsys, *args)
+    assert not caplog.text
+    write(tmp_path / "m", config_json={**config, "eos_token_id": [5, 9]})
+    done(capsys, *args)
+    assert "ends a text at id 5, 9" in caplog.text
+
+
 def test_a_draft_of_another_vocabulary(here: Path, capsys: Capture) -> None:
     args = ["generate", "run-a", "--prompt", "the", "--max-new-tokens", 4, "--draft"]
     refused(run(capsys, *args, "run-b"), "--draft run-b has another vocabulary than run-a")

@@ -4,7 +4,7 @@ import logging
 from typing import Protocol
 
 from gptfast.config import GPTConfig
-from gptfast.tokenizer.bpe import ByteTokenizer, Tokenizer
+from gptfast.tokenizer.bpe import ByteTokenizer, Tokenizer, end_of_text
 from gptfast.tokenizer.compare import fits
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.weights.open import open_weights, tokenizer_of
@@ -36,6 +36,12 @@ def chosen_tokenizer(checkpoint: str, model: "Model", given: str | None) -> Toke
     check(tokenizer, checkpoint, own, model.vocabulary, given=given is not None)
     if own is None and model.vocabulary is None and given is not None:
         say_unknown(checkpoint, model.config.vocab_size, tokenizer)
+    ends, end = getattr(model, "eos_ids", ()), end_of_text(tokenizer)
+    if ends and end is not None and end not in ends:
+        _LOGGER.warning(
+            f"{checkpoint} ends a text at id {', '.join(map(str, ends))}, as its config says, "
+            f"though end-of-text of its tokenizer is {end}"
+        )
     return tokenizer
 
 
