@@ -335,7 +335,8 @@ def test_a_file_that_contradicts_itself(
 
 def test_what_else_is_used_or_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = model_of()
-    found = loaded({"model": plain(model), "config": {"drop_rate": 0.2}}, tmp_path)
+    other = {"tokenizer_config": {"vocab_size": 9}, "args": {"data": {"block_size": 9}}}
+    found = loaded({"model": plain(model), "config": {"drop_rate": 0.2}, **other}, tmp_path)
     assert found.config.dropout == 0.2
     without = {name: t for name, t in plain(model).items() if not name.endswith("bias")}
     found = loaded(without, tmp_path)

@@ -15,7 +15,7 @@ from gptfast import GPTConfig, TrainConfig
 from gptfast.cli import main, parse
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.cli.train import SMALL_MODEL, SMALL_RUN, Train
-from gptfast.config import to_toml
+from gptfast.config import FINETUNING_LR, to_toml
 from gptfast.data.embedded import embedded_text
 from gptfast.weights.checkpoint import checkpoints
 
@@ -202,13 +202,13 @@ def test_the_resolved_file_repeats_the_run(straight: Path, tmp_path: Path, capsy
 def test_init_brings_architecture_and_tokenizer(
     straight: Path, text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """--init sets size and tokenizer, which are not named here, but no training settings."""
+    """--init sets size and tokenizer, which are not named here, and the rate, nothing else."""
     done(capsys, "train", "--init", straight, "--data", text, "--out", tmp_path, "--max-steps", 1)
     ours, theirs = (read_toml(checkpoints(o)[-1] / "train.toml") for o in (tmp_path, straight))
     for name in (*get_type_hints(GPTConfig), "tokenizer"):
         assert ours[name] == theirs[name], name
     assert ours["n_embd"] == 16 and ours["tokenizer"] == "byte"
-    assert (ours["lr"], ours["schedule"], ours["freeze"]) == (SMALL_RUN.lr, "cosine", [])
+    assert (ours["lr"], ours["schedule"], ours["freeze"]) == (FINETUNING_LR, "cosine", [])
     assert rows(tmp_path)[0]["val_loss"] < rows(straight)[0]["val_loss"]
     # Where the weights came from is no setting, and stays on record when the run goes on.
     for steps in (1, 2):

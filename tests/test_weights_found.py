@@ -82,6 +82,8 @@ DIRECTORIES = {
     "trainer": (models("checkpoint-2", "checkpoint-10"), ["2 models", "D/checkpoint-10; give one"]),
     "one": (models("final"), ["the model is in D/final"]),
     "runs": (run_of_two, ["2 models or runs, D/a, D/b"]),
+    "killed-run": (lambda path: (path / "checkpoints").mkdir(), ["has saved no checkpoint yet"]),
+    "checkpoints": (models("step-00000009", "step-00000010"), ["D/step-00000010; give one"]),
     "hub": (hub_cache, ["give its snapshot, D/snapshots/abc"]),
     "shards": (
         with_config(files(**{"model-00001-of-00003__safetensors": b"0"})),

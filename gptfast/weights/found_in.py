@@ -106,6 +106,8 @@ def directory(path: Path) -> str:
             return f"it has weights as {form} only, which gptfast does not read; {remedy}"
     if any(path.glob("*.index")):
         return "it has a TensorFlow checkpoint, but no hparams.json with its sizes; put it beside"
+    if (path / "checkpoints").is_dir():
+        return "it is a run that has saved no checkpoint yet"
     if (path / "config.json").is_file():
         return f"it has a config.json, but no weights; put one of {', '.join(FILES)} beside it"
     return (

@@ -199,7 +199,9 @@ def _archive(path: Path) -> _Archive:
     except Exception as error:
         reason = f"{one_line(error):.200}"
         if "it asks for" in reason:
-            raise CheckpointError(f"{path} was not read: {reason}, which no model needs") from None
+            raise CheckpointError(
+                f"{path} was not read: {reason}, which no model needs; if it is your own, {REMEDY}"
+            ) from None
         if isinstance(error, KeyError):
             reason = f"there is no {reason}"
         raise CheckpointError(

@@ -33,6 +33,8 @@ SIZES = ("vocab_size", "block_size", "n_layer", "n_embd")
 _OUR_NAME = {theirs: ours for ours, names in NAMES.items() for theirs in names}
 # The keys below which a file describes its model: config, GPT_CONFIG_124M, hyper_parameters, ...
 _PLACES = re.compile(r"config|cfg|hparams|hyper|args|settings|metadata", re.IGNORECASE)
+# What describes something else than the model, whose sizes have the same names.
+_ELSEWHERE = re.compile(r"optim|sched|data|token|loader|teacher|critic", re.IGNORECASE)
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_tanh", "gelu_fast")
 _EPSILON = 1e-5
 _MAX_DEPTH = 4
@@ -81,6 +83,8 @@ def _values(
         if isinstance(key, str) and key in _OUR_NAME:
             if (plain := _plain(_OUR_NAME[key], inner)) is not None:
                 yield _OUR_NAME[key], plain, f"{place}.{key}".lstrip(".")
+        elif isinstance(key, str) and _ELSEWHERE.search(key) and key != "__metadata__":
+            continue
         elif isinstance(key, str) and (only is None or only.search(key)):
             yield from _values(inner, f"{place}.{key}".lstrip("."), depth - 1, seen)
 
