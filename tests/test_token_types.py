@@ -62,7 +62,9 @@ def test_uint16_stays_uint16(ids: list[int], tmp_path_factory: pytest.TempPathFa
         found = TokenFiles(path).tensor().tolist()
     except ValueError as error:  # ids that nothing but other types have
         assert "a.bin" in str(error)
-        assert not any(ids[::2]) or not any(ids[1::2]) or max(ids[1::2]) < 16
+        swapped = [(i & 255) << 8 | i >> 8 for i in ids]
+        few = [i for i in ids if i >> 8 > 127 or i & 255 > 127]
+        assert max(swapped[::2]) < 16 or max(ids[1::2]) < 16 or len(few) <= 0.04 * len(ids)
     else:
         high_words = ids[1::2]
         assert found == ids or not any(high_words) or max(high_words) < 16
