@@ -176,8 +176,8 @@ def attention_bwd_dk_dv_kernel(
     if NEGATIVE:
         k_tile = -k_tile
     # Queries before `first` see none of the keys; those from `full` on see all of them.
-    # Keys of which no query sees one have no loop. (Were it `first` that says so, the compiler would
-    # not know that BLOCK_M divides it, and would load the stats one by one.)
+    # Keys that no query sees have no loop. It is `stop` that says so: BLOCK_M divides `first`, and
+    # the compiler must know this to load more than one number of the stats at once.
     first = tl.maximum(key - (length - Tq), 0) // BLOCK_M * BLOCK_M
     stop = tl.where(key < n_keys, Tq, first)
     full = tl.minimum(key + BLOCK_N, n_keys) - 1 - (length - Tq)

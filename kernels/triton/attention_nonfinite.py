@@ -26,8 +26,8 @@ from gptfast.kernels.triton.attention_access import (
     stats_of,
 )
 
-# Queries, and keys, that are computed at a time: as many as Philox gives numbers for dropout.
-ROWS = tl.constexpr(4)
+# Keys that are computed at a time: as many as Philox gives numbers for dropout.
+KEYS = tl.constexpr(4)
 
 
 @triton.jit
@@ -44,6 +44,12 @@ def nan_beyond(peak, c, seen):
     seen: whether the row sees a key at all.
     """
     return tl.where(seen & ~(tl.abs(peak) * c < LIMIT), float("nan"), 0.0).to(peak.dtype)
+
+
+@triton.constexpr_function
+def _n_queries(BLOCK_D):
+    """Return how many queries are computed at a time: few registers, above all for large heads."""
+    return max(1, 64 // BLOCK_D)
 
 
 @triton.jit
@@ -92,10 +98,10 @@ def _softmax(
     q_tile, k, head, H, last, end, D, c, BLOCK_D: tl.constexpr, NEGATIVE: tl.constexpr
 ):  # fmt: skip
     """Return shift and rest of a few queries, with which `_p` gives P."""
-    peak = tl.full([ROWS], -float("inf"), tl.float64)
-    total = tl.zeros([ROWS], tl.float64)
-    for key in tl.range(0, end, ROWS):
-        keys = key + tl.arange(0, ROWS)
+    peak = tl.full([q_tile.shape[0]], -float("inf"), tl.float64)
+    total = tl.zeros([q_tile.shape[0]], tl.float64)
+    for key in tl.range(0, end, KEYS):
+        keys = key + tl.arange(0, KEYS)
         s = _scores(q_tile, _tile(k, head, H, keys, end, D, BLOCK_D), NEGATIVE)
         s = tl.where(keys[None, :] <= last[:, None], s, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
@@ -111,9 +117,9 @@ def _softmax(
 
 @triton.jit
 def _dropped(x, dropout, head, position, key):
-    """Return x (queries, ROWS keys) with dropout's factors."""
+    """Return x (queries, KEYS) with dropout's factors."""
     if dropout is not None:
-        x = tl.where(keep(dropout, head, position, key, ROWS), x * dropout[2], 0.0)
+        x = tl.where(keep(dropout, head, position, key, KEYS), x * dropout[2], 0.0)
     return x
 
 
@@ -125,14 +131,15 @@ def store_out_of_visible(
     """Store lse, and out = sum_j P_j v_j, of a block of queries, a few at a time."""
     c = number_of(c, tl.float64)
     lse_ptr += head.to(tl.int64) * Tq
-    for start in tl.range(first, tl.minimum(first + BLOCK_M, Tq), ROWS):
-        queries = start + tl.arange(0, ROWS)
+    QUERIES: tl.constexpr = _n_queries(BLOCK_D)
+    for start in tl.range(first, tl.minimum(first + BLOCK_M, Tq), QUERIES):
+        queries = start + tl.arange(0, QUERIES)
         q_tile = _tile(q, head, H, queries, Tq, D, BLOCK_D)
         last = tl.minimum(length - Tq + queries, n_keys - 1)
         shift, rest = _softmax(q_tile, k, head, H, last, end, D, c, BLOCK_D, NEGATIVE)
-        acc = tl.zeros([ROWS, BLOCK_D], tl.float64)
-        for key in tl.range(0, end, ROWS):
-            keys = key + tl.arange(0, ROWS)
+        acc = tl.zeros([QUERIES, BLOCK_D], tl.float64)
+        for key in tl.range(0, end, KEYS):
+            keys = key + tl.arange(0, KEYS)
             s = _scores(q_tile, _tile(k, head, H, keys, end, D, BLOCK_D), NEGATIVE)
             p = _dropped(_p(s, c, shift, rest), dropout, head, Tk - Tq + queries, key)
             seen = keys[None, :] <= last[:, None]
@@ -151,19 +158,20 @@ def store_dq_of_visible(
     """Store the exact stats, and dq = scale sum_j dS_j k_j, of a block, a few queries at a time."""
     c = number_of(c, tl.float64)
     stats_ptrs = exact_stats_of(stats, head, n_heads, Tq, EXACT)
-    for start in tl.range(first, tl.minimum(first + BLOCK_M, Tq), ROWS):
-        queries = start + tl.arange(0, ROWS)
+    QUERIES: tl.constexpr = _n_queries(BLOCK_D)
+    for start in tl.range(first, tl.minimum(first + BLOCK_M, Tq), QUERIES):
+        queries = start + tl.arange(0, QUERIES)
         q_tile = _tile(q, head, H, queries, Tq, D, BLOCK_D)
         dout_tile = _tile(dout, head, H, queries, Tq, D, BLOCK_D)
         last = tl.minimum(length - Tq + queries, n_keys - 1)
         shift, rest = _softmax(q_tile, k, head, H, last, end, D, c, BLOCK_D, NEGATIVE)
-        delta = tl.zeros([ROWS], tl.float64)
-        acc = tl.zeros([ROWS, BLOCK_D], tl.float64)
-        n_blocks = tl.cdiv(end, ROWS)
+        delta = tl.zeros([QUERIES], tl.float64)
+        acc = tl.zeros([QUERIES, BLOCK_D], tl.float64)
+        n_blocks = tl.cdiv(end, KEYS)
         for step in tl.range(0, 2 * n_blocks):
             # The keys come twice: first for delta = sum_j P_j dP_j, then for dq.
-            key = step % n_blocks * ROWS
-            keys = key + tl.arange(0, ROWS)
+            key = step % n_blocks * KEYS
+            keys = key + tl.arange(0, KEYS)
             k_tile = _tile(k, head, H, keys, end, D, BLOCK_D)
             p = _p(_scores(q_tile, k_tile, NEGATIVE), c, shift, rest)
             dp = _dots(dout_tile, _tile(v, head, H, keys, end, D, BLOCK_D))
@@ -206,14 +214,15 @@ def store_dk_dv_of_visible(
     lse_ptr is that of the head.
     """
     c = number_of(c, tl.float64)
-    for start in tl.range(key, tl.minimum(key + BLOCK_N, n_keys), ROWS):
-        keys = start + tl.arange(0, ROWS)
+    QUERIES: tl.constexpr = _n_queries(BLOCK_D)
+    for start in tl.range(key, tl.minimum(key + BLOCK_N, n_keys), KEYS):
+        keys = start + tl.arange(0, KEYS)
         k_tile = _tile(k, head, H, keys, n_keys, D, BLOCK_D)
         v_tile = _tile(v, head, H, keys, n_keys, D, BLOCK_D)
-        dk_acc = tl.zeros([ROWS, BLOCK_D], tl.float64)
-        dv_acc = tl.zeros([ROWS, BLOCK_D], tl.float64)
-        for query in tl.range(first, Tq, ROWS):
-            rows = query + tl.arange(0, ROWS)
+        dk_acc = tl.zeros([KEYS, BLOCK_D], tl.float64)
+        dv_acc = tl.zeros([KEYS, BLOCK_D], tl.float64)
+        for query in tl.range(first, Tq, QUERIES):
+            rows = query + tl.arange(0, QUERIES)
             position = Tk - Tq + rows
             q_tile = _tile(q, head, H, rows, Tq, D, BLOCK_D)
             dout_tile = _tile(dout, head, H, rows, Tq, D, BLOCK_D)
