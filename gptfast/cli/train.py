@@ -110,13 +110,13 @@ class Train:
         self._introduce(trainer, sources, T)
         if left_out := getattr(trainer.train_loader.dataset, "left_out", 0):
             say(f"left out {left_out:,} examples without a completion in their first {T} tokens")
+        if trainer.device.type == "cpu" and (advice := thread_advice()):
+            say(advice)
         if self.dry_run:
             from gptfast.cli.plan import plan_run
 
             plan_run(trainer, resume=self.resume)
             return 0
-        if trainer.device.type == "cpu" and (advice := thread_advice()):
-            say(advice)
         trainer.fit(resume=self.resume)
         if trainer.interrupt.requested:
             return exit_code(trainer.interrupt.requested)
