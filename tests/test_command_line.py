@@ -1,11 +1,14 @@
 """Test how words become values of flags, and the hints for what people type from habit."""
 
 import dataclasses
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import Capture, refused, run
+from helpers import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +19,7 @@ from gptfast.cli.flags import SHORT, UsageError
 from gptfast.cli.generate import unescaped
 from gptfast.cli.hints import _COMMANDS_ELSEWHERE, _ELSEWHERE, with_flags
 from gptfast.cli.settings import flat, read_toml
+from gptfast.cli.terminal import print_note
 from gptfast.cli.train import Train
 
 ROOT = Path(__file__).parents[1]
@@ -228,3 +232,33 @@ def test_misspelt_keys_of_a_file(tmp_path: Path, capsys: Capture) -> None:
     refused(run(capsys, "train", "--config", tmp_path / "run.toml"), "did you mean 'lr'?")
     (tmp_path / "run.toml").write_text("batch_size = 0.5")
     refused(run(capsys, "train", "--config", tmp_path / "run.toml"), "run.toml: batch_size must")
+
+
+@pytest.mark.parametrize("module", ["tokenizers", "lm_eval"])
+def test_an_extra_that_is_not_installed(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """One line says what to install."""
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "a.txt").write_text("some words " * 9)
+    random_model(vocab_size=257).save_pretrained(tmp_path / "model")
+    args = {
+        "tokenizers": ["tokenizer", "--data", tmp_path / "a.txt", "--out", tmp_path / "out"],
+        "lm_eval": ["eval", tmp_path / "model", "--tokenizer", "byte", "--tasks", "arc_easy"],
+    }[module]
+    refused(run(capsys, *args), f"pip install {module}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("value", "dim"), [("1", False), ("", True), (None, True)])
+def test_no_color(value: str | None, dim: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """https://no-color.org: the variable counts unless it is empty."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NO_COLOR", value)
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", screen)
+    print_note("seed 1")
+    assert ("\x1b[2m" in screen.getvalue()) == dim

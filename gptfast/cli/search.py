@@ -81,7 +81,8 @@ class Search:
         if self.lr_range:
             check_data([self.common])
             if self.common.dry_run:
-                plan_search(self.common, [{"max_steps": lr_range_steps(base)}], self.jobs)
+                steps = lr_range_steps(base)
+                plan_search(self.common, [{} if steps is None else {"max_steps": steps}], 1)
             else:
                 lr_range(base, *self.lr_range, out)
             return

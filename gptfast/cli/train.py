@@ -126,13 +126,13 @@ class Train(Reading):
             say(f"left out {left_out:,} examples without a completion in their first {T} tokens")
         if (n := batch_size_of(trainer.train_loader)) < self.batch_size:
             say(f"the data fills no batch of {self.batch_size}: batches have {n}, all there is")
+        if trainer.device.type == "cpu" and (advice := thread_advice()):
+            say(advice)
         if self.dry_run:
             from gptfast.cli.plan import plan_run
 
             plan_run(trainer, resume=self.resume)
             return 0
-        if trainer.device.type == "cpu" and (advice := thread_advice()):
-            say(advice)
         trainer.fit(resume=self.resume)
         if trainer.interrupt.requested:
             return exit_code(trainer.interrupt.requested)
