@@ -34,10 +34,13 @@ STEPS = 16
 OPTIONS = {"max_steps": STEPS, "checkpoint_interval": 2, "dropout": 0.2, "skip_zscore": 50.0}
 FILES = [
     "config.json",
+    "merges.txt",
     "model.safetensors",
     "optimizer.safetensors",
     "state.json",
+    "tokenizer_config.json",
     "train.toml",
+    "vocab.json",
 ]
 
 

@@ -339,9 +339,12 @@ def test_a_model_only_checkpoint(tmp_path: Path) -> None:
     last = checkpoints(tmp_path)[-1]
     assert sorted(path.name for path in last.iterdir()) == [
         "config.json",
+        "merges.txt",
         "model.safetensors",
         "state.json",
+        "tokenizer_config.json",
         "train.toml",
+        "vocab.json",
     ]
     assert differing(parameters(GPT.from_pretrained(last)), parameters(trainer.model)) == []
     with pytest.raises(ValueError, match="holds the model only and cannot be resumed.*--init"):

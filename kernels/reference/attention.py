@@ -58,7 +58,7 @@ def _visible_product(weights: Tensor, visible: Tensor, x: Tensor) -> Tensor:
     met = visible.to(x.dtype) @ (~finite).to(x.dtype) > 0
     # Detached: where() would multiply the gradient of what it leaves out, 0, by NaN.
     product = weights.detach() @ x.detach()
-    return torch.where(met, product, weights @ torch.where(finite, x, 0.0))
+    return torch.where(met, product, weights @ x.masked_fill(~finite, 0.0))
 
 
 def attention_fwd(
