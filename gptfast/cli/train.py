@@ -217,8 +217,11 @@ class Train(Reading):
 
         The model to start from or to continue may have none for some tokens of its vocabulary.
         """
-        fixed = self._continues() or (self.init is not None and not self.resize_vocab)
-        return self.model.vocab_size if fixed else max(self.model.vocab_size, n_vocab)
+        if self._continues():
+            n_vocab = (saved_settings(self.train.out) or {}).get("vocab_size", n_vocab)
+        elif self.init is not None and not self.resize_vocab:
+            n_vocab = self.model.vocab_size
+        return max(self.model.vocab_size, n_vocab)
 
     def _continues(self) -> bool:
         return self.resume and bool(checkpoints(self.train.out))
@@ -249,6 +252,11 @@ class Train(Reading):
             say(f"fine-tuning {self.init} at a learning rate of {rate:g}{default}")
 
 
+def saved_settings(out: str) -> dict[str, Any] | None:
+    """Return the settings of the run in a directory, as its newest undamaged checkpoint has them."""
+    return next(filter(None, map(read_settings, reversed(checkpoints(out)))), None)
+
+
 def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
     """Return the settings of `gptfast train` before the flags are applied.
 
@@ -260,8 +268,7 @@ def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
     layered = {**file, **given}
     init, saved = layered.get("init"), None
     if layered.get("resume"):
-        newest_first = reversed(checkpoints(layered.get("out", command.train.out)))
-        saved = next(filter(None, map(read_settings, newest_first)), None)
+        saved = saved_settings(layered.get("out", command.train.out))
     if init not in (None, "none") and not saved:
         command = dataclasses.replace(command, model=open_weights(init).config)
         if "lr" not in layered:
