@@ -165,9 +165,55 @@ def test_arrays_read_in_pieces(
         gptfast.data.rows.READ_BYTES = before
 
 
+SPANS = [{"text": "part of it"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "texts", "said"),
+    [
+        ([{"text": "a", "spans": SPANS}], {}, ["a"], "text is read, not spans"),
+        ([{"text": "a", "spans": SPANS}] * 2, {}, ["a", "a"], "text is read, not spans"),
+        ([{"prompt": "p", "completion": "a", "x": SPANS}], {}, ["a"], "completion are read"),
+        ([{"story": "a", "spans": SPANS}], {"text_field": "story"}, ["a"], "story is read"),
+        ([{"version": 1, "data": SPANS}], {}, ["part of it"], "records in 'data' are read"),
+    ],
+)
+def test_an_object_with_a_list(
+    content: list[Any],
+    fields: dict[str, str],
+    texts: list[str],
+    said: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A record may have a list of objects; only an object that is no record is a wrapper."""
+    path = write(tmp_path / "a.json", "\n".join(map(json.dumps, content)).encode())
+    assert [record.text for record in read(path, **fields)] == texts
+    assert said in caplog.text
+
+
+def test_objects_of_which_none_is_a_wrapper(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", json.dumps({"title": "a", "spans": SPANS}).encode() * 2)
+    with pytest.raises(ValueError, match="record 1 has no field 'text', only title, spans"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["file.arrow", "stream.arrow", "a.feather"])
+def test_arrow_files_that_are_cut_off(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, KINDS[name]([{"text": "word " * 500}] * 3))
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="is damaged or no") as caught:
+        read(path)
+    assert "None" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.csv", b"text;label\na;1\n", "names one column, 'text;label': .* save it with commas"),
+        ("a.csv", b"text\tlabel\na\t1\n", "names one column"),
+        ("a.tsv", b"id,text,label\n1,a,1\n", "names one column, 'id,text,label'"),
+        ("a.csv", b'"%s"\n"b"\n' % (b"a row " * 30), r"a row; name it with --text-field, or --pro"),
         ("a.json", b'[{"text": "a"}, {"text": ', "record 2 is not JSON"),
         ("a.json", b'[{"text": "a"}', "is cut off: its array has no end"),
         ("a.json", b'[{"text": "a"}] x', "something follows its array"),

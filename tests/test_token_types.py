@@ -1,6 +1,9 @@
 """Token files of other integers than uint16: read as what they are, or refused; never misread."""
 
+import gzip
+import io
 import json
+import lzma
 import pickle
 from pathlib import Path
 from typing import Any
@@ -218,13 +221,14 @@ def test_low_ids_only(made: str, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     ids_of("characters", 5000).astype("<u2").tofile(tmp_path / "train.bin")
     path = {"named": "train.bin", "directory": "", "glob": "*.bin"}[made]
     load_data([tmp_path / path], gpt2)
-    (line,) = caplog.messages
+    unknown, line = caplog.messages
+    assert "do not say which tokenizer made them; taking them for gpt2's" in unknown
     assert "has no token above 64, but tokenizer gpt2 has 50257 tokens" in line
     assert "--tokenizer" in line
     caplog.clear()
     ids_of("gpt2", 5000).astype("<u2").tofile(tmp_path / "train.bin")
     load_data([tmp_path / path], gpt2)
-    assert not caplog.messages
+    assert caplog.messages == [unknown]
 
 
 @pytest.mark.parametrize("named", ["train.bin", "*.bin"])
@@ -235,3 +239,15 @@ def test_files_named_one_by_one_have_the_directorys_tokenizer(named: str, tmp_pa
     assert len(load_data([tmp_path / named], BYTE)) == 2
     with pytest.raises(ValueError, match="was prepared with tokenizer byte .*--tokenizer"):
         load_data([tmp_path / named], get_tokenizer("gpt2"))
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.npy"])
+@pytest.mark.parametrize("kind", ["npz", "gz", "xz"])
+def test_packed_files_are_no_tokens(kind: str, name: str, tmp_path: Path) -> None:
+    tokens, buffer = np.arange(999, dtype=np.uint16), io.BytesIO()
+    np.savez(buffer, tokens)
+    packed = {"gz": gzip.compress, "xz": lzma.compress}
+    path = tmp_path / name
+    path.write_bytes(packed[kind](tokens.tobytes()) if kind in packed else buffer.getvalue())
+    with pytest.raises(ValueError, match=f"{name} is a compressed file, or an archive"):
+        TokenFiles(path)

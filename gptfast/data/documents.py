@@ -113,7 +113,7 @@ def _records(
         start = file.peek(PEEK_BYTES)
         kind = kind_of_content(path, start)
         if kind not in TEXT_SUFFIXES:
-            yield from _row_records(path, rows(path, kind, file), fields, notes)
+            yield from _row_records(path, rows(path, kind, file, fields.of_rows), fields, notes)
             return
         if holds_json(start):
             notes.say("json", "%s holds JSON, read as text as its name says", path)

@@ -11,11 +11,14 @@ from gptfast.tokenizer.bpe import END_OF_TEXT
 # A NUL is a character like any other, but a text with a larger share of them is binary: in UTF-16
 # without a byte-order mark every second byte of English is NUL, and one in some fifteen of Russian.
 MAX_NUL_SHARE = 0.01
+# Characters of a field's name that a message tells to type.
+MAX_NAME = 60
 QUESTION, ANSWER = "Q: ", "\nA:"
 """What `gptfast chat` puts before and after a prompt if no --template is given."""
 NO_FIELD = "none"
 """The name of a prompt's field by which a record's text is read although it has a prompt."""
 _USERS, _MODELS = ("user", "human", "prompter"), ("assistant", "gpt", "model", "bot", "chatbot")
+_CHATS = ("messages", "conversations")
 # Names that others give to a prompt and its completion, for the hint of an error.
 _PROMPTS = ("prompt", "instruction", "question", "input", "query", "source", "user")
 _COMPLETIONS = (
@@ -48,6 +51,11 @@ class Fields:
     def names_prompt(self) -> bool:
         """Whether other fields than "prompt" and "completion" were named."""
         return (self.prompt, self.completion) != ("prompt", "completion")
+
+    @property
+    def of_rows(self) -> frozenset[str]:
+        """The fields by which an object is a record, and no wrapper around a list of them."""
+        return frozenset((self.text, self.prompt, self.completion, "instruction", *_CHATS))
 
     def prompted(self, row: Collection[str]) -> bool:
         """Return whether a row with these fields is to be read as a prompt with a completion."""
@@ -158,6 +166,8 @@ def _field(where: str, row: Mapping[str, Any], name: str, fields: Fields) -> str
 
 def _hint(names: list[str], name: str, fields: Fields) -> str:
     """Return which flags would read a record with these fields."""
+    # A longer one is no name: the first line of a table without names is a row of it.
+    names = [n for n in names if len(n) <= MAX_NAME]
 
     def known(candidates: tuple[str, ...]) -> str | None:
         return next((n for c in candidates for n in names if n.lower() == c), None)
@@ -205,7 +215,7 @@ def _known_form(where: str, row: Mapping[str, Any], notes: Notes) -> list[tuple[
         notes.say("instruction", _SAYS, where, "instruction and output")
         asked = f"{instruction}\n{given}" if given else instruction
         return [(f"{QUESTION}{asked}{ANSWER}", f" {output}")]
-    for name in ("messages", "conversations"):
+    for name in _CHATS:
         if isinstance(row.get(name), list):
             notes.say("messages", _SAYS, where, f"{name}, a chat")
             return _chat(f"{where}: field {name!r}", row[name])

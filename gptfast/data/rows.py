@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import logging
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -18,19 +19,21 @@ MAX_ROW_BYTES = 1 << 28
 ARROW_BATCH_ROWS = 1024
 Row = tuple[str, Any]
 """Where a row is, for messages, and its value."""
+_LOG = logging.getLogger(__name__)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SEPARATOR = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
 
 
-def rows(path: Path, kind: str, file: BinaryIO) -> Iterator[Row]:
+def rows(path: Path, kind: str, file: BinaryIO, own: Collection[str] = ()) -> Iterator[Row]:
     """Yield the rows of a stream of this kind: .jsonl, .json, .csv or .tsv.
 
+    own: fields by which a JSON object is a row itself, whatever lists it has.
     Raises ValueError naming the file, and where it can the line, that is not of this kind.
     """
     if kind == ".jsonl":
         return _line_rows(path, file)
     if kind == ".json":
-        return _json_rows(path, file)
+        return _json_rows(path, file, own)
     return _table_rows(path, file, TABLE_DELIMITERS[kind])
 
 
@@ -69,8 +72,8 @@ def _json(where: str, line: bytes) -> Any:
         ) from None
 
 
-def _json_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
-    """Yield the elements of a JSON array, or JSON objects that follow one another."""
+def _json_rows(path: Path, file: BinaryIO, own: Collection[str]) -> Iterator[Row]:
+    """Yield the elements of a JSON array, JSON objects that follow one another, or those in one."""
     text, number, in_array, ended = _JsonText(path, file), 0, False, False
     while text.skip(_SEPARATOR if number else _SPACE):
         if ended:
@@ -83,28 +86,28 @@ def _json_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
             number += 1
             where = f"{path}, record {number}"
             value = text.value(where)
-            if not in_array and (nested := _nested_rows(value)):
-                yield from ((f"{where}, {key!r} {i}", row) for i, (key, row) in enumerate(nested))
-            else:
+            # One of several objects is a row, and so is one with a row's fields.
+            alone = number == 1 and not in_array and not text.skip(_SEPARATOR)
+            key = _list_of_rows(value, own) if alone else None
+            if key is None:
                 yield where, value
+            else:
+                _LOG.warning("%s is one object, of which the records in %r are read", path, key)
+                yield from ((f"{where}, {key!r} {i}", row) for i, row in enumerate(value[key]))
     if in_array and not ended:
         raise ValueError(f"{path} is cut off: its array has no end")
 
 
-def _nested_rows(value: Any) -> list[tuple[str, Any]]:
-    """Return the rows of an object that has them in a list, as {"version": 1, "data": [...]}."""
-    lists = (
-        []
-        if not isinstance(value, dict)
-        else [
-            (key, rows)
-            for key, rows in value.items()
-            if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
-        ]
-    )
-    if len(lists) != 1 or lists[0][0] in ("messages", "conversations"):
-        return []
-    return [(lists[0][0], row) for row in lists[0][1]]
+def _list_of_rows(value: Any, own: Collection[str]) -> str | None:
+    """Return the key of an object's list of rows, as in {"version": 1, "data": [...]}; or None."""
+    if not isinstance(value, dict) or not value.keys().isdisjoint(own):
+        return None
+    lists = [
+        key
+        for key, rows in value.items()
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+    ]
+    return lists[0] if len(lists) == 1 else None
 
 
 class _JsonText:
@@ -182,9 +185,7 @@ def _table_rows(path: Path, file: BinaryIO, delimiter: str) -> Iterator[Row]:
                 if not values:  # an empty line
                     continue
                 if columns is None:
-                    columns = [name.strip() for name in values]
-                    if len(set(columns)) < len(columns):
-                        raise ValueError(f"{where} names two columns alike: {', '.join(columns)}")
+                    columns = _columns(where, values, delimiter)
                     continue
                 if len(values) != len(columns):
                     raise ValueError(
@@ -196,6 +197,20 @@ def _table_rows(path: Path, file: BinaryIO, delimiter: str) -> Iterator[Row]:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it so") from None
         except csv.Error as error:
             raise ValueError(f"{path}:{reader.line_num} cannot be read: {error}") from None
+
+
+def _columns(where: str, values: list[str], delimiter: str) -> list[str]:
+    """Return the names in the first line of a table. Raises ValueError for what names none."""
+    columns = [name.strip() for name in values]
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{where} names two columns alike: {', '.join(columns)[:200]}")
+    for other in {",", ";", "\t"} - {delimiter}:
+        if len(columns) == 1 and re.fullmatch(rf"\w+(?:{other}\w+)+", columns[0]):
+            raise ValueError(
+                f"{where} names one column, {columns[0]!r:.80}: its columns have {other!r} between "
+                "them; save it with commas as .csv, or with tabs as .tsv"
+            )
+    return columns
 
 
 def arrow_rows(
@@ -229,7 +244,9 @@ def arrow_rows(
                 for row in batch.slice(start_row, ARROW_BATCH_ROWS).to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the disk, not of what the file holds
+            raise
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged or no {kind} file: {why}") from None
     on_bytes(path.stat().st_size)

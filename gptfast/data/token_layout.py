@@ -16,6 +16,8 @@ MAGIC, VERSION = 20240520, 1
 LLAMA_MAGIC = 20240801
 HEADER_BYTES = 1024
 NUMPY_MAGIC = b"\x93NUMPY"
+# What zip files (.npz, .pt), gzip, xz and zstd begin with.
+_PACKED = (b"PK\x03\x04", b"\x1f\x8b\x08", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 UINT16 = np.dtype("<u2")
 # Tokens of a file that are enough to tell its type, and samples of a large file.
 MIN_TOKENS = 16
@@ -50,6 +52,11 @@ def token_layout(path: Path) -> TokenLayout:
             raise ValueError(f"{path} is empty; write it again")
         if start.startswith(NUMPY_MAGIC):
             return _numpy_layout(path)
+        if start.startswith(_PACKED):
+            raise ValueError(
+                f"{path} is a compressed file, or an archive such as a model's: it is no token "
+                "file as it stands; unpack it, or give another"
+            )
         if path.suffix == ".npy":
             raise ValueError(f"{path} is no NumPy array, as its name says; name it .bin")
         head = np.frombuffer(start.ljust(12, b"\0"), "<i4").tolist()
