@@ -602,6 +602,17 @@ def test_arguments_that_are_not_utf8(args: list[str], trained: Path, capsys: Cap
     assert list(Path().iterdir()) == []
 
 
+def test_utf8_under_a_locale_of_ascii(trained: Path, capsys: Capture) -> None:
+    """Python hands on the bytes of UTF-8 as lone surrogates if the locale knows ASCII alone."""
+    texts = []
+    for prompt in ("café 漢", "café 漢".encode().decode("ascii", "surrogateescape")):
+        args = ["generate", str(trained), "--prompt", prompt, "--seed", "1"]
+        code, out, _ = run(capsys, *args, "--max-new-tokens", "3")
+        assert code == 0
+        texts.append(out)
+    assert texts[0] == texts[1] and "café 漢" in texts[0]
+
+
 PROMPTS = st.text(max_size=12) | st.lists(
     st.sampled_from(["<|endoftext|>", "<|", "|>", "a", " ", "\0", "\n", "é", "\udcff", "𝕏"]),
     max_size=6,

@@ -137,7 +137,28 @@ def test_token_files_and_their_vocabulary(here: Path, capsys: Capture) -> None:
     # Files that are named one by one are still those of the directory's vocabulary.
     args = ["train", "--data", "tokens/train_000000.bin", "--out", "run", *TINY]
     refused(run(capsys, *args, "--tokenizer", "b"), "was prepared with tokenizer")
-    refused(run(capsys, "eval", "run-b", "--data", "tokens"), "was prepared with tokenizer")
+    refused(
+        run(capsys, "eval", "run-b", "--data", "tokens"),
+        "was prepared with tokenizer",
+        "or prepare the text again with this one",
+    )
+
+
+def test_a_vocabulary_that_is_no_longer_there(here: Path, capsys: Capture) -> None:
+    """Prepared data names its place; it is told, and any other place of it will do."""
+    done(capsys, "prepare", "--data", "text.txt", "--tokenizer", "a", "--out", "tokens")
+    Path("a").rename("elsewhere")
+    args = ["train", "--data", "tokens", "--out", "run", *TINY]
+    place = str(here.resolve() / "a")
+    refused(run(capsys, *args), "was prepared with the tokenizer in", place, "(--tokenizer)")
+    done(capsys, *args, "--tokenizer", "elsewhere")
+    resumed = ["train", "--out", "run", "--resume", "--max-steps", "9"]
+    refused(
+        run(capsys, *resumed, "--data", "text.txt", "--tokenizer", "b"),
+        "was trained with another vocabulary than",
+        str(here.resolve() / "b"),
+        "(--tokenizer)",
+    )
 
 
 def test_token_files_without_a_vocabulary_are_spoken_of(

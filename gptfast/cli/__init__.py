@@ -4,6 +4,7 @@ import gc
 import importlib
 import inspect
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,12 +128,16 @@ def _no_command(argv: Sequence[str]) -> None:
     raise UsageError(f"{got}{hint}; choose one of {{{names}}} (see gptfast --help)")
 
 
-def _check_arguments(argv: Sequence[str]) -> None:
-    """Raise ValueError for an argument that is not UTF-8."""
-    for argument in argv:
-        # Python turns bytes that are not UTF-8 into lone surrogates, which no file can hold.
-        if re.search("[\ud800-\udfff]", argument):
-            raise ValueError(f"an argument is not UTF-8 text: {argument!r:.100}")
+def _argument(given: str) -> str:
+    """Return an argument as text. Raises ValueError for one that is not UTF-8."""
+    # Python turns bytes that it cannot decode into lone surrogates, which no file can hold. Under
+    # a locale of ASCII alone these are all but ASCII.
+    if not re.search("[\ud800-\udfff]", given):
+        return given
+    try:
+        return os.fsencode(given).decode("utf-8")
+    except UnicodeError:
+        raise ValueError(f"an argument is not UTF-8 text: {given!r:.100}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.freeze()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        _check_arguments(argv)
+        argv = [_argument(given) for given in argv]
         check_isa()
         code = parse(argv).run() or 0
         if sys.stdout is not None:

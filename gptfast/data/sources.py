@@ -69,8 +69,8 @@ def _check_meta(directory: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> 
     if not same:
         raise ValueError(
             f"{directory} was prepared with tokenizer {meta['tokenizer']} ({meta['n_vocab']} "
-            f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}); use that tokenizer "
-            "(--tokenizer)"
+            f"tokens), not {tokenizer.name} ({tokenizer.n_vocab}), whose ids mean other text; use "
+            "that tokenizer (--tokenizer), or prepare the text again with this one"
         )
 
 
@@ -105,9 +105,18 @@ def _token_directory(paths: Sequence[str | PathLike]) -> Path | None:
 
 
 def prepared_tokenizer(paths: Sequence[str | PathLike]) -> str | None:
-    """Return the name of the tokenizer that made token files; None if that is not on record."""
+    """Return the name of the tokenizer that made token files; None if that is not on record.
+
+    Raises ValueError for a directory that is no longer there.
+    """
     directory = _token_directory(paths)
-    return _read_meta(directory).get("tokenizer") if directory else None
+    name = _read_meta(directory).get("tokenizer") if directory else None
+    if name is not None and os.path.isabs(str(name)) and not os.path.isdir(name):
+        raise ValueError(
+            f"{directory} was prepared with the tokenizer in {name}, which is no longer there; "
+            "name its new place (--tokenizer)"
+        )
+    return name
 
 
 def _load_prepared(directory: Path, tokenizer: Tokenizer, split: Sequence[float]) -> list[Source]:

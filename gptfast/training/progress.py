@@ -168,8 +168,13 @@ class RunCheckpoints:
         before, now = ({**settings["train"], **settings} for settings in (saved, ours))
         for name in ("vocabulary", "data_sha256", *BATCH_SETTINGS):
             if name == "vocabulary" and self._tokenizer is not None:
-                if same_vocabulary(before.get(name), self._tokenizer):
+                same = same_vocabulary(before.get(name), self._tokenizer)
+                if same or before.get(name) == now.get(name):
                     continue
+                raise ValueError(
+                    f"{path} was trained with another vocabulary than {self._tokenizer.name}; give "
+                    "the same (--tokenizer), or start another run from its weights (--init)"
+                )
             if name == "data_sha256" and before.get(name) != now.get(name):
                 raise ValueError(
                     f"{path} was trained on other data than is there now; name the same data "
