@@ -222,13 +222,13 @@ def test_low_ids_only(made: str, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     path = {"named": "train.bin", "directory": "", "glob": "*.bin"}[made]
     load_data([tmp_path / path], gpt2)
     unknown, line = caplog.messages
-    assert "do not say which tokenizer made them; taking them for gpt2's" in unknown
+    assert "do not say which tokenizer made them" in unknown
     assert "has no token above 64, but tokenizer gpt2 has 50257 tokens" in line
     assert "--tokenizer" in line
     caplog.clear()
     ids_of("gpt2", 5000).astype("<u2").tofile(tmp_path / "train.bin")
     load_data([tmp_path / path], gpt2)
-    assert caplog.messages == [unknown]
+    assert not any("has no token above" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("named", ["train.bin", "*.bin"])

@@ -90,10 +90,10 @@ def test_byte_on_a_model_of_gpt2s_vocabulary(here: Path, capsys: Capture) -> Non
 def test_files_of_another_vocabulary_in_the_place_of_the_first(here: Path, capsys: Capture) -> None:
     """The run has its own copy; a model that recorded the name alone is refused."""
     trained(capsys, "--tokenizer", "a")
-    before = done(capsys, "generate", "run", "--prompt", "the", "--max-new-tokens", 4)
+    before = done(capsys, "generate", "run", "--prompt", "the", "--max-new-tokens", 4, "--seed", 1)
     shutil.rmtree("a")
     shutil.copytree("b", "a")
-    after = done(capsys, "generate", "run", "--prompt", "the", "--max-new-tokens", 4)
+    after = done(capsys, "generate", "run", "--prompt", "the", "--max-new-tokens", 4, "--seed", 1)
     assert after == before
     checkpoint = next(Path("run/checkpoints").glob("step-*1"))
     for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
@@ -109,7 +109,7 @@ def test_a_run_that_is_moved_keeps_its_vocabulary(
 
     trained(capsys, "--tokenizer", tokenizer)
     own = get_tokenizer(tokenizer)
-    args = ["--prompt", "the cat", "--max-new-tokens", 4]
+    args = ["--prompt", "the cat", "--max-new-tokens", 4, "--seed", 1]
     before = done(capsys, "generate", "run", *args)
     done(capsys, "convert", "run", "hf")
     shutil.rmtree("a")
@@ -191,7 +191,16 @@ def test_a_model_that_does_not_say_which(
 ) -> None:
     random_model(vocab_size=rows).save_pretrained(tmp_path / "m")
     code, _, errors = run(
-        capsys, "generate", tmp_path / "m", "--prompt", "a", "--max-new-tokens", 2, *args
+        capsys,
+        "generate",
+        tmp_path / "m",
+        "--prompt",
+        "a",
+        "--seed",
+        1,
+        "--max-new-tokens",
+        2,
+        *args,
     )
     said = errors + caplog.text
     assert message in said and (message or not said)

@@ -744,7 +744,9 @@ def test_peak_memory_of_a_load(form: str, tmp_path: Path) -> None:
     child = subprocess.run(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
-    assert size * 0.9 < int(child.stdout) < 1.15 * size
+    # The numbers of an old pickle may lie at any byte, and are then copied on their way.
+    most = 1.3 if form == "legacy" else 1.15
+    assert size * 0.9 < int(child.stdout) < most * size
     assert peak_memory("cpu") > size
 
 

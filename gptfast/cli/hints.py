@@ -249,11 +249,14 @@ def hint_for(
     """
     known = [flag.long for flag in flags if not (flag.hidden or flag.positional)]
     name = word.lstrip("-").replace("_", "-").lower()
-    if near := elsewhere(name, known):
+    others = commands_with(f"--{name}")[:MAX_SUGGESTIONS]
+    # Another command's flag of this very name is likelier than one here that begins with it.
+    here = f"--{name}" in known or name in _ELSEWHERE
+    if (near := elsewhere(name, known)) and (here or not others):
         return f"; perhaps you meant {' or '.join(near)}"
     if name in _MODEL and any(flag.positional for flag in flags):
         return f"; the model stands without a flag: gptfast {command} MODEL"
-    if others := commands_with(f"--{name}")[:MAX_SUGGESTIONS]:
+    if others:
         typed = ", ".join(f"gptfast {other}" for other in others)
         return f"; {typed} {'has' if len(others) == 1 else 'have'} it"
     refused = [flag for flag in flags if flag.hidden and flag.long.startswith(f"--{name}")]

@@ -253,7 +253,7 @@ class Train(Reading):
 
 
 def saved_settings(out: str) -> dict[str, Any] | None:
-    """Return the settings of the run in a directory, those of its newest undamaged checkpoint."""
+    """Return the settings of a run's newest undamaged checkpoint; None if there is none."""
     return next(filter(None, map(read_settings, reversed(checkpoints(out)))), None)
 
 
