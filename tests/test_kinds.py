@@ -503,6 +503,24 @@ def test_end_of_text_written_in_a_text(
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("size", [3, 1 << 20])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_separators_that_separate_nothing(
+    name: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """End-of-text at the start or the end of a text, or twice in a row, makes no empty document."""
+    monkeypatch.setattr(gptfast.data.documents, "READ_BYTES", size)
+    eot = "<|endoftext|>"
+    texts = [f"{eot}one two{eot}", f"three{eot}{eot}four five six{eot}"]
+    whole = "".join(texts).encode() if name == "a.txt" else json_lines([{"text": t} for t in texts])
+    path = write(tmp_path / name, whole)
+    tokens = load_data([path], BYTE, (1.0,), split_on_eot=True)[0]
+    documents = [b"one two", b"three", b"four five six"]
+    assert bytes(i if i < 256 else 0 for i in tokens.tolist()) == b"\0".join(documents)
+    with pytest.raises(ValueError, match="b.txt is empty"):
+        read(write(tmp_path / "b.txt", (eot * 3).encode()), split_on_eot=True)
+
+
 def test_end_of_text_after_a_completion(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": f"b{EOT}"}]
     path = write(tmp_path / "a.jsonl", json_lines(rows))

@@ -136,7 +136,7 @@ class Train(Reading):
         trainer.fit(resume=self.resume)
         if trainer.interrupt.requested:
             return exit_code(trainer.interrupt.requested)
-        prompt = f'--prompt "{self.train.sample_prompt}" --min-p {SAMPLE_MIN_P}'
+        prompt = f'--prompt "{trainer.config.sample_prompt}" --min-p {SAMPLE_MIN_P}'
         say(
             f"done: see {trainer.run.out}/loss.png; try\n"
             f"  gptfast generate {trainer.run.out} {prompt}"

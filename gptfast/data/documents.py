@@ -75,12 +75,16 @@ def _chunks(path: Path, file: BinaryIO) -> Iterator[str]:
 def _text_records(
     path: Path, file: BinaryIO, fields: Fields, notes: Notes
 ) -> Iterator[tuple[str, Record]]:
-    first = True
+    opens, empty = True, True
     for piece in safe_pieces(_chunks(path, file)):
         # A piece ends between words, and end-of-text is written as one.
-        for record in divided(piece, first, fields, notes):
-            yield str(path), record
-        first = False
+        for record in divided(piece, False, fields, notes):
+            opens = opens or record.first
+            if record.text:
+                yield str(path), Record(record.text, opens)
+                opens = empty = False
+    if empty:  # it has end-of-text alone
+        raise ValueError(f"{path} is empty; training needs text")
 
 
 def _row_records(

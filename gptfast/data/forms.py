@@ -125,7 +125,8 @@ def records(where: str, row: Any, fields: Fields, notes: Notes) -> Iterator[Reco
             notes.say("input", "%s: its 'input' is not read; put it into the prompt", where)
         yield from _prompted(texts[0], texts[1], fields, notes)
     else:
-        yield from divided(_field(where, row, fields.text, fields), True, fields, notes)
+        found = [*divided(_field(where, row, fields.text, fields), True, fields, notes)]
+        yield from [record for record in found if record.text] or found[:1]
 
 
 def say_fields(where: str, names: Collection[str], read: list[str], notes: Notes) -> None:

@@ -45,9 +45,11 @@ def vocabulary(tokenizer: Tokenizer | None) -> str | None:
 def end_of_text(tokenizer: Tokenizer) -> int | None:
     """Return the id of end-of-text, None if the vocabulary has none."""
     try:
-        return tokenizer.eot
+        eot = tokenizer.eot
     except ValueError:
         return None
+    # Characters have an id for it that is none of theirs.
+    return eot if eot < tokenizer.n_vocab else None
 
 
 def encode_opening(

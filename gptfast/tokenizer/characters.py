@@ -62,6 +62,10 @@ class CharacterTokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return self.decode(ids).encode()
 
+    def transformers_files(self) -> dict[str, str]:
+        """Return the file that keeps it beside a model; transformers has no such tokenizer."""
+        return {CHARACTERS_JSON: characters_json(self)}
+
 
 def characters_file(directory: Path) -> Path | None:
     """Return the file of a directory that has a vocabulary of characters; None without one."""

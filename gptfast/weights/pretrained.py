@@ -12,11 +12,12 @@ from torch import Tensor
 from gptfast.config import GPTConfig
 from gptfast.files import json_text, new_files, write_files
 from gptfast.tokenizer.bpe import Tokenizer, end_of_text
+from gptfast.tokenizer.characters import CHARACTERS_JSON
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.weights.lazy_tensor import read_text
 from gptfast.weights.names import CONV1D
 
-# The files that transformers may make a tokenizer of.
+# The files that transformers or this package may make a tokenizer of.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -24,6 +25,7 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    CHARACTERS_JSON,
 )
 
 
@@ -46,7 +48,7 @@ def save_model(
     tensors, texts = model_files(config, state, ends)
     with new_files(Path(directory)) as files:
         write_files(files, tensors, texts | vocabulary)
-    # Files of another tokenizer, which transformers would take before ours.
+    # Files of another tokenizer, which would be taken before ours.
     for name in set(_TOKENIZER_FILES) - vocabulary.keys() if vocabulary else ():
         (Path(directory) / name).unlink(missing_ok=True)
 
