@@ -246,8 +246,9 @@ def test_another_vocabulary_in_the_run(
     # Samples begin with what the vocabulary has: no letter of the default prompt.
     out = done(capsys, "train", "--data", "other", "--out", "dna", *TINY)
     assert "sample: " in out
-    result = run(capsys, "train", "--data", "other", "--out", "x", *TINY, "--sample-prompt", "Hi")
-    refused(result, "'H' at 0")
+    # A sample that cannot be written is no reason to lose a run, and its line says why.
+    out = done(capsys, "train", "--data", "other", "--out", "x", *TINY, "--sample-prompt", "Hi")
+    assert "'H' at 0" in out
 
 
 def test_characters_have_no_end_of_text(tmp_path: Path) -> None:
