@@ -177,11 +177,11 @@ def store_dq_of_visible(
             dp = _dots(dout_tile, _tile(v, head, H, keys, end, D, BLOCK_D))
             dp = _dropped(dp, dropout, head, Tk - Tq + queries, key)
             seen = keys[None, :] <= last[:, None]
-            if step < n_blocks:
-                delta += tl.sum(tl.where(seen, p * dp, 0.0), 1)
-            else:
-                # dS is exactly 0 for a query that sees one key, as in the kernel.
-                acc += _mixed(p * (dp - delta[:, None]), seen & (last > 0)[:, None], k_tile)
+            # No branches: the compiler for AMD fails on them.
+            delta += tl.sum(tl.where(seen & (step < n_blocks), p * dp, 0.0), 1)
+            # dS is exactly 0 for a query that sees one key, as in the kernel.
+            seen = seen & (last > 0)[:, None] & (step >= n_blocks)
+            acc += _mixed(p * (dp - delta[:, None]), seen, k_tile)
         inside = queries < Tq
         tl.store(stats_ptrs[0] + queries, rest, mask=inside)
         tl.store(stats_ptrs[1] + queries, delta, mask=inside)
