@@ -271,7 +271,8 @@ def _top_k(value: Any) -> Any:
     """Return a top_k, of which 0 is off, as `ops.sample` takes it."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else value.where(value != 0, _NO_TOP_K)
-    if isinstance(value, Real) and not value >= 1:
+    number: Any = value  # a huge integer is no float
+    if isinstance(value, Real) and not number >= 1:
         if value == 0:
             return None
         raise ValueError(f"top_k must be an integer >= 1, or 0 for off, got {value}")
