@@ -122,6 +122,8 @@ MISTYPED = {
     "train --no-cuda": "perhaps you meant --device cpu",
     "train --no-compil": "perhaps you meant --no-compile",
     "train --prompt a": "gptfast generate has it",
+    "train book.txt": "if it is data, write --data book.txt",
+    "generate RUN --do-sample": "--temperature (above 0 draws)",
     "train --wholly-unknown 3": "there is no flag --wholly-unknown (see gptfast train --help)",
     "train --compile False": "a switch takes no value: --compile or --no-compile",
     "train \u2013\u2013lr 3": "begins with another kind of dash",

@@ -101,6 +101,25 @@ def test_generate_until_draws(model: GPT) -> None:
     assert got("", max_new_tokens=3) == got("<|endoftext|>", max_gen_toks=3)
 
 
+def test_every_option_of_the_harness_counts(model: GPT) -> None:
+    """Each is passed on, does nothing at its value, or is refused by name."""
+    harness = GPTFastLM(model, BYTE)
+
+    def got(**options: Any) -> str:
+        options = {"max_gen_toks": 12, **options}
+        return harness.generate_until([request("generate_until", "the v", options)], True)[0]
+
+    greedy = got()
+    assert got(num_beams=1, use_cache=True, length_penalty=1.0, do_sample=False) == greedy
+    assert got(repetition_penalty=1.0) == greedy != got(repetition_penalty=50.0)
+    assert got(do_sample=True, min_p=1.0) == greedy  # the likeliest token alone is left
+    assert got(do_sample=True)
+    for unknown in ({"num_beams": 2}, {"length_penalty": 0.5}, {"foo": 1}):
+        (name,) = unknown
+        with pytest.raises(ValueError, match=f"does not know {name}=.*leave it out"):
+            got(**unknown)
+
+
 @pytest.mark.parametrize(
     "off",
     [{"top_k": 0}, {"top_k": 0, "top_p": 1.0}, {"top_k": None, "top_p": 1}],

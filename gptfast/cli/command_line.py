@@ -151,6 +151,8 @@ class CommandLine:
             remedy = "; it begins with another kind of dash than -"
         elif "prompt" in {flag.name for flag in self.flags}:
             remedy = "; text with spaces needs quotes around it"
+        elif "data" in {flag.name for flag in self.flags}:
+            remedy = f"; if it is data, write --data {word}"
         self.error(f"{word!r} belongs to no flag{remedy}")
 
     def _check_required(self, values: dict[str, Any]) -> None:

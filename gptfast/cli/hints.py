@@ -168,7 +168,7 @@ topk: --top-k
 topp: --top-p
 minp: --min-p
 nucleus: --top-p
-do-sample: --temperature 0 (no sampling)
+do-sample: --temperature (above 0 draws)
 greedy: --temperature 0
 repeat-penalty: --repetition-penalty
 rep-pen: --repetition-penalty
@@ -301,12 +301,14 @@ def with_flags(message: str, flags: Sequence["Flag"]) -> str:
     """Return an error message with the flags of a command in place of their fields' names.
 
     A function says max_length; who typed a command knows --max-length. Names of one word are words
-    of English too: they count only where a message begins with them.
+    of English too: they count where a message begins with them, before "=", and after a flag.
     """
     for flag in flags:
         if not flag.positional:
             name = rf"(?<![\w./='\"-]){flag.name}(?![\w./'\"-])"
-            name = name if "_" in flag.name else rf"^{flag.name}(?= must)"
+            if "_" not in flag.name and flag.name != "lr":
+                word = rf"(?<![\w./='\"-]){flag.name}"
+                name = rf"^{flag.name}(?= must)|{word}(?==)|(?<= or ){flag.name}(?=, not both)"
             message = re.sub(name, flag.long, message)
     return message
 

@@ -1,6 +1,6 @@
 """gptfast's models under EleutherAI's lm-evaluation-harness (pip install lm_eval)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,12 @@ from gptfast.tokenizer.vocabulary import get_tokenizer
 
 MAX_NEW_TOKENS = 256
 """New tokens per request that does not say how many."""
+
+_TAKEN = {"until", "do_sample", "max_gen_toks", "temperature", "top_p", "top_k", "min_p"}
+_TAKEN |= {"repetition_penalty", "use_cache"}
+_OFF = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": False, "typical_p": 1.0}
+_OFF |= {"num_return_sequences": 1, "no_repeat_ngram_size": 0}
+"""Options of transformers by the value with which they do nothing."""
 
 _Request = tuple[Any, list[int], list[int]]
 
@@ -145,13 +151,8 @@ class GPTFastLM(TemplateLM):
             ids = self.tok_encode(context) or [self.prefix_token_id]
             if n < self.max_length:
                 ids = ids[-(self.max_length - n) :]
-            stop, sampled = [s for s in options["until"] if s], options["do_sample"]
-            drawn: dict[str, Any] = {}
-            if sampled:
-                drawn |= {name: options.get(name) for name in ("top_p", "top_k")}
             self._draws += 1
-            drawn |= {"temperature": float(options["temperature"]) if sampled else 0.0}
-            drawn |= {"seed": self._draws if sampled else 0, "stop": stop or None}
+            drawn = _drawing_options(options, self._draws)
             job = checked_stream_job(
                 decoder, ids, n, text_options(self.tokens, drawn, decoder.eos_ids)
             )
@@ -159,3 +160,25 @@ class GPTFastLM(TemplateLM):
             texts.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
+
+
+def _drawing_options(options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return the harness's options as `generate` takes them.
+
+    Raises ValueError for one that `generate_until` would have to ignore.
+    """
+    for name, value in options.items():
+        if name not in _TAKEN and value is not None and value != _OFF.get(name, ...):
+            raise ValueError(
+                f"generate_until does not know {name}={value!r}; leave it out of the task's "
+                "generation_kwargs (--gen_kwargs)"
+            )
+    stop, sampled = [s for s in options["until"] if s], options["do_sample"]
+    names = ("top_p", "top_k", "min_p") if sampled else ()
+    return {
+        **{name: options.get(name) for name in names},
+        "repetition_penalty": options.get("repetition_penalty") or 1.0,
+        "temperature": float(options.get("temperature", 1.0)) if sampled else 0.0,
+        "seed": seed if sampled else 0,
+        "stop": stop or None,
+    }

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -114,7 +114,7 @@ class Options:
 
         Of equal prompts, each takes the seed after the one before, unless there is a seed for each.
         """
-        if self.num_beams != 1 or not isinstance(self.seed, int | float):
+        if self.num_beams != 1 or not isinstance(self.seed, int | float | Integral):
             return self
         repeats: Counter[tuple[int, ...]] = Counter()
         seeds = []

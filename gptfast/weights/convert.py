@@ -67,10 +67,10 @@ def check_name(path: str | PathLike, form: str) -> None:
     suffix = Path(path).suffix.lower()
     is_directory = form in ("transformers", "packed")
     if is_directory and suffix in (*_SUFFIXES, ".safetensors"):
-        raise ValueError(f"{form}'s form is a directory: give one instead of {path}")
+        raise ValueError(f"the {form} form is a directory: give one instead of {path}")
     if suffix in (*_OTHERS, ".safetensors"):
         raise ValueError(
-            f"{path} would be no {suffix} file, but {form}'s form; choose another name"
+            f"{path} would be no {suffix} file, but of the {form} form; choose another name"
         )
 
 

@@ -304,7 +304,9 @@ def read_pickles(*paths: Path) -> tuple[dict[str, LazyTensor], Any]:
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         if not state:
-            kind = getattr(archive.content, "name", type(archive.content).__name__)
+            stored = isinstance(archive.content, _Stored)
+            kind = "tensor" if stored else type(archive.content).__name__
+            kind = getattr(archive.content, "name", kind)
             raise CheckpointError(f"{path} holds no named tensors, but a {kind}; {REMEDY}")
         places: dict[str, int] = {}
         try:
