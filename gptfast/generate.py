@@ -33,7 +33,7 @@ def generate(
     length_penalty: float = 1.0,
     eos_id: Ends = None,
     stop: Stop | None = None,
-    seed: Number = 0,
+    seed: Number | None = None,
     tokenizer: Tokenizer | None = None,
     logprobs: bool = False,
     top_logprobs: int = 0,

@@ -28,8 +28,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # The flags, words of the error, and whether the command line alone shows the fault (exit code 2).
 TRAIN = {
     "--warmup-steps 10": ("--warmup-steps 10 is longer than the run of 3 steps", 2),
-    "--min-lr 1": ("--min-lr must be at most lr, got --min-lr 1.0 and lr 0.002", 2),
-    "--lr 1e-3 --min-lr 2e-3": ("--min-lr must be at most lr", 2),
+    "--min-lr 1": ("--min-lr must be at most --lr, got --min-lr 1.0 and --lr 0.002", 2),
+    "--lr 1e-3 --min-lr 2e-3": ("--min-lr must be at most --lr", 2),
     "--decay-steps 1": ("--decay-steps 1 is for schedule wsd, not cosine", 2),
     "--decay-steps 1 --schedule linear": ("is for schedule wsd, not linear", 2),
     "--schedule wsd --decay-steps 5": ("--decay-steps 5 is longer than the run of 3 steps", 2),

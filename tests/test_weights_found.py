@@ -233,7 +233,7 @@ def test_training_from_a_model_with_fewer_tokens(capsys: Capture) -> None:
     grown = ["train", "--init", "b", "--data", "text.txt", "--tokenizer", "w", "--out", "x"]
     refused(run(capsys, *grown, "--resize-vocab"), "was trained with another vocabulary")
     longer = run(capsys, *given, "--out", "t", "--resize-vocab", "--block-size", 32)
-    refused(longer, "its block_size is 16, not 32; leave --block-size out")
+    refused(longer, "its --block-size is 16, not 32; leave --block-size out")
 
 
 @pytest.mark.parametrize(("flags", "lr"), [([], 3e-4), (["--lr", "0.01"], 0.01)])

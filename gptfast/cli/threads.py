@@ -47,7 +47,7 @@ def thread_advice() -> str | None:
 @torch.no_grad()
 def _seconds() -> float:
     """Return the median time of a product of matrices."""
-    a = torch.full((SIDE, SIDE), 0.5)
+    a = torch.full((SIDE, SIDE), 0.5, dtype=torch.float32)
     seconds = []
     for _ in range(PRODUCTS):
         start = time.perf_counter()

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -45,8 +45,8 @@ class Options:
 
     Drawing, where each value is one number or one for each prompt:
         temperature, top_k, top_p, min_p, seed: as in `ops.sample`; temperature 0 is greedy, and
-            top_k 0 is off. A prompt that stands in a batch again takes the next seed of a single
-            one, so that the same prompt several times gives several texts.
+            top_k 0 is off. Without a seed it is 0, and a prompt that stands in a batch again takes
+            the next one, so that the same prompt several times gives several texts.
         repetition_penalty: CTRL's (Keskar et al., 2019), applied before the temperature: the logits
             of tokens that the prompt or its continuation holds are divided by it if positive and
             multiplied by it if negative; 1 is off.
@@ -83,7 +83,7 @@ class Options:
     length_penalty: float = 1.0
     eos_id: Ends = None
     stop: Stop | None = None
-    seed: Number = 0
+    seed: Number | None = None
     tokenizer: Tokenizer | None = None
     lookup: bool = False
     draft: Draft | None = None
@@ -105,23 +105,26 @@ class Options:
 
     def sampling(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """Return the parameters of `ops.sample` for each prompt, as (batch,) tensors."""
-        given = {name: _number(name, getattr(self, name), batch, device) for name in SAMPLING}
+        values = {name: getattr(self, name) for name in SAMPLING}
+        values["seed"] = 0 if self.seed is None else self.seed
+        given = {name: _number(name, value, batch, device) for name, value in values.items()}
         given["top_k"] = _top_k(given["top_k"])
         return per_row(batch, device, **given)
 
     def with_seeds(self, prompts: Sequence[Sequence[int]]) -> Self:
-        """Return these checked options with the seed of each prompt.
+        """Return these options with the seed of each prompt: as given, else counted up from 0.
 
-        Of equal prompts, each takes the seed after the one before, unless there is a seed for each.
+        Without a seed, only equal prompts need different ones. A prompt and a seed that is given
+        decide a text, whatever else is in the batch.
         """
-        if self.num_beams != 1 or not isinstance(self.seed, int | float | Integral):
+        if self.seed is not None or self.num_beams != 1:
             return self
         repeats: Counter[tuple[int, ...]] = Counter()
         seeds = []
         for prompt in map(tuple, prompts):
-            seeds.append(next_seed(int(self.seed), repeats[prompt]))
+            seeds.append(repeats[prompt])
             repeats[prompt] += 1
-        return self if len(repeats) == len(seeds) else replace(self, seed=seeds)
+        return replace(self, seed=seeds)
 
     def penalty(self, batch: int, device: torch.device) -> Tensor | None:
         """Return the repetition penalty of each prompt, (batch,) fp32; None if all are 1."""
