@@ -195,9 +195,8 @@ int64_t bwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
 
 template <class T, class R>
 void bwd_items(const AttentionArgs& args, int64_t begin, int64_t end) {
-  for_items<R>(begin, end, [&](auto number, int64_t from, int64_t to) {
-    return bwd_range<T, decltype(number)>(args, from, to);
-  });
+  for_items<R>(begin, end,
+               [&](auto number, int64_t from, int64_t to) { return bwd_range<T, decltype(number)>(args, from, to); });
 }
 
 void bwd(const AttentionArgs& args, int64_t begin, int64_t end) {

@@ -248,9 +248,8 @@ int64_t fwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
 
 template <class T, class R>
 void fwd_items(const AttentionArgs& args, int64_t begin, int64_t end) {
-  for_items<R>(begin, end, [&](auto number, int64_t from, int64_t to) {
-    return fwd_range<T, decltype(number)>(args, from, to);
-  });
+  for_items<R>(begin, end,
+               [&](auto number, int64_t from, int64_t to) { return fwd_range<T, decltype(number)>(args, from, to); });
 }
 
 void fwd(const AttentionArgs& args, int64_t begin, int64_t end) {
