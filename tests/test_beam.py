@@ -254,7 +254,6 @@ def test_huge_length_penalties() -> None:
         ({"num_beams": 16}, "num_beams must be from 1 to 15, got 16: .*2 .* num_beams candidates"),
         ({"num_beams": 2.5}, "num_beams must be an integer >= 1, got 2.5"),
         ({"num_beams": 2, "temperature": 0.5}, "leave out temperature=0.5"),
-        ({"num_beams": 2, "temperature": 0}, "leave out temperature=0"),
         ({"num_beams": 2, "temperature": [0.0]}, r"leave out temperature=\[0.0\]"),
         ({"num_beams": 2, "temperature": torch.zeros(1)}, "leave out temperature=tensor"),
         ({"num_beams": 2, "top_k": 4}, "leave out top_k=4"),
@@ -270,6 +269,12 @@ def test_huge_length_penalties() -> None:
 def test_options_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(open_model(), [[1, 2]], 3, **options)
+
+
+def test_temperature_0_asks_for_no_drawing_either() -> None:
+    options = {"num_beams": 2, "eos_id": None}
+    beams = generate(open_model(), [[1, 2]], 5, **options)
+    assert generate(open_model(), [[1, 2]], 5, temperature=0, **options) == beams
 
 
 def test_nan_weights() -> None:
