@@ -8,10 +8,6 @@
 len is Tk, or kv_len[b] if it is given. For a query that sees no key, or only keys whose score is
 -inf, out and dS are 0 and lse is -inf. The sums in O, dQ, dK and dV are over visible pairs: NaN and
 inf reach nothing across a pair that is not visible.
-
-All of it is computed in fp64, which holds the score of any two finite rows. So a score is -inf only
-where q or k is not finite, and kernels have to give what these scores give, whatever they compute
-with.
 """
 
 import torch
@@ -43,7 +39,7 @@ def dropout_scale(q: Tensor, k: Tensor, dropout_p: float, seed: Tensor) -> Tenso
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Return P (B, H, Tq, Tk), and lse (B, H, Tq), of q and k in fp64."""
+    """Return P (B, H, Tq, Tk), and lse (B, H, Tq)."""
     scores = ((q @ k.transpose(-2, -1)) * scale).masked_fill(~visible, -torch.inf)
     # The softmax of nothing but -inf would be NaN, and so would its gradient.
     empty = (scores == -torch.inf).all(-1, keepdim=True)
@@ -58,7 +54,7 @@ def _visible_product(weights: Tensor, visible: Tensor, x: Tensor) -> Tensor:
     met = visible.to(x.dtype) @ (~finite).to(x.dtype) > 0
     # Detached: where() would multiply the gradient of what it leaves out, 0, by NaN.
     product = weights.detach() @ x.detach()
-    return torch.where(met, product, weights @ x.masked_fill(~finite, 0.0))
+    return torch.where(met, product, weights @ torch.where(finite, x, 0.0))
 
 
 def attention_fwd(
@@ -72,11 +68,12 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp64."""
     visible = _visible(q, k, kv_len)
-    p, lse = _probabilities(q.double(), k.double(), scale, visible)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    p, lse = _probabilities(q.to(dtype), k.to(dtype), scale, visible)
     if dropout_p > 0:
         assert seed is not None
-        p = p * dropout_scale(q, k, dropout_p, seed)
-    return _visible_product(p, visible, v.double()).to(q.dtype), lse
+        p = p * dropout_scale(q, k, dropout_p, seed).to(dtype)
+    return _visible_product(p, visible, v.to(dtype)).to(q.dtype), lse.double()
 
 
 def attention_bwd(
@@ -92,14 +89,15 @@ def attention_bwd(
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, contiguous, in the inputs' dtype."""
-    dtype = q.dtype
-    q, k, v, dout = (t.double() for t in (q, k, v, dout))
+    input_dtype = q.dtype
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, dout = (t.to(dtype) for t in (q, k, v, dout))
     visible = _visible(q, k, kv_len)
     p, _ = _probabilities(q, k, scale, visible)
     dropped, dp = p, (dout @ v.transpose(-2, -1)).masked_fill(~visible, 0.0)
     if dropout_p > 0:
         assert seed is not None
-        keep = dropout_scale(q, k, dropout_p, seed)
+        keep = dropout_scale(q, k, dropout_p, seed).to(dtype)
         dropped, dp = p * keep, dp * keep
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
     ds = ds.masked_fill(~visible, 0.0)  # delta may be NaN
@@ -107,7 +105,7 @@ def attention_bwd(
     dq = _visible_product(ds, visible, k)
     dk = _visible_product(ds.transpose(-2, -1), seen, q)
     dv = _visible_product(dropped.transpose(-2, -1), seen, dout)
-    dq, dk, dv = (t.to(dtype).contiguous() for t in (dq, dk, dv))
+    dq, dk, dv = (t.to(input_dtype).contiguous() for t in (dq, dk, dv))
     return dq, dk, dv
 
 
