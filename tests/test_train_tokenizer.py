@@ -12,19 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seeds import python_generator
+from tokenizers_of_others import EOT, TEXTS
 
 from gptfast import get_tokenizer
 from gptfast.cli.tokenizer import TrainTokenizer
 from gptfast.data.embedded import embedded_text
 from gptfast.tokenizer import vocabulary as tokenizer
 from gptfast.tokenizer.train import reduce_tokenizer, train_tokenizer
-
-EOT = "<|endoftext|>"
-TEXTS = [
-    "the cat and the hat, the rat and the bat; 1234 12 1999 don't I'll they're",
-    "naïve café déjà vu über Straße   three spaces\n\n\ttabs and  runs \r\n of   white\u3000space",
-    "日本語のテキスト 日本語 \u0661\u0662\u0663 привет привет мир 😀😀 👩\u200d👧 e\u0301 \x00\x7f",
-] * 3
 
 
 @pytest.fixture(scope="module")
