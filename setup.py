@@ -23,20 +23,23 @@ class Level(NamedTuple):
 
     namespace: str
     flags: str
-    loops: str = "*_loops.cpp"
+    loops: tuple[str, ...] = ("*_loops.cpp",)
     """The loops it compiles; for the others it runs those of the level below."""
 
 
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-LEVELS = [Level("generic", "")]
+# Loops with dot products of bytes or of bf16.
+PRODUCTS = ("engine_loops.cpp",)
+AVX512_BF16 = f"{AVX512} -mavx512vnni -mavx512bf16"
+LEVELS = [Level("generic", ""), Level("amx_emulated", "-DGPTFAST_EMULATED_TILES", PRODUCTS)]
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS += [
         Level("avx2", AVX2),
         Level("avx512", AVX512),
-        # Dot products of bytes and of bf16, which only the engine uses.
-        Level("avx512_vnni", f"{AVX512} -mavx512vnni", "engine_loops.cpp"),
-        Level("avx512_bf16", f"{AVX512} -mavx512vnni -mavx512bf16", "engine_loops.cpp"),
+        Level("avx512_vnni", f"{AVX512} -mavx512vnni", ("engine_loops.cpp",)),
+        Level("avx512_bf16", AVX512_BF16, PRODUCTS),
+        Level("amx", f"{AVX512_BF16} -DGPTFAST_TILES", PRODUCTS),
     ]
 CSRC = Path("csrc")
 TABLE = CSRC / "loops_table.cpp"
@@ -78,7 +81,7 @@ class BuildExtension(build_ext):
             flags = [*FLAGS, *level.flags.split(), f"-DGPTFAST_LEVEL={level.namespace}"]
             flags += ["-fno-exceptions", "-Wno-psabi"]
             flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-            sources = [TABLE, *CSRC.glob(level.loops)]
+            sources = [TABLE, *(path for loops in level.loops for path in CSRC.glob(loops))]
             jobs += [([str(path)], flags, level.namespace) for path in sources]
 
         def compile(job: tuple[list[str], list[str], str]) -> list[str]:

@@ -29,6 +29,8 @@ pybind11::dict build_info() {
   pybind11::dict info;
   info["isa"] = level_name();
   info["isa_supported"] = supported_levels();
+  info["isa_emulated"] = emulated_levels();
+  info["matrix_engine"] = matrix_engine();
   info["compiler"] = __VERSION__;
 #ifdef _OPENMP
   info["openmp"] = true;

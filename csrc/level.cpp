@@ -3,6 +3,11 @@
 
 #include <stdexcept>
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace gptfast {
 
 // The tables of loops_table.cpp.
@@ -22,7 +27,13 @@ extern const Loops loops;
 namespace avx512_bf16 {
 extern const Loops loops;
 }
+namespace amx {
+extern const Loops loops;
+}
 #endif
+namespace amx_emulated {
+extern const Loops loops;
+}
 
 namespace {
 
@@ -47,6 +58,29 @@ void fill_holes(Loops& loops, const Loops& below) {
   fill(loops.engine, below.engine);
 }
 
+// Whether the CPU has tiles of bf16 and int8, and whether the system lets this process use them.
+enum class MatrixEngine { none, granted, refused };
+
+MatrixEngine ask_for_matrix_engine() {
+#if defined(__x86_64__) && defined(__linux__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16") || !__builtin_cpu_supports("amx-int8"))
+    return MatrixEngine::none;
+  // The contents of tiles are 8 KB of each thread's state, which Linux sets aside for processes that ask. Containers
+  // may refuse; then the first use of a tile would end the process. Children inherit the permission.
+  constexpr int64_t ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_TILE_DATA = 18;
+  const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILE_DATA) == 0;
+  return granted ? MatrixEngine::granted : MatrixEngine::refused;
+#else
+  return MatrixEngine::none;
+#endif
+}
+
+MatrixEngine asked_matrix_engine() {
+  static const MatrixEngine answer = ask_for_matrix_engine();
+  return answer;
+}
+
 std::vector<Level> find_levels() {
   std::vector<Level> levels = {{"default", true, generic::loops}};
 #ifdef __x86_64__
@@ -58,6 +92,7 @@ std::vector<Level> find_levels() {
   levels.push_back({"avx512", avx512, avx512::loops});
   levels.push_back({"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0, avx512_vnni::loops});
   levels.push_back({"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0, avx512_bf16::loops});
+  levels.push_back({"amx", asked_matrix_engine() == MatrixEngine::granted, amx::loops});
 #endif
   size_t n = 1;
   for (; n < levels.size() && levels[n].cpu_has; ++n) fill_holes(levels[n].loops, levels[n - 1].loops);
@@ -75,6 +110,16 @@ const Level*& current() {
   return level;
 }
 
+// What the emulation has no loops for, it takes from the best level.
+const Level& emulated() {
+  static const Level level = [] {
+    Level found{"amx_emulated", true, amx_emulated::loops};
+    fill_holes(found.loops, levels().back().loops);
+    return found;
+  }();
+  return level;
+}
+
 }  // namespace
 
 const Loops& loops() { return current()->loops; }
@@ -87,7 +132,24 @@ std::vector<std::string> supported_levels() {
   return names;
 }
 
+std::vector<std::string> emulated_levels() { return {emulated().name}; }
+
+std::string matrix_engine() {
+  switch (asked_matrix_engine()) {
+    case MatrixEngine::granted:
+      return "AMX";
+    case MatrixEngine::refused:
+      return "AMX, refused by the system";
+    default:
+      return "none";
+  }
+}
+
 void set_level(const std::string& name) {
+  if (name == emulated().name) {
+    current() = &emulated();
+    return;
+  }
   std::string listed;
   for (const Level& level : levels()) {
     if (level.name == name) {
