@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from gptfast.weights.inert import Inert, mapping_of
+from gptfast.inert import Inert, mapping_of
 from gptfast.weights.lazy_tensor import CheckpointError
 
 # Our names, and those under which files have the same.

@@ -9,7 +9,9 @@ gives: those that describe a tensor, for example.
 import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, cast
+
+import numpy as np
 
 # Each may cost some 60 bytes of memory; a GPT-2 XL with its optimizer has 100,000.
 _MAX_OPERATIONS = 5_000_000
@@ -44,6 +46,8 @@ class Inert:
     attributes: dict[Any, Any] = field(default_factory=dict)
     items: list[Any] = field(default_factory=list)
     """The items of a list or set; those of a dictionary are in `attributes`."""
+    state: tuple[Any, ...] = ()
+    """What it was built with if that is no dictionary: a dtype's byte order, for example."""
 
 
 Call = Callable[..., Any]
@@ -171,12 +175,7 @@ class _Machine:
         if type(target) is not dict or len(items) % 2:
             raise TypeError(f"it sets keys of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # The hash of a tuple of tuples of the same tuples would take for ever, and large
-            # integers can be chosen to have one hash.
-            for part in key if isinstance(key, tuple) else (key,):
-                if isinstance(part, tuple) or isinstance(part, int) and abs(part) >= 2**60:
-                    raise TypeError("a key is no name and no number")
-            target[key] = value
+            target[_checked_key(key)] = value
 
     def on_global(self, name: str) -> None:
         self.push_global(*name.split(" ", 1))
@@ -219,12 +218,58 @@ class _Machine:
         if isinstance(target, Inert):
             # With slots, a pair: what is in __dict__, and the slots.
             parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+            target.state = state if isinstance(state, tuple) else ()
             for part in parts:
                 if type(part) is dict:
                     target.attributes |= part
 
     def on_binpersid(self) -> None:
         self.stack.append(self.persistent(self.stack.pop()))
+
+
+def _checked_key(key: Any) -> Any:
+    """Return a key of a dictionary. Raises TypeError for one that takes for ever to hash.
+
+    That is a tuple of tuples of the same tuples, or large integers chosen to have one hash.
+    """
+    for part in key if isinstance(key, tuple) else (key,):
+        if isinstance(part, tuple) or isinstance(part, int) and abs(part) >= 2**60:
+            raise TypeError("a key is no name and no number")
+    return key
+
+
+def _scalar(dtype: Any, content: Any = b"", *_: Any) -> Any:
+    """Return a number or a text of NumPy's as Python's; an Inert for another kind of value."""
+    kind = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
+    big_endian = isinstance(dtype, Inert) and dtype.state[1:2] == (">",)
+    if isinstance(kind, str) and isinstance(content, bytes) and not big_endian:
+        if kind in _NUMBERS and len(content) == np.dtype(kind).itemsize:
+            return np.frombuffer(content, f"<{kind}")[0].item()
+        if kind == f"U{len(content) // 4}" and content:
+            return content.decode("utf-32-le")
+    return Inert("numpy.scalar")
+
+
+def _encoded(text: Any, *_: Any) -> bytes:
+    return cast(str, text).encode("latin-1")  # protocol 2 keeps bytes as text
+
+
+def _mapping(pairs: Any = ()) -> dict[Any, Any]:
+    """Return a dictionary of a class of its own; Python 2 gave one its pairs at once."""
+    items = pairs.items() if isinstance(pairs, dict) else pairs
+    return {_checked_key(key): value for key, value in items}
+
+
+_NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+PLAIN_CALLS: dict[str, Call] = {
+    "collections.OrderedDict": _mapping,
+    "collections.Counter": _mapping,
+    "collections.defaultdict": lambda *_: {},
+    "_codecs.encode": _encoded,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+}
+"""The calls that plain data needs: dictionaries of a class of their own, and NumPy's scalars."""
 
 
 def read_pickle(file: IO[bytes], calls: Mapping[str, Call], persistent: Call) -> Any:
