@@ -16,7 +16,7 @@ from gptfast.data.streams import is_stream
 from gptfast.data.token_files import Documents, TokenFiles, as_uint16, check_ratios, split_edges
 from gptfast.data.tokenize import Encoded, tokenize
 from gptfast.files import json_text, new_directory, temporary
-from gptfast.tokenizer.bpe import Tokenizer, vocabulary
+from gptfast.tokenizer.bpe import Tokenizer, end_of_text, vocabulary
 
 META_FORMAT = 1
 PARTS = ("train", "val", "test")
@@ -141,7 +141,7 @@ def prepare(
                 "tokenizer": tokenizer.name,
                 "vocabulary": vocabulary(tokenizer),
                 "n_vocab": tokenizer.n_vocab,
-                "eot": tokenizer.eot,
+                "eot": end_of_text(tokenizer),
                 "documents": documents,
                 "tokens": tokens,
                 "sources": [str(path) for path in files],

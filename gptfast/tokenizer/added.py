@@ -6,7 +6,7 @@ at each place the longest name counts.
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -113,6 +113,37 @@ class AddedTokens:
             done = end
         if done != len(text):
             yield text[done:]
+
+
+class Borders:
+    """Where a text may be cut so that the ids of its pieces are those of the whole.
+
+    It may be cut only before a space or a line break between non-spaces, where no word of GPT-2's
+    split crosses, but not everywhere: an added token may have the space in its name, or take it.
+    """
+
+    def __init__(self, tokens: Iterable[AddedToken] = (), *, prefix_space: bool = False) -> None:
+        """tokens: those found in any text. prefix_space: whether text gets a space before it."""
+        # before, after: how many characters on either side of a cut decide about it.
+        # No cut is allowed between what ends as the first and what begins as the second of a pair.
+        self._around: list[tuple[str, str]] = []
+        for token in tokens:
+            name = token.content
+            starts = [k for k in range(1, len(name)) if name[k] in " \n"]
+            self._around += [(name[:k], name[k:]) for k in starts]
+            if token.rstrip or prefix_space:
+                self._around.append((name, ""))
+            if token.single_word and name[0] in " \n":
+                self._around.append(("", name))
+        self.before = max((len(before) for before, _ in self._around), default=0)
+        self.after = max((len(after) for _, after in self._around), default=0)
+
+    def allow(self, text: str, at: int) -> bool:
+        """Return whether a text may be cut at a place that is before a space or line break."""
+        return not any(
+            text.endswith(before, 0, at) and text.startswith(after, at)
+            for before, after in self._around
+        )
 
 
 def _inside_word(text: str, start: int, end: int) -> bool:
