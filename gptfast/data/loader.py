@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gptfast.checks import integer
 from gptfast.data.token_files import Documents, TokenFiles
 from gptfast.data.tokens import Source, Tokens, as_tokens, in_memory
-from gptfast.tokenizer.bpe import Tokenizer, end_of_text
+from gptfast.tokenizer.bpe import Tokenizer
 
 # Items of a batch that `describe_batch` lists.
 _MAX_LISTED_ITEMS = 8
@@ -186,8 +186,7 @@ def create_dataloader(
     if isinstance(text_or_tokens, Documents):
         if not len(text_or_tokens):
             raise ValueError("there are no documents to make batches of; use more data")
-        eot = end_of_text(tokenizer) if tokenizer else None
-        pad_id = text_or_tokens.eot if eot is None else eot
+        pad_id = tokenizer.eot if tokenizer else text_or_tokens.eot
         dataset = Examples(text_or_tokens, max_length, pad_id)
         items = f"{len(dataset)} examples"
     else:
