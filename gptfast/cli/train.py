@@ -295,11 +295,13 @@ def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
 
 
 def load_weights(model: GPT, path: str | PathLike, *, resize_vocab: bool = False) -> None:
-    """Copy the weights at `path` into `model`. Raises ValueError if they do not fit.
+    """Copy the weights at `path`, and the ids that end a text there, into `model`.
 
-    resize_vocab: if the model has more tokens, their rows are the mean of those at `path`.
+    Raises ValueError if they do not fit. resize_vocab: if the model has more tokens, their rows are
+    the mean of those at `path`.
     """
     weights = open_weights(path)
     if resize_vocab:
         weights = weights.resized(model.config.vocab_size)
     weights.copy_to(model.config, model.state_dict())
+    model.eos_ids = weights.eos_ids

@@ -16,6 +16,9 @@ TOKEN_SUFFIXES = (".bin", ".npy")
 DESCRIPTIONS = frozenset(
     ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "meta.json")
     + ("config.json", "package.json", "package-lock.json", "tsconfig.json")
+    # A vocabulary, as `gptfast prepare` puts it beside its tokens.
+    + ("tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "characters.json")
+    + ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 )
 
 _REFUSED = {
