@@ -50,6 +50,14 @@ class Inert:
     """What it was built with if that is no dictionary: a dtype's byte order, for example."""
 
 
+class Attributed(dict[Any, Any]):
+    """A dictionary that has attributes too, as torch's state dictionaries have `_metadata`."""
+
+    def __init__(self, items: Mapping[Any, Any]) -> None:
+        super().__init__(items)
+        self.attributes: dict[Any, Any] = {}
+
+
 Call = Callable[..., Any]
 
 
@@ -172,7 +180,7 @@ class _Machine:
         """Set keys and values, in turn, in the dictionary on top of the stack."""
         target = self.stack[-1]
         target = target.attributes if isinstance(target, Inert) else target
-        if type(target) is not dict or len(items) % 2:
+        if not isinstance(target, dict) or len(items) % 2:
             raise TypeError(f"it sets keys of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[_checked_key(key)] = value
@@ -210,17 +218,19 @@ class _Machine:
     def on_newobj_ex(self) -> None:
         named, args, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
         self.stack.append(self.call(function, args))
-        if isinstance(self.stack[-1], Inert) and type(named) is dict:
+        if isinstance(self.stack[-1], Inert) and isinstance(named, dict):
             self.stack[-1].attributes |= named
 
     def on_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Attributed) and isinstance(state, dict):
+            target.attributes |= state
         if isinstance(target, Inert):
             # With slots, a pair: what is in __dict__, and the slots.
             parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
             target.state = state if isinstance(state, tuple) else ()
             for part in parts:
-                if type(part) is dict:
+                if isinstance(part, dict):
                     target.attributes |= part
 
     def on_binpersid(self) -> None:
@@ -257,7 +267,7 @@ def _encoded(text: Any, *_: Any) -> bytes:
 def _mapping(pairs: Any = ()) -> dict[Any, Any]:
     """Return a dictionary of a class of its own; Python 2 gave one its pairs at once."""
     items = pairs.items() if isinstance(pairs, dict) else pairs
-    return {_checked_key(key): value for key, value in items}
+    return Attributed({_checked_key(key): value for key, value in items})
 
 
 _NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
@@ -294,4 +304,4 @@ def mapping_of(value: Any) -> dict[Any, Any] | None:
     """Return a dictionary, or the attributes of an object as one; None for anything else."""
     if isinstance(value, Inert):
         return value.attributes
-    return value if type(value) is dict else None
+    return value if isinstance(value, dict) else None

@@ -4,6 +4,7 @@ can read it, and refused with one error if it is damaged."""
 import json
 import shutil
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -479,18 +480,46 @@ def test_any_form_converts_to_any_other(form: str, tmp_path: Path) -> None:
     """OpenAI's model stays the same through this form and then each of the others."""
     first = GPT.from_pretrained(FIXTURES / "openai")
     save(first, tmp_path / NAMES[form], form)
-    n_head = HPARAMS["n_head"] if form == "book" else None
-    second = GPT.from_pretrained(tmp_path / NAMES[form], n_head=n_head)
+    second = GPT.from_pretrained(tmp_path / NAMES[form])
     for other in FORMATS:
         path = tmp_path / "others" / NAMES[other]
         save(second, path, other)
-        third = GPT.from_pretrained(path, n_head=HPARAMS["n_head"])
+        third = GPT.from_pretrained(path)
         assert third.config == first.config
         assert differing(parameters(third), parameters(first)) == []
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before-1.6"])
+@pytest.mark.parametrize("n_head", [1, 2, 4, 8])
+def test_the_books_form_states_the_number_of_heads(
+    n_head: int, legacy: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In what every state dictionary has: torch reads the file as before."""
+    model = wide_model(n_head=n_head)
+    save(model, path := tmp_path / "m.pth")
+    if legacy:
+        torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    assert GPT.from_pretrained(path).config == model.config
+    assert "heads" not in caplog.text
+    assert GPT.from_pretrained(path, n_head=n_head).config == model.config
+    with pytest.raises(CheckpointError, match=f"has {n_head} heads, not n_head=16"):
+        GPT.from_pretrained(path, n_head=16)
+    state = torch.load(path, weights_only=True)
+    assert isinstance(state, OrderedDict)
+    linear = torch.nn.Linear(128, 4 * 128)
+    prefix = "trf_blocks.0.ff.layers.0."
+    for name in [name for name in state if not name.startswith(prefix)]:
+        del state[name]
+    holder = torch.nn.Module()
+    holder.trf_blocks = torch.nn.ModuleList([torch.nn.Module()])
+    holder.trf_blocks[0].ff = torch.nn.Module()
+    holder.trf_blocks[0].ff.layers = torch.nn.Sequential(linear)
+    assert str(holder.load_state_dict(state)) == "<All keys matched successfully>"
+
+
 def test_a_number_of_heads_that_no_file_states(tmp_path: Path) -> None:
     save(GPT.from_pretrained(FIXTURES / "openai"), tmp_path / "m.pth")
+    torch.save(dict(torch.load(tmp_path / "m.pth")), tmp_path / "m.pth")  # as the book's is
     with pytest.raises(CheckpointError, match=r"how many heads .* n_head \(24 channels\)"):
         GPT.from_pretrained(tmp_path / "m.pth")
     assert GPT.from_pretrained(tmp_path / "m.pth", n_head=3).config.n_head == 3
