@@ -300,6 +300,14 @@ def read_pickle(file: IO[bytes], calls: Mapping[str, Call], persistent: Call) ->
     return machine.stack[-1]
 
 
+def kind_of(value: Any) -> str:
+    """Return what a value of a pickle is, in words for a message."""
+    if isinstance(value, Inert | Global):
+        return f"an object, {value.name:.80}"
+    kinds = {dict: "a dictionary", str: "a text", bytes: "bytes", int: "a number"}
+    return next((kinds[k] for k in kinds if isinstance(value, k)), f"a {type(value).__name__}")
+
+
 def mapping_of(value: Any) -> dict[Any, Any] | None:
     """Return a dictionary, or the attributes of an object as one; None for anything else."""
     if isinstance(value, Inert):

@@ -146,7 +146,7 @@ class Train(Reading):
     def trainer(self) -> tuple[Trainer, list[Source], int]:
         """Return the trainer of this run, its data, and the number of tokens per window."""
         if len(self.split) not in (2, 3):
-            raise ValueError(f"--split takes two or three shares, got {self.split}")
+            raise ValueError(f"--split takes two or three shares, got {len(self.split)}")
         if self.resize_vocab and self.init is None:
             raise ValueError("--resize-vocab needs --init: it is that model that gets more tokens")
         tokenizer = self._tokenizer()

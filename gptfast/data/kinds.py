@@ -33,7 +33,7 @@ _REFUSED = {
     "is a document with a layout; convert it to text first, with pandoc or pdftotext for "
     "example": ".pdf .docx .doc .odt .rtf .epub .mobi .pptx .ppt .djvu .ps",
     "is a spreadsheet; save it as .csv": ".xlsx .xls .ods .numbers",
-    "is a data base; export its texts as .jsonl, .csv or .parquet": (
+    "is a database; export its texts as .jsonl, .csv or .parquet": (
         ".db .sqlite .sqlite3 .tfrecord .tfrecords .avro .orc .lance .mdb .rdb"
     ),
     "holds arrays or a model, no text; give text, or tokens as .bin or .npy": (

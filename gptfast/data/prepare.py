@@ -77,10 +77,11 @@ def _check(out: Path, tokenizer: Tokenizer, split: Sequence[float], workers: int
     """Raise ValueError for arguments of `prepare` that cannot be used."""
     if tokenizer.n_vocab > 65536:
         raise ValueError(
-            f"token files hold ids up to 65535; {tokenizer.name} has {tokenizer.n_vocab} tokens"
+            f"token files hold ids up to 65,535, but {tokenizer.name} has {tokenizer.n_vocab:,} "
+            "tokens; train on the text itself, or choose a smaller vocabulary (--tokenizer)"
         )
     if len(split) > len(PARTS):
-        raise ValueError(f"split takes one to three shares, got {tuple(split)}")
+        raise ValueError(f"split takes one to three shares, got {len(split)} (--split)")
     check_ratios(split)
     if workers is not None:
         integer("workers", workers, least=1)
@@ -161,7 +162,7 @@ def _keep_vocabulary(tokenizer: Tokenizer, directory: Path) -> dict[str, Any]:
 
     gpt2 and byte are known by name.
     """
-    texts = getattr(tokenizer, "transformers_files", dict)()
+    texts: dict[str, str] = getattr(tokenizer, "transformers_files", dict)()
     if tokenizer.name not in ("gpt2", "byte") and texts:
         kept = directory / VOCABULARY
         kept.mkdir()

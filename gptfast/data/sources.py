@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from gptfast.checks import reason
 from gptfast.data.documents import Fields, find_files
 from gptfast.data.embedded import embedded_text
 from gptfast.data.kinds import TOKEN_SUFFIXES
@@ -35,11 +36,13 @@ def _read_meta(directory: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
         if meta["format"] != META_FORMAT:
-            raise LookupError(f"format {meta['format']!r} is not {META_FORMAT}")
+            raise ValueError(f"format {meta['format']!r} is not {META_FORMAT}")
         found = {name: meta[name] for name in ("tokenizer", "n_vocab", "tokens")}
         return {**found, "vocabulary": meta.get("vocabulary")}
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be used ({error!r}); prepare the data again") from None
+        raise ValueError(
+            f"{path} cannot be used ({reason(error)}); prepare the data again"
+        ) from None
 
 
 def _meta_of(characters: CharacterTokenizer) -> dict[str, Any]:
@@ -171,7 +174,7 @@ def load_part(
     if len(paths) != 1 or not (files := _part_files(paths[0])):
         return sources[0]
     if part not in files:
-        raise ValueError(f"{paths[0]} has no part {part}, only {', '.join(files)}")
+        raise ValueError(f"{paths[0]} has no part {part}, only {', '.join(files)} (--part)")
     return sources[list(files).index(part)]
 
 

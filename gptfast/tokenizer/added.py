@@ -152,6 +152,13 @@ def _inside_word(text: str, start: int, end: int) -> bool:
     return any(one and is_of(one, r"\w") for one in (before, after))
 
 
+def parse_id(text: str) -> int:
+    """Return the id that a key of a JSON object is. Raises ValueError for another key."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(f"{text!r:.40} is no id")
+    return int(text)
+
+
 class AddedIds:
     """Gives ids to added tokens as the tokenizers library does."""
 

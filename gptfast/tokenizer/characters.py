@@ -117,8 +117,8 @@ def _characters(meta: Any) -> list[str]:
         itos = dict(enumerate(itos))
     if isinstance(itos, inert.Inert) and not itos.attributes:
         raise ValueError(
-            f"its itos is an object, {itos.name}; write the file again with a dictionary of texts "
-            "and numbers, or without itos"
+            f"its itos is {inert.kind_of(itos)}; write the file again with a dictionary of "
+            "texts and numbers, or without itos"
         )
     if inert.mapping_of(itos) != dict(enumerate(characters)):
         raise ValueError("its itos and stoi contradict each other")
@@ -127,9 +127,8 @@ def _characters(meta: Any) -> list[str]:
 
 def _shown(value: Any) -> str:
     """Return a value for a message: the type of a container, which may be endless when written."""
-    if isinstance(value, inert.Inert | inert.Global):
-        return f"an object, {value.name[:80]}"
-    return f"{value!r:.40}" if isinstance(value, str | int | float) else type(value).__name__
+    plain = isinstance(value, str | int | float)
+    return f"{value!r:.40}" if plain else inert.kind_of(value)
 
 
 def read_pickle(content: bytes) -> Any:

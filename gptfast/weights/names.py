@@ -116,11 +116,11 @@ def file_name(name: str, names: Mapping[str, str]) -> str:
 
 
 def family_of(raw: tuple[str, ...]) -> str | None:
-    """Return the architecture that names of tensors belong to, in words; None if none is known."""
+    """Return whose architecture names of tensors belong to, in words; None if none is known."""
     for name in raw:
         for pattern, family in _FAMILIES:
             if re.search(pattern, name):
-                return f"{family} architecture, as {name!r} shows"
+                return f"{family}, as {name!r} shows"
     return None
 
 

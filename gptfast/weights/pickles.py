@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptfast.checks import one_line
-from gptfast.inert import PLAIN_CALLS, Inert, mapping_of, read_pickle
+from gptfast.inert import PLAIN_CALLS, Inert, kind_of, mapping_of, read_pickle
 from gptfast.weights.lazy_tensor import CheckpointError, LazyTensor, MappedFiles, map_file
 
 REMEDY = "save it again as torch.save(model.state_dict(), FILE)"
@@ -121,7 +121,7 @@ def _open_zip(path: Path) -> _Archive:
         if f"{root}constants.pkl" in records:
             raise CheckpointError(f"{path} is TorchScript: load it in torch and {REMEDY}")
         if any(record.compress_type for record in records.values()):
-            raise CheckpointError(f"{path} was not read: it is compressed")
+            raise CheckpointError(f"{path} was not read: it is compressed; {REMEDY}")
         order = f"{root}byteorder"
         if order in records and archive.read(order) != b"little":
             raise CheckpointError(f"{path} was written on a big-endian machine; {REMEDY}")
@@ -286,9 +286,8 @@ def read_pickles(*paths: Path) -> tuple[dict[str, LazyTensor], Any]:
             raise CheckpointError(f"{path}: {error}") from None
         if not state:
             stored = isinstance(archive.content, _Stored)
-            kind = "tensor" if stored else type(archive.content).__name__
-            kind = getattr(archive.content, "name", kind)
-            raise CheckpointError(f"{path} holds no named tensors, but a {kind}; {REMEDY}")
+            kind = "a tensor" if stored else kind_of(archive.content)
+            raise CheckpointError(f"{path} holds no named tensors, but {kind}; {REMEDY}")
         places: dict[str, int] = {}
         try:
             own = {
