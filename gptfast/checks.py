@@ -92,6 +92,13 @@ def _describe(hint: Any) -> str:
     return names[hint]
 
 
+def reason(error: Exception) -> str:
+    """Return why a file's values do not fit, without Python's words for one of another form."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return one_line(error) if isinstance(error, ValueError) else "it has another form than usual"
+
+
 def one_line(error: BaseException) -> str:
     """Return the first line of an error's message, without the place in torch's source."""
     message = str(error).strip() or type(error).__name__

@@ -7,7 +7,8 @@ import pickletools
 import shutil
 import struct
 import time
-from collections import OrderedDict
+from argparse import Namespace
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from gptfast import GPT, get_tokenizer
 from gptfast.data.prepare import prepare
 from gptfast.data.sources import load_data, prepared_tokenizer
+from gptfast.inert import Inert
 from gptfast.tokenizer.bpe import vocabulary
 from gptfast.tokenizer.characters import (
     CharacterTokenizer,
@@ -33,11 +35,12 @@ from gptfast.weights import convert
 TEXT = "The quick brown fox jumps over the lazy dog, then naps; é is in 'café'.\n" * 60
 CHARACTERS = sorted(set(TEXT))
 TINY = [*SIZES, "--batch-size", 4, "--sample-tokens", 4, "--device", "cpu", "--max-steps", 2]
+KEYS = st.integers(1 - 2**60, 2**60 - 1)
 PLAIN = st.recursive(
     st.text(max_size=5) | st.integers() | st.none() | st.booleans() | st.floats(allow_nan=False),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=4)
+        | st.dictionaries(st.text(max_size=4) | KEYS, inner, max_size=4)
         | st.tuples(inner)
         | st.tuples(inner, inner, inner, inner)
     ),
@@ -97,10 +100,50 @@ def shared_tuples(depth: int) -> bytes:
     return b"\x80\4}" + body + b"K\1s."
 
 
+# What people make with other tools than nanoGPT's prepare.py.
+OTHER_TYPES = {
+    "int64": lambda meta: meta | {"stoi": {c: np.int64(i) for c, i in meta["stoi"].items()}},
+    "sizes": lambda meta: meta | {"vocab_size": np.int32(meta["vocab_size"])},
+    "uint8": lambda meta: meta | {"itos": {np.uint8(i): c for i, c in meta["itos"].items()}},
+    "str_": lambda meta: meta | {"stoi": {np.str_(c): i for c, i in meta["stoi"].items()}},
+    "str_ both": lambda meta: meta | {"itos": [np.str_(c) for c in meta["itos"].values()]},
+    "ordered": lambda meta: OrderedDict((k, OrderedDict(meta[k])) for k in ("stoi", "itos")),
+    "defaultdict": lambda meta: meta | {"stoi": defaultdict(int, meta["stoi"])},
+    "counter": lambda meta: meta | {"stoi": Counter(meta["stoi"])},
+    "namespace": lambda meta: Namespace(**meta),
+}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+def test_vocabularies_of_other_types(kind: str, protocol: int, tmp_path: Path) -> None:
+    content = pickle.dumps(OTHER_TYPES[kind](meta_of(TEXT)), protocol)
+    (tmp_path / "meta.pkl").write_bytes(content)
+    tokenizer = read_characters(tmp_path / "meta.pkl")
+    assert list(tokenizer.characters) == CHARACTERS
+    assert {type(c) for c in tokenizer.characters} == {str}
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_a_number_of_another_byte_order_is_not_misread() -> None:
+    content = pickle.dumps(np.int32(1), 2)
+    assert read_pickle(content) == 1
+    big = read_pickle(content.replace(b"X\1\0\0\0<", b"X\1\0\0\0>"))
+    assert isinstance(big, Inert)
+
+
+def test_an_object_in_its_place_is_named(tmp_path: Path) -> None:
+    meta = meta_of(TEXT) | {"itos": np.array(CHARACTERS)}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    with pytest.raises(ValueError, match=r"its itos is an object, numpy.*write the file again"):
+        read_characters(tmp_path / "meta.pkl")
+
+
 HOSTILE = {
     "a call": pickle.dumps({"stoi": Harm()}),
     "a class": pickle.dumps({"stoi": OrderedDict(a=1)}),
-    "numpy": pickle.dumps({"stoi": {"a": np.int64(0)}}),
+    "a date of numpy's": pickle.dumps({"stoi": {"a": np.datetime64("2020-01-01")}}),
+    "an array as ids": pickle.dumps({"stoi": np.arange(3)}),
     "a set": pickle.dumps({"stoi": {"a"}}),
     "a huge memo": b"\x80\4}r" + struct.pack("<I", 2**32 - 1) + b".",
     "a huge text": b"\x80\4\x8d" + struct.pack("<Q", 2**62) + b"a.",

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,13 +39,29 @@ def test_convert_from_form_to_form(capsys: Capture) -> None:
         output = done(capsys, "convert", source, name, "--n-head", 2)
         assert output == f"done: 17,760 parameters in {name} ({form})\n"
         source = name
-    back, first = GPT.from_pretrained("m.pth", n_head=2), GPT.from_pretrained(FIXTURE)
+    back, first = GPT.from_pretrained("m.pth"), GPT.from_pretrained(FIXTURE)
     assert all(torch.equal(p, first.state_dict()[name]) for name, p in back.state_dict().items())
     done(capsys, "convert", FIXTURE, "half.bin", "--dtype", "bf16")
     assert GPT.from_pretrained("half.bin").wte.weight.dtype == torch.bfloat16
     assert Path("half.bin").stat().st_size < 0.7 * Path("m.bin").stat().st_size
     done(capsys, "convert", FIXTURE, "state.safetensors.d", "--to", "nanogpt")
     assert GPT.from_pretrained("state.safetensors.d").config == first.config
+
+
+@pytest.mark.parametrize("name", ["m.bin", "m.pt", "m.pth"])
+@pytest.mark.parametrize(
+    ("ends", "left"), [(256, ""), ([256], ""), ([5, 256, 9], "id 5, 9 ends"), (7, "id 7 ends")]
+)
+def test_a_single_file_says_what_it_does_not_hold(
+    ends: Any, left: str, name: str, capsys: Capture
+) -> None:
+    byte_model().save_pretrained("a", tokenizer=get_tokenizer("byte"))
+    config = json.loads(Path("a/config.json").read_text())
+    Path("a/config.json").write_text(json.dumps({**config, "eos_token_id": ends}))
+    output = done(capsys, "convert", "a", name)
+    assert f"the file holds no vocabulary: use it with --tokenizer {Path('a').resolve()}" in output
+    assert ("does not say that" in output) == bool(left) and left in output
+    done(capsys, "generate", name, "--tokenizer", "a", "--prompt", "a", "--max-new-tokens", 2)
 
 
 def test_convert_keeps_the_vocabulary(capsys: Capture) -> None:
@@ -96,9 +113,9 @@ def test_a_run_is_converted(capsys: Capture) -> None:
     Path("text.txt").write_text("the value of the name\n" * 40)
     tiny = ["--tokenizer", "byte", *SIZES, "--batch-size", 2, "--sample-tokens", 1]
     done(capsys, "train", *tiny, "--data", "text.txt", "--out", "run", "--max-steps", 2)
-    for form, name in NAMES.items():
+    for name in NAMES.values():
         done(capsys, "convert", "run", name)
-        loaded = GPT.from_pretrained(name, n_head=2 if form == "book" else None)
+        loaded = GPT.from_pretrained(name)
         idx = torch.tensor([[5, 6, 7]])
         assert torch.equal(loaded(idx), GPT.from_pretrained("run")(idx))
 

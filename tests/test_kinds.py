@@ -266,7 +266,7 @@ REFUSED = {
     "a.tgz": "is an archive",
     "a.txt.lz4": "is compressed in a way that is not read",
     "a.xlsx": "is a spreadsheet; save it as .csv",
-    "a.sqlite": "is a data base; export",
+    "a.sqlite": "is a database; export",
     "a.npz": "holds arrays or a model",
     "a.pkl": "holds arrays or a model",
     "a.safetensors": "holds arrays or a model",

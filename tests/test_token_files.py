@@ -36,11 +36,14 @@ def nanogpt(tokens: Sequence[int]) -> bytes:
 
 
 def shards(directory: Path, parts: Sequence[Sequence[int]]) -> list[Path]:
-    """Write one file for each part, in llm.c's and nanoGPT's layout by turns."""
+    """Write one file for each part, in llm.c's and nanoGPT's layout by turns.
+
+    A few 16-bit ids without a header may be wider ones, unless their number is odd.
+    """
     paths = []
     for i, part in enumerate(parts):
         path = directory / f"part{i}.bin"
-        path.write_bytes(nanogpt(part) if i % 2 else llm_c(part))
+        path.write_bytes(nanogpt(part) if i % 2 and len(part) % 2 else llm_c(part))
         paths.append(path)
     return paths
 

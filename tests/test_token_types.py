@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gptfast import get_tokenizer
 from gptfast.data.sources import load_data, load_part
 from gptfast.data.token_files import TokenFiles, read_index, write_tokens
-from gptfast.data.token_layout import MIN_TOKENS, token_layout
+from gptfast.data.token_layout import MIN_ZEROS, token_layout
 
 BYTE = get_tokenizer("byte")
 FILES = settings(
@@ -33,7 +33,7 @@ def ids_of(name: str, n: int = 3000, seed: int = 0) -> np.ndarray:
     return np.where(rng.random(n) < 0.4, rng.integers(0, V, n), ids)
 
 
-@pytest.mark.parametrize("n", [MIN_TOKENS, 100, 200_000])
+@pytest.mark.parametrize("n", [MIN_ZEROS, 100, 200_000])
 @pytest.mark.parametrize("name", [name for name in VOCABULARIES if name != "large"])
 @pytest.mark.parametrize("dtype", ["<u2", "<i2", "<i4", "<u4", "<i8", "<u8"])
 def test_integers_of_every_width(dtype: str, name: str, n: int, tmp_path: Path) -> None:
@@ -201,10 +201,43 @@ def test_a_header_is_believed(tmp_path: Path) -> None:
     assert token_layout(tmp_path / "a.bin").dtype == np.dtype("<u2")
 
 
-def test_few_tokens_are_not_judged(tmp_path: Path) -> None:
-    ids = np.array([1, 0] * (MIN_TOKENS - 1), "<u2")
-    ids.tofile(tmp_path / "a.bin")
+@pytest.mark.parametrize("name", [name for name in VOCABULARIES if name != "large"])
+@pytest.mark.parametrize("dtype", ["<i4", "<u4", "<i8", "<u8"])
+@pytest.mark.parametrize("n", range(1, 16))
+def test_short_files(n: int, dtype: str, name: str, tmp_path: Path) -> None:
+    """A short file is read as what it is, or refused; never misread."""
+    ids = 1 + ids_of(name, n) % 60000
+    ids.astype(dtype).tofile(tmp_path / "a.bin")
+    if np.dtype(dtype).itemsize == 8 and n >= 6:
+        assert TokenFiles(tmp_path / "a.bin").tensor().tolist() == ids.tolist()
+    else:
+        bits = 8 * np.dtype(dtype).itemsize
+        with pytest.raises(ValueError, match=f"too few to tell {n} tokens of {bits} bits .*npy"):
+            TokenFiles(tmp_path / "a.bin")
+    # The remedies help.
+    np.save(tmp_path / "a.npy", ids.astype(dtype))
+    assert TokenFiles(tmp_path / "a.npy").tensor().tolist() == ids.tolist()
+    write_tokens(tmp_path / "a.bin", ids)
     assert TokenFiles(tmp_path / "a.bin").tensor().tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("n", range(1, 16))
+@pytest.mark.parametrize("low", [0, 20])
+def test_short_files_of_16_bits(low: int, n: int, tmp_path: Path) -> None:
+    ids = np.random.default_rng(n).integers(max(low, 1), 50257, n)
+    ids.astype("<u2").tofile(tmp_path / "a.bin")
+    assert TokenFiles(tmp_path / "a.bin").tensor().tolist() == ids.tolist()
+    np.array([0] * n, "<u2").tofile(tmp_path / "a.bin")
+    assert TokenFiles(tmp_path / "a.bin").tensor().tolist() == [0] * n
+
+
+def test_short_files_of_two_readings(tmp_path: Path) -> None:
+    for n in range(1, MIN_ZEROS):
+        np.array([1, 0] * n, "<u2").tofile(tmp_path / "a.bin")
+        with pytest.raises(ValueError, match="too few to tell"):
+            TokenFiles(tmp_path / "a.bin")
+        np.array([1, 0] * n + [1], "<u2").tofile(tmp_path / "a.bin")
+        assert len(TokenFiles(tmp_path / "a.bin")) == 2 * n + 1
 
 
 def test_megatrons_index(tmp_path: Path) -> None:

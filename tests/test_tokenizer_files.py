@@ -229,3 +229,25 @@ def test_fingerprints(tmp_path: Path) -> None:
     raw["added_tokens"] = [added(len(vocab), "[PAD]", special=True)]
     write(tmp_path / "three", tokenizer_json=raw)
     assert compatible(two, get_tokenizer(str(tmp_path / "three")))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", {"model": None}, "it has another form than usual"),
+        ("tokenizer.json", {}, "it has no 'model'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, "it has another form than usual"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": "a"}}, "'x' is no id"),
+        ("added_tokens.json", {"a": []}, "it has another form than usual"),
+    ],
+)
+def test_values_of_another_form(
+    file: str, content: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """The message is in the words of the file, not of Python."""
+    vocab, merges = base(tmp_path / "base")
+    write(tmp_path, tokenizer_json=whole(vocab, merges))
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        get_tokenizer(str(tmp_path))
+    assert "object" not in str(caught.value) and "NoneType" not in str(caught.value)

@@ -144,9 +144,29 @@ def test_token_files_and_their_vocabulary(here: Path, capsys: Capture) -> None:
     )
 
 
-def test_a_vocabulary_that_is_no_longer_there(here: Path, capsys: Capture) -> None:
-    """Prepared data names its place; it is told, and any other place of it will do."""
+@pytest.mark.parametrize("change", ["gone", "another"])
+def test_prepared_data_holds_its_vocabulary(change: str, here: Path, capsys: Capture) -> None:
+    """Prepared data can be moved, and needs nothing of the place where its vocabulary lay."""
+    wanted = get_tokenizer("a").sha256
     done(capsys, "prepare", "--data", "text.txt", "--tokenizer", "a", "--out", "tokens")
+    Path("tokens").rename("moved")
+    shutil.rmtree("a")
+    if change == "another":
+        shutil.copytree("b", "a")
+    for data in ("moved", "moved/train_000000.bin"):
+        args = ["train", "--data", data, "--out", f"run-{len(data)}", *TINY]
+        done(capsys, *args)
+        assert open_weights(f"run-{len(data)}").vocabulary == wanted
+        done(capsys, "eval", f"run-{len(data)}", "--data", "moved")
+    # The run has the vocabulary too.
+    shutil.rmtree("moved")
+    done(capsys, "generate", "run-5", "--prompt", "a", "--max-new-tokens", 2)
+
+
+def test_a_vocabulary_that_is_no_longer_there(here: Path, capsys: Capture) -> None:
+    """Older prepared data names its place; it is told, and any other place of it will do."""
+    done(capsys, "prepare", "--data", "text.txt", "--tokenizer", "a", "--out", "tokens")
+    shutil.rmtree("tokens/tokenizer")
     Path("a").rename("elsewhere")
     args = ["train", "--data", "tokens", "--out", "run", *TINY]
     place = str(here.resolve() / "a")
@@ -363,6 +383,35 @@ def test_any_of_several_ends_a_text(kind: str) -> None:
     for beams in (1, 3):
         found = generate(decoder, [[1]], 8, num_beams=beams, eos_id=list(range(257)))[0]
         assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("theirs", "wanted"),
+    [
+        ([5, 9], [5, 9, 256]),
+        ([256, 7], [256, 7]),
+        (5, [5, 256]),
+        (256, [256]),
+        (None, [256]),
+        ([5, 270], [5, 256]),  # a row that fills the matrix
+    ],
+    ids=str,
+)
+def test_fine_tuning_keeps_the_ends_of_the_model(
+    theirs: Any, wanted: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    random_model(vocab_size=280, block_size=16).save_pretrained("m", tokenizer=BYTE)
+    config = json.loads(Path("m/config.json").read_text())
+    write(tmp_path / "m", config_json={**config, "eos_token_id": theirs})
+    Path("a.txt").write_text("one text " * 20)
+    done(capsys, "train", "--init", "m", "--data", "a.txt", "--out", "run", *TRAIN)
+    assert list(GPT.from_pretrained("run").eos_ids) == wanted
+    done(capsys, "train", "--out", "run", "--resume", "--max-steps", 2)
+    again = GPT.from_pretrained("run")
+    assert list(again.eos_ids) == wanted
+    done(capsys, "convert", "run", "copy")
+    assert list(Engine("copy").eos_ids) == wanted
 
 
 @pytest.mark.parametrize("bad", ["x", 1.5, [1, "2"], {"a": 1}, True])

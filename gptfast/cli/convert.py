@@ -8,6 +8,8 @@ import torch
 
 from gptfast.cli.flags import Positional
 from gptfast.model import GPT
+from gptfast.tokenizer.bpe import end_of_text
+from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.weights.convert import check, check_name, format_of, save
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,8 +42,8 @@ class Convert:
     dtype: Literal["fp32", "bf16", "fp16", "int8"] | None = None
     """Data type to convert the weights to (default: unchanged; for packed, fp32)."""
     n_head: int | None = None
-    """Number of heads per block, if SRC does not say, as the book's .pth (default: one head per 64
-    channels)."""
+    """Number of heads per block, if SRC does not say, as the book's own .pth (default: one head
+    per 64 channels)."""
     resize_vocab: int | None = None
     """Give the model this many tokens, for a vocabulary that grew. The rows of the new tokens are
     the mean of the old ones."""
@@ -65,8 +67,8 @@ class Convert:
         n = sum(p.numel() for p in model.parameters())
         form = self.to or format_of(self.dst)
         print(f"done: {n:,} parameters in {self.dst} ({form})")
-        if form != "transformers" and model.tokenizer_name not in (None, "gpt2"):
-            print(f"the file holds no vocabulary: use it with --tokenizer {model.tokenizer_name}")
+        if form != "transformers":
+            _say_what_is_left(model)
 
     def _load(self) -> GPT:
         return GPT.from_pretrained(self.src, n_head=self.n_head, resize_vocab=self.resize_vocab)
@@ -88,3 +90,19 @@ class Convert:
         engine.save(self.dst)
         size = f"{engine.weight_bytes / 1e6:,.1f} MB of {engine.dtype} weights"
         print(f"done: {size} in {self.dst} (packed); try\n  gptfast chat {self.dst}")
+
+
+def _say_what_is_left(model: GPT) -> None:
+    """Print what of a model's text a single file cannot hold."""
+    name = model.tokenizer_name
+    if name not in (None, "gpt2"):
+        print(f"the file holds no vocabulary: use it with --tokenizer {name}")
+    try:
+        end = end_of_text(get_tokenizer(name or "gpt2"))
+    except (OSError, ValueError):  # it is not there
+        end = None
+    if others := [str(i) for i in model.eos_ids if i != end]:
+        print(
+            f"the file does not say that id {', '.join(others)} ends a text: convert to a "
+            "directory to keep it"
+        )

@@ -146,7 +146,7 @@ class Train(Reading):
     def trainer(self) -> tuple[Trainer, list[Source], int]:
         """Return the trainer of this run, its data, and the number of tokens per window."""
         if len(self.split) not in (2, 3):
-            raise ValueError(f"--split takes two or three shares, got {self.split}")
+            raise ValueError(f"--split takes two or three shares, got {len(self.split)}")
         if self.resize_vocab and self.init is None:
             raise ValueError("--resize-vocab needs --init: it is that model that gets more tokens")
         tokenizer = self._tokenizer()
@@ -295,11 +295,13 @@ def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
 
 
 def load_weights(model: GPT, path: str | PathLike, *, resize_vocab: bool = False) -> None:
-    """Copy the weights at `path` into `model`. Raises ValueError if they do not fit.
+    """Copy the weights at `path`, and the ids that end a text there, into `model`.
 
-    resize_vocab: if the model has more tokens, their rows are the mean of those at `path`.
+    Raises ValueError if they do not fit. resize_vocab: if the model has more tokens, their rows are
+    the mean of those at `path`.
     """
     weights = open_weights(path)
     if resize_vocab:
         weights = weights.resized(model.config.vocab_size)
     weights.copy_to(model.config, model.state_dict())
+    model.eos_ids = weights.eos_ids

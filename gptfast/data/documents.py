@@ -20,6 +20,7 @@ from gptfast.data.forms import (
 from gptfast.data.kinds import ARROW_SUFFIXES, TEXT_SUFFIXES, holds_json, kind_of, kind_of_content
 from gptfast.data.rows import BYTE_ORDER_MARK, Row, arrow_rows, rows, text_of
 from gptfast.data.streams import open_bytes
+from gptfast.tokenizer.added import Borders
 
 __all__ = ["Fields", "Record", "find_files", "read_documents", "read_records", "safe_pieces"]
 
@@ -28,26 +29,42 @@ PEEK_BYTES = 1 << 16
 # Everything up to the last place where a text may be cut: no word of GPT-2's split (SPLIT in
 # tokenizer/bpe.py) crosses from a non-space into a space, and only runs of spaces depend on what
 # follows them.
+ANYWHERE = Borders()
 _UP_TO_SAFE_CUT = re.compile(r".*\S(?=[ \n]\S)", re.DOTALL)
 
 
-def safe_pieces(chunks: Iterable[str]) -> Iterator[str]:
+def safe_pieces(chunks: Iterable[str], borders: Borders = ANYWHERE) -> Iterator[str]:
     """Yield one text in pieces whose tokens are those of the whole text.
 
     chunks: the text, cut anywhere. A piece ends only before a single space or line break between
-    non-spaces, and grows until there is one.
+    non-spaces, where the tokenizer's borders allow it, and grows until there is such a place.
     """
+    # What must be known before and after a cut: a non-space; a space and a non-space.
+    before, after = max(1, borders.before), max(2, borders.after)
     held: list[str] = []
     tail = ""
     for chunk in chunks:
         window = tail + chunk
-        if found := _UP_TO_SAFE_CUT.match(window):
-            yield "".join([*held, window[: found.end()]])
-            held, window = [], window[found.end() :]
-        # The pattern needs the characters around a cut: the last two are matched again.
-        held.append(window[:-2])
-        tail = window[-2:]
+        if cut := _last_cut(window, before if held else 1, len(window) - after, borders):
+            yield "".join([*held, window[:cut]])
+            held, window = [], window[cut:]
+        # The characters around the places that are not judged yet come again.
+        end = max(0, len(window) - (before + after - 1))
+        held += [window[:end]] if end else []
+        tail = window[end:]
     yield "".join([*held, tail])
+
+
+def _last_cut(text: str, first: int, last: int, borders: Borders) -> int:
+    """Return the last place of a text, from first to last, where it may be cut; 0 if none."""
+    while last >= first and (found := _UP_TO_SAFE_CUT.match(text, 0, last + 2)):
+        cut = found.end()
+        if cut < first:
+            break
+        if borders.allow(text, cut):
+            return cut
+        last = cut - 1
+    return 0
 
 
 def _chunks(path: Path, file: BinaryIO) -> Iterator[str]:
@@ -73,10 +90,10 @@ def _chunks(path: Path, file: BinaryIO) -> Iterator[str]:
 
 
 def _text_records(
-    path: Path, file: BinaryIO, fields: Fields, notes: Notes
+    path: Path, file: BinaryIO, fields: Fields, borders: Borders, notes: Notes
 ) -> Iterator[tuple[str, Record]]:
     opens, empty = True, True
-    for piece in safe_pieces(_chunks(path, file)):
+    for piece in safe_pieces(_chunks(path, file), borders):
         # A piece ends between words, and end-of-text is written as one.
         for record in divided(piece, False, fields, notes):
             opens = opens or record.first
@@ -100,7 +117,7 @@ def _row_records(
 
 
 def _records(
-    path: Path, fields: Fields, notes: Notes, on_bytes: Callable[[int], Any]
+    path: Path, fields: Fields, borders: Borders, notes: Notes, on_bytes: Callable[[int], Any]
 ) -> Iterator[tuple[str, Record]]:
     """Yield where each record of a file is, and the record."""
     if (kind := kind_of(path)) in ARROW_SUFFIXES:
@@ -121,21 +138,25 @@ def _records(
             return
         if holds_json(start):
             notes.say("json", "%s holds JSON, read as text as its name says", path)
-        yield from _text_records(path, file, fields, notes)
+        yield from _text_records(path, file, fields, borders, notes)
 
 
 def read_records(
-    files: Sequence[Path], fields: Fields, on_bytes: Callable[[int], Any]
+    files: Sequence[Path],
+    fields: Fields,
+    on_bytes: Callable[[int], Any],
+    borders: Borders = ANYWHERE,
 ) -> Iterator[Record]:
     """Yield the records of all files: plain text, or prompts with completions, but not both.
 
-    on_bytes: called with the number of bytes after each read. Raises ValueError naming the file,
-    and the line or record in it, that cannot be used.
+    borders: where the tokenizer allows that long texts are cut. on_bytes: called with the number of
+    bytes after each read. Raises ValueError naming the file, and the line or record in it, that
+    cannot be used.
     """
     prompted, notes = None, Notes()
     for path in files:
         try:
-            for where, record in _records(path, fields, notes, on_bytes):
+            for where, record in _records(path, fields, borders, notes, on_bytes):
                 if prompted is None:
                     prompted = record.prompt is not None
                 elif prompted != (record.prompt is not None):

@@ -16,6 +16,9 @@ TOKEN_SUFFIXES = (".bin", ".npy")
 DESCRIPTIONS = frozenset(
     ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "meta.json")
     + ("config.json", "package.json", "package-lock.json", "tsconfig.json")
+    # A vocabulary, as `gptfast prepare` puts it beside its tokens.
+    + ("tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "characters.json")
+    + ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 )
 
 _REFUSED = {
@@ -30,7 +33,7 @@ _REFUSED = {
     "is a document with a layout; convert it to text first, with pandoc or pdftotext for "
     "example": ".pdf .docx .doc .odt .rtf .epub .mobi .pptx .ppt .djvu .ps",
     "is a spreadsheet; save it as .csv": ".xlsx .xls .ods .numbers",
-    "is a data base; export its texts as .jsonl, .csv or .parquet": (
+    "is a database; export its texts as .jsonl, .csv or .parquet": (
         ".db .sqlite .sqlite3 .tfrecord .tfrecords .avro .orc .lance .mdb .rdb"
     ),
     "holds arrays or a model, no text; give text, or tokens as .bin or .npy": (

@@ -15,10 +15,12 @@ from gptfast.data.shards import ShardWriter, truncate_shards
 from gptfast.data.streams import is_stream
 from gptfast.data.token_files import Documents, TokenFiles, as_uint16, check_ratios, split_edges
 from gptfast.data.tokenize import Encoded, tokenize
-from gptfast.files import json_text, new_directory, temporary
-from gptfast.tokenizer.bpe import Tokenizer, vocabulary
+from gptfast.files import fsync, json_text, new_directory, temporary, write_files
+from gptfast.tokenizer.bpe import Tokenizer, end_of_text, vocabulary
 
 META_FORMAT = 1
+VOCABULARY = "tokenizer"
+"""The directory, beside the tokens, with the files of their vocabulary."""
 PARTS = ("train", "val", "test")
 # Tokens that are copied at a time from one part to another.
 _COPY_TOKENS = 1 << 22
@@ -75,10 +77,11 @@ def _check(out: Path, tokenizer: Tokenizer, split: Sequence[float], workers: int
     """Raise ValueError for arguments of `prepare` that cannot be used."""
     if tokenizer.n_vocab > 65536:
         raise ValueError(
-            f"token files hold ids up to 65535; {tokenizer.name} has {tokenizer.n_vocab} tokens"
+            f"token files hold ids up to 65,535, but {tokenizer.name} has {tokenizer.n_vocab:,} "
+            "tokens; train on the text itself, or choose a smaller vocabulary (--tokenizer)"
         )
     if len(split) > len(PARTS):
-        raise ValueError(f"split takes one to three shares, got {tuple(split)}")
+        raise ValueError(f"split takes one to three shares, got {len(split)} (--split)")
     check_ratios(split)
     if workers is not None:
         integer("workers", workers, least=1)
@@ -116,7 +119,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenise files of text or records, directories and globs into a directory of token files.
 
-    out: gets train_000000.bin, …, val_…, test_…, .idx for prompts, meta.json, all or nothing.
+    out: gets train_000000.bin, …, val_…, test_…, .idx for prompts, meta.json, and tokenizer/ with a
+    vocabulary that is not gpt2 or byte, all or nothing.
     split: one to three shares of the tokens or, for prompts, of the documents. The three fields and
     split_on_eot: as in `Fields`. shard_tokens: the most tokens per file. workers: threads, None for
     one per core. progress: whether to show a bar.
@@ -138,10 +142,7 @@ def prepare(
             tokens = _divide(writer.paths, split_edges(n, split, unit), prompted, shard_tokens)
             meta = {
                 "format": META_FORMAT,
-                "tokenizer": tokenizer.name,
-                "vocabulary": vocabulary(tokenizer),
-                "n_vocab": tokenizer.n_vocab,
-                "eot": tokenizer.eot,
+                **_keep_vocabulary(tokenizer, directory),
                 "documents": documents,
                 "tokens": tokens,
                 "sources": [str(path) for path in files],
@@ -149,7 +150,30 @@ def prepare(
             (directory / "meta.json").write_text(json_text(meta), "utf-8")
     except OSError as error:
         raise OSError(f"cannot write {out}: {error.strerror}; is there room for it?") from error
-    return {"documents": documents, "tokens": tokens, "files": sorted(out.iterdir())}
+    return {"documents": documents, "tokens": tokens, "files": _files_in(out)}
+
+
+def _files_in(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.is_file())
+
+
+def _keep_vocabulary(tokenizer: Tokenizer, directory: Path) -> dict[str, Any]:
+    """Return what meta.json says of a vocabulary, and write its files beside the tokens.
+
+    gpt2 and byte are known by name.
+    """
+    texts: dict[str, str] = getattr(tokenizer, "transformers_files", dict)()
+    if tokenizer.name not in ("gpt2", "byte") and texts:
+        kept = directory / VOCABULARY
+        kept.mkdir()
+        write_files(kept, {}, texts)
+        fsync(kept)
+    return {
+        "tokenizer": tokenizer.name,
+        "vocabulary": vocabulary(tokenizer),
+        "n_vocab": tokenizer.n_vocab,
+        "eot": end_of_text(tokenizer),
+    }
 
 
 def _text_files(paths: Sequence[str | PathLike]) -> list[Path]:

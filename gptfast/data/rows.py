@@ -64,7 +64,9 @@ def _json(where: str, line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8").removeprefix(BYTE_ORDER_MARK))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 text ({error.reason} at {error.start})") from None
+        raise ValueError(
+            f"{where} is not UTF-8 text ({error.reason} at {error.start}); save it as UTF-8"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where} is not JSON: {error}; each line is one object (an array of objects, or "
@@ -77,7 +79,10 @@ def _json_rows(path: Path, file: BinaryIO, own: Collection[str]) -> Iterator[Row
     text, number, in_array, ended = _JsonText(path, file), 0, False, False
     while text.skip(_SEPARATOR if number else _SPACE):
         if ended:
-            raise ValueError(f"{path} is not JSON: something follows its array")
+            raise ValueError(
+                f"{path} is not JSON: something follows its array; put all records into it, or one "
+                "on each line of a .jsonl file"
+            )
         if not number and not in_array and text.take("["):
             in_array = True
         elif in_array and text.take("]"):
@@ -95,7 +100,7 @@ def _json_rows(path: Path, file: BinaryIO, own: Collection[str]) -> Iterator[Row
                 _LOG.warning("%s is one object, of which the records in %r are read", path, key)
                 yield from ((f"{where}, {key!r} {i}", row) for i, row in enumerate(value[key]))
     if in_array and not ended:
-        raise ValueError(f"{path} is cut off: its array has no end")
+        raise ValueError(f"{path} is cut off: its array has no end; get it again")
 
 
 def _list_of_rows(value: Any, own: Collection[str]) -> str | None:
@@ -190,25 +195,30 @@ def _table_rows(path: Path, file: BinaryIO, delimiter: str) -> Iterator[Row]:
                 if len(values) != len(columns):
                     raise ValueError(
                         f"{where} has {len(values)} values, but the first line names "
-                        f"{len(columns)} columns"
+                        f"{len(columns)} columns; a value with the separator in it needs quotes"
                     )
                 yield where, dict(zip(columns, values, strict=True))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it so") from None
+            raise ValueError(
+                f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8"
+            ) from None
         except csv.Error as error:
             raise ValueError(f"{path}:{reader.line_num} cannot be read: {error}") from None
+
+
+_SIGNS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def _columns(where: str, values: list[str], delimiter: str) -> list[str]:
     """Return the names in the first line of a table. Raises ValueError for what names none."""
     columns = [name.strip() for name in values]
     if len(set(columns)) < len(columns):
-        raise ValueError(f"{where} names two columns alike: {', '.join(columns)[:200]}")
+        raise ValueError(f"{where} names two columns alike, {', '.join(columns)[:200]}: rename one")
     for other in {",", ";", "\t"} - {delimiter}:
         if len(columns) == 1 and re.fullmatch(rf"\w+(?:{other}\w+)+", columns[0]):
             raise ValueError(
-                f"{where} names one column, {columns[0]!r:.80}: its columns have {other!r} between "
-                "them; save it with commas as .csv, or with tabs as .tsv"
+                f"{where} names one column, {columns[0]!r:.80}: its columns have {_SIGNS[other]} "
+                "between them; save it with commas as .csv, or with tabs as .tsv"
             )
     return columns
 

@@ -9,15 +9,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from gptfast.checks import reason
 from gptfast.data.documents import Fields, find_files
 from gptfast.data.embedded import embedded_text
 from gptfast.data.kinds import TOKEN_SUFFIXES
-from gptfast.data.prepare import META_FORMAT, PARTS
+from gptfast.data.prepare import META_FORMAT, PARTS, VOCABULARY
 from gptfast.data.token_files import Documents, TokenFiles, open_tokens
 from gptfast.data.tokenize import load_text
 from gptfast.data.tokens import Source, as_tokens, check_vocabulary, split_tokens
 from gptfast.tokenizer.bpe import Tokenizer, same_vocabulary, vocabulary
 from gptfast.tokenizer.characters import CharacterTokenizer, characters_file, read_characters
+from gptfast.weights.weights import tokenizer_in
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -34,11 +36,13 @@ def _read_meta(directory: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
         if meta["format"] != META_FORMAT:
-            raise LookupError(f"format {meta['format']!r} is not {META_FORMAT}")
+            raise ValueError(f"format {meta['format']!r} is not {META_FORMAT}")
         found = {name: meta[name] for name in ("tokenizer", "n_vocab", "tokens")}
         return {**found, "vocabulary": meta.get("vocabulary")}
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be used ({error!r}); prepare the data again") from None
+        raise ValueError(
+            f"{path} cannot be used ({reason(error)}); prepare the data again"
+        ) from None
 
 
 def _meta_of(characters: CharacterTokenizer) -> dict[str, Any]:
@@ -107,11 +111,16 @@ def _token_directory(paths: Sequence[str | PathLike]) -> Path | None:
 def prepared_tokenizer(paths: Sequence[str | PathLike]) -> str | None:
     """Return the name of the tokenizer that made token files; None if that is not on record.
 
-    Raises ValueError for a directory that is no longer there.
+    A vocabulary that lies beside the tokens is taken from there. Raises ValueError for a directory
+    that is no longer there.
     """
     directory = _token_directory(paths)
     name = _read_meta(directory).get("tokenizer") if directory else None
-    if name is not None and os.path.isabs(str(name)) and not os.path.isdir(name):
+    if directory is None or name is None or not os.path.isabs(str(name)):
+        return name
+    if kept := tokenizer_in(directory / VOCABULARY):
+        return kept
+    if not os.path.isdir(name):
         raise ValueError(
             f"{directory} was prepared with the tokenizer in {name}, which is no longer there; "
             "name its new place (--tokenizer)"
@@ -165,7 +174,7 @@ def load_part(
     if len(paths) != 1 or not (files := _part_files(paths[0])):
         return sources[0]
     if part not in files:
-        raise ValueError(f"{paths[0]} has no part {part}, only {', '.join(files)}")
+        raise ValueError(f"{paths[0]} has no part {part}, only {', '.join(files)} (--part)")
     return sources[list(files).index(part)]
 
 

@@ -66,10 +66,10 @@ def open_bytes(path: Path, on_bytes: Callable[[int], Any]) -> "Iterator[io.Buffe
             content = _decompressed(path, stored)
             yield stored if content is stored else io.BufferedReader(content, BUFFER_BYTES)
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} is cut off or damaged: {error}") from None
+            raise ValueError(f"{path} is cut off or damaged: {error}; get it again") from None
         except OSError as error:
             if error.errno is None:  # from bz2 and pyarrow
-                raise ValueError(f"{path} is cut off or damaged: {error}") from None
+                raise ValueError(f"{path} is cut off or damaged: {error}; get it again") from None
             raise
 
 

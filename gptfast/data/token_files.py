@@ -27,7 +27,8 @@ MAX_FILE_TOKENS = 2**31 - 1
 def check_ratios(ratios: Sequence[float]) -> None:
     """Raise ValueError for shares that are not positive or do not sum to 1."""
     if not ratios or not min(ratios) > 0 or not abs(sum(ratios) - 1.0) <= 1e-6:
-        raise ValueError(f"split ratios must be positive and sum to 1, got {tuple(ratios)}")
+        given = " ".join(f"{ratio:g}" for ratio in ratios) or "none"
+        raise ValueError(f"split ratios must be positive and sum to 1, got {given} (--split)")
 
 
 def split_edges(n: int, ratios: Sequence[float], unit: str = "tokens") -> list[int]:
@@ -40,7 +41,10 @@ def split_edges(n: int, ratios: Sequence[float], unit: str = "tokens") -> list[i
     edges = [*(round(n * sum(ratios[:i])) for i in range(len(ratios))), n]
     for start, stop, ratio in zip(edges, edges[1:], ratios, strict=False):
         if stop <= start:
-            raise ValueError(f"the split of {n} {unit} at ratio {ratio} is empty; add text")
+            raise ValueError(
+                f"the split of {n} {unit} at ratio {ratio} is empty; add text, or give "
+                "it a larger share (--split)"
+            )
     return edges
 
 
@@ -59,7 +63,7 @@ def as_uint16(tokens: np.ndarray) -> np.ndarray:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high > 65535:
             bad = low if low < 0 else high
-            raise ValueError(f"token {bad} does not fit a token file: its ids are 0 to 65535")
+            raise ValueError(f"token {bad} does not fit a token file, whose ids are 0 to 65535")
     return tokens.astype("<u2", copy=False)
 
 

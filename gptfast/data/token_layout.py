@@ -19,8 +19,12 @@ NUMPY_MAGIC = b"\x93NUMPY"
 # What zip files (.npz, .pt), gzip, xz and zstd begin with.
 _PACKED = (b"PK\x03\x04", b"\x1f\x8b\x08", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 UINT16 = np.dtype("<u2")
-# Tokens of a file that are enough to tell its type, and samples of a large file.
-MIN_TOKENS = 16
+# Zeros of 16 bits that are enough to tell that they are the high parts of wide integers: each of 64
+# bits has three. And as many floating-point numbers.
+MIN_ZEROS = 16
+# Wide integers that may have other high parts than zero, as ids beyond 65,535 have.
+_MIN_WIDE = 4
+# Samples of a large file.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 # No tokenizer has more tokens than that.
 _MAX_ID = 1 << 20
@@ -129,6 +133,11 @@ def _type_of(path: Path, size: int, content: bytes) -> np.dtype:
         dtype = np.dtype(name)
         if not _has_ids(content, dtype):
             continue
+        n = len(content) // dtype.itemsize
+        if n * (dtype.itemsize // 2 - 1) < MIN_ZEROS:
+            if size % dtype.itemsize == 0:
+                raise ValueError(_ambiguous(path, size, n, 8 * dtype.itemsize))
+            continue
         if dtype.kind == "f" or name[0] == ">":
             what = "floating-point numbers" if dtype.kind == "f" else "big-endian integers"
             raise ValueError(
@@ -152,6 +161,14 @@ def _type_of(path: Path, size: int, content: bytes) -> np.dtype:
     return UINT16
 
 
+def _ambiguous(path: Path, size: int, n: int, bits: int) -> str:
+    """Return what is wrong with a short file whose type cannot be told."""
+    return (
+        f"{path} has {size} bytes, too few to tell {n} tokens of {bits} bits from {size // 2} of "
+        "16; write them as .npy or with llm.c's header, which say what they are"
+    )
+
+
 def _values(content: bytes, dtype: np.dtype) -> np.ndarray:
     """Return as many values of this type as there are whole ones."""
     return np.frombuffer(content, dtype, len(content) // dtype.itemsize)
@@ -160,9 +177,11 @@ def _values(content: bytes, dtype: np.dtype) -> np.ndarray:
 def _has_ids(content: bytes, dtype: np.dtype) -> bool:
     """Return whether bytes make sense as ids of this type, and not as narrower ones."""
     values = _values(content, dtype)
-    if len(values) < MIN_TOKENS:
+    if not len(values):
         return False
     if dtype.kind == "f":
+        if len(values) < MIN_ZEROS:
+            return False
         with np.errstate(invalid="ignore"):
             whole = bool((values == np.floor(values)).all())
         return whole and 0 <= values.min() and 1 <= values.max() < _MAX_ID
@@ -170,7 +189,8 @@ def _has_ids(content: bytes, dtype: np.dtype) -> bool:
     if not (-(1 << 15) <= low and 1 <= high < _MAX_ID):
         return False
     # Where all pairs of small 16-bit ids are small 32-bit ids too, no large id is among them.
-    return high < 1 << 16 or int((values & 0xFFFF).max()) >= _WIDE_ID
+    wide = len(values) >= _MIN_WIDE and int((values & 0xFFFF).max()) >= _WIDE_ID
+    return (low >= 0 and high < 1 << 16) or wide
 
 
 def _has_bytes(content: bytes) -> bool:
@@ -179,7 +199,7 @@ def _has_bytes(content: bytes) -> bool:
     In 16-bit ids the low bytes take all values and the high bytes only few, or none but zero.
     """
     values = np.frombuffer(content, np.uint8)
-    if len(values) < 4 * MIN_TOKENS or (values > 127).mean() > _MAX_HIGH_SHARE:
+    if len(values) < 4 * MIN_ZEROS or (values > 127).mean() > _MAX_HIGH_SHARE:
         return False
     high = values[1::2]
     return len(np.unique(high)) >= 8 and (high == 0).mean() < _MAX_ZERO_SHARE

@@ -1,5 +1,6 @@
 """Text files to token ids, in several threads."""
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +15,19 @@ from torch import Tensor
 
 from gptfast.data.documents import Fields, Record, read_records
 from gptfast.data.token_files import Documents
-from gptfast.tokenizer.bpe import Tokenizer, encode_continuation, encode_opening
+from gptfast.tokenizer.bpe import (
+    Tokenizer,
+    borders_of,
+    encode_continuation,
+    encode_opening,
+    end_of_text,
+)
+from gptfast.tokenizer.characters import CharacterTokenizer
+from gptfast.tokenizer.reader import CONFIG
 
 # Characters that a thread tokenises at a time.
 BATCH_CHARACTERS = 1 << 19
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,20 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
+def _separator(tokenizer: Tokenizer, *, needed: bool) -> int:
+    """Return the id of end-of-text, -1 if there is none. Raises ValueError if it is needed."""
+    eot = end_of_text(tokenizer)
+    if eot is None and needed:
+        remedy = (
+            "" if isinstance(tokenizer, CharacterTokenizer) else f"name its eos_token in {CONFIG}, "
+        )
+        raise ValueError(
+            f"tokenizer {tokenizer.name} has no end-of-text, which separates documents and ends "
+            f"completions; {remedy}give one text, or another --tokenizer"
+        )
+    return -1 if eot is None else eot
+
+
 def _encode(tokenizer: Tokenizer, batch: list[Record], opening: bool) -> Encoded:
     """Return the ids of a batch, with end-of-text between plain documents and after completions.
 
@@ -50,18 +74,14 @@ def _encode(tokenizer: Tokenizer, batch: list[Record], opening: bool) -> Encoded
     tokenizer has none.
     """
     many = any(record.first and (i or not opening) for i, record in enumerate(batch))
-    if tokenizer.eot >= tokenizer.n_vocab and (many or batch[0].prompt is not None):
-        raise ValueError(
-            f"tokenizer {tokenizer.name} has no end-of-text, which separates documents and ends "
-            "completions; give one text, or another --tokenizer"
-        )
+    eot = _separator(tokenizer, needed=many or batch[0].prompt is not None)
     ids: list[int] = []
     starts: list[int] = []
     completions: list[int] = []
     for i, record in enumerate(batch):
         if record.prompt is None:
             if record.first and (i or not opening):
-                ids.append(tokenizer.eot)
+                ids.append(eot)
             encode = encode_opening if record.first else encode_continuation
             ids += encode(tokenizer, record.text)
         else:
@@ -69,7 +89,7 @@ def _encode(tokenizer: Tokenizer, batch: list[Record], opening: bool) -> Encoded
             ids += encode_opening(tokenizer, record.prompt)
             completions.append(len(ids))
             ids += encode_continuation(tokenizer, record.text)
-            ids.append(tokenizer.eot)
+            ids.append(eot)
     tokens, document_starts, completion_starts = (
         np.array(v, np.int64) for v in (ids, starts, completions)
     )
@@ -90,12 +110,20 @@ def tokenize(
     on_bytes: called with the number of bytes after each read. Raises ValueError naming the file,
     and in .jsonl the line, that cannot be used.
     """
+    if end_of_text(tokenizer) is None and not isinstance(tokenizer, CharacterTokenizer):
+        _LOG.warning(
+            "tokenizer %s names no end-of-text (eos_token in %s): one text can be read with it, "
+            "and a model that learns from it never ends a text by itself",
+            tokenizer.name,
+            CONFIG,
+        )
     workers = workers or os.cpu_count() or 1
     waiting: deque[Future[Encoded]] = deque()
     opening = True
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for batch in _batches(read_records(files, fields, on_bytes)):
+            records = read_records(files, fields, on_bytes, borders_of(tokenizer))
+            for batch in _batches(records):
                 waiting.append(pool.submit(_encode, tokenizer, batch, opening))
                 opening = False
                 if len(waiting) > 2 * workers:

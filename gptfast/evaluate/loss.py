@@ -14,7 +14,7 @@ from gptfast.data.token_files import TokenFiles
 from gptfast.generation.decoder import Decoder
 from gptfast.generation.model_decoder import as_decoder
 from gptfast.model import GPT
-from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 
 
 def loader_loss(
@@ -84,8 +84,9 @@ class Score:
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
     """Return the bytes of each token, (vocab_size,) int64; 0 for end-of-text and unused ids."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    eot = end_of_text(tokenizer)
     for i in range(min(tokenizer.n_vocab, vocab_size)):
-        if i != tokenizer.eot:
+        if i != eot:
             lengths[i] = len(tokenizer.decode_bytes([i]))
     return lengths
 

@@ -6,7 +6,7 @@ at each place the longest name counts.
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -115,10 +115,48 @@ class AddedTokens:
             yield text[done:]
 
 
+class Borders:
+    """Where a text may be cut so that the ids of its pieces are those of the whole.
+
+    It may be cut only before a space or a line break between non-spaces, where no word of GPT-2's
+    split crosses, but not everywhere: an added token may have the space in its name, or take it.
+    """
+
+    def __init__(self, tokens: Iterable[AddedToken] = (), *, prefix_space: bool = False) -> None:
+        """tokens: those found in any text. prefix_space: whether text gets a space before it."""
+        # before, after: how many characters on either side of a cut decide about it.
+        # No cut is allowed between what ends as the first and what begins as the second of a pair.
+        self._around: list[tuple[str, str]] = []
+        for token in tokens:
+            name = token.content
+            starts = [k for k in range(1, len(name)) if name[k] in " \n"]
+            self._around += [(name[:k], name[k:]) for k in starts]
+            if token.rstrip or prefix_space:
+                self._around.append((name, ""))
+            if token.single_word and name[0] in " \n":
+                self._around.append(("", name))
+        self.before = max((len(before) for before, _ in self._around), default=0)
+        self.after = max((len(after) for _, after in self._around), default=0)
+
+    def allow(self, text: str, at: int) -> bool:
+        """Return whether a text may be cut at a place that is before a space or line break."""
+        return not any(
+            text.endswith(before, 0, at) and text.startswith(after, at)
+            for before, after in self._around
+        )
+
+
 def _inside_word(text: str, start: int, end: int) -> bool:
     """Return whether a character of a word stands beside text[start:end]."""
     before, after = text[start - 1 : start], text[end : end + 1]
     return any(one and is_of(one, r"\w") for one in (before, after))
+
+
+def parse_id(text: str) -> int:
+    """Return the id that a key of a JSON object is. Raises ValueError for another key."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(f"{text!r:.40} is no id")
+    return int(text)
 
 
 class AddedIds:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gptfast import checks
-from gptfast.tokenizer.added import AddedToken, AddedTokens
+from gptfast.tokenizer.added import AddedToken, AddedTokens, Borders
 from gptfast.tokenizer.reader import BPE_HEADER, CONFIG, END_OF_TEXT, Description, read_merges
 from gptfast.tokenizer.words import BYTE_SYMBOLS, TiktokenWords, merged_pair, token_bytes, words_of
 
@@ -64,6 +64,11 @@ def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids of a text that continues another: without what opens a text."""
     encode = getattr(tokenizer, "encode_continuation", tokenizer.encode)
     return encode(text)
+
+
+def borders_of(tokenizer: Tokenizer) -> Borders:
+    """Return where a long text may be cut into pieces that are encoded one by one."""
+    return getattr(tokenizer, "borders", Borders())
 
 
 def _digest(tokens: Mapping[int, bytes], eot: int | None, special: Collection[int]) -> str:
@@ -143,6 +148,12 @@ class BPETokenizer:
     def bos(self) -> int | None:
         """The id of the token that begins a text, None if the vocabulary has none."""
         return self._eot if self._description is None else self._description.bos
+
+    @cached_property
+    def borders(self) -> Borders:
+        """Where a long text may be cut into pieces that are encoded one by one."""
+        always = [token for token in self._added.by_id.values() if not token.special]
+        return Borders(always, prefix_space=self._prefix_space)
 
     @cached_property
     def tokens(self) -> dict[int, bytes]:

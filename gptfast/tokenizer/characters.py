@@ -1,30 +1,23 @@
 """Vocabularies of single characters: nanoGPT's meta.pkl, and characters.json of our own.
 
-meta.pkl is a pickle, which could run anything when it is unpickled. It is read here by a reader of
-its own, which knows dictionaries, lists, texts and numbers, and executes nothing.
+meta.pkl is a pickle, which could run anything when it is unpickled. It is read as data by
+gptfast/inert.py, which imports and executes nothing.
 """
 
 import hashlib
+import io
 import json
-import pickletools
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gptfast import checks
+from gptfast import checks, inert
 
 META_PKL, CHARACTERS_JSON = "meta.pkl", "characters.json"
 # 65,536 characters take 1.7 MB.
 MAX_META_BYTES = 1 << 21
 MAX_CHARACTERS = 65536
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_VALUES = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-}
-_EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class CharacterTokenizer:
@@ -103,8 +96,9 @@ def characters_json(tokenizer: CharacterTokenizer) -> str:
 
 def _characters(meta: Any) -> list[str]:
     """Return the characters in the order of their ids, from nanoGPT's vocab_size, stoi and itos."""
-    stoi = meta.get("stoi") if isinstance(meta, dict) else None
-    if not isinstance(stoi, dict):
+    meta = inert.mapping_of(meta) or {}
+    stoi = inert.mapping_of(meta.get("stoi"))
+    if stoi is None:
         raise ValueError("it has no 'stoi', the id of each character")
     for token, i in stoi.items():
         if not isinstance(token, str) or type(i) is not int:
@@ -121,104 +115,35 @@ def _characters(meta: Any) -> list[str]:
     itos = meta.get("itos", dict(enumerate(characters)))
     if isinstance(itos, list | tuple):
         itos = dict(enumerate(itos))
-    if itos != dict(enumerate(characters)):
+    if isinstance(itos, inert.Inert) and not itos.attributes:
+        raise ValueError(
+            f"its itos is {inert.kind_of(itos)}; write the file again with a dictionary of "
+            "texts and numbers, or without itos"
+        )
+    if inert.mapping_of(itos) != dict(enumerate(characters)):
         raise ValueError("its itos and stoi contradict each other")
     return characters
 
 
 def _shown(value: Any) -> str:
     """Return a value for a message: the type of a container, which may be endless when written."""
-    return f"{value!r:.40}" if isinstance(value, str | int) else type(value).__name__
+    plain = isinstance(value, str | int | float)
+    return f"{value!r:.40}" if plain else inert.kind_of(value)
 
 
 def read_pickle(content: bytes) -> Any:
     """Return the dictionaries, lists, texts and numbers in a pickle, without unpickling it.
 
-    Raises ValueError for damaged bytes, and for a pickle that asks for anything else.
+    Numbers and texts of NumPy's and dictionaries such as OrderedDict are read as Python's own;
+    other objects are `Inert`. Raises ValueError for damaged bytes, and for a pickle that asks for a
+    module such as os.
     """
-    reader = _PickleReader()
     try:
-        for opcode, argument, _ in pickletools.genops(content):
-            if opcode.name == "STOP":
-                return reader.result()
-            reader.take(opcode.name, argument)
-    except (LookupError, TypeError, UnicodeError, OverflowError, ValueError) as error:
-        raise ValueError(f"it is damaged or no plain data ({error})") from None
-    raise ValueError("it is damaged: it has no end")
+        return inert.read_pickle(io.BytesIO(content), inert.PLAIN_CALLS, _outside)
+    # Whatever a damaged or hostile pickle makes the machine and pickletools raise.
+    except Exception as error:
+        raise ValueError(f"it is damaged or no plain data ({checks.one_line(error)})") from None
 
 
-class _PickleReader:
-    """Follows the operations of a pickle, of which it knows those of plain data."""
-
-    def __init__(self) -> None:
-        self._stack: list[Any] = []
-        self._marks: list[int] = []  # how long the stack was at each
-        self._memo: dict[int, Any] = {}
-
-    def result(self) -> Any:
-        """Return the value of the whole pickle."""
-        (value,) = self._stack
-        return value
-
-    def take(self, name: str, argument: Any) -> None:
-        """Follow one operation. Raises ValueError for one that plain data does not need."""
-        if name in ("PROTO", "FRAME"):
-            return
-        if name in _VALUES:
-            self._stack.append(argument)
-        elif name in _CONSTANTS:
-            self._stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            self._stack.append(_EMPTY[name]())
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self._memo[argument] = self._stack[-1]
-        elif name == "MEMOIZE":
-            self._memo[len(self._memo)] = self._stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            self._stack.append(self._memo[argument])
-        elif name == "MARK":
-            self._marks.append(len(self._stack))
-        else:
-            self._collect(name)
-
-    def _collect(self, name: str) -> None:
-        """Follow an operation that makes or fills a container."""
-        stack = self._stack
-        if name in _TUPLES:
-            n = _TUPLES[name]
-            stack[-n:] = [tuple(stack[-n:])]
-        elif name in ("SETITEM", "APPEND"):
-            n = 2 if name == "SETITEM" else 1
-            items = stack[-n:]
-            del stack[-n:]
-            self._fill(items)
-        elif name in ("SETITEMS", "APPENDS"):
-            self._fill(self._since_mark())
-        elif name in ("DICT", "LIST", "TUPLE"):
-            items = self._since_mark()
-            if name == "TUPLE":
-                stack.append(tuple(items))
-            else:
-                stack.append({} if name == "DICT" else [])
-                self._fill(items)
-        else:
-            raise ValueError(f"it asks for {name}, which plain data does not")
-
-    def _fill(self, items: list[Any]) -> None:
-        """Add items to the container on top of the stack."""
-        target = self._stack[-1]
-        if isinstance(target, dict):
-            # Tuples that share their parts are small here, but take for ever to hash.
-            if bad := [key for key in items[::2] if not isinstance(key, str | int)]:
-                raise ValueError(f"it has a {type(bad[0]).__name__} as a key")
-            target.update(zip(items[::2], items[1::2], strict=True))
-        elif isinstance(target, list):
-            target += items
-        else:
-            raise ValueError(f"it fills a {type(target).__name__}")
-
-    def _since_mark(self) -> list[Any]:
-        at = self._marks.pop()
-        items = self._stack[at:]
-        del self._stack[at:]
-        return items
+def _outside(identifier: Any) -> Any:
+    raise ValueError("it names something outside the file")

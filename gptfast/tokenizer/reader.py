@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gptfast.checks import reason
 from gptfast.tokenizer import template
-from gptfast.tokenizer.added import MAX_IDS, AddedIds, AddedToken
+from gptfast.tokenizer.added import MAX_IDS, AddedIds, AddedToken, parse_id
 from gptfast.tokenizer.words import BYTE_SYMBOLS, Pair
 
 END_OF_TEXT = "<|endoftext|>"
@@ -206,8 +207,7 @@ class _Reader:
             raw = read_json(path)
             return self._model(raw), list(raw.get("added_tokens") or ())
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            why = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} does not fit: {why}") from None
+            raise ValueError(f"{path} does not fit: {reason(error)}") from None
 
     def _model(self, raw: dict[str, Any]) -> Description:
         model = raw["model"]
@@ -293,7 +293,7 @@ class _Reader:
         listed: dict[int, AddedToken] = {}
         if "added_tokens_decoder" in self.config:
             for i, token in self.config["added_tokens_decoder"].items():
-                listed[int(i)] = AddedToken.parse(token)
+                listed[parse_id(i)] = AddedToken.parse(token)
         else:
             names = self._names()
             for name, i in self._optional(ADDED).items():
@@ -320,7 +320,9 @@ class _Reader:
                 if token.content not in ids.by_name:
                     ids.add(token)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"the added tokens in {self.directory} do not fit: {error}") from None
+            raise ValueError(
+                f"the added tokens in {self.directory} do not fit: {reason(error)}"
+            ) from None
         return replace(description, added=ids.tokens)
 
     def _end(self, description: Description) -> int | None:

@@ -18,7 +18,8 @@ from gptfast.training.checkpoint import load_checkpoint, save_checkpoint, set_as
 from gptfast.training.step import TrainStep
 from gptfast.weights.checkpoint import checkpoints
 from gptfast.weights.lazy_tensor import CheckpointError
-from gptfast.weights.pretrained import Ends, tokenizer_texts
+from gptfast.weights.pretrained import Ends, joined_ends, tokenizer_texts
+from gptfast.weights.text import ends_in
 
 BATCH_SETTINGS = ("batch_size", "max_length", "stride", "split", "seed", "accumulation_steps")
 """The settings that decide which tokens each step sees."""
@@ -118,6 +119,8 @@ class RunCheckpoints:
             return
         step, config = self.train_step, self.train_step.config
         vocabulary_files, ends = self._text
+        n_vocab = self._tokenizer.n_vocab if self._tokenizer else step.raw_model.config.vocab_size
+        ends = joined_ends(ends, step.raw_model.eos_ids, n_vocab)
         save_checkpoint(
             self.out,
             step.raw_model,
@@ -149,6 +152,8 @@ class RunCheckpoints:
             if origin := state["config"].get("started_from"):
                 self.settings["started_from"] = origin
                 self._toml = settings_toml(self.settings)
+            model = self.train_step.raw_model
+            model.eos_ids = ends_in(path, model.config.vocab_size)
             progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
             self.train_step.guard.load_state_dict(state["guard"])
             self._saved_step = progress.step if progress.pending is None else None

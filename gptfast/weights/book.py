@@ -1,10 +1,13 @@
 """The .pth of Raschka's *Build a Large Language Model (From Scratch)*, as it is written.
 
-Query, key and value are separate, the head has weights of its own, and the number of heads is not
-recorded.
+Query, key and value are separate, and the head has weights of its own. The book's files do not
+record the number of heads. These do, in the `_metadata` that every state dictionary of torch has:
+the book's `load_state_dict` takes no notice of it, and said.py reads it.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,15 +37,17 @@ _INNER = {
 
 
 def to_content(config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dictionary of the book's GPTModel for GPT's."""
+    """Return the state dictionary of the book's GPTModel for GPT's, with the number of heads."""
     T, embedding = config.block_size, state["wte.weight"]
     mask = torch.ones(T, T, dtype=embedding.dtype).triu(1)  # a buffer of each block; saved once
-    content = {theirs: state[ours] for ours, theirs in _OUTER.items() if ours in state}
+    content: Any = OrderedDict((theirs, state[o]) for o, theirs in _OUTER.items() if o in state)
+    content._metadata = {"": {"version": 1, "n_heads": config.n_head}}
     content.setdefault("out_head.weight", embedding)
     for i in range(config.n_layer):
         block = f"trf_blocks.{i}"
         content[f"{block}.att.mask"] = mask
-        content |= {f"{block}.{theirs}": state[f"h.{i}.{ours}"] for ours, theirs in _INNER.items()}
+        for ours, theirs in _INNER.items():
+            content[f"{block}.{theirs}"] = state[f"h.{i}.{ours}"]
         for leaf in ("weight", "bias") if config.qkv_bias else ("weight",):
             for part, tensor in zip(QKV, state[f"h.{i}.attn.c_attn.{leaf}"].chunk(3), strict=True):
                 content[f"{block}.att.W_{part}.{leaf}"] = tensor

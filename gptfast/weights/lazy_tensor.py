@@ -33,8 +33,11 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
-    """Return the values: a view of the mapped file or, if not `mapped`, memory of their own."""
-    mapped: bool = True
+    """Return the values, which may be a view of the mapped file."""
+    fresh: bool = False
+    """Whether `read` returns contiguous memory of the values' own, which nothing else holds."""
+    place: tuple[Any, ...] | None = None
+    """Where the values lie: two tensors of one place, shape and dtype are equal. None: unknown."""
 
     def numel(self) -> int:
         """Return the number of elements."""
@@ -42,14 +45,14 @@ class LazyTensor:
 
     def t(self) -> "LazyTensor":
         """Return the transpose of a matrix."""
-        return LazyTensor(self.shape[::-1], self.dtype, lambda: self.read().t(), self.mapped)
+        return LazyTensor(self.shape[::-1], self.dtype, lambda: self.read().t())
 
     def load(self) -> Tensor:
         """Return the values as contiguous memory of their own."""
-        values = self.read()
-        if not self.mapped:
-            return values.contiguous()
-        return torch.empty(self.shape, dtype=self.dtype).copy_(values)
+        if self.fresh:
+            return self.read()
+        # What stays is made before what `read` may make: no hole is left where that was.
+        return torch.empty(self.shape, dtype=self.dtype).copy_(self.read())
 
 
 class MappedFiles:

@@ -97,7 +97,7 @@ def write(config: GPTConfig, state: Mapping[str, Tensor], file: IO[bytes]) -> No
     if not config.tie_weights:
         raise ValueError(
             "llm.c's form needs a head tied to the embedding, but this model's head is separate; "
-            "choose transformers' form"
+            "name a directory, for transformers' form"
         )
     padded_rows = -(-config.vocab_size // _PADDING_ROWS) * _PADDING_ROWS
     sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)

@@ -116,11 +116,11 @@ def file_name(name: str, names: Mapping[str, str]) -> str:
 
 
 def family_of(raw: tuple[str, ...]) -> str | None:
-    """Return the architecture that names of tensors belong to, in words; None if none is known."""
+    """Return whose architecture names of tensors belong to, in words; None if none is known."""
     for name in raw:
         for pattern, family in _FAMILIES:
             if re.search(pattern, name):
-                return f"{family} architecture, as {name!r} shows"
+                return f"{family}, as {name!r} shows"
     return None
 
 
@@ -234,8 +234,10 @@ def _one(source: str, ours: str, same: list[tuple[str, LazyTensor]]) -> tuple[st
 
 
 def equal(a: LazyTensor, b: LazyTensor) -> bool:
-    """Return whether two tensors have the same shape and values; reads them."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.read(), b.read())
+    """Return whether two tensors have the same shape and values; reads them unless they are one."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return a.place is not None and a.place == b.place or torch.equal(a.read(), b.read())
 
 
 def _joined(
@@ -252,7 +254,7 @@ def _joined(
         raise CheckpointError(f"{source}: the parts of {own['query']!r} differ in shape or dtype")
     shape = (3 * parts[0].shape[0], *parts[0].shape[1:])
     return own["query"], LazyTensor(
-        shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]), mapped=False
+        shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]), fresh=True
     )
 
 

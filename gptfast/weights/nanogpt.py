@@ -23,7 +23,7 @@ def to_content(config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Any]
     if not config.tie_weights:
         raise ValueError(
             "nanoGPT's form needs a head tied to the embedding, but this model's head is separate; "
-            "choose transformers' form"
+            "name a directory, for transformers' form"
         )
     theirs = {f"transformer.{name}": tensor for name, tensor in state.items()}
     if not config.qkv_bias:

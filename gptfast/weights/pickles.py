@@ -14,12 +14,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gptfast.checks import one_line
-from gptfast.weights.inert import Inert, mapping_of, read_pickle
+from gptfast.inert import PLAIN_CALLS, Inert, kind_of, mapping_of, read_pickle
 from gptfast.weights.lazy_tensor import CheckpointError, LazyTensor, MappedFiles, map_file
 
 REMEDY = "save it again as torch.save(model.state_dict(), FILE)"
@@ -92,24 +91,6 @@ def _typed_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any)
     return _Stored(plain.storage, dtype, plain.offset, plain.size, plain.stride)
 
 
-def _scalar(dtype: Any, content: Any = b"", *_: Any) -> Any:
-    """Return a number of NumPy's as Python's; an Inert for another kind of value."""
-    kind = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
-    if kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
-        if isinstance(content, bytes) and len(content) == np.dtype(kind).itemsize:
-            return np.frombuffer(content, f"<{kind}")[0].item()
-    return Inert("numpy.scalar")
-
-
-def _encoded(text: Any, *_: Any) -> bytes:
-    return cast(str, text).encode("latin-1")  # protocol 2 keeps bytes as text
-
-
-def _ordered(pairs: Any = ()) -> dict[Any, Any]:
-    """Return an OrderedDict; Python 2 gave it its pairs at once."""
-    return {key: value for key, value in pairs if isinstance(key, str | bytes)}
-
-
 def _subclass(function: Any, *rest: Any) -> Any:
     """Return a tensor with attributes, or an Inert for a tensor of another class."""
     if function.name in _CALLS and len(rest) > 1:
@@ -118,10 +99,7 @@ def _subclass(function: Any, *rest: Any) -> Any:
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _ordered,
-    "_codecs.encode": _encoded,
-    "numpy.core.multiarray.scalar": _scalar,
-    "numpy._core.multiarray.scalar": _scalar,
+    **PLAIN_CALLS,
     "torch.device": lambda *_: "device",
     "torch.Size": lambda sizes=(): tuple(sizes),
     "torch._utils._rebuild_tensor": _tensor,
@@ -143,7 +121,7 @@ def _open_zip(path: Path) -> _Archive:
         if f"{root}constants.pkl" in records:
             raise CheckpointError(f"{path} is TorchScript: load it in torch and {REMEDY}")
         if any(record.compress_type for record in records.values()):
-            raise CheckpointError(f"{path} was not read: it is compressed")
+            raise CheckpointError(f"{path} was not read: it is compressed; {REMEDY}")
         order = f"{root}byteorder"
         if order in records and archive.read(order) != b"little":
             raise CheckpointError(f"{path} was written on a big-endian machine; {REMEDY}")
@@ -269,7 +247,7 @@ def _lazy(
     ):
         raise CheckpointError(f"{archive.path} holds a tensor that is not dense, {name}: {shape}")
     if n_bytes == 0:
-        return LazyTensor(shape, dtype, lambda: torch.empty(shape, dtype=dtype), mapped=False)
+        return LazyTensor(shape, dtype, lambda: torch.empty(shape, dtype=dtype), fresh=True)
     start = places.get(storage.key)
     if start is None:
         start = places[storage.key] = archive.place(storage)
@@ -285,7 +263,10 @@ def _lazy(
         data = data if aligned else data.clone()
         return data.view(dtype).as_strided(shape, tensor.stride)
 
-    return LazyTensor(shape, dtype, read, mapped=aligned)
+    laid_out = torch.empty_strided(shape, tensor.stride, device="meta")
+    copied = not aligned and laid_out.is_contiguous()
+    place = (archive.path, begin, tensor.stride)
+    return LazyTensor(shape, dtype, read, fresh=copied, place=place)
 
 
 def read_pickles(*paths: Path) -> tuple[dict[str, LazyTensor], Any]:
@@ -305,9 +286,8 @@ def read_pickles(*paths: Path) -> tuple[dict[str, LazyTensor], Any]:
             raise CheckpointError(f"{path}: {error}") from None
         if not state:
             stored = isinstance(archive.content, _Stored)
-            kind = "tensor" if stored else type(archive.content).__name__
-            kind = getattr(archive.content, "name", kind)
-            raise CheckpointError(f"{path} holds no named tensors, but a {kind}; {REMEDY}")
+            kind = "a tensor" if stored else kind_of(archive.content)
+            raise CheckpointError(f"{path} holds no named tensors, but {kind}; {REMEDY}")
         places: dict[str, int] = {}
         try:
             own = {

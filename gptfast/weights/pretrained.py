@@ -44,7 +44,7 @@ def save_model(
     """
     vocabulary, ends = tokenizer_texts(tokenizer)
     if eos_ids:
-        ends = ends._replace(eos=list(eos_ids) if len(eos_ids) > 1 else eos_ids[0])
+        ends = ends._replace(eos=_one_or_list(eos_ids))
     tensors, texts = model_files(config, state, ends)
     with new_files(Path(directory)) as files:
         write_files(files, tensors, texts | vocabulary)
@@ -61,6 +61,21 @@ class Ends(NamedTuple):
 
 
 NO_ENDS = Ends()
+
+
+def _one_or_list(ids: Sequence[int]) -> int | list[int]:
+    return list(ids) if len(ids) > 1 else ids[0]
+
+
+def joined_ends(ends: Ends, eos_ids: Sequence[int], n_vocab: int) -> Ends:
+    """Return a tokenizer's ends with those of the model that training started from.
+
+    Training goes on to separate texts by the tokenizer's; both end one. n_vocab: the number of the
+    tokenizer's ids, beyond which none is kept.
+    """
+    own = () if ends.eos is None else (ends.eos,) if isinstance(ends.eos, int) else ends.eos
+    ids = [i for i in dict.fromkeys((*eos_ids, *own)) if i < n_vocab]
+    return ends._replace(eos=_one_or_list(ids)) if ids else ends
 
 
 def model_files(

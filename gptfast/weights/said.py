@@ -1,7 +1,8 @@
 """What a file says about its model beside the tensors: head count, sizes, activation and the like.
 
 Training scripts keep this under many names: nanoGPT's `model_args`, Lightning's `hyper_parameters`,
-a `config` that is a dictionary or an object, `args` of a command line, the metadata of safetensors.
+a `config` that is a dictionary or an object, `args` of a command line, the metadata of safetensors
+or of torch's state dictionaries.
 """
 
 import json
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from gptfast.weights.inert import Inert, mapping_of
+from gptfast.inert import Attributed, Inert, mapping_of
 from gptfast.weights.lazy_tensor import CheckpointError
 
 # Our names, and those under which files have the same.
@@ -99,6 +100,9 @@ def said_in(source: str, content: Any) -> Said:
     if mapping_of(mapping.get("model_args")):
         mapping = {"model_args": mapping["model_args"], "config": _activation_only(mapping)}
     stated = [_values(mapping, "", _MAX_DEPTH, set(), only=_PLACES)]
+    if isinstance(content, Attributed):  # a state dictionary, as book.py writes it
+        modules = mapping_of(content.attributes.get("_metadata")) or {}
+        stated.append(_values(modules.get(""), "_metadata", 1, set()))
     for key, value in mapping.items():
         if isinstance(value, Inert) and "_modules" in value.attributes:  # a module saved whole
             stated.append(_values(value, str(key), _MAX_DEPTH, set(), only=_PLACES))

@@ -232,13 +232,14 @@ def _lazy(name: str, entry: _Entry, mapped: MappedFiles, path: Path) -> LazyTens
     if end > len(mapped.tensors[entry.shard]):
         raise CheckpointError(f"{path} is truncated: {name} ends at byte {end}")
 
+    aligned = entry.offset % dtype.itemsize == 0
+
     def read() -> Tensor:
         data = mapped.read(entry.shard, slice(entry.offset, end))
         array = data.numpy()
         array.flags.writeable = False
         if not _crc_is(array, entry.crc):
             raise CheckpointError(f"{path} is damaged: the checksum of {name} is wrong")
-        aligned = data if entry.offset % dtype.itemsize == 0 else data.clone()
-        return aligned.view(dtype).view(entry.shape)
+        return (data if aligned else data.clone()).view(dtype).view(entry.shape)
 
-    return LazyTensor(tuple(entry.shape), dtype, read)
+    return LazyTensor(tuple(entry.shape), dtype, read, fresh=not aligned)

@@ -157,7 +157,7 @@ def _grown(rows: LazyTensor, n: int) -> LazyTensor:
         mean = old.float().mean(0, keepdim=True).to(old.dtype)
         return torch.cat([old, mean.expand(n - len(old), -1)])
 
-    return LazyTensor((n, *rows.shape[1:]), rows.dtype, read, mapped=False)
+    return LazyTensor((n, *rows.shape[1:]), rows.dtype, read, fresh=True)
 
 
 def infer_config(
@@ -293,7 +293,7 @@ def _zero_biases(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Return a bias of zeros, which changes nothing, for every layer and norm without a bias."""
 
     def zeros(n: int, dtype: torch.dtype) -> LazyTensor:
-        return LazyTensor((n,), dtype, lambda: torch.zeros(n, dtype=dtype), mapped=False)
+        return LazyTensor((n,), dtype, lambda: torch.zeros(n, dtype=dtype), fresh=True)
 
     return {
         name.removesuffix("weight") + "bias": zeros(tensor.shape[0], tensor.dtype)

@@ -9,7 +9,9 @@ gives: those that describe a tensor, for example.
 import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, cast
+
+import numpy as np
 
 # Each may cost some 60 bytes of memory; a GPT-2 XL with its optimizer has 100,000.
 _MAX_OPERATIONS = 5_000_000
@@ -44,6 +46,16 @@ class Inert:
     attributes: dict[Any, Any] = field(default_factory=dict)
     items: list[Any] = field(default_factory=list)
     """The items of a list or set; those of a dictionary are in `attributes`."""
+    state: tuple[Any, ...] = ()
+    """What it was built with if that is no dictionary: a dtype's byte order, for example."""
+
+
+class Attributed(dict[Any, Any]):
+    """A dictionary that has attributes too, as torch's state dictionaries have `_metadata`."""
+
+    def __init__(self, items: Mapping[Any, Any]) -> None:
+        super().__init__(items)
+        self.attributes: dict[Any, Any] = {}
 
 
 Call = Callable[..., Any]
@@ -168,15 +180,10 @@ class _Machine:
         """Set keys and values, in turn, in the dictionary on top of the stack."""
         target = self.stack[-1]
         target = target.attributes if isinstance(target, Inert) else target
-        if type(target) is not dict or len(items) % 2:
+        if not isinstance(target, dict) or len(items) % 2:
             raise TypeError(f"it sets keys of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # The hash of a tuple of tuples of the same tuples would take for ever, and large
-            # integers can be chosen to have one hash.
-            for part in key if isinstance(key, tuple) else (key,):
-                if isinstance(part, tuple) or isinstance(part, int) and abs(part) >= 2**60:
-                    raise TypeError("a key is no name and no number")
-            target[key] = value
+            target[_checked_key(key)] = value
 
     def on_global(self, name: str) -> None:
         self.push_global(*name.split(" ", 1))
@@ -211,20 +218,68 @@ class _Machine:
     def on_newobj_ex(self) -> None:
         named, args, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
         self.stack.append(self.call(function, args))
-        if isinstance(self.stack[-1], Inert) and type(named) is dict:
+        if isinstance(self.stack[-1], Inert) and isinstance(named, dict):
             self.stack[-1].attributes |= named
 
     def on_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Attributed) and isinstance(state, dict):
+            target.attributes |= state
         if isinstance(target, Inert):
             # With slots, a pair: what is in __dict__, and the slots.
             parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+            target.state = state if isinstance(state, tuple) else ()
             for part in parts:
-                if type(part) is dict:
+                if isinstance(part, dict):
                     target.attributes |= part
 
     def on_binpersid(self) -> None:
         self.stack.append(self.persistent(self.stack.pop()))
+
+
+def _checked_key(key: Any) -> Any:
+    """Return a key of a dictionary. Raises TypeError for one that takes for ever to hash.
+
+    That is a tuple of tuples of the same tuples, or large integers chosen to have one hash.
+    """
+    for part in key if isinstance(key, tuple) else (key,):
+        if isinstance(part, tuple) or isinstance(part, int) and abs(part) >= 2**60:
+            raise TypeError("a key is no name and no number")
+    return key
+
+
+def _scalar(dtype: Any, content: Any = b"", *_: Any) -> Any:
+    """Return a number or a text of NumPy's as Python's; an Inert for another kind of value."""
+    kind = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
+    big_endian = isinstance(dtype, Inert) and dtype.state[1:2] == (">",)
+    if isinstance(kind, str) and isinstance(content, bytes) and not big_endian:
+        if kind in _NUMBERS and len(content) == np.dtype(kind).itemsize:
+            return np.frombuffer(content, f"<{kind}")[0].item()
+        if kind == f"U{len(content) // 4}" and content:
+            return content.decode("utf-32-le")
+    return Inert("numpy.scalar")
+
+
+def _encoded(text: Any, *_: Any) -> bytes:
+    return cast(str, text).encode("latin-1")  # protocol 2 keeps bytes as text
+
+
+def _mapping(pairs: Any = ()) -> dict[Any, Any]:
+    """Return a dictionary of a class of its own; Python 2 gave one its pairs at once."""
+    items = pairs.items() if isinstance(pairs, dict) else pairs
+    return Attributed({_checked_key(key): value for key, value in items})
+
+
+_NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+PLAIN_CALLS: dict[str, Call] = {
+    "collections.OrderedDict": _mapping,
+    "collections.Counter": _mapping,
+    "collections.defaultdict": lambda *_: {},
+    "_codecs.encode": _encoded,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+}
+"""The calls that plain data needs: dictionaries of a class of their own, and NumPy's scalars."""
 
 
 def read_pickle(file: IO[bytes], calls: Mapping[str, Call], persistent: Call) -> Any:
@@ -245,8 +300,16 @@ def read_pickle(file: IO[bytes], calls: Mapping[str, Call], persistent: Call) ->
     return machine.stack[-1]
 
 
+def kind_of(value: Any) -> str:
+    """Return what a value of a pickle is, in words for a message."""
+    if isinstance(value, Inert | Global):
+        return f"an object, {value.name:.80}"
+    kinds = {dict: "a dictionary", str: "a text", bytes: "bytes", int: "a number"}
+    return next((kinds[k] for k in kinds if isinstance(value, k)), f"a {type(value).__name__}")
+
+
 def mapping_of(value: Any) -> dict[Any, Any] | None:
     """Return a dictionary, or the attributes of an object as one; None for anything else."""
     if isinstance(value, Inert):
         return value.attributes
-    return value if type(value) is dict else None
+    return value if isinstance(value, dict) else None
