@@ -29,7 +29,7 @@ FLOORS = [
     ("model kv_cache modules optim dtensor", "GPT and AdamW"),
     ("weights", "models on disk, in every form, as names, shapes and tensors"),
     ("tokenizer config ops", "text to ids; the configurations; the operations"),
-    ("device checks files torch_private", "what everything leans on"),
+    ("device checks files startup torch_private", "what everything leans on"),
 ]
 FLOOR_OF = {room: i for i, (rooms, _) in enumerate(FLOORS) for room in rooms.split()}
 

@@ -14,14 +14,13 @@ import gptfast
 from gptfast.checks import one_line
 from gptfast.cli.terminal import ERRORS, is_terminal
 from gptfast.ops.backend import check_isa
+from gptfast.startup import INTERRUPTED, release_ctrl_c
 from gptfast.training.log import discard
 
 if TYPE_CHECKING:
     from gptfast.cli.flags import Flag
 
 USAGE_ERROR = 2
-INTERRUPTED = 130
-"""128 and the number of SIGINT, as a shell says it of a command that Ctrl-C ended."""
 BROKEN_PIPE = 141
 """128 and the number of SIGPIPE."""
 
@@ -155,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.freeze()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        release_ctrl_c()
         argv = [_argument(given) for given in argv]
         check_isa()
         code = parse(argv).run() or 0

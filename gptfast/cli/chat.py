@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from gptfast.checks import one_line
+from gptfast.cli.flags import UsageError
 from gptfast.cli.generate import unescaped
 from gptfast.cli.model_flags import (
     INTEGER_SETTINGS,
@@ -82,7 +83,10 @@ class Chat(GenerationFlags):
     def run(self) -> None:
         if sys.stdin is None:
             raise ValueError("chat reads your messages from standard input, which is closed")
-        template = Template.parse(unescaped(self.template))
+        try:
+            template = Template.parse(unescaped(self.template))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         settings = {name: getattr(self, name) for name in SETTINGS}
         settings["seed"] = new_seed() if self.seed is None else self.seed
         check_settings(settings)
@@ -92,7 +96,7 @@ class Chat(GenerationFlags):
         conversation = Conversation(template, tokenizer, model.eos_ids)
         shows_speed = self.shows_speed and model.stats is not None
         session = _Session(model, conversation, settings, options, shows_speed)
-        session.announces_seed = self.seed is None and self.temperature != 0
+        session.announces_seed = self.seed is None
         if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
             session.run(line.rstrip("\r\n") for line in sys.stdin)
             return
@@ -184,11 +188,11 @@ class _Session:
 
     def _reply(self) -> None:
         """Generate the reply and print it piece by piece."""
-        if self.announces_seed:
-            seed, self.announces_seed = self.settings["seed"], False
-            print_note(f"seed {seed}: --seed {seed} repeats these replies")
         options = {**self.settings, **self.options}
         n, size = options.pop("max_new_tokens"), self.model.config.block_size
+        if self.announces_seed and n and self.settings["temperature"] != 0:
+            seed, self.announces_seed = self.settings["seed"], False
+            print_note(f"seed {seed}: --seed {seed} repeats these replies")
         if forgotten := self.conversation.make_room(size, n):
             turns = "turn no longer fits" if forgotten == 1 else f"{forgotten} turns no longer fit"
             print_note(f"the oldest {turns} into {size:,} tokens and will be left out")

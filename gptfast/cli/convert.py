@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 
 from gptfast.cli.flags import Positional
+from gptfast.cli.ranges import check_whole
+from gptfast.config import MAX_SIZE
 from gptfast.model import GPT
 from gptfast.weights.convert import check, check_name, format_of, save
 
@@ -45,6 +47,9 @@ class Convert:
     resize_vocab: int | None = None
     """Give the model this many tokens, for a vocabulary that grew. The rows of the new tokens are
     the mean of the old ones."""
+
+    def __post_init__(self) -> None:
+        check_whole(self, "n_head", "resize_vocab", most=MAX_SIZE)
 
     def run(self) -> None:
         if self.to == "packed" or self.dtype == "int8":
