@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from gptfast.generation.conversation import QUESTIONS, Conversation, Template
 from gptfast.generation.decoder import Decoder, Stats
 from gptfast.generation.options import Options, next_seed
 
+BYTE_ORDER_MARK = "\ufeff"  # put before UTF-8 text by some programs; no text
 HELP = """\
 /retry             replace the last reply with another one
 /reset             forget the conversation
@@ -98,7 +100,7 @@ class Chat(GenerationFlags):
         session = _Session(model, conversation, settings, options, shows_speed)
         session.announces_seed = self.seed is None
         if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
-            session.run(line.rstrip("\r\n") for line in sys.stdin)
+            session.run(_piped_lines())
             return
         kind = self.checkpoint + (f" in {model.dtype}" if model.dtype else "")
         size = model.config.block_size
@@ -160,6 +162,7 @@ class _Session:
             return True
         if name == "save" and value:
             self.conversation.save(value)
+            print_note(f"the conversation is in {value}")
             return True
         if name == "save" or value:
             raise ValueError("/save takes a file" if name == "save" else f"/{name} takes no value")
@@ -175,6 +178,7 @@ class _Session:
             if self.model.stats is None:
                 raise ValueError(f"/stats {NEEDS_ENGINE}")
             self.shows_speed = not self.shows_speed
+            print_note(f"stats are {'on' if self.shows_speed else 'off'}")
         return name not in LEAVE
 
     def _set(self, name: str, value: str) -> None:
@@ -270,6 +274,14 @@ def _caught_ctrl_c(caught: bool) -> Iterator[Callable[[], bool]]:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _piped_lines() -> Iterator[str]:
+    """Yield the lines of standard input. Raises ValueError for one that is not UTF-8."""
+    for number, line in enumerate(sys.stdin, 1):
+        if re.search("[\ud800-\udfff]", line):  # what Python makes of other bytes
+            raise ValueError(f"line {number} of standard input is not UTF-8 text; convert it first")
+        yield (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).rstrip("\r\n")
 
 
 def _typed_lines(keeps_history: bool) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """`gptfast convert`: write a model in another format."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +15,18 @@ from gptfast.model import GPT
 from gptfast.weights.convert import check, check_name, format_of, save
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def _written(path: str) -> Iterator[None]:
+    """Name the path in an error of writing it."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        if why.startswith("cannot write"):
+            raise
+        raise OSError(f"cannot write {path}: {why}; is there room for it?") from None
 
 
 @dataclass(frozen=True)
@@ -59,14 +73,15 @@ class Convert:
         model = self._load()
         if self.dtype is not None:
             model.to(_DTYPES[self.dtype])
-        save(
-            model.config,
-            model.state_dict(),
-            self.dst,
-            self.to,
-            tokenizer=model.tokenizer_name,
-            eos_ids=model.eos_ids,
-        )
+        with _written(self.dst):
+            save(
+                model.config,
+                model.state_dict(),
+                self.dst,
+                self.to,
+                tokenizer=model.tokenizer_name,
+                eos_ids=model.eos_ids,
+            )
         n = sum(p.numel() for p in model.parameters())
         form = self.to or format_of(self.dst)
         print(f"done: {n:,} parameters in {self.dst} ({form})")
@@ -90,6 +105,7 @@ class Convert:
 
         plain = self.n_head is None and self.resize_vocab is None
         engine = Engine(self.src if plain else self._load(), self.dtype)
-        engine.save(self.dst)
+        with _written(self.dst):
+            engine.save(self.dst)
         size = f"{engine.weight_bytes / 1e6:,.1f} MB of {engine.dtype} weights"
         print(f"done: {size} in {self.dst} (packed); try\n  gptfast chat {self.dst}")
