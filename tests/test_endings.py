@@ -97,10 +97,7 @@ def test_head_and_a_full_disk(text: Path, tmp_path: Path) -> None:
     full = subprocess.run(
         [*args, "info"], stdout=open("/dev/full", "w"), stderr=subprocess.PIPE, encoding="utf-8"
     )
-    assert (full.returncode, full.stderr) == (
-        1,
-        "gptfast: standard output cannot be written: No space left on device\n",
-    )
+    assert (full.returncode, full.stderr) == (1, "gptfast: [Errno 28] No space left on device\n")
     random_model(vocab_size=257).save_pretrained(tmp_path / "model")
     options = ["--tokenizer", "byte", "--prompt", "a", "--seed", "1", "--max-new-tokens", "4000"]
     generate = subprocess.Popen(
@@ -227,7 +224,7 @@ def test_a_model_for_which_there_is_no_room(to: str, tmp_path: Path) -> None:
     limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "-", sys.executable, "-m", "gptfast", *args]
     result = subprocess.run(limited, capture_output=True, encoding="utf-8")
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith(f"gptfast: cannot write {tmp_path / to}: ")
+    assert result.stderr.startswith(f"gptfast: cannot write {tmp_path / to}")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

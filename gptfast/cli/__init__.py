@@ -183,7 +183,6 @@ def _failed(error: BaseException, argv: Sequence[str]) -> int:
         message = with_flags(message, command_flags(argv[0]))
     if isinstance(error, OSError) and not _can_write():
         discard(sys.stdout)  # else Python would complain once more when it ends
-        message = f"standard output cannot be written: {error.strerror or error}"
     print(f"gptfast: {message}", file=sys.stderr)
     return USAGE_ERROR if isinstance(error, UsageError) else 1
 

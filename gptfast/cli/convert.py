@@ -27,6 +27,10 @@ def _written(path: str) -> Iterator[None]:
         if why.startswith("cannot write"):
             raise
         raise OSError(f"cannot write {path}: {why}; is there room for it?") from None
+    except RuntimeError as error:  # of PyTorch's writer of .pt and .pth, which hides the reason
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(f"cannot write {path}; is there room for it?") from None
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ def need_pyarrow(path: Path) -> None:
 def kind_of_content(path: Path, start: bytes, fields: Collection[str] = ()) -> str:
     """Return a file's kind: by its name, or where that says nothing, by its first bytes.
 
-    fields: columns by which the first line of a table is known. Raises ValueError for bytes that no text begins with.
+    fields: columns by which the first line of a table is known. Raises ValueError for bytes that
+    no text begins with.
     """
     for magic, why in _MAGIC.items():
         if start.startswith(magic):
