@@ -160,6 +160,17 @@ def test_what_people_type(line: str, capsys: Capture) -> None:
     assert result[0] == 2 and result[1] == ""
 
 
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_the_terminal(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Only a command to copy may be longer than a line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run(capsys, *filter(None, [name]), "--help")[1].splitlines()
+    long = [line for line in lines if len(line) > 80 and not line.startswith("gptfast ")]
+    assert len(lines) > 5 and long == []
+
+
 def test_an_attached_text_with_spaces(capsys: Capture) -> None:
     result = run(capsys, "generate", "-pOnce upon", "RUN")
     refused(result, "there is no flag -pOnce; perhaps you meant -p 'Once upon'")

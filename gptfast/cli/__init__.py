@@ -6,7 +6,9 @@ import inspect
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -111,9 +113,14 @@ def _no_command(argv: Sequence[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print("usage: gptfast COMMAND [FLAGS]\n")
         print("commands (gptfast COMMAND --help shows the flags of a command):")
+        width = min(100, shutil.get_terminal_size().columns)
         for name, command in COMMANDS.items():
             line = (inspect.getdoc(command) or "").partition("\n")[0]
-            print(f"  {name:<11}{line}")
+            print(
+                textwrap.fill(
+                    line, width, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13
+                )
+            )
         print("\ngptfast --version prints the version; docs/command.md explains the rest.")
         raise SystemExit(0)
     from gptfast.cli.flags import UsageError
