@@ -1,7 +1,14 @@
 """GPT-2 training and generation in PyTorch with hand-written C++ and Triton kernels."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from gptfast.startup import catch_ctrl_c, is_command
+
+# Only in the command's own process, and before the imports that take seconds.
+if is_command(sys.orig_argv, sys.argv):
+    catch_ctrl_c()
 
 # Imported at once, so that the operators are in torch.ops after `import gptfast`.
 from gptfast import ops

@@ -19,6 +19,9 @@ PRESETS = {
 }
 
 
+MAX_SIZE = 2**31 - 1
+"""The most tokens, positions or channels of a model. A larger number is a typing error, which
+torch would follow until it runs out of memory."""
 FINETUNING_LR = 3e-4
 """The peak learning rate of `gptfast train --init`. At the rates that suit random weights, a
 pretrained model forgets in 20 steps what it knew."""
@@ -68,8 +71,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            # More is a typing error, which torch would follow until it runs out of memory.
-            limit = 10**4 if name == "n_layer" else 2**31 - 1
+            limit = 10**4 if name == "n_layer" else MAX_SIZE
             checks.integer(name, getattr(self, name), 1, limit)
         _check_types(self)
         _require(

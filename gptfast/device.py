@@ -21,9 +21,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(known[0])
     if name not in known:
-        raise ValueError(
-            f"device must be auto or one of {', '.join(known)}, got {name!r}{_why_absent(name)}"
-        )
+        names = " or ".join([", ".join(["auto", *known[:-1]]), known[-1]])
+        raise ValueError(f"device must be {names}, got {name!r}{_why_absent(name)}")
     return torch.device(name)
 
 

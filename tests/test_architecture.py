@@ -29,7 +29,7 @@ FLOORS = [
     ("model kv_cache modules optim dtensor", "GPT and AdamW"),
     ("weights", "models on disk, in every form, as names, shapes and tensors"),
     ("tokenizer config ops", "text to ids; the configurations; the operations"),
-    ("device checks files inert torch_private", "what everything leans on"),
+    ("device checks files inert startup torch_private", "what everything leans on"),
 ]
 FLOOR_OF = {room: i for i, (rooms, _) in enumerate(FLOORS) for room in rooms.split()}
 
@@ -219,8 +219,8 @@ PRIVATE = ROOT / "gptfast" / "torch_private.py"
 PRODUCT = [path for folder in ("gptfast", "kernels") for path in (ROOT / folder).rglob("*.py")]
 # Of PyTorch's modules: older than torch.compile.
 OLD = {"_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"}
-# Of ATen's operators, transformers and tiktoken.
-OTHERS = {"_to_copy", "_attn_implementation", "_encode_single_piece"}
+# Of ATen's operators, transformers, tiktoken and Python's os.
+OTHERS = {"_exit", "_to_copy", "_attn_implementation", "_encode_single_piece"}
 
 
 def test_one_file_has_the_private_names_of_torch() -> None:

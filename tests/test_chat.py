@@ -236,7 +236,9 @@ never
 """
     code, output, err = piped(script, monkeypatch, capsys, model, "--seed", 3)
     assert (code, output) == (0, f"{chat.HELP}\none\ntwo\nthree\nfour\n")
-    assert err.splitlines() == ["temperature is 0.1", "top_k is 7", "top_p is off", "seed is 4"]
+    saved = [f"the conversation is in {tmp_path / name}" for name in ("talk.txt", "talk.jsonl")]
+    changed = ["temperature is 0.1", "top_k is 7", "top_p is off", "seed is 4"]
+    assert err.splitlines() == [*changed, *saved]
     texts = ["Q: a\nA:", "Q: a\nA:", "Q: a\nA:two\nQ: b\nA:", "Q: /c\nA:"]
     assert [text for text, _ in spoken] == texts
     assert [options["seed"] for _, options in spoken] == [3, 4, 4, 4]
@@ -269,7 +271,7 @@ BAD_LINES = {
     "/clear": ["perhaps you meant /reset"],
     "/": ["there is no /; /help"],
     "/max_new_tokens -1": ["max_new_tokens must be an integer >= 0, got -1"],
-    "\ud800": ["lone surrogate"],
+    "\ud800": ["line 1 of standard input is not UTF-8 text"],
 }
 
 

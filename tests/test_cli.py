@@ -247,8 +247,8 @@ BAD_TRAIN_FLAGS = {
     "--lr fast": ["--lr", "'fast'"],
     "--seed -1": ["seed must be >= 0, got -1"],
     "--batch-size 0": ["batch_size must be an integer >= 1, got 0"],
-    "--split 1.0": ["--split takes two or three shares"],
-    "--split 0.9 0.3": ["split ratios must be positive and sum to 1"],
+    "--split 1.0": ["--split must be two or three shares above 0 that sum to 1", "got 1"],
+    "--split 0.9 0.3": ["--split must be two or three", "sum to 1", "got 0.9 0.3"],
     "--data nowhere.txt": ["nowhere.txt"],
     "--tokenizer gpt5": ["tokenizer must be 'gpt2', 'byte' or a directory, got 'gpt5'"],
     "--init nowhere": ["nowhere is not a checkpoint"],
@@ -267,7 +267,7 @@ def test_bad_train_flags(flags: str, text: Path, tmp_path: Path, capsys: Capture
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
 def test_absent_device(text: Path, trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    words = "device must be auto or one of cpu, got 'cuda'"
+    words = "device must be auto or cpu, got 'cuda'"
     refused(train(capsys, "--data", text, "--out", tmp_path / "x", "--device", "cuda"), words)
     refused(run(capsys, "generate", trained, "--prompt", "a", "--device", "cuda"), words)
 

@@ -96,6 +96,12 @@ MISTYPED = {
     "generate RUN --temprature 0.5": "perhaps you meant --temperature",
     "generate RUN -temperature 0.5": "perhaps you meant --temperature",
     "generate RUN -prompt a": "perhaps you meant --prompt",
+    "generate RUN -pHi": "there is no flag -pHi; perhaps you meant -p Hi (",
+    "generate RUN -pa=b": "perhaps you meant -p a=b",
+    "generate RUN -s-1": "perhaps you meant -s -1",
+    "train -dbook.txt": "perhaps you meant -d book.txt",
+    "train -oruns/x": "perhaps you meant -o runs/x",
+    "train -data x": "perhaps you meant --data",
     "generate RUN -t 8": "perhaps you meant --threads or --temperature",
     "generate RUN --n-predict 9": "perhaps you meant --max-new-tokens",
     "generate RUN --max_tokens 9": "perhaps you meant --max-new-tokens",
@@ -152,6 +158,85 @@ def test_what_people_type(line: str, capsys: Capture) -> None:
     result = run(capsys, *line.split())
     refused(result, MISTYPED[line])
     assert result[0] == 2 and result[1] == ""
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_the_terminal(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Only a command to copy may be longer than a line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run(capsys, *filter(None, [name]), "--help")[1].splitlines()
+    long = [line for line in lines if len(line) > 80 and not line.startswith("gptfast ")]
+    assert len(lines) > 5 and long == []
+
+
+def test_an_attached_text_with_spaces(capsys: Capture) -> None:
+    result = run(capsys, "generate", "-pOnce upon", "RUN")
+    refused(result, "there is no flag -pOnce; perhaps you meant -p 'Once upon'")
+    assert result[0] == 2
+
+
+OUT_OF_RANGE = [
+    "train --batch-size 0",
+    "train --max-length 0",
+    "train --stride -1",
+    "train --threads 0",
+    "train --threads 5000",
+    "train --device tpu",
+    "train --split 1",
+    "train --split 0.9 0.2",
+    "train --split 1 2 3 4",
+    "train --split 1.5 -0.5",
+    "train --split nan nan",
+    "train --resize-vocab",
+    "search --grid lr=1 --jobs 0",
+    "search --random lr=1:2 --trials 0",
+    "search --grid lr=1 --batch-size 0",
+    "search --grid lr=1 --threads 0",
+    "eval RUN --data x --batch-size 0",
+    "eval RUN --data x --stride 0",
+    "eval RUN --data x --threads 0",
+    "eval RUN --data x --device tpu",
+    "eval RUN --hellaswag x --limit 0",
+    "generate RUN -p a --threads 0",
+    "generate RUN -p a --device tpu",
+    "chat RUN --threads 0",
+    "chat RUN --device tpu",
+    "chat RUN --template x",
+    "tokenizer --data x --vocab-size 256",
+    "tokenizer --data x --vocab-size 65537",
+    "prepare --data x --split 2",
+    "prepare --data x --workers 0",
+    "prepare --data x --shard-tokens 0",
+    "convert RUN x --resize-vocab 2147483648",
+    "convert RUN x --resize-vocab 0",
+    "convert RUN x --n-head 0",
+]
+
+
+@pytest.mark.parametrize("line", OUT_OF_RANGE)
+def test_values_out_of_range_are_wrong_usage(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """They end with 2 before anything is read, and name the flag."""
+    monkeypatch.chdir(tmp_path)
+    words = line.split()
+    if words[0] in ("tokenizer", "prepare"):
+        words += ["--out", "out"]
+    result = run(capsys, *words)
+    flags = [word for word in line.split() if word.startswith("--")]
+    assert result[0] == 2, result[2]
+    refused(result)
+    assert any(f"gptfast: {flag} " in result[2] for flag in flags)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_value_out_of_range_in_a_file(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "a.toml").write_text("batch_size = 0\n")
+    result = run(capsys, "train", "--config", tmp_path / "a.toml")
+    refused(result, "a.toml: batch_size must be an integer >= 1, got 0")
+    assert result[0] == 1 and "--batch-size" not in result[2]
 
 
 def test_a_refused_flag_is_not_suggested(capsys: Capture) -> None:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+import torch
 from commands import TINY, Capture, done, run, start
 from helpers import random_model
 
 from gptfast.cli import main
+from gptfast.cli.plan import Measured, _time_of
 from gptfast.data.embedded import embedded_text
+from gptfast.startup import is_command
 from gptfast.training.interrupt import Interrupt
 from gptfast.training.log import RunLog, say
 from gptfast.weights.checkpoint import checkpoints, read_state
@@ -170,6 +173,95 @@ def test_an_interrupted_text_ends_its_line(
     monkeypatch.setattr("gptfast.cli.generate.stream_text", pieces)
     args = ["generate", tmp_path, "--tokenizer", "byte", "-p", "a", "-s", 1]
     assert run(capsys, *args) == (130, "abc\n", "gptfast: interrupted\n")
+
+
+@pytest.mark.parametrize("module", [True, False], ids=["module", "script"])
+def test_ctrl_c_while_pytorch_is_imported(module: bool, tmp_path: Path) -> None:
+    """Not only an import takes the signal: it comes inside one that turns it into another error."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException:\n    raise ImportError('no torch') from None\n"
+    )
+    script = tmp_path / "gptfast"
+    script.write_text("import sys\nfrom gptfast.cli import main\nsys.exit(main())\n")
+    root = str(Path(__file__).parents[1])
+    result = subprocess.run(
+        [sys.executable, *(["-m", "gptfast"] if module else [str(script)]), "info"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])},
+        cwd=root if module else tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (result.returncode, result.stderr) == (130, "gptfast: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "argv", "expected"),
+    [
+        (["python", "-m", "gptfast", "info"], ["-m", "info"], True),
+        (["python", "-mgptfast", "info"], ["-m", "info"], True),
+        (["python", "/bin/gptfast"], ["/bin/gptfast"], True),
+        (["python", "-X", "dev", "/bin/gptfast", "train"], ["/bin/gptfast", "train"], True),
+        (["python", "-m", "pytest", "gptfast"], ["-m", "gptfast"], False),
+        (["python", "mine.py", "gptfast"], ["mine.py", "gptfast"], False),
+        (["python", "-c", "import gptfast"], ["-c"], False),
+        (["python"], [""], False),
+        ([], [], False),
+    ],
+)
+def test_what_is_the_command(words: list[str], argv: list[str], expected: bool) -> None:
+    """Who imports gptfast keeps their own handling of Ctrl-C."""
+    assert is_command(words, argv) == expected
+
+
+@pytest.mark.parametrize("to", ["model", "model.bin", "model.pth", "packed"])
+def test_a_model_for_which_there_is_no_room(to: str, tmp_path: Path) -> None:
+    random_model(vocab_size=257).save_pretrained(tmp_path / "source")
+    options = ["--dtype", "int8"] if to == "packed" else []
+    args = ["convert", str(tmp_path / "source"), str(tmp_path / to), *options]
+    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "-", sys.executable, "-m", "gptfast", *args]
+    result = subprocess.run(limited, capture_output=True, encoding="utf-8")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith(f"gptfast: cannot write {tmp_path / to}")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 9])
+def test_the_time_of_trials_side_by_side(jobs: int) -> None:
+    assert _time_of([4, 2, 1, 1], jobs) == {1: 8, 2: 4, 9: 4}[jobs]
+
+
+def test_a_dry_run_of_a_search_counts_its_jobs(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    measured = Measured(seconds=1.0, flops_per_second=1e6, memory=3 * 10**8)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("gptfast.cli.plan.measure", lambda trainer: measured)
+    monkeypatch.setattr("gptfast.cli.plan.threads_of", lambda jobs: 1)
+    args = ["search", *train_args(text, tmp_path / "run", 300)[1:], "--dry-run"]
+    args += ["--grid", "lr=1e-3,2e-3,3e-3,4e-3"]
+    try:
+        alone = done(capsys, *args).splitlines()
+        two = done(capsys, *args, "--jobs", 2).splitlines()
+        many = done(capsys, *args, "--jobs", 90).splitlines()
+    finally:
+        torch.set_num_threads(threads)
+    assert alone[:-3] == two[:-3] == many[:-3]
+    assert alone[-3] == "memory: about 300 MB"
+    assert two[-3] == "memory: about 600 MB, 2 at a time"
+    assert many[-3] == "memory: about 1.2 GB, 4 at a time"
+    assert two[-2] != alone[-2] and two[-2].endswith("for 4 trials, 2 at a time")
+    assert many[-2].endswith("for 4 trials, 4 at a time")
+
+
+def test_no_seed_where_nothing_is_drawn(tmp_path: Path, capsys: Capture) -> None:
+    random_model(vocab_size=257).save_pretrained(tmp_path)
+    args = ["generate", tmp_path, "--tokenizer", "byte", "-p", "a"]
+    for options in (["-n", 0], ["--temperature", 0], ["--num-beams", 2, "-n", 2]):
+        assert run(capsys, *args, *options)[2] == ""
+    assert "--seed" in run(capsys, *args, "-n", 1)[2]
 
 
 def test_a_dry_run_writes_nothing(text: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -318,6 +318,53 @@ def test_json_under_the_name_of_a_text(tmp_path: Path, caplog: pytest.LogCapture
     assert caplog.messages == [f"{path} holds JSON, read as text as its name says"]
 
 
+TABLES = {
+    "text,label\nHi,1\nBye,0\n": ["Hi", "Bye"],
+    "id\ttext\n1\tHi\n2\tBye\n": ["Hi", "Bye"],
+    '\ufefflabel,text\r\n1,"Hi, you"\r\n0,"two\nlines"\r\n': ["Hi, you", "two\nlines"],
+    "prompt,completion\nHi,Bye\n": ["Hi", "Bye"],
+}
+
+
+@pytest.mark.parametrize("content", TABLES)
+@pytest.mark.parametrize("cut", [0, 2], ids=["at once", "in two"])
+def test_a_table_without_a_name(content: str, cut: int, tmp_path: Path) -> None:
+    """A pipe has no suffix: the names in its first line say that it is a table."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def write() -> None:
+        with pipe.open("wb", buffering=0) as file:
+            file.write(content.encode()[:cut])
+            file.write(content.encode()[cut:])
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert [*read_documents([pipe])] == TABLES[content]
+    thread.join()
+
+
+@pytest.mark.parametrize("name", ["data", "data.txt"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("id,quote\n1,Hi\n2,Bye\n", True),
+        ("id;quote\n1;Hi\n2;Bye\n", True),
+        ("Roses, red\nviolets, blue\nsugar, sweet\n", False),
+        ("A text, with one comma\nand a line with none\n", False),
+        ("One line, then nothing", False),
+        ("text\nHi\nBye\n", False),
+    ],
+    ids="commas semicolons verse prose line column".split(),
+)
+def test_a_table_that_is_read_as_text(
+    name: str, content: str, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / name).write_text(content, "utf-8")
+    assert "".join(read_documents([tmp_path / name])) == content
+    assert ("looks like a table with the columns id, quote" in caplog.text) == told
+
+
 def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     for name in ("a.parquet", "a.arrow", "a.feather", "a.txt.zst"):

@@ -6,7 +6,9 @@ import inspect
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +16,13 @@ import gptfast
 from gptfast.checks import one_line
 from gptfast.cli.terminal import ERRORS, is_terminal
 from gptfast.ops.backend import check_isa
+from gptfast.startup import INTERRUPTED, release_ctrl_c
 from gptfast.training.log import discard
 
 if TYPE_CHECKING:
     from gptfast.cli.flags import Flag
 
 USAGE_ERROR = 2
-INTERRUPTED = 130
-"""128 and the number of SIGINT, as a shell says it of a command that Ctrl-C ended."""
 BROKEN_PIPE = 141
 """128 and the number of SIGPIPE."""
 
@@ -112,9 +113,14 @@ def _no_command(argv: Sequence[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print("usage: gptfast COMMAND [FLAGS]\n")
         print("commands (gptfast COMMAND --help shows the flags of a command):")
+        width = min(100, shutil.get_terminal_size().columns)
         for name, command in COMMANDS.items():
             line = (inspect.getdoc(command) or "").partition("\n")[0]
-            print(f"  {name:<11}{line}")
+            print(
+                textwrap.fill(
+                    line, width, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13
+                )
+            )
         print("\ngptfast --version prints the version; docs/command.md explains the rest.")
         raise SystemExit(0)
     from gptfast.cli.flags import UsageError
@@ -155,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.freeze()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        release_ctrl_c()
         argv = [_argument(given) for given in argv]
         check_isa()
         code = parse(argv).run() or 0

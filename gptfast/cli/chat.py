@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from gptfast.checks import one_line
+from gptfast.cli.flags import UsageError
 from gptfast.cli.generate import unescaped
 from gptfast.cli.model_flags import (
     INTEGER_SETTINGS,
@@ -24,6 +26,7 @@ from gptfast.generation.conversation import QUESTIONS, Conversation, Template
 from gptfast.generation.decoder import Decoder, Stats
 from gptfast.generation.options import Options, next_seed
 
+BYTE_ORDER_MARK = "\ufeff"  # put before UTF-8 text by some programs; no text
 HELP = """\
 /retry             replace the last reply with another one
 /reset             forget the conversation
@@ -82,7 +85,10 @@ class Chat(GenerationFlags):
     def run(self) -> None:
         if sys.stdin is None:
             raise ValueError("chat reads your messages from standard input, which is closed")
-        template = Template.parse(unescaped(self.template))
+        try:
+            template = Template.parse(unescaped(self.template))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         settings = {name: getattr(self, name) for name in SETTINGS}
         settings["seed"] = new_seed() if self.seed is None else self.seed
         check_settings(settings)
@@ -92,9 +98,9 @@ class Chat(GenerationFlags):
         conversation = Conversation(template, tokenizer, model.eos_ids)
         shows_speed = self.shows_speed and model.stats is not None
         session = _Session(model, conversation, settings, options, shows_speed)
-        session.announces_seed = self.seed is None and self.temperature != 0
+        session.announces_seed = self.seed is None
         if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
-            session.run(line.rstrip("\r\n") for line in sys.stdin)
+            session.run(_piped_lines())
             return
         kind = self.checkpoint + (f" in {model.dtype}" if model.dtype else "")
         size = model.config.block_size
@@ -156,6 +162,7 @@ class _Session:
             return True
         if name == "save" and value:
             self.conversation.save(value)
+            print_note(f"the conversation is in {value}")
             return True
         if name == "save" or value:
             raise ValueError("/save takes a file" if name == "save" else f"/{name} takes no value")
@@ -171,6 +178,7 @@ class _Session:
             if self.model.stats is None:
                 raise ValueError(f"/stats {NEEDS_ENGINE}")
             self.shows_speed = not self.shows_speed
+            print_note(f"stats are {'on' if self.shows_speed else 'off'}")
         return name not in LEAVE
 
     def _set(self, name: str, value: str) -> None:
@@ -184,11 +192,11 @@ class _Session:
 
     def _reply(self) -> None:
         """Generate the reply and print it piece by piece."""
-        if self.announces_seed:
-            seed, self.announces_seed = self.settings["seed"], False
-            print_note(f"seed {seed}: --seed {seed} repeats these replies")
         options = {**self.settings, **self.options}
         n, size = options.pop("max_new_tokens"), self.model.config.block_size
+        if self.announces_seed and n and self.settings["temperature"] != 0:
+            seed, self.announces_seed = self.settings["seed"], False
+            print_note(f"seed {seed}: --seed {seed} repeats these replies")
         if forgotten := self.conversation.make_room(size, n):
             turns = "turn no longer fits" if forgotten == 1 else f"{forgotten} turns no longer fit"
             print_note(f"the oldest {turns} into {size:,} tokens and will be left out")
@@ -266,6 +274,14 @@ def _caught_ctrl_c(caught: bool) -> Iterator[Callable[[], bool]]:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _piped_lines() -> Iterator[str]:
+    """Yield the lines of standard input. Raises ValueError for one that is not UTF-8."""
+    for number, line in enumerate(sys.stdin, 1):
+        if re.search("[\ud800-\udfff]", line):  # what Python makes of other bytes
+            raise ValueError(f"line {number} of standard input is not UTF-8 text; convert it first")
+        yield (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).rstrip("\r\n")
 
 
 def _typed_lines(keeps_history: bool) -> Iterator[str]:

@@ -5,6 +5,7 @@ defaults and the flags.
 """
 
 import re
+import shlex
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -50,6 +51,8 @@ class CommandLine:
                 loose += waiting
                 break
             if not looks_like_flag(word):
+                if hint := self._attached_hint(word):  # -p'Once upon'
+                    self.error(f"there is no flag {word.split()[0]}{hint}")
                 loose.append(word)
                 continue
             flag, on, attached = self._find(word)
@@ -83,7 +86,14 @@ class CommandLine:
             return *short, word[2:]
         every = [*self.positional, *self.flags]
         hint = hint_for(name, self.command, every, self._commands_with)
-        self.error(f"there is no flag {name}{hint}")
+        self.error(f"there is no flag {name}{hint or self._attached_hint(word)}")
+
+    def _attached_hint(self, word: str) -> str:
+        """Return the hint for a short flag with its value attached, as in -pHi, or ""."""
+        # -prompt may mean --prompt, so the value is not taken from the word itself.
+        if word[:2] not in self._named or not word[2:]:
+            return ""
+        return f"; perhaps you meant {word[:2]} {shlex.quote(word[2:])}"
 
     def _switch(self, word: str, on: bool, attached: str | None) -> bool:
         """Return the value of a switch such as --compile, --no-compile or --compile=false."""

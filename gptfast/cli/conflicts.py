@@ -74,6 +74,10 @@ def check_training(given: Mapping[str, Any], train: "Train") -> None:
             "out",
         ),
         (
+            train.resize_vocab and train.init is None,
+            "--resize-vocab needs --init: it is that model that gets more tokens",
+        ),
+        (
             train.stride is not None and train.stride > window,
             f"--stride {train.stride} would skip the text between windows of {window} tokens: take "
             f"at most {window}",

@@ -1,18 +1,38 @@
 """`gptfast convert`: write a model in another format."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from gptfast.cli.flags import Positional
+from gptfast.cli.ranges import check_whole
+from gptfast.config import MAX_SIZE
 from gptfast.model import GPT
 from gptfast.tokenizer.bpe import end_of_text
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.weights.convert import check, check_name, format_of, save
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def _written(path: str) -> Iterator[None]:
+    """Name the path in an error of writing it."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        if why.startswith("cannot write"):
+            raise
+        raise OSError(f"cannot write {path}: {why}; is there room for it?") from None
+    except RuntimeError as error:  # of PyTorch's writer of .pt and .pth, which hides the reason
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(f"cannot write {path}; is there room for it?") from None
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,9 @@ class Convert:
     """Give the model this many tokens, for a vocabulary that grew. The rows of the new tokens are
     the mean of the old ones."""
 
+    def __post_init__(self) -> None:
+        check_whole(self, "n_head", "resize_vocab", most=MAX_SIZE)
+
     def run(self) -> None:
         if self.to == "packed" or self.dtype == "int8":
             self._pack()
@@ -56,14 +79,15 @@ class Convert:
         model = self._load()
         if self.dtype is not None:
             model.to(_DTYPES[self.dtype])
-        save(
-            model.config,
-            model.state_dict(),
-            self.dst,
-            self.to,
-            tokenizer=model.tokenizer_name,
-            eos_ids=model.eos_ids,
-        )
+        with _written(self.dst):
+            save(
+                model.config,
+                model.state_dict(),
+                self.dst,
+                self.to,
+                tokenizer=model.tokenizer_name,
+                eos_ids=model.eos_ids,
+            )
         n = sum(p.numel() for p in model.parameters())
         form = self.to or format_of(self.dst)
         print(f"done: {n:,} parameters in {self.dst} ({form})")
@@ -87,7 +111,8 @@ class Convert:
 
         plain = self.n_head is None and self.resize_vocab is None
         engine = Engine(self.src if plain else self._load(), self.dtype)
-        engine.save(self.dst)
+        with _written(self.dst):
+            engine.save(self.dst)
         size = f"{engine.weight_bytes / 1e6:,.1f} MB of {engine.dtype} weights"
         print(f"done: {size} in {self.dst} (packed); try\n  gptfast chat {self.dst}")
 

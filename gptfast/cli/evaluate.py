@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from gptfast.checks import integer
 from gptfast.cli.conflicts import check_evaluation
 from gptfast.cli.data_flags import Reading
 from gptfast.cli.flags import Positional, UsageError
-from gptfast.cli.model_flags import Dtype, load
+from gptfast.cli.model_flags import Device, Dtype, load
+from gptfast.cli.ranges import MAX_THREADS, check_whole
 from gptfast.cli.settings import with_tuples
 from gptfast.cli.threads import set_threads
 from gptfast.data.loader import create_dataloader
@@ -71,10 +71,14 @@ class Eval(Reading):
     dtype: Dtype | None = None
     """Measure the engine with weights of this data type (default: the engine for a packed model,
     the PyTorch model for others)."""
-    device: str = "auto"
-    """cpu, cuda or auto; auto takes a GPU if there is one."""
+    device: Device = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
     threads: int | None = None
     """Number of threads (default: $OMP_NUM_THREADS, else one per core)."""
+
+    def __post_init__(self) -> None:
+        check_whole(self, "batch_size", "max_length", "stride", "limit")
+        check_whole(self, "threads", most=MAX_THREADS)
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> Self:
@@ -88,7 +92,6 @@ class Eval(Reading):
 
     def run(self) -> None:
         set_threads(self.threads)
-        integer("batch_size", self.batch_size, 1)  # now, before the model is loaded
         model, tokenizer = load(
             self.checkpoint, self.tokenizer, self.device, self.dtype, engine=False
         )

@@ -2,8 +2,9 @@
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from gptfast.cli.flags import UsageError
@@ -61,13 +62,17 @@ class Generate(GenerationFlags):
         options = self.options()
         options |= {"num_beams": self.num_beams, "length_penalty": self.length_penalty}
         options["stop"] = [unescaped(text) for text in self.stop] or None
-        seed, write = options["seed"], self._print_logprobs if self.logprobs else self._print_text
+        seed = options["seed"]
         for n in range(self.num_samples):
             if n:
                 print(SEPARATOR)
             options["seed"] = next_seed(seed, n)
-            announce = self._announce_seed if n == 0 else (lambda seed: None)
-            write(model, tokenizer, prompt, options, announce)
+            pieces = self._pieces(model, tokenizer, prompt, options)
+            # Generate the first piece before anything is printed, so that bad input prints nothing.
+            first = next(pieces, "")
+            if n == 0:
+                self._announce_seed(seed)
+            _print_pieces([first], pieces)
         if self.shows_speed and model.stats and self.num_beams == 1:
             print(speed(model.stats), file=sys.stderr)
 
@@ -90,57 +95,54 @@ class Generate(GenerationFlags):
 
     def _announce_seed(self, seed: int) -> None:
         """Print the seed on stderr if it was drawn and decides the text."""
-        if self.seed is None and self.num_beams == 1 and self.temperature != 0:
+        draws = self.num_beams == 1 and self.temperature != 0 and self.max_new_tokens > 0
+        if self.seed is None and draws:
             again = f" --num-samples {self.num_samples}" if self.num_samples > 1 else ""
             print_note(f"seed {seed}: --seed {seed}{again} writes this again")
 
-    def _print_text(
-        self,
-        model: Decoder,
-        tokenizer: Tokenizer,
-        prompt: str,
-        options: Mapping[str, Any],
-        announce: Callable[[int], None],
-    ) -> None:
-        """Print the prompt and its continuation, piece by piece unless beams search for it."""
+    def _pieces(
+        self, model: Decoder, tokenizer: Tokenizer, prompt: str, options: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Yield what is printed of a text: the prompt with its continuation, or its tokens."""
+        n = self.max_new_tokens
+        if self.logprobs:
+            ids = prompt_ids(tokenizer, prompt, self.allow_special)
+            yield from _logprob_lines(model, tokenizer, ids, n, options)
+            return
         options = {**options, "allowed_special": self.allow_special}
         if self.num_beams != 1:
-            text = generate_text(model, tokenizer, prompt, self.max_new_tokens, **options)
+            text = generate_text(model, tokenizer, prompt, n, **options)
             assert isinstance(text, str)
-            print(printable(text))
-            return
-        pieces = stream_text(model, tokenizer, prompt, self.max_new_tokens, **options)
-        # Generate the first piece before printing the prompt, so that bad input prints nothing.
-        first = next(pieces, "")
-        announce(options["seed"])
-        print(printable(prompt + first), end="", flush=True)
-        try:
-            for piece in pieces:
-                print(printable(piece), end="", flush=True)
-        except KeyboardInterrupt:
-            if not is_terminal(sys.stdout):  # else `main` ends the line that shows ^C
-                print(flush=True)
-            raise
-        print(flush=True)
+            yield text
+        else:
+            pieces = stream_text(model, tokenizer, prompt, n, **options)
+            yield prompt + next(pieces, "")
+            yield from pieces
+        yield "\n"
 
-    def _print_logprobs(
-        self,
-        model: Decoder,
-        tokenizer: Tokenizer,
-        prompt: str,
-        options: Mapping[str, Any],
-        announce: Callable[[int], None],
-    ) -> None:
-        """Print each new token on a line with its log-probability."""
-        ids = prompt_ids(tokenizer, prompt, self.allow_special)
-        ends = list(model.eos_ids) or end_of_text(tokenizer)
-        options = {**options, "eos_id": ends, "tokenizer": tokenizer, "logprobs": True}
-        generated: Any = generate(model, [ids], self.max_new_tokens, **options)
-        announce(options["seed"])
-        rows, logprobs = generated
-        for token, logprob in zip(rows[0][len(ids) :], logprobs[0], strict=True):
-            text = tokenizer.decode([token]) if token < tokenizer.n_vocab else f"<{token}>"
-            print(f"{logprob:10.4f}  {text!r}")
+
+def _logprob_lines(
+    model: Decoder, tokenizer: Tokenizer, ids: list[int], n: int, options: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield a line for each of the n tokens that follow a prompt: log-probability and text."""
+    ends = list(model.eos_ids) or end_of_text(tokenizer)
+    options = {**options, "eos_id": ends, "tokenizer": tokenizer, "logprobs": True}
+    generated: Any = generate(model, [ids], n, **options)
+    rows, logprobs = generated
+    for token, logprob in zip(rows[0][len(ids) :], logprobs[0], strict=True):
+        text = tokenizer.decode([token]) if token < tokenizer.n_vocab else f"<{token}>"
+        yield f"{logprob:10.4f}  {text!r}\n"
+
+
+def _print_pieces(*pieces: Iterable[str]) -> None:
+    """Print the pieces of a text as they come. Ctrl-C ends the line that they are on."""
+    try:
+        for piece in chain(*pieces):
+            print(printable(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        if not is_terminal(sys.stdout):  # else `main` ends the line that shows ^C
+            print(flush=True)
+        raise
 
 
 def unescaped(text: str) -> str:

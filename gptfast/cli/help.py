@@ -24,7 +24,7 @@ def help_text(command: str, owner: type, flags: Sequence[Flag]) -> str:
     own = [flag for flag in shown if not (flag.positional or flag.group)]
     own.sort(key=lambda flag: not flag.required)
     texts = group_help(owner)
-    parts = [f"usage: {_usage(command, flags)}", inspect.getdoc(owner) or ""]
+    parts = [f"usage: {_usage(command, flags)}", wrapped(inspect.getdoc(owner) or "", width)]
     if positional:
         parts.append("arguments:\n" + _listed(positional, width))
     parts.append("flags:\n" + _listed([_HELP, *own], width))
@@ -33,6 +33,17 @@ def help_text(command: str, owner: type, flags: Sequence[Flag]) -> str:
         of_group = _listed([flag for flag in shown if flag.group == group], width)
         parts.append("\n\n".join(filter(None, (f"{group}:\n{about}".rstrip(), of_group))))
     return "\n\n".join(parts) + "\n"
+
+
+def wrapped(text: str, width: int) -> str:
+    """Return a text with its paragraphs wrapped. A command that stands alone stays one line."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(
+        paragraph
+        if paragraph.startswith("gptfast ")
+        else textwrap.fill(paragraph, width, break_on_hyphens=False, break_long_words=False)
+        for paragraph in paragraphs
+    )
 
 
 def _usage(command: str, flags: Sequence[Flag]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from gptfast.checks import integer
 from gptfast.cli.flags import Positional, UsageError
+from gptfast.cli.ranges import MAX_THREADS, check_whole
 from gptfast.cli.terminal import is_terminal
 from gptfast.cli.threads import set_threads
 from gptfast.cli.vocabularies import check_draft, chosen_tokenizer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from gptfast.engine import Engine
 
 Dtype = Literal["fp32", "bf16", "int8"]
+Device = Literal["auto", "cpu", "cuda"]
 NEEDS_ENGINE = (
     "needs the engine, which on the CPU needs the C++ extension: install g++ and reinstall gptfast"
 )
@@ -145,10 +147,13 @@ class GenerationFlags:
     """Print tokens and gigabytes per second on stderr; auto does so if stderr is a terminal."""
     tokenizer: str | None = None
     """gpt2, byte, or a directory with a vocabulary's files (default: the checkpoint's)."""
-    device: str = "auto"
-    """cpu, cuda or auto; auto takes a GPU if there is one."""
+    device: Device = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
     threads: int | None = None
     """Number of threads (default: $OMP_NUM_THREADS, else one per core)."""
+
+    def __post_init__(self) -> None:
+        check_whole(self, "threads", most=MAX_THREADS)
 
     def load(self) -> tuple[Decoder, Tokenizer]:
         """Return the model and its tokenizer. Raises ValueError for flags that do not fit."""

@@ -1,7 +1,9 @@
 """What `--dry-run` shows: sizes, memory and time of a run or of a search. It writes nothing."""
 
 import dataclasses
+import heapq
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptfast.cli.settings import apply
+from gptfast.cli.threads import set_threads
 from gptfast.config import GPTConfig, parameter_shapes
 from gptfast.device import peak_memory
+from gptfast.search.trials import threads_of
 from gptfast.training.flops import flops_per_token
 from gptfast.training.log import say
 from gptfast.training.schedule import learning_rate
@@ -91,28 +95,46 @@ def plan_run(trainer: Trainer, *, resume: bool) -> None:
 def plan_search(common: "Train", trials: Sequence[dict[str, Any]], jobs: int) -> None:
     """Print what the trials of a search would take: their sizes, and the time of all of them.
 
-    The steps of the first are measured; the others are estimated by their FLOPs. Raises ValueError
-    for a trial whose data or settings cannot be used.
+    The steps of the first are measured, with the threads that each of `jobs` trials at a time has;
+    the others are estimated by their FLOPs. Raises ValueError for a trial whose data or settings
+    cannot be used.
     """
+    jobs = min(jobs, len(trials))
     commands = [trial_settings(common, trial) for trial in trials]
     trainer, _, _ = commands[0].trainer()
-    if not _fits(parameter_count(trainer.model.config)):
+    if not _fits(parameter_count(trainer.model.config), jobs):
         return
-    speed = measure(trainer).flops_per_second
-    total, found = 0.0, {_batches_of(commands[0]): trainer}
+    shared = jobs > 1 and "OMP_NUM_THREADS" not in os.environ
+    set_threads(common.threads or (threads_of(jobs) if shared else None))
+    measured, seconds_each = measure(trainer), list[float]()
+    found = {_batches_of(commands[0]): trainer}
     for trial, command in zip(trials, commands, strict=True):
         config, steps, T = _shape_of(command, found)
         tokens = command.batch_size * command.train.accumulation_steps * T
-        seconds = steps * tokens * flops_per_token(config, T) / speed
-        total += seconds
+        seconds = steps * tokens * flops_per_token(config, T) / measured.flops_per_second
+        seconds_each.append(seconds)
         settings = " ".join(f"{name}={value}" for name, value in trial.items())
         print(
             f"{settings}: {parameter_count(config):,} parameters, {steps:,} steps of {tokens:,} "
             f"tokens, about {_duration(seconds)}"
         )
     at_once = f", {jobs} at a time" if jobs > 1 else ""
-    print(f"time: about {_duration(total)} of training for {len(trials)} trials{at_once}")
+    # Trials that share a GPU wait for one another.
+    shared_by = jobs if trainer.device.type == "cpu" else 1
+    print(f"memory: about {_size(measured.memory * jobs)}{at_once}")
+    print(
+        f"time: about {_duration(_time_of(seconds_each, shared_by))} of training for "
+        f"{_counted(len(trials), 'trial')}{at_once}"
+    )
     say("dry run: nothing was written")
+
+
+def _time_of(seconds: Sequence[float], jobs: int) -> float:
+    """Return the time of trials of which each starts, in their order, when another one ends."""
+    ends = [0.0] * jobs
+    for each in seconds:
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
 
 
 def trial_settings(common: "Train", trial: dict[str, Any]) -> "Train":
@@ -183,16 +205,18 @@ def _evaluation_batches(trainer: Trainer) -> int:
     )
 
 
-def _fits(parameters: int) -> bool:
-    """Return whether the training state fits into memory; if not, say so."""
+def _fits(parameters: int, jobs: int = 1) -> bool:
+    """Return whether the training state of `jobs` runs fits into memory; if not, say so."""
     status = Path("/proc/meminfo")
     lines = status.read_text().splitlines() if status.exists() else []
     free = next((int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line), None)
-    if free is None or parameters * TRAINED_BYTES < free:
+    needed = parameters * TRAINED_BYTES * jobs
+    if free is None or needed < free:
         return True
+    fewer = ", fewer --jobs" if jobs > 1 else ""
     say(
-        f"memory: the training state alone takes {_size(parameters * TRAINED_BYTES)}, and "
-        f"{_size(free)} are free: take a smaller model or another machine"
+        f"memory: the training state alone takes {_size(needed)}, and {_size(free)} are free: take "
+        f"a smaller model{fewer} or another machine"
     )
     return False
 

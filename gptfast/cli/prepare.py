@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from gptfast.cli.data_flags import Reading
+from gptfast.cli.ranges import check_split, check_whole
 from gptfast.data.prepare import prepare
+from gptfast.data.token_files import MAX_FILE_TOKENS
 from gptfast.tokenizer.vocabulary import get_tokenizer
 
 
@@ -35,6 +37,11 @@ class Prepare(Reading):
     """The largest number of tokens per file."""
     workers: int | None = None
     """Number of threads that encode text (default: one per core)."""
+
+    def __post_init__(self) -> None:
+        check_whole(self, "workers")
+        check_whole(self, "shard_tokens", most=MAX_FILE_TOKENS)
+        check_split(self.split, least=1)
 
     def run(self) -> None:
         summary = prepare(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from gptfast.cli.conflicts import check_search, check_training
 from gptfast.cli.hints import similar_key
 from gptfast.cli.plan import plan_search, trial_settings
+from gptfast.cli.ranges import check_whole
 from gptfast.cli.settings import apply, flat
 from gptfast.cli.train import SMALL_RUN, Train, train_defaults
 from gptfast.cli.train_data import absolute, check_data
@@ -47,6 +48,9 @@ class Search:
     """Number of trials that run at the same time."""
     no_default_shown: ClassVar = Train.no_default_shown
     not_in_help: ClassVar = ("resume",)
+
+    def __post_init__(self) -> None:
+        check_whole(self, "trials", "jobs")
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> Self:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from gptfast.cli.ranges import check_whole
 from gptfast.data.documents import find_files, read_documents
-from gptfast.tokenizer.train import train_tokenizer
+from gptfast.tokenizer.train import MAX_VOCABULARY, MIN_VOCABULARY, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class TrainTokenizer:
     """The field of a record (a .jsonl line, a row of a table) that holds the text."""
     split_on_eot: bool = False
     """Take <|endoftext|> written in a text as the end of a document, not as plain text."""
+
+    def __post_init__(self) -> None:
+        check_whole(self, "vocab_size", least=MIN_VOCABULARY, most=MAX_VOCABULARY)
 
     def run(self) -> None:
         if not self.data:

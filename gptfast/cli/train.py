@@ -12,6 +12,7 @@ import torch
 
 from gptfast.cli.conflicts import check_start, check_training
 from gptfast.cli.data_flags import Reading
+from gptfast.cli.ranges import MAX_THREADS, check_split, check_whole
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.cli.threads import set_threads, thread_advice
 from gptfast.cli.train_data import (
@@ -109,6 +110,11 @@ class Train(Reading):
     # The default of 1 means the tokenizer's size, because a smaller vocab_size is raised to it.
     no_default_shown: ClassVar = ("vocab_size",)
 
+    def __post_init__(self) -> None:
+        check_whole(self, "batch_size", "max_length", "stride")
+        check_whole(self, "threads", most=MAX_THREADS)
+        check_split(self.split, least=2)
+
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> "Train":
         """Return the command with these flags, and for the rest what `train_defaults` returns."""
@@ -145,10 +151,6 @@ class Train(Reading):
 
     def trainer(self) -> tuple[Trainer, list[Source], int]:
         """Return the trainer of this run, its data, and the number of tokens per window."""
-        if len(self.split) not in (2, 3):
-            raise ValueError(f"--split takes two or three shares, got {len(self.split)}")
-        if self.resize_vocab and self.init is None:
-            raise ValueError("--resize-vocab needs --init: it is that model that gets more tokens")
         tokenizer = self._tokenizer()
         if self.init is not None and not self._continues():
             by = "--tokenizer" if self.tokenizer is not None else "the data"

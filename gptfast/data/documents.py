@@ -17,7 +17,14 @@ from gptfast.data.forms import (
     records,
     say_fields,
 )
-from gptfast.data.kinds import ARROW_SUFFIXES, TEXT_SUFFIXES, holds_json, kind_of, kind_of_content
+from gptfast.data.kinds import (
+    ARROW_SUFFIXES,
+    TEXT_SUFFIXES,
+    columns_of,
+    holds_json,
+    kind_of,
+    kind_of_content,
+)
 from gptfast.data.rows import BYTE_ORDER_MARK, Row, arrow_rows, rows, text_of
 from gptfast.data.streams import open_bytes
 from gptfast.tokenizer.added import Borders
@@ -26,6 +33,10 @@ __all__ = ["Fields", "Record", "find_files", "read_documents", "read_records", "
 
 READ_BYTES = 1 << 20
 PEEK_BYTES = 1 << 16
+_TABLE = (
+    "%s looks like a table with the columns %s, and is read as plain text; for its rows, save it "
+    "with commas under a name that ends in .csv"
+)
 # Everything up to the last place where a text may be cut: no word of GPT-2's split (SPLIT in
 # tokenizer/bpe.py) crosses from a non-space into a space, and only runs of spaces depend on what
 # follows them.
@@ -132,12 +143,15 @@ def _records(
         return
     with open_bytes(path, on_bytes) as file:
         start = file.peek(PEEK_BYTES)
-        kind = kind_of_content(path, start)
+        kind = kind_of_content(path, start, fields.of_tables)
         if kind not in TEXT_SUFFIXES:
             yield from _row_records(path, rows(path, kind, file, fields.of_rows), fields, notes)
             return
         if holds_json(start):
             notes.say("json", "%s holds JSON, read as text as its name says", path)
+        elif columns := columns_of(start)[0]:
+            shown = ", ".join(columns)[:200]
+            notes.say("table", _TABLE, path, shown)
         yield from _text_records(path, file, fields, borders, notes)
 
 

@@ -57,6 +57,11 @@ class Fields:
         """The fields by which an object is a record, and no wrapper around a list of them."""
         return frozenset((self.text, self.prompt, self.completion, "instruction", *_CHATS))
 
+    @property
+    def of_tables(self) -> frozenset[str]:
+        """The columns by which the first line of a text is that of a table."""
+        return frozenset((self.text, self.prompt, self.completion, *_TEXTS))
+
     def prompted(self, row: Collection[str]) -> bool:
         """Return whether a row with these fields is to be read as a prompt with a completion."""
         if self.names_prompt and not self.names_text:

@@ -1,9 +1,13 @@
 """The kinds of data files, by their names and by their first bytes: what is read, what is not."""
 
+import csv
 import importlib.util
 import re
+from collections.abc import Collection
 from pathlib import Path
 
+PEEKED_BYTES = 1 << 14
+"""The bytes of a text that say whether it is a table."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
@@ -88,10 +92,11 @@ def need_pyarrow(path: Path) -> None:
         raise ValueError(f"{path} needs pyarrow to be read: pip install 'gptfast[data]'")
 
 
-def kind_of_content(path: Path, start: bytes) -> str:
+def kind_of_content(path: Path, start: bytes, fields: Collection[str] = ()) -> str:
     """Return a file's kind: by its name, or where that says nothing, by its first bytes.
 
-    Raises ValueError for bytes that no text begins with.
+    fields: columns by which the first line of a table is known. Raises ValueError for bytes that
+    no text begins with.
     """
     for magic, why in _MAGIC.items():
         if start.startswith(magic):
@@ -104,7 +109,33 @@ def kind_of_content(path: Path, start: bytes) -> str:
         return kind
     if _MARKUP.match(start):
         raise ValueError(f"{path} {_WHY['.html']}")
-    return ".json" if holds_json(start) else ".txt"
+    if holds_json(start):
+        return ".json"
+    columns, delimiter = columns_of(start)
+    if len(columns) > 1 and not set(fields).isdisjoint(columns):
+        return next(kind for kind, sign in TABLE_DELIMITERS.items() if sign == delimiter)
+    return ".txt"
+
+
+def columns_of(start: bytes) -> tuple[list[str], str]:
+    """Return the columns of a table that a text seems to be, and what stands between them.
+
+    They are [] for other texts. All of its first lines have as many values as the first one, whose
+    values are names: no space follows a comma there, as in prose.
+    """
+    lines = start[:PEEKED_BYTES].decode("utf-8-sig", errors="replace").splitlines(keepends=True)
+    for delimiter in (*TABLE_DELIMITERS.values(), ";"):
+        try:
+            read = [row for row in csv.reader(lines, delimiter=delimiter) if row]
+        except csv.Error:
+            continue
+        # The last line may be cut off.
+        sizes = {len(row) for row in (read[:-1] if len(read) > 2 else read)}
+        names = read[0] if read else []
+        if len(read) > 1 and sizes == {len(names)} and len(names) > 1:
+            if all(re.fullmatch(r"\w[\w .-]{0,59}", name) for name in names):
+                return names, delimiter
+    return [], ""
 
 
 def holds_json(start: bytes) -> bool:

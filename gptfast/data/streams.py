@@ -34,8 +34,12 @@ class _Counted(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        n = self._raw.readinto(buffer)
-        self._on_bytes(n or 0)
+        # A pipe gives what it has just now, but the first bytes say what kind of data they are: a
+        # buffer that is not full is the last one.
+        view, n = memoryview(buffer).cast("B"), 0
+        while n < len(view) and (got := self._raw.readinto(view[n:])):
+            n += got
+        self._on_bytes(n)
         return n
 
     def close(self) -> None:

@@ -122,9 +122,14 @@ def _environment(jobs: int) -> dict[str, str]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if jobs > 1:
         # Parallel trials share the cores; each would otherwise start a thread per core.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // jobs)))
+        environment.setdefault("OMP_NUM_THREADS", str(threads_of(jobs)))
     return environment
+
+
+def threads_of(jobs: int) -> int:
+    """Return the number of threads of each of `jobs` trials that share the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // jobs)
 
 
 class _Trial:

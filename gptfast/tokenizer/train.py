@@ -13,6 +13,10 @@ from gptfast.tokenizer.reader import BPE_HEADER, END_OF_TEXT
 from gptfast.tokenizer.vocabulary import SHA256, get_tokenizer
 from gptfast.tokenizer.words import BYTE_SYMBOLS, SPLIT, merged_pair
 
+MIN_VOCABULARY = 257
+"""The 256 bytes and end-of-text."""
+MAX_VOCABULARY = 65536
+"""The most tokens of which a token file can hold the ids."""
 MIN_OCCURRENCES = 2
 """A token that stands in a text less often is left out of the vocabulary reduced to it."""
 
@@ -31,7 +35,7 @@ def train_tokenizer(
     Needs the `tokenizers` library: ImportError without. Raises ValueError for a vocab_size out of
     range, a text that UTF-8 cannot hold, and a directory with one of the two files in it.
     """
-    n = checks.integer("vocab_size", vocab_size, 257, 65536)
+    n = checks.integer("vocab_size", vocab_size, MIN_VOCABULARY, MAX_VOCABULARY)
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise ValueError(
             f"texts must be an iterable of strings, got {type(texts).__name__}; pass [text]"
