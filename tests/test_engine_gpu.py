@@ -12,7 +12,7 @@ from helpers import (
 )
 from torch import Tensor
 
-from gptfast import GPT, Engine, generate, use_backend
+from gptfast import GPT, Engine, generate, get_tokenizer, use_backend
 from gptfast.engine import gpu_rows as gpu
 from gptfast.engine.gpu_model import GpuModel
 from gptfast.engine.gpu_rows import GraphRows, gpu_rows
@@ -69,6 +69,7 @@ class Loop:
         self._sampling = [*asked.sampling(len(prompts), rows.device).values()]
         self._row: dict[int, int] = {}
         self._live: tuple[int, ...] = ()
+        self.lacking: Tensor | None = None
 
     def step(self, *live: int) -> None:
         """Add a token to each of these texts; a new text's whole prompt is computed first."""
@@ -84,7 +85,7 @@ class Loop:
             self._live, self._chosen = live, [one[list(live)] for one in self._sampling]
         positions = [len(self.texts[i]) for i in live]
         rows = [self._row[i] for i in live]
-        logits, ids = self.rows.forward(rows, new, None, self._chosen, positions)
+        logits, ids = self.rows.forward(rows, new, None, self._chosen, positions, self.lacking)
         assert logits.shape[0] == len(live) and logits.dtype == torch.float32
         for i, drawn in zip(live, ids.tolist(), strict=True):
             self.texts[i].append(drawn)
@@ -144,6 +145,33 @@ def test_a_step_begun_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = [SAMPLED["seed"][i] for i in (1,)]
     text = loop.texts[1]
     assert expected(model, [text[:-1]], 1, **{**SAMPLED, "seed": seeds}) == [text]
+
+
+@both
+def test_ids_that_are_lacking(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps with ids to leave out are begun ahead too, and change when these ids do."""
+    model, prompts = lively_model(), prompts_of(2, 3)
+    loop, steps = Loop(gpu_rows(on_device(model), "fp32", 4), prompts), []
+    launch = gpu._Step.launch
+    monkeypatch.setattr(gpu._Step, "launch", lambda step: steps.append(step._n) or launch(step))
+    texts, counts, n_excluded = [list(prompt) for prompt in prompts], [], 0
+    V = model.config.vocab_size
+    masks = [torch.arange(V, device=loop.rows.device) % 3 != rest for rest in range(2)]
+    for lacking in (*[masks[0]] * 3, masks[1], None, None, masks[1]):
+        loop.lacking = lacking
+        loop.step(0, 1)
+        counts.append(len(steps))
+        for text in texts:
+            logits = all_logits(model, text[-model.config.block_size :])[-1]
+            best = int(logits.argmax())
+            if lacking is not None:
+                logits[lacking.cpu()] = -torch.inf
+            text.append(int(logits.argmax()))
+            n_excluded += text[-1] != best
+        assert loop.texts == texts
+    assert n_excluded > 4
+    # The second equal step begins the next one, whose tokens are of no use to other ids.
+    assert counts == [0, 1, 3, 4, 5, 7, 9]
 
 
 @both
@@ -287,6 +315,19 @@ def test_engine_logprobs(engine: Engine) -> None:
     torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
 
 
+def test_engine_without_ids_that_the_tokenizer_lacks(cpp: None) -> None:
+    """The steps sample themselves, as they do with all ids: they may become one CUDA graph."""
+    model, prompts = lively_model(vocab_size=400), prompts_of(3, 9, 5)
+    options = {"temperature": 0.8, "seed": 4, "tokenizer": get_tokenizer("byte")}
+    with torch.device("cpu"):
+        engine = Engine(model, max_batch=3)
+        engine.rows = gpu_rows(model, "fp32", 3)
+        texts = engine.generate(prompts, 8, **options)
+    assert texts == expected(model, prompts, 8, **options)
+    assert texts != expected(model, prompts, 8, temperature=0.8, seed=4)
+    assert all(lacks_ids for _, lacks_ids in engine.rows._steps)
+
+
 def test_sequences_select() -> None:
     model, prompts = lively_model(), prompts_of(4, 6)
     with torch.device("cpu"):
@@ -307,11 +348,12 @@ def test_a_replay_is_the_eager_step(triton: str, dtype: str) -> None:
     model = on_device(lively_model(n_embd=64, block_size=64))
     captured, eager = gpu_rows(model, dtype, 4), gpu_rows(model, dtype, 4)
     eager.captures = False
-    texts = []
+    texts, lacking = [], torch.arange(model.config.vocab_size) % 3 == 0
     for rows in (captured, eager):
         loop = Loop(rows, prompts_of(3, 9, 5), **SAMPLED)
         loop.step(0, 1, 2)
         for live in ((0, 1, 2),) * 4 + ((2, 0), (1,), (1, 0, 2), (2,)):
+            loop.lacking = lacking if len(live) == 3 else None
             loop.step(*live)
         texts.append(loop.texts)
     assert texts[0] == texts[1]

@@ -21,7 +21,7 @@ import gpu_timing
 import pytest
 import torch
 from gpu_cases import Built, GpuCase
-from gpu_jobs import slug
+from gpu_jobs import Job, Outcome, slug
 from test_launch import printed
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -119,6 +119,36 @@ def test_the_first_contact_is_answered(tmp_path: Path, call: str) -> None:
     found = iter(names(tmp_path, call))
     for wanted in PLAN[call]:
         assert any(name.startswith(wanted) for name in found), f"{wanted} is missing, or too early"
+
+
+@pytest.mark.parametrize("call", gpu.CALLS)
+def test_a_call_whose_jobs_take_all_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The limits of the jobs that start add up to less than nine minutes; the last ones wait."""
+    seconds, limits, chosen = [1000.0], list[float](), list[str]()
+
+    def take_it_all(job: Job, out: Path, limit: float, command: object) -> Outcome:
+        limits.append(limit)
+        chosen.append(job.name)
+        seconds[0] += limit
+        return Outcome("done", limit)
+
+    monkeypatch.setattr(gpu, "run_job", take_it_all)
+    monkeypatch.setattr(gpu, "unpack", lambda: None)
+    monkeypatch.setattr(gpu, "time", Namespace(monotonic=lambda: seconds[0]))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--call", call, "--out", str(tmp_path)])
+    assert gpu.main() == 1
+    assert 480 < sum(limits) < 540
+    everything = names(tmp_path, call)
+    assert chosen == everything[: len(chosen)] and len(chosen) > 4
+    (found,) = tmp_path.glob(f"*/{call}.json")
+    left_out = [
+        name
+        for name, job in json.loads(found.read_text())["jobs"].items()
+        if job["status"] == "left out: too little time is left"
+    ]
+    assert left_out == everything[len(chosen) :]
 
 
 def test_nothing_is_timed_with_a_default_device(monkeypatch: pytest.MonkeyPatch) -> None:

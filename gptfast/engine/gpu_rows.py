@@ -3,11 +3,13 @@
 Each row of tokens has a slot of a static cache. The rows of a step are moved to the first slots, in
 the order in which they are given; moving one costs little more than reading its keys and values
 once. So a step's tensors never move in memory, and it is captured once for each power of two of
-rows; unused slots compute values that nobody reads. Prompts, steps of several tokens per row and
+rows, and again where some ids must not be sampled; unused slots compute values that nobody reads.
+Prompts, steps of several tokens per row and
 windows that slide past block_size run the same layers eagerly, as does everything on devices
 without graphs (a CPU, for tests).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from gptfast import ops
 from gptfast.engine.gpu_model import GpuModel
 from gptfast.engine.packed import Packed
-from gptfast.engine.rows import MAX_STEP_TOKENS, BaseRows, Rows
+from gptfast.engine.rows import MAX_STEP_TOKENS, BaseRows, Rows, sample
 from gptfast.generation.options import SAMPLING
 from gptfast.model import GPT
 
@@ -29,6 +31,7 @@ NO_IDS = torch.empty(0, dtype=torch.int64, device="cpu")
 class _Ahead(NamedTuple):
     """A decode step that was started before it was asked for: its assumed inputs, its outputs."""
 
+    step: "_Step"
     rows: list[int]
     ids: list[int]
     held: list[int]
@@ -65,7 +68,7 @@ class _Step:
     the outputs of the one before are still read.
     """
 
-    def __init__(self, rows: "GraphRows", n: int) -> None:
+    def __init__(self, rows: "GraphRows", n: int, lacks_ids: bool) -> None:
         self._rows, self._n = rows, n
         device = rows.device
         # One tensor, which `_Inputs` names, so that all inputs are copied at once.
@@ -73,20 +76,26 @@ class _Step:
         one = torch.ones(n, dtype=torch.float32, device=device)
         # These defaults sample the likeliest token.
         self._sampling = [one * 0, one.long(), one, one * 0, one.long()]
-        self._set: Sequence[Tensor] = ()
+        self._lacking: Tensor | None = None
+        if lacks_ids:
+            V = rows.model.config.vocab_size
+            self._lacking = torch.zeros(V, dtype=torch.bool, device=device)
+        self._set: tuple[Sequence[Tensor], Tensor | None] = (), None
         self._graphs: list[tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = []
         if rows.captures:
             self._host = torch.empty(n, dtype=torch.int64, device="cpu", pin_memory=True)
 
-    def has_sampling(self, sampling: Sequence[Tensor]) -> bool:
-        """Return whether this very object was set last; False if it is empty."""
-        return bool(sampling) and sampling is self._set
+    def has_sampling(self, sampling: Sequence[Tensor], lacking: Tensor | None) -> bool:
+        """Return whether these very objects were set last; False if sampling is empty."""
+        return bool(sampling) and sampling is self._set[0] and lacking is self._set[1]
 
-    def set_sampling(self, sampling: Sequence[Tensor]) -> None:
-        """Copy the parameters (M,) of the first rows."""
+    def set_sampling(self, sampling: Sequence[Tensor], lacking: Tensor | None) -> None:
+        """Copy the parameters (M,) of the first rows, and lacking (V,) of all."""
         for mine, given in zip(self._sampling, sampling, strict=True):
             mine[: len(given)] = given
-        self._set = sampling
+        if self._lacking is not None and lacking is not None:
+            self._lacking.copy_(lacking)
+        self._set = sampling, lacking
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         model, cache = self._rows.model, self._rows.cache[:, :, : self._n]
@@ -94,8 +103,11 @@ class _Step:
         ids, time, place = (x[:, None] for x in (inputs.ids, inputs.time, inputs.place))  # (n, 1)
         x = model.hidden(ids, time, cache, place, inputs.kv_len, model.config.block_size)
         logits = model.head(x[:, 0], fp32_out=True)  # (n, V)
+        scores = logits
+        if self._lacking is not None:
+            scores = logits.masked_fill(self._lacking, -math.inf)
         sampling = dict(zip(SAMPLING, self._sampling, strict=True))
-        drawn = ops.sample(logits, position=inputs.position, **sampling)
+        drawn = ops.sample(scores, position=inputs.position, **sampling)
         inputs.ids.copy_(drawn.clamp(min=0))
         self.inputs[_GROWING] += inputs.in_use
         return logits, drawn
@@ -158,7 +170,7 @@ class GraphRows(BaseRows):
         self._slot: list[int] = []  # of each row
         self._row: list[int] = []  # at each slot
         self._spare: list[int] = []  # rows that are not in use
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[tuple[int, bool], _Step] = {}
         self._ahead: _Ahead | None = None
         self.cache = model.new_cache(0)
         self._grow(max_batch)
@@ -191,14 +203,15 @@ class GraphRows(BaseRows):
         wanted: Sequence[int] | None = None,
         sampling: Sequence[Tensor] = (),
         positions: Sequence[int] = (),
+        lacking: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Append tokens as `BaseRows.forward` says.
 
-        sampling and logits are on the device, ids on the CPU. Logits are valid until the next call.
-        An id is -1 where the logits are NaN, +inf or nothing but -inf.
+        sampling, lacking and logits are on the device, ids on the CPU. Logits are valid until the
+        next call. An id is -1 where the logits are NaN, +inf or nothing but -inf.
 
-        If sampling is the same object as in the call before, it is not copied again, and the most
-        likely next step is started: the sampled ids, appended to the same rows.
+        If sampling and lacking are the same objects as in the call before, they are not copied
+        again, and the most likely next step is started: the sampled ids, appended to the same rows.
         """
         last = [1] * len(rows) if wanted is None else list(wanted)
         new = [self.fitting(row, ids) for row, ids in zip(rows, tokens, strict=True)]
@@ -206,29 +219,20 @@ class GraphRows(BaseRows):
         with torch.cuda.device_of(self.cache):
             if all(len(ids) == 1 for ids in new) and all(n == 1 for n in last):
                 one_each = [ids[0] for ids in new]
-                return self._decode(list(rows), one_each, sampling, list(positions), ahead)
-            return self._extend(rows, new, last, sampling, positions)
+                return self._decode(list(rows), one_each, sampling, list(positions), lacking, ahead)
+            logits = self._extend(rows, new, last)
+            if not sampling:
+                return logits, NO_IDS
+            return logits, sample(logits, sampling, positions, lacking).cpu()
 
-    def _extend(
-        self,
-        rows: Sequence[int],
-        new: Sequence[list[int]],
-        last: Sequence[int],
-        sampling: Sequence[Tensor],
-        positions: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+    def _extend(self, rows: Sequence[int], new: Sequence[list[int]], last: Sequence[int]) -> Tensor:
         if len(rows) > 1 and max(map(len, new)) <= MAX_TOKENS_TO_BATCH:
             states = self._run_batched(rows, new, last)
         else:
             states = [self._run_alone(*one) for one in zip(rows, new, last, strict=True)]
         for row, ids in zip(rows, new, strict=True):
             self.ids[row] += ids
-        logits = self.model.head(torch.cat(states), fp32_out=True)  # (M, V)
-        if not sampling:
-            return logits, NO_IDS
-        position = torch.tensor(positions, dtype=torch.int64, device=self.device)
-        parameters = dict(zip(SAMPLING, sampling, strict=True))
-        return logits, ops.sample(logits, position=position, **parameters).cpu()
+        return self.model.head(torch.cat(states), fp32_out=True)  # (M, V)
 
     def _decode(
         self,
@@ -236,14 +240,15 @@ class GraphRows(BaseRows):
         ids: list[int],
         sampling: Sequence[Tensor],
         positions: list[int],
+        lacking: Tensor | None,
         ahead: _Ahead | None,
     ) -> tuple[Tensor, Tensor]:
         n, held = len(rows), [len(self.ids[row]) for row in rows]
-        step, begun = self._step(n), None
-        steady = step.has_sampling(sampling)
+        step, begun = self._step(n, lacking is not None), None
+        steady = step.has_sampling(sampling, lacking)
         if sampling and not steady:
-            step.set_sampling(sampling)
-        if steady and ahead and ahead[:4] == (rows, ids, held, positions):
+            step.set_sampling(sampling, lacking)
+        if steady and ahead and ahead[:5] == (step, rows, ids, held, positions):
             logits, drawn = ahead.out
         else:
             self._place(rows)
@@ -260,14 +265,14 @@ class GraphRows(BaseRows):
         on_host = fetched()[:n]
         if begun:
             more = [length + 1 for length in held], [position + 1 for position in positions]
-            self._ahead = _Ahead(rows, on_host.tolist(), *more, begun)
+            self._ahead = _Ahead(step, rows, on_host.tolist(), *more, begun)
         return logits[:n], on_host
 
-    def _step(self, n: int) -> _Step:
-        size = _power_of_2(n)
-        if size not in self._steps:
-            self._steps[size] = _Step(self, size)
-        return self._steps[size]
+    def _step(self, n: int, lacks_ids: bool) -> _Step:
+        kind = _power_of_2(n), lacks_ids
+        if kind not in self._steps:
+            self._steps[kind] = _Step(self, *kind)
+        return self._steps[kind]
 
     def _fill(self, step: _Step, ids: list[int], held: list[int], positions: Sequence[int]) -> None:
         n = len(ids)

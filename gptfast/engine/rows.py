@@ -7,6 +7,7 @@ memory in use together.
 """
 
 import heapq
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gptfast import ops
 from gptfast.engine.packed import CACHE_DTYPES, Packed
+from gptfast.generation.options import SAMPLING
 
 MAX_STEP_TOKENS = 512
 """Tokens that one call of the operator takes for a row: more only need more memory."""
@@ -61,12 +64,14 @@ class BaseRows(ABC):
         wanted: Sequence[int] | None = None,
         sampling: Sequence[Tensor] = (),
         positions: Sequence[int] = (),
+        lacking: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Append tokens to rows; return logits and sampled ids.
 
         The logits (M, V) fp32 are those after the last wanted[i] tokens of row i; None means one of
         each row. With sampling, the first five parameters of `ops.sample` as (M,) tensors, and M
-        positions, ids (M,) int64 are sampled from them; without, ids is empty.
+        positions, ids (M,) int64 are sampled from them; without, ids is empty. lacking: (V,) bool,
+        True for ids that are not sampled, whatever their logits.
 
         A row that would outgrow block_size starts again with its last block_size tokens, at
         positions from 0, all of which are computed again.
@@ -154,9 +159,14 @@ class Rows(BaseRows):
         wanted: Sequence[int] | None = None,
         sampling: Sequence[Tensor] = (),
         positions: Sequence[int] = (),
+        lacking: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        wanted = wanted or [1] * len(rows)
         try:
-            return self._forward(rows, tokens, wanted or [1] * len(rows), sampling, positions)
+            if lacking is None or not sampling:
+                return self._forward(rows, tokens, wanted, sampling, positions)
+            logits, _ = self._forward(rows, tokens, wanted, (), ())
+            return logits, sample(logits, sampling, positions, lacking)
         except BaseException:
             for row in rows:  # it is unknown how much of them was computed
                 self.truncate(row, 0)
@@ -235,6 +245,16 @@ class Rows(BaseRows):
         self._users += [0] * (after - before)
         self._free += range(before, after)
         heapq.heapify(self._free)
+
+
+def sample(
+    logits: Tensor, sampling: Sequence[Tensor], positions: Sequence[int], lacking: Tensor | None
+) -> Tensor:
+    """Return ids (M,) sampled from logits (M, V), none that is lacking; see `BaseRows.forward`."""
+    if lacking is not None:
+        logits = logits.masked_fill(lacking, -math.inf)
+    position = torch.tensor(positions, dtype=torch.int64, device=logits.device)
+    return ops.sample(logits, position=position, **dict(zip(SAMPLING, sampling, strict=True)))
 
 
 def _n_common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -1,15 +1,13 @@
 """The options that the requests of one call share, and how they turn logits into tokens."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gptfast import ops
 from gptfast.engine.gpu_rows import rows_of
 from gptfast.engine.request import Request
-from gptfast.engine.rows import BaseRows
+from gptfast.engine.rows import BaseRows, sample
 from gptfast.engine.speculate import MAX_GUESSES, DraftModel, Guesser, PromptLookup
 from gptfast.generation.decoder import Job, SampledToken, check_sampled, top_logprobs
 from gptfast.generation.options import SAMPLING
@@ -102,17 +100,11 @@ class Task:
             self._index, self._chosen = index, [one[index] for one in self._sampling]
         row = [request.row for request in requests]
         wanted = [len(guess) + 1 for guess in guesses]
-        if self._penalty is None and self._lacking is None:
-            return rows.forward(row, tokens, wanted, self._chosen, positions)
+        if self._penalty is None:
+            return rows.forward(row, tokens, wanted, self._chosen, positions, self._lacking)
         logits, _ = rows.forward(row, tokens, wanted)
-        scores = logits
-        if self._penalty is not None:
-            scores = self._penalised(logits, self._penalty, requests, guesses)
-        if self._lacking is not None:
-            scores = scores.masked_fill(self._lacking, -math.inf)
-        position = torch.tensor(positions, dtype=torch.int64, device=logits.device)
-        sampling = dict(zip(SAMPLING, self._chosen, strict=True))
-        return logits, ops.sample(scores, position=position, **sampling)
+        scores = self._penalised(logits, self._penalty, requests, guesses)
+        return logits, sample(scores, self._chosen, positions, self._lacking)
 
     def _accept(
         self, rows: BaseRows, request: Request, guess: list[int], n_held: int, ids: list[int]
