@@ -3,8 +3,8 @@
 //
 // A matrix (N outputs, K inputs) is stored in panels of 32 outputs. A step reads each panel from front to back:
 //   fp32: [K][32]    bf16: [K / 2][32][2]    int8: [K / 4][32][4], stored + 128
-// K is padded with zeros to a multiple of 1, 2 or 64 inputs, N to a multiple of 32. Vectors of any width can read this
-// order, so one packed model serves every level.
+// K is padded with zeros to a multiple of 1, 32 or 64 inputs, N to a multiple of 32. Vectors of any width can read this
+// order, and so can tiles, so one packed model serves every level.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +12,9 @@
 namespace gptfast {
 
 constexpr int64_t PANEL = 32;       // outputs in a panel
+constexpr int64_t BF16_BLOCK = 32;  // inputs of a product with bf16 weights whose products are added up together
 constexpr int64_t INT8_GROUP = 64;  // inputs of a product with int8 weights that share a scale
+constexpr int64_t ROW_UNIT = 16;    // rows of converted inputs are padded to a multiple of this
 constexpr int64_t CACHE_UNIT = 16;  // a head's keys and values in the cache are padded to a multiple of this
 
 // Up to this number of rows, each thread converts the inputs of a product for itself, which saves a wait.

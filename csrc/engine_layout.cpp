@@ -67,7 +67,7 @@ int64_t Layout::panel_bytes(int64_t K) const {
     case WeightType::fp32:
       return K * PANEL * 4;
     case WeightType::bf16:
-      return round_up(K, 2) * PANEL * 2;
+      return round_up(K, BF16_BLOCK) * PANEL * 2;
     default:
       return round_up(K, INT8_GROUP) * PANEL;
   }

@@ -75,7 +75,7 @@ void pack(const Tensor& packed, IntArrayRef shape_fields, std::string_view name,
     for (int64_t p = begin; p < end; ++p) {
       const int64_t rows = std::min(PANEL, part.rows - p * PANEL);
       // The padding is 0, which int8 stores as 128.
-      if (rows < PANEL || int8) memset(to + p * panel_bytes, int8 ? 128 : 0, panel_bytes);
+      memset(to + p * panel_bytes, int8 ? 128 : 0, panel_bytes);
       pack_panel(shape.type(), w + p * PANEL * K, rows, K, to + p * panel_bytes, scale + p * PANEL);
     }
   });

@@ -9,6 +9,7 @@
 // tiles side by side. Vectors read a packed form faster. Rows of inputs have the form that their reader takes.
 #pragma once
 
+#include "multiply_add.h"
 #include "tiles.h"
 
 namespace gptfast::GPTFAST_LEVEL {
@@ -86,7 +87,7 @@ struct Chains {
   static constexpr int64_t INPUT_BYTES = 128, PACKED_BYTES = 2 * PANEL_BLOCK_BYTES;  // of a block
   static constexpr int term(int pair, bool upper) { return 2 * pair + upper; }
 
-  static vf add_product(vf sum, Number input, Number weights) { return sum + input * weights; }
+  static vf add_product(vf sum, Number input, Number weights) { return multiply_add(input, weights, sum); }
   static Number input(const char* block, int chain, int step) {
     return splat(((const float*)block)[chain * STEPS + step]);
   }
@@ -125,12 +126,23 @@ struct VectorProducts {
   static void store_inputs(char* block, int pair, vu pairs) { Chains::store_inputs(block, pair, pairs); }
   static void store_packed(char* block, int pair, vu weights) { Chains::store_packed(block, pair, weights); }
 
-  // Adds the products of M rows with `blocks` blocks of a panel.
-  template <PanelForm FORM, int M>
+  // Writes the packed form of a panel in tile form: PACKED_BYTES for each block.
+  static void pack(const char* panel, int64_t blocks, char* packed) {
+    for (int64_t b = 0; b < blocks; ++b, panel += PANEL_BLOCK_BYTES, packed += PACKED_BYTES)
+      for (int step = 0; step < Chains::STEPS; ++step)
+#pragma GCC unroll 2
+        for (int chain = 0; chain < 2; ++chain)
+          for (int column = 0; column < PANEL_COLUMNS; column += W)
+            store_pairs(packed + ((chain * Chains::STEPS + step) * PANEL_COLUMNS + column) * 4,
+                        (vu)Chains::tile_weights(panel + column * 4, chain, step));
+  }
+
+  // Adds the products of M rows with `blocks` blocks of a panel. The panel is prefetched PREFETCH bytes ahead.
+  template <PanelForm FORM, int M, int64_t PREFETCH = 0>
   static void add(ProductSums sums, ProductRows rows, int64_t blocks, const char* panel) {
     for (int64_t b = 0; b < blocks; ++b) {
       for (int column = 0; column < PANEL_COLUMNS; column += NV * W)
-        add_block<FORM, M>({sums.data + column, sums.row_stride}, rows, panel + column * 4);
+        add_block<FORM, M, PREFETCH>({sums.data + column, sums.row_stride}, rows, panel + column * 4);
       rows.data += rows.block_bytes;
       panel += FORM == PanelForm::tiles ? PANEL_BLOCK_BYTES : PACKED_BYTES;
     }
@@ -138,36 +150,66 @@ struct VectorProducts {
 
  private:
   static constexpr int NV = 2;
+  static constexpr int MAX_ROWS_OF_TWO_CHAINS = W == 16 ? 4 : 2;  // the registers hold the sums of both
 
-  // One chain at a time: the registers hold its sums.
-  template <PanelForm FORM, int M, int CHAIN>
-  [[gnu::always_inline]] static inline void sum_chain(vf (&sum)[M][NV], const ProductRows& rows, const char* panel) {
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m)
+  template <int CHAINS, int M>
+  using Sums = vf[CHAINS][M][NV];
+
+  template <PanelForm FORM, int M, int64_t PREFETCH, int FIRST, int CHAINS>
+  [[gnu::always_inline]] static inline void sum_chains(Sums<CHAINS, M>& sum, const ProductRows& rows,
+                                                       const char* panel) {
 #pragma GCC unroll 2
-      for (int n = 0; n < NV; ++n) sum[m][n] = vf{};
+    for (int chain = 0; chain < CHAINS; ++chain)
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) sum[chain][m][n] = vf{};
 #pragma GCC unroll 2
     for (int step = 0; step < Chains::STEPS; ++step) {
-      Chains::Number weights[NV];
 #pragma GCC unroll 2
-      for (int n = 0; n < NV; ++n) {
-        const char* at = panel + n * W * 4;
-        weights[n] =
-            FORM == PanelForm::tiles ? Chains::tile_weights(at, CHAIN, step) : Chains::packed_weights(at, CHAIN, step);
-      }
+      for (int chain = FIRST; chain < FIRST + CHAINS; ++chain) {
+        if constexpr (PREFETCH > 0) prefetch(panel + PREFETCH, chain, step);
+        Chains::Number weights[NV];
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) {
+          const char* at = panel + n * W * 4;
+          weights[n] = FORM == PanelForm::tiles ? Chains::tile_weights(at, chain, step)
+                                                : Chains::packed_weights(at, chain, step);
+        }
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) {
-        const Chains::Number input = Chains::input(rows.data + m * rows.row_bytes, CHAIN, step);
+        for (int m = 0; m < M; ++m) {
+          const Chains::Number input = Chains::input(rows.data + m * rows.row_bytes, chain, step);
 #pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) sum[m][n] = Chains::add_product(sum[m][n], input, weights[n]);
+          for (int n = 0; n < NV; ++n)
+            sum[chain - FIRST][m][n] = Chains::add_product(sum[chain - FIRST][m][n], input, weights[n]);
+        }
       }
     }
   }
-  template <PanelForm FORM, int M>
+  // Prefetches a part of a block at each step: many lines at once would keep the loads of this block waiting.
+  static void prefetch(const char* block, int chain, int step) {
+    constexpr int STEPS_PER_ROW = 2 * Chains::STEPS / BLOCK_PAIRS;
+    if (step % STEPS_PER_ROW) return;
+    const char* row = block + (chain * Chains::STEPS + step) / STEPS_PER_ROW * PANEL_COLUMNS * 4;
+#pragma GCC unroll 2
+    for (int line = 0; line < NV * W * 4; line += 64) __builtin_prefetch(row + line);
+  }
+  template <PanelForm FORM, int M, int64_t PREFETCH>
   static void add_block(ProductSums sums, const ProductRows& rows, const char* panel) {
-    vf even[M][NV], odd[M][NV];
-    sum_chain<FORM, M, 0>(even, rows, panel);
-    sum_chain<FORM, M, 1>(odd, rows, panel);
+    if constexpr (M <= MAX_ROWS_OF_TWO_CHAINS) {
+      Sums<2, M> chains;
+      sum_chains<FORM, M, PREFETCH, 0, 2>(chains, rows, panel);
+      add_chains<M>(sums, chains[0], chains[1]);
+    } else {  // one chain at a time: the registers hold its sums
+      Sums<1, M> even, odd;
+      sum_chains<FORM, M, PREFETCH, 0, 1>(even, rows, panel);
+      sum_chains<FORM, M, PREFETCH, 1, 1>(odd, rows, panel);
+      add_chains<M>(sums, even[0], odd[0]);
+    }
+  }
+  template <int M>
+  [[gnu::always_inline]] static inline void add_chains(ProductSums sums, const vf (&even)[M][NV],
+                                                       const vf (&odd)[M][NV]) {
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
