@@ -39,8 +39,8 @@ inline RowStats row_stats_of_16_lanes(const float* x, int64_t C, double eps) {
   return {mean, (float)(1 / sqrt((double)sum(add_parts(squares)) / (double)C + eps))};
 }
 
-// While it lives, the thread takes numbers below the smallest normal one for 0, in and out, as tiles and dot products of
-// bf16 always do.
+// While it lives, the thread takes numbers below the smallest normal one for 0, in and out, as tiles and dot products
+// of bf16 always do.
 class WithoutDenormals {
 #ifdef __SSE__
  public:

@@ -4,8 +4,8 @@
 // token gets the same numbers whatever other tokens are in the call: see engine_products.h. Attention keeps to this
 // too: it goes through the keys of a query in one order, 16 of them at a time, and adds values one after the other.
 //
-// With weights in bf16 and int8, those numbers are the same at every instruction-set level too. So the compiler must not
-// fuse a product and a sum where the CPU can: another CPU could not.
+// With weights in bf16 and int8, those numbers are the same at every instruction-set level too. So the compiler must
+// not fuse a product and a sum where the CPU can: another CPU could not.
 #pragma GCC optimize("fp-contract=off")
 
 #include <sched.h>
@@ -109,7 +109,7 @@ class Forward {
   void product_by(const EngineMatrix& matrix, const float* x, const EngineNorm* norm, int64_t N, float* y,
                   Epilogue epilogue) {
     const int64_t x_row_stride = round_up(matrix.K, PANEL);
-    Product p{&matrix, (const char*)x, x_row_stride * 4, N, y, round_up(matrix.N, PANEL), epilogue, (char*)scratch()};
+    Product p{&matrix, (const char*)x, x_row_stride * 4, N, y, round_up(matrix.N, PANEL), epilogue};
     if (norm || !Way::TAKES_FLOATS) {
       p.row_bytes = row_bytes<Way>(matrix.K);
       p.rows = convert_inputs<Way>(matrix.K, x, x_row_stride, norm, N, p.row_bytes);
@@ -134,8 +134,7 @@ class Forward {
       const float* row = x + m * x_row_stride;
       // Other threads wrote parts of the row, which lie in the caches of their cores.
       for (int64_t i = 0; i < K; i += 16) __builtin_prefetch(row + i);
-      if (norm)
-        normalize_row(row, row_stats_of_16_lanes(row, K, LAYER_NORM_EPS), norm->weight, norm->bias, K, normal);
+      if (norm) normalize_row(row, row_stats_of_16_lanes(row, K, LAYER_NORM_EPS), norm->weight, norm->bias, K, normal);
       Way::convert(norm ? normal : row, K, to + m * row_bytes);
     }
     // Tiles read 16 rows at a time.

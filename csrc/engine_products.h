@@ -24,7 +24,6 @@ struct Product {
   float* y;
   int64_t y_row_stride;
   Epilogue epilogue;
-  char* packed;  // room for a panel in another form
 };
 
 // Writes the sums of `rows` rows from row m on, PANEL for each.
@@ -44,11 +43,12 @@ inline void finish(const Product& p, const float* sums, int64_t panel, int64_t m
     }
 }
 
-// Multiplies M rows from row m on with the panel that is at weights. The last of them may be padding.
+// Multiplies M rows from row m on with one panel. The last of them may be padding.
 template <class Way, int M>
-void multiply_rows(const Product& p, const char* weights, int64_t panel, int64_t m) {
+void multiply_rows(const Product& p, int64_t panel_bytes, int64_t panel, int64_t m) {
   alignas(64) float sums[M * PANEL] = {};
-  Way::template add<M>(sums, weights, p.matrix->K, p.rows + m * p.row_bytes, p.row_bytes);
+  const EngineMatrix& matrix = *p.matrix;
+  Way::template add<M>(sums, matrix.panels + panel * panel_bytes, matrix.K, p.rows + m * p.row_bytes, p.row_bytes);
   finish(p, sums, panel, m, smaller<int64_t>(M, p.N - m));
 }
 
@@ -56,29 +56,19 @@ constexpr int next_fewer_rows(int M) { return M == 12 ? 8 : M == 6 ? 4 : M == 3 
 
 // Multiplies rows m .. end with one panel, M at a time and then fewer.
 template <class Way, int M = Way::ROWS>
-void multiply_all_rows(const Product& p, const char* weights, int64_t panel, int64_t m, int64_t end) {
-  for (; m + (M == Way::MIN_ROWS ? 1 : M) <= end; m += M) multiply_rows<Way, M>(p, weights, panel, m);
+void multiply_all_rows(const Product& p, int64_t panel_bytes, int64_t panel, int64_t m, int64_t end) {
+  for (; m + (M == Way::MIN_ROWS ? 1 : M) <= end; m += M) multiply_rows<Way, M>(p, panel_bytes, panel, m);
   if constexpr (M > Way::MIN_ROWS)
-    if (m < end) multiply_all_rows<Way, next_fewer_rows(M)>(p, weights, panel, m, end);
+    if (m < end) multiply_all_rows<Way, next_fewer_rows(M)>(p, panel_bytes, panel, m, end);
 }
 
 // Multiplies all rows with panels begin .. end, in blocks of rows.
 template <class Way>
 void multiply_panels(const Product& p, int64_t panel_bytes, int64_t begin, int64_t end) {
   const int64_t block = larger<int64_t>(1, INPUT_BYTES_PER_BLOCK / p.row_bytes / Way::ROWS) * Way::ROWS;
-  for (int64_t m = 0; m < p.N; m += block) {
-    const int64_t rows_end = smaller(p.N, m + block);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const char* weights = p.matrix->panels + panel * panel_bytes;
-      if constexpr (requires { typename Way::OfPacked; })
-        if (rows_end - m >= Way::MIN_ROWS_TO_PACK) {
-          Way::pack(weights, p.matrix->K, p.packed);
-          multiply_all_rows<typename Way::OfPacked>(p, p.packed, panel, m, rows_end);
-          continue;
-        }
-      multiply_all_rows<Way>(p, weights, panel, m, rows_end);
-    }
-  }
+  for (int64_t m = 0; m < p.N; m += block)
+    for (int64_t panel = begin; panel < end; ++panel)
+      multiply_all_rows<Way>(p, panel_bytes, panel, m, smaller(p.N, m + block));
 }
 
 }  // namespace

@@ -75,13 +75,13 @@ class Buffers {
   int64_t bytes_ = 0;
 };
 
-// Returns the floats that a thread needs for attention, for the normalised inputs of a product, or for a panel of bf16.
+// Returns the floats that a thread needs for attention, or for the normalised inputs of a product.
 int64_t scratch_floats(const EngineArgs& args, int64_t queries) {
   int64_t longest = 0;
   for (int64_t i = 0; i < args.n_segments; ++i)
     longest = std::max(longest, args.segments[i].start + args.segments[i].n);
   const int64_t attention = queries * (round_up(longest, 16) + 2 * round_up(args.D, CACHE_UNIT));
-  return round_up(std::max(attention, round_up(4 * args.C, BF16_BLOCK) * PANEL / 2), 32);
+  return round_up(std::max(attention, 4 * round_up(args.C, 16)), 32);
 }
 
 void run(EngineArgs& args) {
@@ -94,7 +94,8 @@ void run(EngineArgs& args) {
   Buffers buffers;
   const auto add_rows = [&](int64_t n, int64_t width) { return buffers.add(n * round_up(width, PANEL) * 4); };
   const int64_t x = add_rows(N, C), qkv = add_rows(N, 3 * C), attended = add_rows(rows, C), fc = add_rows(N, 4 * C);
-  const int64_t inputs = buffers.add(std::max(threads * args.private_inputs_bytes, round_up(rows, ROW_UNIT) * row_bytes));
+  const int64_t inputs =
+      buffers.add(std::max(threads * args.private_inputs_bytes, round_up(rows, ROW_UNIT) * row_bytes));
   const int64_t scratch = buffers.add(threads * args.scratch_floats * 4);
   buffers.allocate();
   args.x = buffers.at<float>(x);

@@ -1,6 +1,7 @@
-// The types of weights: fp32, bf16 and int8. Each has ways to multiply, by vectors and perhaps by tiles. A way says what
-// form a row of inputs has, how many rows it takes at a time, and how it adds their products with a panel (engine.h) to
-// sums in memory, PANEL for each row. All ways of bf16 give the same bits at every level, and so do those of int8.
+// The types of weights: fp32, bf16 and int8. Each has ways to multiply, by vectors and perhaps by tiles. A way says
+// what form a row of inputs has, how many rows it takes at a time, and how it adds their products with a panel
+// (engine.h) to sums in memory, PANEL for each row. All ways of bf16 give the same bits at every level, and so do those
+// of int8.
 #pragma once
 
 #include "engine.h"
@@ -44,7 +45,7 @@ struct Fp32 {
     static constexpr int ROWS = W == 16 ? 12 : W == 8 ? 3 : 1;  // their sums fit in the registers
     static constexpr int MIN_ROWS = 1;
     typedef NoScope Scope;
-    static constexpr int64_t BLOCK = 128;  // inputs whose products are added up before they join the sums
+    static constexpr int64_t BLOCK = 128;       // inputs whose products are added up before they join the sums
     static constexpr bool TAKES_FLOATS = true;  // its inputs need no conversion
     static int64_t bytes(int64_t K) { return round_up(K, 16) * 4; }
     static void convert(const float* x, int64_t K, char* row) { memcpy(row, x, K * 4); }
@@ -68,8 +69,7 @@ struct Fp32 {
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-          for (int n = 0; n < NV; ++n)
-            store(sums + m * PANEL + n * W, load(sums + m * PANEL + n * W) + parts[m][n]);
+          for (int n = 0; n < NV; ++n) store(sums + m * PANEL + n * W, load(sums + m * PANEL + n * W) + parts[m][n]);
       }
     }
   };
@@ -98,24 +98,15 @@ struct Bf16 {
       }
     }
   };
-  template <PanelForm FORM, int64_t PREFETCH>
-  struct VectorsOf : Way<VectorProducts> {
+  struct Vectors : Way<VectorProducts> {
     static constexpr int MIN_ROWS = 1;
     typedef WithoutDenormals Scope;
 
     template <int M>
     static void add(float* sums, const char* panel, int64_t K, const char* rows, int64_t row_bytes) {
-      VectorProducts::add<FORM, M, PREFETCH>({sums, PANEL}, {rows, row_bytes, VectorProducts::INPUT_BYTES},
-                                             Way<VectorProducts>::blocks(K), panel);
+      VectorProducts::add<PanelForm::tiles, M, PREFETCH_BYTES>({sums, PANEL}, {rows, row_bytes, INPUT_BYTES}, blocks(K),
+                                                               panel);
     }
-  };
-  struct Vectors : VectorsOf<PanelForm::tiles, PREFETCH_BYTES> {
-#if defined(__AVX512BF16__)
-    // Dot products read a packed form of a panel faster. From this number of rows on, packing it pays.
-    static constexpr int64_t MIN_ROWS_TO_PACK = 32;
-    typedef VectorsOf<PanelForm::packed, 0> OfPacked;
-    static void pack(const char* panel, int64_t K, char* packed) { VectorProducts::pack(panel, blocks(K), packed); }
-#endif
   };
 #ifdef GPTFAST_HAS_TILES
   struct Tiles : Way<TileProducts> {
@@ -134,9 +125,9 @@ struct Bf16 {
 #endif
 };
 
-// The inputs of a row are whole numbers from -127 to 127; each INT8_GROUP of them has a scale. Weights are stored + 128,
-// because vectors multiply unsigned with signed bytes. This adds 128 times the inputs to each sum, and `shift` takes it
-// away again. The row's groups come first, then their scales.
+// The inputs of a row are whole numbers from -127 to 127; each INT8_GROUP of them has a scale. Weights are stored +
+// 128, because vectors multiply unsigned with signed bytes. This adds 128 times the inputs to each sum, and `shift`
+// takes it away again. The row's groups come first, then their scales.
 struct GroupScale {
   float scale;
   int32_t shift;
@@ -274,8 +265,8 @@ struct Int8 {
 
 #ifdef GPTFAST_HAS_TILES
 
-// A group of inputs is one row of a tile. Tiles and vectors work at the same time: while tiles multiply a group, vectors
-// scale the products of the group before.
+// A group of inputs is one row of a tile. Tiles and vectors work at the same time: while tiles multiply a group,
+// vectors scale the products of the group before.
 struct Int8::Tiles : Int8Rows<int8_t> {
   static constexpr int ROWS = 2 * TILE_ROWS, MIN_ROWS = TILE_ROWS;
   typedef TileScope Scope;

@@ -19,8 +19,9 @@ static inline vf multiply_add(vf a, vf b, vf c) { return fused(a, b, c); }
 
 #else
 
-// In fp64 the product is exact. So that the second rounding, to fp32, is right, the first one goes to the neighbour with
-// an odd last bit where the sum is inexact (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008).
+// In fp64 the product is exact. So that the second rounding, to fp32, is right, the first one goes to the neighbour
+// with an odd last bit where the sum is inexact (Boldo and Melquiond, Emulation of FMA and correctly rounded sums,
+// 2008).
 static inline vf fused(vf a, vf b, vf c) {
   typedef int64_t vlong __attribute__((vector_size(8 * W)));
   const vd product = __builtin_convertvector(a, vd) * __builtin_convertvector(b, vd);

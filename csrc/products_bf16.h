@@ -115,6 +115,8 @@ struct Chains {
 // Products by vectors: any number of rows up to ROWS, which is the fastest.
 struct VectorProducts {
   static constexpr int ROWS = W == 16 ? 8 : 6;  // two chains of these rows keep the multipliers busy
+  // Up to this number, the registers hold the sums of both chains, which reads each part of a panel once.
+  static constexpr int MAX_ROWS_OF_TWO_CHAINS = W == 16 ? 4 : 2;
   static constexpr int64_t INPUT_BYTES = Chains::INPUT_BYTES, PACKED_BYTES = Chains::PACKED_BYTES;
   static constexpr int term(int pair, bool upper) { return Chains::term(pair, upper); }
 
@@ -125,17 +127,6 @@ struct VectorProducts {
   // Writes W pairs, whose terms are those of term(), of a block of a row or of one pair of a packed panel's outputs.
   static void store_inputs(char* block, int pair, vu pairs) { Chains::store_inputs(block, pair, pairs); }
   static void store_packed(char* block, int pair, vu weights) { Chains::store_packed(block, pair, weights); }
-
-  // Writes the packed form of a panel in tile form: PACKED_BYTES for each block.
-  static void pack(const char* panel, int64_t blocks, char* packed) {
-    for (int64_t b = 0; b < blocks; ++b, panel += PANEL_BLOCK_BYTES, packed += PACKED_BYTES)
-      for (int step = 0; step < Chains::STEPS; ++step)
-#pragma GCC unroll 2
-        for (int chain = 0; chain < 2; ++chain)
-          for (int column = 0; column < PANEL_COLUMNS; column += W)
-            store_pairs(packed + ((chain * Chains::STEPS + step) * PANEL_COLUMNS + column) * 4,
-                        (vu)Chains::tile_weights(panel + column * 4, chain, step));
-  }
 
   // Adds the products of M rows with `blocks` blocks of a panel. The panel is prefetched PREFETCH bytes ahead.
   template <PanelForm FORM, int M, int64_t PREFETCH = 0>
@@ -150,7 +141,6 @@ struct VectorProducts {
 
  private:
   static constexpr int NV = 2;
-  static constexpr int MAX_ROWS_OF_TWO_CHAINS = W == 16 ? 4 : 2;  // the registers hold the sums of both
 
   template <int CHAINS, int M>
   using Sums = vf[CHAINS][M][NV];
@@ -196,7 +186,13 @@ struct VectorProducts {
   }
   template <PanelForm FORM, int M, int64_t PREFETCH>
   static void add_block(ProductSums sums, const ProductRows& rows, const char* panel) {
-    if constexpr (M <= MAX_ROWS_OF_TWO_CHAINS) {
+    // Rearranging terms in tile form costs least where both chains share it.
+    if constexpr (FORM == PanelForm::tiles && W == 16 && M > MAX_ROWS_OF_TWO_CHAINS) {
+      constexpr int FIRST = MAX_ROWS_OF_TWO_CHAINS;
+      add_block<FORM, FIRST, PREFETCH>(sums, rows, panel);
+      add_block<FORM, M - FIRST, 0>({sums.data + FIRST * sums.row_stride, sums.row_stride},
+                                    {rows.data + FIRST * rows.row_bytes, rows.row_bytes, rows.block_bytes}, panel);
+    } else if constexpr (M <= MAX_ROWS_OF_TWO_CHAINS) {
       Sums<2, M> chains;
       sum_chains<FORM, M, PREFETCH, 0, 2>(chains, rows, panel);
       add_chains<M>(sums, chains[0], chains[1]);

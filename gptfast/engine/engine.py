@@ -48,7 +48,8 @@ class Engine(Decoder):
     max_batch: how many sequences run at a time.
 
     On the CPU a token's logits are the same bits alone and in any batch, streamed or not, with any
-    number of threads. Several threads may generate with one engine; their steps take turns.
+    number of threads, and in bf16 and int8 at every instruction-set level. Several threads may
+    generate with one engine; their steps take turns.
 
     Raises CheckpointError for a path without a model, ValueError for another dtype, RuntimeError
     without the C++ extension.
