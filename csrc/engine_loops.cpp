@@ -4,12 +4,13 @@
 // token gets the same numbers whatever other tokens are in the call: see engine_products.h. Attention keeps to this
 // too: it goes through the keys of a query in one order, 16 of them at a time, and adds values one after the other.
 //
-// With weights in bf16 and int8, those numbers are the same at every instruction-set level too. So the compiler must
-// not fuse a product and a sum where the CPU can: another CPU could not.
+// With weights in bf16, int8 and int4, those numbers are the same at every instruction-set level too. So the compiler
+// must not fuse a product and a sum where the CPU can: another CPU could not.
 #pragma GCC optimize("fp-contract=off")
 
 #include <sched.h>
 
+#include "engine_int4.h"
 #include "engine_products.h"
 
 namespace gptfast::GPTFAST_LEVEL {
@@ -93,7 +94,7 @@ class Forward {
     }
   }
 
-  static int64_t panel_bytes(int64_t K) { return round_up(K, Type::UNIT) * PANEL * (int64_t)Type::SIZE; }
+  static int64_t panel_bytes(int64_t K) { return Type::panel_bytes(K); }
 
   static bool is_private(int64_t N) { return N <= MAX_PRIVATE_ROWS; }
 
@@ -305,8 +306,10 @@ int64_t input_bytes(WeightType type, int64_t K) {
       return input_bytes_of<Fp32>(K);
     case WeightType::bf16:
       return input_bytes_of<Bf16>(K);
-    default:
+    case WeightType::int8:
       return input_bytes_of<Int8>(K);
+    default:
+      return input_bytes_of<Int4>(K);
   }
 }
 
@@ -316,8 +319,10 @@ void forward(const EngineArgs& args, int64_t thread, int64_t threads) {
       return Forward<Fp32, float>(args, thread, threads).run();
     case WeightType::bf16:
       return Forward<Bf16, bf16>(args, thread, threads).run();
-    default:
+    case WeightType::int8:
       return Forward<Int8, fp16>(args, thread, threads).run();
+    default:
+      return Forward<Int4, fp16>(args, thread, threads).run();
   }
 }
 

@@ -1,7 +1,7 @@
-// The types of weights: fp32, bf16 and int8. Each has ways to multiply, by vectors and perhaps by tiles. A way says
-// what form a row of inputs has, how many rows it takes at a time, and how it adds their products with a panel
-// (engine.h) to sums in memory, PANEL for each row. All ways of bf16 give the same bits at every level, and so do those
-// of int8.
+// The types of weights: fp32, bf16 and int8; engine_int4.h has int4. Each has ways to multiply, by vectors and perhaps
+// by tiles. A way says what form a row of inputs has, how many rows it takes at a time, and how it adds their products
+// with a panel (engine.h) to sums in memory, PANEL for each row. All ways of bf16 give the same bits at every level,
+// and so do those of int8.
 #pragma once
 
 #include "engine.h"
@@ -38,7 +38,7 @@ inline T load_as(const void* p) {
 }
 
 struct Fp32 {
-  static constexpr int64_t UNIT = 1, SIZE = 4;
+  static int64_t panel_bytes(int64_t K) { return K * PANEL * 4; }
   static float weight(const char* panel, int64_t lane, int64_t k) { return ((const float*)panel)[k * PANEL + lane]; }
 
   struct Vectors {
@@ -76,7 +76,7 @@ struct Fp32 {
 };
 
 struct Bf16 {
-  static constexpr int64_t UNIT = BLOCK_TERMS, SIZE = 2;
+  static int64_t panel_bytes(int64_t K) { return round_up(K, BLOCK_TERMS) * PANEL * 2; }
   static float weight(const char* panel, int64_t lane, int64_t k) {
     return load_one((const bf16*)panel + k / 2 * 2 * PANEL + lane * 2 + k % 2);
   }
@@ -125,12 +125,13 @@ struct Bf16 {
 #endif
 };
 
-// The inputs of a row are whole numbers from -127 to 127; each INT8_GROUP of them has a scale. Weights are stored +
-// 128, because vectors multiply unsigned with signed bytes. This adds 128 times the inputs to each sum, and `shift`
+// The inputs of a row are whole numbers from -127 to 127; each INT8_GROUP of them has a scale. int8 weights are stored
+// + 128, because vectors multiply unsigned with signed bytes. This adds 128 times the inputs to each sum, and shift()
 // takes it away again. The row's groups come first, then their scales.
 struct GroupScale {
   float scale;
-  int32_t shift;
+  int32_t sums[2];  // of each half of the group
+  int32_t shift() const { return -128 * (sums[0] + sums[1]); }
 };
 
 // Rows of inputs as int8_t, or as int16_t with each four in the order 0 2 1 3.
@@ -152,7 +153,7 @@ struct Int8Rows {
  private:
   static GroupScale quantize(const float* x, int64_t n, Quant* to) {
     vf largest = {}, values[INT8_GROUP / W];
-    vi nan = {}, quant_sum = {};
+    vi nan = {}, quant_sums[2] = {};
     for (int64_t i = 0; i < INT8_GROUP / W; ++i) {
       const int64_t left = n - i * W;
       values[i] = left >= W ? load(x + i * W) : left > 0 ? load_part(x + i * W, left) : vf{};
@@ -163,10 +164,10 @@ struct Int8Rows {
     for (int64_t i = 0; i < INT8_GROUP / W; ++i) {
       const vf scaled = values[i] * inverse;
       const vi q = ((vi)(scaled + MAGIC) - (vi)splat(MAGIC)) & (scaled == scaled);
-      quant_sum += q;
+      quant_sums[i / (INT8_GROUP / W / 2)] += q;
       store_quants(to + i * W, q);
     }
-    return {any(nan) ? NAN : top / 127.0f, -128 * sum(quant_sum)};
+    return {any(nan) ? NAN : top / 127.0f, {sum(quant_sums[0]), sum(quant_sums[1])}};
   }
   static void store_quants(int8_t* to, vi q) {
 #if defined(__AVX512F__)
@@ -185,7 +186,7 @@ struct Int8Rows {
 };
 
 struct Int8 {
-  static constexpr int64_t UNIT = INT8_GROUP, SIZE = 1;
+  static int64_t panel_bytes(int64_t K) { return round_up(K, INT8_GROUP) * PANEL; }
   static constexpr int64_t PANEL_GROUP_BYTES = INT8_GROUP * PANEL;
   static float weight(const char* panel, int64_t lane, int64_t k) {
     return (float)((uint8_t)panel[k / 4 * 4 * PANEL + lane * 4 + k % 4] - 128);
@@ -214,7 +215,7 @@ struct Int8 {
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-          for (int n = 0; n < NV; ++n) parts[m][n] = (vi)splat((uint32_t)scale[m][group].shift);
+          for (int n = 0; n < NV; ++n) parts[m][n] = (vi)splat((uint32_t)scale[m][group].shift());
         for (int64_t k = 0; k < INT8_GROUP; k += 4, panel += PANEL * 4) {
           prefetch_weights<PANEL * 4>(panel);
           vi w[NV];
@@ -233,7 +234,7 @@ struct Int8 {
       }
     }
 
-   private:
+    // Adds the products of four inputs with four weights of each output, bytes without a sign.
 #if defined(__AVX512VNNI__)
     static vi add_four(vi sum, vi w, const Quant* x) {
       return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(load_as<int>(x)));
@@ -317,7 +318,8 @@ struct Int8::Tiles : Int8Rows<int8_t> {
       const GroupScale& of_row = scales(rows + m * row_bytes, K)[group];
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n)
-        add_group(sums + m * PANEL + n * W, (vi)load((const float*)(products[m] + n * W)) + of_row.shift, of_row.scale);
+        add_group(sums + m * PANEL + n * W, (vi)load((const float*)(products[m] + n * W)) + of_row.shift(),
+                  of_row.scale);
     }
   }
 };

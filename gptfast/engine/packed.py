@@ -26,8 +26,13 @@ from gptfast.weights.lazy_tensor import CheckpointError
 from gptfast.weights.packed import FILE
 from gptfast.weights.weights import Weights, named_or_kept
 
-DTYPES = ("fp32", "bf16", "int8")  # in the order of WeightType
-CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float16}
+DTYPES = ("fp32", "bf16", "int8", "int4")  # in the order of WeightType
+CACHE_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.float16,
+    "int4": torch.float16,
+}
 FORMAT = "gptfast-packed-2"
 FORMAT_BEFORE = "gptfast-packed-1"
 """The same but for bf16 matrices, whose inputs were padded to a multiple of 2 instead of 32."""
