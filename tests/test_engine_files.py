@@ -133,7 +133,7 @@ def test_a_directory_of_an_older_gptfast(tmp_path: Path) -> None:
 
 
 def test_bad_input_gets_one_clear_error(model: GPT, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, int8, got 'fp8'"):
+    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, int8, int4, got 'fp8'"):
         Engine(model, "fp8")
     with pytest.raises(ValueError, match="max_batch must be an integer >= 1, got 0"):
         Engine(model, max_batch=0)

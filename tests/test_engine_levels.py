@@ -1,5 +1,5 @@
-"""With weights in bf16 and int8 a token has the same logits, bit for bit, at every instruction-set
-level: prompts by tiles, single tokens by vectors, on the thread or the process that comes."""
+"""With weights in bf16, int8 and int4 a token has the same logits, bit for bit, at every level:
+prompts by tiles, single tokens by vectors, on the thread or the process that comes."""
 
 import ctypes
 import os
@@ -67,7 +67,7 @@ def in_batches(engine: Engine) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
 def test_the_same_bits_at_every_level(dtype: str, shape: str) -> None:
     """In fp32 this holds for levels with fused multiply-adds."""
     engine = Engine(small_model(**SHAPES[shape]), dtype)
@@ -82,7 +82,7 @@ def test_the_same_bits_at_every_level(dtype: str, shape: str) -> None:
             assert a.isfinite().all() and torch.equal(a, b), level
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("factor", [1e-37, 1e-30, 1e30])
 def test_the_same_bits_at_the_edges_of_the_range(dtype: str, factor: float) -> None:
     """The smallest inputs and weights are no normal numbers; the largest sums overflow."""
