@@ -38,7 +38,7 @@ struct Int4 {
 #pragma GCC unroll 12
             for (int m = 0; m < M; ++m) {
               const GroupScale& of_inputs = of_row[m][group];
-              const vf of_minimum = minimum * splat((float)of_inputs.sums[half]);
+              const vf of_minimum = minimum * splat(of_inputs.sums[half]);
               const vf value = fused(__builtin_convertvector(parts[m][n], vf), scale, of_minimum);
               float* sum = sums + m * PANEL + n * W;
               store(sum, fused(value, splat(of_inputs.scale), load(sum)));

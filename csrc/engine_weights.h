@@ -126,12 +126,12 @@ struct Bf16 {
 };
 
 // The inputs of a row are whole numbers from -127 to 127; each INT8_GROUP of them has a scale. int8 weights are stored
-// + 128, because vectors multiply unsigned with signed bytes. This adds 128 times the inputs to each sum, and shift()
+// + 128, because vectors multiply unsigned with signed bytes. This adds 128 times the inputs to each sum, and `shift`
 // takes it away again. The row's groups come first, then their scales.
 struct GroupScale {
   float scale;
-  int32_t sums[2];  // of each half of the group
-  int32_t shift() const { return -128 * (sums[0] + sums[1]); }
+  int32_t shift;
+  float sums[2];  // of each half of the group
 };
 
 // Rows of inputs as int8_t, or as int16_t with each four in the order 0 2 1 3.
@@ -167,7 +167,8 @@ struct Int8Rows {
       quant_sums[i / (INT8_GROUP / W / 2)] += q;
       store_quants(to + i * W, q);
     }
-    return {any(nan) ? NAN : top / 127.0f, {sum(quant_sums[0]), sum(quant_sums[1])}};
+    const int32_t first = sum(quant_sums[0]), second = sum(quant_sums[1]);
+    return {any(nan) ? NAN : top / 127.0f, -128 * (first + second), {(float)first, (float)second}};
   }
   static void store_quants(int8_t* to, vi q) {
 #if defined(__AVX512F__)
@@ -215,7 +216,7 @@ struct Int8 {
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-          for (int n = 0; n < NV; ++n) parts[m][n] = (vi)splat((uint32_t)scale[m][group].shift());
+          for (int n = 0; n < NV; ++n) parts[m][n] = (vi)splat((uint32_t)scale[m][group].shift);
         for (int64_t k = 0; k < INT8_GROUP; k += 4, panel += PANEL * 4) {
           prefetch_weights<PANEL * 4>(panel);
           vi w[NV];
@@ -317,9 +318,10 @@ struct Int8::Tiles : Int8Rows<int8_t> {
     for (int m = 0; m < M; ++m) {
       const GroupScale& of_row = scales(rows + m * row_bytes, K)[group];
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n)
-        add_group(sums + m * PANEL + n * W, (vi)load((const float*)(products[m] + n * W)) + of_row.shift(),
-                  of_row.scale);
+      for (int n = 0; n < NV; ++n) {
+        const vi whole = (vi)load((const float*)(products[m] + n * W)) + of_row.shift;
+        add_group(sums + m * PANEL + n * W, whole, of_row.scale);
+      }
     }
   }
 };
