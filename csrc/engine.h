@@ -2,9 +2,11 @@
 // compiled once per instruction-set level).
 //
 // A matrix (N outputs, K inputs) is stored in panels of 32 outputs. A step reads each panel from front to back:
-//   fp32: [K][32]    bf16: [K / 2][32][2]    int8: [K / 4][32][4], stored + 128
-// K is padded with zeros to a multiple of 1, 2 or 64 inputs, N to a multiple of 32. Vectors of any width can read this
-// order, so one packed model serves every level.
+//   fp32: [K][32]    bf16: [K / 2][32][2]    int8: [K / 4][32][4], stored + 128    int4: [K / 32] groups
+// A group of int4 is whole numbers from 0 to 15, [32 / 8][32][4] bytes with the first four of eight inputs in the lower
+// halves; then a scale and a minimum for each output, [2][32] in bf16: a weight is number x scale + minimum.
+// K is padded with zeros to a multiple of 1, 32, 64 or 64 inputs, N to a multiple of 32. Vectors of any width can read
+// this order, and so can tiles, so one packed model serves every level.
 #pragma once
 
 #include <stdint.h>
@@ -12,13 +14,17 @@
 namespace gptfast {
 
 constexpr int64_t PANEL = 32;       // outputs in a panel
+constexpr int64_t BF16_BLOCK = 32;  // inputs of a product with bf16 weights whose products are added up together
 constexpr int64_t INT8_GROUP = 64;  // inputs of a product with int8 weights that share a scale
+constexpr int64_t INT4_GROUP = 32;  // int4 weights of an output that share a scale and a minimum
+constexpr int64_t INT4_GROUP_BYTES = PANEL * (INT4_GROUP / 2 + 2 * 2);  // in a panel
+constexpr int64_t ROW_UNIT = 16;    // rows of converted inputs are padded to a multiple of this
 constexpr int64_t CACHE_UNIT = 16;  // a head's keys and values in the cache are padded to a multiple of this
 
 // Up to this number of rows, each thread converts the inputs of a product for itself, which saves a wait.
 constexpr int64_t MAX_PRIVATE_ROWS = 4;
 
-enum class WeightType : int64_t { fp32, bf16, int8 };
+enum class WeightType : int64_t { fp32, bf16, int8, int4 };
 
 struct EngineMatrix {
   const char* panels;
@@ -61,7 +67,7 @@ struct EngineArgs {
   const int64_t *ids, *positions;  // (N,)
   const int64_t* wanted;           // (n_wanted,): the tokens whose logits are wanted
   int64_t n_wanted;
-  char* cache;  // (n_layer, 2, n_head, n_slots, D padded): fp32, bf16, or fp16 beside int8 weights
+  char* cache;  // (n_layer, 2, n_head, n_slots, D padded): fp32, bf16, or fp16 beside int8 and int4 weights
   int64_t n_slots;
   float* logits;                   // (n_wanted, V padded to 32)
   float *x, *qkv, *attended, *fc;  // rows padded to 32: N x (C, 3 C, C, 4 C); attended has n_wanted rows if more

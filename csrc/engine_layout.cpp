@@ -12,7 +12,7 @@ struct Field {
 };
 constexpr int64_t MAX_WIDTH = int64_t{1} << 20, MAX_INT32 = (int64_t{1} << 31) - 1;
 constexpr Field FIELDS[] = {
-    {"weight_type", &ModelShape::weight_type, 0, 2},
+    {"weight_type", &ModelShape::weight_type, 0, 3},
     {"n_layer", &ModelShape::n_layer, 1, 10000},
     {"n_head", &ModelShape::n_head, 1, MAX_WIDTH},
     {"n_embd", &ModelShape::n_embd, 1, MAX_WIDTH},
@@ -67,9 +67,11 @@ int64_t Layout::panel_bytes(int64_t K) const {
     case WeightType::fp32:
       return K * PANEL * 4;
     case WeightType::bf16:
-      return round_up(K, 2) * PANEL * 2;
-    default:
+      return round_up(K, BF16_BLOCK) * PANEL * 2;
+    case WeightType::int8:
       return round_up(K, INT8_GROUP) * PANEL;
+    default:
+      return round_up(K, INT8_GROUP) / INT4_GROUP * INT4_GROUP_BYTES;
   }
 }
 

@@ -2,12 +2,16 @@
 //
 // A call takes any tokens of any rows: prompts, one token of each row, or several guesses that are checked at once. A
 // token gets the same numbers whatever other tokens are in the call: see engine_products.h. Attention keeps to this
-// too: it goes through the keys of a query in one order, a vector of them at a time, and adds values one after the
-// other.
+// too: it goes through the keys of a query in one order, 16 of them at a time, and adds values one after the other.
+//
+// With weights in bf16, int8 and int4, those numbers are the same at every instruction-set level too. So the compiler
+// must not fuse a product and a sum where the CPU can: another CPU could not.
+#pragma GCC optimize("fp-contract=off")
+
 #include <sched.h>
 
+#include "engine_int4.h"
 #include "engine_products.h"
-#include "layer_norm.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
@@ -41,9 +45,9 @@ struct Share {
 };
 
 // Returns the bytes of one row of K inputs.
-template <class Type>
+template <class Way>
 int64_t row_bytes(int64_t K) {
-  return round_up(Type::bytes(K), 64);
+  return round_up(Way::bytes(K), 64);
 }
 
 template <class Type, class Cached>
@@ -90,26 +94,40 @@ class Forward {
     }
   }
 
-  static int64_t panel_bytes(int64_t K) { return round_up(K, Type::UNIT) * PANEL * (int64_t)Type::SIZE; }
+  static int64_t panel_bytes(int64_t K) { return Type::panel_bytes(K); }
+
+  static bool is_private(int64_t N) { return N <= MAX_PRIVATE_ROWS; }
 
   // Computes y = x W^T for N rows, after a layer norm of x if there is one. All threads can read y afterwards.
   void product(const EngineMatrix& matrix, const float* x, const EngineNorm* norm, int64_t N, float* y,
                Epilogue epilogue) {
+    // Few rows wait for the weights, not for their products.
+    if constexpr (requires { typename Type::Tiles; })
+      if (!is_private(N)) return product_by<typename Type::Tiles>(matrix, x, norm, N, y, epilogue);
+    product_by<typename Type::Vectors>(matrix, x, norm, N, y, epilogue);
+  }
+  template <class Way>
+  void product_by(const EngineMatrix& matrix, const float* x, const EngineNorm* norm, int64_t N, float* y,
+                  Epilogue epilogue) {
     const int64_t x_row_stride = round_up(matrix.K, PANEL);
     Product p{&matrix, (const char*)x, x_row_stride * 4, N, y, round_up(matrix.N, PANEL), epilogue};
-    if (norm || !Type::TAKES_FLOATS) {
-      p.row_bytes = row_bytes<Type>(matrix.K);
-      p.rows = convert_inputs(matrix.K, x, x_row_stride, norm, N, p.row_bytes);
+    if (norm || !Way::TAKES_FLOATS) {
+      p.row_bytes = row_bytes<Way>(matrix.K);
+      p.rows = convert_inputs<Way>(matrix.K, x, x_row_stride, norm, N, p.row_bytes);
     }
     const Share panels((matrix.N + PANEL - 1) / PANEL, thread_, threads_);
-    multiply_panels<Type>(p, panel_bytes(matrix.K), panels.begin, panels.end);
+    {
+      [[maybe_unused]] const typename Way::Scope scope;
+      multiply_panels<Way>(p, panel_bytes(matrix.K), panels.begin, panels.end);
+    }
     wait();
   }
 
   // Converts N rows of x to the inputs of a product, after a layer norm if there is one.
+  template <class Way>
   const char* convert_inputs(int64_t K, const float* x, int64_t x_row_stride, const EngineNorm* norm, int64_t N,
                              int64_t row_bytes) {
-    const bool private_rows = N <= MAX_PRIVATE_ROWS;
+    const bool private_rows = is_private(N);
     char* to = args_.inputs + (private_rows ? thread_ * args_.private_inputs_bytes : 0);
     const Share rows = private_rows ? Share(N, 0, 1) : Share(N, thread_, threads_);
     float* normal = scratch();
@@ -117,9 +135,12 @@ class Forward {
       const float* row = x + m * x_row_stride;
       // Other threads wrote parts of the row, which lie in the caches of their cores.
       for (int64_t i = 0; i < K; i += 16) __builtin_prefetch(row + i);
-      if (norm) normalize_row(row, row_stats<1>(row, K, LAYER_NORM_EPS), norm->weight, norm->bias, K, normal);
-      Type::convert(norm ? normal : row, K, to + m * row_bytes);
+      if (norm) normalize_row(row, row_stats_of_16_lanes(row, K, LAYER_NORM_EPS), norm->weight, norm->bias, K, normal);
+      Way::convert(norm ? normal : row, K, to + m * row_bytes);
     }
+    // Tiles read 16 rows at a time.
+    const int64_t padded = round_up(N, Way::MIN_ROWS);
+    if (rows.end == N && padded > N) memset(to + N * row_bytes, 0, (padded - N) * row_bytes);
     if (!private_rows) wait();
     return to;
   }
@@ -175,7 +196,7 @@ class Forward {
   template <int Q, int D>
   void attend_queries(const EngineSegment& segment, int64_t first, int64_t h, const Cached* keys,
                       const Cached* values) {
-    const int64_t seen = segment.start + first + Q, padded = round_up(seen, W);
+    const int64_t seen = segment.start + first + Q, padded = round_up(seen, LANES);
     const int32_t* slots = segment.slots;
     float* scores = scratch();       // (Q, padded)
     float* q = scores + Q * padded;  // (Q, D_)
@@ -184,14 +205,14 @@ class Forward {
     for (int i = 0; i < Q; ++i)
       for (int64_t d = 0; d < D_; d += W)
         store(q + i * D_ + d, load_head(qkv_of(segment.first + first + i, QUERY, h), d));
-    vf most[Q], total[Q] = {};
+    vf most[Q], total[Q][PARTS] = {};
     for (vf& lanes : most) lanes = splat(-INFINITY);
     for (int64_t t = 0; t < padded; t += W) {
       vf products[Q][W];
       for (int j = 0; j < W; ++j) {
-        vf one_key[Q] = {};
+        vf one_key[Q][PARTS] = {};
         add_products<Q, D>(one_key, q, keys + slots[smaller(t + j, seen - 1)] * D_);
-        for (int i = 0; i < Q; ++i) products[i][j] = one_key[i];
+        for (int i = 0; i < Q; ++i) products[i][j] = add_parts(one_key[i]);
       }
       for (int i = 0; i < Q; ++i) {
         const vi after = (vi)iota() + (int32_t)(t - (seen - Q + i));  // > 0: the key comes after the query
@@ -204,7 +225,7 @@ class Forward {
       const float top = max(most[i]);
       for (int64_t t = 0; t < padded; t += W) {
         const vf p = exp2((load(scores + i * padded + t) - top) * scale);  // no query is rounded by the scale
-        total[i] += p;
+        total[i][t / W % PARTS] += p;
         store(scores + i * padded + t, p);
       }
     }
@@ -213,7 +234,7 @@ class Forward {
       weighted_values<Q, VALUE_VECTORS>(scores, padded, values + d, slots, seen, out + d);
     for (; d < D_; d += W) weighted_values<Q, 1>(scores, padded, values + d, slots, seen, out + d);
     for (int i = 0; i < Q; ++i) {
-      const float probabilities = sum(total[i]);
+      const float probabilities = sum(add_parts(total[i]));
       float* to = args_.attended + (segment.first + first + i) * round_up(args_.C, PANEL) + h * args_.D;
       for (int64_t e = 0; e < args_.D; e += W)
         store_n(to + e, load(out + i * D_ + e) / probabilities, smaller<int64_t>(W, args_.D - e));
@@ -222,14 +243,17 @@ class Forward {
 
   // Adds the products of the key with each query, lane by lane, to sums[i]. D is 64, or 0 for any other size.
   template <int Q, int D>
-  void add_products(vf (&sums)[Q], const float* q, const Cached* key) const {
+  void add_products(vf (&sums)[Q][PARTS], const float* q, const Cached* key) const {
     const int64_t size = D ? D : D_;
 #pragma GCC unroll 16
-    for (int64_t d = 0; d < size; d += W) {
-      const vf k = load(key + d);
+    for (int64_t d = 0; d < size; d += LANES) {
       if (d * sizeof(Cached) % 64 == 0) __builtin_prefetch(key + d + to_next_head_);
 #pragma GCC unroll 4
-      for (int i = 0; i < Q; ++i) sums[i] += k * load(q + i * size + d);
+      for (int part = 0; part < PARTS; ++part) {
+        const vf k = load(key + d + part * W);
+#pragma GCC unroll 4
+        for (int i = 0; i < Q; ++i) sums[i][part] = fused(k, load(q + i * size + d + part * W), sums[i][part]);
+      }
     }
   }
 
@@ -261,7 +285,7 @@ class Forward {
   template <int V>
   static void add_value(vf (&sum)[V], float p, const vf (&v)[V]) {
 #pragma GCC unroll 8
-    for (int n = 0; n < V; ++n) sum[n] += p * v[n];
+    for (int n = 0; n < V; ++n) sum[n] = fused(splat(p), v[n], sum[n]);
   }
 
   const EngineArgs& args_;
@@ -269,14 +293,23 @@ class Forward {
   int64_t to_next_head_ = 0;
 };
 
+template <class Type>
+int64_t input_bytes_of(int64_t K) {
+  int64_t bytes = row_bytes<typename Type::Vectors>(K);
+  if constexpr (requires { typename Type::Tiles; }) bytes = larger(bytes, row_bytes<typename Type::Tiles>(K));
+  return bytes;
+}
+
 int64_t input_bytes(WeightType type, int64_t K) {
   switch (type) {
     case WeightType::fp32:
-      return row_bytes<Fp32>(K);
+      return input_bytes_of<Fp32>(K);
     case WeightType::bf16:
-      return row_bytes<Bf16>(K);
+      return input_bytes_of<Bf16>(K);
+    case WeightType::int8:
+      return input_bytes_of<Int8>(K);
     default:
-      return row_bytes<Int8>(K);
+      return input_bytes_of<Int4>(K);
   }
 }
 
@@ -286,8 +319,10 @@ void forward(const EngineArgs& args, int64_t thread, int64_t threads) {
       return Forward<Fp32, float>(args, thread, threads).run();
     case WeightType::bf16:
       return Forward<Bf16, bf16>(args, thread, threads).run();
-    default:
+    case WeightType::int8:
       return Forward<Int8, fp16>(args, thread, threads).run();
+    default:
+      return Forward<Int4, fp16>(args, thread, threads).run();
   }
 }
 

@@ -33,6 +33,57 @@ void for_each_weight(const float* w, int64_t rows, int64_t K, F f) {
       for (int64_t k = begin; k < std::min(K, begin + FLOATS_PER_CACHE_LINE); ++k) f(lane, k, w[lane * K + k]);
 }
 
+// Whole numbers from 0 to 15, whose products with a scale plus a minimum are near to a group of weights.
+struct Int4Numbers {
+  c10::BFloat16 scale, minimum;
+  uint8_t q[INT4_GROUP];
+  double error;  // the sum of squares
+
+  Int4Numbers(const float* w, int64_t n, float exact_scale, float exact_minimum)
+      : scale(exact_scale), minimum(exact_minimum), q(), error(0) {
+    const float s = scale, m = minimum;
+    for (int64_t i = 0; i < n; ++i) {
+      const float number = s > 0 ? std::nearbyint((w[i] - m) / s) : 0;
+      q[i] = static_cast<uint8_t>(std::clamp(number, 0.0f, 15.0f));
+      const double difference = double{w[i]} - (double{s} * q[i] + double{m});
+      error += difference * difference;
+    }
+  }
+  // Returns the numbers for the scale and minimum that suit these q best: the least squares.
+  Int4Numbers refitted(const float* w, int64_t n) const {
+    double sum_q = 0, sum_qq = 0, sum_w = 0, sum_qw = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      sum_q += q[i];
+      sum_qq += q[i] * q[i];
+      sum_w += w[i];
+      sum_qw += q[i] * double{w[i]};
+    }
+    const double variance = static_cast<double>(n) * sum_qq - sum_q * sum_q;
+    if (variance <= 0) return *this;
+    const double s = (static_cast<double>(n) * sum_qw - sum_q * sum_w) / variance;
+    return {w, n, static_cast<float>(s), static_cast<float>((sum_w - s * sum_q) / static_cast<double>(n))};
+  }
+};
+
+// Packs a group of n weights of one output.
+void pack_int4(const float* w, int64_t n, int64_t lane, char* group) {
+  constexpr int MAX_REFITS = 4;
+  float zero_or_nan = 0;  // 0 times NaN or infinity is NaN
+  for (int64_t i = 0; i < n; ++i) zero_or_nan += w[i] * 0;
+  const auto [low, high] = std::minmax_element(w, w + n);
+  Int4Numbers best(w, n, zero_or_nan == 0 ? (*high - *low) / 15 : zero_or_nan, zero_or_nan == 0 ? *low : zero_or_nan);
+  for (int i = 0; i < MAX_REFITS; ++i) {
+    const Int4Numbers next = best.refitted(w, n);
+    if (!(next.error < best.error)) break;
+    best = next;
+  }
+  for (int64_t k = 0; k < n; ++k)
+    group[k / 8 * 4 * PANEL + lane * 4 + k % 4] |= static_cast<char>(best.q[k] << (k % 8 / 4 * 4));
+  auto* scales = reinterpret_cast<c10::BFloat16*>(group + INT4_GROUP / 2 * PANEL);
+  scales[lane] = best.scale;
+  scales[PANEL + lane] = best.minimum;
+}
+
 void pack_panel(WeightType type, const float* w, int64_t rows, int64_t K, char* to, float* scale) {
   if (type == WeightType::fp32) {
     auto* x = reinterpret_cast<float*>(to);
@@ -41,6 +92,9 @@ void pack_panel(WeightType type, const float* w, int64_t rows, int64_t K, char* 
     auto* x = reinterpret_cast<c10::BFloat16*>(to);
     for_each_weight(w, rows, K,
                     [&](int64_t lane, int64_t k, float value) { x[k / 2 * 2 * PANEL + lane * 2 + k % 2] = value; });
+  } else if (type == WeightType::int4) {
+    for (int64_t k = 0; k < K; k += INT4_GROUP, to += INT4_GROUP_BYTES)
+      for (int64_t lane = 0; lane < rows; ++lane) pack_int4(w + lane * K + k, std::min(INT4_GROUP, K - k), lane, to);
   } else {
     float inverse[PANEL];
     for (int64_t lane = 0; lane < rows; ++lane) {
@@ -75,7 +129,7 @@ void pack(const Tensor& packed, IntArrayRef shape_fields, std::string_view name,
     for (int64_t p = begin; p < end; ++p) {
       const int64_t rows = std::min(PANEL, part.rows - p * PANEL);
       // The padding is 0, which int8 stores as 128.
-      if (rows < PANEL || int8) memset(to + p * panel_bytes, int8 ? 128 : 0, panel_bytes);
+      memset(to + p * panel_bytes, int8 ? 128 : 0, panel_bytes);
       pack_panel(shape.type(), w + p * PANEL * K, rows, K, to + p * panel_bytes, scale + p * PANEL);
     }
   });

@@ -94,7 +94,8 @@ void run(EngineArgs& args) {
   Buffers buffers;
   const auto add_rows = [&](int64_t n, int64_t width) { return buffers.add(n * round_up(width, PANEL) * 4); };
   const int64_t x = add_rows(N, C), qkv = add_rows(N, 3 * C), attended = add_rows(rows, C), fc = add_rows(N, 4 * C);
-  const int64_t inputs = buffers.add(std::max(threads * args.private_inputs_bytes, rows * row_bytes));
+  const int64_t inputs =
+      buffers.add(std::max(threads * args.private_inputs_bytes, round_up(rows, ROW_UNIT) * row_bytes));
   const int64_t scratch = buffers.add(threads * args.scratch_floats * 4);
   buffers.allocate();
   args.x = buffers.at<float>(x);

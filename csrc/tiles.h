@@ -65,6 +65,11 @@ template <int C, int A, int B>
 static inline void tile_dot_int8() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+// The same, with bytes of B that have no sign.
+template <int C, int A, int B>
+static inline void tile_dot_int8_uint8() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
 
 #else
 
@@ -128,17 +133,25 @@ static inline void tile_dot_bf16() {
       memcpy(emulated_tiles[C].bytes[m] + 4 * n, &c, 4);
     }
 }
-template <int C, int A, int B>
-static inline void tile_dot_int8() {
+template <int C, int A, int B, class Weight>
+static inline void tile_dot_bytes() {
   for (int m = 0; m < TILE_ROWS; ++m)
     for (int n = 0; n < TILE_BYTES / 4; ++n) {
       int32_t c;
       memcpy(&c, emulated_tiles[C].bytes[m] + 4 * n, 4);
       for (int k = 0; k < TILE_ROWS; ++k)
         for (int i = 0; i < 4; ++i)
-          c += (int8_t)emulated_tiles[A].bytes[m][4 * k + i] * (int8_t)emulated_tiles[B].bytes[k][4 * n + i];
+          c += (int8_t)emulated_tiles[A].bytes[m][4 * k + i] * (Weight)emulated_tiles[B].bytes[k][4 * n + i];
       memcpy(emulated_tiles[C].bytes[m] + 4 * n, &c, 4);
     }
+}
+template <int C, int A, int B>
+static inline void tile_dot_int8() {
+  tile_dot_bytes<C, A, B, int8_t>();
+}
+template <int C, int A, int B>
+static inline void tile_dot_int8_uint8() {
+  tile_dot_bytes<C, A, B, uint8_t>();
 }
 
 #endif

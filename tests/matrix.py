@@ -25,8 +25,8 @@ Run = dict[str, str]
 # text and options.
 COMPUTING = (
     "arena beam book checkpoint cli_engine derivatives drop_in dtypes engine engine_files "
-    "engine_gpu evaluate examples generate guard hellaswag lm_eval model modules settings stop "
-    "stream torch_tools train_step trainer weights"
+    "engine_gpu engine_levels evaluate examples generate guard hellaswag lm_eval model modules "
+    "settings stop stream torch_tools train_step trainer weights"
 )
 # The operations' tests try each level by themselves, so they run only where another setting is new.
 OPERATIONS = (

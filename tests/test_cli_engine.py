@@ -33,6 +33,25 @@ needs_engine = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension i
 
 
 @needs_engine
+def test_int4_says_what_it_costs(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    packed, text = tmp_path / "packed", tmp_path / "text.txt"
+    text.write_text("The value of the words. " * 20)
+
+    def told(*args: object) -> str:
+        code, out, err = run(capsys, *args)
+        assert (code, err) == (0, "")
+        return out
+
+    said = told("convert", trained, packed, "--dtype", "int4")
+    assert "MB of int4 weights in" in said and "of perplexity" in said and "in fp32" in said
+    measured = told("eval", trained, "--data", text, "--dtype", "int4").splitlines()
+    assert told("eval", packed, "--data", text).splitlines() == measured[:1]
+    assert measured[1].startswith("int4 costs ")
+    fp32 = told("eval", trained, "--data", text, "--dtype", "fp32").split("perplexity ")[1]
+    assert f"{fp32.split(',')[0]} in fp32" in measured[1]
+
+
+@needs_engine
 def test_packed(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     """A packed model gives generate and eval the same results as its source with --dtype."""
     packed, text = tmp_path / "packed", tmp_path / "text.txt"
@@ -161,7 +180,9 @@ def test_packed_weights_stay_on_the_cpu(
 BAD_PACKED = {
     "convert RUN new.bin --dtype int8": ["llm.c has no int8 weights: name a directory"],
     "convert RUN new --to nanogpt --dtype int8": ["nanogpt has no int8 weights"],
-    "convert RUN new --to packed --dtype fp16": ["packed weights are fp32, bf16 or int8, not fp16"],
+    "convert RUN new --to packed --dtype fp16": [
+        "packed weights are fp32, bf16, int8 or int4, not fp16"
+    ],
     "convert RUN RUN --dtype int8": ["exists; name another or delete it"],
     "convert nowhere new --dtype int8": ["nowhere is not a checkpoint"],
     "generate RUN --prompt a --dtype fp16": ["--dtype", "fp16"],

@@ -118,8 +118,22 @@ def test_damaged_files_are_refused(model: GPT, tmp_path: Path) -> None:
             Engine(tmp_path / "packed")
 
 
+def test_a_directory_of_an_older_gptfast(tmp_path: Path) -> None:
+    """Its bf16 weights had another padding, if their inputs are no multiple of 32."""
+    for n_embd, dtype, same in ((64, "bf16", True), (48, "bf16", False), (48, "int8", True)):
+        engine = Engine(random_model(n_embd=n_embd), dtype)
+        engine.save(tmp_path / f"{n_embd}-{dtype}")
+        path = tmp_path / f"{n_embd}-{dtype}" / FILE
+        path.write_bytes(path.read_bytes().replace(b"gptfast-packed-2", b"gptfast-packed-1"))
+        if same:
+            assert torch.equal(Engine(path.parent).packed.data, engine.packed.data)
+        else:
+            with pytest.raises(CheckpointError, match=r"older gptfast.*pack the model again"):
+                Engine(path.parent)
+
+
 def test_bad_input_gets_one_clear_error(model: GPT, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, int8, got 'fp8'"):
+    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, int8, int4, got 'fp8'"):
         Engine(model, "fp8")
     with pytest.raises(ValueError, match="max_batch must be an integer >= 1, got 0"):
         Engine(model, max_batch=0)

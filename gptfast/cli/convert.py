@@ -4,19 +4,29 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from gptfast.checks import one_line
 from gptfast.cli.flags import Positional
 from gptfast.cli.ranges import check_whole
 from gptfast.config import MAX_SIZE
+from gptfast.data.embedded import embedded_text
+from gptfast.data.tokens import as_tokens
+from gptfast.evaluate.loss import rounding_cost, text_score
 from gptfast.model import GPT
 from gptfast.tokenizer.bpe import end_of_text
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.weights.convert import check, check_name, format_of, save
+from gptfast.weights.packed import is_packed
+
+if TYPE_CHECKING:
+    from gptfast.engine import Engine
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COST_TOKENS = 2048
+"""The number of tokens on which the cost of rounding is measured."""
 
 
 @contextmanager
@@ -50,6 +60,8 @@ class Convert:
     gptfast convert gpt2 gpt2_124M.bin --dtype bf16
 
     gptfast convert gpt2 gpt2-int8 --dtype int8
+
+    gptfast convert gpt2 gpt2-int4 --dtype int4
     """
 
     src: Positional[str]
@@ -58,8 +70,8 @@ class Convert:
     """The file or directory to write; it must not exist yet."""
     to: Literal["transformers", "llm.c", "nanogpt", "book", "packed"] | None = None
     """The format to write (default: from the suffix of DST: llm.c for .bin, nanogpt for .pt, book
-    for .pth, a directory without a suffix for transformers; with --dtype int8, packed)."""
-    dtype: Literal["fp32", "bf16", "fp16", "int8"] | None = None
+    for .pth, a directory without a suffix for transformers; with --dtype int8 or int4, packed)."""
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "int4"] | None = None
     """Data type to convert the weights to (default: unchanged; for packed, fp32)."""
     n_head: int | None = None
     """Number of heads per block, if SRC does not say, as the book's own .pth (default: one head
@@ -72,7 +84,7 @@ class Convert:
         check_whole(self, "n_head", "resize_vocab", most=MAX_SIZE)
 
     def run(self) -> None:
-        if self.to == "packed" or self.dtype == "int8":
+        if self.to == "packed" or self.dtype in ("int8", "int4"):
             self._pack()
             return
         check(self.dst, self.to)
@@ -101,20 +113,38 @@ class Convert:
         """Write the packed format, which only the engine can."""
         form = self.to or format_of(self.dst)
         if form not in ("packed", "transformers") or self.to == "transformers":
-            raise ValueError(f"{form} has no int8 weights: name a directory for packed ones")
+            raise ValueError(
+                f"{form} has no {self.dtype} weights: name a directory for packed ones"
+            )
         check_name(self.dst, "packed")
         if self.dtype == "fp16":
-            raise ValueError("packed weights are fp32, bf16 or int8, not fp16")
+            raise ValueError("packed weights are fp32, bf16, int8 or int4, not fp16")
         if os.path.lexists(self.dst):  # before the work, not after it
             raise ValueError(f"{self.dst} exists; name another or delete it")
         from gptfast.engine import Engine
 
         plain = self.n_head is None and self.resize_vocab is None
-        engine = Engine(self.src if plain else self._load(), self.dtype)
+        model = self.src if plain else self._load()
+        engine = Engine(model, self.dtype)
         with _written(self.dst):
             engine.save(self.dst)
         size = f"{engine.weight_bytes / 1e6:,.1f} MB of {engine.dtype} weights"
         print(f"done: {size} in {self.dst} (packed); try\n  gptfast chat {self.dst}")
+        if engine.dtype == "int4" and engine.tokenizer_name is not None and not is_packed(self.src):
+            try:
+                cost = _cost(engine, Engine(model), engine.tokenizer_name)
+                print(f"int4 costs {cost} of English; gptfast eval --dtype int4 measures your text")
+            except (ValueError, IndexError, OSError) as error:
+                print(f"what int4 costs was not measured: {one_line(error)}")
+
+
+def _cost(rounded: "Engine", plain: "Engine", tokenizer_name: str) -> str:
+    """Say what rounded weights cost, measured on a part of the embedded text."""
+    tokenizer = get_tokenizer(tokenizer_name)
+    tokens = as_tokens(embedded_text()[-8 * COST_TOKENS :], tokenizer)[-COST_TOKENS:]
+    sizes = {"max_length": min(COST_TOKENS, plain.config.block_size)}
+    scores = (text_score(engine, tokens, tokenizer, **sizes) for engine in (rounded, plain))
+    return rounding_cost(*scores)
 
 
 def _say_what_is_left(model: GPT) -> None:

@@ -12,7 +12,7 @@ from gptfast.cli.ranges import MAX_THREADS, check_whole
 from gptfast.cli.settings import with_tuples
 from gptfast.cli.threads import set_threads
 from gptfast.data.loader import create_dataloader
-from gptfast.data.sources import load_part
+from gptfast.data.sources import Source, load_part
 from gptfast.data.token_files import Documents
 from gptfast.data.tokens import check_rows
 from gptfast.evaluate.hellaswag import hellaswag
@@ -20,12 +20,14 @@ from gptfast.evaluate.loss import (
     Score,
     loader_score,
     perplexity,
+    rounding_cost,
     sliding_score,
     text_score,
     window_length,
 )
 from gptfast.model import GPT
 from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.weights.packed import is_packed
 
 if TYPE_CHECKING:
     from gptfast.engine import Engine
@@ -98,11 +100,16 @@ class Eval(Reading):
         if self.tasks and not isinstance(model, GPT):
             raise ValueError("--tasks measures the PyTorch model: leave out --dtype")
         if self.data:
-            score = self._score(model, tokenizer)
+            source = self._source(model, tokenizer)
+            score = self._score(model, tokenizer, source)
             print(
                 f"loss {score.loss:.4f} nats per token, perplexity {perplexity(score.loss):.2f}, "
                 f"{score.bits_per_byte:.4f} bits per byte"
             )
+            if self.dtype == "int4" and not is_packed(self.checkpoint):
+                plain, _ = load(self.checkpoint, self.tokenizer, self.device, "fp32", engine=False)
+                cost = rounding_cost(score, self._score(plain, tokenizer, source))
+                print(f"int4 costs {cost}")
         if self.hellaswag:
             found = hellaswag(
                 model,
@@ -118,11 +125,16 @@ class Eval(Reading):
         if self.tasks and isinstance(model, GPT):
             self._run_tasks(model, tokenizer)
 
-    def _score(self, model: "GPT | Engine", tokenizer: Tokenizer) -> Score:
-        """Return the losses on --data."""
-        T = window_length(self.max_length, model.config.block_size)
+    def _source(self, model: "GPT | Engine", tokenizer: Tokenizer) -> Source:
+        """Return what --data names."""
+        window_length(self.max_length, model.config.block_size)
         source = load_part(self.data, tokenizer, self.part, **self.reading())
         check_rows(source, model.config.vocab_size, tokenizer, self.checkpoint)
+        return source
+
+    def _score(self, model: "GPT | Engine", tokenizer: Tokenizer, source: Source) -> Score:
+        """Return the losses on --data."""
+        T = window_length(self.max_length, model.config.block_size)
         sizes = {"max_length": T, "batch_size": self.batch_size}
         if not isinstance(source, Documents):
             if self.stride is None:

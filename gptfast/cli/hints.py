@@ -69,7 +69,9 @@ fp16: --precision bf16 | --dtype bf16
 mixed-precision: --precision bf16
 amp: --precision bf16
 load-in-8bit: --dtype int8
+load-in-4bit: --dtype int4
 int8: --dtype int8
+int4: --dtype int4
 quantize: --dtype int8
 q: --dtype int8
 eval-iters: --eval-batches

@@ -26,7 +26,7 @@ from gptfast.weights.lazy_tensor import CheckpointError
 if TYPE_CHECKING:
     from gptfast.engine import Engine
 
-Dtype = Literal["fp32", "bf16", "int8"]
+Dtype = Literal["fp32", "bf16", "int8", "int4"]
 Device = Literal["auto", "cpu", "cuda"]
 NEEDS_ENGINE = (
     "needs the engine, which on the CPU needs the C++ extension: install g++ and reinstall gptfast"

@@ -42,13 +42,16 @@ class Engine(Decoder):
 
     model_or_path: a GPT, which does not change; what `GPT.from_pretrained` takes; or a directory
     that `save` wrote. A GPT on a GPU runs there, everything else on the CPU.
-    dtype: of the weights, "fp32", "bf16" or "int8" (with one scale per row of a matrix, and inputs
-    rounded to int8 with one scale per 64); None takes that of a packed directory, else "fp32". The
-    KV cache is in fp32, bf16 or, for int8, fp16 on the CPU (up to 65,504) and bf16 on a GPU.
+    dtype: of the weights, "fp32", "bf16", "int8" (with one scale per row of a matrix, and inputs
+    rounded to int8 with one scale per 64) or, on the CPU, "int4" (with a scale and a minimum per 32
+    weights of a row, and inputs as for int8); None takes that of a packed directory, else "fp32".
+    The KV cache is in fp32, bf16 or, for int8 and int4, fp16 on the CPU (up to 65,504) and bf16 on
+    a GPU.
     max_batch: how many sequences run at a time.
 
     On the CPU a token's logits are the same bits alone and in any batch, streamed or not, with any
-    number of threads. Several threads may generate with one engine; their steps take turns.
+    number of threads, and but for fp32 at every instruction-set level. Several threads may
+    generate with one engine; their steps take turns.
 
     Raises CheckpointError for a path without a model, ValueError for another dtype, RuntimeError
     without the C++ extension.
@@ -81,7 +84,7 @@ class Engine(Decoder):
 
     @property
     def dtype(self) -> str:
-        """ "fp32", "bf16" or "int8"."""
+        """ "fp32", "bf16", "int8" or "int4"."""
         return self.packed.dtype
 
     @property

@@ -26,9 +26,16 @@ from gptfast.weights.lazy_tensor import CheckpointError
 from gptfast.weights.packed import FILE
 from gptfast.weights.weights import Weights, named_or_kept
 
-DTYPES = ("fp32", "bf16", "int8")  # in the order of WeightType
-CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float16}
-FORMAT = "gptfast-packed-1"
+DTYPES = ("fp32", "bf16", "int8", "int4")  # in the order of WeightType
+CACHE_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.float16,
+    "int4": torch.float16,
+}
+FORMAT = "gptfast-packed-2"
+FORMAT_BEFORE = "gptfast-packed-1"
+"""The same but for bf16 matrices, whose inputs were padded to a multiple of 2 instead of 32."""
 IO_CHUNK_BYTES = 2**20
 LIBRARY.define("engine_new(int bytes) -> Tensor")
 LIBRARY.define("engine_bytes(int[] shape) -> int")
@@ -178,18 +185,29 @@ def save(
         write_files(part, {}, texts)
 
 
+class _OlderFormat(Exception):
+    """The file has an order of weights that is read no more."""
+
+
 def _metadata(path: Path) -> tuple[GPTConfig, dict[str, str]]:
     """Return the model's shape and a packed file's other metadata. Raises CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             names, size = list(file.keys()), file.get_slice("packed").get_shape()
-        if metadata.get("format") != FORMAT or names != ["packed"]:
+        if metadata.get("format") not in (FORMAT, FORMAT_BEFORE) or names != ["packed"]:
             raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
         config, dtype = GPTConfig(**json.loads(metadata["config"])), metadata["dtype"]
+        if metadata["format"] == FORMAT_BEFORE and dtype == "bf16" and config.n_embd % 32:
+            raise _OlderFormat
         if dtype not in DTYPES or size != [torch.ops.gptfast.engine_bytes(_shape(config, dtype))]:
             raise ValueError(f"a model of this shape in {dtype!r} does not have {size} bytes")
         return config, metadata
+    except _OlderFormat:
+        raise CheckpointError(
+            f"{path} was packed by an older gptfast, which padded bf16 weights otherwise; "
+            "pack the model again (gptfast convert)"
+        ) from None
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
 

@@ -203,6 +203,15 @@ def _example(tokens: Tensor | TokenFiles, begin: int, end: int, new: int) -> Exa
     return example(window.tensor() if isinstance(window, TokenFiles) else window, new)
 
 
+def rounding_cost(rounded: Score, plain: Score) -> str:
+    """Say by how many per cent rounded weights raise the perplexity of the same text."""
+    cost = math.expm1(rounded.loss - plain.loss)
+    return (
+        f"{cost:.2%} of perplexity, {perplexity(plain.loss):.2f} in fp32, "
+        f"on {plain.n_tokens:,} tokens"
+    )
+
+
 def perplexity(loss: float) -> float:
     """Return exp(loss) for a loss in nats per token, infinity where it overflows."""
     return math.inf if loss > 700 else math.exp(loss)
