@@ -175,6 +175,11 @@ class TrainConfig:
     """Seed of the initial weights, the order of the data and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
+    parallel: Literal["ddp"] | None = None
+    """How the processes that torchrun starts share the work (default: ddp). ddp: each has the whole
+    model and some rows of each batch. docs/distributed.md."""
+    dist_timeout: float = 60.0
+    """Seconds of silence after which the processes of a run give up one of them."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -201,6 +206,10 @@ class TrainConfig:
             _require(0.0 <= value < 1.0, f"{name} must be in [0, 1), got {value}")
         _require(
             0.0 <= self.skip_below < 1.0, f"skip_below must be in [0, 1), got {self.skip_below}"
+        )
+        _require(
+            2 <= self.dist_timeout < math.inf,
+            f"dist_timeout must be at least 2 (seconds), got {self.dist_timeout}",
         )
         _require(self.max_norm > 0, f"max_norm must be > 0, got {self.max_norm}")
         _require(

@@ -16,6 +16,7 @@ from gptfast.config import GPTConfig, TrainConfig, to_toml
 from gptfast.tokenizer.bpe import Tokenizer, same_vocabulary, vocabulary
 from gptfast.training.checkpoint import load_checkpoint, save_checkpoint, set_aside
 from gptfast.training.step import TrainStep
+from gptfast.training.world import ONE, World
 from gptfast.weights.checkpoint import checkpoints
 from gptfast.weights.lazy_tensor import CheckpointError
 from gptfast.weights.pretrained import Ends, tokenizer_texts
@@ -65,7 +66,9 @@ def run_settings(
 ) -> dict[str, Any]:
     """Return all settings of a run, which state.json keeps under "config"."""
     training = asdict(train)
-    del training["out"]  # the run is where it is found, also after it was moved
+    # The run is where it is found, also after it was moved, and any number of processes may go on.
+    for name in ("out", "parallel", "dist_timeout"):
+        del training[name]
     return {
         "model": asdict(model),
         "train": training,
@@ -97,8 +100,9 @@ class RunCheckpoints:
         settings: dict[str, Any],
         log: Callable[[str], None],
         tokenizer: Tokenizer | None = None,
+        world: World = ONE,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._world = tokenizer, world
         self.out, self.train_step, self.settings, self.log = out, step, settings, log
         self._toml = settings_toml(settings)
         self._saved_step: int | None = None
@@ -116,6 +120,12 @@ class RunCheckpoints:
         """Write a checkpoint of the current step, unless `is_saved`."""
         if self.is_saved(progress):
             return
+        if self._world.is_first:
+            self._write(progress)
+        # A pending step is saved again once it is complete.
+        self._saved_step = progress.step if progress.pending is None else None
+
+    def _write(self, progress: Progress) -> None:
         step, config = self.train_step, self.train_step.config
         vocabulary_files, ends = self._text
         save_checkpoint(
@@ -128,8 +138,6 @@ class RunCheckpoints:
             texts={"train.toml": self._toml, **vocabulary_files},
             ends=ends,
         )
-        # A pending step is saved again once it is complete.
-        self._saved_step = progress.step if progress.pending is None else None
 
     def restore(self) -> Progress | None:
         """Load the newest undamaged checkpoint; return its progress, or None if there is none.
@@ -152,13 +160,15 @@ class RunCheckpoints:
             progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
             self.train_step.guard.load_state_dict(state["guard"])
             self._saved_step = progress.step if progress.pending is None else None
-            for other in damaged:
+            self._world.compare({"checkpoint to resume": path.name})  # all have read it
+            for other in damaged if self._world.is_first else ():
                 set_aside(other)
             self.log(f"resumed from {path} at step {progress.step}")
             return progress
         if damaged:
             first = next(iter(damaged.values()))
             raise CheckpointError(f"every checkpoint in {self.out} is damaged: {first}")
+        self._world.compare({"checkpoint to resume": "none"})
         return None
 
     def _check_same_run(self, saved: dict[str, Any], path: Path) -> None:

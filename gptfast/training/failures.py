@@ -1,0 +1,169 @@
+"""Find out which process is to blame when several can no longer work together.
+
+A process that fails by itself leaves its message in the store that all share. A process whose peers
+fail only sees a broken connection or a time-out: it leaves a note too, and waits a moment for the
+notes of the others. Whoever leaves none has died, hangs or is cut off. Each process also writes a
+beat every second, from a thread of its own connection, so that a wait for a process that works
+alone (a save) need not end before that process does.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from gptfast.checks import one_line
+
+BEAT_S = 1.0
+"""Seconds between two beats."""
+REPORT_S = 3.0
+"""How long a process that lost the others waits for their notes."""
+POLL_S = 0.02
+_COMMUNICATION = re.compile(
+    r"gloo|nccl|connection|socket|broken pipe|timed? ?out|store|recv|peer", re.IGNORECASE
+)
+
+
+class ProcessesError(RuntimeError):
+    """The processes of a run can no longer work together; the message names who is to blame."""
+
+
+def is_communication(error: BaseException) -> bool:
+    """Return whether an error is one of a connection to other processes."""
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and bool(_COMMUNICATION.search(str(error)))
+
+
+class Failures:
+    """The notes and beats of the processes of a run.
+
+    connect: returns a new connection to their store. timeout_s: how long a process may be silent.
+    """
+
+    def __init__(
+        self, rank: int, size: int, connect: Callable[[], dist.Store], timeout_s: float
+    ) -> None:
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self._store, self._beats = connect(), connect()
+        self._host = socket.gethostname()
+        self._store.set(f"who/{rank}", f"{os.getpid()} {self._host}")
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._ended.is_set():
+            count += 1
+            try:
+                self._beats.set(f"beat/{self.rank}", str(count))
+            except RuntimeError:  # the store has ended, which the others notice too
+                return
+            self._ended.wait(BEAT_S)
+
+    def end(self) -> None:
+        """Stop the beats."""
+        self._ended.set()
+
+    def set(self, key: str, value: str) -> None:
+        """Set a key for `wait`."""
+        self._store.set(key, value)
+
+    def _read(self, key: str) -> str | None:
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def note(self, error: BaseException) -> None:
+        """Leave a note for the others about what ended this process."""
+        kind = "lost" if isinstance(error, ProcessesError) else "failed"
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"{kind}/{self.rank}", one_line(error)[:2000] or type(error).__name__)
+
+    def wait(self, key: str, rank: int, *, hurried: Callable[[], bool] = lambda: False) -> str:
+        """Return the value of a key that a process will set.
+
+        hurried: whether this process was asked to end, so that it waits for a silent one no longer
+        than for a note. Raises ProcessesError if a process fails or is silent for too long.
+        """
+        beat, since = self._read(f"beat/{rank}"), time.monotonic()
+        while (value := self._read(key)) is None:
+            if (failed := self._failed()) is not None:
+                raise failed
+            now = self._read(f"beat/{rank}")
+            if now != beat:
+                beat, since = now, time.monotonic()
+            silent = time.monotonic() - since
+            if silent > self.timeout_s or hurried() and silent > 2 * REPORT_S:
+                raise self._gone([rank])
+            time.sleep(POLL_S)
+        return value
+
+    def _failed(self) -> ProcessesError | None:
+        """Return the error of a process that left a note about a fault of its own."""
+        for rank in range(self.size):
+            if rank != self.rank and (why := self._read(f"failed/{rank}")) is not None:
+                return ProcessesError(f"rank {rank} ended the run: {why}")
+        return None
+
+    def explain(self, error: BaseException) -> ProcessesError:
+        """Return an error that names the process because of which communication failed."""
+        try:
+            return self._explain(error)
+        except RuntimeError:  # of the store
+            return ProcessesError(
+                f"rank {self.rank} lost the connection to the store at "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: the first "
+                "machine or the network to it is gone"
+            )
+
+    def _explain(self, error: BaseException) -> ProcessesError:
+        self._store.set(f"lost/{self.rank}", "")
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        before = {rank: self._read(f"beat/{rank}") for rank in others}
+        end = time.monotonic() + REPORT_S
+        while True:
+            if (failed := self._failed()) is not None:
+                return failed
+            silent = [rank for rank in others if self._read(f"lost/{rank}") is None]
+            if not silent or time.monotonic() > end:
+                break
+            time.sleep(POLL_S)
+        if not silent:
+            return ProcessesError(f"the processes lost one another: {one_line(error):.300}")
+        stopped = [rank for rank in silent if self._read(f"beat/{rank}") == before[rank]]
+        return self._gone(stopped or silent)
+
+    def _gone(self, ranks: list[int]) -> ProcessesError:
+        """Return the error about processes that do not answer, and end those on this machine."""
+        named = []
+        for rank in ranks:
+            process, _, host = (self._read(f"who/{rank}") or "? ?").partition(" ")
+            named.append(f"rank {rank} (process {process} on {host})")
+            if host == self._host and process.isdecimal():
+                # A process that hangs would keep its memory, and torchrun would wait for it.
+                with contextlib.suppress(OSError):
+                    os.kill(int(process), signal.SIGKILL)
+        verb = "does" if len(ranks) == 1 else "do"
+        return ProcessesError(
+            f"{' and '.join(named)} {verb} not answer: dead, hanging or cut off; the run ends, and "
+            "--resume continues it from its last checkpoint"
+        )
+
+    def may_speak(self) -> bool:
+        """Return whether this process prints why the run ended: one does, the first if it can."""
+        try:
+            end = time.monotonic() + (2 * REPORT_S if self.rank else 0)
+            while time.monotonic() < end and not self._store.check(["told"]):
+                time.sleep(POLL_S)
+            return self._store.add("spoken", 1) == 1 and self._tell()
+        except RuntimeError:  # no store, no agreement
+            return True
+
+    def _tell(self) -> bool:
+        self._store.set("told", "")
+        return True
