@@ -154,16 +154,25 @@ class Failures:
             "--resume continues it from its last checkpoint"
         )
 
-    def may_speak(self) -> bool:
-        """Return whether this process prints why the run ended: one does, the first if it can."""
+    def may_speak(self, error: BaseException) -> bool:
+        """Return whether this process prints why the run ended: one does, the first if it can.
+
+        error: what ended this process, of which it has left a note.
+        """
         try:
-            end = time.monotonic() + (2 * REPORT_S if self.rank else 0)
-            while time.monotonic() < end and not self._store.check(["told"]):
+            # A process that was left alone has waited for the notes of the others already.
+            waits = bool(self.rank) and not isinstance(error, ProcessesError)
+            end = time.monotonic() + REPORT_S
+            while time.monotonic() < end and (waits or self._lower_has_noted()):
+                if self._store.check(["told"]):
+                    return False
                 time.sleep(POLL_S)
-            return self._store.add("spoken", 1) == 1 and self._tell()
+            speaks = self._store.add("spoken", 1) == 1
+            self._store.set("told", "")
+            return speaks
         except RuntimeError:  # no store, no agreement
             return True
 
-    def _tell(self) -> bool:
-        self._store.set("told", "")
-        return True
+    def _lower_has_noted(self) -> bool:
+        keys = [f"{kind}/{rank}" for kind in ("lost", "failed") for rank in range(self.rank)]
+        return any(self._store.check([key]) for key in keys)

@@ -185,7 +185,7 @@ class Processes(World):
             yield
         except BaseException as error:
             self._failures.note(error)
-            if isinstance(error, KeyboardInterrupt) or self._failures.may_speak():
+            if isinstance(error, KeyboardInterrupt) or self._failures.may_speak(error):
                 raise
             raise SystemExit(1) from None
         self.wait_for_first("end")
