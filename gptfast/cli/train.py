@@ -1,6 +1,9 @@
 """`gptfast train`: train a GPT on text or token files and write a run directory."""
 
+import contextlib
 import dataclasses
+import io
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,13 +126,14 @@ class Train(Reading):
         """Train, and return the exit code: that of a signal if one ended a run of one process."""
         world = world_of(self.train)
         set_threads(self.threads)
-        with world.ending_together():
+        # What is printed is the same everywhere: the first process prints it.
+        printed = None if world.is_first else io.StringIO()
+        with world.ending_together(), contextlib.redirect_stdout(printed or sys.stdout):
             return self._run(world)
 
     def _run(self, world: World) -> int:
         trainer, sources, T = self.trainer()
-        if world.is_first:
-            self._introduce(trainer, sources, T)
+        self._introduce(trainer, sources, T)
         if self.dry_run:
             from gptfast.cli.plan import plan_run
 
@@ -139,12 +143,11 @@ class Train(Reading):
         if trainer.interrupt.requested:
             # torchrun takes any other code for a failure, and would start the run again.
             return exit_code(trainer.interrupt.requested) if world.size == 1 else 0
-        if world.is_first:
-            prompt = f'--prompt "{trainer.config.sample_prompt}" --min-p {SAMPLE_MIN_P}'
-            say(
-                f"done: see {trainer.run.out}/loss.png; try\n"
-                f"  gptfast generate {trainer.run.out} {prompt}"
-            )
+        prompt = f'--prompt "{trainer.config.sample_prompt}" --min-p {SAMPLE_MIN_P}'
+        say(
+            f"done: see {trainer.run.out}/loss.png; try\n"
+            f"  gptfast generate {trainer.run.out} {prompt}"
+        )
         return 0
 
     def trainer(self) -> tuple[Trainer, list[Source], int]:

@@ -53,7 +53,7 @@ def _merged(x: Tensor) -> Tensor:
 
 class _AttentionRows(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         qkv: Tensor,
         n_head: int,
@@ -73,7 +73,7 @@ class _AttentionRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse, seed = ctx.saved_tensors
         n_head, first, scale, dropout_p = ctx.options
         B = qkv.shape[0]

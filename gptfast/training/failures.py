@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
@@ -52,10 +53,18 @@ class Failures:
     ) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._store, self._beats = connect(), connect()
+        self._limit_s, self._is_cut_off, self._lost_store = timeout_s, False, False
         self._host = socket.gethostname()
         self._store.set(f"who/{rank}", f"{os.getpid()} {self._host}")
+        self._who: dict[int, tuple[int, str]] = {}
         self._ended = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
+
+    def introduce(self) -> None:
+        """Learn the number and the machine of every process, once all are connected."""
+        for rank in range(self.size):
+            process, _, host = self.wait(f"who/{rank}", rank).partition(" ")
+            self._who[rank] = int(process), host
 
     def _beat(self) -> None:
         count = 0
@@ -73,16 +82,43 @@ class Failures:
 
     def set(self, key: str, value: str) -> None:
         """Set a key for `wait`."""
-        self._store.set(key, value)
+        self._ask(self._store.set, key, value)
+
+    def _ask(self, function: Callable, *args: Any) -> Any:
+        """Return function(*args), a question to the store. Raises RuntimeError without an answer.
+
+        The store itself would wait without end for a machine that is cut off.
+        """
+        answers: list[Any] = []
+
+        def ask() -> None:
+            try:
+                answers.append(function(*args))
+            except RuntimeError as error:
+                answers.append(error)
+
+        if not self._is_cut_off:
+            thread = threading.Thread(target=ask, daemon=True)
+            thread.start()
+            thread.join(self._limit_s)
+        if not answers:
+            self._is_cut_off = True
+            raise RuntimeError("the store does not answer")
+        if isinstance(answers[0], RuntimeError):
+            raise answers[0]
+        return answers[0]
+
+    def _has(self, key: str) -> bool:
+        return self._ask(self._store.check, [key])
 
     def _read(self, key: str) -> str | None:
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        return self._ask(self._store.get, key).decode() if self._has(key) else None
 
     def note(self, error: BaseException) -> None:
         """Leave a note for the others about what ended this process."""
         kind = "lost" if isinstance(error, ProcessesError) else "failed"
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"{kind}/{self.rank}", one_line(error)[:2000] or type(error).__name__)
+            self.set(f"{kind}/{self.rank}", one_line(error)[:2000] or type(error).__name__)
 
     def wait(self, key: str, rank: int, *, hurried: Callable[[], bool] = lambda: False) -> str:
         """Return the value of a key that a process will set.
@@ -112,17 +148,20 @@ class Failures:
 
     def explain(self, error: BaseException) -> ProcessesError:
         """Return an error that names the process because of which communication failed."""
+        self._limit_s = min(self._limit_s, REPORT_S)
         try:
             return self._explain(error)
         except RuntimeError:  # of the store
+            self._lost_store = True
+            self._kill([0] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else [])
             return ProcessesError(
-                f"rank {self.rank} lost the connection to the store at "
-                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: the first "
-                "machine or the network to it is gone"
+                f"rank {self.rank} no longer reaches rank 0, whose machine has what they share "
+                f"({os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}): dead, hanging "
+                "or cut off; the run ends, and --resume continues it from its last checkpoint"
             )
 
     def _explain(self, error: BaseException) -> ProcessesError:
-        self._store.set(f"lost/{self.rank}", "")
+        self.set(f"lost/{self.rank}", "")
         others = [rank for rank in range(self.size) if rank != self.rank]
         before = {rank: self._read(f"beat/{rank}") for rank in others}
         end = time.monotonic() + REPORT_S
@@ -140,19 +179,24 @@ class Failures:
 
     def _gone(self, ranks: list[int]) -> ProcessesError:
         """Return the error about processes that do not answer, and end those on this machine."""
+        self._kill(ranks)
         named = []
         for rank in ranks:
-            process, _, host = (self._read(f"who/{rank}") or "? ?").partition(" ")
+            process, host = self._who.get(rank, ("?", "?"))
             named.append(f"rank {rank} (process {process} on {host})")
-            if host == self._host and process.isdecimal():
-                # A process that hangs would keep its memory, and torchrun would wait for it.
-                with contextlib.suppress(OSError):
-                    os.kill(int(process), signal.SIGKILL)
         verb = "does" if len(ranks) == 1 else "do"
         return ProcessesError(
             f"{' and '.join(named)} {verb} not answer: dead, hanging or cut off; the run ends, and "
             "--resume continues it from its last checkpoint"
         )
+
+    def _kill(self, ranks: list[int]) -> None:
+        """End processes of this machine that hang: they would keep its memory and its ports."""
+        for rank in ranks:
+            process, host = self._who.get(rank, (0, ""))
+            if host == self._host:
+                with contextlib.suppress(OSError):
+                    os.kill(process, signal.SIGKILL)
 
     def may_speak(self, error: BaseException) -> bool:
         """Return whether this process prints why the run ended: one does, the first if it can.
@@ -164,15 +208,24 @@ class Failures:
             waits = bool(self.rank) and not isinstance(error, ProcessesError)
             end = time.monotonic() + REPORT_S
             while time.monotonic() < end and (waits or self._lower_has_noted()):
-                if self._store.check(["told"]):
+                if self._has("told"):
                     return False
                 time.sleep(POLL_S)
-            speaks = self._store.add("spoken", 1) == 1
-            self._store.set("told", "")
+            speaks = self._ask(self._store.add, "spoken", 1) == 1
+            self.set("told", "")
             return speaks
-        except RuntimeError:  # no store, no agreement
-            return True
+        except RuntimeError:
+            # Without torchrun, the store ends with the first process, which has spoken by then.
+            return not isinstance(error, ProcessesError) or self._lost_store
+
+    def linger(self) -> None:
+        """Wait a moment until the others have ended: the store ends with this process."""
+        end = time.monotonic() + REPORT_S
+        keys = [f"ended/{rank}" for rank in range(1, self.size)]
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < end and not all(map(self._has, keys)):
+                time.sleep(POLL_S)
 
     def _lower_has_noted(self) -> bool:
         keys = [f"{kind}/{rank}" for kind in ("lost", "failed") for rank in range(self.rank)]
-        return any(self._store.check([key]) for key in keys)
+        return any(map(self._has, keys))

@@ -55,7 +55,8 @@ class ParallelStep(TrainStep):
                 f"dropout that is the same on any number of processes needs a GPT as gptfast makes "
                 f"it, but {part}"
             )
-        self._ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        with world.together():
+            self._ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self._ddp.register_comm_hook(None, _sum_hook)
         self._is_laid_out = False
 

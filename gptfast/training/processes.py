@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from types import FrameType
@@ -76,6 +77,7 @@ class Processes(World):
             world_size=self.size,
             timeout=silence,
         )
+        self._failures.introduce()
 
     def _share_cores(self, local_size: int) -> None:
         # torchrun itself sets OMP_NUM_THREADS=1 where nobody has set it.
@@ -124,7 +126,7 @@ class Processes(World):
     def compare(self, values: Mapping[str, Any]) -> None:
         self._comparisons += 1
         versions = {"torch": torch.__version__, "Python": platform.python_version()}
-        mine = json.loads(json.dumps({**values, **versions}))
+        mine = json.loads(json.dumps({**_flat(values), **versions}))
         every = []
         with self.together():
             key = f"settings/{self._comparisons}"
@@ -134,7 +136,7 @@ class Processes(World):
         for rank, theirs in enumerate(every):
             for name, value in {**theirs, **every[0]}.items():
                 if name not in theirs or name not in every[0] or theirs[name] != value:
-                    first, other = (str(x.get(name))[:100] for x in (every[0], theirs))
+                    first, other = (str(x.get(name))[:80] for x in (every[0], theirs))
                     raise ValueError(
                         f"the processes differ: rank {rank} has {name} {other}, rank 0 has "
                         f"{first}; start all with the same settings, data and versions"
@@ -179,13 +181,32 @@ class Processes(World):
                 raise
             raise self._failures.explain(error) from None
 
+    def _disconnect(self) -> None:
+        """Close the connections, which ends what the others wait for."""
+
+        def close() -> None:
+            with contextlib.suppress(RuntimeError, AssertionError):
+                dist.destroy_process_group()
+
+        # What is still under way may keep it waiting.
+        closing = threading.Thread(target=close, daemon=True)
+        closing.start()
+        closing.join(1.0)
+
     @contextlib.contextmanager
     def ending_together(self) -> Iterator[None]:
         try:
-            yield
+            with self.together():
+                yield
         except BaseException as error:
             self._failures.note(error)
-            if isinstance(error, KeyboardInterrupt) or self._failures.may_speak(error):
+            self._disconnect()
+            speaks = self._failures.may_speak(error)
+            with contextlib.suppress(RuntimeError):
+                self._failures.set(f"ended/{self.rank}", "")
+            if hasattr(self, "_store"):
+                self._failures.linger()
+            if speaks:
                 raise
             raise SystemExit(1) from None
         self.wait_for_first("end")
@@ -193,3 +214,11 @@ class Processes(World):
             dist.barrier()  # the first process may hold the store
             dist.destroy_process_group()
         self._failures.end()
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with those of each mapping among them in its place."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(value if isinstance(value, Mapping) else {name: value})
+    return flat

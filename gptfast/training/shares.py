@@ -9,7 +9,7 @@ masks of other rows.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from gptfast.dropout import Rows
 Batch = tuple[Tensor, Tensor]
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """What a process does with one batch of a step."""
 
     x: Tensor

@@ -87,12 +87,14 @@ class Trainer:
         self.test_loader = test_loader
         self.total_steps = run_length(config, len(train_loader))
         check_schedule(config, self.total_steps)
+        made_by = run_settings(model.config, config, tokenizer, data_sha256, settings or {})
+        # Each machine may have the data at another place; data_sha256 says whether it is the same.
+        self.world.compare({k: v for k, v in made_by.items() if k != "data"})
         self.step = self._make_step()
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
         directory = RunDirectory if self.world.is_first else FollowedDirectory
         self.run = directory(Path(config.out), tensorboard=config.tensorboard)
-        made_by = run_settings(model.config, config, tokenizer, data_sha256, settings or {})
         self.checkpoints = RunCheckpoints(
             self.run.out, self.step, made_by, self.log.line, tokenizer, self.world
         )
@@ -165,7 +167,6 @@ class Trainer:
     def _open(self, resume: bool) -> None:
         """Prepare the run directory, and restore the run or seed a new one."""
         out = self.run.out
-        self.world.compare(self.checkpoints.settings)
         if self.world.is_first:
             clean_up(out)
         self.world.wait_for_first("clean directory")
@@ -294,12 +295,10 @@ class Trainer:
         """Write a checkpoint, after the metrics and samples up to its step are on disk."""
         if self.checkpoints.is_saved(self.progress):
             return
-        try:
-            self.run.sync()
-            self.checkpoints.save(self.progress)
-        finally:
-            done = "half" if self.progress.pending is not None else "all"
-            self.world.wait_for_first(f"checkpoint of {done} of step {self.progress.step}")
+        self.run.sync()
+        self.checkpoints.save(self.progress)
+        done = "half" if self.progress.pending is not None else "all"
+        self.world.wait_for_first(f"checkpoint of {done} of step {self.progress.step}")
 
     def _progress_row(self) -> dict[str, Any]:
         """Return the step, epoch and tokens of the run so far."""
