@@ -14,7 +14,7 @@ from gptfast.cli.train_data import absolute, check_data
 from gptfast.search.range_test import lr_range, lr_range_steps
 from gptfast.search.report import run_search
 from gptfast.search.space import log_fields, parse_grid, parse_random
-from gptfast.training.world import processes_asked_for
+from gptfast.training.launched import processes_asked_for
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,10 @@ from gptfast.tokenizer.bpe import BPETokenizer, Tokenizer
 from gptfast.tokenizer.train import reduce_tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.training.interrupt import exit_code
+from gptfast.training.launched import world_of
 from gptfast.training.log import say
 from gptfast.training.trainer import SAMPLE_MIN_P, Trainer
-from gptfast.training.world import World, world_of
+from gptfast.training.world import World
 from gptfast.weights.checkpoint import checkpoints, read_settings
 from gptfast.weights.open import open_weights, tokenizer_of
 

@@ -24,6 +24,7 @@ from gptfast.training.feed import Feed, forever
 from gptfast.training.flops import mfu
 from gptfast.training.followers import FollowedDirectory, QuietLog
 from gptfast.training.interrupt import Interrupt
+from gptfast.training.launched import world_of
 from gptfast.training.log import RunLog, warn
 from gptfast.training.metrics import finite, json_numbers, read_metrics
 from gptfast.training.plot import plot_losses
@@ -31,7 +32,6 @@ from gptfast.training.progress import Progress, RunCheckpoints, run_settings
 from gptfast.training.run_directory import RunDirectory
 from gptfast.training.schedule import check_schedule, learning_rate
 from gptfast.training.step import Batch, RefusedStep, TrainStep
-from gptfast.training.world import world_of
 from gptfast.weights.checkpoint import checkpoints
 
 DEFAULT_EPOCHS = 5

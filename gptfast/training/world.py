@@ -1,7 +1,7 @@
 """The processes that train one model together: how many there are, and what they tell one another.
 
 A run of one process has a `World`, whose methods return at once; it imports nothing of
-torch.distributed. Under torchrun, `world_of` returns `Processes` (processes.py) instead.
+torch.distributed. Under torchrun, `world_of` (launched.py) returns `Processes` (processes.py) instead.
 
 How a run of several processes is the same run:
     rows        every process reads the batches of a step and takes its rows (shares.py)
@@ -18,14 +18,12 @@ tests/test_parallel.py compares 1, 2, 3 and 4 processes, and ends them in every 
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptfast.config import TrainConfig
 from gptfast.device import choose_device
 from gptfast.training.interrupt import Interrupt
 
@@ -81,31 +79,3 @@ class World:
 
 
 ONE = World()
-_started: list[World] = []
-
-
-def processes_asked_for() -> int:
-    """Return the number of processes that torchrun started, 1 without it."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return int(size) if size.isdecimal() and "RANK" in os.environ else 1
-
-
-def check_parallel(config: TrainConfig) -> None:
-    """Raise ValueError for settings of several processes in a run without torchrun."""
-    if config.parallel is not None and "RANK" not in os.environ:
-        raise ValueError(
-            f"parallel {config.parallel} is for several processes: start them with torchrun "
-            "--nproc-per-node N -m gptfast train ..., or leave it out"
-        )
-
-
-def world_of(config: TrainConfig) -> World:
-    """Return the processes of a run, which are connected at the first call."""
-    check_parallel(config)
-    if processes_asked_for() == 1:
-        return ONE
-    if not _started:
-        from gptfast.training.processes import Processes
-
-        _started.append(Processes(config.device, config.dist_timeout))
-    return _started[0]
