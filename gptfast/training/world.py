@@ -1,7 +1,7 @@
 """The processes that train one model together: how many there are, and what they tell one another.
 
 A run of one process has a `World`, whose methods return at once; it imports nothing of
-torch.distributed. Under torchrun, `world_of` (launched.py) returns `Processes` (processes.py) instead.
+torch.distributed. Under torchrun, `world_of` (launched.py) returns `Processes` (processes.py).
 
 How a run of several processes is the same run:
     rows        every process reads the batches of a step and takes its rows (shares.py)
