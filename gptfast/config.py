@@ -175,9 +175,14 @@ class TrainConfig:
     """Seed of the initial weights, the order of the data and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
-    parallel: Literal["ddp"] | None = None
-    """How the processes that torchrun starts share the work (default: ddp). ddp: each has the whole
-    model and some rows of each batch. docs/distributed.md."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] | None = None
+    """How the processes that torchrun starts share the work (default: ddp). Each computes some rows
+    of each batch. ddp: each has the whole model. fsdp: each keeps a part of the weights and of the
+    optimizer's state, which takes less memory. hsdp: fsdp in several groups of processes.
+    docs/distributed.md."""
+    replicas: int | None = None
+    """Number of groups of processes in hsdp, each of which has the whole model in parts (default:
+    2)."""
     dist_timeout: float = 60.0
     """Seconds of silence after which the processes of a run give up one of them."""
 
@@ -188,7 +193,11 @@ class TrainConfig:
             self.max_steps is None or self.epochs is None,
             f"give max_steps or epochs, not both: got {self.max_steps} and {self.epochs}",
         )
-        optional = ("max_steps", "epochs", "eval_batches", "checkpoint_interval")
+        _require(
+            self.replicas is None or self.parallel == "hsdp",
+            f"replicas is for parallel hsdp, got parallel {self.parallel}",
+        )
+        optional = ("max_steps", "epochs", "eval_batches", "checkpoint_interval", "replicas")
         for name in (*optional, "early_stopping", "decay_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be >= 1, got {value}")

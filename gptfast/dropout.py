@@ -24,14 +24,13 @@ def drop(module: nn.Module, x: Tensor, rows: Rows | None) -> Tensor:
     """Return module(x), where the module is a dropout and x (B, ...) has these rows of a batch."""
     if rows is None or type(module) is not nn.Dropout or not module.training or module.p == 0:
         return module(x)
-    return x * draw(x.new_ones(()), (rows.total, *x.shape[1:]), module.p).narrow(
-        0, rows.first, x.shape[0]
-    )
+    ones = x.new_ones((rows.total, *x.shape[1:]))
+    return x * F.dropout(ones, module.p).narrow(0, rows.first, x.shape[0])
 
 
-def draw(like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    """Return the factors of a dropout of a tensor of that shape: 0 or 1 / (1 - p)."""
-    return F.dropout(like.new_ones(shape), p, training=True)
+def draw(shape: tuple[int, ...], p: float, device: torch.device) -> None:
+    """Draw what a dropout of a tensor of that shape draws."""
+    F.dropout(torch.ones(shape, dtype=torch.float32, device=device), p)
 
 
 def draw_seed(device: torch.device) -> Tensor:

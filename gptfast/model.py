@@ -211,12 +211,11 @@ class GPT(nn.Module):
 
     def draw_only(self, B: int, T: int) -> None:
         """Draw from torch's generator what a forward of (B, T) tokens draws in training."""
-        like = next(p for p in self.parameters() if p.is_floating_point())
         if not self.training or self.config.dropout == 0:
             return
-        draw_seed(like.device)
+        draw_seed(self.device)
         for _ in range(2 * self.config.n_layer + 1):
-            draw(like, (B, T, self.config.n_embd), self.config.dropout)
+            draw((B, T, self.config.n_embd), self.config.dropout, self.device)
 
     @classmethod
     def from_pretrained(

@@ -60,14 +60,22 @@ class Evaluation:
         rank, size, decoder = self._world.rank, self._world.size, as_decoder(self._model)
         losses = torch.zeros(n, 2, dtype=torch.float64, device=self._device)
         batches = iter(from_start(loader, first=rank, every=size))
+        batch: Batch | None = None
         for i in range(0, n, size):
             if self._must_stop():
                 raise EvaluationInterrupted
-            if i + rank < n:
-                x, y = next(batches)
-                if count := int((y != -100).sum()):
-                    losses[i + rank, 0] = decoder.mean_loss(x, y).double() * count
-                    losses[i + rank, 1] = count
+            is_mine = i + rank < n
+            if is_mine or batch is None:
+                batch = next(batches, None) if is_mine else next(iter(from_start(loader)))
+            assert batch is not None
+            x, y = batch
+            count = int((y != -100).sum())
+            # Where the processes share the weights, a forward takes all of them: whoever has no
+            # batch left computes one again.
+            if is_mine and count or self._config.parallel in ("fsdp", "hsdp"):
+                loss = decoder.mean_loss(x, y).double() * count
+            if is_mine and count:
+                losses[i + rank] = torch.stack((loss, loss.new_tensor(count)))
         total, targets = 0.0, 0.0
         for loss, count in self._world.sum(losses).tolist():
             total, targets = total + loss, targets + count

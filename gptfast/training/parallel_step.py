@@ -41,10 +41,9 @@ class ParallelStep(TrainStep):
         world: World,
         split: Split,
     ) -> None:
-        super().__init__(model, config, device, log)
-        self._step = self._compute  # a CUDA graph would repeat one process's part only
         self._world, self._split = world, split
         self._pieces: list[Piece] = []
+        self._counts: list[int] = []
         if config.compile and model.config.dropout > 0:
             raise ValueError(
                 "compile draws the dropout of several processes in another order than that of one: "
@@ -55,10 +54,20 @@ class ParallelStep(TrainStep):
                 f"dropout that is the same on any number of processes needs a GPT as gptfast makes "
                 f"it, but {part}"
             )
-        with world.together():
-            self._ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-        self._ddp.register_comm_hook(None, _sum_hook)
+        super().__init__(model, config, device, log)
+        self._step = self._compute  # a CUDA graph would repeat one process's part only
         self._is_laid_out = False
+
+    def _placed(self, model: GPT) -> Any:
+        """Return the model wrapped so that its gradients are summed over the processes."""
+        with self._world.together():
+            ddp = DistributedDataParallel(super()._placed(model), gradient_as_bucket_view=True)
+        ddp.register_comm_hook(None, _sum_hook)
+        return ddp
+
+    def _summing(self, last: bool) -> contextlib.AbstractContextManager:
+        """Return the context of a forward and backward, of which the last sums the gradients."""
+        return contextlib.nullcontext() if last else self.model.no_sync()
 
     def run(
         self,
@@ -71,9 +80,7 @@ class ParallelStep(TrainStep):
 
     def _inputs(self, batches: Sequence[Batch], counts: Sequence[int], lr: float) -> list[Tensor]:
         """Return the numbers that `_compute` takes; the share of this process is in `_pieces`."""
-        pieces = zip(self._split.pieces(batches), counts, strict=True)
-        # One process draws nothing for a batch without targets.
-        self._pieces = [piece for piece, count in pieces if count]
+        self._pieces, self._counts = self._split.pieces(batches), list(counts)
         limits = [self.guard.limit(name) for name in ("loss", "grad_norm")]
         return [torch.tensor([lr, *limits, sum(counts)], dtype=torch.float64, device="cpu")]
 
@@ -99,29 +106,29 @@ class ParallelStep(TrainStep):
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         mine = [i for i, piece in enumerate(self._pieces) if piece.mine]
         try:
-            for i, piece in enumerate(self._pieces):
-                if not piece.mine:
+            for i, (piece, targets) in enumerate(zip(self._pieces, self._counts, strict=True)):
+                last = i == mine[-1]
+                # One process draws nothing for a batch without targets.
+                if not targets and piece.mine:
+                    self._take_part(last=last)
+                elif targets and not piece.mine:
                     self.raw_model.draw_only(*piece.x.shape)
-                    continue
-                loss = self._backward_of(piece, count, last=i == mine[-1])
-                if loss is not None:
+                elif targets and (loss := self._backward_of(piece, count, last)) is not None:
                     total = total + loss
-            if not mine:
-                self._take_part()
         finally:
             self.raw_model.rows = None
         return total
 
-    def _backward_of(self, piece: Piece, count: Tensor, *, last: bool) -> Tensor | None:
+    def _backward_of(self, piece: Piece, count: Tensor, last: bool) -> Tensor | None:
         """Add the gradients of a piece; return its part of the loss, None without a target.
 
         last: whether it is the last one here, during which the processes add up their gradients.
         """
         self.raw_model.rows = piece.rows
         share = piece.count / count
-        with contextlib.nullcontext() if last else self._ddp.no_sync():
+        with self._summing(last):
             with autocast(self.device, self.config):
-                loss = self._ddp(moved(piece.x, self.device), moved(piece.y, self.device))
+                loss = self.model(moved(piece.x, self.device), moved(piece.y, self.device))
             loss.backward(gradient=share.to(loss.dtype))
         return loss.detach().double() * share if piece.count else None
 
@@ -132,14 +139,14 @@ class ParallelStep(TrainStep):
         its first step with another order of summation than a run that was not interrupted.
         """
         if not self._is_laid_out:
-            self._take_part()
+            self._take_part(last=True)
             self.optimizer.zero_grad(set_to_none=True)
             self._is_laid_out = True
 
-    def _take_part(self) -> None:
+    def _take_part(self, *, last: bool) -> None:
         """Add no gradient to those of the others, without a change of the random state."""
         first = self._pieces[0]
         empty = Piece(first.x, torch.full_like(first.y, -100), 0, None, True)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            self._backward_of(empty, torch.ones((), device=self.device).double(), last=True)
+            self._backward_of(empty, torch.ones((), device=self.device).double(), last)

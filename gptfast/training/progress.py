@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.config import GPTConfig, TrainConfig, to_toml
+from gptfast.model import GPT
 from gptfast.tokenizer.bpe import Tokenizer, same_vocabulary, vocabulary
 from gptfast.training.checkpoint import load_checkpoint, save_checkpoint, set_aside
 from gptfast.training.step import TrainStep
@@ -67,7 +68,7 @@ def run_settings(
     """Return all settings of a run, which state.json keeps under "config"."""
     training = asdict(train)
     # The run is where it is found, also after it was moved, and any number of processes may go on.
-    for name in ("out", "parallel", "dist_timeout"):
+    for name in ("out", "parallel", "replicas", "dist_timeout"):
         del training[name]
     return {
         "model": asdict(model),
@@ -120,18 +121,19 @@ class RunCheckpoints:
         """Write a checkpoint of the current step, unless `is_saved`."""
         if self.is_saved(progress):
             return
-        if self._world.is_first:
-            self._write(progress)
+        whole = self.train_step.whole()
+        if self._world.is_first and whole is not None:
+            self._write(progress, *whole)
         # A pending step is saved again once it is complete.
         self._saved_step = progress.step if progress.pending is None else None
 
-    def _write(self, progress: Progress) -> None:
+    def _write(self, progress: Progress, model: GPT, optimizer: Any) -> None:
         step, config = self.train_step, self.train_step.config
         vocabulary_files, ends = self._text
         save_checkpoint(
             self.out,
-            step.raw_model,
-            step.optimizer if config.save_optimizer else None,
+            model,
+            optimizer if config.save_optimizer else None,
             {**asdict(progress), "guard": step.guard.state_dict(), "config": self.settings},
             config.keep,
             best=progress.best["step"] if progress.best and config.keep_best else None,
@@ -147,12 +149,14 @@ class RunCheckpoints:
         """
         damaged: dict[Path, CheckpointError] = {}
         for path in reversed(checkpoints(self.out)):
+            model, optimizer = self.train_step.blank()
             try:
-                state = load_checkpoint(path, self.train_step.raw_model, self.train_step.optimizer)
+                state = load_checkpoint(path, model, optimizer)
             except CheckpointError as error:
                 self.log(f"{error}; falling back to the checkpoint before it")
                 damaged[path] = error
                 continue
+            self.train_step.take(model, optimizer)
             self._check_same_run(state["config"], path)
             if origin := state["config"].get("started_from"):
                 self.settings["started_from"] = origin

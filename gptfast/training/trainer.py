@@ -107,13 +107,12 @@ class Trainer:
         """Return what takes the steps, alone or with other processes."""
         if self.world.size == 1:
             return TrainStep(self.model, self.config, self.device, self.log.line)
-        from gptfast.training.parallel_step import ParallelStep
-        from gptfast.training.shares import Split
+        from gptfast.training.sharded_step import parallel_step
 
         order: Any = self.train_loader.batch_sampler
-        per_step = self.config.accumulation_steps
-        split = Split(self.world.rank, self.world.size, order.batch_size, per_step)
-        return ParallelStep(self.model, self.config, self.device, self.log.line, self.world, split)
+        return parallel_step(
+            self.model, self.config, self.device, self.log.line, self.world, order.batch_size
+        )
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Train to the last step and return the history, the rows of metrics.jsonl.
@@ -359,14 +358,15 @@ class Trainer:
         """Write a text sample to the log and to samples.txt."""
         if self.tokenizer is None or not self.config.sample_tokens:
             return
-        if self.world.is_first:
-            self._write_sample(self.tokenizer)
+        whole = self.step.whole()
+        if self.world.is_first and whole is not None:
+            self._write_sample(whole[0], self.tokenizer)
         self.world.wait_for_first(f"sample of step {self.progress.step}")
 
-    def _write_sample(self, tokenizer: Tokenizer) -> None:
+    def _write_sample(self, model: GPT, tokenizer: Tokenizer) -> None:
         try:
             text = generate_text(
-                self.model,
+                model,
                 tokenizer,
                 self.config.sample_prompt,
                 self.config.sample_tokens,
