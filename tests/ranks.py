@@ -94,7 +94,9 @@ def start(
     to files in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    CONTEXT.set_forkserver_preload(["ranks", "gptfast.training.processes", "torch._dynamo"])
+    CONTEXT.set_forkserver_preload(
+        ["ranks", "gptfast.training.sharded_step", "gptfast.training.processes", "torch._dynamo"]
+    )
     common = {
         "WORLD_SIZE": str(n),
         "LOCAL_WORLD_SIZE": str(n),

@@ -176,6 +176,23 @@ def test_any_number_of_processes_makes_the_same_run(
     assert losses(tmp_path / "run")[0] == losses(alone)[0]
 
 
+@pytest.mark.parametrize(
+    ("n", "how"),
+    [(2, "fsdp"), (3, "fsdp"), (4, "hsdp"), (6, "hsdp --replicas 3"), (3, "hsdp --replicas 3")],
+)
+def test_weights_in_parts_make_the_same_run(
+    n: int, how: str, tmp_path: Path, data: Path, alone: Path
+) -> None:
+    for out in (tmp_path / "run", tmp_path / "again"):
+        more = "--max-steps", str(STEPS), "--parallel", *how.split()
+        ended = train(n, out, data, *more)
+        assert ended.codes == [0] * n, ended
+        assert not any(ended.out[1:]) and not any(ended.errors)
+    assert_same_to_rounding(tmp_path / "run", alone)
+    assert losses(tmp_path / "run")[0] == losses(alone)[0]
+    assert_same_bits(tmp_path / "again", tmp_path / "run")
+
+
 def test_three_processes_make_the_same_run(alone: Path, three: Path) -> None:
     assert_same_to_rounding(three, alone)
 
@@ -187,15 +204,28 @@ def test_two_runs_of_as_many_processes_are_the_same(
     assert_same_bits(tmp_path / "run", three)
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 3), (4, 2)])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("2", "1"),
+        ("1", "3"),
+        ("4", "2"),
+        ("2 --parallel fsdp", "1"),
+        ("1", "3 --parallel fsdp"),
+        ("2", "4 --parallel hsdp"),
+        ("3 --parallel fsdp", "2 --parallel ddp"),
+    ],
+)
 def test_resume_with_another_number(
-    first: int, then: int, tmp_path: Path, data: Path, alone: Path
+    first: str, then: str, tmp_path: Path, data: Path, alone: Path
 ) -> None:
     steps = ["--max-steps", str(STEPS)]
-    ended = train(first, tmp_path / "run", data, *steps, before=stop_at_step_12)
-    assert ended.codes == ([0] * first if first > 1 else [128 + signal.SIGTERM])
+    n, *how = first.split()
+    ended = train(int(n), tmp_path / "run", data, *steps, *how, before=stop_at_step_12)
+    assert ended.codes == ([0] * int(n) if n != "1" else [128 + signal.SIGTERM])
     assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 12
-    assert train(then, tmp_path / "run", data, *steps, "--resume").codes == [0] * then
+    n, *how = then.split()
+    assert train(int(n), tmp_path / "run", data, *steps, *how, "--resume").codes == [0] * int(n)
     assert_same_to_rounding(tmp_path / "run", alone)
 
 
@@ -206,20 +236,23 @@ def test_prompts_and_short_batches(tmp_path: Path) -> None:
     ]
     data = tmp_path / "examples.jsonl"
     data.write_text("\n".join(lines))
-    for n in (1, 2, 6):
-        ended = train(n, tmp_path / str(n), data, "--max-steps", "12")
+    for n, how in ((1, []), (2, []), (6, []), (4, ["--parallel", "fsdp"])):
+        ended = train(n, tmp_path / str(n), data, "--max-steps", "12", *how)
         assert ended.codes == [0] * n, ended
-    for n in (2, 6):
+    for n in (2, 4, 6):
         assert_same_to_rounding(tmp_path / str(n), tmp_path / "1")
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
-    "option", ["--precision bf16", "--activation-checkpointing", "--freeze wpe.*"]
+    "option",
+    ["--precision bf16", "--activation-checkpointing", "--freeze wpe.* h.0.*", "--eval-batches 1"],
 )
-def test_options(option: str, tmp_path: Path, data: Path) -> None:
-    for n in (1, 2):
-        more = "--max-steps", "6", *option.split()
-        assert train(n, tmp_path / str(n), data, *more).codes == [0] * n
+def test_options(option: str, how: str, tmp_path: Path, data: Path) -> None:
+    for n, more in ((1, []), (2, ["--parallel", how])):
+        argv = "--max-steps", "6", *option.split(), *more
+        ended = train(n, tmp_path / str(n), data, *argv)
+        assert ended.codes == [0] * n, ended
     rel = 2e-3 if "bf16" in option else 1e-6
     for ours, theirs in zip(losses(tmp_path / "2"), losses(tmp_path / "1"), strict=True):
         assert ours == pytest.approx(theirs, rel=rel)
@@ -293,8 +326,11 @@ def test_a_signal_ends_all_at_the_same_step(
     assert_same_bits(tmp_path / "run", three)
 
 
-def test_a_loss_that_is_not_finite_on_one_is_refused_by_all(tmp_path: Path, data: Path) -> None:
-    steps = ["--max-steps", str(STEPS)]
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_on_one_is_refused_by_all(
+    how: str, tmp_path: Path, data: Path
+) -> None:
+    steps = ["--max-steps", str(STEPS), "--parallel", how]
     ended = train(2, tmp_path / "run", data, *steps, before=nan_at_step_12)
     assert_one_line(ended, "loss is nan at step 13", "No weight was changed")
     assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 12
@@ -323,10 +359,10 @@ def test_a_process_that_dies(victim: int, tmp_path: Path, data: Path, three: Pat
     assert_same_bits(tmp_path / "run", three)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_hangs(victim: int, tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize(("victim", "how"), [(0, "ddp"), (1, "ddp"), (1, "fsdp")])
+def test_a_process_that_hangs(victim: int, how: str, tmp_path: Path, data: Path) -> None:
     hanging = {"VICTIM": str(victim), "SIGNAL": "SIGSTOP"}
-    more = "--max-steps", str(STEPS), "--dist-timeout", "5"
+    more = "--max-steps", str(STEPS), "--dist-timeout", "5", "--parallel", how
     ended = train(2, tmp_path / "run", data, *more, before=die_at_step_12, **hanging)
     assert_one_line(ended, f"rank {victim}", "dead, hanging or cut off")
     assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 10
@@ -377,6 +413,8 @@ def test_other_data_or_versions(tmp_path: Path, data: Path) -> None:
 def test_sizes_that_cannot_share(tmp_path: Path, data: Path) -> None:
     ended = train(5, tmp_path / "run", data, "--max-steps", "5")
     assert_one_line(ended, "5 processes cannot share the 12 rows", "1, 2, 3, 4, 6, 12")
+    ended = train(3, tmp_path / "run", data, "--max-steps", "5", "--parallel", "hsdp")
+    assert_one_line(ended, "3 processes cannot form 2 groups")
 
 
 # Around it
