@@ -23,10 +23,11 @@ WORKERS := -n logical --maxprocesses 8
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
 
-# Kills random processes of runs of several at random moments, KILLS times each: a minute or two on two cores.
+# The long tests of runs of several processes; random ones are killed at random moments, KILLS times each. Some
+# minutes on two cores.
 KILLS ?= 10
 test-distributed: $(VENV)/ready-test
-	GPTFAST_TEST_DISTRIBUTED=$(KILLS) $(BIN)/python -m pytest --durations=5 tests/test_distributed.py
+	GPTFAST_TEST_DISTRIBUTED=$(KILLS) $(BIN)/python -m pytest --durations=5 tests/test_parallel.py tests/test_distributed.py
 
 # The tests with the oldest and the newest PyTorch that gptfast is for, and with the Triton of each. Each has a copy of
 # these files with an environment of its own (some GB), so nothing is rebuilt here.
