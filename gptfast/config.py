@@ -178,7 +178,7 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp", "hsdp"] | None = None
     """How the processes that torchrun starts share the work (default: ddp). Each computes some rows
     of each batch. ddp: each has the whole model. fsdp: each keeps a part of the weights and of the
-    optimizer's state, which takes less memory. hsdp: fsdp in several groups of processes.
+    optimizer's state. hsdp: fsdp in several groups of processes.
     docs/distributed.md."""
     replicas: int | None = None
     """Number of groups of processes in hsdp, each of which has the whole model in parts (default:

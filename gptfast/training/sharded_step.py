@@ -9,6 +9,7 @@ main memory.
 
 import contextlib
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -66,6 +67,8 @@ class ShardedStep(ParallelStep):
             raise ValueError(
                 f"compile does not work with parallel {self.config.parallel} yet: leave out one"
             )
+        # What a block returns may be a view, and nothing here writes to it in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         with self._world.together():
             self._mesh = _mesh(self.config, self.device, self._world.size)
             # Autocast's place is taken by the policy where most weights are; the token embedding
