@@ -443,6 +443,7 @@ def test_sizes_that_cannot_share(tmp_path: Path, data: Path) -> None:
 def test_flags_of_several_processes_need_them(capsys: Any, tmp_path: Path) -> None:
     refused(run(capsys, "train", "--parallel", "ddp", "--out", tmp_path / "run"), "torchrun")
     refused(run(capsys, "train", "--dist-timeout", "5", "--out", tmp_path / "run"), "torchrun")
+    refused(run(capsys, "train", "--replicas", "2", "--out", tmp_path / "run"), "replicas", "hsdp")
 
 
 def test_one_process_connects_nothing(alone: Path) -> None:

@@ -65,9 +65,9 @@ def check_training(given: Mapping[str, Any], train: "Train") -> None:
     window = train.model.block_size if train.max_length is None else train.max_length
     refuse(
         (
-            bool(on & {"parallel", "dist_timeout"}) and "RANK" not in os.environ,
-            "--parallel and --dist-timeout are for several processes: start them with torchrun "
-            "--nproc-per-node N -m gptfast train ..., or leave the flag out",
+            bool(on & {"parallel", "replicas", "dist_timeout"}) and "RANK" not in os.environ,
+            "--parallel, --replicas and --dist-timeout are for several processes: start them with "
+            "torchrun --nproc-per-node N -m gptfast train ..., or leave the flag out",
         ),
         (
             "min_lr" in on and run.schedule == "constant",
