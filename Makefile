@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test test-torch test-ptx check matrix fuzz sanitize lint docs bench bench-peers audit clean \
+.PHONY: train test test-distributed test-torch test-ptx check matrix fuzz sanitize lint docs bench bench-peers audit clean \
 	gpu gpu-ready gpu-kernels gpu-train gpu-rest gpu-cache
 
 # Trains a small GPT on real text: set-up, then two to three minutes on two cores. A second call goes on
@@ -22,6 +22,12 @@ WORKERS := -n logical --maxprocesses 8
 
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
+
+# The long tests of runs of several processes; random ones are killed at random moments, KILLS times each. Some
+# minutes on two cores.
+KILLS ?= 10
+test-distributed: $(VENV)/ready-test
+	GPTFAST_TEST_DISTRIBUTED=$(KILLS) $(BIN)/python -m pytest --durations=5 tests/test_parallel.py tests/test_distributed.py
 
 # The tests with the oldest and the newest PyTorch that gptfast is for, and with the Triton of each. Each has a copy of
 # these files with an environment of its own (some GB), so nothing is rebuilt here.

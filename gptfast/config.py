@@ -177,6 +177,16 @@ class TrainConfig:
     """Seed of the initial weights, the order of the data and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] | None = None
+    """How the processes that torchrun starts share the work (default: ddp). Each computes some rows
+    of each batch. ddp: each has the whole model. fsdp: each keeps a part of the weights and of the
+    optimizer's state. hsdp: fsdp in several groups of processes.
+    docs/distributed.md."""
+    replicas: int | None = None
+    """Number of groups of processes in hsdp, each of which has the whole model in parts (default:
+    2)."""
+    dist_timeout: float = 60.0
+    """Seconds of silence after which the processes of a run give up one of them."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -185,7 +195,11 @@ class TrainConfig:
             self.max_steps is None or self.epochs is None,
             f"give max_steps or epochs, not both: got {self.max_steps} and {self.epochs}",
         )
-        optional = ("max_steps", "epochs", "eval_batches", "checkpoint_interval")
+        _require(
+            self.replicas is None or self.parallel == "hsdp",
+            f"replicas is for parallel hsdp, got parallel {self.parallel}",
+        )
+        optional = ("max_steps", "epochs", "eval_batches", "checkpoint_interval", "replicas")
         for name in (*optional, "early_stopping", "decay_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
@@ -203,6 +217,10 @@ class TrainConfig:
             _require(0.0 <= value < 1.0, f"{name} must be in [0, 1), got {value}")
         _require(
             0.0 <= self.skip_below < 1.0, f"skip_below must be in [0, 1), got {self.skip_below}"
+        )
+        _require(
+            2 <= self.dist_timeout < math.inf,
+            f"dist_timeout must be at least 2 (seconds), got {self.dist_timeout}",
         )
         _require(self.max_norm > 0, f"max_norm must be > 0, got {self.max_norm}")
         _require(

@@ -15,11 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops
+from gptfast.blocks import MLP, Attention, Block
 from gptfast.config import GPTConfig, parameter_shapes
+from gptfast.dropout import Rows, draw, draw_seed, drop
 from gptfast.kv_cache import KVCache
 from gptfast.modules import (
     any_global_hooks,
-    attention_weights,
     embedding_weight,
     foreign_option,
     has_dropout,
@@ -27,93 +28,8 @@ from gptfast.modules import (
     is_own_class,
     is_plain,
     linear_weights,
-    mlp_weights,
 )
 from gptfast.tokenizer.bpe import Tokenizer
-
-
-class Attention(nn.Module):
-    """Causal self-attention with the layer norm before it and the residual after it."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
-
-    def forward(
-        self, x: Tensor, norm: nn.LayerNorm, seed: Tensor | int, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        """Return x (B, T, C) plus the output of attention."""
-        weights = attention_weights(norm, self._modules)
-        if weights is None:
-            out = self._attend(self.c_attn(norm(x)), seed, cache, layer)  # (B, T, C)
-            return x + self.drop(self.c_proj(out))
-        first, c_attn, c_proj = weights
-        qkv = ops.linear(x, *c_attn, norm=first)  # (B, T, 3C)
-        out = self._attend(qkv, seed, cache, layer)
-        if self._dropout_p() > 0:
-            return x + self.drop(ops.linear(out, *c_proj))
-        return ops.linear(out, *c_proj, residual=x)
-
-    def _dropout_p(self) -> float:
-        """Return the probability that `drop` applies now; 0 if something else took its place."""
-        drop: Any = self._modules["drop"]
-        return getattr(drop, "p", 0.0) if drop.training else 0.0
-
-    def _attend(self, qkv: Tensor, seed: Tensor | int, cache: KVCache | None, layer: int) -> Tensor:
-        if cache is None:
-            return ops.attention_qkv(qkv, self.n_head, dropout_p=self._dropout_p(), seed=seed)
-        B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
-        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(
-            2, 0, 3, 1, 4
-        )  # (B, H, T, D)
-        kv_len = cache.length + T if cache.ragged else None
-        out = ops.attention(q, *cache.append(layer, k, v), kv_len=kv_len)  # (B, H, T, D)
-        return out.transpose(1, 2).reshape(B, T, C)
-
-
-class MLP(nn.Module):
-    """Two linear layers with GELU between, the layer norm before them and the residual after."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """Return x (B, T, C) plus the output of the perceptron."""
-        weights = mlp_weights(norm, self._modules)
-        if weights is None:
-            hidden = F.gelu(self.c_fc(norm(x)), approximate="tanh")  # (B, T, 4C)
-            return x + self.drop(self.c_proj(hidden))
-        first, layers = weights
-        drop: Any = self._modules["drop"]
-        if drop.training and drop.p > 0:
-            return x + drop(ops.mlp(x, *layers, norm=first))
-        return ops.mlp(x, *layers, norm=first, residual=True)
-
-
-class Block(nn.Module):
-    """One layer of GPT-2: attention, then the perceptron."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, seed: Tensor | int, cache: KVCache | None, layer: int) -> Tensor:
-        """Return x (B, T, C) after this layer.
-
-        seed: of attention's dropout. cache: the keys and values of earlier tokens, to which those
-        of layer number `layer` are appended; None in training.
-        """
-        x = self.attn(x, self.ln_1, seed, cache, layer)
-        return self.mlp(x, self.ln_2)
 
 
 class GPT(nn.Module):
@@ -130,6 +46,8 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         # See ops.linear_cross_entropy; with 0 the head's gradient is complete.
         self.skip_below = 0.0
+        # Which rows of a batch the next forward has; see gptfast/dropout.py. None: all of them.
+        self.rows: Rows | None = None
         # The tokenizer in the files that the model was loaded from, for save_pretrained.
         self.tokenizer_name: str | None = None
         # What identifies the vocabulary of its training, and the ids that end a text.
@@ -238,15 +156,16 @@ class GPT(nn.Module):
         time = torch.arange(start, start + T, device=x.device)  # (T,)
         if cache and cache.ragged:
             time = cache.length[:, None] + time - start  # (B, T)
-        x = self.drop(x + self.wpe(time))  # (B, T, C)
+        rows = self.rows if self.training else None
+        x = drop(self.drop, x + self.wpe(time), rows)  # (B, T, C)
         recomputed = self.activation_checkpointing and torch.is_grad_enabled()
         draws = recomputed and self._may_draw()
         for layer, block in enumerate(self.h):
+            inputs = (x, seed + layer, cache, layer) + (() if rows is None else (rows,))
             if recomputed:
-                inputs = x, seed + layer, cache, layer
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
             else:
-                x = block(x, seed + layer, cache, layer)
+                x = block(*inputs)
         return self.ln_f(x)
 
     def _may_draw(self) -> bool:
@@ -275,7 +194,7 @@ class GPT(nn.Module):
             )
         if seed is None:
             draws = self.training and self.config.dropout > 0
-            seed = torch.randint(2**62, (), device=idx.device) if draws else 0
+            seed = draw_seed(idx.device) if draws else 0
         x, head_weight = self._embed(idx)
         x = self._stream(x, seed)
         if target is not None and is_plain(head_weight):
@@ -289,6 +208,14 @@ class GPT(nn.Module):
                 f"{tuple(target.shape)}"
             )
         return ops.cross_entropy(logits.flatten(0, 1), target.reshape(-1))
+
+    def draw_only(self, B: int, T: int) -> None:
+        """Draw from torch's generator what a forward of (B, T) tokens draws in training."""
+        if not self.training or self.config.dropout == 0:
+            return
+        draw_seed(self.device)
+        for _ in range(2 * self.config.n_layer + 1):
+            draw((B, T, self.config.n_embd), self.config.dropout, self.device)
 
     @classmethod
     def from_pretrained(

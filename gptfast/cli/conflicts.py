@@ -1,5 +1,6 @@
 """Flags that cannot apply beside others: refused in one line instead of being ignored."""
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,11 @@ def check_training(given: Mapping[str, Any], train: "Train") -> None:
     on = {name for name, value in given.items() if _is_set(value)}
     window = train.model.block_size if train.max_length is None else train.max_length
     refuse(
+        (
+            bool(on & {"parallel", "replicas", "dist_timeout"}) and "RANK" not in os.environ,
+            "--parallel, --replicas and --dist-timeout are for several processes: start them with "
+            "torchrun --nproc-per-node N -m gptfast train ..., or leave the flag out",
+        ),
         (
             "min_lr" in on and run.schedule == "constant",
             "--min-lr is where a schedule ends, and --schedule constant stays at --lr: leave one "

@@ -15,6 +15,7 @@ from gptfast.cli.train_data import absolute, check_data
 from gptfast.search.range_test import lr_range, lr_range_steps
 from gptfast.search.report import run_search
 from gptfast.search.space import log_fields, parse_grid, parse_random
+from gptfast.training.launched import processes_asked_for
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class Search:
         return apply(cls(common=train), {k: v for k, v in given.items() if k in own}, "")
 
     def run(self) -> None:
+        if processes_asked_for() > 1:
+            raise ValueError(
+                "gptfast search tries one run after the other in one process: start it without "
+                "torchrun (--jobs runs several at a time)"
+            )
         base = flat(self.common)
         out = base.pop("out")
         for name in ("resume", "config", "dry_run", "preset"):

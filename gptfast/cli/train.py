@@ -1,6 +1,9 @@
 """`gptfast train`: train a GPT on text or token files and write a run directory."""
 
+import contextlib
 import dataclasses
+import io
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from gptfast.cli.train_data import (
     keep_characters,
     load_sources,
     make_loaders,
+    refuse_streams,
     window,
     with_known_prompt,
 )
@@ -37,8 +41,10 @@ from gptfast.tokenizer.bpe import BPETokenizer, Tokenizer
 from gptfast.tokenizer.train import reduce_tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.training.interrupt import exit_code
+from gptfast.training.launched import world_of
 from gptfast.training.log import say
 from gptfast.training.trainer import SAMPLE_MIN_P, Trainer
+from gptfast.training.world import World
 from gptfast.weights.checkpoint import checkpoints, read_settings
 from gptfast.weights.open import open_weights, tokenizer_of
 
@@ -124,16 +130,17 @@ class Train(Reading):
         return train
 
     def run(self) -> int:
-        """Train, and return the exit code: that of a signal if one ended the run."""
+        """Train, and return the exit code: that of a signal if one ended a run of one process."""
+        world = world_of(self.train)
         set_threads(self.threads)
+        # What is printed is the same everywhere: the first process prints it.
+        printed = None if world.is_first else io.StringIO()
+        with world.ending_together(), contextlib.redirect_stdout(printed or sys.stdout):
+            return self._run(world)
+
+    def _run(self, world: World) -> int:
         trainer, sources, T = self.trainer()
         self._introduce(trainer, sources, T)
-        if left_out := getattr(trainer.train_loader.dataset, "left_out", 0):
-            say(f"left out {left_out:,} examples without a completion in their first {T} tokens")
-        if (n := batch_size_of(trainer.train_loader)) < self.batch_size:
-            say(f"the data fills no batch of {self.batch_size}: batches have {n}, all there is")
-        if trainer.device.type == "cpu" and (advice := thread_advice()):
-            say(advice)
         if self.dry_run:
             from gptfast.cli.plan import plan_run
 
@@ -141,7 +148,8 @@ class Train(Reading):
             return 0
         trainer.fit(resume=self.resume)
         if trainer.interrupt.requested:
-            return exit_code(trainer.interrupt.requested)
+            # torchrun takes any other code for a failure, and would start the run again.
+            return exit_code(trainer.interrupt.requested) if world.size == 1 else 0
         prompt = f'--prompt "{trainer.config.sample_prompt}" --min-p {SAMPLE_MIN_P}'
         say(
             f"done: see {trainer.run.out}/loss.png; try\n"
@@ -151,7 +159,11 @@ class Train(Reading):
 
     def trainer(self) -> tuple[Trainer, list[Source], int]:
         """Return the trainer of this run, its data, and the number of tokens per window."""
-        tokenizer = self._tokenizer()
+        world = world_of(self.train)
+        if world.size > 1:
+            refuse_streams(self.data, "process")
+        with world.in_turn("tokenizer"):  # it may be written to --out
+            tokenizer = self._tokenizer()
         if self.init is not None and not self._continues():
             by = "--tokenizer" if self.tokenizer is not None else "the data"
             check_init(tokenizer, self.init, by, resized=self.resize_vocab)
@@ -243,7 +255,7 @@ class Train(Reading):
             f"{sum(map(len, sources)):,} {unit}, {n_params:,} parameters, "
             f"{trainer.total_steps} steps of "
             f"{batch_size_of(trainer.train_loader) * self.train.accumulation_steps} x {T} tokens "
-            f"on {trainer.device}, "
+            f"on {_places(trainer)}, "
             f"kernels: {backend_of(operators()[0], trainer.device.type)}"
         )
         if self.init is not None:
@@ -252,6 +264,21 @@ class Train(Reading):
                 ", the default with --init; --lr sets another" if rate == FINETUNING_LR else ""
             )
             say(f"fine-tuning {self.init} at a learning rate of {rate:g}{default}")
+        if left_out := getattr(trainer.train_loader.dataset, "left_out", 0):
+            say(f"left out {left_out:,} examples without a completion in their first {T} tokens")
+        if (n := batch_size_of(trainer.train_loader)) < self.batch_size:
+            say(f"the data fills no batch of {self.batch_size}: batches have {n}, all there is")
+        alone_on_cpu = trainer.device.type == "cpu" and trainer.world.size == 1
+        if alone_on_cpu and (advice := thread_advice()):
+            say(advice)
+
+
+def _places(trainer: Trainer) -> str:
+    """Return where a run computes, in words."""
+    if trainer.world.size == 1:
+        return str(trainer.device)
+    how = trainer.config.parallel or "ddp"
+    return f"{trainer.world.size} processes ({how}, {trainer.device.type})"
 
 
 def saved_settings(out: str) -> dict[str, Any] | None:

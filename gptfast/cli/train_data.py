@@ -96,6 +96,15 @@ def batch_size_of(loader: DataLoader) -> int:
     return order.batch_size
 
 
+def refuse_streams(data: Iterable[str], reader: str) -> None:
+    """Raise ValueError for data that can be read only once. reader: what all read it, in words."""
+    if once := [path for path in data if path == "-" or is_stream(Path(path))]:
+        raise ValueError(
+            f"{once[0]} can be read only once, but every {reader} reads the data; save it to a "
+            "file and name that (--data)"
+        )
+
+
 def check_data(commands: Iterable["Train"]) -> None:
     """Raise ValueError for the first run whose data cannot be used.
 
@@ -103,11 +112,7 @@ def check_data(commands: Iterable["Train"]) -> None:
     """
     last, sources, tokenizer = None, list[Source](), None
     for command in commands:
-        if once := [path for path in command.data if path == "-" or is_stream(Path(path))]:
-            raise ValueError(
-                f"{once[0]} can be read only once, but every trial reads the data; save it to a "
-                "file and name that (--data)"
-            )
+        refuse_streams(command.data, "trial")
         if not command.data:  # the embedded text can always be used
             continue
         name = command.tokenizer_name()

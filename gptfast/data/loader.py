@@ -3,6 +3,7 @@
 import copy
 import signal
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -226,14 +227,27 @@ def describe_batch(loader: DataLoader, step: int) -> str:
     return f"batch {step} (epoch {step // len(order)}): {where}{more}"
 
 
-def from_start(loader: DataLoader) -> DataLoader:
-    """Return a copy of a `create_dataloader` loader that begins with the first batch."""
+class _EveryNth(Sampler[list[int]]):
+    """Batches first, first + every, ... of an order."""
+
+    def __init__(self, order: BatchOrder, first: int, every: int) -> None:
+        self.order, self.first, self.every = order, first, every
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(iter(self.order), self.first, None, self.every)
+
+
+def from_start(loader: DataLoader, *, first: int = 0, every: int = 1) -> DataLoader:
+    """Return a copy of a `create_dataloader` loader that begins with the first batch.
+
+    first, every: take batches first, first + every, ... of the epoch only.
+    """
     order = copy.copy(loader.batch_sampler)
     assert isinstance(order, BatchOrder)
     order.set_position(0)
     return DataLoader(
         loader.dataset,
-        batch_sampler=order,
+        batch_sampler=order if every == 1 else _EveryNth(order, first, every),
         collate_fn=loader.collate_fn,
         generator=torch.Generator(),
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 import torch
+from torch.utils.data import DataLoader
 
 from gptfast.device import pinned
 from gptfast.training.step import Batch
@@ -42,3 +43,9 @@ class Feed:
             (pinned(x, self._device), pinned(y, self._device))
             for x, y in islice(self._stream, self._per_step)
         ]
+
+
+def forever(loader: DataLoader) -> Iterator[Batch]:
+    """Yield the batches of one epoch after another, without end."""
+    while True:
+        yield from loader

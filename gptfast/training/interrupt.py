@@ -46,12 +46,19 @@ class Interrupt:
             signal.signal(number, handler or signal.SIG_DFL)
         self._before.clear()
 
+    def agree(self) -> bool:
+        """Return whether the run was asked to stop."""
+        return bool(self.requested)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.requested:
             self.requested = signal.Signals(number).name
-            # print is not safe here, because the signal may have interrupted another print.
-            line = f"\n{self.requested}: finishing the step and saving; Ctrl-C stops at once\n"
-            with contextlib.suppress(OSError):  # the terminal is gone
-                os.write(2, line.encode())
+            self._announce(self.requested)
+
+    def _announce(self, name: str) -> None:
+        # print is not safe here, because the signal may have interrupted another print.
+        line = f"\n{name}: finishing the step and saving; Ctrl-C stops at once\n"
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(2, line.encode())

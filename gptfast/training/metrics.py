@@ -31,6 +31,13 @@ def finite(row: Mapping[str, Any], name: str) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def json_numbers(row: MetricsRow) -> MetricsRow:
+    """Return the row without NaN and infinity, which JSON does not have."""
+    return {
+        name: x for name, x in row.items() if not (isinstance(x, float) and not math.isfinite(x))
+    }
+
+
 def metrics_of(file: Path) -> Iterator[MetricsRow]:
     """Yield the rows of a metrics.jsonl, one after the other.
 

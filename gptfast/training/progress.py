@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.config import GPTConfig, TrainConfig, to_toml
+from gptfast.model import GPT
 from gptfast.tokenizer.bpe import Tokenizer, same_vocabulary, vocabulary
 from gptfast.training.checkpoint import load_checkpoint, save_checkpoint, set_aside
 from gptfast.training.step import TrainStep
+from gptfast.training.world import ONE, World
 from gptfast.weights.checkpoint import checkpoints
 from gptfast.weights.lazy_tensor import CheckpointError
 from gptfast.weights.pretrained import Ends, joined_ends, tokenizer_texts
@@ -66,7 +68,9 @@ def run_settings(
 ) -> dict[str, Any]:
     """Return all settings of a run, which state.json keeps under "config"."""
     training = asdict(train)
-    del training["out"]  # the run is where it is found, also after it was moved
+    # The run is where it is found, also after it was moved, and any number of processes may go on.
+    for name in ("out", "parallel", "replicas", "dist_timeout"):
+        del training[name]
     return {
         "model": asdict(model),
         "train": training,
@@ -98,8 +102,9 @@ class RunCheckpoints:
         settings: dict[str, Any],
         log: Callable[[str], None],
         tokenizer: Tokenizer | None = None,
+        world: World = ONE,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._world = tokenizer, world
         self.out, self.train_step, self.settings, self.log = out, step, settings, log
         self._toml = settings_toml(settings)
         self._saved_step: int | None = None
@@ -117,22 +122,27 @@ class RunCheckpoints:
         """Write a checkpoint of the current step, unless `is_saved`."""
         if self.is_saved(progress):
             return
+        whole = self.train_step.whole()
+        if self._world.is_first and whole is not None:
+            self._write(progress, *whole)
+        # A pending step is saved again once it is complete.
+        self._saved_step = progress.step if progress.pending is None else None
+
+    def _write(self, progress: Progress, model: GPT, optimizer: Any) -> None:
         step, config = self.train_step, self.train_step.config
         vocabulary_files, ends = self._text
         n_vocab = self._tokenizer.n_vocab if self._tokenizer else step.raw_model.config.vocab_size
         ends = joined_ends(ends, step.raw_model.eos_ids, n_vocab)
         save_checkpoint(
             self.out,
-            step.raw_model,
-            step.optimizer if config.save_optimizer else None,
+            model,
+            optimizer if config.save_optimizer else None,
             {**asdict(progress), "guard": step.guard.state_dict(), "config": self.settings},
             config.keep,
             best=progress.best["step"] if progress.best and config.keep_best else None,
             texts={"train.toml": self._toml, **vocabulary_files},
             ends=ends,
         )
-        # A pending step is saved again once it is complete.
-        self._saved_step = progress.step if progress.pending is None else None
 
     def restore(self) -> Progress | None:
         """Load the newest undamaged checkpoint; return its progress, or None if there is none.
@@ -142,12 +152,14 @@ class RunCheckpoints:
         """
         damaged: dict[Path, CheckpointError] = {}
         for path in reversed(checkpoints(self.out)):
+            model, optimizer = self.train_step.blank()
             try:
-                state = load_checkpoint(path, self.train_step.raw_model, self.train_step.optimizer)
+                state = load_checkpoint(path, model, optimizer)
             except CheckpointError as error:
                 self.log(f"{error}; falling back to the checkpoint before it")
                 damaged[path] = error
                 continue
+            self.train_step.take(model, optimizer)
             self._check_same_run(state["config"], path)
             if origin := state["config"].get("started_from"):
                 self.settings["started_from"] = origin
@@ -157,13 +169,15 @@ class RunCheckpoints:
             progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
             self.train_step.guard.load_state_dict(state["guard"])
             self._saved_step = progress.step if progress.pending is None else None
-            for other in damaged:
+            self._world.compare({"checkpoint to resume": path.name})  # all have read it
+            for other in damaged if self._world.is_first else ():
                 set_aside(other)
             self.log(f"resumed from {path} at step {progress.step}")
             return progress
         if damaged:
             first = next(iter(damaged.values()))
             raise CheckpointError(f"every checkpoint in {self.out} is damaged: {first}")
+        self._world.compare({"checkpoint to resume": "none"})
         return None
 
     def _check_same_run(self, saved: dict[str, Any], path: Path) -> None:

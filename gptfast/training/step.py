@@ -89,7 +89,7 @@ class TrainStep:
         model.activation_checkpointing = config.activation_checkpointing
         model.skip_below = config.skip_below
         self.raw_model = model
-        self.model = torch.compile(model, fullgraph=True) if config.compile else model
+        self.model = self._placed(model)
         self.optimizer = AdamW(
             parameter_groups(model, config.weight_decay),
             lr=config.lr,
@@ -104,6 +104,24 @@ class TrainStep:
             self._step = StepGraph(
                 self._compute, self._params, self._held, self._obstacle, recorder, device, log
             )
+
+    def _placed(self, model: GPT) -> Any:
+        """Return what is called in a step, before the optimizer takes the model's parameters."""
+        return torch.compile(model, fullgraph=True) if self.config.compile else model
+
+    def whole(self) -> tuple[GPT, Any] | None:
+        """Return the whole model and its optimizer's state, on the first process at least.
+
+        All processes must call it.
+        """
+        return self.raw_model, self.optimizer
+
+    def blank(self) -> tuple[GPT, Any]:
+        """Return a model and an object with the optimizer's `state` to fill for `take`."""
+        return self.raw_model, self.optimizer
+
+    def take(self, model: GPT, optimizer: Any) -> None:
+        """Take the weights and the state that were filled into what `blank` returned."""
 
     def run(
         self,

@@ -2,9 +2,8 @@
 
 import contextlib
 import functools
-import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,26 @@ from torch.utils.data import DataLoader
 
 from gptfast import ops
 from gptfast.config import TrainConfig
-from gptfast.data.loader import BatchOrder, describe_batch, from_start
-from gptfast.device import choose_device, measured_peak, peak_memory
-from gptfast.evaluate.loss import loader_loss, perplexity
+from gptfast.data.loader import BatchOrder, describe_batch
+from gptfast.device import measured_peak, peak_memory
+from gptfast.evaluate.loss import perplexity
 from gptfast.generate import generate_text
 from gptfast.model import GPT, check_saveable
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.training.checkpoint import clean_up
-from gptfast.training.feed import Feed
+from gptfast.training.evaluation import Evaluation, EvaluationInterrupted
+from gptfast.training.feed import Feed, forever
 from gptfast.training.flops import mfu
+from gptfast.training.followers import FollowedDirectory, QuietLog
 from gptfast.training.interrupt import Interrupt
+from gptfast.training.launched import world_of
 from gptfast.training.log import RunLog, warn
-from gptfast.training.metrics import finite, read_metrics
+from gptfast.training.metrics import finite, json_numbers, read_metrics
 from gptfast.training.plot import plot_losses
 from gptfast.training.progress import Progress, RunCheckpoints, run_settings
 from gptfast.training.run_directory import RunDirectory
 from gptfast.training.schedule import check_schedule, learning_rate
-from gptfast.training.step import Batch, RefusedStep, TrainStep, autocast
+from gptfast.training.step import Batch, RefusedStep, TrainStep
 from gptfast.weights.checkpoint import checkpoints
 
 DEFAULT_EPOCHS = 5
@@ -45,10 +47,6 @@ def run_length(config: TrainConfig, batches: int) -> int:
     """Return the number of steps of a run over data of so many batches."""
     epochs = config.epochs or DEFAULT_EPOCHS
     return config.max_steps or max(1, epochs * batches // config.accumulation_steps)
-
-
-class _EvaluationInterrupted(Exception):
-    """The evaluation was stopped because the run was asked to stop."""
 
 
 class Trainer:
@@ -80,23 +78,41 @@ class Trainer:
         for loader in (train_loader, val_loader, test_loader):
             if loader is not None and not isinstance(loader.batch_sampler, BatchOrder):
                 raise ValueError("the loaders must come from gptfast.create_dataloader")
-        self.log = RunLog()
+        self.world = world_of(config)
+        self.log = RunLog() if self.world.is_first else QuietLog()
         self._feed: Feed | None = None
-        self.device = choose_device(config.device)
+        self.device = self.world.device(config.device)
         self.model, self.config, self.tokenizer = model.to(self.device), config, tokenizer
         self.train_loader, self.val_loader = train_loader, val_loader
         self.test_loader = test_loader
         self.total_steps = run_length(config, len(train_loader))
         check_schedule(config, self.total_steps)
-        self.step = TrainStep(model, config, self.device, self.log.line)
+        made_by = run_settings(model.config, config, tokenizer, data_sha256, settings or {})
+        # Each machine may have the data at another place; data_sha256 says whether it is the same.
+        self.world.compare({k: v for k, v in made_by.items() if k != "data"})
+        self.step = self._make_step()
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
-        self.run = RunDirectory(Path(config.out), tensorboard=config.tensorboard)
-        made_by = run_settings(model.config, config, tokenizer, data_sha256, settings or {})
+        directory = RunDirectory if self.world.is_first else FollowedDirectory
+        self.run = directory(Path(config.out), tensorboard=config.tensorboard)
         self.checkpoints = RunCheckpoints(
-            self.run.out, self.step, made_by, self.log.line, tokenizer
+            self.run.out, self.step, made_by, self.log.line, tokenizer, self.world
         )
         self.interrupt = Interrupt()
+        self._evaluation = Evaluation(
+            self.model, config, self.device, self.world, lambda: self.interrupt.agree()
+        )
+
+    def _make_step(self) -> TrainStep:
+        """Return what takes the steps, alone or with other processes."""
+        if self.world.size == 1:
+            return TrainStep(self.model, self.config, self.device, self.log.line)
+        from gptfast.training.sharded_step import parallel_step
+
+        order: Any = self.train_loader.batch_sampler
+        return parallel_step(
+            self.model, self.config, self.device, self.log.line, self.world, order.batch_size
+        )
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Train to the last step and return the history, the rows of metrics.jsonl.
@@ -108,14 +124,16 @@ class Trainer:
         loss or gradient norm that is not finite raises FloatingPointError after a checkpoint of the
         weights before that step.
         """
-        with self.run.lock(), Interrupt() as self.interrupt:
-            self._open(resume)
-            self._peak_flops()  # half a second that must not count in the first tokens per second
+        with self.run.lock(), self.world.interrupt() as self.interrupt:
+            self._open(resume or self.world.restarts > 0)
+            peak = torch.tensor(self._peak_flops(), dtype=torch.float64, device=self.device)
+            self._peak_of_all = float(self.world.sum(peak))
             self.model.train()
             with self.log.progress_bar(self.total_steps, self.progress.step):
                 self._loop()
+            self.world.wait_for_first("the last row")
             self.history = read_metrics(self.run.out)
-            if any(finite(row, "val_loss") for row in self.history):
+            if self.world.is_first and any(finite(row, "val_loss") for row in self.history):
                 plot_losses(self.history, self.run.out)
         return self.history
 
@@ -148,7 +166,9 @@ class Trainer:
     def _open(self, resume: bool) -> None:
         """Prepare the run directory, and restore the run or seed a new one."""
         out = self.run.out
-        clean_up(out)
+        if self.world.is_first:
+            clean_up(out)
+        self.world.wait_for_first("clean directory")
         if checkpoints(out) and not resume:
             raise ValueError(
                 f"{out} already holds a run; continue it with --resume or choose another --out"
@@ -157,6 +177,7 @@ class Trainer:
             self.progress = restored
         else:
             torch.manual_seed(self.config.seed)
+        self.world.same_random_state(self.device)
         # The steps after the checkpoint are taken again, so their rows and samples go.
         self.run.rewind(self.progress.logged_step, ended=self._is_over())
 
@@ -201,9 +222,9 @@ class Trainer:
         order = self.train_loader.batch_sampler
         assert isinstance(order, BatchOrder)  # as __init__ has checked
         order.set_position(self.progress.step * per_step)
-        feed = self._feed = Feed(_forever(self.train_loader), per_step, self.device)
+        feed = self._feed = Feed(forever(self.train_loader), per_step, self.device)
         try:
-            while not self._is_over() and not self.interrupt.requested:
+            while not self._is_over() and not self.interrupt.agree():
                 yield feed.take()
         finally:
             self._feed = None  # and with it the loader's processes
@@ -235,14 +256,14 @@ class Trainer:
             before = progress.best, progress.bad_evaluations
             try:
                 improved = self._evaluate(row)
-            except _EvaluationInterrupted:
+            except EvaluationInterrupted:
                 progress.best, progress.bad_evaluations = before
                 self._save()
                 return False
         if self._is_over():
             row["final"] = True
         if due:
-            self.run.write(_json_numbers(row))
+            self.run.write(json_numbers(row))
         if self._is_over() or self._ends_epoch():
             self._sample()
         progress.pending = None
@@ -275,6 +296,8 @@ class Trainer:
             return
         self.run.sync()
         self.checkpoints.save(self.progress)
+        done = "half" if self.progress.pending is not None else "all"
+        self.world.wait_for_first(f"checkpoint of {done} of step {self.progress.step}")
 
     def _progress_row(self) -> dict[str, Any]:
         """Return the step, epoch and tokens of the run so far."""
@@ -301,7 +324,7 @@ class Trainer:
 
     def _speed(self, tokens_per_second: float, T: int) -> dict[str, float]:
         """Return the speed, the MFU and the peak memory, for the row of a step."""
-        share = mfu(tokens_per_second, self.model.config, T, self._peak_flops())
+        share = mfu(tokens_per_second, self.model.config, T, self._peak_of_all)
         # Above 1, the peak was measured while the machine was busy, and the MFU means nothing.
         share_if_known = {"mfu": round(share, 4)} if share <= 1 else {}
         return {
@@ -329,24 +352,22 @@ class Trainer:
 
     def _loss_over(self, loader: DataLoader, n: int | None) -> float:
         """Return the mean loss over the first n batches of a loader; None means all."""
-        with autocast(self.device, self.config):
-            return loader_loss(self.model, self._until_interrupted(from_start(loader)), n)
-
-    def _until_interrupted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches; raise _EvaluationInterrupted once the run is asked to stop."""
-        for batch in batches:
-            if self.interrupt.requested:
-                raise _EvaluationInterrupted
-            yield batch
+        return self._evaluation.loss(loader, n)
 
     def _sample(self) -> None:
         """Write a text sample to the log and to samples.txt."""
         if self.tokenizer is None or not self.config.sample_tokens:
             return
+        whole = self.step.whole()
+        if self.world.is_first and whole is not None:
+            self._write_sample(whole[0], self.tokenizer)
+        self.world.wait_for_first(f"sample of step {self.progress.step}")
+
+    def _write_sample(self, model: GPT, tokenizer: Tokenizer) -> None:
         try:
             text = generate_text(
-                self.model,
-                self.tokenizer,
+                model,
+                tokenizer,
                 self.config.sample_prompt,
                 self.config.sample_tokens,
                 min_p=SAMPLE_MIN_P,
@@ -375,16 +396,3 @@ class Trainer:
         if self.config.profile and not self._is_over():
             return self.run.profiler(self.total_steps - self.progress.step)
         return contextlib.nullcontext(lambda: None)
-
-
-def _json_numbers(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row without NaN and infinity, which JSON does not have."""
-    return {
-        name: x for name, x in row.items() if not (isinstance(x, float) and not math.isfinite(x))
-    }
-
-
-def _forever(loader: DataLoader) -> Iterator[Batch]:
-    """Yield the batches of one epoch after another, without end."""
-    while True:
-        yield from loader

@@ -1,0 +1,106 @@
+"""Attention over some rows of a batch, with the dropout that these rows have in the whole batch.
+
+Attention keys its dropout by batch * H + head, counted from the first row that it is given. So the
+rows before ours are given too, as views of ours that take no memory, and with no keys in use, which
+makes them cost next to nothing. What is computed for them, zeros, is dropped at once.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptfast.ops.attention import _bwd, _check_options, _fwd, attention_qkv
+from gptfast.ops.library import autocast_enabled
+
+
+class _Layout:
+    """How B rows of H heads stand after `first` others: in `before` + `ours` groups of heads."""
+
+    def __init__(self, first: int, B: int, H: int) -> None:
+        group = math.gcd(first, B)
+        self.before, self.ours, self.heads = first // group, B // group, group * H
+
+    def placed(self, x: Tensor) -> Tensor:
+        """Return x (B, H, ...) as the last rows of a larger batch, (before + ours, heads, ...)."""
+        x = x.reshape(self.ours, self.heads, *x.shape[2:])
+        rest = (-1,) * (x.dim() - 1)
+        if self.ours == 1:
+            return x.expand(self.before + 1, *rest)
+        return torch.cat([x[:1].expand(self.before, *rest), x])
+
+    def taken(self, x: Tensor, B: int) -> Tensor:
+        """Return our rows (B, H, ...) of a larger batch, without the memory of the others."""
+        return x[self.before :].reshape(B, -1, *x.shape[2:]).clone()
+
+    def kv_len(self, x: Tensor) -> Tensor:
+        """Return how many keys each row of the larger batch has: those of x (B, H, T, D), or 0."""
+        lengths = torch.zeros(self.before + self.ours, dtype=torch.int64, device=x.device)
+        lengths[self.before :] = x.shape[2]
+        return lengths
+
+
+def _heads(packed: Tensor, n: int, n_head: int) -> list[Tensor]:
+    """Return the n parts of packed (B, T, nC), each (B, H, T, D)."""
+    return list(packed.unflatten(2, (n, n_head, -1)).permute(2, 0, 3, 1, 4).unbind())
+
+
+def _merged(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+
+
+class _AttentionRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        n_head: int,
+        first: int,
+        scale: float,
+        dropout_p: float,
+        seed: Tensor,
+    ) -> Tensor:
+        B = qkv.shape[0]
+        q, k, v = _heads(qkv, 3, n_head)
+        layout = _Layout(first, B, n_head)
+        options = scale, dropout_p, seed, layout.kv_len(q)
+        out, lse = (layout.taken(x, B) for x in _fwd(*map(layout.placed, (q, k, v)), *options))
+        ctx.save_for_backward(qkv, out, lse, seed)
+        ctx.options = n_head, first, scale, dropout_p
+        return _merged(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, seed = ctx.saved_tensors
+        n_head, first, scale, dropout_p = ctx.options
+        B = qkv.shape[0]
+        layout = _Layout(first, B, n_head)
+        inputs = *_heads(dout, 1, n_head), *_heads(qkv, 3, n_head), out, lse
+        options = scale, dropout_p, seed, layout.kv_len(out)
+        gradients = _bwd(*map(layout.placed, inputs), *options)
+        dqkv = torch.cat([_merged(layout.taken(x, B)) for x in gradients], 2)
+        return dqkv, None, None, None, None, None
+
+
+def attention_qkv_rows(
+    qkv: Tensor, n_head: int, first: int, *, dropout_p: float, seed: int | Tensor
+) -> Tensor:
+    """Return `attention_qkv` of the rows of a batch from number `first` on.
+
+    qkv: (B, T, 3C), these rows alone. The result (B, T, C) and the gradient are those of these rows
+    in `attention_qkv` of the whole batch. There is no second derivative.
+    """
+    if first == 0 or dropout_p == 0:
+        return attention_qkv(qkv, n_head, dropout_p=dropout_p, seed=seed)
+    if first < 0:
+        raise ValueError(f"first must be >= 0, got {first}")
+    _check_options(dropout_p, None, qkv.shape[0], qkv.device)
+    if autocast_enabled(qkv):
+        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    if not isinstance(seed, Tensor):
+        seed = torch.full((), seed, dtype=torch.int64, device=qkv.device)
+    scale = 1.0 / math.sqrt(max(qkv.shape[2] // (3 * n_head), 1))
+    return _AttentionRows.apply(qkv, n_head, first, scale, dropout_p, seed)

@@ -1,0 +1,152 @@
+"""One optimizer step of several processes, each of which computes its rows of the batches."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gptfast.config import TrainConfig
+from gptfast.device import moved
+from gptfast.model import GPT, foreign_part
+from gptfast.modules import has_dropout
+from gptfast.training.shares import Batch, Piece, Split
+from gptfast.training.step import TrainStep, autocast
+from gptfast.training.world import World
+
+
+def _sum_hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Return the sum of a bucket over the processes; by default DDP divides it by their number."""
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+class ParallelStep(TrainStep):
+    """A `TrainStep` whose rows are shared by the processes of a world.
+
+    Takes the whole batches of a step, as one process does. Gradients are summed while the backward
+    still runs. Raises ValueError for a model whose dropout would depend on the number of processes.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        device: torch.device,
+        log: Callable[[str], None],
+        world: World,
+        split: Split,
+    ) -> None:
+        self._world, self._split = world, split
+        self._pieces: list[Piece] = []
+        self._counts: list[int] = []
+        if config.compile and model.config.dropout > 0:
+            raise ValueError(
+                "compile draws the dropout of several processes in another order than that of one: "
+                "leave out compile, or take dropout 0"
+            )
+        if has_dropout(model.modules()) and (part := foreign_part(model)) is not None:
+            raise ValueError(
+                f"dropout that is the same on any number of processes needs a GPT as gptfast makes "
+                f"it, but {part}"
+            )
+        super().__init__(model, config, device, log)
+        self._step = self._compute  # a CUDA graph would repeat one process's part only
+        self._is_laid_out = False
+
+    def _placed(self, model: GPT) -> Any:
+        """Return the model wrapped so that its gradients are summed over the processes."""
+        with self._world.together():
+            ddp = DistributedDataParallel(super()._placed(model), gradient_as_bucket_view=True)
+        ddp.register_comm_hook(None, _sum_hook)
+        return ddp
+
+    def _summing(self, last: bool) -> contextlib.AbstractContextManager:
+        """Return the context of a forward and backward, of which the last sums the gradients."""
+        return contextlib.nullcontext() if last else self.model.no_sync()
+
+    def run(
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
+        with self._world.together():
+            return super().run(batches, lr, meanwhile)
+
+    def _inputs(self, batches: Sequence[Batch], counts: Sequence[int], lr: float) -> list[Tensor]:
+        """Return the numbers that `_compute` takes; the share of this process is in `_pieces`."""
+        self._pieces, self._counts = self._split.pieces(batches), list(counts)
+        limits = [self.guard.limit(name) for name in ("loss", "grad_norm")]
+        return [torch.tensor([lr, *limits, sum(counts)], dtype=torch.float64, device="cpu")]
+
+    def _compute(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Queue a step, as `TrainStep._compute` does: the numbers are those of all processes."""
+        lr, loss_limit, norm_limit, count = moved(inputs[0], self.device).unbind()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = self._world.sum(self._backward(count))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        accepted = total.isfinite() & (total <= loss_limit)
+        self.optimizer.step(norm_limit=norm_limit.where(accepted, math.nan))
+        norm = self.optimizer.grad_norm
+        assert norm is not None  # max_norm is set
+        return torch.stack((total, norm.double())), norm
+
+    def _backward(self, count: Tensor) -> Tensor:
+        """Add up the gradients of all processes; return this one's part of the mean loss, fp64.
+
+        count: the number of targets in the step, 0-d.
+        """
+        self._lay_out()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        mine = [i for i, piece in enumerate(self._pieces) if piece.mine]
+        try:
+            for i, (piece, targets) in enumerate(zip(self._pieces, self._counts, strict=True)):
+                last = i == mine[-1]
+                # One process draws nothing for a batch without targets.
+                if not targets and piece.mine:
+                    self._take_part(last=last)
+                elif targets and not piece.mine:
+                    self.raw_model.draw_only(*piece.x.shape)
+                elif targets and (loss := self._backward_of(piece, count, last)) is not None:
+                    total = total + loss
+        finally:
+            self.raw_model.rows = None
+        return total
+
+    def _backward_of(self, piece: Piece, count: Tensor, last: bool) -> Tensor | None:
+        """Add the gradients of a piece; return its part of the loss, None without a target.
+
+        last: whether it is the last one here, during which the processes add up their gradients.
+        """
+        self.raw_model.rows = piece.rows
+        share = piece.count / count
+        with self._summing(last):
+            with autocast(self.device, self.config):
+                loss = self.model(moved(piece.x, self.device), moved(piece.y, self.device))
+            loss.backward(gradient=share.to(loss.dtype))
+        return loss.detach().double() * share if piece.count else None
+
+    def _lay_out(self) -> None:
+        """Let DDP see a backward before the first one that counts.
+
+        DDP lays out its buckets anew after its first backward. A resumed run would otherwise take
+        its first step with another order of summation than a run that was not interrupted.
+        """
+        if not self._is_laid_out:
+            self._take_part(last=True)
+            self.optimizer.zero_grad(set_to_none=True)
+            self._is_laid_out = True
+
+    def _take_part(self, *, last: bool) -> None:
+        """Add no gradient to those of the others, without a change of the random state."""
+        first = self._pieces[0]
+        empty = Piece(first.x, torch.full_like(first.y, -100), 0, None, True)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            self._backward_of(empty, torch.ones((), device=self.device).double(), last)

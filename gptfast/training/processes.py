@@ -1,0 +1,224 @@
+"""The processes that torchrun started, connected by torch.distributed."""
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gptfast.device import choose_device
+from gptfast.training.failures import REPORT_S, Failures, ProcessesError, is_communication
+from gptfast.training.interrupt import SIGNALS, Interrupt
+from gptfast.training.world import World
+
+
+class AgreedInterrupt(Interrupt):
+    """An interrupt that all processes learn of at the same step.
+
+    A signal to any process sets `asked` there; `agree` sets `requested` in all.
+    """
+
+    def __init__(self, world: "Processes") -> None:
+        super().__init__()
+        self._world = world
+        self.asked: str | None = None
+
+    def agree(self) -> bool:
+        asked = torch.tensor([float(self.asked == number.name) for number in SIGNALS]).double()
+        for number, count in zip(SIGNALS, self._world.sum(asked).tolist(), strict=True):
+            if count and not self.requested:
+                self.requested = number.name
+        return bool(self.requested)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked = signal.Signals(number).name
+            if self._world.is_first:
+                self._announce(self.asked)
+
+
+class Processes(World):
+    """The processes of one run.
+
+    device_name: of the configuration; GPUs talk by nccl, CPUs by gloo. timeout_s: how long one may
+    be silent.
+    """
+
+    def __init__(self, device_name: str, timeout_s: float) -> None:
+        environment = os.environ
+        self.rank, self.size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        self.local_rank = int(environment.get("LOCAL_RANK", "0"))
+        self.restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self._interrupt: AgreedInterrupt | None = None
+        self._comparisons = 0
+        self._share_cores(int(environment.get("LOCAL_WORLD_SIZE", "1")))
+        device = self.device(device_name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # Those that notice need a moment to find out who it was.
+        silence = timedelta(seconds=max(timeout_s - REPORT_S - 1, timeout_s / 2))
+        self._failures = Failures(self.rank, self.size, self._connect, timeout_s)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("groups", self._connect()),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=silence,
+        )
+        self._failures.introduce()
+
+    def _share_cores(self, local_size: int) -> None:
+        # torchrun itself sets OMP_NUM_THREADS=1 where nobody has set it.
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+
+    def _connect(self) -> dist.Store:
+        """Return a connection to the store of this attempt of the run."""
+        has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        serves = self.rank == 0 and not has_agent and not hasattr(self, "_store")
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=serves,
+            timeout=timedelta(seconds=60),
+            wait_for_workers=False,
+        )
+        if serves:
+            self._store = store  # the server ends with it
+        return dist.PrefixStore(f"gptfast/{self.restarts}", store)
+
+    def device(self, name: str) -> torch.device:
+        device = choose_device(name)
+        if device.type == "cpu":
+            return device
+        if self.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {self.rank} has no GPU: this machine has {torch.cuda.device_count()}; start "
+                "as many processes as there are GPUs (--nproc-per-node), or take --device cpu"
+            )
+        return torch.device("cuda", self.local_rank)
+
+    def interrupt(self) -> Interrupt:
+        self._interrupt = AgreedInterrupt(self)
+        return self._interrupt
+
+    def _is_hurried(self) -> bool:
+        return self._interrupt is not None and self._interrupt.asked is not None
+
+    def sum(self, values: Tensor) -> Tensor:
+        total = values.clone()
+        with self.together():
+            dist.all_reduce(total)
+        return total
+
+    def compare(self, values: Mapping[str, Any]) -> None:
+        self._comparisons += 1
+        versions = {"torch": torch.__version__, "Python": platform.python_version()}
+        mine = json.loads(json.dumps({**_flat(values), **versions}))
+        every = []
+        with self.together():
+            key = f"settings/{self._comparisons}"
+            self._failures.set(f"{key}/{self.rank}", json.dumps(mine))
+            for rank in range(self.size):
+                every.append(json.loads(self._wait(f"{key}/{rank}", rank)))
+        for rank, theirs in enumerate(every):
+            for name, value in {**theirs, **every[0]}.items():
+                if name not in theirs or name not in every[0] or theirs[name] != value:
+                    first, other = (str(x.get(name))[:80] for x in (every[0], theirs))
+                    raise ValueError(
+                        f"the processes differ: rank {rank} has {name} {other}, rank 0 has "
+                        f"{first}; start all with the same settings, data and versions"
+                    )
+
+    def _wait(self, key: str, rank: int) -> str:
+        return self._failures.wait(key, rank, hurried=self._is_hurried)
+
+    def wait_for_first(self, what: str) -> None:
+        with self.together():
+            if self.is_first:
+                self._failures.set(f"first/{what}", "")
+            else:
+                self._wait(f"first/{what}", 0)
+
+    @contextlib.contextmanager
+    def in_turn(self, what: str) -> Iterator[None]:
+        key = f"turn/{what}/{socket.gethostname()}"
+        if self.local_rank:
+            with self.together():
+                self._wait(key, self.rank - self.local_rank)
+        yield
+        if not self.local_rank:
+            with self.together():
+                self._failures.set(key, "")
+
+    def same_random_state(self, device: torch.device) -> None:
+        # Generators of GPUs are saved by the number of the GPU, and here each rank has another.
+        if device.type != "cuda":
+            return
+        state = torch.cuda.get_rng_state(device)
+        with self.together():
+            dist.broadcast(state, 0)
+        torch.cuda.set_rng_state(state, device)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, ProcessesError) or not is_communication(error):
+                raise
+            raise self._failures.explain(error) from None
+
+    def _disconnect(self) -> None:
+        """Close the connections, which ends what the others wait for."""
+
+        def close() -> None:
+            with contextlib.suppress(RuntimeError, AssertionError):
+                dist.destroy_process_group()
+
+        # What is still under way may keep it waiting.
+        closing = threading.Thread(target=close, daemon=True)
+        closing.start()
+        closing.join(1.0)
+
+    @contextlib.contextmanager
+    def ending_together(self) -> Iterator[None]:
+        try:
+            with self.together():
+                yield
+        except BaseException as error:
+            self._failures.note(error)
+            self._disconnect()
+            speaks = self._failures.may_speak(error)
+            with contextlib.suppress(RuntimeError):
+                self._failures.set(f"ended/{self.rank}", "")
+            if hasattr(self, "_store"):
+                self._failures.linger()
+            if speaks:
+                raise
+            raise SystemExit(1) from None
+        self.wait_for_first("end")
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()  # the first process may hold the store
+            dist.destroy_process_group()
+        self._failures.end()
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with those of each mapping among them in its place."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(value if isinstance(value, Mapping) else {name: value})
+    return flat

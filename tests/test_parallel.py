@@ -1,0 +1,490 @@
+"""Several processes train the model that one trains, and end together whatever happens to one.
+
+Those that take long run with `make test-distributed` only, as test_distributed.py does.
+"""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import refused, run
+from helpers import differing, random_ids, random_model
+from ranks import Ended, losses, train, write_data
+from safetensors.torch import load_file
+from torch import Tensor
+
+import gptfast.files
+from gptfast import ops
+from gptfast.dropout import Rows
+from gptfast.ops.attention_rows import attention_qkv_rows
+from gptfast.training.parallel_step import ParallelStep
+from gptfast.training.shares import Split
+from gptfast.training.trainer import Trainer
+from gptfast.weights.checkpoint import checkpoints, read_state
+
+STEPS = 30
+KILLS = int(os.environ.get("GPTFAST_TEST_DISTRIBUTED", "0"))
+
+
+def long(*values: Any) -> Any:
+    """Return parameters of a test for `make test-distributed`."""
+    return pytest.param(*values, marks=pytest.mark.skipif(not KILLS, reason="takes long"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert train(1, out, data, "--max-steps", str(STEPS)).codes == [0]
+    return out
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A run of three processes."""
+    out = tmp_path_factory.mktemp("three") / "run"
+    assert train(3, out, data, "--max-steps", str(STEPS)).codes == [0, 0, 0]
+    return out
+
+
+def tensors(out: Path, file: str = "model") -> dict[str, Tensor]:
+    return load_file(checkpoints(out)[-1] / f"{file}.safetensors")
+
+
+def assert_same_to_rounding(out: Path, other: Path) -> None:
+    """Losses, norms and weights agree to 1e-6 of their size, and the random state to the bit."""
+    for ours, theirs in zip(losses(out), losses(other), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    ours, theirs = (torch.cat([x.flatten() for x in tensors(o).values()]) for o in (out, other))
+    assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+    ours, theirs = (read_state(checkpoints(o)[-1]) for o in (out, other))
+    assert ours["rng"] == theirs["rng"] and ours["config"] == theirs["config"]
+
+
+def assert_same_bits(out: Path, other: Path) -> None:
+    assert losses(out) == losses(other)
+    for file in ("model", "optimizer"):
+        assert differing(tensors(out, file), tensors(other, file)) == []
+
+
+def assert_one_line(ended: Ended, *words: str) -> None:
+    """All ended with an error, of which one line tells."""
+    assert all(ended.codes), ended
+    assert len(ended.told) == 1, ended.told
+    assert "Traceback" not in "".join(ended.errors)
+    for word in words:
+        assert word in ended.told[0]
+
+
+# Rows of a batch
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 12, 24])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(24, 1), (6, 4), (4, 6), (1, 24), (3, 8)])
+def test_every_row_is_taken_once(size: int, batch_size: int, accumulation: int) -> None:
+    rows = torch.arange(batch_size * accumulation).view(accumulation, batch_size, 1)
+    taken, shapes = [], set()
+    for rank in range(size):
+        pieces = Split(rank, size, batch_size, accumulation).pieces([(x, x) for x in rows])
+        mine = [piece for piece in pieces if piece.mine]
+        shapes.add(tuple(len(piece.x) for piece in mine))
+        for i, piece in enumerate(pieces):
+            if piece.mine:
+                first = piece.rows.first if piece.rows else 0
+                assert piece.x[0, 0] == i * batch_size + first
+                taken += piece.x.flatten().tolist()
+            else:
+                assert torch.equal(piece.x, rows[i])  # for the masks that it draws
+    assert sorted(taken) == list(range(batch_size * accumulation))
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7])
+def test_a_short_batch_is_shared_too(n: int) -> None:
+    """The last batch of an epoch may have fewer rows than there are processes."""
+    x = torch.arange(n)[:, None]
+    pieces = [Split(rank, 4, 8, 1).pieces([(x, x)])[0] for rank in range(4)]
+    assert sum(piece.count for piece in pieces) == n
+    assert sorted(torch.cat([p.x[p.y != -100] for p in pieces]).tolist()) == list(range(n))
+
+
+@pytest.mark.parametrize("size", [5, 7, 8, 24])
+def test_a_size_that_does_not_divide_the_rows(size: int) -> None:
+    with pytest.raises(ValueError, match=r"share the 12 rows.*\(1, 2, 3, 4, 6, 12\)"):
+        Split(0, size, 6, 2)
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 2), (2, 4), (1, 3), (3, 5), (2, 5), (4, 5)])
+@pytest.mark.parametrize(("T", "H", "D"), [(1, 1, 16), (33, 3, 16), (64, 2, 64)])
+def test_attention_of_rows_has_their_dropout(first: int, end: int, T: int, H: int, D: int) -> None:
+    whole, dout = torch.randn(5, T, 3 * H * D, requires_grad=True), torch.randn(5, T, H * D)
+    expected = ops.attention_qkv(whole, H, dropout_p=0.3, seed=7)
+    expected.backward(dout)
+    part = whole.detach()[first:end].clone().requires_grad_()
+    out = attention_qkv_rows(part, H, first, dropout_p=0.3, seed=7)
+    out.backward(dout[first:end])
+    assert torch.equal(out, expected[first:end])
+    assert whole.grad is not None and torch.equal(part.grad, whole.grad[first:end])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(("first", "end"), [(0, 2), (2, 4), (1, 4)])
+def test_a_model_of_rows_has_their_dropout(
+    first: int, end: int, recomputed: bool, dtype: torch.dtype
+) -> None:
+    model, idx = random_model(dropout=0.3).train(), random_ids(4, 16)
+    model.activation_checkpointing = recomputed
+    results = []
+    for rows in (None, Rows(first, 4)):
+        torch.manual_seed(3)
+        model.rows = rows
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            logits = model(idx if rows is None else idx[first:end])
+        results.append(logits if rows is not None else logits[first:end])
+        results[-1].float().square().sum().backward()
+        results += [torch.get_rng_state()]
+    # A product of fewer rows may be summed in another order.
+    rounding = torch.finfo(dtype).eps * 8
+    torch.testing.assert_close(results[2], results[0], rtol=rounding, atol=rounding)
+    assert torch.equal(results[1], results[3])
+    torch.manual_seed(3)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        model.draw_only(4, 16)
+    assert torch.equal(torch.get_rng_state(), results[1])
+
+
+# The same run
+
+
+@pytest.mark.parametrize("n", [2, 4, long(6)])
+def test_any_number_of_processes_makes_the_same_run(
+    n: int, tmp_path: Path, data: Path, alone: Path
+) -> None:
+    ended = train(n, tmp_path / "run", data, "--max-steps", str(STEPS), "--parallel", "ddp")
+    assert ended.codes == [0] * n
+    assert not any(ended.out[1:]) and not any(ended.errors)
+    assert_same_to_rounding(tmp_path / "run", alone)
+    # The weights are still the same at step 0, and so are the losses, to the bit.
+    assert losses(tmp_path / "run")[0] == losses(alone)[0]
+
+
+@pytest.mark.parametrize(
+    ("n", "how"),
+    [
+        (2, "fsdp"),
+        (4, "hsdp"),
+        long(3, "fsdp"),
+        long(6, "hsdp --replicas 3"),
+        long(3, "hsdp --replicas 3"),
+    ],
+)
+def test_weights_in_parts_make_the_same_run(
+    n: int, how: str, tmp_path: Path, data: Path, alone: Path
+) -> None:
+    for out in (tmp_path / "run", tmp_path / "again")[: 2 if n < 4 or KILLS else 1]:
+        more = "--max-steps", str(STEPS), "--parallel", *how.split()
+        ended = train(n, out, data, *more)
+        assert ended.codes == [0] * n, ended
+        assert not any(ended.out[1:]) and not any(ended.errors)
+    assert_same_to_rounding(tmp_path / "run", alone)
+    assert losses(tmp_path / "run")[0] == losses(alone)[0]
+    if (tmp_path / "again").exists():
+        assert_same_bits(tmp_path / "again", tmp_path / "run")
+
+
+def test_three_processes_make_the_same_run(alone: Path, three: Path) -> None:
+    assert_same_to_rounding(three, alone)
+
+
+def test_two_runs_of_as_many_processes_are_the_same(
+    tmp_path: Path, data: Path, three: Path
+) -> None:
+    assert train(3, tmp_path / "run", data, "--max-steps", str(STEPS)).codes == [0, 0, 0]
+    assert_same_bits(tmp_path / "run", three)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("4", "2"),
+        ("1", "2 --parallel fsdp"),
+        ("2 --parallel fsdp", "1"),
+        long("2", "1"),
+        long("1", "3"),
+        long("2", "4 --parallel hsdp"),
+        long("3 --parallel fsdp", "2 --parallel ddp"),
+    ],
+)
+def test_resume_with_another_number(
+    first: str, then: str, tmp_path: Path, data: Path, alone: Path
+) -> None:
+    steps = ["--max-steps", str(STEPS)]
+    n, *how = first.split()
+    ended = train(int(n), tmp_path / "run", data, *steps, *how, before=stop_at_step_12)
+    assert ended.codes == ([0] * int(n) if n != "1" else [128 + signal.SIGTERM])
+    assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 12
+    n, *how = then.split()
+    assert train(int(n), tmp_path / "run", data, *steps, *how, "--resume").codes == [0] * int(n)
+    assert_same_to_rounding(tmp_path / "run", alone)
+
+
+def test_prompts_and_short_batches(tmp_path: Path) -> None:
+    """Masked prompts weigh right, and rows of another length have their masks."""
+    lines = [
+        f'{{"prompt": "{"a" * (i % 7 + 1)}", "completion": "{"b" * (i % 5)}c"}}' for i in range(60)
+    ]
+    data = tmp_path / "examples.jsonl"
+    data.write_text("\n".join(lines))
+    runs = [(1, []), (4, []), (2, ["--parallel", "fsdp"]), (6, [])]
+    for n, how in runs if KILLS else runs[:3]:
+        ended = train(n, tmp_path / str(n), data, "--max-steps", "12", *how)
+        assert ended.codes == [0] * n, ended
+    for n, _ in runs[1:] if KILLS else runs[1:3]:
+        assert_same_to_rounding(tmp_path / str(n), tmp_path / "1")
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--precision bf16",
+        "--activation-checkpointing",
+        "--freeze wpe.* h.0.*",
+        "--eval-batches 1",
+        "--dropout 0",
+    ],
+)
+def test_options(option: str, how: str, tmp_path: Path, data: Path) -> None:
+    for n, more in ((1, []), (2, ["--parallel", how])):
+        argv = "--max-steps", "6", *option.split(), *more
+        ended = train(n, tmp_path / str(n), data, *argv)
+        assert ended.codes == [0] * n and not any(ended.errors), ended
+    rel = 2e-3 if "bf16" in option else 1e-6
+    for ours, theirs in zip(losses(tmp_path / "2"), losses(tmp_path / "1"), strict=True):
+        assert ours == pytest.approx(theirs, rel=rel)
+
+
+# What one process meets, all answer
+
+
+def at_step(step: int, rank: int, action: Any) -> None:
+    """Make `action` happen in this process, if it has that rank, before that step."""
+    real = Trainer.train_step
+
+    def train_step(self: Trainer, batches: Any) -> Any:
+        if self.progress.step == step and self.world.rank == rank:
+            action()
+        return real(self, batches)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def stop_at_step_12(rank: int) -> None:
+    world = int(os.environ["WORLD_SIZE"])
+    at_step(11, world - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def interrupt_all(rank: int) -> None:
+    at_step(11, rank, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+def die_at_step_12(rank: int) -> None:
+    victim = int(os.environ["VICTIM"])
+    at_step(12, victim, lambda: os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"])))
+
+
+def nan_at_step_12(rank: int) -> None:
+    real, steps = ParallelStep._backward, iter(range(1000))
+
+    def backward(self: ParallelStep, count: Tensor) -> Tensor:
+        loss = real(self, count)
+        return loss * torch.nan if next(steps) == 12 and rank == 1 else loss
+
+    ParallelStep._backward = backward  # type: ignore[method-assign]
+
+
+def full_disk_at_step_15(rank: int) -> None:
+    real, saves = gptfast.files.save_file, iter(range(1000))
+
+    def save_file(*args: Any, **options: Any) -> None:
+        if next(saves) >= 4:  # two files a save, every five steps
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*args, **options)
+
+    gptfast.files.save_file = save_file
+
+
+def other_version(rank: int) -> None:
+    if rank == 1:
+        torch.__version__ = "2.0.0"
+
+
+@pytest.mark.parametrize("stop", [stop_at_step_12, long(interrupt_all)])
+def test_a_signal_ends_all_at_the_same_step(
+    stop: Any, tmp_path: Path, data: Path, three: Path
+) -> None:
+    steps = ["--max-steps", str(STEPS)]
+    ended = train(3, tmp_path / "run", data, *steps, before=stop)
+    assert ended.codes == [0, 0, 0] and ended.told == []
+    assert "stopped at step 12, all is saved" in ended.out[0]
+    assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 12
+    assert train(3, tmp_path / "run", data, *steps, "--resume").codes == [0, 0, 0]
+    assert_same_bits(tmp_path / "run", three)
+
+
+@pytest.mark.parametrize("how", ["ddp", long("fsdp")])
+def test_a_loss_that_is_not_finite_on_one_is_refused_by_all(
+    how: str, tmp_path: Path, data: Path
+) -> None:
+    steps = ["--max-steps", str(STEPS), "--parallel", how]
+    ended = train(2, tmp_path / "run", data, *steps, before=nan_at_step_12)
+    assert_one_line(ended, "loss is nan at step 13", "No weight was changed")
+    assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 12
+    skipping = train(
+        2, tmp_path / "run", data, *steps, "--resume", "--nonfinite", "skip", before=nan_at_step_12
+    )
+    assert skipping.codes == [0, 0]
+    assert "step 25 skipped: loss is nan" in skipping.out[0]
+
+
+@pytest.mark.parametrize("victim", [1, long(0), long(2)])
+def test_a_process_that_dies(victim: int, tmp_path: Path, data: Path, three: Path) -> None:
+    steps = ["--max-steps", str(STEPS)]
+    killed = {"VICTIM": str(victim), "SIGNAL": "SIGKILL"}
+    # Without torchrun, the first process has the store: with it, the others cannot agree on who
+    # prints the line.
+    ended = train(3, tmp_path / "run", data, *steps, before=die_at_step_12, **killed)
+    assert ended.codes == [-9 if rank == victim else 1 for rank in range(3)]
+    assert all(f"rank {victim}" in line for line in ended.told), ended
+    assert len(ended.told) == (1 if victim else 2)
+    assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 10
+    # torchrun --max-restarts starts the same command again.
+    again = train(3, tmp_path / "run", data, *steps, TORCHELASTIC_RESTART_COUNT="1")
+    assert again.codes == [0, 0, 0]
+    assert "resumed from" in again.out[0]
+    assert_same_bits(tmp_path / "run", three)
+
+
+@pytest.mark.parametrize(("victim", "how"), [(1, "ddp"), long(0, "ddp"), long(1, "fsdp")])
+def test_a_process_that_hangs(victim: int, how: str, tmp_path: Path, data: Path) -> None:
+    hanging = {"VICTIM": str(victim), "SIGNAL": "SIGSTOP"}
+    more = "--max-steps", str(STEPS), "--dist-timeout", "5", "--parallel", how
+    ended = train(2, tmp_path / "run", data, *more, before=die_at_step_12, **hanging)
+    assert_one_line(ended, f"rank {victim}", "dead, hanging or cut off")
+    assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 10
+
+
+def test_a_disk_that_is_full(tmp_path: Path, data: Path) -> None:
+    more = "--max-steps", str(STEPS)
+    ended = train(2, tmp_path / "run", data, *more, before=full_disk_at_step_15)
+    assert_one_line(ended, "cannot save", "No space left on device")
+    assert all(
+        path.name.startswith("step-") or path.name == "best"
+        for path in (tmp_path / "run/checkpoints").iterdir()
+    )
+    assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 10
+    assert train(1, tmp_path / "run", data, *more, "--resume").codes == [0]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--lr", "0.5"], ["rank 1", "--lr 0.5"]),
+        (["--n-layer", "3"], ["rank 1", "--n-layer 3"]),
+        long(["--seed", "4"], ["rank 1", "seed 4", "rank 0 has 0"]),
+        long(["--batch-size", "12"], ["rank 1", "--batch-size 12"]),
+        long(["--max-steps", "7"], ["rank 1", "7", str(STEPS)]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_other_settings(more: list[str], words: list[str], tmp_path: Path, data: Path) -> None:
+    options = {"of_rank": {1: more}}
+    ended = train(3, tmp_path / "run", data, "--max-steps", str(STEPS), **options)
+    assert_one_line(ended, *words)
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_other_data_or_versions(tmp_path: Path, data: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(data.read_text().replace("e", "a"))
+    argv = tmp_path / "run", data, "--max-steps", str(STEPS)
+    ended = train(2, *argv, of_rank={1: ["--data", str(other)]})
+    assert_one_line(ended, "rank 1", "data")
+    ended = train(2, *argv, of_rank={1: ["--data", str(tmp_path / "gone.txt")]})
+    assert_one_line(ended, "gone.txt")
+    ended = train(2, *argv, before=other_version)
+    assert_one_line(ended, "rank 1 has torch 2.0.0")
+
+
+def test_sizes_that_cannot_share(tmp_path: Path, data: Path) -> None:
+    ended = train(5, tmp_path / "run", data, "--max-steps", "5")
+    assert_one_line(ended, "5 processes cannot share the 12 rows", "1, 2, 3, 4, 6, 12")
+    ended = train(3, tmp_path / "run", data, "--max-steps", "5", "--parallel", "hsdp")
+    assert_one_line(ended, "3 processes cannot form 2 groups")
+
+
+# Around it
+
+
+def test_flags_of_several_processes_need_them(capsys: Any, tmp_path: Path) -> None:
+    refused(run(capsys, "train", "--parallel", "ddp", "--out", tmp_path / "run"), "torchrun")
+    refused(run(capsys, "train", "--dist-timeout", "5", "--out", tmp_path / "run"), "torchrun")
+    refused(run(capsys, "train", "--replicas", "2", "--out", tmp_path / "run"), "replicas", "hsdp")
+
+
+def test_one_process_connects_nothing(alone: Path) -> None:
+    code = "import sys, gptfast.training.trainer; print([m for m in sys.modules if m.endswith(\
+('training.processes', 'training.failures', 'training.parallel_step', 'distributed.fsdp'))])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def torchrun() -> Iterator[list[str]]:
+    yield [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def test_under_torchrun(torchrun: list[str], tmp_path: Path, data: Path) -> None:
+    """The real thing: torchrun has the store, and its restart goes on from the checkpoint."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from gptfast.training.trainer import Trainer\n"
+        "from gptfast.cli import main\n"
+        "real = Trainer.train_step\n"
+        "def train_step(self, batches):\n"
+        "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
+        "    if first and self.progress.step == 12 and self.world.rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, batches)\n"
+        "Trainer.train_step = train_step\n"
+        "sys.exit(main())\n"
+    )
+    from ranks import RUN
+
+    argv = [*RUN, "--data", str(data), "--max-steps", "15", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*torchrun, "--max-restarts", "1", str(script), *argv],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("gptfast: ")]
+    assert len(told) == 1 and re.search(r"rank 1 \(process \d+ on .*\) does not answer", told[0])
+    assert "resumed from" in done.stdout and losses(tmp_path / "run")[-1]["step"] == 15
