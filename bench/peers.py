@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -290,6 +291,10 @@ class Transformers:
 RUNNERS = {"llama.cpp": LlamaCpp, "CTranslate2": CTranslate2, "transformers": Transformers}
 
 
+class PeerDied(RuntimeError):
+    """The process of a peer ended, by an error or by a signal."""
+
+
 class Peer:
     """A Runner in a process of its own, stopped while it has nothing to do."""
 
@@ -319,14 +324,17 @@ class Peer:
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
-            raise RuntimeError(f"{self.name} ended with code {code}; its error is above")
+            end = f"code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+            raise PeerDied(f"{self.name} ended with {end}; its error, if it wrote one, is above")
         self.process.send_signal(signal.SIGSTOP)
         return json.loads(line)
 
     def _ask(self, method: str, *args: object) -> object:
         self.process.send_signal(signal.SIGCONT)
-        self.process.stdin.write(json.dumps([method, *args]) + "\n")
-        self.process.stdin.flush()
+        # A peer that has ended is named by _answer.
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps([method, *args]) + "\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def greedy(self, prompts: list[list[int]], n: int) -> list[list[int]]:

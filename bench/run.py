@@ -66,9 +66,14 @@ def _measure_case(case: Case, meter: LimitMeter, quick: bool) -> Row:
 
 
 def measure(name: str, meter: LimitMeter, quick: bool) -> dict:
-    """Measure every case of a benchmark and return its record."""
+    """Measure every case of a benchmark and return its record. A peer that dies costs its rows."""
     cases = import_module(f"bench_{name}").cases(quick)
-    rows = [_measure_case(case, meter, quick) for case in cases]
+    rows = []
+    for case in cases:
+        try:
+            rows.append(_measure_case(case, meter, quick))
+        except peers.PeerDied as error:
+            _log(f"no row: {error}")
     return {"machine": machine(), "benchmark": name, "limits": meter.summary(), "rows": rows}
 
 

@@ -1,11 +1,16 @@
 """Check the published benchmarks: pictures and tables show what the records hold."""
 
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
+import peers
 import picture
 import publish
 import pytest
+import run
 import timing
 from harness import Case, Pair
 from limits import Limit, share_of_limit
@@ -177,3 +182,30 @@ def test_folder_names() -> None:
         "intel-xeon-platinum-8481c-2-70ghz"
     )
     assert folder_name("AMD EPYC (family 25, model 17)") == "amd-epyc-family-25-model-17"
+
+
+def _dying_peer() -> peers.Peer:
+    """Return a peer whose process ends by SIGILL at its first command."""
+    peer = object.__new__(peers.Peer)
+    peer.name = "fake"
+    code = "import os, signal; input(); os.kill(os.getpid(), signal.SIGILL)"
+    peer.process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    return peer
+
+
+def test_a_peer_that_dies_costs_its_own_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer = _dying_peer()
+    asks = {"its": lambda: peer.prefill([1]), "its other": lambda: peer.prefill([2])}
+    cases = {"before": lambda: 1, **asks, "after": lambda: 2}
+    module = SimpleNamespace(cases=lambda quick: list(cases))
+    monkeypatch.setattr(run, "import_module", lambda name: module)
+    monkeypatch.setattr(run, "_measure_case", lambda case, meter, quick: cases[case]())
+    monkeypatch.setattr(run, "machine", dict)
+    record = run.measure("engine", SimpleNamespace(summary=dict), quick=True)
+    peer.close()
+    assert record["rows"] == [1, 2]
+    assert capsys.readouterr().err.count("no row: fake ended with signal SIGILL") == 2

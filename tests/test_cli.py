@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from gptfast.cli.settings import flat
 from gptfast.cli.train import Train
 from gptfast.data.embedded import embedded_text
 from gptfast.files import lock
+from gptfast.ops.backend import EXTENSION
 from gptfast.ops.library import backend_of, operators
 from gptfast.tokenizer.bpe import BPETokenizer
 from gptfast.tokenizer.train import reduce_tokenizer
@@ -181,6 +183,17 @@ def test_info(capsys: Capture) -> None:
     for op in operators():
         name = op.name().removeprefix("gptfast::")
         assert lines[name] == [backend_of(op, "cpu"), backend_of(op, "cuda")]
+
+
+@pytest.mark.parametrize("engine", ["none", "AMX", "AMX, refused by the system"])
+def test_info_names_the_matrix_engine(
+    engine: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    if EXTENSION is None:
+        pytest.skip("the C++ extension is not built")
+    build = {**EXTENSION.build_info(), "matrix_engine": engine}
+    monkeypatch.setattr("gptfast.cli.info.EXTENSION", SimpleNamespace(build_info=lambda: build))
+    assert f"matrix engine: {engine}" in run(capsys, "info")[1].splitlines()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -12,7 +12,7 @@ from gptfast.ops.library import backend_of, operators
 
 @dataclass(frozen=True)
 class Info:
-    """Show version, instruction-set level, threads, GPU, and the backend of each operation."""
+    """Show version, CPU level, matrix engine, threads, GPU, and the backend of each operation."""
 
     def run(self) -> None:
         print(f"gptfast {gptfast.__version__}, torch {torch.__version__}, {platform.platform()}")
@@ -24,6 +24,7 @@ class Info:
                 f"C++ kernels: level {build['isa']} of {', '.join(build['isa_supported'])}; "
                 f"g++ {build['compiler']}, OpenMP {'on' if build['openmp'] else 'OFF: serial'}"
             )
+            print(f"matrix engine: {build['matrix_engine']}")
             if len(build["openmp_runtimes"]) > 1:
                 print(f"warning: several OpenMP runtimes: {', '.join(build['openmp_runtimes'])}")
         print(f"threads: {torch.get_num_threads()}")
