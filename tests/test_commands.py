@@ -511,7 +511,7 @@ BAD_COMMANDS = {
     "eval RUN --data": ["--data takes one or more values, FILE ..."],
     "eval RUN --data nowhere": ["cannot read nowhere"],
     "eval RUN --data text.txt --max-length 17": ["from 1 to block_size=16, got 17"],
-    "eval RUN --data text.txt --max-length 0": ["from 1 to block_size=16, got 0"],
+    "eval RUN --data text.txt --max-length 0": ["max_length must be an integer >= 1, got 0"],
     "eval RUN --data text.txt --batch-size 0": ["batch_size must be an integer >= 1, got 0"],
     "eval RUN --data text.txt --part middle": ["--part", "middle"],
     "eval RUN --data tokens --part test": ["tokens has no part test"],
