@@ -68,6 +68,8 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
   if (n_functions == MAX_FUNCTIONS)
     return CUDA_ERROR_OUT_OF_MEMORY;
@@ -111,6 +113,16 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
 }
 
 CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
+
+CUresult cuCtxGetDevice(CUdevice *device) {
+  *device = 0;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
 
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) {
   *value = 0;
