@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import matplotlib.image
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 from matplotlib.figure import Figure
 from seeds import numpy_generator
 
+from gptfast import cli
 from gptfast.search.plot import plot_search
 from gptfast.search.range_test import lr_range, range_test, smooth
 from gptfast.search.report import run_search
@@ -455,8 +457,11 @@ def test_interruption_waits_and_goes_on_later(
     trials = [{"lr": 10.0**-i, "act": "hang"} for i in range(1, 5)]
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     thread = when_hanging(out, 2, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=signal.Signals(number).name) as raised:
         run_search(BASE, trials, out, jobs=2, command=command)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptfast.cli.parse", Mock(side_effect=raised.value))
+        assert cli.main(["search"]) == 128 + number
     thread.join()
     assert children() == []
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

@@ -1,5 +1,6 @@
 """The `gptfast` command. Each subcommand has a file, and a dataclass whose fields are its flags."""
 
+import errno
 import gc
 import importlib
 import inspect
@@ -7,6 +8,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,10 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has closed it
         discard(sys.stdout)
         return BROKEN_PIPE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         _end_line()
         print("gptfast: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        # A search names the signal that ended it.
+        return 128 + signal.Signals[error.args[0]] if error.args else INTERRUPTED
     except ERRORS as error:
         return _failed(error, argv)
 
@@ -190,6 +193,8 @@ def _failed(error: BaseException, argv: Sequence[str]) -> int:
         message = with_flags(message, command_flags(argv[0]))
     if isinstance(error, OSError) and not _can_write():
         discard(sys.stdout)  # else Python would complain once more when it ends
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        message = f"cannot write what is printed: {error.strerror}"
     print(f"gptfast: {message}", file=sys.stderr)
     return USAGE_ERROR if isinstance(error, UsageError) else 1
 

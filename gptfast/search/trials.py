@@ -257,7 +257,8 @@ def _run_waiting(
 ) -> None:
     """Run the waiting trials and add their results to `results`.
 
-    Raises KeyboardInterrupt after SIGINT, SIGTERM or SIGHUP, when no trial runs any more.
+    Raises KeyboardInterrupt with the signal's name after SIGINT, SIGTERM or SIGHUP, when no trial
+    runs any more.
     """
     running: list[_Trial] = []
     stopping = False
@@ -281,7 +282,7 @@ def _run_waiting(
                 trial.process.kill()
                 trial.process.wait()
     if interrupt.requested:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(interrupt.requested)
 
 
 def _line(result: Result) -> str:
