@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -113,6 +114,15 @@ def test_head_and_a_full_disk(text: Path, tmp_path: Path) -> None:
     assert generate.stderr.read() == b"" and generate.wait(60) == 141  # 128 + SIGPIPE
 
 
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """Let SIGHUP do what it does by default, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
 def test_a_closed_terminal(text: Path, tmp_path: Path) -> None:
     """SIGHUP saves the step and ends the run as the signal does."""
     process = start(*train_args(text, tmp_path / "run", 10**6)[:-2], "--max-steps", 10**6)
@@ -128,6 +138,7 @@ def test_a_closed_terminal(text: Path, tmp_path: Path) -> None:
     assert state["step"] > 0 and state["pending"] is None
 
 
+@pytest.mark.usefixtures("hangup")
 def test_nohup() -> None:
     """A SIGHUP that the shell ignores stays ignored; so do the handlers that were there."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

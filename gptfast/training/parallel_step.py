@@ -149,4 +149,4 @@ class ParallelStep(TrainStep):
         empty = Piece(first.x, torch.full_like(first.y, -100), 0, None, True)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            self._backward_of(empty, torch.ones((), device=self.device).double(), last)
+            self._backward_of(empty, torch.ones((), dtype=torch.float64, device=self.device), last)

@@ -34,7 +34,8 @@ class AgreedInterrupt(Interrupt):
         self.asked: str | None = None
 
     def agree(self) -> bool:
-        asked = torch.tensor([float(self.asked == number.name) for number in SIGNALS]).double()
+        flags = [float(self.asked == number.name) for number in SIGNALS]
+        asked = torch.tensor(flags, dtype=torch.float64)
         for number, count in zip(SIGNALS, self._world.sum(asked).tolist(), strict=True):
             if count and not self.requested:
                 self.requested = number.name

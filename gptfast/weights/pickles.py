@@ -263,7 +263,7 @@ def _lazy(
         data = data if aligned else data.clone()
         return data.view(dtype).as_strided(shape, tensor.stride)
 
-    laid_out = torch.empty_strided(shape, tensor.stride, device="meta")
+    laid_out = torch.empty_strided(shape, tensor.stride, dtype=dtype, device="meta")
     copied = not aligned and laid_out.is_contiguous()
     place = (archive.path, begin, tensor.stride)
     return LazyTensor(shape, dtype, read, fresh=copied, place=place)
