@@ -104,8 +104,7 @@ struct Bf16 {
 
     template <int M>
     static void add(float* sums, const char* panel, int64_t K, const char* rows, int64_t row_bytes) {
-      VectorProducts::add<PanelForm::tiles, M, PREFETCH_BYTES>({sums, PANEL}, {rows, row_bytes, INPUT_BYTES}, blocks(K),
-                                                               panel);
+      VectorProducts::add<M, PREFETCH_BYTES>({sums, PANEL}, {rows, row_bytes, INPUT_BYTES}, blocks(K), panel);
     }
   };
 #ifdef GPTFAST_HAS_TILES
@@ -119,7 +118,7 @@ struct Bf16 {
 
     template <int M>
     static void add(float* sums, const char* panel, int64_t K, const char* rows, int64_t row_bytes) {
-      TileProducts::add<PanelForm::tiles, M>({sums, PANEL}, {rows, row_bytes, INPUT_BYTES}, blocks(K), panel);
+      TileProducts::add<M>({sums, PANEL}, {rows, row_bytes, INPUT_BYTES}, blocks(K), panel);
     }
   };
 #endif

@@ -5,8 +5,8 @@
 // one after the other, from 0; so are those of the odd terms; the sum of both is added to the total. This is the order
 // of Intel's tiles. Tiles and dot products take numbers below the smallest normal one for 0; other levels do not.
 //
-// A panel holds the weights of 32 outputs. In tile form, a block of it is [16 pairs of terms][32 outputs][2], so two
-// tiles side by side. Vectors read a packed form faster. Rows of inputs have the form that their reader takes.
+// A panel holds the weights of 32 outputs. A block of it is [16 pairs of terms][32 outputs][2], so two tiles side by
+// side. Rows of inputs have the form that their reader takes.
 #pragma once
 
 #include "multiply_add.h"
@@ -16,7 +16,7 @@ namespace gptfast::GPTFAST_LEVEL {
 
 constexpr int BLOCK_TERMS = 32, BLOCK_PAIRS = BLOCK_TERMS / 2;
 constexpr int PANEL_COLUMNS = 32;
-constexpr int64_t PANEL_BLOCK_BYTES = BLOCK_TERMS * PANEL_COLUMNS * 2;  // in tile form
+constexpr int64_t PANEL_BLOCK_BYTES = BLOCK_TERMS * PANEL_COLUMNS * 2;
 
 // Rows of inputs: block b of row m is at data + m * row_bytes + b * block_bytes.
 struct ProductRows {
@@ -28,13 +28,11 @@ struct ProductSums {
   float* data;
   int64_t row_stride;
 };
-enum class PanelForm { tiles, packed };
 
 static inline vu load_pairs(const char* p) { return (vu)load((const float*)p); }
 static inline void store_pairs(char* p, vu pairs) { store((float*)p, (vf)pairs); }
 
 // The arithmetic of vectors: `Chains` has STEPS vector products in each of a block's two chains, 0 (even) and 1 (odd).
-// term() says which term is in the lower or upper half of each of the 16 pairs that are stored.
 #if defined(__AVX512BF16__)
 
 // `vdpbf16ps` adds the product of the upper halves of a pair, then that of the lower halves. So its pairs are terms 2
@@ -42,7 +40,8 @@ static inline void store_pairs(char* p, vu pairs) { store((float*)p, (vf)pairs);
 struct Chains {
   typedef vu Number;
   static constexpr int STEPS = 8;
-  static constexpr int64_t INPUT_BYTES = 64, PACKED_BYTES = PANEL_BLOCK_BYTES;  // of a block
+  static constexpr int64_t INPUT_BYTES = 64;  // of a block
+  // Returns which term is in the lower or upper half of each of the 16 pairs of a row of inputs.
   static constexpr int term(int pair, bool upper) { return pair % STEPS * 4 + (upper ? 0 : 2) + pair / STEPS; }
 
   static vf add_product(vf sum, Number input, Number weights) {
@@ -53,10 +52,7 @@ struct Chains {
     memcpy(&pair, block + (chain * STEPS + step) * 4, sizeof pair);
     return splat(pair);
   }
-  static Number packed_weights(const char* block, int chain, int step) {
-    return load_pairs(block + (chain * STEPS + step) * PANEL_COLUMNS * 4);
-  }
-  static Number tile_weights(const char* block, int chain, int step) {
+  static Number weights_of(const char* block, int chain, int step) {
     const vu first = load_pairs(block + 2 * step * PANEL_COLUMNS * 4);
     const vu second = load_pairs(block + (2 * step + 1) * PANEL_COLUMNS * 4);
     const __mmask32 upper = 0xAAAAAAAA;
@@ -70,9 +66,6 @@ struct Chains {
     return (vu)_mm512_permutexvar_epi16((__m512i)order, (__m512i)load_pairs((const char*)x));
   }
   static void store_inputs(char* block, int pair, vu pairs) { store_pairs(block + pair * 4, pairs); }
-  static void store_packed(char* block, int pair, vu weights) {
-    store_pairs(block + pair * PANEL_COLUMNS * 4, weights);
-  }
 
  private:
   typedef uint16_t vh_pairs __attribute__((vector_size(4 * W)));
@@ -84,26 +77,18 @@ struct Chains {
 struct Chains {
   typedef vf Number;
   static constexpr int STEPS = 16;
-  static constexpr int64_t INPUT_BYTES = 128, PACKED_BYTES = 2 * PANEL_BLOCK_BYTES;  // of a block
-  static constexpr int term(int pair, bool upper) { return 2 * pair + upper; }
+  static constexpr int64_t INPUT_BYTES = 128;  // of a block
 
   static vf add_product(vf sum, Number input, Number weights) { return multiply_add(input, weights, sum); }
   static Number input(const char* block, int chain, int step) {
     return splat(((const float*)block)[chain * STEPS + step]);
   }
-  static Number packed_weights(const char* block, int chain, int step) {
-    return load((const float*)block + (chain * STEPS + step) * PANEL_COLUMNS);
-  }
-  static Number tile_weights(const char* block, int chain, int step) {
+  static Number weights_of(const char* block, int chain, int step) {
     return half(load_pairs(block + step * PANEL_COLUMNS * 4), chain);
   }
   static vu regrouped(const bf16* x, int pair) { return load_pairs((const char*)(x + 2 * pair)); }
   static void store_inputs(char* block, int pair, vu pairs) {
     for (int chain = 0; chain < 2; ++chain) store((float*)block + chain * STEPS + pair, half(pairs, chain));
-  }
-  static void store_packed(char* block, int pair, vu weights) {
-    for (int chain = 0; chain < 2; ++chain)
-      store((float*)block + (chain * STEPS + pair) * PANEL_COLUMNS, half(weights, chain));
   }
 
  private:
@@ -117,25 +102,21 @@ struct VectorProducts {
   static constexpr int ROWS = W == 16 ? 8 : 6;  // two chains of these rows keep the multipliers busy
   // Up to this number, the registers hold the sums of both chains, which reads each part of a panel once.
   static constexpr int MAX_ROWS_OF_TWO_CHAINS = W == 16 ? 4 : 2;
-  static constexpr int64_t INPUT_BYTES = Chains::INPUT_BYTES, PACKED_BYTES = Chains::PACKED_BYTES;
-  static constexpr int term(int pair, bool upper) { return Chains::term(pair, upper); }
+  static constexpr int64_t INPUT_BYTES = Chains::INPUT_BYTES;
 
   // Writes a block of a row of inputs: its 32 terms are at x.
   static void convert_inputs(const bf16* x, char* block) {
     for (int pair = 0; pair < BLOCK_PAIRS; pair += W) Chains::store_inputs(block, pair, Chains::regrouped(x, pair));
   }
-  // Writes W pairs, whose terms are those of term(), of a block of a row or of one pair of a packed panel's outputs.
-  static void store_inputs(char* block, int pair, vu pairs) { Chains::store_inputs(block, pair, pairs); }
-  static void store_packed(char* block, int pair, vu weights) { Chains::store_packed(block, pair, weights); }
 
   // Adds the products of M rows with `blocks` blocks of a panel. The panel is prefetched PREFETCH bytes ahead.
-  template <PanelForm FORM, int M, int64_t PREFETCH = 0>
+  template <int M, int64_t PREFETCH = 0>
   static void add(ProductSums sums, ProductRows rows, int64_t blocks, const char* panel) {
     for (int64_t b = 0; b < blocks; ++b) {
       for (int column = 0; column < PANEL_COLUMNS; column += NV * W)
-        add_block<FORM, M, PREFETCH>({sums.data + column, sums.row_stride}, rows, panel + column * 4);
+        add_block<M, PREFETCH>({sums.data + column, sums.row_stride}, rows, panel + column * 4);
       rows.data += rows.block_bytes;
-      panel += FORM == PanelForm::tiles ? PANEL_BLOCK_BYTES : PACKED_BYTES;
+      panel += PANEL_BLOCK_BYTES;
     }
   }
 
@@ -145,7 +126,7 @@ struct VectorProducts {
   template <int CHAINS, int M>
   using Sums = vf[CHAINS][M][NV];
 
-  template <PanelForm FORM, int M, int64_t PREFETCH, int FIRST, int CHAINS>
+  template <int M, int64_t PREFETCH, int FIRST, int CHAINS>
   [[gnu::always_inline]] static inline void sum_chains(Sums<CHAINS, M>& sum, const ProductRows& rows,
                                                        const char* panel) {
 #pragma GCC unroll 2
@@ -161,11 +142,7 @@ struct VectorProducts {
         if constexpr (PREFETCH > 0) prefetch(panel + PREFETCH, chain, step);
         Chains::Number weights[NV];
 #pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) {
-          const char* at = panel + n * W * 4;
-          weights[n] = FORM == PanelForm::tiles ? Chains::tile_weights(at, chain, step)
-                                                : Chains::packed_weights(at, chain, step);
-        }
+        for (int n = 0; n < NV; ++n) weights[n] = Chains::weights_of(panel + n * W * 4, chain, step);
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m) {
           const Chains::Number input = Chains::input(rows.data + m * rows.row_bytes, chain, step);
@@ -184,22 +161,22 @@ struct VectorProducts {
 #pragma GCC unroll 2
     for (int line = 0; line < NV * W * 4; line += 64) __builtin_prefetch(row + line);
   }
-  template <PanelForm FORM, int M, int64_t PREFETCH>
+  template <int M, int64_t PREFETCH>
   static void add_block(ProductSums sums, const ProductRows& rows, const char* panel) {
-    // Rearranging terms in tile form costs least where both chains share it.
-    if constexpr (FORM == PanelForm::tiles && W == 16 && M > MAX_ROWS_OF_TWO_CHAINS) {
+    // Rearranging terms costs least where both chains share it.
+    if constexpr (W == 16 && M > MAX_ROWS_OF_TWO_CHAINS) {
       constexpr int FIRST = MAX_ROWS_OF_TWO_CHAINS;
-      add_block<FORM, FIRST, PREFETCH>(sums, rows, panel);
-      add_block<FORM, M - FIRST, 0>({sums.data + FIRST * sums.row_stride, sums.row_stride},
-                                    {rows.data + FIRST * rows.row_bytes, rows.row_bytes, rows.block_bytes}, panel);
+      add_block<FIRST, PREFETCH>(sums, rows, panel);
+      add_block<M - FIRST, 0>({sums.data + FIRST * sums.row_stride, sums.row_stride},
+                              {rows.data + FIRST * rows.row_bytes, rows.row_bytes, rows.block_bytes}, panel);
     } else if constexpr (M <= MAX_ROWS_OF_TWO_CHAINS) {
       Sums<2, M> chains;
-      sum_chains<FORM, M, PREFETCH, 0, 2>(chains, rows, panel);
+      sum_chains<M, PREFETCH, 0, 2>(chains, rows, panel);
       add_chains<M>(sums, chains[0], chains[1]);
     } else {  // one chain at a time: the registers hold its sums
       Sums<1, M> even, odd;
-      sum_chains<FORM, M, PREFETCH, 0, 1>(even, rows, panel);
-      sum_chains<FORM, M, PREFETCH, 1, 1>(odd, rows, panel);
+      sum_chains<M, PREFETCH, 0, 1>(even, rows, panel);
+      sum_chains<M, PREFETCH, 1, 1>(odd, rows, panel);
       add_chains<M>(sums, even[0], odd[0]);
     }
   }
@@ -221,16 +198,11 @@ struct VectorProducts {
 // Products by tiles: 16 rows, or ROWS. The caller has a TileScope. Rows of inputs are plain bf16.
 struct TileProducts {
   static constexpr int ROWS = 2 * TILE_ROWS;
-  static constexpr int64_t INPUT_BYTES = 64, PACKED_BYTES = PANEL_BLOCK_BYTES;
-  static constexpr int term(int pair, bool upper) { return 2 * pair + upper; }
+  static constexpr int64_t INPUT_BYTES = 64;
 
   static void convert_inputs(const bf16* x, char* block) { memcpy(block, x, INPUT_BYTES); }
-  static void store_inputs(char* block, int pair, vu pairs) { store_pairs(block + pair * 4, pairs); }
-  static void store_packed(char* block, int pair, vu weights) {
-    store_pairs(block + pair * PANEL_COLUMNS * 4, weights);
-  }
 
-  template <PanelForm FORM, int M>
+  template <int M>
   static void add(ProductSums sums, ProductRows rows, int64_t blocks, const char* panel) {
     static_assert(M == TILE_ROWS || M == ROWS);
     constexpr bool TWO = M == ROWS;
@@ -265,16 +237,6 @@ struct TileProducts {
     }
   }
 };
-typedef TileProducts FastestProducts;
-typedef TileScope ProductScope;
-
-#else
-
-typedef VectorProducts FastestProducts;
-struct ProductScope {
-  ProductScope() {}
-};
-
 #endif
 
 }  // namespace gptfast::GPTFAST_LEVEL

@@ -55,17 +55,13 @@ template <int T>
 static inline void tile_store(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
 }
-// Adds the product of tiles A and B to tile C. Of A, row m has 32 terms of bf16 (or 64 of int8) of output row m; of B,
+// Adds the product of tiles A and B to tile C. Of A, row m has 32 terms of bf16 (or 64 bytes) of output row m; of B,
 // row k has terms 2 k and 2 k + 1 (or 4 k to 4 k + 3) of the 16 output columns, next to each other.
 template <int C, int A, int B>
 static inline void tile_dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
-template <int C, int A, int B>
-static inline void tile_dot_int8() {
-  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
-}
-// The same, with bytes of B that have no sign.
+// The bytes of A have a sign, those of B have none.
 template <int C, int A, int B>
 static inline void tile_dot_int8_uint8() {
   asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
@@ -133,25 +129,17 @@ static inline void tile_dot_bf16() {
       memcpy(emulated_tiles[C].bytes[m] + 4 * n, &c, 4);
     }
 }
-template <int C, int A, int B, class Weight>
-static inline void tile_dot_bytes() {
+template <int C, int A, int B>
+static inline void tile_dot_int8_uint8() {
   for (int m = 0; m < TILE_ROWS; ++m)
     for (int n = 0; n < TILE_BYTES / 4; ++n) {
       int32_t c;
       memcpy(&c, emulated_tiles[C].bytes[m] + 4 * n, 4);
       for (int k = 0; k < TILE_ROWS; ++k)
         for (int i = 0; i < 4; ++i)
-          c += (int8_t)emulated_tiles[A].bytes[m][4 * k + i] * (Weight)emulated_tiles[B].bytes[k][4 * n + i];
+          c += (int8_t)emulated_tiles[A].bytes[m][4 * k + i] * emulated_tiles[B].bytes[k][4 * n + i];
       memcpy(emulated_tiles[C].bytes[m] + 4 * n, &c, 4);
     }
-}
-template <int C, int A, int B>
-static inline void tile_dot_int8() {
-  tile_dot_bytes<C, A, B, int8_t>();
-}
-template <int C, int A, int B>
-static inline void tile_dot_int8_uint8() {
-  tile_dot_bytes<C, A, B, uint8_t>();
 }
 
 #endif
