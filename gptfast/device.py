@@ -1,5 +1,6 @@
 """Devices: chosen by name, their random state, their speed and their memory."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,12 @@ def choose_device(name: str) -> torch.device:
         names = " or ".join([", ".join(["auto", *known[:-1]]), known[-1]])
         raise ValueError(f"device must be {names}, got {name!r}{_why_absent(name)}")
     return torch.device(name)
+
+
+def threads_of(processes: int) -> int:
+    """Return the number of threads of each of some processes that share the CPU's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // processes)
 
 
 def _why_absent(name: str) -> str:

@@ -8,7 +8,6 @@ import io
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from gptfast.checks import one_line
 from gptfast.cli.terminal import ERRORS, is_terminal
 from gptfast.ops.backend import check_isa
 from gptfast.startup import INTERRUPTED, release_ctrl_c
+from gptfast.training.interrupt import exit_code
 from gptfast.training.log import discard
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _end_line()
         print("gptfast: interrupted", file=sys.stderr)
         # A search names the signal that ended it.
-        return 128 + signal.Signals[error.args[0]] if error.args else INTERRUPTED
+        return exit_code(error.args[0]) if error.args else INTERRUPTED
     except ERRORS as error:
         return _failed(error, argv)
 

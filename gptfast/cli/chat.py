@@ -22,11 +22,11 @@ from gptfast.cli.model_flags import (
     new_seed,
 )
 from gptfast.cli.terminal import ERRORS, is_terminal, print_note, printable, speed
+from gptfast.data.rows import BYTE_ORDER_MARK
 from gptfast.generation.conversation import QUESTIONS, Conversation, Template
 from gptfast.generation.decoder import Decoder, Stats
 from gptfast.generation.options import Options, next_seed
 
-BYTE_ORDER_MARK = "\ufeff"  # put before UTF-8 text by some programs; no text
 HELP = """\
 /retry             replace the last reply with another one
 /reset             forget the conversation

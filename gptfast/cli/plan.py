@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gptfast.cli.settings import apply
 from gptfast.cli.threads import set_threads
 from gptfast.config import GPTConfig, parameter_shapes
-from gptfast.device import peak_memory
-from gptfast.search.trials import threads_of
+from gptfast.device import peak_memory, threads_of
 from gptfast.training.flops import flops_per_token
 from gptfast.training.log import say
 from gptfast.training.schedule import learning_rate

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptfast.ops.attention import _bwd, _check_options, _fwd, attention_qkv
+from gptfast.ops.attention import (
+    _bwd,
+    _check_options,
+    _default_scale,
+    _fwd,
+    _seed_tensor,
+    attention_qkv,
+)
 from gptfast.ops.library import autocast_enabled
 
 
@@ -100,7 +107,6 @@ def attention_qkv_rows(
     _check_options(dropout_p, None, qkv.shape[0], qkv.device)
     if autocast_enabled(qkv):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
-    if not isinstance(seed, Tensor):
-        seed = torch.full((), seed, dtype=torch.int64, device=qkv.device)
-    scale = 1.0 / math.sqrt(max(qkv.shape[2] // (3 * n_head), 1))
-    return _AttentionRows.apply(qkv, n_head, first, scale, dropout_p, seed)
+    scale = _default_scale(qkv.shape[2] // (3 * n_head))
+    mask_seed = _seed_tensor(seed, dropout_p, qkv.device)
+    return _AttentionRows.apply(qkv, n_head, first, scale, dropout_p, mask_seed)

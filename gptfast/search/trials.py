@@ -21,6 +21,7 @@ from typing import Any
 
 from gptfast.checks import integer
 from gptfast.config import to_toml
+from gptfast.device import threads_of
 from gptfast.files import lock, replacing, write_json
 from gptfast.training.interrupt import EXIT_CODES, Interrupt
 from gptfast.training.log import say
@@ -124,12 +125,6 @@ def _environment(jobs: int) -> dict[str, str]:
         # Parallel trials share the cores; each would otherwise start a thread per core.
         environment.setdefault("OMP_NUM_THREADS", str(threads_of(jobs)))
     return environment
-
-
-def threads_of(jobs: int) -> int:
-    """Return the number of threads of each of `jobs` trials that share the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // jobs)
 
 
 class _Trial:

@@ -1,7 +1,6 @@
 """One optimizer step of several processes, each of which computes its rows of the batches."""
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ from gptfast.config import TrainConfig
 from gptfast.device import moved
 from gptfast.model import GPT, foreign_part
 from gptfast.modules import has_dropout
-from gptfast.training.shares import Batch, Piece, Split
-from gptfast.training.step import TrainStep, autocast
+from gptfast.training.shares import Piece, Split
+from gptfast.training.step import Batch, TrainStep, autocast
 from gptfast.training.world import World
 
 
@@ -89,13 +88,7 @@ class ParallelStep(TrainStep):
         lr, loss_limit, norm_limit, count = moved(inputs[0], self.device).unbind()
         self.optimizer.zero_grad(set_to_none=True)
         total = self._world.sum(self._backward(count))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        accepted = total.isfinite() & (total <= loss_limit)
-        self.optimizer.step(norm_limit=norm_limit.where(accepted, math.nan))
-        norm = self.optimizer.grad_norm
-        assert norm is not None  # max_norm is set
-        return torch.stack((total, norm.double())), norm
+        return self._update(total, lr, loss_limit, norm_limit)
 
     def _backward(self, count: Tensor) -> Tensor:
         """Add up the gradients of all processes; return this one's part of the mean loss, fp64.

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptfast.device import choose_device
+from gptfast.device import choose_device, threads_of
 from gptfast.training.failures import REPORT_S, Failures, ProcessesError, is_communication
 from gptfast.training.interrupt import SIGNALS, Interrupt
 from gptfast.training.world import World
@@ -83,7 +83,7 @@ class Processes(World):
     def _share_cores(self, local_size: int) -> None:
         # torchrun itself sets OMP_NUM_THREADS=1 where nobody has set it.
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+            torch.set_num_threads(threads_of(local_size))
 
     def _connect(self) -> dist.Store:
         """Return a connection to the store of this attempt of the run."""

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from gptfast.dropout import Rows
-
-Batch = tuple[Tensor, Tensor]
+from gptfast.training.step import Batch
 
 
 @dataclass(frozen=True)

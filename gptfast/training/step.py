@@ -195,6 +195,15 @@ class TrainStep:
                 loss = self.model(x, y)
             loss.backward(gradient=share.to(loss.dtype))
             total = total + loss.detach().double() * share
+        return self._update(total, lr, loss_limit, norm_limit)
+
+    def _update(
+        self, total: Tensor, lr: Tensor, loss_limit: Tensor, norm_limit: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Update the weights, unless the loss or the norm is above its limit; see `_compute`.
+
+        All are 0-d. total: the loss of the step.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         accepted = total.isfinite() & (total <= loss_limit)
