@@ -174,7 +174,8 @@ def test_refused_tiles_are_a_fallback() -> None:
     here = Path(__file__).parent
 
     def run(before: str) -> tuple[str, str, str]:
-        command = [sys.executable, "-c", before + COMPUTE, str(here)]
+        # -P: the kernels of PYTHONPATH, as this process has them, before those in this directory.
+        command = [sys.executable, "-P", "-c", before + COMPUTE, str(here)]
         env = {**os.environ, "GPTFAST_ISA": ""}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode == 77:
