@@ -126,6 +126,7 @@ setup(
         "gptfast.ops",
         "gptfast.optim",
         "gptfast.search",
+        "gptfast.serve",
         "gptfast.tokenizer",
         "gptfast.training",
         "gptfast.weights",

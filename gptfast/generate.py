@@ -3,7 +3,7 @@
 Each function checks its arguments, picks a decoder (`decoder_for`) and lets it do the work.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,7 @@ def generate(
     top_p: Number | None = None,
     min_p: Number | None = None,
     repetition_penalty: Number = 1.0,
+    logit_bias: Mapping[int, float] | None = None,
     num_beams: int = 1,
     length_penalty: float = 1.0,
     eos_id: Ends = None,
@@ -53,6 +54,7 @@ def generate(
     options = Options.of(
         dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         | dict(repetition_penalty=repetition_penalty, length_penalty=length_penalty)
+        | dict(logit_bias=logit_bias)
         | dict(num_beams=num_beams, eos_id=eos_id, stop=stop, tokenizer=tokenizer)
         | dict(lookup=lookup, draft=draft)
     )

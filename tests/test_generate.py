@@ -1,6 +1,7 @@
 """Generation equals full forwards without a cache, alone or in a batch, and transformers."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 from seeds import shifted
 from torch import Tensor
 
-from gptfast import GPT, generate, get_tokenizer, ops
+from gptfast import GPT, Engine, generate, get_tokenizer, ops
 from gptfast.engine.rows import Rows
 from gptfast.generate import generate_text, stream, stream_text
 from gptfast.generation.options import Options
 from gptfast.generation.sequences import MIN_ROOM_TOKENS, Sequences
+from gptfast.ops.backend import EXTENSION
 
 pytestmark = pytest.mark.usefixtures("way")
 SAMPLING = {
@@ -411,6 +413,44 @@ def test_numbers_beyond_64_bits(name: str, size: int) -> None:
         return
     with pytest.raises(ValueError, match=f"{name} must be"):
         generate(lively_model(), [[1]], 2, **{name: size})
+
+
+@pytest.mark.parametrize("kind", ["model", "engine"])
+def test_a_bias_is_added_to_logits_after_the_penalty(kind: str) -> None:
+    if kind == "engine" and EXTENSION is None:
+        pytest.skip("the C++ extension is not built")
+    model = lively_model()
+    decoder = Engine(model) if kind == "engine" else model
+    plain = generate(decoder, [[1, 2]], 6, temperature=0.0)[0][2:]
+    without = generate(decoder, [[1, 2]], 6, temperature=0.0, logit_bias={plain[0]: -100})
+    assert plain[0] not in without[0][2:]
+    # A penalty on the biased logit would make it 50 and let a bias of 60 win.
+    both = {"logit_bias": {3: 100, 4: 60.0}, "repetition_penalty": 2.0}
+    assert generate(decoder, [[1, 2], [3]], 3, temperature=0.0, **both) == [
+        [1, 2, 3, 3, 3],
+        [3, 3, 3, 3],
+    ]
+    both["seed"] = 5
+    assert generate(decoder, [[1]], 9, **both) == generate(decoder, [[1], [2]], 9, **both)[:1]
+
+
+@pytest.mark.parametrize(
+    ("bias", "error", "message"),
+    [
+        ({61: 1}, IndexError, "logit_bias has token id 61, out of range for a vocabulary of 61"),
+        ({1: math.nan}, ValueError, "logit_bias of id 1 must be a number from -10000 to 10000"),
+        ({"1": 1}, ValueError, "each id of logit_bias must be an integer"),
+        ([1], ValueError, "logit_bias must be a dictionary by id"),
+    ],
+)
+def test_bad_biases(bias: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        generate(lively_model(), [[1]], 1, logit_bias=bias)
+
+
+def test_beams_have_no_bias() -> None:
+    with pytest.raises(ValueError, match="beam search has no logit_bias"):
+        generate(lively_model(), [[1]], 1, num_beams=2, logit_bias={1: 1})
 
 
 NUMBERS = [-1, 0, 1, 2.5, 2**70, float("nan"), float("inf")]

@@ -22,6 +22,7 @@ from gptfast.engine.gpu_model import GpuModel
 from gptfast.engine.gpu_rows import rows_of
 from gptfast.engine.packed import Packed
 from gptfast.engine.request import Request
+from gptfast.engine.rows import BaseRows
 from gptfast.engine.sequences import EngineSequences
 from gptfast.engine.task import Sampled, Task
 from gptfast.generation import continuation
@@ -172,9 +173,8 @@ class Engine(Decoder):
     @contextmanager
     def sequences(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequences]:
         """Return the prompts as sequences for a search; nothing else runs meanwhile."""
-        with self._lock:
-            self._release_ended()
-            sequences = EngineSequences(self.rows, prompts)
+        with self.turn() as rows:
+            sequences = EngineSequences(rows, prompts)
             try:
                 yield sequences
             finally:
@@ -215,19 +215,25 @@ class Engine(Decoder):
             raise ValueError(
                 f"{len(prompt)} ids are more than block_size={self.config.block_size}; give fewer"
             )
-        with self._lock:
-            self._release_ended()
-            row = self.rows.new()
+        with self.turn() as rows:
+            row = rows.new()
             try:
                 for i in range(0, len(prompt), LOGITS_CHUNK_TOKENS):
                     chunk = prompt[i : i + LOGITS_CHUNK_TOKENS]
                     with torch.inference_mode():
-                        logits = self.rows.forward([row], [chunk], [len(chunk)])[0]
+                        logits = rows.forward([row], [chunk], [len(chunk)])[0]
                     yield logits
             finally:
-                self.rows.release(row)
+                rows.release(row)
 
-    # The scheduler.
+    # The scheduler of one call; `gptfast.serve.scheduler` has the one of a server.
+
+    @contextmanager
+    def turn(self) -> Iterator[BaseRows]:
+        """Return the rows for a step; other threads wait meanwhile. Ended requests are released."""
+        with self._lock:
+            self._release_ended()
+            yield self.rows
 
     def draw(self, job: Job) -> Iterator[Sampled]:
         """Return a job's tokens as they are sampled, each with its request. No beams, no stops.
@@ -255,21 +261,19 @@ class Engine(Decoder):
                         yield request, token
                 for request in live:
                     if request.done or not request.left:
-                        self._end(task, request)
+                        self.end(task, request)
                 live = [request for request in live if request.left and not request.done]
         finally:
             for request in live:
-                self._end(task, request)
+                self.end(task, request)
 
     def _prefill(self, task: Task, request: Request) -> list[Sampled]:
         """Compute a prompt, except what another row begins with too; return its first new token."""
         start = time.perf_counter()
-        with self._lock, torch.inference_mode():
-            self._release_ended()
-            request.row = self.rows.start(request.ids[-self.rows.block_size :])
-            held = len(self.rows.ids[request.row])
-            new = request.ids[-self.rows.block_size :][held:]
-            sampled = task.step(self.rows, [request], [new], [[]])
+        with self.turn() as rows, torch.inference_mode():
+            request.row = rows.start(request.ids[-rows.block_size :])
+            new = request.ids[-rows.block_size :][len(rows.ids[request.row]) :]
+            sampled = task.step(rows, [request], [new], [[]])
         self.stats.prompt_tokens += len(new)
         self.stats.prompt_seconds += time.perf_counter() - start
         return sampled
@@ -277,13 +281,12 @@ class Engine(Decoder):
     def _decode_step(self, task: Task, live: list[Request]) -> list[Sampled]:
         """Return the next token of each live request, or several where guesses are right."""
         start = time.perf_counter()
-        with self._lock, torch.inference_mode():
-            self._release_ended()
-            guesses = task.guess(live, self.rows)
+        with self.turn() as rows, torch.inference_mode():
+            guesses = task.guess(live, rows)
             tokens = [
                 [request.ids[-1], *guess] for request, guess in zip(live, guesses, strict=True)
             ]
-            sampled = task.step(self.rows, live, tokens, guesses)
+            sampled = task.step(rows, live, tokens, guesses)
         self.stats.seconds += time.perf_counter() - start
         self.stats.steps += 1
         self.stats.bytes_read += self.weight_bytes
@@ -292,7 +295,7 @@ class Engine(Decoder):
         self.stats.accepted += len(sampled) - len(live)
         return sampled
 
-    def _end(self, task: Task, request: Request) -> None:
+    def end(self, task: Task, request: Request) -> None:
         """Release a request's row now, or before the next step if a step is running.
 
         Garbage collection may close a stream, and so call this, in the middle of a step.

@@ -84,7 +84,7 @@ class BaseRows(ABC):
         """
         best, longest = -1, 0
         for row, held in enumerate(self.ids):
-            if len(held) > longest and (n := _n_common(held, ids)) > longest:
+            if len(held) > longest and (n := n_common(held, ids)) > longest:
                 best, longest = row, n
         longest = min(longest, len(ids) - 1)
         return self.new() if longest <= 0 else self.fork(best, longest)
@@ -257,7 +257,7 @@ def sample(
     return ops.sample(logits, position=position, **dict(zip(SAMPLING, sampling, strict=True)))
 
 
-def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
     """Return how many of the first tokens are the same."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:

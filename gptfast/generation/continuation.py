@@ -53,6 +53,7 @@ def checked_job(
         )
     options.sampling(len(prompts), device)
     options.penalty(len(prompts), device)
+    options.bias(V, device)
     if not decoder.can_guess:
         options.refuse_guesses()
     return Job(prompts, n, options.with_seeds(prompts), stops, logprobs)

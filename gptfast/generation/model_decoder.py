@@ -119,11 +119,14 @@ def decode_steps(sequences: Sequences, job: Job) -> Iterator[tuple[Tensor, tuple
     """
     batch, device = len(sequences.tokens), sequences.tokens.device
     sampling, penalty = job.options.sampling(batch, device), job.options.penalty(batch, device)
-    lacking = job.options.lacking(sequences.model.config.vocab_size, device)
+    vocab_size = sequences.model.config.vocab_size
+    bias, lacking = job.options.bias(vocab_size, device), job.options.lacking(vocab_size, device)
 
     def step() -> tuple[Tensor, tuple[Tensor, ...]]:
         logits = sequences.logits()  # (B, V)
         scores = logits if penalty is None else sequences.penalised(logits.float(), penalty)
+        if bias is not None:
+            scores = scores.float() + bias
         if lacking is not None:
             scores = scores.masked_fill(lacking, -math.inf)
         ids = ops.sample(scores, position=sequences.length, **sampling)  # (B,)

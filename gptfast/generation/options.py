@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, Protocol, Self, runtime_checkable
@@ -22,6 +22,8 @@ Number = float | Sequence[float] | Tensor
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 """The parameters of `ops.sample` in their order, without the position."""
 _INTEGERS = ("top_k", "seed")
+MAX_BIAS = 1e4
+"""The largest bias of a logit: far more than logits differ by, and nothing overflows."""
 _NO_TOP_K = 2**62
 """More tokens than any vocabulary has: `ops.sample` takes it for no top-k."""
 # Besides None: what beam search, which draws nothing, need not refuse.
@@ -50,6 +52,8 @@ class Options:
         repetition_penalty: CTRL's (Keskar et al., 2019), applied before the temperature: the logits
             of tokens that the prompt or its continuation holds are divided by it if positive and
             multiplied by it if negative; 1 is off.
+        logit_bias: numbers to add to the logits of ids, by id, after the penalty: one dictionary
+            for all prompts. -100 all but forbids an id.
     Beam search:
         num_beams: above 1, search for the likeliest continuation instead of drawing (see
             `gptfast.generation.beam`), with temperature 0 or 1 and no truncation. The result is the
@@ -79,6 +83,7 @@ class Options:
     top_p: Number | None = None
     min_p: Number | None = None
     repetition_penalty: Number = 1.0
+    logit_bias: Mapping[int, float] | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
     eos_id: Ends = None
@@ -152,6 +157,32 @@ class Options:
             )
         return None if (penalty == 1).all() else penalty
 
+    def bias(self, vocab_size: int, device: torch.device) -> Tensor | None:
+        """Return what is added to each logit, (vocab_size,) fp32; None if nothing is.
+
+        Raises ValueError for a bias that is no finite number, IndexError for an id outside the
+        vocabulary.
+        """
+        if self.logit_bias is None:
+            return None
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias must be a dictionary by id, got {self.logit_bias!r:.100}")
+        if not self.logit_bias:
+            return None
+        bias = torch.zeros(vocab_size, dtype=torch.float32, device="cpu")
+        for i, value in self.logit_bias.items():
+            if not 0 <= integer("each id of logit_bias", i) < vocab_size:
+                raise IndexError(
+                    f"logit_bias has token id {i}, out of range for a vocabulary of {vocab_size}"
+                )
+            if not isinstance(value, Real) or not abs(value) <= MAX_BIAS:
+                raise ValueError(
+                    f"logit_bias of id {i} must be a number from -{MAX_BIAS:g} to {MAX_BIAS:g}, "
+                    f"got {value!r:.100}"
+                )
+            bias[i] = float(value)
+        return bias.to(device)
+
     def lacking(self, vocab_size: int, device: torch.device) -> Tensor | None:
         """Return (vocab_size,) bool, True for ids that the tokenizer lacks; None if it has all."""
         if self.tokenizer is None:
@@ -184,6 +215,8 @@ class Options:
                     "it out or take num_beams above 1"
                 )
             return
+        if self.logit_bias:
+            raise ValueError("beam search has no logit_bias: leave it out or take num_beams=1")
         for name, off in _OFF.items():
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and value in off):
