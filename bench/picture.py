@@ -1,4 +1,7 @@
-"""Draw the pictures of bench/results from the JSON beside them, so that they cannot differ."""
+"""Draw the pictures of bench/results from the JSON beside them, so that they cannot differ.
+
+Also draws what scaling.py predicts.
+"""
 
 from pathlib import Path
 
@@ -69,6 +72,30 @@ def curves(record: dict) -> Figure:
         ax.tick_params(labelsize=8)
         ax.set_title(f"{curve['name']}: slope {curve['slope']:.2f}", fontsize=9)
     figure.suptitle(machine_line(record), fontsize=8)
+    return figure
+
+
+def scaling(curves: dict, title: str) -> Figure:
+    """Return a panel for each model: predicted tokens/s over the number of GPUs, by layout.
+
+    curves: by model and number of GPUs, the predictions of step_model.py by layout.
+    """
+    figure, axes = plt.subplots(1, len(curves), figsize=(15, 4), layout="constrained", sharey=True)
+    for ax, (model, by_size) in zip(axes, curves.items(), strict=True):
+        sizes = [n for n, found in by_size.items() if found]
+        first = max(p.tokens_per_s for p in by_size[sizes[0]].values()) / sizes[0]
+        ax.loglog(sizes, [first * n for n in sizes], "k:", linewidth=1, label="linear")
+        for layout, marker in (("ddp", "o"), ("fsdp", "s"), ("hsdp", "^")):
+            points = [(n, by_size[n][layout].tokens_per_s) for n in sizes if layout in by_size[n]]
+            ax.loglog(*zip(*points, strict=True), marker=marker, markersize=4, label=layout)
+        ax.set_title(model, fontsize=9)
+        ax.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=7, rotation=60)
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("tokens/s (prediction)")
+    axes[0].legend(fontsize=8)
+    figure.supxlabel("GPUs", fontsize=9)
+    figure.suptitle(f"Predicted, not measured: {title}", fontsize=9)
     return figure
 
 

@@ -1,11 +1,12 @@
-"""Fill the figures in README.md and docs/benchmarks.md from the JSON of bench/results.
+"""Fill the figures of the pages from the JSON of bench/results, and from scaling.py.
 
 python bench/publish.py [--check]
 
 A page marks each place with `<!-- figures: NAME -->` and `<!-- end of figures: NAME -->`; what
 stands between the two is replaced. NAME is one of TABLES, each with a column for every CPU in
-bench/results, or "summary" or "machines" or "shortfalls". Rows that other processes disturbed are
-not shown. --check changes nothing and fails if a page is out of date.
+bench/results, or "summary" or "machines" or "shortfalls", or "scaling", which is predicted. Rows
+that other processes disturbed are not shown. --check changes nothing and fails if a page is out of
+date.
 """
 
 import argparse
@@ -14,10 +15,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import scaling
 from record import RESULTS, Row, format_cost, format_rate, format_share, load, publishable
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "distributed.md")
 MARKED = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end of figures: \1 -->", re.DOTALL)
 TABLES = {
     "operations": ("attention", "cross_entropy", "adamw", "sampling", "embedding"),
@@ -199,6 +201,7 @@ def figures(name: str, results: Results) -> str:
         "summary": summary,
         "machines": machines,
         "shortfalls": shortfalls,
+        "scaling": lambda _: scaling.page(),
     }
     if name in TABLES:
         return table(results, TABLES[name])
