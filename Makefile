@@ -52,7 +52,7 @@ test-ptx: $(VENV)/ready-test
 # modules that take seconds and need neither processes, files of some size nor Triton's interpreter.
 # `make test` runs all.
 CHECKED := adamw adamw_masters architecture attention book checkpoint config cross_entropy decode_linear embedding \
-	engine engine_files evaluate examples guard hellaswag linear mlp model philox sampling schedule stop \
+	engine engine_files evaluate examples guard hellaswag linear matmul mlp model philox sampling schedule stop \
 	threads token_files train_step train_tokenizer
 check: lint $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m "not triton" $(wildcard $(CHECKED:%=tests/test_%.py))
@@ -64,7 +64,7 @@ matrix: $(VENV)/ready-test
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build beside the usual one. Python
 # itself never frees much of what it holds, so leaks are not looked for.
-SANITIZED := attention cross_entropy linear mlp embedding adamw adamw_masters sampling philox library threads engine \
+SANITIZED := attention cross_entropy matmul linear mlp embedding adamw adamw_masters sampling philox library threads engine \
 	engine_files engine_levels
 sanitize: $(VENV)/ready-test
 	GPTFAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib

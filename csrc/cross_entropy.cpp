@@ -139,10 +139,7 @@ struct HeadGradients {
 
   void add(const Tensor& dlogits, const Tensor& input) const {
     matmul(dinput, dlogits, weight);
-    if (dweight.scalar_type() == dlogits.scalar_type()) return matmul(dweight, dlogits.t(), input, {}, !first);
-    Tensor share = make_tensor(weight.sizes(), dlogits.options());
-    matmul(share, dlogits.t(), input);
-    first ? dweight.copy_(share) : dweight.add_(share);
+    matmul(dweight, dlogits.t(), input, {}, !first);
   }
 
   // Does the same with only some columns of dlogits, which were moved to its front; the others count as 0.

@@ -116,6 +116,26 @@ struct MatmulLoops {
   void (*run)(const MatmulArgs&, int64_t m0, int64_t m1, int64_t n0, int64_t n1);  // a rectangle of c
 };
 
+// c (M x N) = a (M x K) b (K x N) + bias (N,) + residual (M, N) + c if accumulate, summed in fp32 and rounded once.
+struct MatmulBf16Args {
+  int64_t M, N, K;
+  const bf16* a;
+  int64_t a_row_stride, a_col_stride;
+  const bf16* b;
+  int64_t b_row_stride, b_col_stride;
+  Dtype c_dtype;  // bf16 or fp32
+  void* c;
+  int64_t c_row_stride;
+  const bf16* bias;      // or null
+  const bf16* residual;  // or null
+  int64_t residual_row_stride;
+  bool accumulate;
+};
+struct MatmulBf16Loops {
+  int64_t tile_rows, tile_columns;  // a thread's share of c should be a multiple of these
+  void (*run)(const MatmulBf16Args&, int64_t m0, int64_t m1, int64_t n0, int64_t n1);  // a rectangle of c
+};
+
 // Layer norm of x (N, C) to y (N, C). In the backward, y is the gradient of the output.
 struct NormArgs {
   Dtype x_dtype, y_dtype;  // equal, or x is fp32
@@ -155,6 +175,7 @@ struct Loops {
   const AdamWLoops* adamw;
   const SamplingLoops* sampling;
   const MatmulLoops* matmul;
+  const MatmulBf16Loops* matmul_bf16;
   const NormLoops* norm;
   const MlpLoops* mlp;
   const EngineLoops* engine;

@@ -13,6 +13,7 @@ namespace gptfast::GPTFAST_LEVEL {
 [[gnu::weak]] extern const AdamWLoops adamw;
 [[gnu::weak]] extern const SamplingLoops sampling;
 [[gnu::weak]] extern const MatmulLoops matmul;
+[[gnu::weak]] extern const MatmulBf16Loops matmul_bf16;
 [[gnu::weak]] extern const NormLoops norm;
 [[gnu::weak]] extern const MlpLoops mlp;
 [[gnu::weak]] extern const EngineLoops engine;
@@ -24,6 +25,7 @@ extern constinit const Loops loops = {
     .adamw = &adamw,
     .sampling = &sampling,
     .matmul = &matmul,
+    .matmul_bf16 = &matmul_bf16,
     .norm = &norm,
     .mlp = &mlp,
     .engine = &engine,

@@ -1,12 +1,17 @@
-// PyTorch's library MKL reaches 95% of the peak on Intel's CPUs. On others with AVX-512 it uses only AVX2 and reaches
-// half of the peak; there, our own loops multiply fp32 matrices of some size. Only the CPU and the level decide this,
-// so runs repeat bit for bit.
+// fp32: PyTorch's library MKL reaches 95% of the peak on Intel's CPUs. On others with AVX-512 it uses only AVX2 and
+// reaches half of the peak; there, our own loops multiply matrices of some size.
+//
+// bf16: our own loops multiply matrices of some size on every CPU. PyTorch's library oneDNN takes five times as long on
+// CPUs without arithmetic in bf16, and on the others it needs passes for what our loops do as they store.
+//
+// Only the CPU, the level and the sizes decide this, so runs repeat bit for bit.
 #include "matmul.h"
 
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 
+#include "arena.h"
 #include "common.h"
 
 namespace gptfast {
@@ -30,9 +35,20 @@ std::optional<bool>& chosen_by_user() {
   static std::optional<bool> use_own;
   return use_own;
 }
-bool use_own_product() {
+bool use_own_fp32() {
   static const bool library_is_fast = is_intel();
   return chosen_by_user().value_or(loops().matmul->vector_floats >= AVX512_FLOATS && !library_is_fast);
+}
+bool use_own_product(const Tensor& a, const Tensor& b) {
+  if (std::min({a.size(0), a.size(1), b.size(1)}) < MIN_SIZE) return false;
+  switch (a.scalar_type()) {
+    case at::kFloat:
+      return use_own_fp32();
+    case at::kBFloat16:
+      return chosen_by_user().value_or(true);
+    default:
+      return false;
+  }
 }
 
 // A division of M x N among the threads.
@@ -54,8 +70,8 @@ int64_t share(int64_t size, int64_t parts, int64_t multiple) {
   return (size + parts * multiple - 1) / (parts * multiple) * multiple;
 }
 
-void multiply(const MatmulArgs& args) {
-  const MatmulLoops& product = *loops().matmul;
+template <class Loops, class Args>
+void multiply(const Loops& product, const Args& args) {
   const Grid grid = best_grid(args.M, args.N, at::in_parallel_region() ? 1 : at::get_num_threads());
   const int64_t m = share(args.M, grid.rows, product.tile_rows), n = share(args.N, grid.columns, product.tile_columns);
   at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
@@ -66,9 +82,35 @@ void multiply(const MatmulArgs& args) {
   });
 }
 
+const bf16* bf16_data(const Tensor& t) { return t.defined() ? static_cast<const bf16*>(t.const_data_ptr()) : nullptr; }
+
+void multiply_fp32(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, bool accumulate) {
+  multiply(*loops().matmul,
+           MatmulArgs{a.size(0), b.size(1), a.size(1), a.const_data_ptr<float>(), a.stride(0), a.stride(1),
+                      b.const_data_ptr<float>(), b.stride(0), b.stride(1), out.data_ptr<float>(), out.stride(0),
+                      bias.defined() ? bias.const_data_ptr<float>() : nullptr, accumulate});
+}
+
+// out is bf16 or fp32. bias and residual may be undefined.
+void multiply_bf16(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& residual,
+                   bool accumulate) {
+  MatmulBf16Args args{a.size(0),   b.size(1),    a.size(1),   bf16_data(a), a.stride(0),
+                      a.stride(1), bf16_data(b), b.stride(0), b.stride(1)};
+  args.c_dtype = dtype_of(out);
+  args.c = out.data_ptr();
+  args.c_row_stride = out.stride(0);
+  args.bias = bf16_data(bias);
+  args.residual = bf16_data(residual);
+  args.residual_row_stride = residual.defined() ? residual.stride(0) : 0;
+  args.accumulate = accumulate;
+  multiply(*loops().matmul_bf16, args);
+}
+
+Tensor contiguous(const Tensor& t) { return t.defined() ? t.contiguous() : t; }
+
 }  // namespace
 
-const char* matmul_provider() { return use_own_product() ? "gptfast" : "library"; }
+const char* matmul_provider() { return use_own_fp32() ? "gptfast" : "library"; }
 
 void set_matmul_provider(const std::string& name) {
   TORCH_CHECK_VALUE(name == "gptfast" || name == "library" || name.empty(),
@@ -78,23 +120,28 @@ void set_matmul_provider(const std::string& name) {
 
 void matmul(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, bool accumulate) {
   const at::AutoDispatchBelowAutograd guard;
-  const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
-  if (use_own_product() && out.scalar_type() == at::kFloat && std::min({M, N, K}) >= MIN_SIZE)
-    return multiply({M, N, K, a.const_data_ptr<float>(), a.stride(0), a.stride(1), b.const_data_ptr<float>(),
-                     b.stride(0), b.stride(1), out.data_ptr<float>(), out.stride(0),
-                     bias.defined() ? bias.const_data_ptr<float>() : nullptr, accumulate});
+  if (use_own_product(a, b))
+    return a.scalar_type() == at::kFloat ? multiply_fp32(out, a, b, contiguous(bias), accumulate)
+                                         : multiply_bf16(out, a, b, contiguous(bias), {}, accumulate);
   Tensor to = out;
-  if (accumulate)
+  if (out.scalar_type() != a.scalar_type()) {
+    const Tensor product = make_tensor(out.sizes(), a.options());
+    matmul(product, a, b, bias);
+    accumulate ? to.add_(product) : to.copy_(product);
+  } else if (accumulate) {
     at::addmm_out(to, to, a, b);
-  else if (bias.defined())
+  } else if (bias.defined()) {
     at::addmm_out(to, bias, a, b);
-  else
+  } else {
     at::mm_out(to, a, b);
+  }
 }
 
 void linear(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& residual) {
   if (!residual.defined()) return matmul(out, a, b, bias);
   const at::AutoDispatchBelowAutograd guard;
+  if (a.scalar_type() == at::kBFloat16 && use_own_product(a, b))
+    return multiply_bf16(out, a, b, contiguous(bias), contiguous_rows(residual), false);
   Tensor to = out;
   if (bias.defined())
     at::add_out(to, residual, bias);

@@ -4,6 +4,7 @@
 //
 // Every element of C is the sum of the same chains of KC terms however the work is divided, so the number of threads
 // changes no bit.
+#include "panels.h"
 #include "scratch.h"
 #include "tile.h"
 
@@ -17,42 +18,6 @@ constexpr int64_t KC = 256;
 constexpr int64_t MC = 96;
 constexpr int64_t MAX_PACKED_TERMS = 4 * KC;             // of B at once
 constexpr int64_t MAX_PACKED_FLOATS = int64_t{1} << 20;  // of B at once: a share of the last-level cache
-
-// Transposes W x W floats in registers by interleaving the halves log2(W) times.
-inline void transpose(vf* x) {
-#pragma GCC unroll 4
-  for (int step = 1; step < W; step *= 2) {
-    vf y[W];
-#pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) {
-      y[2 * i] = interleave<1, false>(x[i], x[i + W / 2]);
-      y[2 * i + 1] = interleave<1, true>(x[i], x[i + W / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) x[i] = y[i];
-  }
-}
-
-// Sets to[k * P + p] to x[p * x_p + k * x_k] for p < n, else to 0. May write W floats past the panel: where P < W, it
-// stores whole vectors in order, and each overwrites the surplus of the one before.
-template <int64_t P>
-void pack(const float* x, int64_t x_p, int64_t x_k, int64_t n, int64_t K, float* to) {
-  int64_t k = 0;
-  if (n == P && x_p == 1)
-    for (; k < K; ++k) memcpy(to + k * P, x + k * x_k, sizeof(float) * P);
-  if (n == P && x_k == 1)
-    for (; k + W <= K; k += W)
-      for (int64_t p = 0; p < P; p += W) {
-        vf block[W];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < W; ++i) block[i] = p + i < P ? load(x + (p + i) * x_p + k) : vf{};
-        transpose(block);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < W; ++i) store(to + (k + i) * P + p, block[i]);
-      }
-  for (; k < K; ++k)
-    for (int64_t p = 0; p < P; ++p) to[k * P + p] = p < n ? x[p * x_p + k * x_k] : 0.0f;
-}
 
 // Sets C (MR x NR) to the product of two panels of K terms, plus C if accumulate, plus the bias if there is one.
 void tile(int64_t K, const float* a, const float* b, float* c, int64_t c_row_stride, bool accumulate,
@@ -93,8 +58,8 @@ void border(int64_t rows, int64_t columns, int64_t K, const float* a, const floa
 void multiply_block(const MatmulArgs& args, int64_t m, int64_t rows, int64_t n, int64_t columns, int64_t k, int64_t K,
                     float* a, const float* b) {
   for (int64_t i = 0; i < rows; i += MR)
-    pack<MR>(args.a + (m + i) * args.a_row_stride + k * args.a_col_stride, args.a_row_stride, args.a_col_stride,
-             smaller<int64_t>(MR, rows - i), K, a + i * K);
+    pack<MR, Floats>(args.a + (m + i) * args.a_row_stride + k * args.a_col_stride, args.a_row_stride, args.a_col_stride,
+                     smaller<int64_t>(MR, rows - i), K, a + i * K);
   const bool accumulate = args.accumulate || k > 0;
   for (int64_t j = 0; j < columns; j += NR) {
     const float* bias = args.bias && k == 0 ? args.bias + n + j : nullptr;
@@ -126,8 +91,8 @@ void run(const MatmulArgs& args, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
       for (int64_t k = k0; k < k1; k += terms)
         for (int64_t j = 0; j < columns; j += NR) {
           const int64_t K = smaller(terms, k1 - k);
-          pack<NR>(args.b + (n + j) * args.b_col_stride + k * args.b_row_stride, args.b_col_stride, args.b_row_stride,
-                   smaller<int64_t>(NR, columns - j), K, b + (k - k0) * padded + j * K);
+          pack<NR, Floats>(args.b + (n + j) * args.b_col_stride + k * args.b_row_stride, args.b_col_stride,
+                           args.b_row_stride, smaller<int64_t>(NR, columns - j), K, b + (k - k0) * padded + j * K);
         }
       for (int64_t m = m0; m < m1; m += MC)
         for (int64_t k = k0; k < k1; k += terms)
