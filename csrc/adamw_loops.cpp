@@ -1,30 +1,86 @@
 // One AdamW step over a range of elements of one tensor, and the range's share of the gradient norm.
+#include <type_traits>
+
 #include "maths.h"
 #include "philox.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-constexpr int64_t PREFETCH_BYTES = 2048;        // from what is read now to what is prefetched
-constexpr int64_t ELEMENTS_PER_PHILOX = 4 * W;  // W counters of four words
+constexpr int64_t PREFETCH_BYTES = 2048;  // from what is read now to what is prefetched
+constexpr int64_t PAIR = 2 * W;
 constexpr int64_t SQUARES_PER_FP32_SUM = 2048;  // whose sum is then added in double
 
-// Rounds to the bf16 above or below, chosen by 16 random bits; inf and NaN stay.
-inline vf round_stochastic(vf x, vu random) {
-  const vu bits = (vu)x, finite = (bits & 0x7F800000u) != 0x7F800000u;
-  return finite ? (vf)((bits + (random >> 16)) & 0xFFFF0000u) : x;
+// The loops work on two vectors at once: converting 2 W elements of bf16 takes fewer instructions than twice W.
+struct Pair {
+  vf of[2];
+};
+
+template <class T>
+inline Pair load_pair(const T* p) {
+  return {{load(p), load(p + W)}};
+}
+template <class T>
+inline void store_pair(T* p, const Pair& x) {
+  store(p, x.of[0]);
+  store(p + W, x.of[1]);
+}
+#ifdef __AVX2__
+// The packing instructions work on each 128 bits alone; a permutation of 64-bit lanes restores the order.
+inline Pair load_pair(const bf16* p) {
+#ifdef __AVX512F__
+  const __m512i in_order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), zero = _mm512_setzero_si512();
+  const __m512i halves = _mm512_permutexvar_epi64(in_order, _mm512_loadu_si512(p));
+  return {{(vf)_mm512_unpacklo_epi16(zero, halves), (vf)_mm512_unpackhi_epi16(zero, halves)}};
+#else
+  const __m256i zero = _mm256_setzero_si256(), halves = _mm256_permute4x64_epi64(_mm256_loadu_si256((__m256i*)p), 0xD8);
+  return {{(vf)_mm256_unpacklo_epi16(zero, halves), (vf)_mm256_unpackhi_epi16(zero, halves)}};
+#endif
+}
+inline void store_upper_halves(bf16* p, vu a, vu b) {
+#ifdef __AVX512F__
+  const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  const __m512i halves = _mm512_packus_epi32((__m512i)(a >> 16), (__m512i)(b >> 16));
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi64(in_order, halves));
+#else
+  const __m256i halves = _mm256_packus_epi32((__m256i)(a >> 16), (__m256i)(b >> 16));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(halves, 0xD8));
+#endif
+}
+#else
+inline void store_upper_halves(bf16* p, vu a, vu b) {
+  *(vh_any*)p = narrow(a >> 16);
+  *(vh_any*)(p + W) = narrow(b >> 16);
+}
+#endif
+
+inline bool any_nan(const Pair& x) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x.of[0], (__m512)x.of[1], _CMP_UNORD_Q) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x.of[0], (__m256)x.of[1], _CMP_UNORD_Q)) != 0;
+#else
+  return any((x.of[0] != x.of[0]) | (x.of[1] != x.of[1]));
+#endif
 }
 
-// Writes the random words of elements index .. index + ELEMENTS_PER_PHILOX: word e & 3 of counter e >> 2 for element e.
-inline void random_words(int64_t index, const AdamWTensor& t, uint64_t seed, uint32_t* out) {
-  const Words words = philox(iota() + (uint32_t)(index >> 2), splat(t.param_id), splat(t.step), splat(2u), seed);
-  // out[4 * i + w] = word w of counter i: interleave words to pairs, then pairs to fours.
-  const vu* w = words.word;
-  const vu low01 = interleave<1, false>(w[0], w[1]), low23 = interleave<1, false>(w[2], w[3]);
-  const vu high01 = interleave<1, true>(w[0], w[1]), high23 = interleave<1, true>(w[2], w[3]);
-  const vu fours[4] = {interleave<2, false>(low01, low23), interleave<2, true>(low01, low23),
-                       interleave<2, false>(high01, high23), interleave<2, true>(high01, high23)};
-  memcpy(out, fours, sizeof fours);
+// Stores what is nearest to x. Without NAN_TOO, no element is NaN: adding to the bits of one could make a number of it.
+template <bool NAN_TOO, class T>
+inline void store_nearest(T* p, const Pair& x) {
+  if constexpr (NAN_TOO || !std::is_same_v<T, bf16>)
+    store_pair(p, x);
+  else
+    store_upper_halves(p, round_bits(x.of[0]), round_bits(x.of[1]));
+}
+
+// Stores the bf16 above or below, chosen by the upper 16 bits of a random word. Infinity stays: its lower half is 0.
+template <bool NAN_TOO>
+inline void store_stochastic(bf16* p, const Pair& x, const vu* random) {
+  const auto rounded = [](vf x, vu word) {
+    const vu bits = (vu)x + (word >> 16);
+    return NAN_TOO ? (x == x ? bits : splat(0x7FC00000u)) : bits;
+  };
+  store_upper_halves(p, rounded(x.of[0], random[0]), rounded(x.of[1], random[1]));
 }
 
 // Whether lanes of param are master rounded to T. Where both are NaN, this does not matter.
@@ -34,96 +90,116 @@ inline vi is_rounded(vf param, vf master, bf16) {
   return (((vu)param ^ round_bits(master)) < 0x10000u) & (master == master);
 }
 
-// Returns the updated parameters and writes the updated moments.
-template <class M>
-inline vf update(const AdamWTensor& t, const AdamWArgs& args, vf p, vf g, M* exp_avg, M* exp_avg_sq) {
-  g = g * args.clip;
-  const vf m = load(exp_avg) * args.beta1 + g * args.one_minus_beta1;
-  const vf v = load(exp_avg_sq) * args.beta2 + g * g * args.one_minus_beta2;
-  store(exp_avg, m);
-  store(exp_avg_sq, v);
-  return p * args.decay - t.step_size * (m / (square_root(v) * t.inv_sqrt_bias2 + args.eps));
+struct Updated {
+  Pair param, exp_avg, exp_avg_sq;
+};
+
+// A NaN in the moments returned is one in the parameters returned, too.
+inline Updated update(const AdamWTensor& t, const AdamWArgs& args, Pair p, const Pair& grad, Pair m, Pair v) {
+  for (int i = 0; i < 2; ++i) {
+    const vf g = grad.of[i] * args.clip;
+    m.of[i] = m.of[i] * args.beta1 + g * args.one_minus_beta1;
+    v.of[i] = v.of[i] * args.beta2 + g * g * args.one_minus_beta2;
+    const vf denominator = square_root(v.of[i]) * t.inv_sqrt_bias2 + args.eps;
+    p.of[i] = p.of[i] * args.decay - t.step_size * (m.of[i] / denominator);
+  }
+  return {p, m, v};
 }
 
 // Four streams are read and written. The hardware's prefetchers stop at the end of each page.
 template <class T>
-inline void prefetch(T* p) {
-  __builtin_prefetch((const char*)p + PREFETCH_BYTES, 1);
-}
-template <class T>
-inline void prefetch(const T* p) {
-  __builtin_prefetch((const char*)p + PREFETCH_BYTES);
+inline void prefetch_pair(T* p) {
+  for (size_t byte = 0; byte < PAIR * sizeof(T); byte += 64)
+    __builtin_prefetch((const char*)p + PREFETCH_BYTES + byte, !std::is_const_v<T>);
 }
 
-// Steps the first n elements of t, a multiple of W. index: of the first one in the parameter, a multiple of W.
-// Compiled once, for the last vector too: which products are fused with a sum must not depend on an element's place.
-template <class T, class M>
+// Steps the first n elements of t, a multiple of PAIR. index: of the first one in the parameter, a multiple of PAIR.
+// Compiled once, for the last pair too: which products are fused with a sum must not depend on an element's place.
+template <class T, class M, bool MASTER, bool STOCHASTIC>
 [[gnu::noipa]] void step_vectors(const AdamWTensor t, const AdamWArgs args, int64_t index, int64_t n) {
   T* param = (T*)t.param;
   const T* grad = (const T*)t.grad;
   M *exp_avg = (M*)t.exp_avg, *exp_avg_sq = (M*)t.exp_avg_sq;
-  uint32_t random[ELEMENTS_PER_PHILOX];
-  for (int64_t j = 0; j < n; j += W) {
-    prefetch(param + j);
-    prefetch(grad + j);
-    prefetch(exp_avg + j);
-    prefetch(exp_avg_sq + j);
-    vf p = load(param + j);
-    if (t.master) {
+  const PhiloxKeys keys = philox_keys(args.seed);
+  vu random[4];
+  for (int64_t j = 0; j < n; j += PAIR) {
+    prefetch_pair(param + j);
+    prefetch_pair(grad + j);
+    prefetch_pair(exp_avg + j);
+    prefetch_pair(exp_avg_sq + j);
+    Pair p = load_pair(param + j);
+    if (MASTER) {
       // Where the parameter is not the rounded master, somebody else has written to it.
-      const vf master = load(t.master + j);
-      p = is_rounded(p, master, T{}) ? master : p;
+      const Pair master = load_pair(t.master + j);
+      for (int i = 0; i < 2; ++i) p.of[i] = is_rounded(p.of[i], master.of[i], T{}) ? master.of[i] : p.of[i];
     }
-    p = update(t, args, p, load(grad + j), exp_avg + j, exp_avg_sq + j);
-    if (t.master) store(t.master + j, p);
-    if (args.stochastic) {
-      const int64_t at = j % ELEMENTS_PER_PHILOX;
-      if (at == 0) random_words(index + j, t, args.seed, random);
-      vu words;
-      memcpy(&words, random + at, sizeof words);
-      p = round_stochastic(p, words);  // now a bf16 value, which the store keeps exactly
-    }
-    store(param + j, p);
+    const Updated to = update(t, args, p, load_pair(grad + j), load_pair(exp_avg + j), load_pair(exp_avg_sq + j));
+    if (MASTER) store_pair(t.master + j, to.param);
+    // Element e takes word e & 3 of counter e >> 2.
+    const int64_t vector = j / W % 4;
+    if (STOCHASTIC && vector == 0) philox_in_order((uint32_t)((index + j) >> 2), t.param_id, t.step, 2u, keys, random);
+    const auto store_all = [&]<bool NAN_TOO>(std::bool_constant<NAN_TOO>) {
+      store_nearest<NAN_TOO>(exp_avg + j, to.exp_avg);
+      store_nearest<NAN_TOO>(exp_avg_sq + j, to.exp_avg_sq);
+      if constexpr (STOCHASTIC)
+        store_stochastic<NAN_TOO>(param + j, to.param, random + vector);
+      else
+        store_nearest<NAN_TOO>(param + j, to.param);
+    };
+    if (any_nan(to.param)) [[unlikely]]
+      store_all(std::true_type());
+    else
+      store_all(std::false_type());
   }
 }
 
-// begin is a multiple of W.
-template <class T, class M>
+// begin is a multiple of PAIR.
+template <class T, class M, bool MASTER, bool STOCHASTIC>
 void step_elements(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
-  const int64_t n = (end - begin) % W;
+  const int64_t n = (end - begin) % PAIR;
   AdamWTensor at = t;
   const auto move_to = [&](int64_t j) {
     at.param = (T*)t.param + j;
     at.grad = (const T*)t.grad + j;
     at.exp_avg = (M*)t.exp_avg + j;
     at.exp_avg_sq = (M*)t.exp_avg_sq + j;
-    at.master = t.master ? t.master + j : nullptr;
+    if (MASTER) at.master = t.master + j;
   };
   move_to(begin);
-  step_vectors<T, M>(at, args, begin, end - begin - n);
+  step_vectors<T, M, MASTER, STOCHASTIC>(at, args, begin, end - begin - n);
   if (!n) return;
-  // The last elements, in a copy as long as a vector.
+  // The last elements, in a copy as long as a pair.
   move_to(end - n);
   AdamWTensor copy = at;
-  T param[W] = {}, grad[W] = {};
-  M exp_avg[W] = {}, exp_avg_sq[W] = {};
-  float master[W] = {};
+  T param[PAIR] = {}, grad[PAIR] = {};
+  M exp_avg[PAIR] = {}, exp_avg_sq[PAIR] = {};
+  float master[PAIR] = {};
   memcpy(copy.param = param, at.param, n * sizeof(T));
   memcpy(grad, at.grad, n * sizeof(T));
   memcpy(copy.exp_avg = exp_avg, at.exp_avg, n * sizeof(M));
   memcpy(copy.exp_avg_sq = exp_avg_sq, at.exp_avg_sq, n * sizeof(M));
-  if (t.master) memcpy(copy.master = master, at.master, n * sizeof(float));
+  if (MASTER) memcpy(copy.master = master, at.master, n * sizeof(float));
   copy.grad = grad;
-  step_vectors<T, M>(copy, args, end - n, W);
+  step_vectors<T, M, MASTER, STOCHASTIC>(copy, args, end - n, PAIR);
   memcpy(at.param, param, n * sizeof(T));
   memcpy(at.exp_avg, exp_avg, n * sizeof(M));
   memcpy(at.exp_avg_sq, exp_avg_sq, n * sizeof(M));
-  if (t.master) memcpy(at.master, master, n * sizeof(float));
+  if (MASTER) memcpy(at.master, master, n * sizeof(float));
+}
+
+// The loops are compiled for each answer: a branch in them would keep constants out of registers.
+template <class T, class M, bool STOCHASTIC>
+void step_rounded(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
+  if (t.master) return step_elements<T, M, true, STOCHASTIC>(t, args, begin, end);
+  step_elements<T, M, false, STOCHASTIC>(t, args, begin, end);
 }
 
 void step(const AdamWTensor& t, const AdamWArgs& args, int64_t begin, int64_t end) {
-  if (t.moment_dtype == Dtype::bf16) return step_elements<bf16, bf16>(t, args, begin, end);
-  by_dtype(t.dtype, [&](auto type) { step_elements<decltype(type), float>(t, args, begin, end); });
+  const bool moments_bf16 = t.moment_dtype == Dtype::bf16;
+  if (args.stochastic && moments_bf16) return step_rounded<bf16, bf16, true>(t, args, begin, end);
+  if (args.stochastic) return step_rounded<bf16, float, true>(t, args, begin, end);
+  if (moments_bf16) return step_rounded<bf16, bf16, false>(t, args, begin, end);
+  by_dtype(t.dtype, [&](auto type) { step_rounded<decltype(type), float, false>(t, args, begin, end); });
 }
 
 template <class T>
@@ -135,8 +211,8 @@ double sum_squares(const T* grad, int64_t begin, int64_t end) {
     int64_t j = from;
     for (; j + 4 * W <= to; j += 4 * W)
       for (int i = 0; i < 4; ++i) {
-        const vf g = load(grad + j + i * W);
-        part[i] += g * g;
+        const Pair g = load_pair(grad + j + i / 2 * PAIR);
+        part[i] += g.of[i % 2] * g.of[i % 2];
       }
     for (; j < to; j += W) {
       const vf g = load_n(grad + j, smaller<int64_t>(W, to - j));
