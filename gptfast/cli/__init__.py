@@ -50,6 +50,7 @@ COMMANDS = _Commands(
     train="train.Train",
     generate="generate.Generate",
     chat="chat.Chat",
+    serve="serve.Serve",
     eval="evaluate.Eval",
     prepare="prepare.Prepare",
     tokenizer="tokenizer.TrainTokenizer",

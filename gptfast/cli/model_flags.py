@@ -106,6 +106,22 @@ def _load(checkpoint: str, device: str, dtype: str | None, engine: bool) -> "GPT
     return Engine(model, dtype) if engine or dtype else model
 
 
+def draft_engine(
+    draft: str, dtype: str | None, checkpoint: str, device: str, tokenizer: str | None
+) -> "Engine":
+    """Return the engine of the draft model for a checkpoint, with the dtype unless it is packed.
+
+    It is on the device of the model whose tokens it guesses.
+    """
+    from gptfast.engine import Engine, is_packed
+
+    on = _device(checkpoint, device).type
+    engine = _load(draft, on, None if is_packed(draft) else dtype, engine=True)
+    assert isinstance(engine, Engine)  # else the model could not check guesses
+    check_draft(draft, engine, checkpoint, tokenizer)
+    return engine
+
+
 def new_seed() -> int:
     """Return a seed that is short to type and another one each time."""
     return secrets.randbelow(10**9)
@@ -178,22 +194,9 @@ class GenerationFlags:
         if self.lookup:
             options["lookup"] = True
         if self.draft is not None:
-            options["draft"] = self._draft(self.draft)
+            where = (self.checkpoint, self.device, self.tokenizer)
+            options["draft"] = draft_engine(self.draft, self.dtype, *where)
         return options
-
-    def _draft(self, checkpoint: str) -> "Engine":
-        """Return the engine of the draft model, with --dtype unless it is packed.
-
-        It is on the device of the model whose tokens it guesses.
-        """
-        from gptfast.engine import Engine, is_packed
-
-        dtype = None if is_packed(checkpoint) else self.dtype
-        on = _device(self.checkpoint, self.device).type
-        draft = _load(checkpoint, on, dtype, engine=True)
-        assert isinstance(draft, Engine)  # else the model could not check guesses
-        check_draft(checkpoint, draft, self.checkpoint, self.tokenizer)
-        return draft
 
     @property
     def shows_speed(self) -> bool:

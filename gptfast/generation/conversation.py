@@ -107,6 +107,17 @@ class Conversation:
             raise ValueError("there is nothing to continue yet")
         self.turns.append(Turn(prompt, ids))
 
+    def begin(self, text: str) -> None:
+        """Put a text before the first turn. Raises ValueError for text that UTF-8 cannot hold."""
+        opening = text if self.template.between else text + "\n"
+        self.turns.append(Turn("", encode_opening(self.tokenizer, opening)))
+
+    def answer(self, text: str) -> None:
+        """Give the last turn a reply that was written before."""
+        turn = self.turns[-1]
+        turn.text = text
+        turn.reply = self._kept(encode_continuation(self.tokenizer, text))
+
     def take_back(self) -> str:
         """Undo the last turn; return its prompt. Raises ValueError if there is none."""
         if not self.turns:

@@ -1,0 +1,321 @@
+"""The HTTP application: OpenAI's endpoints by FastAPI, in front of a `Service`."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+import gptfast
+from gptfast.serve.guards import ApiKeys, BodyLimit, RequestId
+from gptfast.serve.protocol import (
+    ApiError,
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    check_refused,
+    validation_error,
+)
+from gptfast.serve.replies import Chat, Completions, Reply, TokenNames, usage_of
+from gptfast.serve.service import Group, Service
+from gptfast.tokenizer.bpe import encode_continuation, encode_opening, end_of_text
+
+T = TypeVar("T")
+
+
+def make_app(
+    service: Service, *, keys: Collection[str] = (), cors_origins: Collection[str] = ()
+) -> FastAPI:
+    """Return the application of a service."""
+    app = FastAPI(title="gptfast", version=gptfast.__version__, redoc_url=None)
+    _add_errors(app)
+    _add_generation(app, service)
+    _add_others(app, service)
+    # The last is the first that a request meets.
+    app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
+    if keys:
+        app.add_middleware(ApiKeys, keys=keys)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[*cors_origins],
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(RequestId)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Give every error OpenAI's shape."""
+
+    def response(error: ApiError) -> Response:
+        return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(ApiError)
+    async def of_ours(request: Request, error: ApiError) -> Response:
+        return response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def of_pydantic(request: Request, error: RequestValidationError) -> Response:
+        return response(validation_error(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        text = {404: "there is no such path; see /docs", 405: "this path has another method"}
+        message = text.get(error.status_code, str(error.detail))
+        return response(ApiError(error.status_code, message, headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def of_ours_alone(request: Request, error: Exception) -> Response:
+        message = "the server failed at this request; its log says more"
+        return response(ApiError(500, message, kind="server_error"))
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue prompts."""
+        service.check_model(body.model)
+        check_refused(body)
+        form = Completions(body.logprobs is not None)
+        return await _answer(service, form, body, request, service.completion(body))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Write the next message of a chat."""
+        service.check_model(body.model)
+        check_refused(body)
+        return await _answer(service, Chat(bool(body.logprobs)), body, request, service.chat(body))
+
+
+async def _answer(
+    service: Service, form: Completions | Chat, body: Common, request: Request, group: Group
+) -> Response:
+    """Return the reply of a group: a stream, or all of it at the end."""
+    reply = Reply(form, service.name, service.model.engine.dtype)
+    if body.stream:
+        return EventStream(group, _events(reply, body, group, service.limits.timeout_s))
+    try:
+        async with asyncio.timeout(service.limits.timeout_s):
+            await _unless_disconnected(request, _collect(group))
+    except TimeoutError:
+        raise _timeout(service.limits.timeout_s) from None
+    except _Disconnected:
+        return Response(status_code=499)  # nobody reads it
+    finally:
+        group.cancel()
+    usage = usage_of(group.generations, body.n or 1)
+    return JSONResponse(reply.whole(group.choices, usage))
+
+
+async def _collect(group: Group) -> None:
+    async for choice, update in group.updates():
+        choice.add(update)
+
+
+class _Disconnected(Exception):
+    """The client has gone."""
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """Return the result of work, or raise _Disconnected as soon as the client has gone."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _Disconnected
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Wait until the client has gone. Its request has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _timeout(seconds: float) -> ApiError:
+    message = f"the request took longer than {seconds:g} s; ask for fewer tokens or try again later"
+    return ApiError(504, message, kind="timeout_error", code="timeout")
+
+
+async def _events(
+    reply: Reply, body: Common, group: Group, timeout_s: float
+) -> AsyncIterator[Mapping[str, Any]]:
+    """Yield the chunks of a stream."""
+    form, options, n = reply.form, body.stream_options, body.n or 1
+    always = options is not None and options.continuous_usage_stats
+    asked = options is not None and (options.include_usage or always)
+
+    def chunk(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+        usage = usage_of(group.generations, n) if always else None
+        return reply.chunk([choice], **({"usage": usage} if asked else {}))
+
+    for choice in group.choices:
+        if opening := form.opening(choice.index):
+            yield chunk(opening)
+    end = asyncio.get_running_loop().time() + timeout_s
+    updates = group.updates()
+    while True:
+        try:
+            async with asyncio.timeout_at(end):
+                choice, update = await anext(updates)
+        except StopAsyncIteration:
+            break
+        except TimeoutError:
+            raise _timeout(timeout_s) from None
+        choice.add(update)
+        if choice.text or choice.finish:
+            yield chunk(form.choice(choice, streamed=True))
+            choice.clear()
+    if options is not None and options.include_usage:
+        yield reply.chunk([], usage=usage_of(group.generations, n))
+
+
+class EventStream(Response):
+    """A stream of server-sent events, which ends its generations where the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, group: Group, chunks: AsyncIterator[Mapping[str, Any]]) -> None:
+        self.status_code, self.background = 200, None
+        self._group, self._chunks = group, chunks
+        # nginx would hold the events back.
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send_all(send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            self._group.cancel()
+            sending.cancel()
+            gone.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+
+    async def _send_all(self, send: Send) -> None:
+        headers = self.raw_headers
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async for chunk in self._chunks:
+                await _send_event(send, json.dumps(chunk, ensure_ascii=False))
+            await _send_event(send, "[DONE]")
+        except ApiError as error:
+            await _send_event(send, json.dumps(error.body))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_event(send: Send, data: str) -> None:
+    event = f"data: {data}\n\n".encode()
+    await send({"type": "http.response.body", "body": event, "more_body": True})
+
+
+def _add_others(app: FastAPI, service: Service) -> None:
+    def card() -> dict[str, Any]:
+        engine = service.model.engine
+        return {
+            "id": service.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "gptfast",
+            "max_model_len": engine.config.block_size,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """List the only model."""
+        return {"object": "list", "data": [card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """Describe the model."""
+        service.check_model(name)
+        return card()
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Return 200 if requests are taken, 503 while the model is loaded or the server drains."""
+        return JSONResponse({"status": service.state}, 200 if service.state == "ok" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Return the metrics for Prometheus."""
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """Return the token ids of a text."""
+        service.check_model(body.model)
+        model = service.model
+        encode = encode_opening if body.add_special_tokens else encode_continuation
+        try:
+            ids = encode(model.tokenizer, body.prompt)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="prompt") from None
+        names = TokenNames(model.tokenizer)
+        texts = [names.text(i) for i in ids] if body.return_token_strs else None
+        return {
+            "count": len(ids),
+            "max_model_len": model.engine.config.block_size,
+            "tokens": ids,
+            "token_strs": texts,
+        }
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        """Return the text of token ids."""
+        service.check_model(body.model)
+        tokenizer = service.model.tokenizer
+        for i in body.tokens:
+            if not 0 <= i < tokenizer.n_vocab:
+                raise ApiError(
+                    400,
+                    f"there is no token {i}: ids are below {tokenizer.n_vocab}",
+                    param="tokens",
+                )
+        return {"prompt": tokenizer.decode(body.tokens)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """Describe the tokenizer, as lm-evaluation-harness asks."""
+        model = service.model
+        end = end_of_text(model.tokenizer)
+        name = None if end is None else TokenNames(model.tokenizer).text(end)
+        return {
+            "tokenizer_class": type(model.tokenizer).__name__,
+            "vocab_size": model.tokenizer.n_vocab,
+            "model_max_length": model.engine.config.block_size,
+            "eos_token": name,
+            "bos_token": name,
+            "pad_token": None,
+            "eos_token_id": end,
+        }
+
+    @app.get("/settings")
+    async def settings() -> dict[str, Any]:
+        """Return what the page shows: the model and what a request leaves out."""
+        engine = service.model.engine
+        return {
+            "model": service.name,
+            "dtype": engine.dtype,
+            "block_size": engine.config.block_size,
+            "template": service.template.write("{prompt}"),
+            **vars(service.defaults),
+        }

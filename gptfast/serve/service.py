@@ -1,0 +1,422 @@
+"""What a server does for its clients: requests of the protocol to generations, and their ends."""
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gptfast.engine.engine import Engine
+from gptfast.generate import prompt_ids
+from gptfast.generation.continuation import checked_job
+from gptfast.generation.conversation import Conversation, Template
+from gptfast.generation.options import LogprobOptions, Options, next_seed
+from gptfast.serve.metrics import Metrics
+from gptfast.serve.protocol import ApiError, ChatRequest, Common, CompletionRequest
+from gptfast.serve.replies import Choice, TokenNames
+from gptfast.serve.scheduler import Closed, Generation, QueueFull, Scheduler, Update
+from gptfast.tokenizer.bpe import Tokenizer, end_of_text
+
+DEFAULT_NEW_TOKENS = 16
+"""New tokens of a completion that does not say how many, as at OpenAI."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a client may ask for."""
+
+    max_queue: int = 256
+    max_choices: int = 128
+    """Generations of one request: its prompts times its n."""
+    max_prompt_tokens: int | None = None
+    """None: as many as fit into block_size."""
+    max_new_tokens: int | None = None
+    max_body_bytes: int = 4 * 2**20
+    timeout_s: float = 600.0
+    """Seconds from a request's arrival to its end."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is served. guesses: the options lookup and draft, if there is a guesser."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    guesses: dict[str, Any] = field(default_factory=dict)
+    longest: int = field(init=False)
+    """Bytes of the longest token."""
+
+    def __post_init__(self) -> None:
+        tokens = getattr(self.tokenizer, "tokens", {})
+        longest = max(map(len, tokens.values()), default=sys.maxsize)
+        object.__setattr__(self, "longest", longest)
+
+
+@dataclass
+class Defaults:
+    """The values of what a request leaves out. seed: None draws another one each time."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+
+class Group:
+    """The generations of one HTTP request, and what they tell, in the event loop's thread."""
+
+    def __init__(self, generations: Sequence[Generation], choices: Sequence[Choice]) -> None:
+        self.generations, self.choices = generations, choices
+        self.told: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self.scheduler: Scheduler | None = None
+
+    async def updates(self) -> AsyncIterator[tuple[Choice, Update]]:
+        """Yield what each choice is told until all have ended. Raises ApiError for a failure."""
+        left = len(self.choices)
+        while left:
+            index, update = await self.told.get()
+            if update.finish == "failed":
+                raise ApiError(500, update.message, kind="server_error")
+            if update.finish == "cancelled":
+                message = "the server is going down; send the request again"
+                raise ApiError(503, message, kind="server_error", headers={"Retry-After": "1"})
+            left -= update.finish is not None
+            yield self.choices[index], update
+
+    def cancel(self) -> None:
+        """End what has not ended."""
+        for one in self.generations:
+            if self.scheduler is not None and one.finish is None:
+                self.scheduler.cancel(one)
+
+
+class Service:
+    """A model and what runs on it. All methods but `load` are for the event loop's thread.
+
+    open_model: reads the model, at the start and for each reload. on_failure: called with a message
+    when the engine fails.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        open_model: Callable[[], Model],
+        *,
+        template: Template,
+        limits: Limits | None = None,
+        defaults: Defaults | None = None,
+        new_seed: Callable[[], int],
+        on_failure: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.name, self.template, self.limits = name, template, limits or Limits()
+        self.defaults = defaults or Defaults()
+        self.metrics = Metrics(name)
+        self.metrics.watch(
+            running=lambda: sum(one.n_running for one in self._schedulers),
+            waiting=lambda: sum(one.n_waiting for one in self._schedulers),
+            cache_usage=lambda: self._schedulers[-1].cache_usage if self._schedulers else 0.0,
+        )
+        self.draining = False
+        self.created = int(time.time())
+        self._open_model, self._new_seed, self._on_failure = open_model, new_seed, on_failure
+        self._model: Model | None = None
+        self._schedulers: list[Scheduler] = []
+        """The last takes requests; those before it finish theirs."""
+        self._loading = asyncio.Lock()
+
+    # The model.
+
+    @property
+    def state(self) -> str:
+        """ "ok", "loading" or "draining"."""
+        if self.draining:
+            return "draining"
+        return "ok" if self._model is not None else "loading"
+
+    async def load(self) -> None:
+        """Read the model, or read it again: requests that run end with the one they began with.
+
+        Raises what reading raises; a model that is there then stays.
+        """
+        async with self._loading:
+            model = await asyncio.to_thread(self._open_model)
+            options = Options(tokenizer=model.tokenizer, **model.guesses)
+            scheduler = Scheduler(
+                model.engine,
+                options,
+                max_queue=self.limits.max_queue,
+                on_failure=self._on_failure,
+            )
+            for old in self._schedulers:
+                old.close()
+            self._schedulers = [one for one in self._schedulers if not one.join(0)] + [scheduler]
+            self._model = model
+
+    @property
+    def model(self) -> Model:
+        """The model. Raises ApiError while it is loaded, and while the server goes down."""
+        if self._model is None or self.draining:
+            text = "is going down" if self.draining else "is still loading the model"
+            raise ApiError(
+                503,
+                f"the server {text}; try again later",
+                kind="server_error",
+                headers={"Retry-After": "2"},
+            )
+        return self._model
+
+    @property
+    def busy(self) -> int:
+        """How many generations run or wait."""
+        return sum(one.n_running + one.n_waiting for one in self._schedulers)
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Take no more requests. cancel: end those that run."""
+        self.draining = True
+        for scheduler in self._schedulers:
+            scheduler.close(cancel=cancel)
+
+    # Requests.
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError for the name of another model."""
+        if name is not None and name != self.name:
+            raise ApiError(
+                404,
+                f"there is no model {name!r:.100}; this server has {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def completion(self, request: CompletionRequest) -> Group:
+        """Return the generations of a request for completions, started."""
+        model = self.model
+        n, top = request.max_tokens, request.logprobs
+        logprobs = LogprobOptions(top is not None, top or 0)
+        given = self._given(request.prompt)
+        prompts = [self._ids(model, one) for one in given]
+        if n == 0 and not request.echo:
+            raise ApiError(
+                400, "max_tokens must be at least 1 without echo, got 0", param="max_tokens"
+            )
+        stop = [request.stop] if isinstance(request.stop, str) else request.stop
+        options = self._options(model, request, stop or None)
+        group = self._group(model, request, prompts, n, DEFAULT_NEW_TOKENS, options, logprobs)
+        if request.echo:
+            for choice, one in zip(group.choices, group.generations, strict=True):
+                place = choice.index // (request.n or 1)
+                text, ids = given[place], prompts[place]
+                choice.echo = ids
+                choice.echo_text = text if isinstance(text, str) else model.tokenizer.decode(ids)
+                one.scored = logprobs
+        return self._started(group)
+
+    def chat(self, request: ChatRequest) -> Group:
+        """Return the generations of a request for a chat's next message, started."""
+        model = self.model
+        conversation = self.conversation(model, request)
+        n = request.max_completion_tokens
+        n = request.max_tokens if n is None else n
+        if n == 0:
+            raise ApiError(400, "max_tokens must be at least 1, got 0", param="max_tokens")
+        wanted = bool(request.logprobs)
+        if request.top_logprobs and not wanted:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        logprobs = LogprobOptions(wanted, request.top_logprobs or 0 if wanted else 0)
+        stop = [request.stop] if isinstance(request.stop, str) else [*(request.stop or ())]
+        if self.template.stop is not None:
+            stop.append(self.template.stop)
+        options = self._options(model, request, stop or None)
+        ids = conversation.ids
+        room = max(1, model.engine.config.block_size - len(ids))
+        return self._started(self._group(model, request, [ids], n, room, options, logprobs))
+
+    def conversation(self, model: Model, request: ChatRequest) -> Conversation:
+        """Return the messages in the template. Raises ApiError for an order that it has not."""
+        conversation = Conversation(self.template, model.tokenizer, model.engine.eos_ids)
+        messages = [*request.messages]
+        opening = []
+        while messages and messages[0].role in ("system", "developer"):
+            opening.append(messages.pop(0).text)
+        for n, message in enumerate(messages):
+            wanted = "assistant" if n % 2 else "user"
+            if message.role != wanted:
+                raise ApiError(
+                    400,
+                    f"message {n + len(opening)} must be the {wanted}'s, got {message.role}'s: "
+                    "after system messages, user and assistant take turns",
+                    param="messages",
+                )
+        if len(messages) % 2 == 0:
+            raise ApiError(400, "the last message must be the user's", param="messages")
+        try:
+            if text := "\n".join(opening):
+                conversation.begin(text)
+            for message in messages:
+                ask = message.role == "user"
+                (conversation.ask if ask else conversation.answer)(message.text)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from None
+        if not conversation.ids:
+            raise ApiError(400, "the messages are empty; write one", param="messages")
+        return conversation
+
+    def _given(self, prompt: Any) -> list[str | list[int]]:
+        """Return the prompts of a request, whose field holds one or a list of them."""
+        if isinstance(prompt, str) or prompt and isinstance(prompt[0], int):
+            prompt = [prompt]
+        if not prompt:
+            raise ApiError(400, "prompt has no prompts; write one", param="prompt")
+        if len(prompt) > self.limits.max_choices:
+            raise self._too_many(len(prompt))
+        return prompt
+
+    def _ids(self, model: Model, prompt: str | list[int]) -> list[int]:
+        """Return the ids of a prompt. Raises ApiError for text that cannot be encoded."""
+        if not isinstance(prompt, str):
+            return prompt
+        size = model.engine.config.block_size
+        # Encoding a text of megabytes would hold up everybody.
+        if len(prompt) > size * model.longest:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {size} tokens, and a prompt of "
+                f"{len(prompt)} characters has more; shorten it",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        try:
+            return prompt_ids(model.tokenizer, prompt)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="prompt") from None
+
+    def _options(self, model: Model, request: Common, stop: list[str] | None) -> dict[str, Any]:
+        """Return the options of `gptfast.generate` that a request asks for, without the seed."""
+        ends: Any = list(model.engine.eos_ids) or end_of_text(model.tokenizer)
+        options: dict[str, Any] = {"tokenizer": model.tokenizer, "stop": stop}
+        options["eos_id"] = None if request.ignore_eos else ends
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            asked = getattr(request, name)
+            options[name] = getattr(self.defaults, name) if asked is None else asked
+        if options["top_k"] == -1:  # how vLLM's clients switch it off
+            options["top_k"] = None
+        if request.logit_bias:
+            try:
+                bias = {int(i): value for i, value in request.logit_bias.items()}
+            except ValueError:
+                raise ApiError(
+                    400, "the keys of logit_bias must be token ids", param="logit_bias"
+                ) from None
+            options["logit_bias"] = bias
+        return options
+
+    def _group(
+        self,
+        model: Model,
+        request: Common,
+        prompts: Sequence[list[int]],
+        max_tokens: int | None,
+        default: int,
+        options: dict[str, Any],
+        logprobs: LogprobOptions,
+    ) -> Group:
+        """Return generations that have not started: n of each prompt, with a seed each."""
+        n = request.n or 1
+        if len(prompts) * n > self.limits.max_choices:
+            raise self._too_many(len(prompts) * n)
+        seed = self._new_seed() if request.seed is None else request.seed
+        names = TokenNames(model.tokenizer)
+        generations: list[Generation] = []
+        choices: list[Choice] = []
+        group = Group(generations, choices)
+        loop = asyncio.get_running_loop()
+        for prompt in prompts:
+            length = self._new_tokens(model, len(prompt), max_tokens, default)
+            try:
+                job = checked_job(model.engine, [prompt], length, Options.of(options), logprobs)
+            except (ValueError, IndexError) as error:
+                raise ApiError(400, str(error)) from None
+            for k in range(n):
+                index = len(choices)
+                one = replace(job, options=replace(job.options, seed=next_seed(seed, k)))
+                notify = _Teller(self, group, index, loop)
+                generations.append(Generation(one, notify))
+                choices.append(Choice(index, names))
+        return group
+
+    def _new_tokens(self, model: Model, n_prompt: int, asked: int | None, default: int) -> int:
+        """Return how many tokens may follow a prompt. Raises ApiError if they do not fit."""
+        size, limits = model.engine.config.block_size, self.limits
+        most = limits.max_prompt_tokens
+        if most is not None and n_prompt > most:
+            raise ApiError(
+                400,
+                f"the prompt has {n_prompt} tokens, and this server takes {most}; shorten it",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if n_prompt + (1 if asked is None else asked) > size:
+            new = "" if asked is None else f", and max_tokens asks for {asked} more"
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {size} tokens, but the prompt has "
+                f"{n_prompt}{new}; shorten the prompt{' or lower max_tokens' if asked else ''}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        most = limits.max_new_tokens
+        if most is not None and asked is not None and asked > most:
+            raise ApiError(
+                400, f"max_tokens must be at most {most} here, got {asked}", param="max_tokens"
+            )
+        fallback = min(default, size - n_prompt, size if most is None else most)
+        return fallback if asked is None else asked
+
+    def _too_many(self, n: int) -> ApiError:
+        return ApiError(
+            400,
+            f"the request asks for {n} choices (prompts times n), and this server gives at most "
+            f"{self.limits.max_choices}; send several requests",
+            param="n",
+        )
+
+    def _started(self, group: Group) -> Group:
+        """Put a group into the queue. Raises ApiError if that is full."""
+        scheduler = self._schedulers[-1]
+        try:
+            scheduler.submit(group.generations)
+        except QueueFull as error:
+            self.metrics.refused.inc(len(group.generations))
+            raise ApiError(
+                429,
+                str(error),
+                kind="rate_limit_error",
+                code="queue_full",
+                headers={"Retry-After": str(error.retry_after)},
+            ) from None
+        except Closed as error:
+            raise ApiError(503, str(error), kind="server_error") from None
+        group.scheduler = scheduler
+        self.metrics.requests.inc(len(group.generations))
+        return group
+
+
+class _Teller:
+    """Carries the updates of a generation from the engine's thread to the event loop."""
+
+    def __init__(
+        self, service: Service, group: Group, index: int, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._metrics, self._group, self._index, self._loop = service.metrics, group, index, loop
+        self._last: float | None = None
+
+    def __call__(self, update: Update) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._tell, update)
+
+    def _tell(self, update: Update) -> None:
+        one = self._group.generations[self._index]
+        self._last = self._metrics.told(one, update, self._last)
+        self._group.told.put_nowait((self._index, update))

@@ -1,0 +1,134 @@
+"""`gptfast serve` as a process: its flags, its signals and its end."""
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import random_model, save
+
+from gptfast import cli
+from gptfast.cli.serve import Serve
+from gptfast.ops.backend import EXTENSION
+
+for name in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(name, reason=f"{name} is not installed (the extra serve)")
+pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
+WAIT_S = 120
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("served") / "tiny"
+    save(random_model(vocab_size=257, block_size=64), path)
+    return path
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, *argv: str) -> None:
+        command = [sys.executable, "-m", "gptfast", "serve", *argv, "--port", "0"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.first = self.line()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", self.first)
+        self.port = int(found[1]) if found else 0
+
+    def line(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.readline()
+
+    def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
+        headers = {"Content-Type": "application/json"}
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        response = connection.getresponse()
+        raw = response.read()
+        connection.close()
+        return response.status, json.loads(raw)
+
+
+@pytest.fixture
+def process(checkpoint: Path) -> Iterator[Process]:
+    running = Process(str(checkpoint), "--tokenizer", "byte", "--threads", "1")
+    yield running
+    running.process.kill()
+    running.process.wait(WAIT_S)
+
+
+def test_signals(process: Process, checkpoint: Path) -> None:
+    assert process.first.startswith("serving tiny at http://127.0.0.1:")
+    body = {"prompt": "a", "max_tokens": 5, "seed": 1}
+    before = process.request("POST", "/v1/completions", body)
+    assert before[0] == 200
+    process.process.send_signal(signal.SIGHUP)
+    assert process.line() == "the model was read again\n"
+    after = process.request("POST", "/v1/completions", body)
+    assert after[1]["choices"] == before[1]["choices"]
+    moved = checkpoint.rename(checkpoint.with_name("moved"))
+    process.process.send_signal(signal.SIGHUP)
+    assert process.line().startswith("the model was not read again, the old one stays: ")
+    moved.rename(checkpoint)
+    assert process.request("POST", "/v1/completions", body)[0] == 200
+    # Running requests end before the server does, and new ones are refused meanwhile.
+    connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=WAIT_S)
+    many = {"prompt": ["a"] * 64, "max_tokens": 60, "ignore_eos": True, "stream": True}
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(many), headers)
+    response = connection.getresponse()
+    response.read(1)
+    process.process.send_signal(signal.SIGTERM)
+    assert response.read().endswith(b"data: [DONE]\n\n")
+    assert process.process.wait(WAIT_S) == 0
+    assert process.process.stderr is not None and process.process.stderr.read() == ""
+
+
+def test_a_model_that_is_not_there_ends_the_process(tmp_path: Path) -> None:
+    running = Process(str(tmp_path / "none"))
+    assert running.process.wait(WAIT_S) == 1
+    assert running.first.startswith("gptfast: ") and "none" in running.first
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from elsewhere: give --api-key-fi"),
+        (["--port", "65536"], "--port must be an integer from 0 to 65535, got 65536"),
+        (["--max-batch", "0"], "--max-batch must be an integer >= 1, got 0"),
+        (["--timeout", "-1"], "--timeout must be at least 0 seconds"),
+        (["--template", "x"], "--template must have {prompt} in it once, got 'x'"),
+        (["--temperature", "-1"], "temperature must be"),
+        (["--lookup", "--draft", "gpt2"], "--lookup and --draft do not go together"),
+    ],
+)
+def test_flags_out_of_range(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "nothing", *argv]) == cli.USAGE_ERROR
+    assert message in capsys.readouterr().err
+
+
+def test_key_files(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(" one \n\ntwo\n")
+    assert Serve(checkpoint="x", api_key_file=str(path))._keys() == ["one", "two"]
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="has no key; write one on each line"):
+        Serve(checkpoint="x", api_key_file=str(path))._keys()
+    path.write_text("café\n")
+    with pytest.raises(ValueError, match="key 1 of .* has other characters than ASCII"):
+        Serve(checkpoint="x", api_key_file=str(path))._keys()
+
+
+def test_a_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["serve", "nothing"]) == 1
+    assert "pip install 'gptfast[serve]'" in capsys.readouterr().err
