@@ -5,6 +5,7 @@ B batch, T time, C channels (n_embd), H heads, D head dimension, V vocabulary.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from typing import Any, Self
 
@@ -48,6 +49,8 @@ class GPT(nn.Module):
         self.skip_below = 0.0
         # Which rows of a batch the next forward has; see gptfast/dropout.py. None: all of them.
         self.rows: Rows | None = None
+        # The token embedding of processes that share it; see training/sharded_table.py.
+        self.sharded_table: Any = None
         # The tokenizer in the files that the model was loaded from, for save_pretrained.
         self.tokenizer_name: str | None = None
         # What identifies the vocabulary of its training, and the ids that end a text.
@@ -195,6 +198,10 @@ class GPT(nn.Module):
         if seed is None:
             draws = self.training and self.config.dropout > 0
             seed = draw_seed(idx.device) if draws else 0
+        if self.sharded_table is not None:
+            head = None if self.config.tie_weights else self.lm_head
+            stream = partial(self._stream, seed=seed)
+            return self.sharded_table.loss(idx, target, stream, head, self.skip_below)
         x, head_weight = self._embed(idx)
         x = self._stream(x, seed)
         if target is not None and is_plain(head_weight):

@@ -148,3 +148,11 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
         *optimizers._global_optimizer_post_hooks.values(),
     )
     return any(not getattr(hook, "__module__", "").startswith("gptfast.") for hook in every)
+
+
+def forget_gathered_at_once(module: Any) -> None:
+    """Let an FSDPModule free what it gathered as soon as it is copied to the parameters.
+
+    By default it is kept until the next group is gathered, so that a GPU's copies overlap.
+    """
+    module._set_unshard_async_op(True)

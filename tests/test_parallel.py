@@ -266,6 +266,8 @@ def test_prompts_and_short_batches(tmp_path: Path) -> None:
         "--freeze wpe.* h.0.*",
         "--eval-batches 1",
         "--dropout 0",
+        "--vocab-size 259 --freeze wte.* ln_f.*",
+        "--vocab-size 259 --no-tie-weights",
     ],
 )
 def test_options(option: str, how: str, tmp_path: Path, data: Path) -> None:

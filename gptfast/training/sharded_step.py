@@ -22,8 +22,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gptfast.config import TrainConfig
+from gptfast.device import return_freed_memory
 from gptfast.model import GPT
+from gptfast.torch_private import forget_gathered_at_once
+from gptfast.training.collectives import PieceReduceScatter
 from gptfast.training.parallel_step import ParallelStep
+from gptfast.training.sharded_table import ShardedTable
 from gptfast.training.shares import Split
 from gptfast.training.world import World
 
@@ -67,6 +71,9 @@ class ShardedStep(ParallelStep):
             raise ValueError(
                 f"compile does not work with parallel {self.config.parallel} yet: leave out one"
             )
+        if self.device.type == "cpu":
+            # A gathered block has some 27 MB, and comes and goes between what stays.
+            return_freed_memory()
         # What a block returns may be a view, and nothing here writes to it in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         with self._world.together():
@@ -79,8 +86,19 @@ class ShardedStep(ParallelStep):
             policy = in_bf16 if self.config.precision == "bf16" else MixedPrecisionPolicy()
             for block in model.h:
                 fully_shard(block, mesh=self._mesh, mp_policy=policy)
-            fully_shard(model, mesh=self._mesh, reshard_after_forward=True)
+            model.sharded_table = ShardedTable(model.wte, self._mesh)
+            table: Any = model.wte.weight
+            fully_shard(
+                model,
+                mesh=self._mesh,
+                reshard_after_forward=True,
+                ignored_params={table},
+            )
         for module in self._groups(model):
+            if self.device.type == "cpu":
+                in_pieces: Any = PieceReduceScatter()
+                module.set_custom_reduce_scatter(in_pieces)
+                forget_gathered_at_once(module)
             # Losses are divided by the number of targets, so gradients are summed.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -97,6 +115,12 @@ class ShardedStep(ParallelStep):
 
     def _lay_out(self) -> None:
         """Do nothing: there are no buckets."""
+
+    def _update(self, *args: Tensor) -> tuple[Tensor, ...]:
+        numbers = super()._update(*args)
+        # Memory for an evaluation or a checkpoint, until the next backward makes them again.
+        self.optimizer.zero_grad(set_to_none=True)
+        return numbers
 
     def _unsharded_copy(self) -> GPT:
         """Return a model of this configuration, in main memory, whose weights mean nothing."""
