@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def gpt() -> nn.Module:
 
 def batch(net: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
-    if isinstance(net, gptfast.GPT):
+    if isinstance(getattr(net, "module", net), gptfast.GPT):  # as DDP wraps it
         return torch.randint(31, (4, 8), generator=generator)
     return torch.randn(4, 5, generator=generator)
 
@@ -290,6 +290,90 @@ def case_a_process_without_gradients_does_not_hold_up_the_others(group: Group) -
         optimizer.zero_grad()
     optimizer.step()
     assert equal_everywhere(optimizer.grad_norm) and optimizer.grad_norm > 0
+
+
+def accumulated(net: nn.Module, optimizer: gptfast.AdamW, sync: Callable[[bool], Any],
+    group: Group, scaler: Any = None, clip: bool = False) -> None:  # fmt: skip
+    """Take three steps, each of two micro-batches of this process's row, as a user's loop does."""
+    for step in range(3):
+        optimizer.zero_grad()
+        for part in range(2):
+            x = batch(net, 2 * step + part)
+            row = group.rank % 2
+            with sync(part == 1):
+                loss = loss_of(net, x[2 * row : 2 * row + 2]) / 2
+                (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), 0.3)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+
+
+def wrapped(how: str, group: Group) -> tuple[nn.Module, Callable[[bool], Any]]:
+    """Return a GPT for two processes, and what decides whether a backward sums gradients."""
+    if how == "ddp":
+        mesh = group.pair.get_group()
+        ddp: Any = nn.parallel.DistributedDataParallel(gpt(), process_group=mesh)
+        return ddp, lambda last: nullcontext() if last else ddp.no_sync()
+    net: Any = sharded(group.pair)(gpt())
+
+    def sync(last: bool) -> Any:
+        net.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    return net, sync
+
+
+def users_loop_equals_one_process(group: Group, clip: bool, scaled: bool) -> None:
+    alone = gpt()
+    own = gptfast.AdamW(alone.parameters(), lr=LR, eps=EPS, max_norm=0.3 if clip else None)
+    for step in range(3):
+        own.zero_grad()
+        for part in range(2):
+            x = batch(alone, 2 * step + part)
+            (loss_of(alone, x) / 2).backward()
+        own.step()
+    for how in ("ddp", "fsdp"):
+        net, sync = wrapped(how, group)
+        optimizer = gptfast.AdamW(net.parameters(), lr=LR, eps=EPS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+        accumulated(net, optimizer, sync, group, scaler, clip)
+        for p, q in zip(net.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(full(p), q.detach(), rtol=0, atol=2e-5)
+
+
+def case_accumulation_without_sums(group: Group) -> None:
+    users_loop_equals_one_process(group, clip=False, scaled=False)
+
+
+def case_clip_grad_norm(group: Group) -> None:
+    users_loop_equals_one_process(group, clip=True, scaled=False)
+
+
+def case_grad_scaler(group: Group) -> None:
+    users_loop_equals_one_process(group, clip=False, scaled=True)
+    users_loop_equals_one_process(group, clip=True, scaled=True)
+
+
+def case_grad_scaler_skips_on_all(group: Group) -> None:
+    """A gradient that is not finite on one process: none takes the step, and the scale falls."""
+    for how in ("ddp", "fsdp"):
+        net, sync = wrapped(how, group)
+        optimizer = gptfast.AdamW(net.parameters(), lr=LR)
+        before = [full(p).clone() for p in net.parameters()]
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        with sync(True):
+            loss = loss_of(net, batch(net, 0)[:2])
+            scaler.scale(loss * (torch.inf if group.rank % 2 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 512.0
+        assert all(torch.equal(full(p), q) for p, q in zip(net.parameters(), before, strict=True))
 
 
 def case_fsdp1(group: Group) -> None:
