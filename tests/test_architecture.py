@@ -16,7 +16,7 @@ PACKAGE = ROOT / "gptfast"
 # From the top floor to the bottom: its rooms (files and folders of gptfast/) and what it does.
 FLOORS = [
     ("__main__ cli", "the command: flags, files of settings and defaults, one file per command"),
-    ("search", "many runs compared"),
+    ("search serve", "many runs compared; many clients answered"),
     ("training", "batches to a trained model, step after step"),
     (
         "evaluate drop_in deferred",
@@ -208,7 +208,7 @@ def private_attributes() -> dict[str, set[str]]:
                     used.setdefault(node.attr, set()).add(str(path.relative_to(ROOT)))
                 else:
                     own.add(node.attr)
-            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 own.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 own.add(node.id)

@@ -517,10 +517,11 @@ def test_limits(model: GPT) -> None:
         assert "at most 2" in running.error(path, {"prompt": "a", "n": 3})["message"]
         assert "takes 5; shorten" in running.error(path, {"prompt": "abcdef"})["message"]
         assert "at most 9" in running.error(path, {"prompt": "a", "max_tokens": 10})["message"]
-        error = running.error(path, {"prompt": "a"}, 504)
-        assert error["code"] == "timeout"
-        status, _, raw = running.request("POST", path, {"prompt": "a", "stream": True})
-        assert status == 200 and b'"code": "timeout"' in raw and b"[DONE]" not in raw
+        with held(running):
+            error = running.error(path, {"prompt": "a"}, 504)
+            assert error["code"] == "timeout"
+            status, _, raw = running.request("POST", path, {"prompt": "a", "stream": True})
+            assert status == 200 and b'"code": "timeout"' in raw and b"[DONE]" not in raw
         assert running.idle()
 
 

@@ -19,7 +19,8 @@ from gptfast.generation.options import LogprobOptions, Options
 from gptfast.generation.stop import TextStream
 from gptfast.ops.backend import EXTENSION
 from gptfast.serve import scheduler as module
-from gptfast.serve.scheduler import Closed, Generation, QueueFull, Scheduler, Update
+from gptfast.serve.generation import Generation, Update
+from gptfast.serve.scheduler import Closed, QueueFull, Scheduler
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 BYTE = get_tokenizer("byte")

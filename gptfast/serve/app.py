@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 import gptfast
+from gptfast.serve.group import Group
 from gptfast.serve.guards import ApiKeys, BodyLimit, RequestId
 from gptfast.serve.protocol import (
     ApiError,
@@ -26,7 +27,7 @@ from gptfast.serve.protocol import (
     validation_error,
 )
 from gptfast.serve.replies import Chat, Completions, Reply, TokenNames, usage_of
-from gptfast.serve.service import Group, Service
+from gptfast.serve.service import Service
 from gptfast.tokenizer.bpe import encode_continuation, encode_opening, end_of_text
 
 T = TypeVar("T")
@@ -39,7 +40,9 @@ def make_app(
     app = FastAPI(title="gptfast", version=gptfast.__version__, redoc_url=None)
     _add_errors(app)
     _add_generation(app, service)
-    _add_others(app, service)
+    _add_models(app, service)
+    _add_tokenizer(app, service)
+    _add_state(app, service)
     # The last is the first that a request meets.
     app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
     if keys:
@@ -227,7 +230,7 @@ async def _send_event(send: Send, data: str) -> None:
     await send({"type": "http.response.body", "body": event, "more_body": True})
 
 
-def _add_others(app: FastAPI, service: Service) -> None:
+def _add_models(app: FastAPI, service: Service) -> None:
     def card() -> dict[str, Any]:
         engine = service.model.engine
         return {
@@ -249,6 +252,8 @@ def _add_others(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return card()
 
+
+def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         """Return 200 if requests are taken, 503 while the model is loaded or the server drains."""
@@ -259,6 +264,20 @@ def _add_others(app: FastAPI, service: Service) -> None:
         """Return the metrics for Prometheus."""
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
+    @app.get("/settings")
+    async def settings() -> dict[str, Any]:
+        """Return what the page shows: the model and what a request leaves out."""
+        engine = service.model.engine
+        return {
+            "model": service.name,
+            "dtype": engine.dtype,
+            "block_size": engine.config.block_size,
+            "template": service.template.write("{prompt}"),
+            **vars(service.defaults),
+        }
+
+
+def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """Return the token ids of a text."""
@@ -306,16 +325,4 @@ def _add_others(app: FastAPI, service: Service) -> None:
             "bos_token": name,
             "pad_token": None,
             "eos_token_id": end,
-        }
-
-    @app.get("/settings")
-    async def settings() -> dict[str, Any]:
-        """Return what the page shows: the model and what a request leaves out."""
-        engine = service.model.engine
-        return {
-            "model": service.name,
-            "dtype": engine.dtype,
-            "block_size": engine.config.block_size,
-            "template": service.template.write("{prompt}"),
-            **vars(service.defaults),
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 import gptfast
 from gptfast.generation.decoder import SampledToken
-from gptfast.serve.scheduler import Finish, Generation, Update
+from gptfast.serve.generation import Finish, Generation, Update
 from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 
 _Utf8 = codecs.getincrementaldecoder("utf-8")

@@ -88,57 +88,85 @@ async def serve(
     SIGHUP reads the model again. Raises RuntimeError if the engine fails, and what reading the
     model raises at the start.
     """
-    loop = asyncio.get_running_loop()
-    failed: asyncio.Future[str] = loop.create_future()
+    process = _Process(make_service, drain_timeout_s, say)
+    app = make_app(process.service, keys=keys, cors_origins=cors_origins)
+    await process.run(server_of(app), sock)
 
-    def fail(message: str) -> None:
-        if not failed.done():
-            failed.set_result(message)
 
-    def on_failure(message: str) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(fail, message)
+class _Process:
+    """A service and what happens to it: signals, and the engine's failure."""
 
-    service = make_service(on_failure)
-    app = make_app(service, keys=keys, cors_origins=cors_origins)
-    server = server_of(app)
-    told = asyncio.Event()
-    reloads: set[asyncio.Task[None]] = set()
+    def __init__(
+        self,
+        make_service: Callable[[Callable[[str], None]], Service],
+        drain_timeout_s: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._failed: asyncio.Future[str] = self._loop.create_future()
+        self._told = asyncio.Event()
+        self._reloads: set[asyncio.Task[None]] = set()
+        self._drain_timeout_s, self._say = drain_timeout_s, say
+        self.service = make_service(self._on_failure)
 
-    def stop() -> None:
-        if told.is_set():
-            service.close(cancel=True)
-        told.set()
+    async def run(self, server: uvicorn.Server, sock: socket.socket) -> None:
+        """Serve until a signal or a failure."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop)
+        self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+        serving = asyncio.ensure_future(server.serve([sock]))
+        loading = asyncio.ensure_future(_load(self.service, sock, self._say))
+        stopping = asyncio.ensure_future(self._told.wait())
+        waits: list[asyncio.Future[Any]] = [serving, self._failed, stopping]
+        try:
+            await asyncio.wait([*waits, loading], return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                await self._drain()
+            if self._failed.done():
+                await asyncio.sleep(POLL_S)  # the clients are being told
+                raise RuntimeError(self._failed.result())
+        finally:
+            self.service.close(cancel=True)
+            server.should_exit = True
+            with contextlib.suppress(SystemExit):
+                await serving
+            stopping.cancel()
 
-    def reload() -> None:
-        if service.state == "ok":
-            task = loop.create_task(_reload(service, say))
-            reloads.add(task)
-            task.add_done_callback(reloads.discard)
+    def _on_failure(self, message: str) -> None:
+        """Note, in the engine's thread, that it failed."""
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, reload)
-    serving = asyncio.ensure_future(server.serve([sock]))
-    loading = asyncio.ensure_future(_load(service, sock, say))
-    stopping = asyncio.ensure_future(told.wait())
-    waits: list[asyncio.Future[Any]] = [serving, failed, stopping]
-    try:
-        await asyncio.wait([*waits, loading], return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            loading.result()
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if stopping.done():
-            await _drain(service, drain_timeout_s, failed, say)
-        if failed.done():
-            await asyncio.sleep(POLL_S)  # the clients are being told
-            raise RuntimeError(failed.result())
-    finally:
-        service.close(cancel=True)
-        server.should_exit = True
-        with contextlib.suppress(SystemExit):
-            await serving
-        stopping.cancel()
+        def fail() -> None:
+            if not self._failed.done():
+                self._failed.set_result(message)
+
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(fail)
+
+    def _stop(self) -> None:
+        if self._told.is_set():
+            self.service.close(cancel=True)
+        self._told.set()
+
+    def _reload(self) -> None:
+        if self.service.state == "ok":
+            task = self._loop.create_task(_reload(self.service, self._say))
+            self._reloads.add(task)
+            task.add_done_callback(self._reloads.discard)
+
+    async def _drain(self) -> None:
+        """Take no more requests, and wait for those that run, up to a time."""
+        self.service.close()
+        end = self._loop.time() + self._drain_timeout_s
+        while self.service.busy and not self._failed.done():
+            if self._loop.time() > end:
+                self._say(f"{self.service.busy} requests were ended after --drain-timeout")
+                self.service.close(cancel=True)
+                await asyncio.sleep(POLL_S)
+                return
+            await asyncio.sleep(POLL_S)
 
 
 async def _load(service: Service, sock: socket.socket, say: Callable[[str], None]) -> None:
@@ -155,19 +183,3 @@ async def _reload(service: Service, say: Callable[[str], None]) -> None:
         say(f"the model was not read again, the old one stays: {one_line(error)}")
     else:
         say("the model was read again")
-
-
-async def _drain(
-    service: Service, timeout_s: float, failed: asyncio.Future[str], say: Callable[[str], None]
-) -> None:
-    """Take no more requests, and wait for those that run, up to a time."""
-    service.close()
-    loop = asyncio.get_running_loop()
-    end = loop.time() + timeout_s
-    while service.busy and not failed.done():
-        if loop.time() > end:
-            say(f"{service.busy} requests were ended after --drain-timeout")
-            service.close(cancel=True)
-            await asyncio.sleep(POLL_S)
-            return
-        await asyncio.sleep(POLL_S)

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +12,12 @@ from gptfast.generate import prompt_ids
 from gptfast.generation.continuation import checked_job
 from gptfast.generation.conversation import Conversation, Template
 from gptfast.generation.options import LogprobOptions, Options, next_seed
+from gptfast.serve.generation import Generation
+from gptfast.serve.group import Group, Teller
 from gptfast.serve.metrics import Metrics
 from gptfast.serve.protocol import ApiError, ChatRequest, Common, CompletionRequest
 from gptfast.serve.replies import Choice, TokenNames
-from gptfast.serve.scheduler import Closed, Generation, QueueFull, Scheduler, Update
+from gptfast.serve.scheduler import Closed, QueueFull, Scheduler
 from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 
 DEFAULT_NEW_TOKENS = 16
@@ -62,34 +64,6 @@ class Defaults:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
-
-
-class Group:
-    """The generations of one HTTP request, and what they tell, in the event loop's thread."""
-
-    def __init__(self, generations: Sequence[Generation], choices: Sequence[Choice]) -> None:
-        self.generations, self.choices = generations, choices
-        self.told: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-        self.scheduler: Scheduler | None = None
-
-    async def updates(self) -> AsyncIterator[tuple[Choice, Update]]:
-        """Yield what each choice is told until all have ended. Raises ApiError for a failure."""
-        left = len(self.choices)
-        while left:
-            index, update = await self.told.get()
-            if update.finish == "failed":
-                raise ApiError(500, update.message, kind="server_error")
-            if update.finish == "cancelled":
-                message = "the server is going down; send the request again"
-                raise ApiError(503, message, kind="server_error", headers={"Retry-After": "1"})
-            left -= update.finish is not None
-            yield self.choices[index], update
-
-    def cancel(self) -> None:
-        """End what has not ended."""
-        for one in self.generations:
-            if self.scheduler is not None and one.finish is None:
-                self.scheduler.cancel(one)
 
 
 class Service:
@@ -341,7 +315,7 @@ class Service:
             for k in range(n):
                 index = len(choices)
                 one = replace(job, options=replace(job.options, seed=next_seed(seed, k)))
-                notify = _Teller(self, group, index, loop)
+                notify = Teller(self.metrics, group, index, loop)
                 generations.append(Generation(one, notify))
                 choices.append(Choice(index, names))
         return group
@@ -401,22 +375,3 @@ class Service:
         group.scheduler = scheduler
         self.metrics.requests.inc(len(group.generations))
         return group
-
-
-class _Teller:
-    """Carries the updates of a generation from the engine's thread to the event loop."""
-
-    def __init__(
-        self, service: Service, group: Group, index: int, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        self._metrics, self._group, self._index, self._loop = service.metrics, group, index, loop
-        self._last: float | None = None
-
-    def __call__(self, update: Update) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._tell, update)
-
-    def _tell(self, update: Update) -> None:
-        one = self._group.generations[self._index]
-        self._last = self._metrics.told(one, update, self._last)
-        self._group.told.put_nowait((self._index, update))
