@@ -25,6 +25,7 @@ import gptfast.files
 from gptfast import ops
 from gptfast.dropout import Rows
 from gptfast.ops.attention_rows import attention_qkv_rows
+from gptfast.training import processes
 from gptfast.training.parallel_step import ParallelStep
 from gptfast.training.shares import Split
 from gptfast.training.trainer import Trainer
@@ -330,6 +331,18 @@ def full_disk_at_step_15(rank: int) -> None:
     gptfast.files.save_file = save_file
 
 
+def hanging_disk_at_step_15(rank: int) -> None:
+    processes.WRITE_TIMEOUTS = 2
+    real, saves = gptfast.files.save_file, iter(range(1000))
+
+    def save_file(*args: Any, **options: Any) -> None:
+        if next(saves) >= 4:
+            signal.pause()
+        real(*args, **options)
+
+    gptfast.files.save_file = save_file
+
+
 def other_version(rank: int) -> None:
     if rank == 1:
         torch.__version__ = "2.0.0"
@@ -400,6 +413,15 @@ def test_a_disk_that_is_full(tmp_path: Path, data: Path) -> None:
     )
     assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 10
     assert train(1, tmp_path / "run", data, *more, "--resume").codes == [0]
+
+
+@pytest.mark.parametrize("n", [2, long(3)])
+def test_a_disk_that_hangs(n: int, tmp_path: Path, data: Path) -> None:
+    more = "--max-steps", str(STEPS), "--dist-timeout", "2"
+    ended = train(n, tmp_path / "run", data, *more, before=hanging_disk_at_step_15)
+    assert_one_line(ended, "rank 0 has been writing to", "for 4 s", "--resume continues")
+    assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 10
+    assert train(1, tmp_path / "run", data, *more[:2], "--resume").codes == [0]
 
 
 @pytest.mark.parametrize(

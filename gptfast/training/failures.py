@@ -12,9 +12,10 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -58,6 +59,7 @@ class Failures:
         self._store.set(f"who/{rank}", f"{os.getpid()} {self._host}")
         self._who: dict[int, tuple[int, str]] = {}
         self._ended = threading.Event()
+        self._deadline: tuple[float, str] | None = None
         threading.Thread(target=self._beat, daemon=True).start()
 
     def introduce(self) -> None:
@@ -74,7 +76,28 @@ class Failures:
                 self._beats.set(f"beat/{self.rank}", str(count))
             except RuntimeError:  # the store has ended, which the others notice too
                 return
+            if self._deadline is not None and time.monotonic() > self._deadline[0]:
+                self._give_up(self._deadline[1])
             self._ended.wait(BEAT_S)
+
+    @contextlib.contextmanager
+    def ending_after(self, limit_s: float, message: str) -> Iterator[None]:
+        """End this process with a message, and so all, if the block takes more than limit_s."""
+        self._deadline = time.monotonic() + limit_s, message
+        try:
+            yield
+        finally:
+            self._deadline = None
+
+    def _give_up(self, message: str) -> None:
+        """End this process from the thread of the beats: the main thread hangs in the system."""
+        error = RuntimeError(message)
+        self.note(error)
+        with contextlib.suppress(OSError, ValueError):
+            if self.may_speak(error):
+                print(f"gptfast: {message}", file=sys.stderr, flush=True)
+        self.linger()
+        os._exit(1)
 
     def end(self) -> None:
         """Stop the beats."""

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,6 +21,9 @@ from gptfast.device import choose_device, threads_of
 from gptfast.training.failures import REPORT_S, Failures, ProcessesError, is_communication
 from gptfast.training.interrupt import SIGNALS, Interrupt
 from gptfast.training.world import World
+
+WRITE_TIMEOUTS = 30
+"""How many times --dist-timeout a process may take to write a checkpoint."""
 
 
 class AgreedInterrupt(Interrupt):
@@ -152,6 +156,17 @@ class Processes(World):
                 self._failures.set(f"first/{what}", "")
             else:
                 self._wait(f"first/{what}", 0)
+
+    @contextlib.contextmanager
+    def writing(self, where: Path) -> Iterator[None]:
+        limit_s = self._failures.timeout_s * WRITE_TIMEOUTS
+        message = (
+            f"rank {self.rank} has been writing to {where} for {limit_s:.0f} s ({WRITE_TIMEOUTS} x "
+            "--dist-timeout): its disk hangs or is slow; the run ends, and --resume continues it "
+            "from its last checkpoint"
+        )
+        with self._failures.ending_after(limit_s, message):
+            yield
 
     @contextlib.contextmanager
     def in_turn(self, what: str) -> Iterator[None]:

@@ -133,16 +133,17 @@ class RunCheckpoints:
         vocabulary_files, ends = self._text
         n_vocab = self._tokenizer.n_vocab if self._tokenizer else step.raw_model.config.vocab_size
         ends = joined_ends(ends, step.raw_model.eos_ids, n_vocab)
-        save_checkpoint(
-            self.out,
-            model,
-            optimizer if config.save_optimizer else None,
-            {**asdict(progress), "guard": step.guard.state_dict(), "config": self.settings},
-            config.keep,
-            best=progress.best["step"] if progress.best and config.keep_best else None,
-            texts={"train.toml": self._toml, **vocabulary_files},
-            ends=ends,
-        )
+        with self._world.writing(self.out):
+            save_checkpoint(
+                self.out,
+                model,
+                optimizer if config.save_optimizer else None,
+                {**asdict(progress), "guard": step.guard.state_dict(), "config": self.settings},
+                config.keep,
+                best=progress.best["step"] if progress.best and config.keep_best else None,
+                texts={"train.toml": self._toml, **vocabulary_files},
+                ends=ends,
+            )
 
     def restore(self) -> Progress | None:
         """Load the newest undamaged checkpoint; return its progress, or None if there is none.

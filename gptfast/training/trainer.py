@@ -294,7 +294,8 @@ class Trainer:
         """Write a checkpoint, after the metrics and samples up to its step are on disk."""
         if self.checkpoints.is_saved(self.progress):
             return
-        self.run.sync()
+        with self.world.writing(self.run.out):
+            self.run.sync()
         self.checkpoints.save(self.progress)
         done = "half" if self.progress.pending is not None else "all"
         self.world.wait_for_first(f"checkpoint of {done} of step {self.progress.step}")

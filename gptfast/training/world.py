@@ -19,6 +19,7 @@ tests/test_parallel.py compares 1, 2, 3 and 4 processes, and ends them in every 
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ class World:
 
         what: a name that is used once in a run.
         """
+
+    @contextlib.contextmanager
+    def writing(self, where: Path) -> Iterator[None]:
+        """End all processes if the block, which writes files of this process, takes too long."""
+        yield
 
     @contextlib.contextmanager
     def in_turn(self, what: str) -> Iterator[None]:
