@@ -104,6 +104,15 @@ def is_transformed() -> bool:
     return level is not None or forward_ad._current_level >= 0
 
 
+def is_transformed_in_graph() -> bool:
+    """Return `is_transformed` of the graph that torch.compile makes, which then holds the answer."""
+    return is_transformed()
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler.
+is_transformed_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def use_counts(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int]:
     """Return how many references a tensor and its memory have in C++."""
     tensor_count = tensor._use_count()  # type: ignore[attr-defined]

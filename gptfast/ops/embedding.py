@@ -14,7 +14,7 @@ from gptfast.ops.autograd import (
     register_reference_autograd,
 )
 from gptfast.ops.library import register
-from gptfast.torch_private import disable_modes, use_counts
+from gptfast.torch_private import disable_modes, is_transformed_in_graph, use_counts
 
 
 def _fwd_fake(weight: Tensor, idx: Tensor) -> Tensor:
@@ -118,8 +118,9 @@ def _alone() -> tuple[int, ...]:
 
 def _is_traced_or_transformed() -> bool:
     """Return whether `_Embedding` cannot be used: under torch.jit.trace, torch.func or tangents."""
-    # torch.compile cannot follow is_transformed; the operators ask it when the graph runs.
-    return not torch.compiler.is_dynamo_compiling() and (torch.jit.is_tracing() or is_transformed())
+    if torch.compiler.is_dynamo_compiling():
+        return is_transformed_in_graph()
+    return torch.jit.is_tracing() or is_transformed()
 
 
 def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
