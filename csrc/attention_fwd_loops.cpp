@@ -206,7 +206,7 @@ bool fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, R* s
 bool decodes(const AttentionArgs& args) { return args.Tq <= 8 && args.dropout_p == 0; }
 
 // The products of keys and dimensions up to which a query computes in fp64. More keys take time, and average errors.
-constexpr int64_t FP64_DECODE_WORK = 1 << 14;
+constexpr int64_t FP64_DECODE_WORK = 1 << 15;
 
 bool fwd_in_fp64(const AttentionArgs& args) {
   if (!decodes(args)) return computes_in_fp64(args);
