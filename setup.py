@@ -135,7 +135,7 @@ setup(
         "gptfast.kernels.triton",
     ],
     package_dir={"gptfast": "gptfast", "gptfast.kernels": "kernels"},
-    package_data={"gptfast": ["py.typed"]},
+    package_data={"gptfast": ["py.typed"], "gptfast.serve": ["page.html"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
 )

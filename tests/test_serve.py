@@ -466,8 +466,15 @@ def test_tokenizer_endpoints(tiny: Running) -> None:
     assert "there is no token 257" in tiny.error("/detokenize", {"tokens": [257]})["message"]
     info = json.loads(tiny.request("GET", "/tokenizer_info")[2])
     assert info["eos_token"] == "<|endoftext|>" and info["eos_token_id"] == 256
-    for path in ("/docs", "/openapi.json", "/settings"):
+    for path in ("/docs", "/openapi.json", "/settings", "/"):
         assert tiny.request("GET", path)[0] == 200
+
+
+def test_the_page_takes_nothing_from_elsewhere(tiny: Running) -> None:
+    status, headers, raw = tiny.request("GET", "/")
+    assert status == 200 and headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert b"http://" not in raw and b"https://" not in raw
 
 
 def test_request_ids(tiny: Running) -> None:
@@ -488,6 +495,7 @@ def test_keys(model: GPT) -> None:
             header = {"Authorization": f"Bearer {key}"}
             assert running.request("POST", "/v1/completions", body, header)[0] == 200
         assert running.request("GET", "/health")[0] == 200
+        assert running.request("GET", "/")[0] == 200
         assert running.request("GET", "/metrics")[0] == 401
         assert "access-control-allow-origin" not in running.request("GET", "/health")[1]
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -30,6 +31,12 @@ from gptfast.serve.replies import Chat, Completions, Reply, TokenNames, usage_of
 from gptfast.serve.service import Service
 from gptfast.tokenizer.bpe import encode_continuation, encode_opening, end_of_text
 
+PAGE = Path(__file__).with_name("page.html")
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page takes nothing from elsewhere, and sends nothing there."""
 T = TypeVar("T")
 
 
@@ -275,6 +282,12 @@ def _add_state(app: FastAPI, service: Service) -> None:
             "template": service.template.write("{prompt}"),
             **vars(service.defaults),
         }
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
+        headers |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+        return Response(PAGE.read_bytes(), media_type="text/html", headers=headers)
 
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:

@@ -1,0 +1,181 @@
+"""The page of `gptfast serve` in a real Chromium: it types, streams, stops, shows probabilities and
+errors, and fits a phone."""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from helpers import random_model
+from test_serve import Running, server
+
+from gptfast.generation.stop import REPLACEMENT
+from gptfast.ops.backend import EXTENSION
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built"),
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
+]
+WAIT_MS = 30_000
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Running]:
+    with server(random_model(vocab_size=257, block_size=512).eval()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        # The sandbox of Chromium does not start for root.
+        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser: Any, tiny: Running) -> Iterator[Any]:
+    context = browser.new_context()
+    made = context.new_page()
+    made.set_default_timeout(WAIT_MS)
+    problems: list[str] = []
+    made.on("pageerror", lambda error: problems.append(str(error)))
+    made.on("console", lambda message: _note(problems, message))
+    yield made
+    context.close()
+    assert not problems
+
+
+def _note(problems: list[str], message: Any) -> None:
+    # Chromium itself reports replies of 400 and above.
+    if message.type == "error" and "Failed to load resource" not in message.text:
+        problems.append(message.text)
+
+
+def opened(page: Any, tiny: Running, settings: str = "") -> Any:
+    page.goto(f"http://127.0.0.1:{tiny.port}/{settings}")
+    page.wait_for_selector("body[data-ready]")
+    return page
+
+
+def finished(page: Any) -> None:
+    page.wait_for_selector("#stop[disabled]", state="attached")
+    page.wait_for_selector("#go:not([disabled])")
+
+
+def plain(text: str) -> str:
+    """Return a text without what a browser shows in its own way: controls and line ends."""
+    return "".join(c for c in text if c.isprintable() and c not in f" {REPLACEMENT}")
+
+
+def test_it_writes_what_the_server_gives(page: Any, tiny: Running) -> None:
+    opened(page, tiny)
+    page.fill("#prompt", "Once upon")
+    page.fill("#max_tokens", "40")
+    page.fill("#seed", "7")
+    page.keyboard.press("Control+Enter")
+    finished(page)
+    wanted = tiny.complete("Once upon", max_tokens=40, seed=7, temperature=1.0)
+    got = page.text_content("#output")
+    assert plain(got) == plain("Once upon" + wanted["choices"][0]["text"])
+    assert "first token" in page.text_content("#speed")
+    assert "tokens/s" in page.text_content("#speed")
+    page.click("#again")
+    finished(page)
+    assert page.input_value("#seed") != "7"
+    assert plain(page.text_content("#output")) != plain(got)
+
+
+def test_a_link_holds_the_settings(page: Any, tiny: Running) -> None:
+    opened(page, tiny)
+    page.fill("#prompt", "Two\nlines & more")
+    page.fill("#seed", "11")
+    page.fill("#top_k", "9")
+    page.fill("#key", "secret")
+    page.check("#tokens")
+    link = page.evaluate("location.href")
+    assert "secret" not in link
+    page.goto("about:blank")
+    page.goto(link)
+    page.wait_for_selector("body[data-ready]")
+    assert page.input_value("#prompt") == "Two\nlines & more"
+    assert page.input_value("#seed") == "11" and page.input_value("#top_k") == "9"
+    assert page.is_checked("#tokens")
+
+
+def test_tokens_show_their_probability(page: Any, tiny: Running) -> None:
+    opened(page, tiny, "#seed=3&max_tokens=12&prompt=ab&tokens=1&temperature=1.5")
+    page.click("#go")
+    finished(page)
+    fields = {"max_tokens": 12, "seed": 3, "temperature": 1.5, "logprobs": 10}
+    logprobs = tiny.complete("ab", **fields)["choices"][0]["logprobs"]
+    tokens = page.query_selector_all(".token")
+    assert len(tokens) == len(logprobs["tokens"])
+
+    shown = [float(token.get_attribute("data-p")) for token in tokens]
+    assert shown == pytest.approx([math.exp(x) for x in logprobs["token_logprobs"]], rel=1e-3)
+    tokens[0].hover()
+    page.wait_for_selector("#likely:not([hidden])")
+    assert 10 <= len(page.query_selector_all("#likely tr")) <= 11
+    assert len(page.query_selector_all("#likely .drawn")) == 1
+
+
+def test_stop_frees_the_server(page: Any, tiny: Running) -> None:
+    opened(page, tiny, "#seed=3&max_tokens=500&prompt=ab")
+    engine = tiny.service.model.engine
+    with engine.turn():
+        page.click("#go")
+        page.wait_for_selector("#stop:not([disabled])")
+        page.keyboard.press("Escape")
+        finished(page)
+    assert "stopped" in page.text_content("#speed")
+    assert page.text_content("#error") == ""
+    assert tiny.idle()
+
+
+def test_errors_are_shown(page: Any, tiny: Running) -> None:
+    opened(page, tiny, "#max_tokens=9999&prompt=ab")
+    page.click("#go")
+    finished(page)
+    assert "maximum context length is 512 tokens" in page.text_content("#error")
+    page.fill("#max_tokens", "3")
+    page.click("#go")
+    finished(page)
+    assert page.text_content("#error") == ""
+
+
+def test_a_chat(page: Any, tiny: Running) -> None:
+    opened(page, tiny, "#seed=3&max_tokens=10")
+    page.click("#tab-chat")
+    for text in ("Hello", "More"):
+        page.fill("#prompt", text)
+        page.keyboard.press("Control+Enter")
+        finished(page)
+    turns = page.query_selector_all(".turn")
+    who = [turn.query_selector(".who").text_content() for turn in turns]
+    assert who == ["You", "Model", "You", "Model"]
+    messages = [{"role": "user", "content": "Hello"}]
+    wanted = tiny.post("/v1/chat/completions", {"messages": messages, "seed": 3, "max_tokens": 10})
+    reply = turns[1].text_content().removeprefix("Model")
+    assert plain(reply) == plain(wanted["choices"][0]["message"]["content"])
+    page.click("#clear")
+    assert page.text_content("#output") == ""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(browser: Any, tiny: Running, scheme: str) -> None:
+    size = {"width": 360, "height": 700}
+    context = browser.new_context(viewport=size, color_scheme=scheme)
+    page = opened(context.new_page(), tiny)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    box = page.query_selector("#go").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (back == "rgb(22, 23, 21)") == (scheme == "dark")
+    context.close()
