@@ -30,7 +30,7 @@ TARGET = torch.tensor([3, -100, 0, 8, 8, 2])
 IDX = torch.tensor([[1, 4, 1], [0, 8, 4]])
 KV_LEN = torch.tensor([4, 2])
 DROPOUT = {"dropout_p": 0.4, "seed": 7}
-# Before, AOTAutograd drops the second derivative of a graph whose backward reads none of the inputs.
+# Before, AOTAutograd drops second derivatives of a graph whose backward reads none of the inputs.
 ASKS_OF_INPUTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
