@@ -9,10 +9,11 @@ namespace {
 
 template <class R>
 struct BwdSpace {
-  R *q, *k, *v, *dout, *dk, *dv;  // (T x DP)
-  R *q_t, *dout_t;                // (DP x BQ)
-  R *p, *ds;                      // (Tk x BQ)
-  R *shift, *dq;                  // (runs x BQ), (BQ x DP)
+  R *k, *v, *dk, *dv;  // (Tk x DP)
+  R *q, *dout, *dq;    // (BQ x DP)
+  R *q_t, *dout_t;     // (DP x BQ)
+  R *p, *ds;           // (Tk x BQ)
+  R* shift;            // (runs x BQ)
 };
 
 template <class R>
@@ -62,21 +63,19 @@ void softmax_bwd(R* p, R* ds, R log2, const R* shift, const QuerySums<R>& sums, 
   }
 }
 
-// A head's rows, and which of them are finite.
+// A head's keys and values, and which of them are finite.
 template <class R>
 struct BwdHead {
   int64_t b, h;
-  Matrix<R> q, k, v, dout;
+  Matrix<R> k, v;
   bool k_finite, v_finite;
 };
 template <class T, class R>
 BwdHead<R> bwd_head_of(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace<R>& space) {
   const int64_t D = args.D, DP = round_up(D, W), length = keys_seen_by(args, b, 0, args.Tq).end;
   BwdHead<R> head{b, h};
-  head.q = head_matrix<T>(args.q, b, h, args.Tq, D, space.q);
   head.k = head_matrix<T>(args.k, b, h, args.Tk, D, space.k);
   head.v = head_matrix<T>(args.v, b, h, args.Tk, D, space.v);
-  head.dout = head_matrix<T>(args.dout, b, h, args.Tq, D, space.dout);
   head.k_finite = all_finite(head.k, length, DP);
   head.v_finite = all_finite(head.v, length, DP);
   return head;
@@ -85,17 +84,19 @@ BwdHead<R> bwd_head_of(const AttentionArgs& args, int64_t b, int64_t h, const Bw
 // The first sweep over the keys of a block of queries.
 template <class R>
 void sum_block(const AttentionArgs& args, const BwdHead<R>& head, int64_t q0, int64_t end, const Span& keys_seen,
-               const BwdSpace<R>& space, QuerySums<R>& sums) {
+               const BwdSpace<R>& space, RowsAhead& ahead, QuerySums<R>& sums) {
   const R log2 = split_scale<R>(args.scale).log2;
   const int64_t D = args.D, terms = terms_of(args), first_query = args.Tk - args.Tq + q0;
-  const auto& [b, h, q, k, v, dout, k_finite, v_finite] = head;
+  const auto& [b, h, k, v, k_finite, v_finite] = head;
   R* shift = space.shift;
   for_each_run(keys_seen, [&](const Run& run) {
     const auto [key, keys, column] = run;
     if (column >= end) return;
     R *p = space.p + key * BQ, *dp = space.ds + key * BQ;
-    gemm(terms, keys, end - column, D, k.row(key), k.row_stride, 1, space.q_t + column, BQ, p + column, BQ, false);
-    gemm(terms, keys, end - column, D, v.row(key), v.row_stride, 1, space.dout_t + column, BQ, dp + column, BQ, false);
+    gemm(terms, keys, end - column, D, k.row(key), k.row_stride, 1, space.q_t + column, BQ, p + column, BQ, false,
+         ahead);
+    gemm(terms, keys, end - column, D, v.row(key), v.row_stride, 1, space.dout_t + column, BQ, dp + column, BQ, false,
+         ahead);
     mask_diagonal(p, keys_seen, run, (R)-INFINITY);
     if (!v_finite) mask_diagonal(dp, keys_seen, run, (R)0);
     if (args.dropout_p > 0) apply_dropout(dp, args, b * args.H + h, first_query, run, end);
@@ -107,12 +108,12 @@ void sum_block(const AttentionArgs& args, const BwdHead<R>& head, int64_t q0, in
 // The second sweep: adds to dk and dv of the head, and sets dq of the block.
 template <class R>
 void multiply_block(const AttentionArgs& args, const BwdHead<R>& head, int64_t q0, int64_t rows, const Span& keys_seen,
-                    const BwdSpace<R>& space, const QuerySums<R>& sums) {
+                    const BwdSpace<R>& space, RowsAhead& ahead, const QuerySums<R>& sums) {
   const R log2 = split_scale<R>(args.scale).log2;
   const int64_t DP = round_up(args.D, W), terms = terms_of(args), end = columns_used<R>(rows);
-  const auto& [b, h, q, k, v, dout, k_finite, v_finite] = head;
-  const bool finite = k_finite && all_finite(Matrix<R>{q.row(q0), q.row_stride}, rows, DP) &&
-                      all_finite(Matrix<R>{(R*)sums.p, BQ}, 2, end);
+  const auto& [b, h, k, v, k_finite, v_finite] = head;
+  const Matrix<R> q{space.q, DP}, dout{space.dout, DP};
+  const bool finite = k_finite && all_finite(q, rows, DP) && all_finite(Matrix<R>{(R*)sums.p, BQ}, 2, end);
   memset(space.dq, 0, sizeof(R) * BQ * DP);
   const R* shift = space.shift;
   for_each_run(keys_seen, [&](const Run& run) {
@@ -122,25 +123,50 @@ void multiply_block(const AttentionArgs& args, const BwdHead<R>& head, int64_t q
     softmax_bwd(p, ds, log2, shift, sums, run, end);
     shift += BQ;
     if (args.dropout_p > 0) apply_dropout(p, args, b * args.H + h, args.Tk - args.Tq + q0, run, end);
-    const int64_t n = rows - column, t = q0 + column;
+    const int64_t n = rows - column;
     if (finite) {
-      gemm(terms, keys, DP, n, p + column, BQ, 1, dout.row(t), dout.row_stride, dv, DP, true);
-      gemm(terms, keys, DP, n, ds + column, BQ, 1, q.row(t), q.row_stride, dk, DP, true);
-      gemm(terms, n, DP, keys, ds + column, 1, BQ, k.row(key), k.row_stride, space.dq + column * DP, DP, true);
+      gemm(terms, keys, DP, n, p + column, BQ, 1, dout.row(column), DP, dv, DP, true, ahead);
+      gemm(terms, keys, DP, n, ds + column, BQ, 1, q.row(column), DP, dk, DP, true, ahead);
+      gemm(terms, n, DP, keys, ds + column, 1, BQ, k.row(key), k.row_stride, space.dq + column * DP, DP, true, ahead);
       return;
     }
     for_each_visible(p, keys_seen, run, rows,
-                     [&](R x, int64_t j, int64_t i) { add_row(dv + j * DP, x, dout.row(q0 + i), DP); });
+                     [&](R x, int64_t j, int64_t i) { add_row(dv + j * DP, x, dout.row(i), DP); });
     for_each_visible(ds, keys_seen, run, rows, [&](R x, int64_t j, int64_t i) {
-      add_row(dk + j * DP, x, q.row(q0 + i), DP);
+      add_row(dk + j * DP, x, q.row(i), DP);
       add_row(space.dq + i * DP, x, k.row(key + j), DP);
     });
   });
 }
 
-// Returns whether all numbers were finite.
+// Returns the rows to fetch during a block of queries: those of its dq and the next block's q and dout. The last block
+// of a head fetches those of dk and dv, and the next head's.
+template <class T>
+RowsAhead rows_ahead(const AttentionArgs& args, int64_t head, int64_t q0, int64_t end) {
+  RowsAhead ahead;
+  const int64_t D = args.D, b = head / args.H, h = head % args.H;
+  const bool last = q0 + BQ >= args.Tq;
+  const int64_t next = last ? head + 1 : head, next_b = next / args.H, next_h = next % args.H;
+  const int64_t next_q0 = last ? 0 : q0 + BQ, next_rows = smaller(BQ, args.Tq - next_q0);
+  if (last && next < end) {
+    add_ahead<T>(ahead, args.k, next_b, next_h, 0, args.Tk, D);
+    add_ahead<T>(ahead, args.v, next_b, next_h, 0, args.Tk, D);
+  }
+  if (next < end) {
+    add_ahead<T>(ahead, args.q, next_b, next_h, next_q0, next_rows, D);
+    add_ahead<T>(ahead, args.dout, next_b, next_h, next_q0, next_rows, D);
+  }
+  if (last) {
+    add_ahead<T>(ahead, args.dk, b, h, 0, args.Tk, D);
+    add_ahead<T>(ahead, args.dv, b, h, 0, args.Tk, D);
+  }
+  add_ahead<T>(ahead, args.dq, b, h, q0, smaller(BQ, args.Tq - q0), D);
+  return ahead;
+}
+
+// Computes head b, h, one of those before head `end`. Returns whether all numbers were finite.
 template <class T, class R>
-bool bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace<R>& space) {
+bool bwd_head(const AttentionArgs& args, int64_t b, int64_t h, int64_t end, const BwdSpace<R>& space) {
   const int64_t D = args.D, DP = round_up(D, W);
   bool finite = true;
   vf zeros = {};
@@ -150,13 +176,17 @@ bool bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace<R>
   for (int64_t q0 = 0; q0 < args.Tq; q0 += BQ) {
     const int64_t rows = smaller(BQ, args.Tq - q0);
     const Span keys_seen = keys_seen_by(args, b, q0, rows);
-    transpose({head.q.row(q0), head.q.row_stride}, rows, D, split_scale<R>(args.scale).sign, space.q_t);
-    transpose({head.dout.row(q0), head.dout.row_stride}, rows, D, (R)1, space.dout_t);
+    const Matrix<R> q{space.q, DP}, dout{space.dout, DP};
+    widen_rows(head_data<T>(args.q, b, h) + q0 * args.q.time_stride, args.q.time_stride, rows, D, q);
+    widen_rows(head_data<T>(args.dout, b, h) + q0 * args.dout.time_stride, args.dout.time_stride, rows, D, dout);
+    RowsAhead ahead = rows_ahead<T>(args, b * args.H + h, q0, end);
+    transpose_rows(q, rows, DP, split_scale<R>(args.scale).sign, space.q_t);
+    transpose_rows(dout, rows, DP, (R)1, space.dout_t);
     QuerySums<R> sums = {};
     for (R& best : sums.max) best = -INFINITY;
-    sum_block(args, head, q0, columns_used<R>(rows), keys_seen, space, sums);
+    sum_block(args, head, q0, columns_used<R>(rows), keys_seen, space, ahead, sums);
     finite = finite && finite_where_seen(sums.max, keys_seen, rows);
-    multiply_block(args, head, q0, rows, keys_seen, space, sums);
+    multiply_block(args, head, q0, rows, keys_seen, space, ahead, sums);
     T* dq = head_data<T>(args.dq, b, h) + q0 * args.dq.time_stride;
     for (int64_t i = 0; i < rows; ++i)
       write_row(dq + i * args.dq.time_stride, space.dq + i * DP, (R)args.scale, D, zeros);
@@ -172,24 +202,24 @@ bool bwd_head(const AttentionArgs& args, int64_t b, int64_t h, const BwdSpace<R>
 template <class T, class R>
 int64_t bwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t size = sizeof(R) / sizeof(float);
-  const int64_t DP = round_up(args.D, W), query_numbers = args.Tq * DP, key_numbers = args.Tk * DP;
+  const int64_t DP = round_up(args.D, W), key_numbers = args.Tk * DP, block_numbers = BQ * DP;
   const int64_t runs = args.Tk / DIAGONAL_KEYS + 2;
-  Scratch scratch(size * (2 * query_numbers + 4 * key_numbers + 3 * BQ * DP + (2 * args.Tk + runs) * BQ) + 256);
+  Scratch scratch(size * (4 * key_numbers + 5 * block_numbers + (2 * args.Tk + runs) * BQ) + 256);
   const auto take = [&](int64_t numbers) { return (R*)scratch.take(size * numbers); };
-  const BwdSpace<R> space{.q = take(query_numbers),
-                          .k = take(key_numbers),
+  const BwdSpace<R> space{.k = take(key_numbers),
                           .v = take(key_numbers),
-                          .dout = take(query_numbers),
                           .dk = take(key_numbers),
                           .dv = take(key_numbers),
-                          .q_t = take(BQ * DP),
-                          .dout_t = take(BQ * DP),
+                          .q = take(block_numbers),
+                          .dout = take(block_numbers),
+                          .dq = take(block_numbers),
+                          .q_t = take(block_numbers),
+                          .dout_t = take(block_numbers),
                           .p = take(args.Tk * BQ),
                           .ds = take(args.Tk * BQ),
-                          .shift = take(runs * BQ),
-                          .dq = take(BQ * DP)};
+                          .shift = take(runs * BQ)};
   for (int64_t head = begin; head < end; ++head)
-    if (!bwd_head<T>(args, head / args.H, head % args.H, space)) return head;
+    if (!bwd_head<T>(args, head / args.H, head % args.H, end, space)) return head;
   return end;
 }
 

@@ -72,13 +72,14 @@ bool write_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, in
 
 // Returns whether all numbers were finite.
 template <class T, class R>
-bool fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, const Keys<R>& keys, R* space) {
-  const int64_t rows = smaller(BQ, args.Tq - q0), D = args.D, DP = round_up(D, W), terms = terms_of(args);
+bool fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows, const Keys<R>& keys,
+               RowsAhead& ahead, R* space) {
+  const int64_t D = args.D, DP = round_up(D, W), terms = terms_of(args);
   const Scale<R> scale = split_scale<R>(args.scale);
   const auto [k, v, v_finite] = keys;
   R *queries = space, *q_t = queries + BQ * DP, *s = q_t + DP * BQ, *out = s + BK * BQ;
   widen_rows(head_data<T>(args.q, b, h) + q0 * args.q.time_stride, args.q.time_stride, rows, D, Matrix<R>{queries, DP});
-  transpose({queries, DP}, rows, D, scale.sign, q_t);
+  transpose_rows({queries, DP}, rows, DP, scale.sign, q_t);
   memset(out, 0, sizeof(R) * BQ * DP);
   Softmax<R> state;
   for (int64_t i = 0; i < BQ; ++i) state.max[i] = -INFINITY, state.sum[i] = 0;
@@ -88,14 +89,15 @@ bool fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, cons
   for_each_run(keys_seen, [&](const Run& run) {
     const auto [key, n, column] = run;
     if (column >= end) return;
-    gemm(terms, n, end - column, D, k.row(key), k.row_stride, 1, q_t + column, BQ, s + column, BQ, false);
+    gemm(terms, n, end - column, D, k.row(key), k.row_stride, 1, q_t + column, BQ, s + column, BQ, false, ahead);
     mask_diagonal(s, keys_seen, run, (R)-INFINITY);
     if (online_softmax(s, scale.log2, run, end, state))
       for (int64_t i = column; i < rows; ++i)
         for (int64_t d = 0; d < DP; ++d) out[i * DP + d] *= state.rescale[i];
     if (args.dropout_p > 0) apply_dropout(s, args, b * args.H + h, args.Tk - args.Tq + q0, run, end);
     if (v_finite)
-      gemm(terms, rows - column, DP, n, s + column, 1, BQ, v.row(key), v.row_stride, out + column * DP, DP, true);
+      gemm(terms, rows - column, DP, n, s + column, 1, BQ, v.row(key), v.row_stride, out + column * DP, DP, true,
+           ahead);
     else
       for_each_visible(s, keys_seen, run, rows,
                        [&](R p, int64_t j, int64_t i) { add_row(out + i * DP, p, v.row(key + j), DP); });
@@ -218,6 +220,38 @@ int64_t count_items(const AttentionArgs& args) {
   return args.B * args.H * (decodes(args) ? args.Tq : (args.Tq + BQ - 1) / BQ);
 }
 
+// A block of queries of one head.
+struct QueryBlock {
+  int64_t head, b, h, q0, rows;
+};
+QueryBlock block_of(const AttentionArgs& args, int64_t item) {
+  const int64_t blocks = (args.Tq + BQ - 1) / BQ, head = item / blocks, turn = item % blocks;
+  // A short block alternates with a long one, so equal shares of items are equal work.
+  const int64_t q0 = (turn % 2 ? blocks - 1 - turn / 2 : turn / 2) * BQ;
+  return {head, head / args.H, head % args.H, q0, smaller(BQ, args.Tq - q0)};
+}
+
+// Returns the rows to fetch during an item: those of its output, the queries of the next item, and this item's share of
+// the next head's keys and values.
+template <class T>
+RowsAhead rows_ahead(const AttentionArgs& args, int64_t item, int64_t end) {
+  RowsAhead ahead;
+  const int64_t blocks = (args.Tq + BQ - 1) / BQ, turn = item % blocks, D = args.D;
+  if (item - turn + blocks < end) {
+    const QueryBlock next = block_of(args, item - turn + blocks);
+    const int64_t from = args.Tk * turn / blocks, keys = args.Tk * (turn + 1) / blocks - from;
+    add_ahead<T>(ahead, args.k, next.b, next.h, from, keys, D);
+    add_ahead<T>(ahead, args.v, next.b, next.h, from, keys, D);
+  }
+  if (item + 1 < end) {
+    const QueryBlock next = block_of(args, item + 1);
+    add_ahead<T>(ahead, args.q, next.b, next.h, next.q0, next.rows, D);
+  }
+  const QueryBlock block = block_of(args, item);
+  add_ahead<T>(ahead, args.out, block.b, block.h, block.q0, block.rows, D);
+  return ahead;
+}
+
 // Computes items up to the first with a number that is not finite, and returns that item, or end.
 template <class T, class R>
 int64_t fwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
@@ -236,12 +270,11 @@ int64_t fwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
   R* space = (R*)scratch.take(0);
   Keys<R> keys{};
   for (int64_t item = begin, last = -1; item < end; ++item) {
-    const int64_t head = item / blocks, b = head / args.H, h = head % args.H, turn = item % blocks;
+    const auto [head, b, h, q0, rows] = block_of(args, item);
     if (head != last) keys = keys_of<T>(args, b, h, k_space, v_space);
     last = head;
-    // A short block alternates with a long one, so equal shares of items are equal work.
-    const int64_t block = turn % 2 ? blocks - 1 - turn / 2 : turn / 2;
-    if (!fwd_block<T>(args, b, h, block * BQ, keys, space)) return item;
+    RowsAhead ahead = rows_ahead<T>(args, item, end);
+    if (!fwd_block<T>(args, b, h, q0, rows, keys, ahead, space)) return item;
   }
   return end;
 }

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "attention_numbers.h"
+#include "panels.h"
 #include "philox.h"
 #include "scratch.h"
 #include "tile.h"
@@ -68,20 +69,52 @@ constexpr int64_t SHORT_SUM_QUERIES = 256;
 
 inline int64_t terms_of(const AttentionArgs& args) { return args.Tq < SHORT_SUM_QUERIES ? KB_SHORT : KB; }
 
+// Rows of memory that are needed soon: each tile of a product asks for a few of them, so that they arrive while the CPU
+// multiplies. A row of a packed projection is on a page of its own, which no hardware prefetcher foresees.
+class RowsAhead {
+ public:
+  // The rows that were added last come first. Ignores a matrix that would push out of the cache what is in use.
+  template <class T>
+  void add(const T* first, int64_t stride, int64_t rows, int64_t n) {
+    const int64_t bytes = n * sizeof(T);
+    if (rows * bytes <= MAX_BYTES) rows_[size_++] = {(const char*)first, stride * (int64_t)sizeof(T), rows, bytes};
+  }
+  void fetch_some() {
+    for (int i = 0; i < ROWS_AT_ONCE && size_; ++i) {
+      Rows& rows = rows_[size_ - 1];
+      for (int64_t byte = 0; byte < rows.bytes; byte += 64) __builtin_prefetch(rows.next + byte);
+      rows.next += rows.stride;
+      if (--rows.left <= 0) --size_;
+    }
+  }
+
+ private:
+  static constexpr int64_t MAX_BYTES = 128 << 10;
+  static constexpr int ROWS_AT_ONCE = 3, MOST = 8;
+  struct Rows {
+    const char* next;
+    int64_t stride, left, bytes;
+  };
+  Rows rows_[MOST];
+  int size_ = 0;
+};
+
 // Computes C (M x N) = A B or C += A B, where A(m, k) = a[m * a_row_stride + k * a_col_stride], B and C are row-major,
-// and N is a multiple of the lanes. `terms` is the length of a block of a sum.
+// and N is a multiple of the lanes. `terms` is the length of a block of a sum. Fetches rows ahead meanwhile.
 template <class R>
 void gemm(int64_t terms, int64_t M, int64_t N, int64_t K, const R* a, int64_t a_row_stride, int64_t a_col_stride,
-          const R* b, int64_t b_row_stride, R* c, int64_t c_row_stride, bool accumulate) {
+          const R* b, int64_t b_row_stride, R* c, int64_t c_row_stride, bool accumulate, RowsAhead& ahead) {
   constexpr int lanes = LANES<R>;
   if (N == lanes) terms = KB_NARROW;
   for (int64_t k = 0; k < K; k += terms)
     for (int64_t n = 0; n < N; n += NV * lanes) {
       const int64_t vectors = smaller<int64_t>(NV, (N - n) / lanes);
-      for (int64_t m = 0; m < M; m += MR)
+      for (int64_t m = 0; m < M; m += MR) {
+        ahead.fetch_some();
         tiles<R>[smaller<int64_t>(MR, M - m) - 1][vectors - 1](
             smaller(terms, K - k), a + m* a_row_stride + k* a_col_stride, a_row_stride, a_col_stride,
             b + k* b_row_stride + n, b_row_stride, c + m* c_row_stride + n, c_row_stride, accumulate || k > 0);
+      }
     }
 }
 
@@ -105,16 +138,27 @@ T* head_data(const Heads& x, int64_t b, int64_t h) {
   return (T*)x.data + b * x.batch_stride + h * x.head_stride;
 }
 
+// Copies rows of D numbers, `stride` apart, to rows of R.
 template <class T, class R>
 void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t D, Matrix<R> to) {
-  for (int64_t t = 0; t < rows; ++t) widen_row(to.row(t), from + t * stride, D);
+  constexpr int64_t PREFETCH_ROWS = 8, LINE = 64 / sizeof(T);
+  for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t d = 0; d < D; d += LINE) __builtin_prefetch(from + (t + PREFETCH_ROWS) * stride + d);
+    widen_row(to.row(t), from + t * stride, D);
+  }
 }
 
-// Copies a head to `space` as R. fp32 rows of whole vectors stay in place.
+template <class T>
+void add_ahead(RowsAhead& ahead, const Heads& x, int64_t b, int64_t h, int64_t t, int64_t rows, int64_t D) {
+  ahead.add(head_data<T>(x, b, h) + t * x.time_stride, x.time_stride, rows, D);
+}
+
+// Copies a head to `space` as R, unless it is a contiguous matrix of R in whole vectors. In place, rows that are a
+// multiple of 1 KB apart, as in a packed projection, share a few sets of the caches and push each other out.
 template <class T, class R>
 Matrix<R> head_matrix(const Heads& x, int64_t b, int64_t h, int64_t rows, int64_t D, R* space) {
   if constexpr (std::is_same_v<T, R>)
-    if (D % W == 0) return {head_data<R>(x, b, h), x.time_stride};
+    if (D % W == 0 && x.time_stride == D) return {head_data<R>(x, b, h), D};
   const Matrix<R> packed{space, round_up(D, W)};
   widen_rows(head_data<T>(x, b, h), x.time_stride, rows, D, packed);
   return packed;
@@ -133,12 +177,22 @@ bool all_finite(Matrix<R> x, int64_t rows, int64_t n) {
   return sum((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])) == 0;
 }
 
-// Writes the transpose of from (rows x D), times factor, to `to` (D x BQ). Columns past `rows` are zero.
-template <class R>
-void transpose(Matrix<R> from, int64_t rows, int64_t D, R factor, R* to) {
-  if (rows < BQ) memset(to, 0, sizeof(R) * D * BQ);
-  for (int64_t t = 0; t < rows; ++t)
-    for (int64_t d = 0; d < D; ++d) to[d * BQ + t] = from.row(t)[d] * factor;
+// Writes the transpose of from (rows x n), times factor, to `to` (n x BQ). Columns up to a multiple of W are zero past
+// `rows`. n is a multiple of W.
+inline void transpose_rows(Matrix<float> from, int64_t rows, int64_t n, float factor, float* to) {
+  for (int64_t t = 0; t < rows; t += W)
+    for (int64_t d = 0; d < n; d += W) {
+      vf square[W];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; ++i) square[i] = t + i < rows ? load(from.row(t + i) + d) * factor : vf{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; ++i) store(to + (d + i) * BQ + t, square[i]);
+    }
+}
+inline void transpose_rows(Matrix<double> from, int64_t rows, int64_t n, double factor, double* to) {
+  for (int64_t d = 0; d < n; ++d)
+    for (int64_t t = 0; t < round_up(rows, W); ++t) to[d * BQ + t] = t < rows ? from.row(t)[d] * factor : 0;
 }
 
 // The keys that a block of queries sees: query i sees key j if j <= i + diagonal and j < end. All queries see the keys
