@@ -146,3 +146,41 @@ def global_norm(params: list[Tensor], grads: list[Tensor | None]) -> Tensor | No
             square = grad_norm(members).double().square().to(first.device)
         total += _sum_over_shards(square, mesh, dims) if dims else square
     return total.sqrt().to(torch.promote_types(first.dtype, torch.float32))
+
+
+def own_rows(param: Tensor) -> slice:
+    """Return which rows of a parameter this process has.
+
+    Raises ValueError for a DTensor that is cut by another dimension than its first, or twice.
+    """
+    mesh, dims = _sharding(param)
+    if not dims:
+        return slice(None)
+    of: Any = param
+    if len(dims) > 1 or of.placements[dims[0]].dim != 0:
+        raise ValueError(f"a DTensor with {of.placements} is not cut into rows; use Shard(0)")
+    share = -(-param.shape[0] // mesh.size(dims[0]))
+    first = min(share * mesh.get_local_rank(dims[0]), param.shape[0])
+    return slice(first, min(first + share, param.shape[0]))
+
+
+def placed_rows(rows: Tensor, param: Tensor) -> Tensor:
+    """Return this process's rows of a tensor of a parameter's shape, placed as the parameter."""
+    of: Any = param
+    rows = rows.to(param.device)
+    if not is_dtensor(param):
+        return rows
+    return type(of).from_local(
+        rows, of.device_mesh, of.placements, shape=param.shape, stride=param.stride()
+    )
+
+
+class OwnPart:
+    """A parameter to which whole values are copied, of which this process takes its rows."""
+
+    def __init__(self, param: Tensor) -> None:
+        self._mine, self._rows = local([param])[0], own_rows(param)
+
+    def copy_(self, whole: Tensor) -> None:
+        """Copy this process's rows of the values."""
+        self._mine.copy_(whole[self._rows] if whole.dim() else whole)

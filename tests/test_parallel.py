@@ -20,12 +20,15 @@ from helpers import differing, random_ids, random_model
 from ranks import Ended, losses, train, write_data
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import gptfast.files
-from gptfast import ops
+from gptfast import GPT, AdamW, ops
+from gptfast.device import peak_memory
 from gptfast.dropout import Rows
 from gptfast.ops.attention_rows import attention_qkv_rows
-from gptfast.training import processes
+from gptfast.training import processes, shards
+from gptfast.training.checkpoint import load_checkpoint
 from gptfast.training.parallel_step import ParallelStep
 from gptfast.training.shares import Split
 from gptfast.training.trainer import Trainer
@@ -62,7 +65,9 @@ def three(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def tensors(out: Path, file: str = "model") -> dict[str, Tensor]:
-    return load_file(checkpoints(out)[-1] / f"{file}.safetensors")
+    """Return the tensors of a kind in the last checkpoint, which may be in several files."""
+    paths = sorted(checkpoints(out)[-1].glob(f"{file}*.safetensors"))
+    return {f"{path.stem}/{name}": x for path in paths for name, x in load_file(path).items()}
 
 
 def assert_same_to_rounding(out: Path, other: Path) -> None:
@@ -281,6 +286,40 @@ def test_options(option: str, how: str, tmp_path: Path, data: Path) -> None:
         assert ours == pytest.approx(theirs, rel=rel)
 
 
+def write_peak(rank: int) -> None:
+    """Make a run write its peak memory in MB beside its output, before its model and at the end."""
+    real = Trainer.fit
+
+    def peak() -> int:
+        return peak_memory("cpu") // 2**20
+
+    def fit(self: Trainer, **options: Any) -> Any:
+        real(self, **options)
+        Path(os.environ["PEAKS"], str(rank)).write_text(f"{before} {peak()}")
+
+    before = peak()
+    Trainer.fit = fit  # type: ignore[method-assign]
+
+
+@pytest.mark.skipif(not KILLS, reason="takes long")
+def test_memory_of_weights_in_parts(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the framework, two processes of fsdp take at most 0.6 of ddp's memory each."""
+    monkeypatch.setattr("ranks.DEADLINE_S", 300.0)
+    run = "--n-layer 12 --n-head 12 --n-embd 768 --vocab-size 50257 --max-length 16 --batch-size 2"
+    run += " --accumulation-steps 1 --dropout 0 --max-steps 2 --eval-batches 1 --sample-tokens 0"
+    taken = {}
+    for how in ("ddp", "fsdp"):
+        (tmp_path / how).mkdir()
+        more = *run.split(), "--parallel", how
+        peaks = {"before": write_peak, "PEAKS": str(tmp_path / how)}
+        assert train(2, tmp_path / f"run-{how}", data, *more, **peaks).codes == [0, 0]
+        files = [(tmp_path / how / str(rank)).read_text().split() for rank in range(2)]
+        taken[how] = [int(end) - int(before) for before, end in files]
+    assert max(taken["fsdp"]) <= 0.6 * min(taken["ddp"]), taken
+
+
 # What one process meets, all answer
 
 
@@ -341,6 +380,28 @@ def hanging_disk_at_step_15(rank: int) -> None:
         real(*args, **options)
 
     gptfast.files.save_file = save_file
+
+
+def full_disk_of_rank_1_at_step_15(rank: int) -> None:
+    real, saves = shards.write_safetensors, iter(range(1000))
+
+    def write(*args: Any) -> None:
+        if rank == 1 and next(saves) == 2:  # one file a save
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*args)
+
+    shards.write_safetensors = write
+
+
+def die_in_the_save_of_step_15(rank: int) -> None:
+    real, saves = shards.write_safetensors, iter(range(1000))
+
+    def write(*args: Any) -> None:
+        real(*args)
+        if rank == 1 and next(saves) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shards.write_safetensors = write
 
 
 def other_version(rank: int) -> None:
@@ -422,6 +483,50 @@ def test_a_disk_that_hangs(n: int, tmp_path: Path, data: Path) -> None:
     assert_one_line(ended, "rank 0 has been writing to", "for 4 s", "--resume continues")
     assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 10
     assert train(1, tmp_path / "run", data, *more[:2], "--resume").codes == [0]
+
+
+def test_a_disk_of_one_part_that_is_full(tmp_path: Path, data: Path) -> None:
+    more = "--max-steps", str(STEPS), "--parallel", "fsdp"
+    ended = train(2, tmp_path / "run", data, *more, before=full_disk_of_rank_1_at_step_15)
+    assert_one_line(ended, "cannot save", "step-00000015", "No space left on device")
+    found = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert found == ["best", "step-00000005", "step-00000010"]
+    assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 10
+
+
+@pytest.mark.skipif(not KILLS, reason="takes long")
+def test_a_process_that_dies_in_a_save(tmp_path: Path, data: Path) -> None:
+    more = "--max-steps", str(STEPS), "--parallel", "fsdp", "--dist-timeout", "5"
+    ended = train(2, tmp_path / "run", data, *more, before=die_in_the_save_of_step_15)
+    assert ended.codes[1] == -9 and ended.codes[0] == 1, ended
+    assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 10
+    assert train(1, tmp_path / "run", data, *more[:2], "--resume").codes == [0]
+
+
+def test_the_parts_of_a_checkpoint(tmp_path: Path, data: Path) -> None:
+    """PyTorch's reader, and one process, find in them what each process wrote."""
+    out = tmp_path / "run"
+    more = "--max-steps", "2", "--vocab-size", "259", "--parallel", "fsdp"
+    assert train(3, out, data, *more).codes == [0, 0, 0]
+    (path,) = checkpoints(out)
+    names = {file.name for file in path.glob("*.safetensors")}
+    parts = {f"optimizer-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)}
+    assert names == parts | {"model.safetensors"} and read_state(path)["step"] == 2
+    model = GPT.from_pretrained(path)
+    optimizer = AdamW(model.parameters())
+    load_checkpoint(path, model, optimizer)
+    ours = {
+        f"{name}.{key}": x
+        for name, param in model.named_parameters()
+        for key, x in optimizer.state[param].items()
+    }
+    assert all(x.isfinite().all() for x in ours.values())
+    assert ours["wte.weight.exp_avg"].shape == (259, 16) and ours["wte.weight.exp_avg"].any()
+    theirs = {name: torch.full_like(x, torch.nan) for name, x in ours.items()}
+    (path / "model.safetensors").unlink()  # their reader takes every file
+    reader = HuggingFaceStorageReader(str(path))
+    torch.distributed.checkpoint.load(theirs, storage_reader=reader, no_dist=True)
+    assert differing(ours, theirs) == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ They hold safetensors, JSON and TOML only, so that loading one never unpickles a
 A checkpoint is a directory:
     config.json, model.safetensors     as transformers' GPT2LMHeadModel reads them
     optimizer.safetensors              <parameter>.<exp_avg | exp_avg_sq | step | master>
+        or optimizer-00001-of-0000N.safetensors, … of N processes with parts of it (shards.py)
     vocab.json, merges.txt, …          the vocabulary, as transformers' tokenizer reads it
     train.toml                         the run's resolved configuration
     state.json                         format, progress, RNG, configs, SHA-256 of every file
@@ -17,16 +18,20 @@ import base64
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gptfast import dtensor
+from gptfast.config import GPTConfig
 from gptfast.device import random_state, restore_random_state
 from gptfast.files import fsync, hidden, json_text, new_directory, replace_link, write_files
 from gptfast.model import GPT, check_saveable
+from gptfast.training.state_tensors import read_state_tensors
 from gptfast.weights.checkpoint import (
     CHECKPOINT_FORMAT,
     checkpoints,
@@ -34,18 +39,45 @@ from gptfast.weights.checkpoint import (
     read_state,
     sha256,
 )
-from gptfast.weights.lazy_tensor import read_safetensors
-from gptfast.weights.pretrained import NO_ENDS, Ends, model_files
+from gptfast.weights.pretrained import NO_ENDS, Ends, hf_config, hf_tensors
 from gptfast.weights.transformers import open_directory
 
 
-def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named <parameter>.<key>."""
-    return {
-        f"{name}.{key}": value.detach().cpu().contiguous()
-        for name, param in model.named_parameters()
-        for key, value in optimizer.state.get(param, {}).items()
-    }
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds of a model, its optimizer and the random state."""
+
+    config: GPTConfig
+    weights: Mapping[str, Tensor]
+    """By name; where several processes have parts, this one's."""
+    state: Mapping[str, Tensor] | None
+    """The optimizer's, named <parameter>.<key>; None for a checkpoint of the model only."""
+    rng: list[str]
+
+    @classmethod
+    def of(cls, model: GPT, optimizer: torch.optim.Optimizer | None) -> "Snapshot":
+        """Return the current state, in the memory that training uses."""
+        state = None
+        if optimizer is not None:
+            state = {
+                f"{name}.{key}": dtensor.local([value.detach()])[0]
+                for name, param in model.named_parameters()
+                for key, value in optimizer.state.get(param, {}).items()
+            }
+        rng = [_text(rng) for rng in random_state()]
+        return cls(model.config, local_state(model), state, rng)
+
+
+def local_state(model: GPT) -> dict[str, Tensor]:
+    """Return this process's part of each weight, by name, in the memory that training uses."""
+    return {name: dtensor.local([t.detach()])[0] for name, t in model.state_dict().items()}
+
+
+class ShardWriter(Protocol):
+    """Writes model.safetensors and the optimizer's files with other processes (shards.py)."""
+
+    def write(self, directory: Path, snapshot: Snapshot) -> dict[str, str]:
+        """Write them and return the SHA-256 of each."""
 
 
 def save_checkpoint(
@@ -69,28 +101,42 @@ def save_checkpoint(
     earlier checkpoints then stay as they were.
     """
     check_saveable(model)
-    target = Path(out) / "checkpoints" / f"step-{progress['step']:08d}"
+    snapshot = Snapshot.of(model, optimizer)
+    return write_checkpoint(
+        Path(out), snapshot, progress, keep, best=best, texts=texts or {}, ends=ends
+    )
+
+
+def write_checkpoint(
+    out: Path,
+    snapshot: Snapshot,
+    progress: dict[str, Any],
+    keep: int,
+    *,
+    best: int | None,
+    texts: Mapping[str, str],
+    ends: Ends,
+    shards: ShardWriter | None = None,
+) -> Path:
+    """Write a snapshot as `save_checkpoint` does; with `shards`, together with other processes."""
+    target = out / "checkpoints" / f"step-{progress['step']:08d}"
     old = hidden(target, "old")
     try:
         with new_directory(target) as directory:
-            tensors, files = model_files(model.config, model.state_dict(), ends)
-            if optimizer is not None:
-                tensors["optimizer.safetensors"] = _optimizer_tensors(model, optimizer)
-            files |= texts or {}
-            write_files(directory, tensors, files)
+            sums = _write_files(directory, snapshot, texts, ends, shards)
             state = {
                 "format": CHECKPOINT_FORMAT,
                 **progress,
-                "rng": [_text(rng) for rng in random_state()],
-                "sha256": {name: sha256(directory / name) for name in (*tensors, *files)},
+                "rng": snapshot.rng,
+                "sha256": sums,
             }
             state["digest"] = digest(state)
             write_files(directory, {}, {"state.json": json_text(state)})
             if target.exists():  # a resumed run that passes this step again
                 target.rename(old)
-        fsync(Path(out))
+        fsync(out)
         _link_best(target.parent, best)
-        _delete_old(Path(out), keep, best)
+        _delete_old(out, keep, best)
     except OSError as error:
         why = error.strerror or error
         raise OSError(f"cannot save {target}: {why}; earlier checkpoints are intact") from error
@@ -98,6 +144,27 @@ def save_checkpoint(
         if not target.exists() and old.exists():
             old.rename(target)
     return target
+
+
+def _write_files(
+    directory: Path,
+    snapshot: Snapshot,
+    texts: Mapping[str, str],
+    ends: Ends,
+    shards: ShardWriter | None,
+) -> dict[str, str]:
+    """Write all files but state.json; return the SHA-256 of each."""
+    dtype = snapshot.weights["wte.weight"].dtype
+    texts = {"config.json": json_text(hf_config(snapshot.config, dtype, ends)), **texts}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    if shards is None:
+        tensors["model.safetensors"] = hf_tensors(snapshot.config, snapshot.weights)
+        if snapshot.state is not None:
+            state = {name: x.cpu().contiguous() for name, x in snapshot.state.items()}
+            tensors["optimizer.safetensors"] = state
+    written = {} if shards is None else shards.write(directory, snapshot)
+    write_files(directory, tensors, texts)
+    return written | {name: sha256(directory / name) for name in (*tensors, *texts)}
 
 
 def _link_best(folder: Path, best: int | None) -> None:
@@ -142,24 +209,30 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore model, optimizer and random state from a checkpoint; return its state.json.
 
+    Parameters may be DTensors: each process then reads its own part of the values.
+
     Everything is verified before anything is changed. Raises CheckpointError if it is damaged, and
     ValueError if it is of another architecture or has the model only.
     """
     path = Path(path)
     state = read_state(path)
-    if "optimizer.safetensors" not in state["sha256"]:
+    files = [path / name for name in state["sha256"] if name.startswith("optimizer")]
+    if not files:
         raise ValueError(
             f"{path} holds the model only and cannot be resumed; start from its weights (--init)"
         )
-    open_directory(path).copy_to(model.config, model.state_dict())
     names = dict(model.named_parameters())
-    for key, stored in read_safetensors(path / "optimizer.safetensors").items():
-        name, _, field = key.rpartition(".")
-        if name not in names:
+    saved = read_state_tensors(files)
+    for key in saved:
+        if (name := key.rpartition(".")[0]) not in names:
             raise ValueError(
                 f"{path} has optimizer state for {name!r}, which the model does not have"
             )
-        optimizer.state[names[name]][field] = stored.load().to(names[name].device)
+    parts: dict[str, Any] = {name: dtensor.OwnPart(t) for name, t in model.state_dict().items()}
+    open_directory(path).copy_to(model.config, parts)
+    for key, stored in saved.items():
+        name, _, field = key.rpartition(".")
+        optimizer.state[names[name]][field] = stored.read_for(names[name], path)
     restore_random_state([_tensor_of_bytes(text) for text in state["rng"]])
     return state
 

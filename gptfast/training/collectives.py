@@ -25,26 +25,36 @@ def _sum_parts(out: Tensor, parts: Tensor, group: Any) -> None:
     torch.sum(theirs, 0, out=out)
 
 
-def _row_pieces(whole: Tensor, group: Any) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
-    """Yield which rows of its own a process sends now, room for them, and those of every rank.
+def _row_pieces(V: int, row_bytes: int, size: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Yield which rows of its own a process sends now, and which rows of V those of each rank are.
 
-    whole: (V, C), of which each process has ceil(V / size) rows, fewer at the end, as DTensor's
-    Shard(0) has them. The room (size, n, C) may be larger than the rows.
+    Each process has ceil(V / size) rows, fewer at the end, as DTensor's Shard(0) has them. The
+    first slice may reach beyond the rows of a process.
     """
-    size, (V, C) = dist.get_world_size(group), whole.shape
     share = -(-V // size)
-    step = max(1, PIECE_BYTES // (C * whole.element_size()))
+    step = max(1, PIECE_BYTES // row_bytes)
     for begin in range(0, share, step):
         end = min(begin + step, share)
-        ranges = (slice(min(rank * share + begin, V), rank * share + end) for rank in range(size))
-        yield slice(begin, end), whole.new_zeros(size, end - begin, C), [whole[r] for r in ranges]
+        ranks = range(size)
+        yield (
+            slice(begin, end),
+            [slice(min(rank * share + begin, V), min(rank * share + end, V)) for rank in ranks],
+        )
+
+
+def _padded(rows: Tensor, n: int) -> Tensor:
+    """Return n rows, of which the last are zeros where there are fewer."""
+    if len(rows) == n:
+        return rows.contiguous()
+    return torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])])
 
 
 def reduce_rows(mine: Tensor, whole: Tensor, group: Any) -> None:
     """Write to `mine` the process's rows of the sum of `whole` (V, C) over a group's processes."""
-    for here, parts, rows_of_ranks in _row_pieces(whole, group):
-        for part, rows in zip(parts, rows_of_ranks, strict=True):
-            part[: len(rows)] = rows
+    size, (V, C) = dist.get_world_size(group), whole.shape
+    for here, of_ranks in _row_pieces(V, C * whole.element_size(), size):
+        n = here.stop - here.start
+        parts = torch.stack([_padded(whole[rows], n) for rows in of_ranks])
         total = torch.empty_like(parts[0])
         _sum_parts(total, parts, group)
         mine[here] = total[: len(mine[here])]
@@ -52,14 +62,35 @@ def reduce_rows(mine: Tensor, whole: Tensor, group: Any) -> None:
 
 def gather_rows(mine: Tensor, V: int, group: Any) -> Tensor:
     """Return the whole (V, C) of which each process of a group has its rows."""
-    whole = mine.new_empty(V, mine.shape[1])
-    for here, parts, rows_of_ranks in _row_pieces(whole, group):
-        own = torch.zeros_like(parts[0])
-        own[: len(mine[here])] = mine[here]
+    size, C = dist.get_world_size(group), mine.shape[1]
+    whole = mine.new_empty(V, C)
+    for here, of_ranks in _row_pieces(V, C * mine.element_size(), size):
+        own = _padded(mine[here], here.stop - here.start)
+        parts = own.new_empty(size, *own.shape)
         dist.all_gather(list(parts), own, group=group)
-        for part, rows in zip(parts, rows_of_ranks, strict=True):
-            rows.copy_(part[: len(rows)])
+        for part, rows in zip(parts, of_ranks, strict=True):
+            whole[rows] = part[: rows.stop - rows.start]
     return whole
+
+
+def gather_to_first(mine: Tensor, shape: Sequence[int], group: Any) -> Tensor | None:
+    """Return the whole of a tensor that is cut by its first dimension, on the CPU.
+
+    mine: this process's part; shape: of the whole. group: of gloo. Its other processes get None.
+    """
+    size, V = dist.get_world_size(group), shape[0]
+    mine = mine.reshape(len(mine), -1)
+    C = torch.Size(shape[1:]).numel()
+    is_first = dist.get_rank(group) == 0
+    whole = mine.new_empty(V, C, device="cpu") if is_first else None
+    for here, of_ranks in _row_pieces(V, C * mine.element_size(), size):
+        own = _padded(mine[here].view(-1, C).cpu(), here.stop - here.start)
+        parts = own.new_empty(size, *own.shape) if is_first else None
+        dist.gather(own, None if parts is None else list(parts), group=group, group_dst=0)
+        if whole is not None and parts is not None:
+            for part, rows in zip(parts, of_ranks, strict=True):
+                whole[rows] = part[: rows.stop - rows.start]
+    return None if whole is None else whole.view(shape)
 
 
 class PieceReduceScatter:

@@ -73,14 +73,14 @@ class Processes(World):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Those that notice need a moment to find out who it was.
-        silence = timedelta(seconds=max(timeout_s - REPORT_S - 1, timeout_s / 2))
+        self.silence = timedelta(seconds=max(timeout_s - REPORT_S - 1, timeout_s / 2))
         self._failures = Failures(self.rank, self.size, self._connect, timeout_s)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("groups", self._connect()),
             rank=self.rank,
             world_size=self.size,
-            timeout=silence,
+            timeout=self.silence,
         )
         self._failures.introduce()
 
@@ -132,12 +132,8 @@ class Processes(World):
         self._comparisons += 1
         versions = {"torch": torch.__version__, "Python": platform.python_version()}
         mine = json.loads(json.dumps({**_flat(values), **versions}))
-        every = []
-        with self.together():
-            key = f"settings/{self._comparisons}"
-            self._failures.set(f"{key}/{self.rank}", json.dumps(mine))
-            for rank in range(self.size):
-                every.append(json.loads(self._wait(f"{key}/{rank}", rank)))
+        texts = self.exchange(f"settings/{self._comparisons}", json.dumps(mine))
+        every = [json.loads(text) for text in texts]
         for rank, theirs in enumerate(every):
             for name, value in {**theirs, **every[0]}.items():
                 if name not in theirs or name not in every[0] or theirs[name] != value:
@@ -146,6 +142,11 @@ class Processes(World):
                         f"the processes differ: rank {rank} has {name} {other}, rank 0 has "
                         f"{first}; start all with the same settings, data and versions"
                     )
+
+    def exchange(self, what: str, text: str) -> list[str]:
+        with self.together():
+            self._failures.set(f"{what}/{self.rank}", text)
+            return [self._wait(f"{what}/{rank}", rank) for rank in range(self.size)]
 
     def _wait(self, key: str, rank: int) -> str:
         return self._failures.wait(key, rank, hurried=self._is_hurried)

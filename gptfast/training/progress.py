@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.config import GPTConfig, TrainConfig, to_toml
-from gptfast.model import GPT
 from gptfast.tokenizer.bpe import Tokenizer, same_vocabulary, vocabulary
-from gptfast.training.checkpoint import load_checkpoint, save_checkpoint, set_aside
+from gptfast.training.checkpoint import (
+    Snapshot,
+    load_checkpoint,
+    set_aside,
+    write_checkpoint,
+)
 from gptfast.training.step import TrainStep
 from gptfast.training.world import ONE, World
 from gptfast.weights.checkpoint import checkpoints
@@ -122,27 +126,32 @@ class RunCheckpoints:
         """Write a checkpoint of the current step, unless `is_saved`."""
         if self.is_saved(progress):
             return
-        whole = self.train_step.whole()
-        if self._world.is_first and whole is not None:
-            self._write(progress, *whole)
+        step, shards = self.train_step, self.train_step.shards
+        if self._world.is_first or shards is not None:
+            optimizer = step.optimizer if step.config.save_optimizer else None
+            snapshot = Snapshot.of(step.raw_model, optimizer)
+            if self._world.is_first:
+                self._write(progress, snapshot)
+            else:
+                shards.follow(self.out / "checkpoints", snapshot)
         # A pending step is saved again once it is complete.
         self._saved_step = progress.step if progress.pending is None else None
 
-    def _write(self, progress: Progress, model: GPT, optimizer: Any) -> None:
+    def _write(self, progress: Progress, snapshot: Snapshot) -> None:
         step, config = self.train_step, self.train_step.config
         vocabulary_files, ends = self._text
         n_vocab = self._tokenizer.n_vocab if self._tokenizer else step.raw_model.config.vocab_size
         ends = joined_ends(ends, step.raw_model.eos_ids, n_vocab)
         with self._world.writing(self.out):
-            save_checkpoint(
+            write_checkpoint(
                 self.out,
-                model,
-                optimizer if config.save_optimizer else None,
+                snapshot,
                 {**asdict(progress), "guard": step.guard.state_dict(), "config": self.settings},
                 config.keep,
                 best=progress.best["step"] if progress.best and config.keep_best else None,
                 texts={"train.toml": self._toml, **vocabulary_files},
                 ends=ends,
+                shards=step.shards,
             )
 
     def restore(self) -> Progress | None:
@@ -153,19 +162,17 @@ class RunCheckpoints:
         """
         damaged: dict[Path, CheckpointError] = {}
         for path in reversed(checkpoints(self.out)):
-            model, optimizer = self.train_step.blank()
+            model = self.train_step.raw_model
             try:
-                state = load_checkpoint(path, model, optimizer)
+                state = load_checkpoint(path, model, self.train_step.optimizer)
             except CheckpointError as error:
                 self.log(f"{error}; falling back to the checkpoint before it")
                 damaged[path] = error
                 continue
-            self.train_step.take(model, optimizer)
             self._check_same_run(state["config"], path)
             if origin := state["config"].get("started_from"):
                 self.settings["started_from"] = origin
                 self._toml = settings_toml(self.settings)
-            model = self.train_step.raw_model
             model.eos_ids = ends_in(path, model.config.vocab_size)
             progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
             self.train_step.guard.load_state_dict(state["guard"])

@@ -2,32 +2,29 @@
 
 Each block is a group of weights, and so are the embeddings, the last norm and the head, which may
 be the token embedding. A group is gathered from all processes before it computes and forgotten
-after it; its gradient is summed and cut into the parts of the processes. Checkpoints are those of
-one process: the first process gathers the weights and the state, one tensor after the other, in its
-main memory.
+after it; its gradient is summed and cut into the parts of the processes. sharded_table.py has the
+token embedding, shards.py the checkpoints.
 """
 
 import contextlib
-import copy
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gptfast.config import TrainConfig
 from gptfast.device import return_freed_memory
 from gptfast.model import GPT
 from gptfast.torch_private import forget_gathered_at_once
+from gptfast.training.checkpoint import local_state
 from gptfast.training.collectives import PieceReduceScatter
 from gptfast.training.parallel_step import ParallelStep
 from gptfast.training.sharded_table import ShardedTable
+from gptfast.training.shards import Shards
 from gptfast.training.shares import Split
 from gptfast.training.world import World
 
@@ -78,6 +75,7 @@ class ShardedStep(ParallelStep):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         with self._world.together():
             self._mesh = _mesh(self.config, self.device, self._world.size)
+            self.shards = Shards(self._mesh, self._world)
             # Autocast's place is taken by the policy where most weights are; the token embedding
             # stays in fp32 for the head, as it does under autocast.
             in_bf16 = MixedPrecisionPolicy(
@@ -122,52 +120,15 @@ class ShardedStep(ParallelStep):
         self.optimizer.zero_grad(set_to_none=True)
         return numbers
 
-    def _unsharded_copy(self) -> GPT:
-        """Return a model of this configuration, in main memory, whose weights mean nothing."""
-        with torch.random.fork_rng([]):
-            return GPT(self.raw_model.config)
-
-    def whole(self) -> tuple[GPT, Any] | None:
-        """Return the model and the optimizer's state in the first process's main memory."""
-        first = self._world.is_first
-        model = self._unsharded_copy() if first else None
-        state: dict[Tensor, dict[str, Tensor]] = {}
+    def whole_model(self) -> GPT | None:
+        """Return the model in the first process's main memory."""
+        config, model = self.raw_model.config, None
+        if self._world.is_first:
+            with torch.random.fork_rng([]):
+                model = GPT(config)
         theirs = dict(model.named_parameters()) if model is not None else {}
         with self._world.together(), torch.no_grad():
-            for name, param in self.raw_model.named_parameters():
-                full = _full(param)
-                fields = {k: _full(v) for k, v in self.optimizer.state.get(param, {}).items()}
-                if first:
-                    theirs[name].copy_(full)
-                    state[theirs[name]] = {k: v.cpu() for k, v in fields.items()}
-        if model is None:
-            return None
-        model.tokenizer_name = self.raw_model.tokenizer_name
-        model.vocabulary, model.eos_ids = self.raw_model.vocabulary, self.raw_model.eos_ids
-        return model, SimpleNamespace(state=state)
-
-    def blank(self) -> tuple[GPT, Any]:
-        return self._unsharded_copy(), SimpleNamespace(state=defaultdict(dict))
-
-    @torch.no_grad()
-    def take(self, model: GPT, optimizer: Any) -> None:
-        theirs = dict(model.named_parameters())
-        for name, param in self.raw_model.named_parameters():
-            param.copy_(_part(theirs[name], param))
-            fields = optimizer.state.get(theirs[name], {})
-            self.optimizer.state[param] = {
-                k: copy.copy(v).to(self.device) if v.dim() == 0 and k == "step" else _part(v, param)
-                for k, v in fields.items()
-            }
-
-
-def _full(x: Tensor) -> Tensor:
-    """Return the whole of a tensor of which each process may have a part; all must call it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def _part(whole: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor that every process has, cut into the parts that those of `like` have."""
-    assert isinstance(like, DTensor)
-    whole = whole.detach().to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+            for name, whole in self.shards.gathered(config, local_state(self.raw_model)):
+                if whole is not None:
+                    theirs[name].copy_(whole)
+        return model

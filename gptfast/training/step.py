@@ -89,6 +89,8 @@ class TrainStep:
         model.activation_checkpointing = config.activation_checkpointing
         model.skip_below = config.skip_below
         self.raw_model = model
+        # Who writes which part of a checkpoint, where several processes have parts of the weights.
+        self.shards: Any = None
         self.model = self._placed(model)
         self.optimizer = AdamW(
             parameter_groups(model, config.weight_decay),
@@ -109,19 +111,12 @@ class TrainStep:
         """Return what is called in a step, before the optimizer takes the model's parameters."""
         return torch.compile(model, fullgraph=True) if self.config.compile else model
 
-    def whole(self) -> tuple[GPT, Any] | None:
-        """Return the whole model and its optimizer's state, on the first process at least.
+    def whole_model(self) -> GPT | None:
+        """Return the model with all of its weights, on the first process at least.
 
         All processes must call it.
         """
-        return self.raw_model, self.optimizer
-
-    def blank(self) -> tuple[GPT, Any]:
-        """Return a model and an object with the optimizer's `state` to fill for `take`."""
-        return self.raw_model, self.optimizer
-
-    def take(self, model: GPT, optimizer: Any) -> None:
-        """Take the weights and the state that were filled into what `blank` returned."""
+        return self.raw_model
 
     def run(
         self,

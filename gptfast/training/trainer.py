@@ -359,9 +359,9 @@ class Trainer:
         """Write a text sample to the log and to samples.txt."""
         if self.tokenizer is None or not self.config.sample_tokens:
             return
-        whole = self.step.whole()
-        if self.world.is_first and whole is not None:
-            self._write_sample(whole[0], self.tokenizer)
+        model = self.step.whole_model()
+        if self.world.is_first and model is not None:
+            self._write_sample(model, self.tokenizer)
         self.world.wait_for_first(f"sample of step {self.progress.step}")
 
     def _write_sample(self, model: GPT, tokenizer: Tokenizer) -> None:

@@ -54,6 +54,13 @@ class World:
     def compare(self, values: Mapping[str, Any]) -> None:
         """Raise ValueError that names the first value in which a process differs from the first."""
 
+    def exchange(self, what: str, text: str) -> list[str]:
+        """Return the texts of all processes, in their order, once all have come here.
+
+        what: a name that is used once in a run.
+        """
+        return [text]
+
     def wait_for_first(self, what: str) -> None:
         """Wait until the first process has come here too, however long its work takes.
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptfast.config import GPTConfig
+from gptfast.config import GPTConfig, parameter_shapes
 from gptfast.files import json_text, new_files, write_files
 from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 from gptfast.tokenizer.characters import CHARACTERS_JSON
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.weights.lazy_tensor import read_text
 from gptfast.weights.names import CONV1D
+from gptfast.weights.safetensors_file import Layout
 
 # The files that transformers or this package may make a tokenizer of.
 _TOKENIZER_FILES = (
@@ -153,3 +154,15 @@ def hf_tensors(config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tens
             bias = tensor.new_zeros(3 * config.n_embd)
             tensors[f"transformer.{name.removesuffix('weight')}bias"] = bias
     return tensors
+
+
+def hf_layouts(config: GPTConfig, dtype: torch.dtype) -> dict[str, Layout]:
+    """Return the layouts of `hf_tensors`, in the order of the model's parameters."""
+    layouts = {}
+    for name, shape in parameter_shapes(config).items():
+        prefix = "" if name.startswith("lm_head") else "transformer."
+        layouts[prefix + name] = Layout(dtype, shape[::-1] if name.endswith(CONV1D) else shape)
+        if name.endswith("c_attn.weight") and not config.qkv_bias:
+            bias = f"transformer.{name.removesuffix('weight')}bias"
+            layouts[bias] = Layout(dtype, (3 * config.n_embd,))
+    return layouts
