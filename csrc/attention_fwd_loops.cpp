@@ -17,7 +17,7 @@ struct Softmax {
 template <class R>
 bool online_softmax(R* s, R log2, const Run& run, int64_t end, Softmax<R>& state) {
   using V = Vec<R>;
-  bool changed = false;
+  V changed = {};
   for (int64_t i = 0; i < BQ; i += LANES<R>) store(state.rescale + i, splat((R)1));
   for (int64_t i = run.column; i < end; i += LANES<R>) {
     const V old = load(state.max + i);
@@ -34,9 +34,9 @@ bool online_softmax(R* s, R log2, const Run& run, int64_t end, Softmax<R>& state
     store(state.max + i, best);
     store(state.rescale + i, rescale);
     store(state.sum + i, load(state.sum + i) * rescale + total);
-    for (int lane = 0; lane < LANES<R>; ++lane) changed |= old[lane] != best[lane] && old[lane] != -INFINITY;
+    changed = old == best || old == -INFINITY ? changed : splat((R)1);
   }
-  return changed;
+  return sum(changed) != 0;
 }
 
 // A head's keys and values.
