@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from commands import refused, run
 from helpers import differing, random_ids, random_model
@@ -318,6 +319,29 @@ def test_memory_of_weights_in_parts(
         files = [(tmp_path / how / str(rank)).read_text().split() for rank in range(2)]
         taken[how] = [int(end) - int(before) for before, end in files]
     assert max(taken["fsdp"]) <= 0.6 * min(taken["ddp"]), taken
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("more", ["", "--activation-checkpointing"])
+@pytest.mark.skipif(not KILLS, reason="takes long")
+def test_compiled(
+    more: str, how: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that share the rows of each batch, compiled, against one that is not."""
+    monkeypatch.setattr(ranks, "DEADLINE_S", 300.0)
+    shared = "--max-steps 6 --dropout 0 --batch-size 12 --accumulation-steps 1".split()
+    assert train(1, tmp_path / "1", data, *shared).codes == [0]
+    # Without a cache, a process may compile for longer than another one may be silent.
+    compiled = *f"--compile --dist-timeout 250 --parallel {how}".split(), *more.split()
+    ended = train(2, tmp_path / "2", data, *shared, *compiled)
+    assert ended.codes == [0, 0], ended
+    assert_same_to_rounding(tmp_path / "2", tmp_path / "1")
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_compiled_dropout_is_refused(how: str, tmp_path: Path, data: Path) -> None:
+    ended = train(2, tmp_path / "run", data, "--max-steps", "6", "--compile", "--parallel", how)
+    assert_one_line(ended, "compile draws the dropout", "leave out compile, or take dropout 0")
 
 
 # What one process meets, all answer

@@ -64,10 +64,6 @@ class ShardedStep(ParallelStep):
     """A `ParallelStep` in which each process keeps a part of the weights."""
 
     def _placed(self, model: GPT) -> Any:
-        if self.config.compile:
-            raise ValueError(
-                f"compile does not work with parallel {self.config.parallel} yet: leave out one"
-            )
         if self.device.type == "cpu":
             # A gathered block has some 27 MB, and comes and goes between what stays.
             return_freed_memory()
@@ -83,6 +79,10 @@ class ShardedStep(ParallelStep):
             )
             policy = in_bf16 if self.config.precision == "bf16" else MixedPrecisionPolicy()
             for block in model.h:
+                if self.config.compile:
+                    # Its weights are gathered before and forgotten after, outside of what is
+                    # compiled.
+                    block.forward = torch.compile(block.forward, fullgraph=True)
                 fully_shard(block, mesh=self._mesh, mp_policy=policy)
             model.sharded_table = ShardedTable(model.wte, self._mesh)
             table: Any = model.wte.weight
