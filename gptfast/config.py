@@ -159,6 +159,10 @@ class TrainConfig:
     """Also keep the checkpoint with the lowest validation loss, as checkpoints/best."""
     save_optimizer: bool = True
     """Save what --resume needs. Without it, checkpoints are smaller and hold the model only."""
+    async_save: bool = False
+    """Go on with training while a checkpoint is written, from a copy in main memory that takes as
+    much as weights and optimizer state together. An error of the disk ends the run at the next
+    step."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do if a loss or gradient norm is not finite. stop: save a checkpoint and end the run.
     skip: continue with the next step. The weights do not change in either case."""

@@ -18,7 +18,7 @@ import base64
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +66,15 @@ class Snapshot:
             }
         rng = [_text(rng) for rng in random_state()]
         return cls(model.config, local_state(model), state, rng)
+
+    def copied(self) -> "Snapshot":
+        """Return a copy in main memory, which the next step does not change."""
+
+        def copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: x.to("cpu", copy=True) for name, x in tensors.items()}
+
+        state = None if self.state is None else copy(self.state)
+        return replace(self, weights=copy(self.weights), state=state)
 
 
 def local_state(model: GPT) -> dict[str, Tensor]:

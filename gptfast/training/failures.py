@@ -59,7 +59,7 @@ class Failures:
         self._store.set(f"who/{rank}", f"{os.getpid()} {self._host}")
         self._who: dict[int, tuple[int, str]] = {}
         self._ended = threading.Event()
-        self._deadline: tuple[float, str] | None = None
+        self._deadlines: dict[object, tuple[float, str]] = {}
         threading.Thread(target=self._beat, daemon=True).start()
 
     def introduce(self) -> None:
@@ -76,18 +76,20 @@ class Failures:
                 self._beats.set(f"beat/{self.rank}", str(count))
             except RuntimeError:  # the store has ended, which the others notice too
                 return
-            if self._deadline is not None and time.monotonic() > self._deadline[0]:
-                self._give_up(self._deadline[1])
+            for end, message in list(self._deadlines.values()):
+                if time.monotonic() > end:
+                    self._give_up(message)
             self._ended.wait(BEAT_S)
 
     @contextlib.contextmanager
     def ending_after(self, limit_s: float, message: str) -> Iterator[None]:
         """End this process with a message, and so all, if the block takes more than limit_s."""
-        self._deadline = time.monotonic() + limit_s, message
+        key = object()  # a checkpoint may be written beside the steps
+        self._deadlines[key] = time.monotonic() + limit_s, message
         try:
             yield
         finally:
-            self._deadline = None
+            del self._deadlines[key]
 
     def _give_up(self, message: str) -> None:
         """End this process from the thread of the beats: the main thread hangs in the system."""

@@ -8,12 +8,13 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from gptfast.config import GPTConfig, TrainConfig, to_toml
 from gptfast.tokenizer.bpe import Tokenizer, same_vocabulary, vocabulary
+from gptfast.training.background import Background
 from gptfast.training.checkpoint import (
     Snapshot,
     load_checkpoint,
@@ -112,6 +113,8 @@ class RunCheckpoints:
         self.out, self.train_step, self.settings, self.log = out, step, settings, log
         self._toml = settings_toml(settings)
         self._saved_step: int | None = None
+        # After an error, several processes cannot count on one another to end their work.
+        self.background = Background(waits=world.size == 1)
 
     @cached_property
     def _text(self) -> tuple[dict[str, str], Ends]:
@@ -123,36 +126,60 @@ class RunCheckpoints:
         return self._saved_step == progress.step
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint of the current step, unless `is_saved`."""
+        """Write a checkpoint of the current step, unless `is_saved`.
+
+        With config.async_save, return when the state is copied; `background` then writes it.
+        """
         if self.is_saved(progress):
             return
         step, shards = self.train_step, self.train_step.shards
+        in_background = step.config.async_save
+        if in_background:
+            self.background.finish()  # two copies would be held at once
         if self._world.is_first or shards is not None:
             optimizer = step.optimizer if step.config.save_optimizer else None
             snapshot = Snapshot.of(step.raw_model, optimizer)
+            if in_background:
+                snapshot = snapshot.copied()
             if self._world.is_first:
-                self._write(progress, snapshot)
+                write = self._writer(progress, snapshot)
             else:
-                shards.follow(self.out / "checkpoints", snapshot)
+                write = partial(shards.follow, self.out / "checkpoints", snapshot)
+            if in_background:
+                self.background.start(write)
+            else:
+                write()
+        if not in_background:
+            done = "half" if progress.pending is not None else "all"
+            self._world.wait_for_first(f"checkpoint of {done} of step {progress.step}")
         # A pending step is saved again once it is complete.
         self._saved_step = progress.step if progress.pending is None else None
 
-    def _write(self, progress: Progress, snapshot: Snapshot) -> None:
+    def _writer(self, progress: Progress, snapshot: Snapshot) -> Callable[[], None]:
+        """Return a function that writes the checkpoint as it is now, whenever it is called."""
         step, config = self.train_step, self.train_step.config
         vocabulary_files, ends = self._text
         n_vocab = self._tokenizer.n_vocab if self._tokenizer else step.raw_model.config.vocab_size
         ends = joined_ends(ends, step.raw_model.eos_ids, n_vocab)
-        with self._world.writing(self.out):
-            write_checkpoint(
-                self.out,
-                snapshot,
-                {**asdict(progress), "guard": step.guard.state_dict(), "config": self.settings},
-                config.keep,
-                best=progress.best["step"] if progress.best and config.keep_best else None,
-                texts={"train.toml": self._toml, **vocabulary_files},
-                ends=ends,
-                shards=step.shards,
-            )
+        values = {**asdict(progress), "guard": step.guard.state_dict(), "config": self.settings}
+        values = json.loads(json.dumps(values))  # the run goes on and changes them
+        best = progress.best["step"] if progress.best and config.keep_best else None
+        texts = {"train.toml": self._toml, **vocabulary_files}
+
+        def write() -> None:
+            with self._world.writing(self.out):
+                write_checkpoint(
+                    self.out,
+                    snapshot,
+                    values,
+                    config.keep,
+                    best=best,
+                    texts=texts,
+                    ends=ends,
+                    shards=step.shards,
+                )
+
+        return write
 
     def restore(self) -> Progress | None:
         """Load the newest undamaged checkpoint; return its progress, or None if there is none.

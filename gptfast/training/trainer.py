@@ -124,7 +124,7 @@ class Trainer:
         loss or gradient norm that is not finite raises FloatingPointError after a checkpoint of the
         weights before that step.
         """
-        with self.run.lock(), self.world.interrupt() as self.interrupt:
+        with self.run.lock(), self.checkpoints.background, self.world.interrupt() as self.interrupt:
             self._open(resume or self.world.restarts > 0)
             peak = torch.tensor(self._peak_flops(), dtype=torch.float64, device=self.device)
             self._peak_of_all = float(self.world.sum(peak))
@@ -142,6 +142,7 @@ class Trainer:
 
         Raises FloatingPointError for a step that the guard refuses, after saving a checkpoint.
         """
+        self.checkpoints.background.check()
         progress = self.progress
         rate = learning_rate(progress.step, self.total_steps, self.config)
         try:
@@ -149,7 +150,7 @@ class Trainer:
         except RefusedStep as refused:
             kept = f"the checkpoint of step {progress.step} is in {self.run.out}"
             try:
-                self._save()
+                self._save(waits=True)
             except OSError as error:
                 kept = str(error)
             raise FloatingPointError(
@@ -208,7 +209,7 @@ class Trainer:
                     # Tokens per second do not include evaluations and checkpoints.
                     start, tokens = time.perf_counter(), 0
         if self.interrupt.requested:
-            self._save()
+            self._save(waits=True)
             saved = "all is saved; --resume continues"
             if not self.config.save_optimizer:
                 saved = "the model is saved"
@@ -268,7 +269,7 @@ class Trainer:
             self._sample()
         progress.pending = None
         if self._saves_now(improved):
-            self._save()
+            self._save(waits=self.log.lost is not None)
         self._mention_lost_log()
         return due
 
@@ -290,15 +291,14 @@ class Trainer:
         new_best = improved and config.keep_best
         return bool(scheduled or new_best or self.interrupt.requested or self.log.lost)
 
-    def _save(self) -> None:
-        """Write a checkpoint, after the metrics and samples up to its step are on disk."""
-        if self.checkpoints.is_saved(self.progress):
-            return
-        with self.world.writing(self.run.out):
-            self.run.sync()
-        self.checkpoints.save(self.progress)
-        done = "half" if self.progress.pending is not None else "all"
-        self.world.wait_for_first(f"checkpoint of {done} of step {self.progress.step}")
+    def _save(self, *, waits: bool = False) -> None:
+        """Write metrics and samples to the disk, then a checkpoint. waits: with async_save too."""
+        if not self.checkpoints.is_saved(self.progress):
+            with self.world.writing(self.run.out):
+                self.run.sync()
+            self.checkpoints.save(self.progress)
+        if waits:
+            self.checkpoints.background.finish()
 
     def _progress_row(self) -> dict[str, Any]:
         """Return the step, epoch and tokens of the run so far."""

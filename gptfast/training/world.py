@@ -12,7 +12,8 @@ How a run of several processes is the same run:
                 order in which one process adds them (evaluation.py)
     decisions   what only one process can know (a signal, a non-finite loss) is agreed upon before
                 anybody acts on it
-    files       the first process alone writes them; the others wait for it
+    files       the first process alone writes them, and the others wait for it; each writes its own
+                part of a checkpoint where they share the weights (shards.py)
     failures    a process that ends, hangs or is cut off is named by those that notice (failures.py)
 tests/test_parallel.py compares 1, 2, 3 and 4 processes, and ends them in every way.
 """
