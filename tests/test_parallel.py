@@ -408,6 +408,18 @@ def hanging_disk_at_step_15(rank: int) -> None:
     gptfast.files.save_file = save_file
 
 
+def hanging_disk_of_rank_1_at_step_15(rank: int) -> None:
+    processes.WRITE_TIMEOUTS = 2
+    real, saves = shards.write_safetensors, iter(range(1000))
+
+    def write(*args: Any) -> None:
+        if rank == 1 and next(saves) == 2:  # one file a save
+            signal.pause()
+        real(*args)
+
+    shards.write_safetensors = write
+
+
 def full_disk_of_rank_1_at_step_15(rank: int) -> None:
     real, saves = shards.write_safetensors, iter(range(1000))
 
@@ -509,6 +521,14 @@ def test_a_disk_that_hangs(n: int, tmp_path: Path, data: Path) -> None:
     assert_one_line(ended, "rank 0 has been writing to", "for 4 s", "--resume continues")
     assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 10
     assert train(1, tmp_path / "run", data, *more[:2], "--resume").codes == [0]
+
+
+def test_a_disk_of_one_part_that_hangs(tmp_path: Path, data: Path) -> None:
+    """The first process, which waits for the other inside its own save, is not to blame."""
+    more = "--max-steps", str(STEPS), "--dist-timeout", "2", "--parallel", "fsdp"
+    ended = train(2, tmp_path / "run", data, *more, before=hanging_disk_of_rank_1_at_step_15)
+    assert_one_line(ended, "rank 1 has been writing to", "for 4 s", "--resume continues")
+    assert read_state(checkpoints(tmp_path / "run")[-1])["step"] == 10
 
 
 @pytest.mark.parametrize("how", [["--async-save"], long([])])

@@ -59,7 +59,7 @@ class Failures:
         self._store.set(f"who/{rank}", f"{os.getpid()} {self._host}")
         self._who: dict[int, tuple[int, str]] = {}
         self._ended = threading.Event()
-        self._deadlines: dict[object, tuple[float, str]] = {}
+        self._deadlines: dict[int, tuple[float, str]] = {}
         threading.Thread(target=self._beat, daemon=True).start()
 
     def introduce(self) -> None:
@@ -84,12 +84,12 @@ class Failures:
     @contextlib.contextmanager
     def ending_after(self, limit_s: float, message: str) -> Iterator[None]:
         """End this process with a message, and so all, if the block takes more than limit_s."""
-        key = object()  # a checkpoint may be written beside the steps
-        self._deadlines[key] = time.monotonic() + limit_s, message
+        thread = threading.get_ident()  # a checkpoint may be written beside the steps
+        self._deadlines[thread] = time.monotonic() + limit_s, message
         try:
             yield
         finally:
-            del self._deadlines[key]
+            del self._deadlines[thread]
 
     def _give_up(self, message: str) -> None:
         """End this process from the thread of the beats: the main thread hangs in the system."""
@@ -149,8 +149,18 @@ class Failures:
         """Return the value of a key that a process will set.
 
         hurried: whether this process was asked to end, so that it waits for a silent one no longer
-        than for a note. Raises ProcessesError if a process fails or is silent for too long.
+        than for a note. Raises ProcessesError if a process fails or is silent for too long. What
+        `ending_after` allows does not run out meanwhile.
         """
+        begin, thread = time.monotonic(), threading.get_ident()
+        deadline = self._deadlines.pop(thread, None)
+        try:
+            return self._value_of(key, rank, hurried)
+        finally:
+            if deadline is not None:
+                self._deadlines[thread] = deadline[0] + time.monotonic() - begin, deadline[1]
+
+    def _value_of(self, key: str, rank: int, hurried: Callable[[], bool]) -> str:
         beat, since = self._read(f"beat/{rank}"), time.monotonic()
         while (value := self._read(key)) is None:
             if (failed := self._failed()) is not None:
