@@ -31,7 +31,7 @@ from record import (
 from timing import measured_bytes, time_pair
 
 QUICK = ("attention", "cross_entropy", "adamw", "sampling", "embedding", "train", "generate")
-BENCHMARKS = (*QUICK, "weights", "drop_in")
+BENCHMARKS = (*QUICK, "weights", "drop_in", "distributed")
 GENERATE = "engine"
 """The benchmark of --generate; it runs on demand only, since it needs `make bench-peers`."""
 QUICK_OUT = Path(__file__).parents[1] / "build" / "bench"

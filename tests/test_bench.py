@@ -1,11 +1,13 @@
 """Check the published benchmarks: pictures and tables show what the records hold."""
 
+import json
 import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_distributed
 import peers
 import picture
 import publish
@@ -209,3 +211,18 @@ def test_a_peer_that_dies_costs_its_own_rows(
     peer.close()
     assert record["rows"] == [1, 2]
     assert capsys.readouterr().err.count("no row: fake ended with signal SIGILL") == 2
+
+
+def test_overlap_in_a_trace(tmp_path: Path) -> None:
+    """Sums that meet count once, and so do operators inside one another."""
+    spans = [
+        ("gloo:all_reduce", 0, 4),
+        ("gloo:all_reduce", 3, 3),
+        ("autograd::engine::evaluate_function: A", 2, 3),
+        ("autograd::engine::evaluate_function: B", 3, 1),
+        ("aten::mm", 0, 9),
+    ]
+    events = [{"ph": "X", "name": name, "ts": ts, "dur": dur} for name, ts, dur in spans]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": [*events, {"ph": "M", "name": "thread"}]}))
+    assert bench_distributed.overlap(path) == pytest.approx((6e-6, 3e-6))
