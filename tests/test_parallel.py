@@ -337,7 +337,8 @@ def test_compiled(
     compiled = *f"--compile --dist-timeout 250 --parallel {how}".split(), *more.split()
     ended = train(2, tmp_path / "2", data, *shared, *compiled)
     assert ended.codes == [0, 0], ended
-    assert_same_to_rounding(tmp_path / "2", tmp_path / "1")
+    for ours, theirs in zip(losses(tmp_path / "2"), losses(tmp_path / "1"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
