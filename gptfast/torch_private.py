@@ -105,7 +105,7 @@ def is_transformed() -> bool:
 
 
 def is_transformed_in_graph() -> bool:
-    """Return `is_transformed` of the graph that torch.compile makes, which then holds the answer."""
+    """Return `is_transformed`; torch.compile asks once a graph, which then holds the answer."""
     return is_transformed()
 
 
