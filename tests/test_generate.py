@@ -319,6 +319,7 @@ def test_greedy_equals_transformers(tied: bool, penalty: float, tmp_path: Path) 
             r"max_new_tokens must be below 2\*\*63, got 9223372036854775808",
         ),
         ({"logprobs": 5}, "logprobs must be True or False, got 5"),
+        ({"tokenizer": True}, "tokenizer must have encode, decode and n_vocab.*got True"),
         ({"stop": "a"}, "stop has the string 'a': pass tokenizer="),
         ({"stop": [5]}, "stop must be a string or a list"),
         ({"eos_id": 1.5}, "eos_id must be an integer >= 0, got 1.5"),

@@ -33,6 +33,7 @@ def checked_job(
     prompt; IndexError for an id outside the vocabulary.
     """
     V, device, logprobs = decoder.config.vocab_size, decoder.device, logprobs or LogprobOptions()
+    stops = options.stops(V)
     try:
         prompts = token_ids(idx, V)
     except IndexError as error:
@@ -43,7 +44,7 @@ def checked_job(
             f"{error}: the tokenizer has {known.n_vocab} tokens; leave that one out of the prompt, "
             "or use the model's own tokenizer"
         ) from None
-    stops, n = options.stops(V), new_tokens(max_new_tokens)
+    n = new_tokens(max_new_tokens)
     logprobs.check(V)
     options.check_beams(V)
     if logprobs.top and options.num_beams != 1:

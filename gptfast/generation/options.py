@@ -106,6 +106,11 @@ class Options:
 
     def stops(self, vocab_size: int) -> Stops:
         """Return what ends a continuation, checked."""
+        if self.tokenizer is not None and not hasattr(self.tokenizer, "n_vocab"):
+            raise ValueError(
+                "tokenizer must have encode, decode and n_vocab, as what gptfast.get_tokenizer "
+                f"returns, got {self.tokenizer!r}"
+            )
         return Stops.parse(self.stop, self.eos_id, self.tokenizer, vocab_size)
 
     def sampling(self, batch: int, device: torch.device) -> dict[str, Tensor]:
