@@ -147,7 +147,13 @@ $(VENV)/ready-test: $(VENV)/ready
 	$(BIN)/python -c "import importlib.metadata as m; exit('triton' not in str(m.requires('torch')))" || $(PIP) --group triton
 	touch $@
 
+# g++ 12 believes that `ldtilecfg` reads 8 bytes, and drops what llama.cpp stores in the other 56: its tiles get no rows,
+# and its first product on a CPU with AMX is an illegal instruction. Without the removal of dead stores all are kept.
+NO_DSE := -fno-tree-dse -fno-dse
+KEEP_STORES = $(shell $(CXX) $(NO_DSE) -x c++ -E - </dev/null >/dev/null 2>&1 && echo "$(NO_DSE)")
+
 $(VENV)/ready-peers: $(VENV)/ready-test pyproject.toml
+	CXXFLAGS="$(KEEP_STORES) $(CXXFLAGS)" \
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF" \
 	$(PIP) --no-binary llama-cpp-python torch==$(TORCH) --group peers
 	touch $@
