@@ -206,3 +206,56 @@ def test_advice_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(threads, "_seconds", lambda times=times: next(times))
         found = threads.thread_advice()
         assert advice is None and found is None or advice in found
+
+
+@pytest.mark.parametrize(
+    ("asked", "fp32_s", "bf16_s", "advice"),
+    [
+        ("fp32", 0.5, 0.25, "2.0 times as fast in bf16: --precision bf16 would be faster"),
+        ("bf16", 0.25, 0.5, "2.0 times as fast in fp32: --precision fp32 would be faster"),
+        ("fp32", 0.25, 0.5, None),
+        ("bf16", 0.5, 0.25, None),
+        ("fp32", 0.53125, 0.5, None),
+        ("bf16", 0.5, 0.53125, None),
+    ],
+)
+def test_advice_on_precision(
+    asked: str, fp32_s: float, bf16_s: float, advice: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is invented; the products that it times are the model's own."""
+    from gptfast.cli import precision
+
+    now, shapes, linear = 0.0, set(), precision.ops.linear
+
+    def timed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        out = linear(x, weight)
+        now += fp32_s if out.dtype == torch.float32 else bf16_s
+        shapes.add((x.shape, weight.shape, out.dtype))
+        return out
+
+    monkeypatch.setattr(precision.ops, "linear", timed)
+    config, before = GPTConfig(n_layer=1, n_head=2, n_embd=32), torch.get_rng_state()
+    found = precision.precision_advice(config, 24, asked, clock=lambda: now)
+    assert found is None if advice is None else found is not None and advice in found
+    dtypes = torch.float32, torch.bfloat16
+    assert shapes == {((24, 32), (128, 32), dtype) for dtype in dtypes}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_one_process_of_a_run_measures_precisions(
+    is_first: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    from gptfast.cli import train
+
+    asked = []
+    monkeypatch.setattr(train, "precision_advice", lambda *args: asked.append(args) or "advice")
+    settings = TrainConfig(out=str(tmp_path), max_steps=1, precision="bf16", sample_tokens=0)
+    model = GPTConfig(1, block_size=8, n_layer=1, n_head=1, n_embd=4)
+    command = train.Train(model, settings, ("t.txt",), "byte", batch_size=2)
+    trainer, sources, T = command.trainer()
+    monkeypatch.setattr(type(trainer.world), "is_first", is_first)
+    command._introduce(trainer, sources, T)
+    assert asked == ([(trainer.model.config, 2 * T, "bf16")] if is_first else [])
+    assert capsys.readouterr().out.endswith("advice\n") == is_first

@@ -98,6 +98,31 @@ def test_measured_peak_is_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch
     assert peak == pytest.approx(2 * sides[0] ** 3 / 0.2)
 
 
+def test_peak_is_of_the_precision_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU multiplies fp32 matrices faster where TF32 is allowed: each setting has its peak."""
+    from gptfast.training import trainer
+
+    measured = []
+
+    def peak(device: torch.device, dtype: torch.dtype, **_: object) -> float:
+        measured.append((dtype, torch.get_float32_matmul_precision()))
+        return float(len(measured))
+
+    monkeypatch.setattr(trainer, "measured_peak", peak)
+    trainer._peak_of.cache_clear()
+    before, device = torch.get_float32_matmul_precision(), torch.device("cpu")
+    uses = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "high")]
+    try:
+        for _ in range(2):
+            for number, (dtype, fp32_products) in enumerate(uses, 1):
+                torch.set_float32_matmul_precision(fp32_products)
+                assert trainer._peak(device, dtype) == number
+    finally:
+        torch.set_float32_matmul_precision(before)
+        trainer._peak_of.cache_clear()
+    assert measured == uses
+
+
 def test_peak_memory_is_not_the_parents() -> None:
     block = torch.ones(2**28)  # 1 GB
     code = "from gptfast.device import peak_memory; print(peak_memory('cpu'))"

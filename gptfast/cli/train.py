@@ -15,6 +15,7 @@ import torch
 
 from gptfast.cli.conflicts import check_start, check_training
 from gptfast.cli.data_flags import Reading
+from gptfast.cli.precision import precision_advice
 from gptfast.cli.ranges import MAX_THREADS, check_split, check_whole
 from gptfast.cli.settings import apply, flat, read_toml
 from gptfast.cli.threads import set_threads, thread_advice
@@ -271,6 +272,10 @@ class Train(Reading):
         alone_on_cpu = trainer.device.type == "cpu" and trainer.world.size == 1
         if alone_on_cpu and (advice := thread_advice()):
             say(advice)
+        if trainer.device.type == "cpu" and trainer.world.is_first:
+            tokens = batch_size_of(trainer.train_loader) * T
+            if advice := precision_advice(trainer.model.config, tokens, self.train.precision):
+                say(advice)
 
 
 def _places(trainer: Trainer) -> str:

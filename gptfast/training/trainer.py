@@ -39,8 +39,16 @@ DEFAULT_EPOCHS = 5
 SAMPLE_MIN_P = 0.2
 """Min-p of the text samples: high enough for readable text from a model that is still learning."""
 
-# Measured with the matrix product of training, which is twice as fast as PyTorch's on some CPUs.
-_peak = functools.cache(functools.partial(measured_peak, product=ops.linear))
+
+@functools.cache
+def _peak_of(device: torch.device, dtype: torch.dtype, fp32_products: str) -> float:
+    # With the matrix product of training, which is twice as fast as PyTorch's on some CPUs.
+    return measured_peak(device, dtype, product=ops.linear)
+
+
+def _peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the measured FLOP/s in a dtype, at the precision that fp32 products have now."""
+    return _peak_of(device, dtype, torch.get_float32_matmul_precision())
 
 
 def run_length(config: TrainConfig, batches: int) -> int:
