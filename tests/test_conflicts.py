@@ -235,11 +235,13 @@ def test_advice_on_precision(
         return out
 
     monkeypatch.setattr(precision.ops, "linear", timed)
-    config, before = GPTConfig(n_layer=1, n_head=2, n_embd=32), torch.get_rng_state()
-    found = precision.precision_advice(config, 24, asked, clock=lambda: now)
+    config, before = GPTConfig(n_layer=1, n_head=2, n_embd=128), torch.get_rng_state()
+    found = precision.precision_advice(config, 256, asked, clock=lambda: now)
     assert found is None if advice is None else found is not None and advice in found
     dtypes = torch.float32, torch.bfloat16
-    assert shapes == {((24, 32), (128, 32), dtype) for dtype in dtypes}
+    assert shapes == {((256, 128), (512, 128), dtype) for dtype in dtypes}
+    shapes.clear()
+    assert precision.precision_advice(config, 24, asked) is None and not shapes  # too small
     assert torch.equal(torch.get_rng_state(), before)
 
 

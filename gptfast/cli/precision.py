@@ -12,6 +12,8 @@ MAX_FLOPS, MIN_ROWS = 2e9, 64
 """Of a measured product, forward and backward: a few hundredths of a second on most CPUs."""
 PRODUCTS, MAX_SECONDS = 4, 0.3
 """Each precision is measured until so many products are done or so much time has passed."""
+MIN_FLOPS = 1e8
+"""Of such a product too. In less time the clock says little, and products are little of a step."""
 MIN_GAIN = 1.1
 """Nothing is said of a smaller gain, which the other parts of a step make smaller still."""
 
@@ -27,6 +29,8 @@ def precision_advice(
     each precision multiplies matrices of the model's own shape, forward and backward.
     """
     other = "fp32" if precision == "bf16" else "bf16"
+    if _flops(config, tokens) < MIN_FLOPS:
+        return None
     seconds = _fastest_products(config, tokens, clock)
     gain = seconds[precision] / seconds[other]
     if gain < MIN_GAIN:
@@ -37,10 +41,15 @@ def precision_advice(
     )
 
 
+def _flops(config: GPTConfig, rows: int) -> int:
+    """Return the FLOPs of the MLP's first product of so many rows, forward and backward."""
+    return 6 * rows * config.n_embd * 4 * config.n_embd
+
+
 def _fastest_products(config: GPTConfig, tokens: int, clock: Clock) -> dict[str, float]:
     """Return the time of the MLP's first product in each precision, forward and backward."""
     C = config.n_embd
-    N = min(tokens, max(MIN_ROWS, int(MAX_FLOPS / (6 * 4 * C * C))))
+    N = min(tokens, max(MIN_ROWS, int(MAX_FLOPS / _flops(config, 1))))
     # Random numbers would need a generator, and these take as long on a CPU.
     x = torch.full((N, C), 0.5, requires_grad=True)
     weight = torch.full((4 * C, C), 0.5, requires_grad=True)
