@@ -63,7 +63,7 @@ def _rank(
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     # Measuring the peak and plotting are slow, and no test here needs them.
-    gptfast.training.trainer._peak = lambda device, dtype: 1e12
+    gptfast.training.trainer.peak_flops = lambda device, dtype: 1e12
     gptfast.training.trainer.plot_losses = lambda history, out: None
     if before is not None:
         before(int(environment["RANK"]))

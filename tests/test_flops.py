@@ -100,7 +100,7 @@ def test_measured_peak_is_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch
 
 def test_peak_is_of_the_precision_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU multiplies fp32 matrices faster where TF32 is allowed: each setting has its peak."""
-    from gptfast.training import trainer
+    from gptfast.training import flops
 
     measured = []
 
@@ -108,18 +108,18 @@ def test_peak_is_of_the_precision_in_use(monkeypatch: pytest.MonkeyPatch) -> Non
         measured.append((dtype, torch.get_float32_matmul_precision()))
         return float(len(measured))
 
-    monkeypatch.setattr(trainer, "measured_peak", peak)
-    trainer._peak_of.cache_clear()
+    monkeypatch.setattr(flops, "measured_peak", peak)
+    flops._peak_of.cache_clear()
     before, device = torch.get_float32_matmul_precision(), torch.device("cpu")
     uses = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "high")]
     try:
         for _ in range(2):
             for number, (dtype, fp32_products) in enumerate(uses, 1):
                 torch.set_float32_matmul_precision(fp32_products)
-                assert trainer._peak(device, dtype) == number
+                assert flops.peak_flops(device, dtype) == number
     finally:
         torch.set_float32_matmul_precision(before)
-        trainer._peak_of.cache_clear()
+        flops._peak_of.cache_clear()
     assert measured == uses
 
 

@@ -54,7 +54,7 @@ def train(out: Path, shim: Callable[..., None] | None = None, *args: Any) -> Non
     assert multiprocessing.parent_process(), "what is replaced below would stay replaced"
     torch.set_num_threads(1)
     # Measuring the peak and plotting are slow, and no test here needs them.
-    gptfast.training.trainer._peak = lambda device, dtype: 1e12
+    gptfast.training.trainer.peak_flops = lambda device, dtype: 1e12
     gptfast.training.trainer.plot_losses = lambda history, out: None
     if shim:
         shim(*args)

@@ -1,7 +1,6 @@
 """The training loop: take the batches of a step, step, then log, evaluate, sample and save."""
 
 import contextlib
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from gptfast import ops
 from gptfast.config import TrainConfig
 from gptfast.data.loader import BatchOrder, describe_batch
-from gptfast.device import measured_peak, peak_memory
+from gptfast.device import peak_memory
 from gptfast.evaluate.loss import perplexity
 from gptfast.generate import generate_text
 from gptfast.model import GPT, check_saveable
@@ -21,7 +19,7 @@ from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.training.checkpoint import clean_up
 from gptfast.training.evaluation import Evaluation, EvaluationInterrupted
 from gptfast.training.feed import Feed, forever
-from gptfast.training.flops import mfu
+from gptfast.training.flops import mfu, peak_flops
 from gptfast.training.followers import FollowedDirectory, QuietLog
 from gptfast.training.interrupt import Interrupt
 from gptfast.training.launched import world_of
@@ -38,17 +36,6 @@ DEFAULT_EPOCHS = 5
 """Passes over the training data if neither max_steps nor epochs is given."""
 SAMPLE_MIN_P = 0.2
 """Min-p of the text samples: high enough for readable text from a model that is still learning."""
-
-
-@functools.cache
-def _peak_of(device: torch.device, dtype: torch.dtype, fp32_products: str) -> float:
-    # With the matrix product of training, which is twice as fast as PyTorch's on some CPUs.
-    return measured_peak(device, dtype, product=ops.linear)
-
-
-def _peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the measured FLOP/s in a dtype, at the precision that fp32 products have now."""
-    return _peak_of(device, dtype, torch.get_float32_matmul_precision())
 
 
 def run_length(config: TrainConfig, batches: int) -> int:
@@ -329,7 +316,7 @@ class Trainer:
     def _peak_flops(self) -> float:
         """Return the device's measured FLOP/s in the dtype of training."""
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        return _peak(self.device, dtype)
+        return peak_flops(self.device, dtype)
 
     def _speed(self, tokens_per_second: float, T: int) -> dict[str, float]:
         """Return the speed, the MFU and the peak memory, for the row of a step."""
