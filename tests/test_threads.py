@@ -195,7 +195,7 @@ def test_a_fork_after_a_parallel_region(name: str) -> None:
     here, there = context.Pipe()
     child = context.Process(target=_in_child, args=(name, there))
     child.start()
-    answered = here.poll(60)
+    answered = here.poll(300)
     results = here.recv() if answered else None
     child.kill()
     child.join()
