@@ -51,8 +51,8 @@ def _fastest_products(config: GPTConfig, tokens: int, clock: Clock) -> dict[str,
     C = config.n_embd
     N = min(tokens, max(MIN_ROWS, int(MAX_FLOPS / _flops(config, 1))))
     # Random numbers would need a generator, and these take as long on a CPU.
-    x = torch.full((N, C), 0.5, requires_grad=True)
-    weight = torch.full((4 * C, C), 0.5, requires_grad=True)
+    x = torch.full((N, C), 0.5, dtype=torch.float32, requires_grad=True)
+    weight = torch.full((4 * C, C), 0.5, dtype=torch.float32, requires_grad=True)
     seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
     begin = clock()
     for i in range(1 + PRODUCTS):

@@ -123,7 +123,8 @@ def _pieces(idx: Tensor, dx: Tensor, group: Any) -> Iterator[tuple[Tensor, Tenso
 
     idx (N,), dx (N, C): those of this process; N may differ. Ids of -1 stand for none.
     """
-    size, longest = dist.get_world_size(group), torch.tensor(len(idx), device="cpu")
+    size = dist.get_world_size(group)
+    longest = torch.tensor(len(idx), dtype=torch.int64, device="cpu")
     dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
     for begin in range(0, int(longest), TOKENS_PER_PIECE):
         n = min(TOKENS_PER_PIECE, int(longest) - begin)
