@@ -216,6 +216,22 @@ def cpp() -> None:
         pytest.skip(f"the C++ extension is not built: {MISSING}")
 
 
+@pytest.fixture(scope="session")
+def byte_model() -> Any:
+    """Return the tiny model of bytes that the tests of the server serve. No test changes it."""
+    from helpers import random_model
+
+    return random_model(vocab_size=257, block_size=128).eval()
+
+
+@pytest.fixture(scope="session")
+def byte_engine(byte_model: Any) -> Any:
+    """Return an engine of `byte_model` that says what each request gets alone."""
+    from gptfast import Engine
+
+    return Engine(byte_model)
+
+
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     """Give each test the same random state and number of threads, whatever ran before it."""

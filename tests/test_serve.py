@@ -1,7 +1,6 @@
 """The server over a real socket: requests of the official client, streams, errors and limits."""
 
 import asyncio
-import contextlib
 import http.client
 import json
 import math
@@ -10,154 +9,37 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from helpers import random_model
 from seeds import shifted
+from serving import (
+    BLOCK,
+    BYTE,
+    WAIT_S,
+    Limits,
+    Running,
+    expected,
+    held,
+    n_ended,
+    send,
+    server,
+    text_of,
+    wait_for,
+)
 
-from gptfast import GPT, Engine, generate, get_tokenizer
-from gptfast.generate import generate_text
-from gptfast.generation.conversation import QUESTIONS, Template
+from gptfast import GPT, Engine, generate
 from gptfast.ops.backend import EXTENSION
-
-pytest.importorskip("fastapi", reason="fastapi is not installed (the extra serve)")
-pytest.importorskip("uvicorn", reason="uvicorn is not installed (the extra serve)")
-pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
-
-from gptfast.serve.app import make_app  # noqa: E402
-from gptfast.serve.run import bound_socket, is_loopback, server_of  # noqa: E402
-from gptfast.serve.service import Limits, Model, Service  # noqa: E402
+from gptfast.serve.run import is_loopback
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
-BYTE = get_tokenizer("byte")
-BLOCK = 128
-WAIT_S = 60
-
-
-@dataclass
-class Running:
-    """A server in a thread."""
-
-    service: Service
-    port: int
-    loop: asyncio.AbstractEventLoop
-
-    def request(
-        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
-        raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        try:
-            given = {"Content-Type": "application/json", **(headers or {})}
-            connection.request(method, path, raw, given)
-            response = connection.getresponse()
-            return response.status, dict(response.headers), response.read()
-        finally:
-            connection.close()
-
-    def post(self, path: str, body: Any) -> Any:
-        status, _, raw = self.request("POST", path, body)
-        assert status == 200, raw
-        return json.loads(raw)
-
-    def complete(self, prompt: Any, **fields: Any) -> Any:
-        return self.post("/v1/completions", {"prompt": prompt, **fields})
-
-    def error(self, path: str, body: Any, status: int = 400) -> dict[str, Any]:
-        got, _, raw = self.request("POST", path, body)
-        assert got == status, raw
-        error = json.loads(raw)["error"]
-        assert set(error) == {"message", "type", "param", "code"}
-        return error
-
-    def events(self, path: str, body: Mapping[str, Any]) -> list[Any]:
-        status, headers, raw = self.request("POST", path, {**body, "stream": True})
-        assert status == 200 and headers["content-type"].startswith("text/event-stream")
-        parts = raw.decode().split("\n\n")
-        assert parts.pop() == "" and all(part.startswith("data: ") for part in parts)
-        assert parts.pop() == "data: [DONE]"
-        return [json.loads(part.removeprefix("data: ")) for part in parts]
-
-    def metric(self, name: str, labels: str = "") -> float:
-        text = self.request("GET", "/metrics")[2].decode()
-        found = re.search(rf"^{re.escape(name)}{{[^}}]*{labels}[^}}]*}} (\S+)$", text, re.M)
-        assert found, (name, text)
-        return float(found[1])
-
-    def idle(self) -> bool:
-        deadline = time.monotonic() + WAIT_S
-        while self.service.busy and time.monotonic() < deadline:
-            time.sleep(0.002)
-        return not self.service.busy
-
-
-@contextlib.contextmanager
-def server(
-    model: GPT,
-    *,
-    max_batch: int = 4,
-    limits: Limits | None = None,
-    keys: tuple[str, ...] = (),
-    load: bool = True,
-    open_model: Callable[[], Model] | None = None,
-    template: str = QUESTIONS,
-    **app: Any,
-) -> Iterator[Running]:
-    """Run a server of a model in a thread."""
-
-    def opened() -> Model:
-        return Model(Engine(model, max_batch=max_batch), BYTE)
-
-    sock = bound_socket("127.0.0.1", 0)
-    started: list[Any] = []
-    ready = threading.Event()
-
-    async def run() -> None:
-        seeds = random.Random(0)
-        service = Service(
-            "tiny",
-            open_model or opened,
-            template=Template.parse(template),
-            limits=limits,
-            new_seed=lambda: seeds.randrange(10**9),
-        )
-        if load:
-            await service.load()
-        uvicorn_server = server_of(make_app(service, keys=keys, **app))
-        started.extend([service, asyncio.get_running_loop(), uvicorn_server])
-        ready.set()
-        await uvicorn_server.serve([sock])
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
-    thread.start()
-    assert ready.wait(WAIT_S)
-    service, loop, uvicorn_server = started
-    try:
-        yield Running(service, sock.getsockname()[1], loop)
-    finally:
-        service.close(cancel=True)
-        uvicorn_server.should_exit = True
-        thread.join(WAIT_S)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT:
-    return random_model(vocab_size=257, block_size=BLOCK).eval()
-
-
-@pytest.fixture(scope="module")
-def alone(model: GPT) -> Engine:
-    return Engine(model)
-
-
-@pytest.fixture(scope="module")
-def tiny(model: GPT) -> Iterator[Running]:
-    with server(model) as running:
+def tiny(byte_model: GPT) -> Iterator[Running]:
+    with server(byte_model) as running:
         yield running
 
 
@@ -167,16 +49,10 @@ def client(tiny: Running) -> Any:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{tiny.port}/v1", api_key="none")
 
 
-def expected(alone: Engine, prompt: str, n: int, **options: Any) -> str:
-    text = generate_text(alone, BYTE, prompt, n, **options)
-    assert isinstance(text, str)
-    return text[len(prompt) :]
-
-
 # Completions.
 
 
-def test_completions_by_the_official_client(client: Any, alone: Engine) -> None:
+def test_completions_by_the_official_client(client: Any, byte_engine: Engine) -> None:
     options = {"temperature": 0.7, "top_p": 0.9, "seed": 5}
     reply = client.completions.create(
         model="tiny", prompt=["Once", "upon"], n=2, max_tokens=20, stop=["qq"], **options
@@ -184,7 +60,7 @@ def test_completions_by_the_official_client(client: Any, alone: Engine) -> None:
     assert reply.object == "text_completion" and reply.id.startswith("cmpl-")
     for choice in reply.choices:
         prompt, seed = ["Once", "upon"][choice.index // 2], 5 + choice.index % 2
-        wanted = expected(alone, prompt, 20, stop=["qq"], **{**options, "seed": seed})
+        wanted = expected(byte_engine, prompt, 20, stop=["qq"], **{**options, "seed": seed})
         assert choice.text == wanted
         assert choice.finish_reason in ("stop", "length") and choice.logprobs is None
     assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
@@ -192,22 +68,22 @@ def test_completions_by_the_official_client(client: Any, alone: Engine) -> None:
     assert reply.usage.total_tokens == 8 + reply.usage.completion_tokens
 
 
-def test_every_option_reaches_generate(tiny: Running, alone: Engine) -> None:
+def test_every_option_reaches_generate(tiny: Running, byte_engine: Engine) -> None:
     options = {"temperature": 1.2, "top_k": 30, "top_p": 0.8, "min_p": 0.01, "seed": -9}
     options["repetition_penalty"] = 1.2
     bias = {"logit_bias": {"101": 3.5, "32": -100}}
     got = tiny.complete([72, 105], max_tokens=30, ignore_eos=True, **options, **bias)
     wanted = generate(
-        alone, [[72, 105]], 30, tokenizer=BYTE, logit_bias={101: 3.5, 32: -100}, **options
+        byte_engine, [[72, 105]], 30, tokenizer=BYTE, logit_bias={101: 3.5, 32: -100}, **options
     )
     assert got["choices"][0]["text"] == BYTE.decode(wanted[0][2:])
     assert got["choices"][0]["finish_reason"] == "length"
     assert got["usage"]["completion_tokens"] == 30
 
 
-def test_an_empty_prompt_begins_a_text(tiny: Running, alone: Engine) -> None:
+def test_an_empty_prompt_begins_a_text(tiny: Running, byte_engine: Engine) -> None:
     got = tiny.complete("", seed=1)
-    assert got["choices"][0]["text"] == expected(alone, "", 16, seed=1)
+    assert got["choices"][0]["text"] == expected(byte_engine, "", 16, seed=1)
     assert got["usage"]["prompt_tokens"] == 1
 
 
@@ -219,12 +95,12 @@ def test_a_seed_repeats_a_text_and_none_does_not(tiny: Running) -> None:
     assert len({text() for _ in range(4)}) > 1
 
 
-def test_prompts_and_new_tokens_are_scored_in_one_pass(tiny: Running, alone: Engine) -> None:
+def test_prompts_and_new_tokens_are_scored_in_one_pass(tiny: Running, byte_engine: Engine) -> None:
     """As lm-evaluation-harness asks and reads: prompt + 1 entries, the first of them null."""
     prompt = [*b"The value of a thing"]
     fields = {"max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
     reply = tiny.complete([prompt, prompt[:1]], **fields)
-    logprobs = alone.logits(prompt).log_softmax(-1)
+    logprobs = byte_engine.logits(prompt).log_softmax(-1)
     found = reply["choices"][0]["logprobs"]
     assert len(found["token_logprobs"]) == len(prompt) + 1
     assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
@@ -243,7 +119,7 @@ def test_prompts_and_new_tokens_are_scored_in_one_pass(tiny: Running, alone: Eng
     assert tiny.complete("abc", echo=True, seed=1)["choices"][0]["text"].startswith("abc")
 
 
-def test_lm_evaluation_harness_reads_its_scores(tiny: Running, alone: Engine) -> None:
+def test_lm_evaluation_harness_reads_its_scores(tiny: Running, byte_engine: Engine) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -256,7 +132,7 @@ def test_lm_evaluation_harness_reads_its_scores(tiny: Running, alone: Engine) ->
     parsed = LocalCompletionsAPI.parse_logprobs(reply, ctxlens=lengths)
     for context, (logprob, greedy) in zip(contexts, parsed, strict=True):
         whole = [*context, *b" three"]
-        logprobs = alone.logits(whole).log_softmax(-1)[len(context) - 1 : -1]
+        logprobs = byte_engine.logits(whole).log_softmax(-1)[len(context) - 1 : -1]
         each = [row[i].item() for row, i in zip(logprobs, b" three", strict=True)]
         assert logprob == pytest.approx(sum(each), abs=1e-4)
         assert greedy == (logprobs.argmax(-1).tolist() == [*b" three"])
@@ -308,23 +184,23 @@ def test_usage_in_streams_only_when_asked(tiny: Running) -> None:
     assert counts == sorted(counts) and counts[-1] == 5
 
 
-def test_streams_by_the_official_client(client: Any, alone: Engine) -> None:
+def test_streams_by_the_official_client(client: Any, byte_engine: Engine) -> None:
     stream = client.completions.create(
         model="tiny", prompt="Once", max_tokens=30, seed=2, stream=True
     )
-    assert "".join(c.choices[0].text for c in stream) == expected(alone, "Once", 30, seed=2)
+    assert "".join(c.choices[0].text for c in stream) == expected(byte_engine, "Once", 30, seed=2)
     messages = [{"role": "user", "content": "Hi"}]
     stream = client.chat.completions.create(
         model="tiny", messages=messages, max_tokens=9, seed=2, stream=True
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-    assert text == expected(alone, "Q: Hi\nA:", 9, seed=2, stop=["\nQ:"])
+    assert text == expected(byte_engine, "Q: Hi\nA:", 9, seed=2, stop=["\nQ:"])
 
 
 # Chats.
 
 
-def test_a_chat_is_written_in_the_template(tiny: Running, alone: Engine) -> None:
+def test_a_chat_is_written_in_the_template(tiny: Running, byte_engine: Engine) -> None:
     messages = [
         {"role": "system", "content": "Facts."},
         {"role": "user", "content": "One?"},
@@ -334,7 +210,7 @@ def test_a_chat_is_written_in_the_template(tiny: Running, alone: Engine) -> None
     reply = tiny.post("/v1/chat/completions", {"messages": messages, "seed": 4, "max_tokens": 20})
     prompt = "Facts.\nQ: One?\nA: Two.\nQ: And?\nA:"
     assert reply["usage"]["prompt_tokens"] == len(prompt)
-    text = expected(alone, prompt, 20, seed=4, stop=["\nQ:"])
+    text = expected(byte_engine, prompt, 20, seed=4, stop=["\nQ:"])
     assert reply["choices"][0]["message"] == {
         "role": "assistant",
         "content": text,
@@ -484,8 +360,8 @@ def test_request_ids(tiny: Running) -> None:
     assert re.fullmatch("req-[0-9a-f]{32}", bad["x-request-id"])
 
 
-def test_keys(model: GPT) -> None:
-    with server(model, keys=("one", "two")) as running:
+def test_keys(byte_model: GPT) -> None:
+    with server(byte_model, keys=("one", "two")) as running:
         body = {"prompt": "a", "max_tokens": 1}
         for header in ({}, {"Authorization": "Bearer on"}, {"Authorization": "one"}):
             status, headers, raw = running.request("POST", "/v1/completions", body, header)
@@ -500,15 +376,15 @@ def test_keys(model: GPT) -> None:
         assert "access-control-allow-origin" not in running.request("GET", "/health")[1]
 
 
-def test_cors_is_for_named_origins(model: GPT) -> None:
-    with server(model, cors_origins=("https://a.example",)) as running:
+def test_cors_is_for_named_origins(byte_model: GPT) -> None:
+    with server(byte_model, cors_origins=("https://a.example",)) as running:
         for origin, allowed in (("https://a.example", True), ("https://b.example", False)):
             headers = running.request("GET", "/health", headers={"Origin": origin})[1]
             assert ("access-control-allow-origin" in headers) == allowed
 
 
-def test_a_body_too_long(model: GPT) -> None:
-    with server(model, limits=Limits(max_body_bytes=1000)) as running:
+def test_a_body_too_long(byte_model: GPT) -> None:
+    with server(byte_model, limits=Limits(max_body_bytes=1000)) as running:
         body = {"prompt": "a" * 1000}
         assert "longer than 1000 bytes" in running.error("/v1/completions", body, 413)["message"]
         with socket.create_connection(("127.0.0.1", running.port), timeout=WAIT_S) as sock:
@@ -518,9 +394,9 @@ def test_a_body_too_long(model: GPT) -> None:
             assert b" 413 " in sock.recv(4096)
 
 
-def test_limits(model: GPT) -> None:
+def test_limits(byte_model: GPT) -> None:
     limits = Limits(max_choices=2, max_prompt_tokens=5, max_new_tokens=9, timeout_s=0.0)
-    with server(model, limits=limits) as running:
+    with server(byte_model, limits=limits) as running:
         path = "/v1/completions"
         assert "at most 2" in running.error(path, {"prompt": "a", "n": 3})["message"]
         assert "takes 5; shorten" in running.error(path, {"prompt": "abcdef"})["message"]
@@ -533,30 +409,10 @@ def test_limits(model: GPT) -> None:
         assert running.idle()
 
 
-def held(running: Running) -> Any:
-    """Return a context in which the engine computes nothing."""
-    return running.service.model.engine.turn()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def send(running: Running, body: Mapping[str, Any]) -> socket.socket:
-    raw = json.dumps(body).encode()
-    sock = socket.create_connection(("127.0.0.1", running.port), timeout=WAIT_S)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
-    sock.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + raw)
-    return sock
-
-
-def test_a_full_queue_and_clients_that_leave(model: GPT) -> None:
+def test_a_full_queue_and_clients_that_leave(byte_model: GPT) -> None:
     limits = Limits(max_queue=2)
     long = {"prompt": "a", "max_tokens": 120, "ignore_eos": True}
-    with server(model, max_batch=2, limits=limits) as running:
+    with server(byte_model, max_batch=2, limits=limits) as running:
         scheduler = running.service._schedulers[0]
         with held(running):
             leaving = [send(running, {**long, "stream": bool(k % 2)}) for k in range(2)]
@@ -581,7 +437,9 @@ def test_a_full_queue_and_clients_that_leave(model: GPT) -> None:
         assert running.metric("gptfast:requests_refused_total") == 1
 
 
-def test_many_requests_with_mixed_options_and_disconnects(model: GPT, alone: Engine) -> None:
+def test_many_requests_with_mixed_options_and_disconnects(
+    byte_model: GPT, byte_engine: Engine
+) -> None:
     """Each text is that of `generate` alone, and the metrics add up."""
     rng = random.Random(shifted(0))
 
@@ -601,7 +459,7 @@ def test_many_requests_with_mixed_options_and_disconnects(model: GPT, alone: Eng
 
     requests = [request(k) for k in range(200)]
     order = rng.sample(range(200), 200)
-    with server(model, max_batch=8, limits=Limits(max_queue=1000)) as running:
+    with server(byte_model, max_batch=8, limits=Limits(max_queue=1000)) as running:
         leave = threading.Lock()
 
         def answer(k: int) -> None:
@@ -624,38 +482,18 @@ def test_many_requests_with_mixed_options_and_disconnects(model: GPT, alone: Eng
         with ThreadPoolExecutor(32) as pool:
             list(pool.map(answer, order))
         assert running.idle()
-        wait_for(lambda: _ended(running) == running.metric("gptfast:requests_total"))
+        wait_for(lambda: n_ended(running) == running.metric("gptfast:requests_total"))
         assert running.metric("gptfast:requests_total") >= len(texts)
         assert running.metric("gptfast:requests_failed_total") == 0
         scheduler = running.service._schedulers[0]
         assert sorted(scheduler._spare) == list(range(8))
     for k, text in texts.items():
-        assert text == text_of(alone, requests[k][0]), requests[k]
+        assert text == text_of(byte_engine, requests[k][0]), requests[k]
     assert len(texts) > 120
 
 
-def _ended(running: Running) -> float:
-    stopped = running.metric("vllm:request_success_total", 'finished_reason="stop"')
-    full = running.metric("vllm:request_success_total", 'finished_reason="length"')
-    return stopped + full + running.metric("gptfast:requests_cancelled_total")
-
-
-def text_of(alone: Engine, fields: Mapping[str, Any]) -> str:
-    """Return what `generate_text` gives for the fields of a request."""
-    from gptfast.generate import continuation
-    from gptfast.generation.stop import TextStream
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
-    options = {name: fields[name] for name in names if name in fields}
-    options["logit_bias"] = {int(i): b for i, b in fields.get("logit_bias", {}).items()}
-    checked = continuation.text_options(BYTE, options)
-    job = continuation.checked_job(alone, [fields["prompt"]], fields["max_tokens"], checked)
-    (found,) = continuation.continuations(alone, job)
-    return TextStream(BYTE, job.stops).read(found.ids)
-
-
-def test_a_reload_drops_no_request(model: GPT) -> None:
-    with server(model, max_batch=2) as running:
+def test_a_reload_drops_no_request(byte_model: GPT) -> None:
+    with server(byte_model, max_batch=2) as running:
         before = running.service.model
         body = {"prompt": "a", "max_tokens": 100, "ignore_eos": True, "seed": 1}
         with ThreadPoolExecutor(4) as pool:
@@ -670,8 +508,8 @@ def test_a_reload_drops_no_request(model: GPT) -> None:
         assert texts == {new["choices"][0]["text"]}
 
 
-def test_while_loading_and_draining(model: GPT) -> None:
-    with server(model, load=False) as running:
+def test_while_loading_and_draining(byte_model: GPT) -> None:
+    with server(byte_model, load=False) as running:
         assert running.request("GET", "/health")[0] == 503
         assert "loading" in running.error("/v1/completions", {"prompt": "a"}, 503)["message"]
         asyncio.run_coroutine_threadsafe(running.service.load(), running.loop).result(WAIT_S)

@@ -6,11 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import random_model, save
 
 from gptfast import cli
@@ -33,8 +35,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Process:
     """A server in a process of its own."""
 
-    def __init__(self, *argv: str) -> None:
-        command = [sys.executable, "-m", "gptfast", "serve", *argv, "--port", "0"]
+    def __init__(self, *argv: str, port: int = 0) -> None:
+        command = [sys.executable, "-m", "gptfast", "serve", *argv, "--port", str(port)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.first = self.line()
         found = re.search(r"http://127\.0\.0\.1:(\d+)", self.first)
@@ -53,13 +55,31 @@ class Process:
         connection.close()
         return response.status, json.loads(raw)
 
+    def opened_stream(self, body: Any) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps({**body, "stream": True}), headers)
+        return connection.getresponse()
+
+    def stream(self, body: Any) -> Sequence[str]:
+        """Return the events of a stream, or its error."""
+        return self.opened_stream(body).read().decode().strip().split("\n\n")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait(WAIT_S)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+SMALL = ("--tokenizer", "byte", "--threads", "1")
+
 
 @pytest.fixture
 def process(checkpoint: Path) -> Iterator[Process]:
-    running = Process(str(checkpoint), "--tokenizer", "byte", "--threads", "1")
+    running = Process(str(checkpoint), *SMALL)
     yield running
-    running.process.kill()
-    running.process.wait(WAIT_S)
+    running.end()
 
 
 def test_signals(process: Process, checkpoint: Path) -> None:
@@ -77,11 +97,7 @@ def test_signals(process: Process, checkpoint: Path) -> None:
     moved.rename(checkpoint)
     assert process.request("POST", "/v1/completions", body)[0] == 200
     # Running requests end before the server does, and new ones are refused meanwhile.
-    connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=WAIT_S)
-    many = {"prompt": ["a"] * 64, "max_tokens": 60, "ignore_eos": True, "stream": True}
-    headers = {"Content-Type": "application/json"}
-    connection.request("POST", "/v1/completions", json.dumps(many), headers)
-    response = connection.getresponse()
+    response = process.opened_stream({"prompt": ["a"] * 64, "max_tokens": 60, "ignore_eos": True})
     response.read(1)
     process.process.send_signal(signal.SIGTERM)
     assert response.read().endswith(b"data: [DONE]\n\n")
@@ -93,6 +109,60 @@ def test_a_model_that_is_not_there_ends_the_process(tmp_path: Path) -> None:
     running = Process(str(tmp_path / "none"))
     assert running.process.wait(WAIT_S) == 1
     assert running.first.startswith("gptfast: ") and "none" in running.first
+
+
+@pytest.mark.parametrize("asked", [{"max_tokens": 9}, {"echo": True, "logprobs": 1}])
+def test_a_broken_model_ends_the_process_with_a_line(asked: Any, tmp_path: Path) -> None:
+    """Those who stream, who wait for all of it, and who wait in the queue get the message."""
+    model = random_model(vocab_size=257, block_size=64)
+    with torch.no_grad():
+        model.ln_f.weight[3] = float("nan")
+    save(model, tmp_path / "broken")
+    running = Process(str(tmp_path / "broken"), *SMALL, "--max-batch", "2")
+    body = {"prompt": ["abc"] * 9, **asked}
+    with ThreadPoolExecutor(4) as pool:
+        whole = [pool.submit(running.request, "POST", "/v1/completions", body) for _ in range(2)]
+        streams = [pool.submit(running.stream, body) for _ in range(2)]
+        assert running.process.wait(WAIT_S) == 1
+        assert sum(told(one) for one in [*whole, *streams]) >= 1
+    assert running.process.stderr is not None
+    assert running.process.stderr.read() == f"gptfast: {BROKEN}\n"
+    running.end()
+
+
+BROKEN = (
+    "the engine failed: the model's logits had NaN, +inf or nothing but -inf; check its weights"
+)
+
+
+def told(reply: "Future[Any]") -> bool:
+    """Return whether a reply has the message. One that came too late finds no server."""
+    try:
+        found = reply.result(WAIT_S)
+    except OSError:
+        return False
+    error = found[1] if isinstance(found, tuple) else json.loads(found[-1].removeprefix("data: "))
+    assert error["error"]["type"] == "server_error"
+    return error["error"]["message"] == BROKEN
+
+
+def test_a_server_killed_under_load_and_started_again(checkpoint: Path) -> None:
+    running = Process(str(checkpoint), *SMALL, "--max-batch", "1")
+    body = {"prompt": ["a"] * 32, "max_tokens": 60, "ignore_eos": True, "seed": 1}
+    with ThreadPoolExecutor(6) as pool:
+        first = running.opened_stream(body)
+        streams = [pool.submit(running.stream, body) for _ in range(3)]
+        whole = [pool.submit(running.request, "POST", "/v1/completions", body) for _ in range(3)]
+        assert first.read(1)
+        running.end()
+        with pytest.raises(http.client.HTTPException):
+            first.read()
+        for one in [*streams, *whole]:
+            with pytest.raises((OSError, http.client.HTTPException)):
+                one.result(WAIT_S)
+    again = Process(str(checkpoint), *SMALL, port=running.port)
+    assert again.request("POST", "/v1/completions", {"prompt": "a"})[0] == 200
+    again.end()
 
 
 @pytest.mark.parametrize(

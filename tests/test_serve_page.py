@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from helpers import random_model
-from test_serve import Running, server
+from serving import Running, server
 
 from gptfast.generation.stop import REPLACEMENT
 from gptfast.ops.backend import EXTENSION

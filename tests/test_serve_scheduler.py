@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from helpers import random_ids, random_model
+from helpers import random_ids
 from seeds import shifted
 
 from gptfast import GPT, Engine, generate, get_tokenizer
@@ -24,18 +24,9 @@ from gptfast.serve.scheduler import Closed, QueueFull, Scheduler
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 BYTE = get_tokenizer("byte")
+BLOCK = 128
+"""The context of `byte_model`."""
 WAIT_S = 60
-BLOCK = 96
-
-
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    return random_model(vocab_size=257, block_size=BLOCK).eval()
-
-
-@pytest.fixture(scope="module")
-def alone(model: GPT) -> Engine:
-    return Engine(model)
 
 
 @dataclass
@@ -86,11 +77,11 @@ class Asked:
         client.generation = Generation(job, client.notify, scored or LogprobOptions())
         return client
 
-    def check(self, client: Client, alone: Engine) -> None:
+    def check(self, client: Client, byte_engine: Engine) -> None:
         """Compare what a client got with what `generate` gives."""
         options = {"tokenizer": BYTE, "eos_id": 256, **self.options}
         given: Any = generate(
-            alone, [self.prompt], self.n, logprobs=True, top_logprobs=self.top, **options
+            byte_engine, [self.prompt], self.n, logprobs=True, top_logprobs=self.top, **options
         )
         ids = given[0][0][len(self.prompt) :]
         assert [token.id for token in client.tokens] == ids
@@ -99,8 +90,8 @@ class Asked:
             assert [token.top_logprobs for token in client.tokens] == given[2][0]
         stops = Options.of(options).stops(257)
         text = TextStream(BYTE, stops)
-        job = checked_job(alone, [self.prompt], self.n, Options.of(options))
-        pieces = [text.feed(token.id) for token in until_end(alone.decode_stream(job), text)]
+        job = checked_job(byte_engine, [self.prompt], self.n, Options.of(options))
+        pieces = [text.feed(token.id) for token in until_end(byte_engine.decode_stream(job), text)]
         assert client.finish == ("stop" if text.ended else "length")
         assert client.text == "".join(pieces) + text.finish()
 
@@ -132,9 +123,11 @@ def random_request(rng: random.Random) -> Asked:
 
 
 @pytest.mark.parametrize("guesses", [False, True], ids=["plain", "lookup"])
-def test_each_request_gets_what_it_gets_alone(model: GPT, alone: Engine, guesses: bool) -> None:
+def test_each_request_gets_what_it_gets_alone(
+    byte_model: GPT, byte_engine: Engine, guesses: bool
+) -> None:
     rng = random.Random(shifted(0))
-    engine = Engine(model, max_batch=4)
+    engine = Engine(byte_model, max_batch=4)
     scheduler = Scheduler(engine, Options(tokenizer=BYTE, lookup=guesses), max_queue=1000)
     requests = [random_request(rng) for _ in range(60)]
     clients = [asked.client(engine) for asked in requests]
@@ -147,7 +140,7 @@ def test_each_request_gets_what_it_gets_alone(model: GPT, alone: Engine, guesses
     for k, (asked, client) in enumerate(zip(requests, clients, strict=True)):
         client.result()
         if k not in broken_off:
-            asked.check(client, alone)
+            asked.check(client, byte_engine)
     scheduler.close()
     assert scheduler.join(WAIT_S)
     assert_all_is_free(scheduler)
@@ -164,9 +157,9 @@ def assert_all_is_free(scheduler: Scheduler) -> None:
     assert rows._n_slots == len(rows._free) and len(rows._spare) == len(rows.ids)
 
 
-def test_a_long_prompt_does_not_hold_up_the_others(model: GPT, monkeypatch: Any) -> None:
+def test_a_long_prompt_does_not_hold_up_the_others(byte_model: GPT, monkeypatch: Any) -> None:
     monkeypatch.setattr(Scheduler, "_prompt_room", lambda self, others: 8)
-    engine = Engine(model)
+    engine = Engine(byte_model)
     scheduler = Scheduler(engine, Options(tokenizer=BYTE))
     order: list[str] = []
     short = Asked([1], 40, {"eos_id": None, "seed": 1}).client(engine)
@@ -183,8 +176,8 @@ def test_a_long_prompt_does_not_hold_up_the_others(model: GPT, monkeypatch: Any)
     scheduler.close()
 
 
-def test_a_beginning_is_computed_once(model: GPT) -> None:
-    engine = Engine(model)
+def test_a_beginning_is_computed_once(byte_model: GPT) -> None:
+    engine = Engine(byte_model)
     scheduler = Scheduler(engine, Options(tokenizer=BYTE))
     prompt = random_ids(80, vocab_size=257).tolist()
     asked = [Asked([*prompt, i], 5, {"seed": i}) for i in range(6)]
@@ -199,9 +192,9 @@ def test_a_beginning_is_computed_once(model: GPT) -> None:
 
 
 @pytest.mark.parametrize("n", [0, 3])
-def test_prompts_are_scored(model: GPT, alone: Engine, n: int, monkeypatch: Any) -> None:
+def test_prompts_are_scored(byte_model: GPT, byte_engine: Engine, n: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(Scheduler, "_prompt_room", lambda self, others: 7)
-    engine = Engine(model, max_batch=2)
+    engine = Engine(byte_model, max_batch=2)
     scheduler = Scheduler(engine, Options(tokenizer=BYTE))
     prompts = [random_ids(length, vocab_size=257, seed=3).tolist() for length in (1, 2, 40, 60)]
     asked = [Asked(prompt, n, {"seed": 5, "eos_id": None}, top=2) for prompt in prompts]
@@ -209,7 +202,7 @@ def test_prompts_are_scored(model: GPT, alone: Engine, n: int, monkeypatch: Any)
     scheduler.submit([client.generation for client in clients])
     for one, client in zip(asked, clients, strict=True):
         scored = [token for update in client.result().updates for token in update.prompt]
-        logprobs = alone.logits(one.prompt).log_softmax(-1)
+        logprobs = byte_engine.logits(one.prompt).log_softmax(-1)
         assert [token.id for token in scored] == one.prompt[1:]
         found = [logprobs[at, i].item() for at, i in enumerate(one.prompt[1:])]
         assert [token.logprob for token in scored] == found
@@ -217,14 +210,14 @@ def test_prompts_are_scored(model: GPT, alone: Engine, n: int, monkeypatch: Any)
             values, ids = logprobs[at].topk(2)
             assert token.top_logprobs == list(zip(ids.tolist(), values.tolist(), strict=True))
         if n:
-            one.check(client, alone)
+            one.check(client, byte_engine)
         else:
             assert client.finish == "length" and not client.tokens
     scheduler.close()
 
 
-def test_the_queue_is_bounded(model: GPT) -> None:
-    engine = Engine(model, max_batch=1)
+def test_the_queue_is_bounded(byte_model: GPT) -> None:
+    engine = Engine(byte_model, max_batch=1)
     scheduler = Scheduler(engine, Options(tokenizer=BYTE), max_queue=2)
     with engine.turn():  # nothing is computed meanwhile
         clients = [Asked([1, 2], 3, {"seed": i}).client(engine) for i in range(5)]
@@ -248,16 +241,16 @@ def test_the_queue_is_bounded(model: GPT) -> None:
     assert_all_is_free(scheduler)
 
 
-def test_a_request_too_long_is_refused(model: GPT) -> None:
-    engine = Engine(model)
+def test_a_request_too_long_is_refused(byte_model: GPT) -> None:
+    engine = Engine(byte_model)
     scheduler = Scheduler(engine)
-    with pytest.raises(ValueError, match="block_size=96; shorten the prompt or ask for fewer"):
-        scheduler.submit([Asked([1] * 90, 7, {}).client(engine).generation])
+    with pytest.raises(ValueError, match="block_size=128; shorten the prompt or ask for fewer"):
+        scheduler.submit([Asked([1] * 122, 7, {}).client(engine).generation])
     scheduler.close()
 
 
-def test_close_with_cancel_ends_what_runs(model: GPT) -> None:
-    engine = Engine(model, max_batch=2)
+def test_close_with_cancel_ends_what_runs(byte_model: GPT) -> None:
+    engine = Engine(byte_model, max_batch=2)
     scheduler = Scheduler(engine, Options(tokenizer=BYTE))
     clients = [Asked([1], 90, {"eos_id": None, "seed": i}).client(engine) for i in range(6)]
     with engine.turn():
@@ -268,8 +261,8 @@ def test_close_with_cancel_ends_what_runs(model: GPT) -> None:
     assert_all_is_free(scheduler)
 
 
-def test_a_failing_engine_ends_every_request(model: GPT, monkeypatch: Any) -> None:
-    engine, told = Engine(model, max_batch=2), []
+def test_a_failing_engine_ends_every_request(byte_model: GPT, monkeypatch: Any) -> None:
+    engine, told = Engine(byte_model, max_batch=2), []
     scheduler = Scheduler(engine, Options(tokenizer=BYTE), on_failure=told.append)
     clients = [Asked([1], 90, {"eos_id": None, "seed": i}).client(engine) for i in range(5)]
 
@@ -288,8 +281,8 @@ def test_a_failing_engine_ends_every_request(model: GPT, monkeypatch: Any) -> No
         scheduler.submit([Asked([1], 1, {}).client(engine).generation])
 
 
-def test_the_step_beside_prompts_takes_about_twice_as_long(model: GPT) -> None:
-    scheduler = Scheduler(Engine(model))
+def test_the_step_beside_prompts_takes_about_twice_as_long(byte_model: GPT) -> None:
+    scheduler = Scheduler(Engine(byte_model))
     assert scheduler._prompt_room(False) == module.MAX_STEP_TOKENS
     for _ in range(100):
         scheduler._measure(0.010, 0, True)

@@ -22,6 +22,7 @@ from gptfast.cli.ranges import MAX_THREADS, check_whole
 from gptfast.cli.terminal import print_note
 from gptfast.cli.threads import set_threads
 from gptfast.generation.conversation import QUESTIONS, Template
+from gptfast.serve.limits import Defaults, Limits
 
 if TYPE_CHECKING:
     from gptfast.serve.service import Model, Service
@@ -66,30 +67,30 @@ class Serve:
     page but this server's own may."""
     template: str = QUESTIONS
     """How a chat is written as text, as in `gptfast chat`: {prompt} stands for a message."""
-    temperature: float = 1.0
+    temperature: float = Defaults.temperature
     """What requests that do not say take; so do --top-k, --top-p, --min-p and
     --repetition-penalty."""
-    top_k: int | None = None
+    top_k: int | None = Defaults.top_k
     """See --temperature."""
-    top_p: float | None = None
+    top_p: float | None = Defaults.top_p
     """See --temperature."""
-    min_p: float | None = None
+    min_p: float | None = Defaults.min_p
     """See --temperature."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = Defaults.repetition_penalty
     """See --temperature."""
     max_batch: int = 16
     """How many texts are computed at a time; the others wait."""
-    max_queue: int = 256
+    max_queue: int = Limits.max_queue
     """How many texts may wait; more requests get the error 429."""
-    max_choices: int = 128
+    max_choices: int = Limits.max_choices
     """How many texts a request may ask for: its prompts times its n."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: int | None = Limits.max_prompt_tokens
     """How long a prompt may be (default: as long as the model's context)."""
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = Limits.max_new_tokens
     """How many new tokens a text may have (default: as many as fit into the model's context)."""
-    max_body: int = 4 * 2**20
+    max_body: int = Limits.max_body_bytes
     """How many bytes a request may have."""
-    timeout: float = 600.0
+    timeout: float = Limits.timeout_s
     """Seconds after which a request is ended."""
     drain_timeout: float = 60.0
     """Seconds that running requests have after SIGTERM."""
@@ -175,7 +176,7 @@ class Serve:
         return keys
 
     def _service(self, on_failure: Callable[[str], None]) -> "Service":
-        from gptfast.serve.service import Defaults, Limits, Service
+        from gptfast.serve.service import Service
 
         return Service(
             self.model_name or Path(self.checkpoint).resolve().name,

@@ -1,5 +1,6 @@
 """The options of requests, and how they turn logits into tokens."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,13 @@ from gptfast.engine.gpu_rows import rows_of
 from gptfast.engine.request import Request
 from gptfast.engine.rows import BaseRows, sample
 from gptfast.engine.speculate import MAX_GUESSES, DraftModel, Guesser, PromptLookup
-from gptfast.generation.decoder import Job, SampledToken, check_sampled, top_logprobs
+from gptfast.generation.decoder import (
+    BAD_LOGITS,
+    Job,
+    SampledToken,
+    check_sampled,
+    top_logprobs,
+)
 from gptfast.generation.options import SAMPLING, LogprobOptions, Options
 from gptfast.generation.sequences import penalised
 
@@ -133,7 +140,11 @@ class Task:
         start = len(rows.ids[request.row]) + 1
         ids = request.ids[start : start + len(tokens)]
         logits, _ = rows.forward([request.row], [tokens], [len(tokens)])
-        return described_tokens(logits, torch.tensor(ids, dtype=torch.int64, device="cpu"), asked)
+        scored = described_tokens(logits, torch.tensor(ids, dtype=torch.int64, device="cpu"), asked)
+        # Nothing is sampled here, which would find bad logits. Those of a good model are finite.
+        if not all(math.isfinite(token.logprob or 0.0) for token in scored):
+            raise ValueError(BAD_LOGITS)
+        return scored
 
     def _described(self, logits: Tensor, ids: Tensor, on_host: list[int]) -> list[SampledToken]:
         """Return the sampled ids (M,) with the log-probabilities that their requests ask for."""

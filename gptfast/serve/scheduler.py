@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-from gptfast.checks import integer
+from gptfast.checks import integer, one_line
 from gptfast.engine.engine import Engine
 from gptfast.engine.request import Request
 from gptfast.engine.rows import MAX_STEP_TOKENS, BaseRows, n_common
 from gptfast.engine.task import Part, Sampled, Task
-from gptfast.generation.decoder import Job, SampledToken
+from gptfast.generation.decoder import BAD_LOGITS, Job, SampledToken
 from gptfast.generation.options import Options
 from gptfast.serve.generation import Generation, Update
 
@@ -178,7 +178,7 @@ class Scheduler:
                 if self._running:
                     self._step()
         except BaseException as error:  # also what is no Exception: nobody else could report it
-            self._fail(f"the engine failed: {type(error).__name__}: {error}")
+            self._fail(f"the engine failed: {_reason(error)}")
 
     def _has_work(self) -> bool:
         """Wait for requests; return False if the scheduler was closed and none is left."""
@@ -345,6 +345,13 @@ class Scheduler:
         for one in ended:
             self._finish(one, Update(finish="failed", message=message))
         self._on_failure(message)
+
+
+def _reason(error: BaseException) -> str:
+    """Return in one line why the engine failed."""
+    text = one_line(error)
+    # The operators name a row of a step, which says nothing to whoever runs the server.
+    return BAD_LOGITS if "NaN, +inf or nothing" in text else f"{type(error).__name__}: {text}"
 
 
 def _pending(rows: BaseRows, request: Request) -> list[int]:

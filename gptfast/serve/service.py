@@ -14,6 +14,7 @@ from gptfast.generation.conversation import Conversation, Template
 from gptfast.generation.options import LogprobOptions, Options, next_seed
 from gptfast.serve.generation import Generation
 from gptfast.serve.group import Group, Teller
+from gptfast.serve.limits import Defaults, Limits
 from gptfast.serve.metrics import Metrics
 from gptfast.serve.protocol import ApiError, ChatRequest, Common, CompletionRequest
 from gptfast.serve.replies import Choice, TokenNames
@@ -22,21 +23,6 @@ from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 
 DEFAULT_NEW_TOKENS = 16
 """New tokens of a completion that does not say how many, as at OpenAI."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much a client may ask for."""
-
-    max_queue: int = 256
-    max_choices: int = 128
-    """Generations of one request: its prompts times its n."""
-    max_prompt_tokens: int | None = None
-    """None: as many as fit into block_size."""
-    max_new_tokens: int | None = None
-    max_body_bytes: int = 4 * 2**20
-    timeout_s: float = 600.0
-    """Seconds from a request's arrival to its end."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +39,6 @@ class Model:
         tokens = getattr(self.tokenizer, "tokens", {})
         longest = max(map(len, tokens.values()), default=sys.maxsize)
         object.__setattr__(self, "longest", longest)
-
-
-@dataclass
-class Defaults:
-    """The values of what a request leaves out. seed: None draws another one each time."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
 
 
 class Service:
