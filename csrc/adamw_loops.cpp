@@ -16,41 +16,70 @@ struct Pair {
   vf of[2];
 };
 
-template <class T>
+// The (un)packing instructions of bf16 work on each 128 bits alone. IN_ORDER: lanes have the order of memory, which
+// takes a permutation of 64-bit lanes. Where all tensors are bf16, any order does.
+template <bool IN_ORDER, class T>
 inline Pair load_pair(const T* p) {
   return {{load(p), load(p + W)}};
 }
-template <class T>
+template <bool IN_ORDER, class T>
 inline void store_pair(T* p, const Pair& x) {
   store(p, x.of[0]);
   store(p + W, x.of[1]);
 }
 #ifdef __AVX2__
-// The packing instructions work on each 128 bits alone; a permutation of 64-bit lanes restores the order.
+#ifdef __AVX512F__
+template <bool IN_ORDER>
+inline vu before_unpacking(vu x) {
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  return IN_ORDER ? (vu)_mm512_permutexvar_epi64(order, (__m512i)x) : x;
+}
+template <bool IN_ORDER>
+inline vu packed(vu a, vu b) {
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), x = _mm512_packus_epi32((__m512i)a, (__m512i)b);
+  return (vu)(IN_ORDER ? _mm512_permutexvar_epi64(order, x) : x);
+}
+inline vu unpack_lower(vu a, vu b) { return (vu)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b); }
+inline vu unpack_upper(vu a, vu b) { return (vu)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b); }
+#else
+template <bool IN_ORDER>
+inline vu before_unpacking(vu x) {
+  return IN_ORDER ? (vu)_mm256_permute4x64_epi64((__m256i)x, 0xD8) : x;
+}
+template <bool IN_ORDER>
+inline vu packed(vu a, vu b) {
+  return before_unpacking<IN_ORDER>((vu)_mm256_packus_epi32((__m256i)a, (__m256i)b));
+}
+inline vu unpack_lower(vu a, vu b) { return (vu)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b); }
+inline vu unpack_upper(vu a, vu b) { return (vu)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b); }
+#endif
+template <bool IN_ORDER>
 inline Pair load_pair(const bf16* p) {
-#ifdef __AVX512F__
-  const __m512i in_order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), zero = _mm512_setzero_si512();
-  const __m512i halves = _mm512_permutexvar_epi64(in_order, _mm512_loadu_si512(p));
-  return {{(vf)_mm512_unpacklo_epi16(zero, halves), (vf)_mm512_unpackhi_epi16(zero, halves)}};
-#else
-  const __m256i zero = _mm256_setzero_si256(), halves = _mm256_permute4x64_epi64(_mm256_loadu_si256((__m256i*)p), 0xD8);
-  return {{(vf)_mm256_unpacklo_epi16(zero, halves), (vf)_mm256_unpackhi_epi16(zero, halves)}};
-#endif
+  const vu halves = before_unpacking<IN_ORDER>((vu)load((const float*)p));
+  return {{(vf)unpack_lower(vu{}, halves), (vf)unpack_upper(vu{}, halves)}};
 }
+template <bool IN_ORDER>
 inline void store_upper_halves(bf16* p, vu a, vu b) {
-#ifdef __AVX512F__
-  const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-  const __m512i halves = _mm512_packus_epi32((__m512i)(a >> 16), (__m512i)(b >> 16));
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi64(in_order, halves));
-#else
-  const __m256i halves = _mm256_packus_epi32((__m256i)(a >> 16), (__m256i)(b >> 16));
-  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(halves, 0xD8));
-#endif
+  store((float*)p, (vf)packed<IN_ORDER>(a >> 16, b >> 16));
+}
+// Widens 2 W halves of 32 bits, in their order in memory.
+template <bool IN_ORDER>
+inline void widen_halves(vu x, vu (&wide)[2]) {
+  const vu halves = before_unpacking<IN_ORDER>(x);
+  wide[0] = unpack_lower(halves, vu{});
+  wide[1] = unpack_upper(halves, vu{});
 }
 #else
+template <bool IN_ORDER>
 inline void store_upper_halves(bf16* p, vu a, vu b) {
   *(vh_any*)p = narrow(a >> 16);
   *(vh_any*)(p + W) = narrow(b >> 16);
+}
+template <bool IN_ORDER>
+inline void widen_halves(vu x, vu (&wide)[2]) {
+  vh halves[2];
+  memcpy(halves, &x, sizeof halves);
+  for (int i = 0; i < 2; ++i) wide[i] = widen(halves[i]);
 }
 #endif
 
@@ -65,22 +94,25 @@ inline bool any_nan(const Pair& x) {
 }
 
 // Stores what is nearest to x. Without NAN_TOO, no element is NaN: adding to the bits of one could make a number of it.
-template <bool NAN_TOO, class T>
+template <bool IN_ORDER, bool NAN_TOO, class T>
 inline void store_nearest(T* p, const Pair& x) {
-  if constexpr (NAN_TOO || !std::is_same_v<T, bf16>)
-    store_pair(p, x);
+  const auto bits = [](vf x) { return NAN_TOO ? (x == x ? round_bits(x) : splat(0x7FC00000u)) : round_bits(x); };
+  if constexpr (!std::is_same_v<T, bf16>)
+    store_pair<IN_ORDER>(p, x);
   else
-    store_upper_halves(p, round_bits(x.of[0]), round_bits(x.of[1]));
+    store_upper_halves<IN_ORDER>(p, bits(x.of[0]), bits(x.of[1]));
 }
 
-// Stores the bf16 above or below, chosen by the upper 16 bits of a random word. Infinity stays: its lower half is 0.
-template <bool NAN_TOO>
-inline void store_stochastic(bf16* p, const Pair& x, const vu* random) {
-  const auto rounded = [](vf x, vu word) {
-    const vu bits = (vu)x + (word >> 16);
-    return NAN_TOO ? (x == x ? bits : splat(0x7FC00000u)) : bits;
+// Stores the bf16 above or below, chosen by 16 random bits. Infinity stays: its lower half is 0.
+template <bool IN_ORDER, bool NAN_TOO>
+inline void store_stochastic(bf16* p, const Pair& x, vu random) {
+  const auto rounded = [](vf x, vu bits) {
+    const vu sum = (vu)x + bits;
+    return NAN_TOO ? (x == x ? sum : splat(0x7FC00000u)) : sum;
   };
-  store_upper_halves(p, rounded(x.of[0], random[0]), rounded(x.of[1], random[1]));
+  vu bits[2];
+  widen_halves<IN_ORDER>(random, bits);
+  store_upper_halves<IN_ORDER>(p, rounded(x.of[0], bits[0]), rounded(x.of[1], bits[1]));
 }
 
 // Whether lanes of param are master rounded to T. Where both are NaN, this does not matter.
@@ -120,6 +152,7 @@ template <class T, class M, bool MASTER, bool STOCHASTIC>
   T* param = (T*)t.param;
   const T* grad = (const T*)t.grad;
   M *exp_avg = (M*)t.exp_avg, *exp_avg_sq = (M*)t.exp_avg_sq;
+  constexpr bool IN_ORDER = MASTER || !std::is_same_v<M, bf16>;
   const PhiloxKeys keys = philox_keys(args.seed);
   vu random[4];
   for (int64_t j = 0; j < n; j += PAIR) {
@@ -127,24 +160,25 @@ template <class T, class M, bool MASTER, bool STOCHASTIC>
     prefetch_pair(grad + j);
     prefetch_pair(exp_avg + j);
     prefetch_pair(exp_avg_sq + j);
-    Pair p = load_pair(param + j);
+    Pair p = load_pair<IN_ORDER>(param + j);
     if (MASTER) {
       // Where the parameter is not the rounded master, somebody else has written to it.
-      const Pair master = load_pair(t.master + j);
+      const Pair master = load_pair<IN_ORDER>(t.master + j);
       for (int i = 0; i < 2; ++i) p.of[i] = is_rounded(p.of[i], master.of[i], T{}) ? master.of[i] : p.of[i];
     }
-    const Updated to = update(t, args, p, load_pair(grad + j), load_pair(exp_avg + j), load_pair(exp_avg_sq + j));
-    if (MASTER) store_pair(t.master + j, to.param);
-    // Element e takes word e & 3 of counter e >> 2.
-    const int64_t vector = j / W % 4;
-    if (STOCHASTIC && vector == 0) philox_in_order((uint32_t)((index + j) >> 2), t.param_id, t.step, 2u, keys, random);
+    const Updated to = update(t, args, p, load_pair<IN_ORDER>(grad + j), load_pair<IN_ORDER>(exp_avg + j),
+                              load_pair<IN_ORDER>(exp_avg_sq + j));
+    if (MASTER) store_pair<IN_ORDER>(t.master + j, to.param);
+    // Element e takes a half of word (e & 7) >> 1 of counter e >> 3: the lower one if e is even.
+    const int64_t pair = j / PAIR % 4;
+    if (STOCHASTIC && pair == 0) philox_in_order((uint32_t)((index + j) >> 3), t.param_id, t.step, 2u, keys, random);
     const auto store_all = [&]<bool NAN_TOO>(std::bool_constant<NAN_TOO>) {
-      store_nearest<NAN_TOO>(exp_avg + j, to.exp_avg);
-      store_nearest<NAN_TOO>(exp_avg_sq + j, to.exp_avg_sq);
+      store_nearest<IN_ORDER, NAN_TOO>(exp_avg + j, to.exp_avg);
+      store_nearest<IN_ORDER, NAN_TOO>(exp_avg_sq + j, to.exp_avg_sq);
       if constexpr (STOCHASTIC)
-        store_stochastic<NAN_TOO>(param + j, to.param, random + vector);
+        store_stochastic<IN_ORDER, NAN_TOO>(param + j, to.param, random[pair]);
       else
-        store_nearest<NAN_TOO>(param + j, to.param);
+        store_nearest<IN_ORDER, NAN_TOO>(param + j, to.param);
     };
     if (any_nan(to.param)) [[unlikely]]
       store_all(std::true_type());
@@ -211,7 +245,7 @@ double sum_squares(const T* grad, int64_t begin, int64_t end) {
     int64_t j = from;
     for (; j + 4 * W <= to; j += 4 * W)
       for (int i = 0; i < 4; ++i) {
-        const Pair g = load_pair(grad + j + i / 2 * PAIR);
+        const Pair g = load_pair<true>(grad + j + i / 2 * PAIR);
         part[i] += g.of[i % 2] * g.of[i % 2];
       }
     for (; j < to; j += W) {

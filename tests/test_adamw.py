@@ -760,9 +760,11 @@ def test_far_elements(kernel: ModuleType) -> None:
     )
     assert torch.equal(m, twin[2]) and torch.equal(v, twin[3])
     index = far + torch.arange(n)
-    counter = [(index >> 2) & 0xFFFFFFFF, *(torch.full_like(index, i) for i in (9, 5, 2))]
-    words = torch.stack(philox(*counter, torch.tensor(11)), -1).gather(-1, (index & 3)[:, None])
-    bits = twin[0].view(torch.int32) + (words[:, 0] >> 16).to(torch.int32)
+    counter = [(index >> 3) & 0xFFFFFFFF, *(torch.full_like(index, i) for i in (9, 5, 2))]
+    words = torch.stack(philox(*counter, torch.tensor(11)), -1)
+    word = words.gather(-1, ((index & 7) >> 1)[:, None])[:, 0]
+    half = (word >> 16 * (index & 1)) & 0xFFFF
+    bits = twin[0].view(torch.int32) + half.to(torch.int32)
     assert torch.equal(p, (bits & -0x10000).view(torch.float32).bfloat16())
 
     partials = torch.zeros(3, dtype=torch.float64)

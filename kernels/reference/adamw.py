@@ -5,9 +5,9 @@
     p = p (1 - lr wd) - lr / (1 - b1^step) * m / (sqrt(v) / sqrt(1 - b2^step) + eps)
 
 The arithmetic is fp32 (fp64 for fp64 parameters). A 16-bit parameter is either its fp32 master,
-rounded, or is rounded stochastically: (Philox word >> 16) is added to the fp32 bits, then the low
-half is dropped. An element that is not its rounded master was written by somebody else since the
-last step: p is then the element itself. With a norm that is not finite, nothing changes.
+rounded, or is rounded stochastically: half of a Philox word is added to the fp32 bits, then their
+low half is dropped. An element that is not its rounded master was written by somebody else since
+the last step: p is then the element itself. With a norm that is not finite, nothing changes.
 """
 
 import torch
@@ -28,9 +28,11 @@ def _round_stochastic(p: Tensor, param_id: int, step: Tensor, seed: int) -> Tens
     param, domain = torch.full_like(index, param_id), torch.full_like(index, 2)
     counter_step = step.to(torch.int64).to(p.device).expand_as(index)
     key = torch.tensor(seed, dtype=torch.int64, device=p.device)
-    words = torch.stack(philox(index >> 2, param, counter_step, domain, key), -1)
-    word = words.gather(-1, (index & 3)[:, None])[:, 0].view(p.shape)
-    bits = p.view(torch.int32) + (word >> 16).to(torch.int32)
+    # A counter's four words serve eight elements: each word the lower half first.
+    words = torch.stack(philox(index >> 3, param, counter_step, domain, key), -1)
+    word = words.gather(-1, ((index & 7) >> 1)[:, None])[:, 0]
+    half = (word >> 16 * (index & 1)) & 0xFFFF
+    bits = p.view(torch.int32) + half.to(torch.int32).view(p.shape)
     rounded = (bits & -0x10000).view(torch.float32)
     return torch.where(p.isfinite(), rounded, p).to(torch.bfloat16)
 

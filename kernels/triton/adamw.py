@@ -53,7 +53,7 @@ from gptfast.kernels.triton.adamw_access import (
 )
 from gptfast.kernels.triton.adamw_tables import norm_plan, step_plan
 from gptfast.kernels.triton.launch import launch
-from gptfast.kernels.triton.philox import in_order, philox
+from gptfast.kernels.triton.philox import halves_in_order, philox
 
 # arch: (elements a program, num_warps). With eight elements a thread, eight 128-bit loads are in
 # flight (fp32: p, g, m, v). With less than 64 registers a thread, an SM holds 1024 threads: 128 KB
@@ -195,13 +195,13 @@ def _update(
     if MASTER:
         store(master_ptr, p, mask, tl.float32, MASKED)
     if STOCHASTIC:
-        # A counter serves four elements; start is a multiple of four.
-        counter = (start >> 2) + tl.arange(0, BLOCK // 4)
+        # A counter serves eight elements, a word two; start is a multiple of eight.
+        counter = (start >> 3) + tl.arange(0, BLOCK // 8)
         param_id = tl.load(table_ptr + stride * COLUMN_PARAM_ID)
         step = tl.load(scalar_ptr + stride * SCALAR_STEP).to(tl.int64)
         domain = tl.full([1], PHILOX_DOMAIN, tl.uint32)
         w0, w1, w2, w3 = philox(counter, param_id, step, domain, seed)
-        bits = bf16_bits(p, in_order(w0, w1, w2, w3) >> 16)
+        bits = bf16_bits(p, halves_in_order(w0, w1, w2, w3))
         store(param_ptr, bits, mask, tl.uint16, MASKED)
     else:
         store(param_ptr, p, mask, PARAM, MASKED)

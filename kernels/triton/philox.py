@@ -21,6 +21,13 @@ def in_order(w0, w1, w2, w3):
 
 
 @triton.jit
+def halves_in_order(w0, w1, w2, w3):
+    """Return the 16-bit halves of the words of (..., N) counters, (..., 8 N), lower halves first."""
+    words = in_order(w0, w1, w2, w3)
+    return tl.interleave(words & 0xFFFF, words >> 16)
+
+
+@triton.jit
 def uniform(word):
     """Return uint32 words as fp32 in [0, 1)."""
     return tl.uint_to_uniform_float(word)
