@@ -127,13 +127,13 @@ audit: $(VENV)/ready-test
 	$(BIN)/python bench/predicted_step.py --store
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info gptfast/*.so
+	rm -rf $(VENV) .cache build *.egg-info gptfast/*.so gptfast/built.json
 
 # Each stamp is written last, so a set-up that was interrupted is made again.
 # torch comes first: what depends on it then takes the one that is there.
 $(BASE):
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) --upgrade "pip>=25.1" "setuptools>=77" wheel "pybind11>=2.13"
+	$(PIP) --upgrade "pip>=25.1" "setuptools>=77" wheel
 	$(PIP) torch==$(TORCH) $(NUMPY)
 	touch $@
 

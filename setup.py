@@ -2,20 +2,31 @@
 
 The wrappers (<op>.cpp) include ATen and are compiled once. The loops (<op>_loops.cpp) include none
 of it, take a second each, and are compiled once per instruction-set level. The module chooses the
-level when it is loaded. Without a compiler the package installs too and runs on the PyTorch
-reference. GPTFAST_SKIP_EXTENSION=1 leaves the extension out, GPTFAST_SANITIZE=1 builds it for
-`make sanitize`.
+level when it is loaded. It is built against the PyTorch of the environment that pip installs into,
+also where pip hides that from the build. Where nothing can be compiled the package installs too and
+runs on the PyTorch reference; gptfast/built.json keeps the reason. GPTFAST_SKIP_EXTENSION=1 leaves
+the extension out, GPTFAST_SANITIZE=1 builds it for `make sanitize`.
 """
 
+import atexit
+import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 
 class Level(NamedTuple):
@@ -51,30 +62,107 @@ if os.environ.get("GPTFAST_SANITIZE") == "1":
     SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
     SANITIZE += ["-fno-wrapv", "-g1"]
 FLAGS += SANITIZE
+SKIPPED = os.environ.get("GPTFAST_SKIP_EXTENSION") == "1"
+OLDEST_TORCH = (2, 11)
+"""As in gptfast/torch_private.py."""
+AGAIN = "run pip install --force-reinstall --no-deps . in the sources of gptfast"
+
+ASK_TORCH = "import torch; print(torch.__version__); print(torch.__path__[0])"
 
 
-def extension() -> Extension:
-    import pybind11
-    import torch
-    from torch.utils.cpp_extension import include_paths, library_paths
+def find_torch() -> tuple[str, Path]:
+    """Return the version and the folder of the PyTorch that gptfast is going to run with."""
+    reason = ""
+    # pip hides the environment from the build by PYTHONPATH, which -I ignores.
+    for isolated in ([], ["-I"]):
+        command = [sys.executable, *isolated, "-c", ASK_TORCH]
+        asked = subprocess.run(command, capture_output=True, text=True, cwd=os.sep)
+        if asked.returncode == 0:
+            version, folder = asked.stdout.splitlines()[-2:]
+            break
+        reason = asked.stderr.strip().rpartition("\n")[2]
+    else:
+        raise SystemExit(
+            f"gptfast: its C++ kernels are compiled against the torch that runs them, and the "
+            f"Python that builds says: {reason}; run pip install torch, then pip install "
+            f"--no-build-isolation . (GPTFAST_SKIP_EXTENSION=1 leaves these kernels out)"
+        )
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise SystemExit(
+            f"gptfast needs torch {oldest} or newer, got {version}; run pip install -U torch, then "
+            "install gptfast again"
+        )
+    return version, Path(folder)
 
-    return Extension(
-        "gptfast._C",
-        sources=[str(path) for path in WRAPPERS],
-        depends=[str(path) for path in CSRC.iterdir()],
-        include_dirs=["csrc", *include_paths(), pybind11.get_include()],
-        library_dirs=library_paths(),
-        libraries=["c10", "torch", "torch_cpu", "torch_python"],
-        define_macros=[("_GLIBCXX_USE_CXX11_ABI", str(int(torch._C._GLIBCXX_USE_CXX11_ABI)))],
-        extra_link_args=["-fopenmp", *SANITIZE],
-        language="c++",
-    )
+
+def record(folder: Path, missing: str, torch: str = "") -> None:
+    """Write gptfast/built.json in a folder, which gptfast/installed.py reads.
+
+    missing: why there are no C++ kernels, or "". torch: the version that they are compiled against.
+    """
+    (folder / "gptfast").mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"missing": missing, "torch": torch}, indent=2) + "\n"
+    (folder / "gptfast" / "built.json").write_text(text, "utf-8")
+
+
+def errors_of(output: str) -> str:
+    """Return on one line what compilers ended with: the first two errors, or the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line] or lines[-1:]
+    return " | ".join(errors[:2])
+
+
+@contextmanager
+def redirected(fd: int, to: int) -> Iterator[None]:
+    """Let what this process and its children write to fd go to another file, and then to fd too."""
+    kept = os.dup(fd)
+    os.dup2(to, fd)
+    try:
+        yield
+    finally:
+        os.dup2(kept, fd)
+        os.close(kept)
+        os.lseek(to, 0, os.SEEK_SET)
+        while part := os.read(to, 1 << 16):
+            os.write(fd, part)
+
+
+class BuildPackage(build_py):
+    """Copies the Python files. For a build without the extension it is the only step."""
+
+    def run(self) -> None:
+        super().run()
+        if SKIPPED:
+            folder = Path(__file__).parent if self.editable_mode else Path(self.build_lib)
+            record(folder, f"GPTFAST_SKIP_EXTENSION=1 was set when gptfast was installed; {AGAIN}")
 
 
 class BuildExtension(build_ext):
     """Compiles wrappers and loops in parallel, the loops once per level."""
 
     def build_extension(self, ext: Extension) -> None:
+        folder = Path(__file__).parent if self.inplace else Path(self.build_lib)
+        version, torch = find_torch()
+        # torch brings pybind11's headers.
+        ext.include_dirs += ["csrc", str(torch / "include")]
+        ext.library_dirs.append(str(torch / "lib"))
+        self.force = True  # else a module stays that was linked with another torch
+        # Not self.compiler's methods: their names differ from one setuptools to the next.
+        with tempfile.TemporaryFile() as said, redirected(2, said.fileno()):
+            try:
+                self.compile_all(ext)
+            except Exception as error:
+                said.seek(0)
+                reason = errors_of(said.read().decode(errors="replace")) or f"{error}"[:200]
+                record(folder, f"they could not be compiled: {reason}; mend that, then {AGAIN}")
+                raise
+        record(folder, "", version)
+
+    def compile_all(self, ext: Extension) -> None:
+        compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0]
+        if os.name == "posix" and shutil.which(compiler) is None:
+            raise CompileError(f"there is no compiler {compiler} (on Debian, apt install g++)")
         jobs = [([source], FLAGS, "wrappers") for source in ext.sources]
         for level in LEVELS:
             # No exceptions and no inline std:: code: see csrc/vectors.h.
@@ -97,22 +185,34 @@ class BuildExtension(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [o for batch in pool.map(compile, jobs) for o in batch]
-        ext.sources, ext.extra_objects = [], objects
+        sources, ext.sources, ext.extra_objects = ext.sources, [], objects
         super().build_extension(ext)
+        ext.sources = sources
 
 
 def extensions() -> list[Extension]:
-    if os.environ.get("GPTFAST_SKIP_EXTENSION") == "1":
+    if SKIPPED:
         return []
-    try:
-        built = extension()
-    except ImportError as error:
-        print(
-            f"gptfast: no C++ kernels, {error}; install torch and pybind11 first", file=sys.stderr
-        )
-        return []
-    built.optional = not SANITIZE  # a failed build must not leave the tests to the usual one
-    return [built]
+    extension = Extension(
+        "gptfast._C",
+        sources=[str(path) for path in WRAPPERS],
+        depends=[str(path) for path in CSRC.iterdir()],
+        define_macros=[("_GLIBCXX_USE_CXX11_ABI", "1")],  # as torch is built
+        libraries=["c10", "torch", "torch_cpu", "torch_python"],
+        extra_link_args=["-fopenmp", *SANITIZE],
+        language="c++",
+    )
+    extension.optional = not SANITIZE  # a failed build must not leave the tests to the usual one
+    return [extension]
+
+
+def folders() -> dict[str, dict[str, str]]:
+    """Return options by which a build writes elsewhere where the sources are read-only."""
+    if os.access(Path(__file__).parent, os.W_OK):
+        return {}
+    elsewhere = tempfile.mkdtemp(prefix="gptfast-build-")
+    atexit.register(shutil.rmtree, elsewhere, ignore_errors=True)
+    return {"build": {"build_base": elsewhere}, "egg_info": {"egg_base": elsewhere}}
 
 
 setup(
@@ -137,5 +237,6 @@ setup(
     package_dir={"gptfast": "gptfast", "gptfast.kernels": "kernels"},
     package_data={"gptfast": ["py.typed"], "gptfast.serve": ["page.html"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
+    options=folders(),
 )

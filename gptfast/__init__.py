@@ -4,11 +4,14 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from gptfast.startup import catch_ctrl_c, is_command
+from gptfast.startup import answer, catch_ctrl_c, is_command
+
+__version__ = "0.1.0"
 
 # Only in the command's own process, and before the imports that take seconds.
 if is_command(sys.orig_argv, sys.argv):
     catch_ctrl_c()
+    answer(sys.argv[1:], __version__)
 
 # Imported at once, so that the operators are in torch.ops after `import gptfast`.
 from gptfast import ops
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
     from gptfast.training.trainer import Trainer
     from gptfast.weights.lazy_tensor import CheckpointError
 
-__version__ = "0.1.0"
 __all__ = [
     "GPT",
     "AdamW",

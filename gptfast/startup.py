@@ -1,17 +1,40 @@
-"""Ctrl-C while the command starts: importing PyTorch takes seconds, and ends without a traceback.
+"""What the command does before PyTorch is imported, which takes seconds: Ctrl-C, help, refusals.
 
-Imports nothing but Python's own modules, because it runs before anything else of the package.
+Imports little but Python's own modules, because it runs before anything else of the package.
 """
 
 import contextlib
 import os
+import shutil
 import signal
+import sys
+import textwrap
 from collections.abc import Sequence
 from types import FrameType
+
+from gptfast.installed import refusal
 
 INTERRUPTED = 128 + signal.SIGINT
 """As a shell says it of a command that Ctrl-C ended."""
 _NAMES = ("gptfast", "-mgptfast")
+SUMMARIES = {
+    "train": "Train a GPT on text; print its losses and text samples, and save checkpoints.",
+    "generate": "Continue a prompt with a trained model. The text appears while it is generated.",
+    "chat": "Talk with a model: type a message, read the reply. Inside, /help lists the commands.",
+    "serve": "Serve a model over HTTP to clients of OpenAI's protocol, with a page to try it on.",
+    "eval": "Measure a model's loss, perplexity and bits per byte on text, or its accuracy on "
+    "tasks.",
+    "prepare": "Turn text into token files, which training reads without loading them into memory.",
+    "tokenizer": "Learn a byte-pair encoding from text (needs pip install tokenizers).",
+    "search": "Train with several settings, each in a process of its own, and compare the results.",
+    "plot": "Draw the losses of several runs in one picture.",
+    "convert": "Write a model in another format. The format of SRC is recognised from its content.",
+    "download": "Download GPT-2's weights. Every command then takes the name, such as gpt2, as a "
+    "model.",
+    "info": "Show version, CPU level, matrix engine, threads, GPU, and the backend of each "
+    "operation.",
+}
+"""The first line of each command's help."""
 
 
 def is_command(words: Sequence[str], argv: Sequence[str]) -> bool:
@@ -22,6 +45,41 @@ def is_command(words: Sequence[str], argv: Sequence[str]) -> bool:
     """
     program = words[-len(argv) :][:1]
     return bool(argv) and os.path.basename(program[0] if program else "") in _NAMES
+
+
+def answer(argv: Sequence[str], version: str) -> None:
+    """End this process where that needs no PyTorch: the help, the version, a namesake installed.
+
+    argv: the words after `gptfast`.
+    """
+    if text := short_answer(argv, version):
+        # What cannot be printed is left to the command, which says so as it does everywhere.
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
+            sys.exit(0)
+    if line := refusal():
+        sys.exit(f"gptfast: {line}")
+
+
+def short_answer(argv: Sequence[str], version: str) -> str:
+    """Return the help or the version if the first word asks for one, else ""."""
+    if argv[:1] in (["--version"], ["-V"]):
+        return f"gptfast {version}"
+    if argv[:1] not in (["--help"], ["-h"]) and list(argv) != ["help"]:
+        return ""
+    width = min(100, shutil.get_terminal_size().columns)
+    lines = [
+        textwrap.fill(line, width, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13)
+        for name, line in SUMMARIES.items()
+    ]
+    return "\n".join(
+        [
+            "usage: gptfast COMMAND [FLAGS]\n",
+            "commands (gptfast COMMAND --help shows the flags of a command):",
+            *lines,
+            "\ngptfast --version prints the version; docs/command.md explains the rest.",
+        ]
+    )
 
 
 def catch_ctrl_c() -> None:

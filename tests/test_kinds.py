@@ -369,7 +369,9 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     for name in ("a.parquet", "a.arrow", "a.feather", "a.txt.zst"):
         path = write(tmp_path / name, b"content")
-        with pytest.raises(ValueError, match=rf"{name} needs pyarrow .*: pip install 'gptfast\["):
+        with pytest.raises(
+            ValueError, match=rf"{name} needs pyarrow .*: pip install 'gptfast-torch\["
+        ):
             find_files([path])
     path = write(tmp_path / "a.txt", b"\x28\xb5\x2f\xfd compressed")
     with pytest.raises(ValueError, match="a.txt needs pyarrow"):

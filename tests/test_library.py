@@ -432,8 +432,8 @@ def test_use_backend_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
     from gptfast.ops import backend
 
     monkeypatch.setattr(backend, "EXTENSION", None)
-    monkeypatch.setattr(backend, "MISSING", "No module named 'gptfast._C'")
-    with pytest.raises(RuntimeError, match="'cpp' is missing: No module named .*install g"):
+    monkeypatch.setattr(backend, "MISSING", "there is no compiler g++; run it again")
+    with pytest.raises(RuntimeError, match="'cpp' is missing: there is no compiler g.*again$"):
         use_backend("cpp")
     monkeypatch.setattr(backend, "TRITON_MISSING", "triton is not installed")
     with pytest.raises(RuntimeError, match="'triton' is missing: triton is not installed"):
@@ -520,7 +520,7 @@ def test_the_versions_of_torch_are_the_same_everywhere() -> None:
     root = Path(__file__).parents[1]
     oldest = ".".join(map(str, OLDEST_TORCH))
     project = (root / "pyproject.toml").read_text("utf-8")
-    assert re.findall(r'"torch>=(.*?)"', project) == [oldest, oldest]
+    assert re.findall(r'"torch>=(.*?)"', project) == [oldest]
     told = r"# `make test` runs the tests with (\S+), `make test-torch` with (\S+) and (\S+) "
     usual, *others = re.search(told, project).groups()
     make = (root / "Makefile").read_text("utf-8")

@@ -201,4 +201,4 @@ def test_a_missing_package_is_named(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["serve", "nothing"]) == 1
-    assert "pip install 'gptfast[serve]'" in capsys.readouterr().err
+    assert "pip install 'gptfast-torch[serve]'" in capsys.readouterr().err

@@ -3,13 +3,10 @@
 import errno
 import gc
 import importlib
-import inspect
 import io
 import os
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +14,7 @@ import gptfast
 from gptfast.checks import one_line
 from gptfast.cli.terminal import ERRORS, is_terminal
 from gptfast.ops.backend import check_isa
-from gptfast.startup import INTERRUPTED, release_ctrl_c
+from gptfast.startup import INTERRUPTED, release_ctrl_c, short_answer
 from gptfast.training.interrupt import exit_code
 from gptfast.training.log import discard
 
@@ -110,21 +107,8 @@ def _commands_with(flag: str) -> list[str]:
 
 def _no_command(argv: Sequence[str]) -> None:
     """Print the help or the version, or raise a UsageError that lists the commands."""
-    if argv and argv[0] in ("--version", "-V"):
-        print(f"gptfast {gptfast.__version__}")
-        raise SystemExit(0)
-    if argv and argv[0] in ("-h", "--help"):
-        print("usage: gptfast COMMAND [FLAGS]\n")
-        print("commands (gptfast COMMAND --help shows the flags of a command):")
-        width = min(100, shutil.get_terminal_size().columns)
-        for name, command in COMMANDS.items():
-            line = (inspect.getdoc(command) or "").partition("\n")[0]
-            print(
-                textwrap.fill(
-                    line, width, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13
-                )
-            )
-        print("\ngptfast --version prints the version; docs/command.md explains the rest.")
+    if text := short_answer(argv, gptfast.__version__):
+        print(text)
         raise SystemExit(0)
     from gptfast.cli.flags import UsageError
     from gptfast.cli.hints import similar_command

@@ -19,7 +19,7 @@ from gptfast.generation.decoder import Decoder
 from gptfast.generation.model_decoder import as_decoder
 from gptfast.generation.options import Options, new_tokens
 from gptfast.model import GPT
-from gptfast.ops.backend import EXTENSION
+from gptfast.ops.backend import EXTENSION, MISSING
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.weights.lazy_tensor import CheckpointError
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Dtype = Literal["fp32", "bf16", "int8", "int4"]
 Device = Literal["auto", "cpu", "cuda"]
 NEEDS_ENGINE = (
-    "needs the engine, which on the CPU needs the C++ extension: install g++ and reinstall gptfast"
+    f"needs the engine, which on the CPU needs the C++ kernels, and there are none: {MISSING}"
 )
 
 

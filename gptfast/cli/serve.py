@@ -22,6 +22,7 @@ from gptfast.cli.ranges import MAX_THREADS, check_whole
 from gptfast.cli.terminal import print_note
 from gptfast.cli.threads import set_threads
 from gptfast.generation.conversation import QUESTIONS, Template
+from gptfast.installed import DISTRIBUTION
 from gptfast.serve.limits import Defaults, Limits
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Serve:
 
     It answers /v1/completions, /v1/chat/completions and more, which docs/serving.md lists; the page
     is at /. Many requests are computed together, and a request with a seed gets the same text
-    whatever else runs. It needs FastAPI: pip install 'gptfast[serve]'.
+    whatever else runs. It needs FastAPI: pip install 'gptfast-torch[serve]'.
 
     SIGTERM and Ctrl-C let running requests end. SIGHUP reads the model again; requests that run
     end with the one that they began with.
@@ -156,7 +157,7 @@ class Serve:
         for module in MODULES:
             if importlib.util.find_spec(module) is None:
                 raise ImportError(
-                    f"gptfast serve needs {module}; install it with pip install 'gptfast[serve]'"
+                    f"gptfast serve needs {module}: pip install '{DISTRIBUTION}[serve]'"
                 )
 
     def _keys(self) -> list[str]:

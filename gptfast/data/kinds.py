@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from gptfast.installed import DISTRIBUTION
+
 PEEKED_BYTES = 1 << 14
 """The bytes of a text that say whether it is a table."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
@@ -89,7 +91,7 @@ def check_kind(path: Path) -> None:
 def need_pyarrow(path: Path) -> None:
     """Raise ValueError if pyarrow, with which a file is read, is not installed."""
     if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"{path} needs pyarrow to be read: pip install 'gptfast[data]'")
+        raise ValueError(f"{path} needs pyarrow to be read: pip install '{DISTRIBUTION}[data]'")
 
 
 def kind_of_content(path: Path, start: bytes, fields: Collection[str] = ()) -> str:

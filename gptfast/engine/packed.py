@@ -100,7 +100,7 @@ def _new(config: GPTConfig, dtype: str) -> Tensor:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if EXTENSION is None:
-        raise RuntimeError(f"the engine needs the C++ extension ({MISSING}); reinstall gptfast")
+        raise RuntimeError(f"the engine needs the C++ kernels: {MISSING}")
     return torch.ops.gptfast.engine_new(torch.ops.gptfast.engine_bytes(_shape(config, dtype)))
 
 
@@ -238,7 +238,7 @@ def load(directory: str | PathLike) -> Packed:
     """Read a packed directory; its checksum is verified. Raises CheckpointError."""
     path = Path(directory) / FILE
     if EXTENSION is None:
-        raise RuntimeError(f"the engine needs the C++ extension ({MISSING}); reinstall gptfast")
+        raise RuntimeError(f"the engine needs the C++ kernels: {MISSING}")
     config, metadata = _metadata(path)
     data = _new(config, metadata["dtype"])
     crc = _checksum(metadata["dtype"], metadata["config"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gptfast.installed import REBUILD, why_not_loaded
 from gptfast.torch_private import OpOverload, TorchDispatchMode
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
@@ -22,10 +23,13 @@ IMPLEMENTATIONS: dict[str, dict[OpOverload, Callable]] = {"reference": {}, "trit
 
 def _load_extension() -> tuple[ModuleType | None, str]:
     """Return the C++ extension and "", or None and the reason why it is not there."""
+    # Asked first: a library that was compiled against another PyTorch may crash the process.
+    if reason := why_not_loaded(torch.__version__):
+        return None, reason
     try:
         return importlib.import_module("gptfast._C"), ""
     except ImportError as error:
-        return None, str(error)
+        return None, f"{error}; run {REBUILD}"
 
 
 def _choose_isa() -> str:
@@ -110,9 +114,7 @@ class use_backend:  # noqa: N801 - reads as the function it is used as
         if name not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
         if name == "cpp" and EXTENSION is None:
-            raise RuntimeError(
-                f"backend 'cpp' is missing: {MISSING}; install g++ and reinstall gptfast"
-            )
+            raise RuntimeError(f"backend 'cpp' is missing: {MISSING}")
         if name == "triton" and TRITON_MISSING:
             raise RuntimeError(
                 f"backend 'triton' is missing: {TRITON_MISSING}; run pip install triton"

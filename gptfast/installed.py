@@ -1,0 +1,71 @@
+"""How this copy of gptfast was installed: its distribution, a namesake beside it, its C++ kernels.
+
+Imports nothing but Python's own modules, because it is asked before PyTorch is imported. setup.py
+writes `built.json` beside this file.
+"""
+
+import json
+import re
+from pathlib import Path
+
+DISTRIBUTION = "gptfast-torch"
+"""What pip calls this package. The distribution called gptfast is another project."""
+BUILT = Path(__file__).with_name("built.json")
+REBUILD = "pip install --force-reinstall --no-deps . in the sources of gptfast"
+
+
+def minor(version: str) -> str:
+    """Return the first two numbers of a version: 2.13 of 2.13.0+cpu."""
+    found = re.match(r"\d+\.\d+", version)
+    return found[0] if found else version
+
+
+def namesake() -> str:
+    """Return the version of the other project's distribution if that is installed, or "".
+
+    It installs a package GPTFast, which is the same folder as ours where names have no case, and
+    pins versions below those that PyTorch needs.
+    """
+    from importlib import metadata  # half of what the help takes
+
+    try:
+        other = metadata.distribution("gptfast")
+    except metadata.PackageNotFoundError:
+        return ""
+    # An early copy of this project had that name too.
+    theirs = any(path.parts[:1] == ("GPTFast",) for path in other.files or ())
+    return other.version if theirs else ""
+
+
+def refusal() -> str:
+    """Return one line for a user who has the namesake installed, or ""."""
+    version = namesake()
+    if not version:
+        return ""
+    return (
+        f"the distribution gptfast {version} is another project, whose folder and pinned packages "
+        f"are in the way of {DISTRIBUTION}; run pip uninstall gptfast, then install "
+        f"{DISTRIBUTION} again"
+    )
+
+
+def why_not_loaded(torch_version: str) -> str:
+    """Return why the C++ kernels of this copy cannot run with a PyTorch, or "" if nothing says so.
+
+    The answer is one line with its remedy. It comes from the build: what kept it from compiling the
+    kernels, or the PyTorch that it compiled them against.
+    """
+    try:
+        built = json.loads(BUILT.read_text("utf-8"))
+    except FileNotFoundError:  # built in place, by other means
+        return ""
+    except (OSError, ValueError) as error:
+        return f"{BUILT} cannot be read: {error}; reinstall {DISTRIBUTION}"
+    if built["missing"]:
+        return built["missing"]
+    if minor(built["torch"]) == minor(torch_version):
+        return ""
+    return (
+        f"they were built with torch {built['torch']}, and this is torch {torch_version}; run "
+        f"{REBUILD}, or pip install 'torch=={minor(built['torch'])}.*'"
+    )

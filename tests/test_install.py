@@ -1,0 +1,227 @@
+"""Test what an installation says of itself: its name, a namesake, kernels that are not there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gptfast
+from gptfast import installed
+from gptfast.cli import COMMANDS
+from gptfast.startup import SUMMARIES
+from gptfast.torch_private import OLDEST_TORCH
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+# A copy of gptfast whose build left a record: read before the package is.
+WITH_RECORD = """
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("gptfast.installed", {installed!r})
+sys.modules["gptfast.installed"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.BUILT = pathlib.Path({record!r})
+"""
+USE = """
+import torch, gptfast
+assert "gptfast._C" not in sys.modules
+gptfast.ops.cross_entropy(torch.zeros(2, 4), torch.tensor([1, 2]))
+gptfast.ops.cross_entropy(torch.zeros(2, 4), torch.tensor([1, 2]))
+from gptfast.cli import main
+main(["info"])
+try:
+    gptfast.use_backend("cpp")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def python(*args: str, path: str | Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with a folder before all others on its path."""
+    command = [sys.executable, *args]
+    every = os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"} | env
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=every)
+
+
+def built(folder: Path, **record: str) -> Path:
+    path = folder / "built.json"
+    path.write_text(json.dumps({"missing": "", "torch": torch.__version__} | record), "utf-8")
+    return path
+
+
+def test_the_name_is_the_same_everywhere() -> None:
+    assert PROJECT["name"] == installed.DISTRIBUTION != "gptfast"
+    assert PROJECT["version"] == gptfast.__version__
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("gptfast/**/*.py")]
+    for path in texts:
+        named = re.findall(r"pip install (?:-\S+ )*['\"]?(gptfast[\w-]*)", path.read_text("utf-8"))
+        assert set(named) <= {installed.DISTRIBUTION}, path
+
+
+@pytest.fixture
+def namesake(tmp_path: Path) -> Path:
+    """Return a folder in which the other project's distribution is installed."""
+    info = tmp_path / "gptfast-0.3.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gptfast\nVersion: 0.3.1\n")
+    (info / "RECORD").write_text("GPTFast/__init__.py,,\ngptfast-0.3.1.dist-info/METADATA,,\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["info", "train --max-steps 1"])
+def test_the_command_refuses_to_run_beside_the_namesake(command: str, namesake: Path) -> None:
+    result = python("-m", "gptfast", *command.split(), path=namesake)
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert "gptfast 0.3.1 is another project" in line
+    assert "run pip uninstall gptfast, then install gptfast-torch again" in line
+    assert python("-m", "gptfast", "--version", path=namesake).returncode == 0
+
+
+def test_an_early_copy_of_this_project_is_no_namesake(
+    namesake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(namesake)
+    assert installed.namesake() == "0.3.1"
+    (namesake / "gptfast-0.3.1.dist-info/RECORD").write_text("gptfast/__init__.py,,\n")
+    assert installed.refusal() == ""
+
+
+def test_the_reason_of_the_build_is_the_first_line(tmp_path: Path) -> None:
+    """Once on stderr where a kernel is wanted, and in `gptfast info`."""
+    reason = "they could not be compiled: fatal error: Python.h; mend that"
+    record = built(tmp_path, missing=reason, torch="")
+    code = WITH_RECORD.format(installed=installed.__file__, record=str(record)) + USE
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    line = f"gptfast: no C++ kernels ({reason}); the CPU runs the slower PyTorch reference"
+    assert result.stderr.splitlines() == [line]
+    assert f"C++ kernels: none ({reason})" in result.stdout
+    assert f"backend 'cpp' is missing: {reason}" in result.stdout
+
+
+def test_kernels_of_another_torch_are_not_loaded(tmp_path: Path) -> None:
+    """A library of another PyTorch may crash the process, so it stays closed."""
+    record = built(tmp_path, torch="2.99.1+cpu")
+    code = WITH_RECORD.format(installed=installed.__file__, record=str(record)) + USE
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert f"built with torch 2.99.1+cpu, and this is torch {torch.__version__}" in line
+    assert "pip install 'torch==2.99.*'" in line
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("2.13.0+cpu", "2.13.1+cu130", True),
+        ("2.13.0", "2.13.0a0+git12", True),
+        ("2.1.0", "2.13.0", False),
+        ("2.13.0", "3.13.0", False),
+    ],
+)
+def test_the_minor_version_decides(
+    before: str, now: str, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installed, "BUILT", built(tmp_path, torch=before))
+    assert (installed.why_not_loaded(now) == "") == same
+
+
+def test_records_that_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "BUILT", tmp_path / "none.json")
+    assert installed.why_not_loaded("2.13.0") == ""
+    monkeypatch.setattr(installed, "BUILT", tmp_path / "half.json")
+    (tmp_path / "half.json").write_text('{"missing": ')
+    assert "half.json cannot be read" in installed.why_not_loaded("2.13.0")
+
+
+def setup_names() -> dict:
+    """Return what setup.py defines, without a build."""
+    source = (ROOT / "setup.py").read_text("utf-8")
+    names = {"__name__": "setup", "__file__": str(ROOT / "setup.py")}
+    exec(compile(source[: source.rindex("\nsetup(")], "setup.py", "exec"), names)
+    return names
+
+
+def build(tmp_path: Path, **env: str) -> tuple[str, dict[str, str]]:
+    """Run setup.py's build of the extension; return what it says and the record that it leaves."""
+    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
+    process = subprocess.run(
+        command, capture_output=True, encoding="utf-8", cwd=ROOT, env=os.environ | env
+    )
+    assert process.returncode == 0, process.stderr
+    assert not list(tmp_path.glob("lib/gptfast/_C*"))
+    return process.stderr, json.loads((tmp_path / "lib/gptfast/built.json").read_text("utf-8"))
+
+
+def test_a_build_without_a_compiler_keeps_the_reason(tmp_path: Path) -> None:
+    _, record = build(tmp_path, CXX="no-such-compiler -pipe")
+    assert record["missing"].startswith(
+        "they could not be compiled: there is no compiler no-such-compiler (on Debian, apt "
+    )
+    assert record["missing"].endswith(
+        "pip install --force-reinstall --no-deps . in the sources of gptfast"
+    )
+
+
+def test_a_failing_compiler_is_quoted(tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        "#!/bin/sh\necho 'a.cpp: In function f:\na.cpp:3:10: fatal error: é.h: No such file\n"
+        "compilation terminated.' >&2\nexit 1\n",
+        "utf-8",
+    )
+    compiler.chmod(0o755)
+    said, record = build(tmp_path, CXX=str(compiler))
+    assert "compiled: a.cpp:3:10: fatal error: é.h: No such file" in record["missing"]
+    assert "compilation terminated." in said
+
+
+def test_setup_knows_the_oldest_torch() -> None:
+    assert setup_names()["OLDEST_TORCH"] == OLDEST_TORCH
+
+
+def test_a_build_without_torch_stops_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = setup_names()
+    for asked, words in {
+        "import gptfast_nowhere": ["No module named 'gptfast_nowhere'", "pip install torch, then"],
+        "print('2.10.1+cu128'); print('/folder')": ["torch 2.11 or newer, got 2.10.1+cu128"],
+    }.items():
+        monkeypatch.setitem(names, "ASK_TORCH", asked)
+        with pytest.raises(SystemExit) as stopped:
+            names["find_torch"]()
+        assert all(word in str(stopped.value) for word in words)
+        assert "\n" not in str(stopped.value)
+
+
+@given(st.text(max_size=300))
+def test_the_reason_is_one_line(said: str) -> None:
+    assert len(ERRORS_OF(said).splitlines()) <= 1
+
+
+ERRORS_OF = setup_names()["errors_of"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"], ["--version"]])
+def test_the_help_imports_no_torch(words: list[str]) -> None:
+    """It stays under a tenth of the modules that PyTorch brings."""
+    result = python("-X", "importtime", "-m", "gptfast", *words)
+    assert result.returncode == 0
+    modules = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "gptfast.startup" in modules and not {"torch", "numpy", "gptfast.ops"} & modules
+    assert len(modules) < 200
+    if words != ["--version"]:
+        assert all(f"\n  {name} " in result.stdout for name in COMMANDS)
+
+
+def test_the_summaries_are_those_of_the_commands() -> None:
+    first = {name: (COMMANDS[name].__doc__ or "").partition("\n")[0] for name in COMMANDS}
+    assert first == SUMMARIES
