@@ -5,6 +5,7 @@ has not imported it has no DTensor.
 """
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -184,3 +185,8 @@ class OwnPart:
     def copy_(self, whole: Tensor) -> None:
         """Copy this process's rows of the values."""
         self._mine.copy_(whole[self._rows] if whole.dim() else whole)
+
+
+def own_parts(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return a place for the whole values of each tensor of a state dictionary: an OwnPart."""
+    return {name: OwnPart(t) for name, t in state.items()}

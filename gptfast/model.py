@@ -68,14 +68,18 @@ class GPT(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all parameters anew from GPT-2's initialisation, with torch's generator."""
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                residual = name.endswith("c_proj")
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-                nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-            if isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
+            self.reset_module(name, module)
+
+    def reset_module(self, name: str, module: nn.Module) -> None:
+        """Draw the parameters of one of the modules, which has this name, as GPT-2 does."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            residual = name.endswith("c_proj")
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
 
     @property
     def head_weight(self) -> Tensor:
@@ -248,8 +252,7 @@ class GPT(nn.Module):
         weights = open_weights(path, n_head)
         if resize_vocab is not None:
             weights = weights.resized(resize_vocab)
-        with torch.device("meta"), _WithoutInitialisation():
-            model = cls(weights.config)
+        model = empty_model(weights.config, cls)
         weights.move_into(model)
         model.tokenizer_name, model.vocabulary = weights.tokenizer, weights.vocabulary
         model.eos_ids = weights.eos_ids
@@ -313,6 +316,12 @@ def check_saveable(model: GPT) -> None:
             f"a saved model holds the weights of a GPT alone, but {part}; merge it "
             "(peft: merge_and_unload) or put back the module that was there"
         )
+
+
+def empty_model(config: GPTConfig, kind: type[GPT] = GPT) -> Any:
+    """Return a model without values, on the meta device. Draws nothing."""
+    with torch.device("meta"), _WithoutInitialisation():
+        return kind(config)
 
 
 class _WithoutInitialisation(TorchFunctionMode):

@@ -7,6 +7,7 @@ torch.compile knows some of them by identity.
 
 import re
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,6 +158,13 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
         *optimizers._global_optimizer_post_hooks.values(),
     )
     return any(not getattr(hook, "__module__", "").startswith("gptfast.") for hook in every)
+
+
+def set_group_timeouts(timeout: timedelta) -> None:
+    """Set how long the processes of this one's groups in torch.distributed may be silent."""
+    c10d = torch.distributed.distributed_c10d
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timeout, group)
 
 
 def forget_gathered_at_once(module: Any) -> None:

@@ -35,8 +35,9 @@ from gptfast.data.embedded import embedded_text
 from gptfast.data.sources import prepared_tokenizer
 from gptfast.data.token_files import Documents
 from gptfast.data.tokens import Source, check_rows, fingerprint
+from gptfast.dtensor import own_parts
 from gptfast.files import LOCK_TIMEOUT_S, lock
-from gptfast.model import GPT
+from gptfast.model import GPT, empty_model
 from gptfast.ops.library import backend_of, operators
 from gptfast.tokenizer.bpe import BPETokenizer, Tokenizer
 from gptfast.tokenizer.train import reduce_tokenizer
@@ -174,7 +175,7 @@ class Train(Reading):
                 check_rows(source, self._rows(tokenizer.n_vocab), tokenizer, f"--init {self.init}")
         loaders = make_loaders(self, sources, tokenizer)
         trainer = Trainer(
-            self._model(tokenizer.n_vocab),
+            self._model(tokenizer.n_vocab, world),
             with_known_prompt(self.train, tokenizer),
             *loaders[:2],
             test_loader=loaders[2] if len(loaders) > 2 else None,
@@ -182,6 +183,8 @@ class Train(Reading):
             settings=self._settings(),
             data_sha256=fingerprint(*sources),
         )
+        if self._is_shared(world):
+            self._load_init(trainer.model)
         return trainer, sources, T
 
     def tokenizer_name(self) -> str:
@@ -219,13 +222,27 @@ class Train(Reading):
         with tempfile.TemporaryDirectory() as elsewhere:
             return reduce_tokenizer(whole, embedded_text(), elsewhere)
 
-    def _model(self, n_vocab: int) -> GPT:
-        """Return the model to train, with random weights or those of --init."""
+    def _model(self, n_vocab: int, world: World) -> GPT:
+        """Return the model to train, with random weights or those of --init.
+
+        It is without values if the trainer cuts it into the parts of several processes.
+        """
+        config = dataclasses.replace(self.model, vocab_size=self._rows(n_vocab))
+        if self._is_shared(world):
+            return empty_model(config)
         torch.manual_seed(self.train.seed)
-        model = GPT(dataclasses.replace(self.model, vocab_size=self._rows(n_vocab)))
+        model = GPT(config)
+        self._load_init(model)
+        return model
+
+    def _is_shared(self, world: World) -> bool:
+        """Return whether the processes share the weights."""
+        return world.size > 1 and self.train.parallel in ("fsdp", "hsdp")
+
+    def _load_init(self, model: GPT) -> None:
+        """Copy the weights of --init, if it is given and this run begins, into the model."""
         if self.init is not None and not self._continues():
             load_weights(model, self.init, resize_vocab=self.resize_vocab)
-        return model
 
     def _rows(self, n_vocab: int) -> int:
         """Return for how many tokens the model has rows.
@@ -331,11 +348,12 @@ def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
 def load_weights(model: GPT, path: str | PathLike, *, resize_vocab: bool = False) -> None:
     """Copy the weights at `path`, and the ids that end a text there, into `model`.
 
+    Its parameters may be DTensors, of which each process has some rows.
     Raises ValueError if they do not fit. resize_vocab: if the model has more tokens, their rows are
     the mean of those at `path`.
     """
     weights = open_weights(path)
     if resize_vocab:
         weights = weights.resized(model.config.vocab_size)
-    weights.copy_to(model.config, model.state_dict())
+    weights.copy_to(model.config, own_parts(model.state_dict()))
     model.eos_ids = weights.eos_ids

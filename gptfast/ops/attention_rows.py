@@ -20,7 +20,7 @@ from gptfast.ops.attention import (
     _seed_tensor,
     attention_qkv,
 )
-from gptfast.ops.library import autocast_enabled
+from gptfast.ops.library import LIBRARY, autocast_enabled
 
 
 class _Layout:
@@ -58,6 +58,63 @@ def _merged(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
 
 
+def _rows_fwd(
+    qkv: Tensor, n_head: int, first: int, scale: float, dropout_p: float, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, T, C) and lse (B, H, T)."""
+    B = qkv.shape[0]
+    q, k, v = _heads(qkv, 3, n_head)
+    layout = _Layout(first, B, n_head)
+    options = scale, dropout_p, seed, layout.kv_len(q)
+    out, lse = (layout.taken(x, B) for x in _fwd(*map(layout.placed, (q, k, v)), *options))
+    return _merged(out).contiguous(), lse
+
+
+def _rows_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_head: int,
+    first: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor,
+) -> Tensor:
+    """Return dqkv (B, T, 3C) for dout and out (B, T, C)."""
+    B = qkv.shape[0]
+    layout = _Layout(first, B, n_head)
+    dout, q, k, v, out = (
+        *_heads(dout, 1, n_head),
+        *_heads(qkv, 3, n_head),
+        *_heads(out, 1, n_head),
+    )
+    options = scale, dropout_p, seed, layout.kv_len(q)
+    gradients = _bwd(*map(layout.placed, (dout, q, k, v, out, lse)), *options)
+    return torch.cat([_merged(layout.taken(x, B)) for x in gradients], 2)
+
+
+def _rows_fwd_fake(qkv, n_head, first, scale, dropout_p, seed):  # type: ignore[no-untyped-def]
+    B, T, C3 = qkv.shape
+    lse = qkv.new_empty((B, n_head, T), dtype=torch.float64)
+    return qkv.new_empty((B, T, C3 // 3)), lse
+
+
+# Operators, so that torch.compile need not follow them.
+_OPTIONS = "SymInt n_head, SymInt first, float scale, float dropout_p, Tensor seed"
+LIBRARY.define(f"attention_rows_fwd(Tensor qkv, {_OPTIONS}) -> (Tensor out, Tensor lse)")
+LIBRARY.define(
+    "attention_rows_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, "
+    f"{_OPTIONS}) -> Tensor dqkv"
+)
+LIBRARY.impl("attention_rows_fwd", _rows_fwd, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_rows_bwd", _rows_bwd, "CompositeExplicitAutograd")
+torch.library.register_fake("gptfast::attention_rows_fwd", _rows_fwd_fake, lib=LIBRARY)
+torch.library.register_fake(
+    "gptfast::attention_rows_bwd", lambda dout, qkv, *_: qkv.new_empty(qkv.shape), lib=LIBRARY
+)
+
+
 class _AttentionRows(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -69,26 +126,16 @@ class _AttentionRows(torch.autograd.Function):
         dropout_p: float,
         seed: Tensor,
     ) -> Tensor:
-        B = qkv.shape[0]
-        q, k, v = _heads(qkv, 3, n_head)
-        layout = _Layout(first, B, n_head)
-        options = scale, dropout_p, seed, layout.kv_len(q)
-        out, lse = (layout.taken(x, B) for x in _fwd(*map(layout.placed, (q, k, v)), *options))
-        ctx.save_for_backward(qkv, out, lse, seed)
         ctx.options = n_head, first, scale, dropout_p
-        return _merged(out)
+        out, lse = torch.ops.gptfast.attention_rows_fwd(qkv, *ctx.options, seed)
+        ctx.save_for_backward(qkv, out, lse, seed)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, out, lse, seed = ctx.saved_tensors
-        n_head, first, scale, dropout_p = ctx.options
-        B = qkv.shape[0]
-        layout = _Layout(first, B, n_head)
-        inputs = *_heads(dout, 1, n_head), *_heads(qkv, 3, n_head), out, lse
-        options = scale, dropout_p, seed, layout.kv_len(out)
-        gradients = _bwd(*map(layout.placed, inputs), *options)
-        dqkv = torch.cat([_merged(layout.taken(x, B)) for x in gradients], 2)
+        *tensors, seed = ctx.saved_tensors
+        dqkv = torch.ops.gptfast.attention_rows_bwd(dout, *tensors, *ctx.options, seed)
         return dqkv, None, None, None, None, None
 
 

@@ -237,8 +237,7 @@ def load_checkpoint(
             raise ValueError(
                 f"{path} has optimizer state for {name!r}, which the model does not have"
             )
-    parts: dict[str, Any] = {name: dtensor.OwnPart(t) for name, t in model.state_dict().items()}
-    open_directory(path).copy_to(model.config, parts)
+    open_directory(path).copy_to(model.config, dtensor.own_parts(model.state_dict()))
     for key, stored in saved.items():
         name, _, field = key.rpartition(".")
         optimizer.state[names[name]][field] = stored.read_for(names[name], path)

@@ -1,5 +1,6 @@
 """The losses of an evaluation, which the processes of a run share."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -43,7 +44,10 @@ class Evaluation:
         with autocast(self._device, self._config):
             if self._world.size == 1:
                 return loader_loss(self._model, self._until_stopped(loader), n)
-            return self._shared_loss(loader, min(n or len(loader), len(loader)))
+            # Only the blocks of processes that share the weights are compiled for evaluation too.
+            compiles = self._config.compile and self._config.parallel in ("fsdp", "hsdp")
+            with self._world.compiling() if compiles else contextlib.nullcontext():
+                return self._shared_loss(loader, min(n or len(loader), len(loader)))
 
     def _until_stopped(self, loader: DataLoader) -> Iterator[Batch]:
         for batch in from_start(loader):

@@ -60,6 +60,7 @@ class Failures:
         self._who: dict[int, tuple[int, str]] = {}
         self._ended = threading.Event()
         self._deadlines: dict[int, tuple[float, str]] = {}
+        self._watched: dict[int, tuple[str | None, float]] | None = None
         threading.Thread(target=self._beat, daemon=True).start()
 
     def introduce(self) -> None:
@@ -78,8 +79,38 @@ class Failures:
                 return
             for end, message in list(self._deadlines.values()):
                 if time.monotonic() > end:
-                    self._give_up(message)
+                    self._give_up(RuntimeError(message))
+            if (silent := self._silent()) is not None:
+                self._give_up(silent)
             self._ended.wait(BEAT_S)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """End this process with a message if another one no longer beats.
+
+        For a block in which others may be silent for long, in which torch.distributed would wait.
+        """
+        self._watched = {}
+        try:
+            yield
+        finally:
+            self._watched = None
+
+    def _silent(self) -> ProcessesError | None:
+        """Return the error of a watched process that no longer beats."""
+        watched, now = self._watched, time.monotonic()
+        if watched is None:
+            return None
+        try:
+            for rank in set(range(self.size)) - {self.rank}:
+                beat = self._read(f"beat/{rank}")
+                if rank not in watched or watched[rank][0] != beat:
+                    watched[rank] = beat, now
+                elif now - watched[rank][1] > self.timeout_s:
+                    return self._gone([rank])
+        except RuntimeError as error:  # of the store
+            return self.explain(error)
+        return None
 
     @contextlib.contextmanager
     def ending_after(self, limit_s: float, message: str) -> Iterator[None]:
@@ -91,13 +122,12 @@ class Failures:
         finally:
             del self._deadlines[thread]
 
-    def _give_up(self, message: str) -> None:
+    def _give_up(self, error: RuntimeError) -> None:
         """End this process from the thread of the beats: the main thread hangs in the system."""
-        error = RuntimeError(message)
         self.note(error)
         with contextlib.suppress(OSError, ValueError):
             if self.may_speak(error):
-                print(f"gptfast: {message}", file=sys.stderr, flush=True)
+                print(f"gptfast: {error}", file=sys.stderr, flush=True)
         self.linger()
         os._exit(1)
 

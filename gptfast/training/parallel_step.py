@@ -43,11 +43,6 @@ class ParallelStep(TrainStep):
         self._world, self._split = world, split
         self._pieces: list[Piece] = []
         self._counts: list[int] = []
-        if config.compile and model.config.dropout > 0:
-            raise ValueError(
-                "compile draws the dropout of several processes in another order than that of one: "
-                "leave out compile, or take dropout 0"
-            )
         if has_dropout(model.modules()) and (part := foreign_part(model)) is not None:
             raise ValueError(
                 f"dropout that is the same on any number of processes needs a GPT as gptfast makes "
@@ -56,6 +51,7 @@ class ParallelStep(TrainStep):
         super().__init__(model, config, device, log)
         self._step = self._compute  # a CUDA graph would repeat one process's part only
         self._is_laid_out = False
+        self._compiled: set[tuple[torch.Size, ...]] = set()
 
     def _placed(self, model: GPT) -> Any:
         """Return the model wrapped so that its gradients are summed over the processes."""
@@ -74,8 +70,14 @@ class ParallelStep(TrainStep):
         lr: float,
         meanwhile: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        with self._world.together():
-            return super().run(batches, lr, meanwhile)
+        # All processes know the shapes of all batches, so they agree on when they compile.
+        shapes = tuple(x.shape for x, _ in batches)
+        compiles = self.config.compile and shapes not in self._compiled
+        longer = self._world.compiling() if compiles else contextlib.nullcontext()
+        with self._world.together(), longer:
+            row = super().run(batches, lr, meanwhile)
+        self._compiled.add(shapes)
+        return row
 
     def _inputs(self, batches: Sequence[Batch], counts: Sequence[int], lr: float) -> list[Tensor]:
         """Return the numbers that `_compute` takes; the share of this process is in `_pieces`."""
@@ -98,18 +100,15 @@ class ParallelStep(TrainStep):
         self._lay_out()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         mine = [i for i, piece in enumerate(self._pieces) if piece.mine]
-        try:
-            for i, (piece, targets) in enumerate(zip(self._pieces, self._counts, strict=True)):
-                last = i == mine[-1]
-                # One process draws nothing for a batch without targets.
-                if not targets and piece.mine:
-                    self._take_part(last=last)
-                elif targets and not piece.mine:
-                    self.raw_model.draw_only(*piece.x.shape)
-                elif targets and (loss := self._backward_of(piece, count, last)) is not None:
-                    total = total + loss
-        finally:
-            self.raw_model.rows = None
+        for i, (piece, targets) in enumerate(zip(self._pieces, self._counts, strict=True)):
+            last = i == mine[-1]
+            # One process draws nothing for a batch without targets.
+            if not targets and piece.mine:
+                self._take_part(last=last)
+            elif targets and not piece.mine:
+                self.raw_model.draw_only(*piece.x.shape)
+            elif targets and (loss := self._backward_of(piece, count, last)) is not None:
+                total = total + loss
         return total
 
     def _backward_of(self, piece: Piece, count: Tensor, last: bool) -> Tensor | None:
@@ -117,11 +116,11 @@ class ParallelStep(TrainStep):
 
         last: whether it is the last one here, during which the processes add up their gradients.
         """
-        self.raw_model.rows = piece.rows
         share = piece.count / count
         with self._summing(last):
             with autocast(self.device, self.config):
-                loss = self.model(moved(piece.x, self.device), moved(piece.y, self.device))
+                x, y = moved(piece.x, self.device), moved(piece.y, self.device)
+                loss = self._loss(x, y, piece.rows)
             loss.backward(gradient=share.to(loss.dtype))
         return loss.detach().double() * share if piece.count else None
 
@@ -138,8 +137,8 @@ class ParallelStep(TrainStep):
 
     def _take_part(self, *, last: bool) -> None:
         """Add no gradient to those of the others, without a change of the random state."""
-        first = self._pieces[0]
-        empty = Piece(first.x, torch.full_like(first.y, -100), 0, None, True)
+        like = next(piece for piece in self._pieces if piece.mine)  # of a shape to compile anyway
+        empty = Piece(like.x, torch.full_like(like.y, -100), 0, like.rows, True)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             self._backward_of(empty, torch.ones((), dtype=torch.float64, device=self.device), last)

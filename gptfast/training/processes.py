@@ -18,12 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptfast.device import choose_device, threads_of
+from gptfast.torch_private import set_group_timeouts
 from gptfast.training.failures import REPORT_S, Failures, ProcessesError, is_communication
 from gptfast.training.interrupt import SIGNALS, Interrupt
 from gptfast.training.world import World
 
 WRITE_TIMEOUTS = 30
 """How many times --dist-timeout a process may take to write a checkpoint."""
+COMPILE_TIMEOUTS = 30
+"""How many times --dist-timeout a step may take in which the processes compile."""
 
 
 class AgreedInterrupt(Interrupt):
@@ -168,6 +171,21 @@ class Processes(World):
         )
         with self._failures.ending_after(limit_s, message):
             yield
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        limit_s = self._failures.timeout_s * COMPILE_TIMEOUTS
+        message = (
+            f"a step with compiled code has taken {limit_s:.0f} s ({COMPILE_TIMEOUTS} x "
+            "--dist-timeout): a compiler hangs or is slow; raise --dist-timeout or leave out "
+            "--compile. The run ends, and --resume continues it from its last checkpoint"
+        )
+        set_group_timeouts(timedelta(seconds=limit_s + REPORT_S))
+        try:
+            with self._failures.watching(), self._failures.ending_after(limit_s, message):
+                yield
+        finally:
+            set_group_timeouts(self.silence)
 
     @contextlib.contextmanager
     def in_turn(self, what: str) -> Iterator[None]:

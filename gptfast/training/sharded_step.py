@@ -92,6 +92,8 @@ class ShardedStep(ParallelStep):
                 reshard_after_forward=True,
                 ignored_params={table},
             )
+        if model.device.type == "meta":
+            model.to_empty(device=self.device)  # for draw_parts
         for module in self._groups(model):
             if self.device.type == "cpu":
                 in_pieces: Any = PieceReduceScatter()

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from gptfast.config import TrainConfig
 from gptfast.device import moved, random_state, restore_random_state
+from gptfast.dropout import Rows, draw_seed
 from gptfast.model import GPT, foreign_part
 from gptfast.modules import has_dropout, has_hooks
 from gptfast.ops.backend import chosen_backend
 from gptfast.optim import AdamW
 from gptfast.torch_private import any_global_hooks, has_gradient_hooks, has_step_hooks
 from gptfast.training.cuda_graph import StepGraph, recorder_for
+from gptfast.training.drawn import draw_parts
 from gptfast.training.guard import Fault, Guard
 
 Batch = tuple[Tensor, Tensor]
@@ -89,9 +91,17 @@ class TrainStep:
         model.activation_checkpointing = config.activation_checkpointing
         model.skip_below = config.skip_below
         self.raw_model = model
+        # Compiled code is given the random numbers of dropout, so that they are the same without
+        # it; a part of others would not know what to do with them.
+        self._draws_first = (
+            config.compile and model.config.dropout > 0 and foreign_part(model) is None
+        )
         # Who writes which part of a checkpoint, where several processes have parts of the weights.
         self.shards: Any = None
+        is_empty = model.device.type == "meta"
         self.model = self._placed(model)
+        if is_empty:
+            draw_parts(model, config.seed)
         self.optimizer = AdamW(
             parameter_groups(model, config.weight_decay),
             lr=config.lr,
@@ -108,7 +118,12 @@ class TrainStep:
             )
 
     def _placed(self, model: GPT) -> Any:
-        """Return what is called in a step, before the optimizer takes the model's parameters."""
+        """Return what is called in a step, before the optimizer takes the model's parameters.
+
+        A model on the meta device gets memory here, and its values after that.
+        """
+        if model.device.type == "meta":
+            model.to_empty(device=self.device)
         return torch.compile(model, fullgraph=True) if self.config.compile else model
 
     def whole_model(self) -> GPT | None:
@@ -187,10 +202,22 @@ class TrainStep:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for x, y, share in zip(tensors[::2], tensors[1::2], shares, strict=True):
             with autocast(self.device, self.config):
-                loss = self.model(x, y)
+                loss = self._loss(x, y)
             loss.backward(gradient=share.to(loss.dtype))
             total = total + loss.detach().double() * share
         return self._update(total, lr, loss_limit, norm_limit)
+
+    def _loss(self, x: Tensor, y: Tensor, rows: Rows | None = None) -> Tensor:
+        """Return the mean loss of a batch, (B, T) int64. rows: which rows of one; None for all."""
+        model = self.raw_model
+        try:
+            if not (self._draws_first and model.training):
+                model.rows = rows
+                return self.model(x, y)
+            model.rows = rows or Rows(0, len(x))
+            return self.model(x, y, seed=draw_seed(x.device))
+        finally:
+            model.rows = None
 
     def _update(
         self, total: Tensor, lr: Tensor, loss_limit: Tensor, norm_limit: Tensor

@@ -47,6 +47,8 @@ def run_length(config: TrainConfig, batches: int) -> int:
 class Trainer:
     """Trains a GPT and leaves checkpoints, metrics.jsonl, samples and a loss plot in config.out.
 
+    model: one on the meta device gets what GPT(model.config) draws after torch.manual_seed(config.
+    seed); processes that share the weights then never hold all of them.
     train_loader, val_loader, test_loader: from `create_dataloader`. The test loss is measured once,
     at the end. tokenizer: for the text samples; checkpoints hold its files. settings: others to
     keep in checkpoints, as values that TOML can hold. data_sha256: identifies the data; a run
@@ -77,7 +79,8 @@ class Trainer:
         self.log = RunLog() if self.world.is_first else QuietLog()
         self._feed: Feed | None = None
         self.device = self.world.device(config.device)
-        self.model, self.config, self.tokenizer = model.to(self.device), config, tokenizer
+        self.model = model.to(self.device) if model.device.type != "meta" else model
+        self.config, self.tokenizer = config, tokenizer
         self.train_loader, self.val_loader = train_loader, val_loader
         self.test_loader = test_loader
         self.total_steps = run_length(config, len(train_loader))

@@ -74,6 +74,11 @@ class World:
         yield
 
     @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Let the processes compile for longer in the block than they may otherwise be silent."""
+        yield
+
+    @contextlib.contextmanager
     def in_turn(self, what: str) -> Iterator[None]:
         """Let one process of each machine through the block before the others."""
         yield
