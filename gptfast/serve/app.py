@@ -38,6 +38,7 @@ PAGE_POLICY = (
 )
 """The page takes nothing from elsewhere, and sends nothing there."""
 T = TypeVar("T")
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def make_app(
@@ -117,10 +118,7 @@ async def _answer(
     if body.stream:
         return EventStream(group, _events(reply, body, group, service.limits.timeout_s))
     try:
-        async with asyncio.timeout(service.limits.timeout_s):
-            await _unless_disconnected(request, _collect(group))
-    except TimeoutError:
-        raise _timeout(service.limits.timeout_s) from None
+        await _unless_disconnected(request, _collect(group, service.limits.timeout_s))
     except _Disconnected:
         return Response(status_code=499)  # nobody reads it
     finally:
@@ -129,8 +127,8 @@ async def _answer(
     return JSONResponse(reply.whole(group.choices, usage))
 
 
-async def _collect(group: Group) -> None:
-    async for choice, update in group.updates():
+async def _collect(group: Group, timeout_s: float) -> None:
+    async for choice, update in group.updates(timeout_s):
         choice.add(update)
 
 
@@ -158,11 +156,6 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _timeout(seconds: float) -> ApiError:
-    message = f"the request took longer than {seconds:g} s; ask for fewer tokens or try again later"
-    return ApiError(504, message, kind="timeout_error", code="timeout")
-
-
 async def _events(
     reply: Reply, body: Common, group: Group, timeout_s: float
 ) -> AsyncIterator[Mapping[str, Any]]:
@@ -178,16 +171,7 @@ async def _events(
     for choice in group.choices:
         if opening := form.opening(choice.index):
             yield chunk(opening)
-    end = asyncio.get_running_loop().time() + timeout_s
-    updates = group.updates()
-    while True:
-        try:
-            async with asyncio.timeout_at(end):
-                choice, update = await anext(updates)
-        except StopAsyncIteration:
-            break
-        except TimeoutError:
-            raise _timeout(timeout_s) from None
+    async for choice, update in group.updates(timeout_s):
         choice.add(update)
         if choice.text or choice.finish:
             yield chunk(form.choice(choice, streamed=True))
@@ -225,7 +209,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async for chunk in self._chunks:
-                await _send_event(send, json.dumps(chunk, ensure_ascii=False))
+                await _send_event(send, _json(chunk))
             await _send_event(send, "[DONE]")
         except ApiError as error:
             await _send_event(send, json.dumps(error.body))

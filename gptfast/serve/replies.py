@@ -45,6 +45,8 @@ class Choice:
 
     index: int
     names: TokenNames
+    wants_tokens: bool = True
+    """Whether anybody asks for tokens and where they begin; otherwise only for the text."""
     echo: Sequence[int] = ()
     """The prompt, if it is repeated before the new text."""
     echo_text: str = ""
@@ -69,6 +71,8 @@ class Choice:
         self.finish = update.finish or self.finish
 
     def _add_tokens(self, tokens: Sequence[SampledToken]) -> None:
+        if not self.wants_tokens:
+            return
         self.tokens += tokens
         for token in tokens:
             self.offsets.append(self._offset)

@@ -31,6 +31,9 @@ MIN_PROMPT_TOKENS = 16
 """Tokens of prompts that a step computes at least, if there are any to compute."""
 MIN_SHARED_TOKENS = 16
 """A prompt that shares so many first tokens with one that is being computed waits for it."""
+PROMPT_SHARE = 1.7
+"""The time that a step spends on prompts, where others wait for their next token, in units of the
+time that it takes without prompts. So a step takes at most about 2.7 times as long."""
 SMOOTHING = 0.2
 """The weight of the latest measurement in a moving average."""
 
@@ -283,13 +286,13 @@ class Scheduler:
     def _prompt_room(self, others: bool) -> int:
         """Return how many tokens of prompts the next step computes.
 
-        Beside others that wait for their next token, they take about as long as those.
+        Beside others that wait for their next token, they take PROMPT_SHARE times as long as those.
         """
         if not others:
             return MAX_STEP_TOKENS
         if not self._token_time:
             return MIN_PROMPT_TOKENS
-        room = int(self._step_time / self._token_time)
+        room = int(PROMPT_SHARE * self._step_time / self._token_time)
         return max(MIN_PROMPT_TOKENS, min(MAX_STEP_TOKENS, room))
 
     def _measure(self, seconds: float, n_prompt: int, decodes: bool) -> None:

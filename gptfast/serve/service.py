@@ -13,7 +13,7 @@ from gptfast.generation.continuation import checked_job
 from gptfast.generation.conversation import Conversation, Template
 from gptfast.generation.options import LogprobOptions, Options, next_seed
 from gptfast.serve.generation import Generation
-from gptfast.serve.group import Group, Teller
+from gptfast.serve.group import Group, Mailbox, Teller
 from gptfast.serve.limits import Defaults, Limits
 from gptfast.serve.metrics import Metrics
 from gptfast.serve.protocol import ApiError, ChatRequest, Common, CompletionRequest
@@ -42,7 +42,7 @@ class Model:
 
 
 class Service:
-    """A model and what runs on it. All methods but `load` are for the event loop's thread.
+    """A model and what runs on it, made and used by the event loop's thread.
 
     open_model: reads the model, at the start and for each reload. on_failure: called with a message
     when the engine fails.
@@ -74,6 +74,7 @@ class Service:
         self._schedulers: list[Scheduler] = []
         """The last takes requests; those before it finish theirs."""
         self._loading = asyncio.Lock()
+        self._mailbox = Mailbox(asyncio.get_running_loop())
 
     # The model.
 
@@ -280,7 +281,6 @@ class Service:
         generations: list[Generation] = []
         choices: list[Choice] = []
         group = Group(generations, choices)
-        loop = asyncio.get_running_loop()
         for prompt in prompts:
             length = self._new_tokens(model, len(prompt), max_tokens, default)
             try:
@@ -290,9 +290,9 @@ class Service:
             for k in range(n):
                 index = len(choices)
                 one = replace(job, options=replace(job.options, seed=next_seed(seed, k)))
-                notify = Teller(self.metrics, group, index, loop)
+                notify = Teller(self.metrics, group, index, self._mailbox)
                 generations.append(Generation(one, notify))
-                choices.append(Choice(index, names))
+                choices.append(Choice(index, names, wants_tokens=logprobs.any))
         return group
 
     def _new_tokens(self, model: Model, n_prompt: int, asked: int | None, default: int) -> int:
