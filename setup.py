@@ -41,7 +41,7 @@ class Level(NamedTuple):
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 # Loops with dot products of bytes or of bf16.
-PRODUCTS = ("engine_loops.cpp", "matmul_bf16_loops.cpp")
+PRODUCTS = ("engine_loops.cpp", "matmul_bf16_loops.cpp", "matmul_parts_loops.cpp")
 AVX512_BF16 = f"{AVX512} -mavx512vnni -mavx512bf16"
 LEVELS = [Level("generic", ""), Level("amx_emulated", "-DGPTFAST_EMULATED_TILES", PRODUCTS)]
 if platform.machine() in ("x86_64", "AMD64"):

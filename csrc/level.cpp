@@ -54,6 +54,7 @@ void fill_holes(Loops& loops, const Loops& below) {
   fill(loops.sampling, below.sampling);
   fill(loops.matmul, below.matmul);
   fill(loops.matmul_bf16, below.matmul_bf16);
+  fill(loops.matmul_parts, below.matmul_parts);
   fill(loops.norm, below.norm);
   fill(loops.mlp, below.mlp);
   fill(loops.engine, below.engine);

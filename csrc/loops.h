@@ -136,6 +136,29 @@ struct MatmulBf16Loops {
   void (*run)(const MatmulBf16Args&, int64_t m0, int64_t m1, int64_t n0, int64_t n1);  // a rectangle of c
 };
 
+// c (M x N) = a (M x K) b (K x N) + bias (N,) + residual (M, N) + c if accumulate, of fp32 numbers. Each number of a
+// and b counts as the sum of its first `parts` bf16 parts: x rounded to bf16, what is left of it rounded to bf16, and
+// so on.
+struct MatmulPartsArgs {
+  int64_t M, N, K;
+  const float* a;
+  int64_t a_row_stride, a_col_stride;
+  const float* b;
+  int64_t b_row_stride, b_col_stride;
+  float* c;
+  int64_t c_row_stride;
+  const float* bias;      // or null
+  const float* residual;  // or null
+  int64_t residual_row_stride;
+  bool accumulate;
+  int parts;  // 1 to max_parts
+};
+struct MatmulPartsLoops {
+  int max_parts;                    // with more parts, or where this is 0, fp32 products are faster
+  int64_t tile_rows, tile_columns;  // a thread's share of c should be a multiple of these
+  void (*run)(const MatmulPartsArgs&, int64_t m0, int64_t m1, int64_t n0, int64_t n1);  // a rectangle of c
+};
+
 // Layer norm of x (N, C) to y (N, C). In the backward, y is the gradient of the output.
 struct NormArgs {
   Dtype x_dtype, y_dtype;  // equal, or x is fp32
@@ -176,6 +199,7 @@ struct Loops {
   const SamplingLoops* sampling;
   const MatmulLoops* matmul;
   const MatmulBf16Loops* matmul_bf16;
+  const MatmulPartsLoops* matmul_parts;
   const NormLoops* norm;
   const MlpLoops* mlp;
   const EngineLoops* engine;

@@ -14,6 +14,7 @@ namespace gptfast::GPTFAST_LEVEL {
 [[gnu::weak]] extern const SamplingLoops sampling;
 [[gnu::weak]] extern const MatmulLoops matmul;
 [[gnu::weak]] extern const MatmulBf16Loops matmul_bf16;
+[[gnu::weak]] extern const MatmulPartsLoops matmul_parts;
 [[gnu::weak]] extern const NormLoops norm;
 [[gnu::weak]] extern const MlpLoops mlp;
 [[gnu::weak]] extern const EngineLoops engine;
@@ -26,6 +27,7 @@ extern constinit const Loops loops = {
     .sampling = &sampling,
     .matmul = &matmul,
     .matmul_bf16 = &matmul_bf16,
+    .matmul_parts = &matmul_parts,
     .norm = &norm,
     .mlp = &mlp,
     .engine = &engine,

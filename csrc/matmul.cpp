@@ -4,9 +4,13 @@
 // bf16: our own loops multiply matrices of some size on every CPU. PyTorch's library oneDNN takes five times as long on
 // CPUs without arithmetic in bf16, and on the others it needs passes for what our loops do as they store.
 //
-// Only the CPU, the level and the sizes decide this, so runs repeat bit for bit.
+// fp32 by bf16 parts: where the level multiplies so many parts of each number faster than fp32 numbers. PyTorch's
+// setting says how many there are: torch.set_float32_matmul_precision, in whose words "highest" is as exact as fp32.
+//
+// Only the CPU, the level, the sizes and that setting decide this, so runs repeat bit for bit.
 #include "matmul.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
@@ -39,15 +43,32 @@ bool use_own_fp32() {
   static const bool library_is_fast = is_intel();
   return chosen_by_user().value_or(loops().matmul->vector_floats >= AVX512_FLOATS && !library_is_fast);
 }
-bool use_own_product(const Tensor& a, const Tensor& b) {
-  if (std::min({a.size(0), a.size(1), b.size(1)}) < MIN_SIZE) return false;
+
+// Returns the number of bf16 parts that make an fp32 number as exact as PyTorch's setting for CPUs asks for.
+// torch.backends.mkldnn.matmul.fp32_precision sets it too.
+int parts_asked_for() {
+  switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL)) {
+    case at::Float32Precision::TF32:  // "high"
+      return 2;
+    case at::Float32Precision::BF16:  // "medium"
+      return 1;
+    default:
+      return 3;
+  }
+}
+bool use_parts() { return chosen_by_user().value_or(true) && parts_asked_for() <= loops().matmul_parts->max_parts; }
+
+enum class Product { library, fp32, bf16, parts };
+
+Product choose_product(const Tensor& a, const Tensor& b) {
+  if (std::min({a.size(0), a.size(1), b.size(1)}) < MIN_SIZE) return Product::library;
   switch (a.scalar_type()) {
     case at::kFloat:
-      return use_own_fp32();
+      return use_parts() ? Product::parts : use_own_fp32() ? Product::fp32 : Product::library;
     case at::kBFloat16:
-      return chosen_by_user().value_or(true);
+      return chosen_by_user().value_or(true) ? Product::bf16 : Product::library;
     default:
-      return false;
+      return Product::library;
   }
 }
 
@@ -91,6 +112,28 @@ void multiply_fp32(const Tensor& out, const Tensor& a, const Tensor& b, const Te
                       bias.defined() ? bias.const_data_ptr<float>() : nullptr, accumulate});
 }
 
+// bias and residual may be undefined.
+void multiply_parts(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& residual,
+                    bool accumulate) {
+  MatmulPartsArgs args{a.size(0),
+                       b.size(1),
+                       a.size(1),
+                       a.const_data_ptr<float>(),
+                       a.stride(0),
+                       a.stride(1),
+                       b.const_data_ptr<float>(),
+                       b.stride(0),
+                       b.stride(1)};
+  args.c = out.data_ptr<float>();
+  args.c_row_stride = out.stride(0);
+  args.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  args.residual = residual.defined() ? residual.const_data_ptr<float>() : nullptr;
+  args.residual_row_stride = residual.defined() ? residual.stride(0) : 0;
+  args.accumulate = accumulate;
+  args.parts = std::min(parts_asked_for(), loops().matmul_parts->max_parts);
+  multiply(*loops().matmul_parts, args);
+}
+
 // out is bf16 or fp32. bias and residual may be undefined.
 void multiply_bf16(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& residual,
                    bool accumulate) {
@@ -110,7 +153,7 @@ Tensor contiguous(const Tensor& t) { return t.defined() ? t.contiguous() : t; }
 
 }  // namespace
 
-const char* matmul_provider() { return use_own_fp32() ? "gptfast" : "library"; }
+const char* matmul_provider() { return use_parts() || use_own_fp32() ? "gptfast" : "library"; }
 
 void set_matmul_provider(const std::string& name) {
   TORCH_CHECK_VALUE(name == "gptfast" || name == "library" || name.empty(),
@@ -120,9 +163,16 @@ void set_matmul_provider(const std::string& name) {
 
 void matmul(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, bool accumulate) {
   const at::AutoDispatchBelowAutograd guard;
-  if (use_own_product(a, b))
-    return a.scalar_type() == at::kFloat ? multiply_fp32(out, a, b, contiguous(bias), accumulate)
-                                         : multiply_bf16(out, a, b, contiguous(bias), {}, accumulate);
+  switch (choose_product(a, b)) {
+    case Product::fp32:
+      return multiply_fp32(out, a, b, contiguous(bias), accumulate);
+    case Product::bf16:
+      return multiply_bf16(out, a, b, contiguous(bias), {}, accumulate);
+    case Product::parts:
+      return multiply_parts(out, a, b, contiguous(bias), {}, accumulate);
+    case Product::library:
+      break;
+  }
   Tensor to = out;
   if (out.scalar_type() != a.scalar_type()) {
     const Tensor product = make_tensor(out.sizes(), a.options());
@@ -140,8 +190,9 @@ void matmul(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& b
 void linear(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& residual) {
   if (!residual.defined()) return matmul(out, a, b, bias);
   const at::AutoDispatchBelowAutograd guard;
-  if (a.scalar_type() == at::kBFloat16 && use_own_product(a, b))
-    return multiply_bf16(out, a, b, contiguous(bias), contiguous_rows(residual), false);
+  const Product product = choose_product(a, b);
+  if (product == Product::bf16) return multiply_bf16(out, a, b, contiguous(bias), contiguous_rows(residual), false);
+  if (product == Product::parts) return multiply_parts(out, a, b, contiguous(bias), contiguous_rows(residual), false);
   Tensor to = out;
   if (bias.defined())
     at::add_out(to, residual, bias);

@@ -9,13 +9,16 @@
 namespace gptfast::GPTFAST_LEVEL {
 
 // How panels of A (ROWS) and B (COLUMNS) are laid out and multiplied, in units of UNIT terms. A unit of a panel has
-// A_FLOATS or B_FLOATS numbers of 32 bits. KC terms of a panel of B stay in the first-level cache.
+// A_FLOATS or B_FLOATS numbers of 32 bits. KC terms of a panel of B stay in the first-level cache. MAX_PARTS is the
+// largest number of bf16 parts of an fp32 number (matmul_parts_loops.cpp) with which a product is faster than in fp32.
 #if defined(GPTFAST_HAS_TILES)
 
-struct Product {
+struct PanelProduct {
   static constexpr int64_t ROWS = 2 * TILE_ROWS, COLUMNS = 2 * TILE_ROWS, UNIT = 32, KC = 512;
   static constexpr int64_t TILE_FLOATS = TILE_ROWS * TILE_BYTES / 4;
   static constexpr int64_t A_FLOATS = 2 * TILE_FLOATS, B_FLOATS = 2 * TILE_FLOATS;
+  // Six products of bf16 take less time than one of fp32. (By their rates, 7 to 1: not measured with these loops.)
+  static constexpr int MAX_PARTS = 3;
   typedef TileScope Scope;
 
   // Two panels of 16 columns, one after the other: a tile is 16 pairs of terms, for 16 columns each.
@@ -35,37 +38,68 @@ struct Product {
     }
   }
   static void multiply(int64_t units, const float* a, const float* b, float* sums, bool accumulate) {
-    const float *a1 = a + units * TILE_FLOATS, *b1 = b + units * TILE_FLOATS;
-    constexpr int64_t ROW_BYTES = COLUMNS * 4, HALF = COLUMNS / 2;
-    float* lower = sums + TILE_ROWS * COLUMNS;
+    multiply_parts<1>(units, a, b, sums, accumulate);
+  }
+  // Panels of PARTS parts, one after the other. The products are in an order in which few tiles are loaded twice.
+  template <int PARTS>
+  static void multiply_parts(int64_t units, const float* a, const float* b, float* sums, bool accumulate) {
+    const int64_t part = units * A_FLOATS, half = units * TILE_FLOATS;
+    load_sums(sums, accumulate);
+    for (int64_t u = 0; u < units; ++u, a += TILE_FLOATS, b += TILE_FLOATS) {
+      if constexpr (PARTS == 1) {
+        add_product<true, true>(a, b, half);
+      } else if constexpr (PARTS == 2) {
+        add_product<true, true>(a, b + part, half);
+        add_product<false, true>(a, b, half);
+        add_product<true, false>(a + part, b, half);
+      } else {
+        static_assert(PARTS == 3);
+        add_product<true, true>(a, b + 2 * part, half);
+        add_product<false, true>(a, b + part, half);
+        add_product<true, false>(a + part, b + part, half);
+        add_product<false, true>(a + part, b, half);
+        add_product<true, false>(a + 2 * part, b, half);
+        add_product<true, false>(a, b, half);
+      }
+    }
+    store_sums(sums);
+  }
+
+ private:
+  static constexpr int64_t SUMS_BYTES = COLUMNS * 4, SUMS_HALF = COLUMNS / 2, SUMS_LOWER = TILE_ROWS * COLUMNS;
+
+  static void load_sums(const float* sums, bool accumulate) {
     if (accumulate) {
-      tile_load<0>(sums, ROW_BYTES);
-      tile_load<1>(sums + HALF, ROW_BYTES);
-      tile_load<2>(lower, ROW_BYTES);
-      tile_load<3>(lower + HALF, ROW_BYTES);
+      tile_load<0>(sums, SUMS_BYTES);
+      tile_load<1>(sums + SUMS_HALF, SUMS_BYTES);
+      tile_load<2>(sums + SUMS_LOWER, SUMS_BYTES);
+      tile_load<3>(sums + SUMS_LOWER + SUMS_HALF, SUMS_BYTES);
     } else {
       tile_zero<0>();
       tile_zero<1>();
       tile_zero<2>();
       tile_zero<3>();
     }
-    for (int64_t u = 0; u < units * TILE_FLOATS; u += TILE_FLOATS) {
-      tile_load<4>(a + u, TILE_BYTES);
-      tile_load<6>(b + u, TILE_BYTES);
-      tile_dot_bf16<0, 4, 6>();
-      tile_load<7>(b1 + u, TILE_BYTES);
-      tile_dot_bf16<1, 4, 7>();
-      tile_load<5>(a1 + u, TILE_BYTES);
-      tile_dot_bf16<2, 5, 6>();
-      tile_dot_bf16<3, 5, 7>();
-    }
-    tile_store<0>(sums, ROW_BYTES);
-    tile_store<1>(sums + HALF, ROW_BYTES);
-    tile_store<2>(lower, ROW_BYTES);
-    tile_store<3>(lower + HALF, ROW_BYTES);
   }
-
- private:
+  static void store_sums(float* sums) {
+    tile_store<0>(sums, SUMS_BYTES);
+    tile_store<1>(sums + SUMS_HALF, SUMS_BYTES);
+    tile_store<2>(sums + SUMS_LOWER, SUMS_BYTES);
+    tile_store<3>(sums + SUMS_LOWER + SUMS_HALF, SUMS_BYTES);
+  }
+  // Adds the product of a unit of A and of B. Of what is not NEW, the tiles are loaded already. The two tiles of a unit
+  // are `half` apart.
+  template <bool NEW_A, bool NEW_B>
+  static void add_product(const float* a, const float* b, int64_t half) {
+    if constexpr (NEW_A) tile_load<4>(a, TILE_BYTES);
+    if constexpr (NEW_B) tile_load<6>(b, TILE_BYTES);
+    tile_dot_bf16<0, 4, 6>();
+    if constexpr (NEW_B) tile_load<7>(b + half, TILE_BYTES);
+    tile_dot_bf16<1, 4, 7>();
+    if constexpr (NEW_A) tile_load<5>(a + half, TILE_BYTES);
+    tile_dot_bf16<2, 5, 6>();
+    tile_dot_bf16<3, 5, 7>();
+  }
   static void pack_tile(const bf16* x, int64_t x_p, int64_t x_k, int64_t rows, int64_t K, float* to) {
     if (x_k == 1 && rows == TILE_ROWS && K == UNIT) {
       for (int64_t p = 0; p < TILE_ROWS; ++p) memcpy(to + p * UNIT / 2, x + p * x_p, TILE_BYTES);
@@ -87,7 +121,7 @@ struct Product {
 
 struct NoScope {};
 
-struct Product {
+struct PanelProduct {
   static constexpr int NV = 3, MR = W == 16 ? 8 : 4;  // as in matmul_loops.cpp
   static constexpr int64_t ROWS = MR, COLUMNS = NV * W, A_FLOATS = ROWS, B_FLOATS = COLUMNS;
   typedef NoScope Scope;
@@ -95,6 +129,7 @@ struct Product {
 #if defined(__AVX512BF16__)
   typedef Pairs Unit;
   static constexpr int64_t KC = 512;
+  static constexpr int MAX_PARTS = 1;
 
   [[gnu::always_inline]] static inline void add_products(vf (&acc)[MR][NV], int64_t units, const float* a,
                                                          const float* b) {
@@ -116,6 +151,7 @@ struct Product {
 #else
   typedef Widened Unit;
   static constexpr int64_t KC = 256;
+  static constexpr int MAX_PARTS = 0;
 
   [[gnu::always_inline]] static inline void add_products(vf (&acc)[MR][NV], int64_t units, const float* a,
                                                          const float* b) {
@@ -140,6 +176,11 @@ struct Product {
         float* to = sums + m * COLUMNS + n * W;
         store(to, accumulate ? acc[m][n] + load(to) : acc[m][n]);
       }
+  }
+  template <int PARTS>
+  static void multiply_parts(int64_t units, const float* a, const float* b, float* sums, bool accumulate) {
+    static_assert(PARTS == 1);
+    multiply(units, a, b, sums, accumulate);
   }
 };
 

@@ -129,6 +129,10 @@ class TrainConfig:
     """Names or patterns of parameters not to train, for example wte.* h.0.* 'h.*.attn.*'."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Data type of matrix products and kernels, by autocast. Parameters are always fp32."""
+    matmul_precision: Literal["highest", "high", "medium"] | None = None
+    """How exact fp32 products are, in the words of torch.set_float32_matmul_precision (default: as
+    PyTorch is set, which is highest). high and medium may be faster: with Intel's matrix engine
+    (AMX) they add three products of bf16 parts, or one, and on a GPU they take TF32."""
     activation_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass. This saves memory and takes a
     third more time."""
@@ -202,6 +206,11 @@ class TrainConfig:
         _require(
             self.replicas is None or self.parallel == "hsdp",
             f"replicas is for parallel hsdp, got parallel {self.parallel}",
+        )
+        _require(
+            self.matmul_precision is None or self.precision == "fp32",
+            f"matmul_precision {self.matmul_precision} is for precision fp32, and precision "
+            f"{self.precision} multiplies in bf16: leave one out",
         )
         optional = ("max_steps", "epochs", "eval_batches", "checkpoint_interval", "replicas")
         for name in (*optional, "early_stopping", "decay_steps"):

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ENGINE_LEVELS, PRODUCTS, _at_level
+from helpers import tiny_config
 from parity import cases_of, check, poisoned
 from torch import Tensor
 
-from gptfast import ops
-from gptfast.kernels.reference.matmul import tile_product
+from gptfast import GPT, AdamW, ops, use_backend
+from gptfast.kernels.reference.matmul import PASSES, tile_parts_product, tile_product
 from gptfast.ops.backend import EXTENSION
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
@@ -154,3 +155,167 @@ def test_empty_and_small(level: str, size: tuple[int, int, int]) -> None:
     exact = plain(x.double(), weight.double(), bias.double(), residual.double())
     assert y.dtype == BF16 and y.shape == exact.shape
     assert ((y.double() - exact).abs() <= 2.0**-6 * (1 + exact.abs())).all()
+
+
+@pytest.fixture(params=PASSES)
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test with each of PyTorch's settings for fp32 products."""
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("level", TILES, indirect=True)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_fp32_by_parts_is_the_reference(
+    level: str, precision: str, size: tuple[int, int, int]
+) -> None:
+    N, C, n_out = size
+    x, weight, bias = torch.randn(N, C), torch.randn(n_out, C), torch.randn(n_out)
+    product = tile_parts_product(x, weight.T, precision)
+    assert torch.equal(ours(x, weight), product)
+    assert torch.equal(ours(x, weight, bias, product), product + bias + product)
+    for dy in (torch.randn(N, n_out), torch.randn(n_out, N).T):
+        dx, _, _, dweight, _ = torch.ops.gptfast.linear_bwd(
+            dy, x, None, None, 0.0, weight, None, torch.empty(0, 2), True, True
+        )
+        assert torch.equal(dx, tile_parts_product(dy, weight, precision))
+        assert torch.equal(dweight, tile_parts_product(dy.T, x, precision))
+
+
+def mlp_of(x: Tensor, *layers: Tensor) -> Tensor:
+    return ops.mlp(x, *layers)
+
+
+def plain_mlp(x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, fc, fc_bias), approximate="tanh"), proj, proj_bias)
+
+
+@pytest.mark.parametrize("level", TILES, indirect=True)
+def test_three_parts_keep_the_parity_of_fp32(level: str) -> None:
+    x, target = torch.randn(70, 40), torch.randint(65, (70,))
+    head = torch.randn(65, 40)
+    linear = {"x": x, "weight": torch.randn(50, 40), "bias": torch.randn(50)}
+    check(ours, plain, plain, ({**linear, "residual": torch.randn(70, 50)}, torch.randn(70, 50)))
+    mlp = torch.randn(80, 40) / 6, torch.randn(80), torch.randn(40, 80) / 9, torch.randn(40)
+    named = dict(zip(("x", "fc", "fc_bias", "proj", "proj_bias"), (x, *mlp), strict=True))
+    check(mlp_of, plain_mlp, plain_mlp, (named, torch.randn(70, 40)))
+
+    def losses(x: Tensor, head: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(x, head, target, reduction="none")
+
+    def plain_losses(x: Tensor, head: Tensor) -> Tensor:
+        return F.cross_entropy(x @ head.T, target, reduction="none")
+
+    check(losses, plain_losses, plain_losses, ({"x": x, "head": head}, torch.randn(70)))
+
+
+# Of |a| |b|: three products of 2^-18, or the rounding of both factors to bf16. Sums round in fp32.
+LEFT_OUT = {"highest": 0.0, "high": 3 * 2.0**-18, "medium": 2.0**-8 + 2.0**-18}
+ROUNDING = 2.0**-21
+
+
+def test_fp32_products_are_as_exact_as_asked_for(level: str, precision: str) -> None:
+    x, weight = torch.randn(70, 300), torch.randn(50, 300)
+    exact = F.linear(x.double(), weight.double())
+    sizes = F.linear(x.double().abs(), weight.double().abs())
+    error = ((ours(x, weight).double() - exact).abs() / sizes).max()
+    assert error <= LEFT_OUT[precision] + ROUNDING
+    if level in TILES:
+        assert error >= LEFT_OUT[precision] / 2**6  # no time is spent on more than was asked for
+
+
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
+def test_fp32_products_where_bf16_is_not_faster(level: str, precision: str) -> None:
+    """On such CPUs every setting gives the bits of the highest one."""
+    if level in (*TILES, "avx512_bf16"):
+        pytest.skip("bf16 is faster here")
+    x, weight = torch.randn(70, 300), torch.randn(50, 300)
+    found = ours(x, weight)
+    torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found, ours(x, weight))
+
+
+@pytest.mark.parametrize("level", TILES, indirect=True)
+@pytest.mark.parametrize("exponent", [-100, -50, 30])
+def test_a_power_of_two_changes_no_other_bit(level: str, precision: str, exponent: int) -> None:
+    """Below 2^-100, the parts of unscaled numbers would underflow."""
+    x, weight = torch.randn(40, 70), torch.randn(50, 70)
+    scaled = ours(x * 2.0**exponent, weight)
+    assert torch.equal(scaled, ours(x, weight) * 2.0**exponent)
+    assert torch.equal(ours(weight, x * 2.0**exponent), ours(weight, x) * 2.0**exponent)
+
+
+@pytest.mark.parametrize("level", TILES, indirect=True)
+@pytest.mark.parametrize("exponents", [(-135, 100), (100, -20), (125, -125), (60, 60)], ids=str)
+def test_very_small_and_very_large_numbers(level: str, exponents: tuple[int, int]) -> None:
+    a, b = exponents
+    x, weight = torch.randn(40, 70) * 2.0**a, torch.randn(50, 70) * 2.0**b
+    y, exact = ours(x, weight), F.linear(x.double(), weight.double())
+    plain_error = (F.linear(x, weight).double() - exact).abs().max()
+    assert (y.double() - exact).abs().max() <= 2 * plain_error
+
+
+@pytest.mark.parametrize("level", TILES, indirect=True)
+def test_fp32_numbers_without_parts(level: str, precision: str) -> None:
+    """Inf, NaN and the largest numbers, which round up to inf, give what fp32 products give."""
+    x, weight, bias = torch.randn(70, 70), torch.randn(49, 70), torch.randn(49)
+    x[64, 69], x[3, 0], weight[48, 2] = float("nan"), float("inf"), float("-inf")
+    x[5, 7], weight[:, 7] = torch.finfo(torch.float32).max, 2.0**-100
+    weight[11, 0] = 0.0
+    y, wanted = ours(x, weight, bias), F.linear(x, weight, bias)
+    assert torch.equal(y.isnan(), wanted.isnan())
+    assert torch.equal(y.isinf(), wanted.isinf())
+    assert torch.equal(y[wanted.isinf()], wanted[wanted.isinf()])
+    finite = wanted.isfinite()
+    torch.testing.assert_close(y[finite], wanted[finite], rtol=0, atol=0.2)
+    torch.testing.assert_close(y[5], wanted[5], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("level", TILES, indirect=True)
+def test_fp32_by_parts_on_any_number_of_threads(level: str) -> None:
+    x, weight = torch.randn(131, 300), torch.randn(97, 300)
+    x[100, 7] = float("inf")
+    found = []
+    for threads in (1, 3, 8):
+        torch.set_num_threads(threads)
+        found.append(ours(x, weight))
+    assert all(torch.equal(found[0], y) for y in found[1:])
+
+
+def test_the_reference_multiplies_by_parts(precision: str) -> None:
+    """The sums of its fp32 products are in another order than the matrix engine's."""
+    x, weight, bias = torch.randn(40, 70), torch.randn(50, 70), torch.randn(50)
+    with use_backend("reference"):
+        y = ours(x, weight, bias)
+    parts = tile_parts_product(x, weight.T, precision) + bias
+    torch.testing.assert_close(y, parts, rtol=0, atol=2e-5)
+    in_fp32 = F.linear(x.double(), weight.double(), bias.double())
+    assert ((y.double() - in_fp32).abs().max() <= 2e-5) == (precision == "highest")
+
+
+@pytest.mark.parametrize("level", TILES[:1], indirect=True)
+def test_a_gpt_learns_the_same_with_two_parts(level: str) -> None:
+    def losses(precision: str) -> list[float]:
+        torch.set_float32_matmul_precision(precision)
+        torch.manual_seed(1)
+        model = GPT(tiny_config(n_embd=32, vocab_size=33))
+        optimizer = AdamW(model.parameters(), lr=3e-3)
+        found = []
+        for step in range(30):
+            idx = (torch.arange(34) * (1 + step % 2) % 33).view(2, 17)
+            loss = model(idx[:, :-1], idx[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        torch.set_float32_matmul_precision("highest")
+        return found
+
+    high = losses("high")
+    EXTENSION.set_isa(ENGINE_LEVELS[-1])
+    EXTENSION.set_matmul_provider("library")
+    fp32 = losses("highest")
+    assert fp32[-1] < fp32[0] - 1
+    assert high != fp32
+    assert high == pytest.approx(fp32, abs=1e-4)

@@ -68,6 +68,8 @@ bf16: --precision bf16 | --dtype bf16
 fp16: --precision bf16 | --dtype bf16
 mixed-precision: --precision bf16
 amp: --precision bf16
+tf32: --matmul-precision high
+allow-tf32: --matmul-precision high
 load-in-8bit: --dtype int8
 load-in-4bit: --dtype int4
 int8: --dtype int8

@@ -45,6 +45,7 @@ from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.training.interrupt import exit_code
 from gptfast.training.launched import world_of
 from gptfast.training.log import say
+from gptfast.training.step import matmul_precision
 from gptfast.training.trainer import SAMPLE_MIN_P, Trainer
 from gptfast.training.world import World
 from gptfast.weights.checkpoint import checkpoints, read_settings
@@ -137,7 +138,11 @@ class Train(Reading):
         set_threads(self.threads)
         # What is printed is the same everywhere: the first process prints it.
         printed = None if world.is_first else io.StringIO()
-        with world.ending_together(), contextlib.redirect_stdout(printed or sys.stdout):
+        with (
+            world.ending_together(),
+            contextlib.redirect_stdout(printed or sys.stdout),
+            matmul_precision(self.train),
+        ):
             return self._run(world)
 
     def _run(self, world: World) -> int:

@@ -41,9 +41,10 @@ def mfu(tokens_per_second: float, config: GPTConfig, T: int, peak: float) -> flo
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a large product of training on a device, measured once a process.
 
-    It depends on the dtype and, for fp32, on `torch.get_float32_matmul_precision()`.
+    It depends on the dtype and, for fp32, on `torch.set_float32_matmul_precision`.
     """
-    return _peak_of(device, dtype, torch.get_float32_matmul_precision())
+    backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    return _peak_of(device, dtype, backend.matmul.fp32_precision)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import contextlib
 import fnmatch
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -40,6 +40,22 @@ class RefusedStep(ArithmeticError):
 def autocast(device: torch.device, config: TrainConfig) -> contextlib.AbstractContextManager:
     """Return a context that runs operations in bf16 if config.precision is "bf16"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+@contextlib.contextmanager
+def matmul_precision(config: TrainConfig) -> Iterator[None]:
+    """Make fp32 products as exact as config.matmul_precision says, while the context lasts.
+
+    This is a setting of the process. None leaves it as it is.
+    """
+    before = torch.get_float32_matmul_precision() if config.matmul_precision else None
+    if config.matmul_precision:
+        torch.set_float32_matmul_precision(config.matmul_precision)
+    try:
+        yield
+    finally:
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

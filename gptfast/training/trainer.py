@@ -29,7 +29,7 @@ from gptfast.training.plot import plot_losses
 from gptfast.training.progress import Progress, RunCheckpoints, run_settings
 from gptfast.training.run_directory import RunDirectory
 from gptfast.training.schedule import check_schedule, learning_rate
-from gptfast.training.step import Batch, RefusedStep, TrainStep
+from gptfast.training.step import Batch, RefusedStep, TrainStep, matmul_precision
 from gptfast.weights.checkpoint import checkpoints
 
 DEFAULT_EPOCHS = 5
@@ -122,7 +122,8 @@ class Trainer:
         loss or gradient norm that is not finite raises FloatingPointError after a checkpoint of the
         weights before that step.
         """
-        with self.run.lock(), self.checkpoints.background, self.world.interrupt() as self.interrupt:
+        precision, interrupts = matmul_precision(self.config), self.world.interrupt()
+        with self.run.lock(), self.checkpoints.background, precision, interrupts as self.interrupt:
             self._open(resume or self.world.restarts > 0)
             peak = torch.tensor(self._peak_flops(), dtype=torch.float64, device=self.device)
             self._peak_of_all = float(self.world.sum(peak))

@@ -12,6 +12,7 @@ ignore_index has loss 0 and gradient 0 for any logits and any dloss.
 import torch
 from torch import Tensor
 
+from gptfast.kernels.reference.matmul import product
 from gptfast.kernels.reference.readable import is_readable
 
 
@@ -99,7 +100,7 @@ def linear_cross_entropy_fwd(
     input: (N, C), linear_weight: (V, C), rounded to the input's dtype, target: (N,). skip_below is
     for the gradient.
     """
-    logits = input @ linear_weight.to(input.dtype).T
+    logits = product(input, linear_weight.to(input.dtype).T)
     return cross_entropy_fwd(logits, target, ignore_index, label_smoothing, z_loss)[0]
 
 
@@ -120,12 +121,13 @@ def linear_cross_entropy_fwd_bwd(
     skip_below * |dloss|; the reference does not.
     """
     weight = linear_weight.to(input.dtype)
-    logits = input @ weight.T
+    logits = product(input, weight.T)
     options = (ignore_index, label_smoothing, z_loss)
     loss, stats = cross_entropy_fwd(logits, target, *options)
     dlogits = cross_entropy_bwd(dloss, logits, target, stats, *options)
     dtype = linear_weight.dtype
-    return (loss * dloss).sum(), dlogits @ weight, dlogits.to(dtype).T @ input.to(dtype)
+    dlinear_weight = product(dlogits.to(dtype).T, input.to(dtype))
+    return (loss * dloss).sum(), product(dlogits, weight), dlinear_weight
 
 
 def gradient_factors(target: Tensor, factor: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ dtype. Without a norm, a is x in weight's dtype.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from gptfast.kernels.reference.matmul import linear_product, product
 
 
 def norm_fwd(
@@ -70,7 +71,7 @@ def linear_fwd(
     x: (N, C), weight: (O, C), bias: (O,), residual: (N, O).
     """
     a, stats = norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)
-    y = F.linear(a, weight, bias)
+    y = linear_product(a, weight, bias)
     return (y if residual is None else residual + y), stats
 
 
@@ -93,9 +94,11 @@ def linear_bwd(
     dy = dy.to(weight.dtype)
     dx, dnorm_weight, dnorm_bias, dweight, dbias = (dy.new_empty(0) for _ in range(5))
     if need_dweight:
-        dweight = dy.T @ norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)[0]
+        dweight = product(dy.T, norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)[0])
         if bias is not None:
             dbias = column_sums(dy)
     if need_dx:
-        dx, dnorm_weight, dnorm_bias = norm_bwd(dy @ weight, x, norm_weight, norm_bias, stats)
+        dx, dnorm_weight, dnorm_bias = norm_bwd(
+            product(dy, weight), x, norm_weight, norm_bias, stats
+        )
     return dx, dnorm_weight, dnorm_bias, dweight, dbias

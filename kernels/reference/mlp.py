@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast.kernels.reference.linear import column_sums, norm_bwd, norm_fwd
+from gptfast.kernels.reference.matmul import linear_product, product
 
 
 def mlp_fwd(
@@ -27,8 +28,8 @@ def mlp_fwd(
     x: (N, C), fc_weight: (F, C), proj_weight: (O, F).
     """
     a, stats = norm_fwd(x, norm_weight, norm_bias, eps, fc_weight.dtype)
-    h = F.linear(a, fc_weight, fc_bias)
-    y = F.linear(F.gelu(h, approximate="tanh"), proj_weight, proj_bias)
+    h = linear_product(a, fc_weight, fc_bias)
+    y = linear_product(F.gelu(h, approximate="tanh"), proj_weight, proj_bias)
     return (x + y if residual else y), h, stats
 
 
@@ -54,15 +55,18 @@ def mlp_bwd(
     A gradient is empty if it is not needed or its parameter is None.
     """
     dy = dy.to(fc_weight.dtype)
-    dh = torch.ops.aten.gelu_backward(dy @ proj_weight, h, approximate="tanh")
+    dh = torch.ops.aten.gelu_backward(product(dy, proj_weight), h, approximate="tanh")
     dx, dnorm_weight, dnorm_bias = (dy.new_empty(0) for _ in range(3))
     dfc, dfc_bias, dproj, dproj_bias = (dy.new_empty(0) for _ in range(4))
     if need_dproj:
-        dproj, dproj_bias = dy.T @ F.gelu(h, approximate="tanh"), column_sums(dy)
+        dproj = product(dy.T, F.gelu(h, approximate="tanh"))
+        dproj_bias = column_sums(dy)
     if need_dfc:
-        dfc = dh.T @ norm_fwd(x, norm_weight, norm_bias, eps, fc_weight.dtype)[0]
+        dfc = product(dh.T, norm_fwd(x, norm_weight, norm_bias, eps, fc_weight.dtype)[0])
         dfc_bias = column_sums(dh)
     if need_dx:
-        dx, dnorm_weight, dnorm_bias = norm_bwd(dh @ fc_weight, x, norm_weight, norm_bias, stats)
+        dx, dnorm_weight, dnorm_bias = norm_bwd(
+            product(dh, fc_weight), x, norm_weight, norm_bias, stats
+        )
         dx = dx + dy if residual else dx
     return dx, dnorm_weight, dnorm_bias, dfc, dfc_bias, dproj, dproj_bias
