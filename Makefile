@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test test-distributed test-torch test-ptx check matrix fuzz sanitize lint docs bench bench-peers audit clean \
+.PHONY: train test test-distributed test-torch test-ptx check matrix fuzz sanitize lint docs wheel test-wheel bench bench-peers audit clean \
 	gpu gpu-ready gpu-kernels gpu-train gpu-rest gpu-cache
 
 # Trains a small GPT on real text: set-up, then two to three minutes on two cores. A second call goes on
@@ -86,6 +86,21 @@ lint: $(VENV)/ready-lint $(VENV)/ready-test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(BIN)/mypy
 
+# The sdist, and a wheel for this Python and this torch. Other torches bring the libraries that it leaves out. The
+# oldest system that the wheel is for is this one: the image manylinux_2_28 makes one for as many as torch's own.
+DIST = build/dist/torch-$(TORCH)
+wheel: $(VENV)/ready build/tools/ready
+	rm -rf $(DIST) build/raw
+	build/tools/bin/python -m build -q --sdist --outdir $(DIST) .
+	GPTFAST_REQUIRE_EXTENSION=1 $(BIN)/python -m pip wheel -q --no-deps --no-cache-dir -w build/raw $(DIST)/*.tar.gz
+	PATH="$(CURDIR)/build/tools/bin:$$PATH" auditwheel repair -w $(DIST) --exclude "libtorch*.so" --exclude libc10.so \
+		--exclude libgomp.so.1 build/raw/*.whl
+	build/tools/bin/twine check --strict $(DIST)/*
+
+# Installs it in an empty environment, trains and generates in another directory: a download of torch, some minutes.
+test-wheel: $(VENV)/ready-test
+	GPTFAST_TEST_WHEEL=$(CURDIR)/$(DIST) $(BIN)/python -m pytest tests/test_package.py
+
 # README, CONTRIBUTING, CHANGELOG and docs/ as a searchable site; `python -m http.server -d build/site`
 # serves it. A broken link or a name that does not exist is an error.
 docs: $(VENV)/ready-docs
@@ -160,6 +175,12 @@ $(VENV)/ready-peers: $(VENV)/ready-test pyproject.toml
 
 $(VENV)/ready-lint: $(BASE) pyproject.toml
 	$(PIP) --group lint
+	touch $@
+
+build/tools/ready: pyproject.toml
+	$(PYTHON) -m venv --clear build/tools
+	build/tools/bin/python -m pip install -qq --disable-pip-version-check --upgrade "pip>=25.1"
+	build/tools/bin/python -m pip install -qq --disable-pip-version-check --group package
 	touch $@
 
 $(VENV)/ready-docs: $(BASE) pyproject.toml

@@ -5,13 +5,15 @@ of it, take a second each, and are compiled once per instruction-set level. The 
 level when it is loaded. It is built against the PyTorch of the environment that pip installs into,
 also where pip hides that from the build. Where nothing can be compiled the package installs too and
 runs on the PyTorch reference; gptfast/built.json keeps the reason. GPTFAST_SKIP_EXTENSION=1 leaves
-the extension out, GPTFAST_SANITIZE=1 builds it for `make sanitize`.
+the extension out, GPTFAST_REQUIRE_EXTENSION=1 fails without it, and GPTFAST_SANITIZE=1 builds it
+for `make sanitize`.
 """
 
 import atexit
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -84,8 +86,9 @@ def find_torch() -> tuple[str, Path]:
     else:
         raise SystemExit(
             f"gptfast: its C++ kernels are compiled against the torch that runs them, and the "
-            f"Python that builds says: {reason}; run pip install torch, then pip install "
-            f"--no-build-isolation . (GPTFAST_SKIP_EXTENSION=1 leaves these kernels out)"
+            f"Python that builds says: {reason}; run pip install torch, then install "
+            f"gptfast again (uv needs --no-build-isolation, build --no-isolation), or leave these "
+            f"kernels out with GPTFAST_SKIP_EXTENSION=1"
         )
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
@@ -142,7 +145,8 @@ class BuildExtension(build_ext):
     """Compiles wrappers and loops in parallel, the loops once per level."""
 
     def build_extension(self, ext: Extension) -> None:
-        folder = Path(__file__).parent if self.inplace else Path(self.build_lib)
+        in_place = self.inplace or self.editable_mode
+        folder = Path(__file__).parent if in_place else Path(self.build_lib)
         version, torch = find_torch()
         # torch brings pybind11's headers.
         ext.include_dirs += ["csrc", str(torch / "include")]
@@ -202,8 +206,17 @@ def extensions() -> list[Extension]:
         extra_link_args=["-fopenmp", *SANITIZE],
         language="c++",
     )
-    extension.optional = not SANITIZE  # a failed build must not leave the tests to the usual one
+    # A failed build must not leave `make sanitize` to the usual one, nor `make wheel` without any.
+    extension.optional = not (SANITIZE or os.environ.get("GPTFAST_REQUIRE_EXTENSION") == "1")
     return [extension]
+
+
+def package_page() -> str:
+    """Return README.md as it can stand alone: without pictures and links to files beside it."""
+    text = Path("README.md").read_text("utf-8")
+    picture = r"!\[[^\]]*\]\([^)]*\)"
+    text = re.sub(rf"\[{picture}\]\([^)]*\)|{picture}|<!--.*?-->", "", text, flags=re.DOTALL)
+    return re.sub(r"\[([^\]]*)\]\((?!https?://|#)[^)]*\)", r"\1", text)
 
 
 def folders() -> dict[str, dict[str, str]]:
@@ -236,6 +249,8 @@ setup(
     ],
     package_dir={"gptfast": "gptfast", "gptfast.kernels": "kernels"},
     package_data={"gptfast": ["py.typed"], "gptfast.serve": ["page.html"]},
+    long_description=package_page(),
+    long_description_content_type="text/markdown",
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
     options=folders(),

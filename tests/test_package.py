@@ -1,0 +1,94 @@
+"""Test what is handed on: the sdist, its page, and, on request, a wheel in an empty environment."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptfast.data.embedded import embedded_text
+
+ROOT = Path(__file__).parents[1]
+WHEEL = os.environ.get("GPTFAST_TEST_WHEEL")
+SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the files of the sdist of a copy of these sources, by their paths."""
+    folder = tmp_path_factory.mktemp("Quellen für sdist")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    if listed.returncode:
+        pytest.skip("these sources are in no repository")
+    for name in listed.stdout.split("\0"):
+        if (ROOT / name).is_file() and name.partition("/")[0] not in (".venv", "bench", "docs"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-c", SDIST, str(folder / "dist")]
+    process = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8")
+    assert process.returncode == 0, process.stderr
+    (path,) = (folder / "dist").glob("gptfast_torch-*.tar.gz")
+    with tarfile.open(path) as archive:
+        return {
+            member.name.partition("/")[2]: archive.extractfile(member).read().decode()
+            for member in archive
+            if member.isfile()
+        }
+
+
+def test_the_sdist_has_what_a_build_needs(sdist: dict[str, str]) -> None:
+    wanted = [*ROOT.glob("csrc/*"), *ROOT.glob("kernels/**/*.py"), ROOT / "gptfast/py.typed"]
+    wanted += [*(p for p in ROOT.glob("gptfast/**/*.py") if "kernels" not in p.parts)]
+    wanted += [ROOT / "gptfast/serve/page.html", ROOT / "setup.py", ROOT / "LICENSE"]
+    missing = {str(path.relative_to(ROOT)) for path in wanted} - sdist.keys()
+    assert len(wanted) > 200 and not missing
+    # Tests would need the rest of the repository.
+    assert not [name for name in sdist if name.startswith("tests/") or "built.json" in name]
+
+
+def test_the_package_page_stands_alone(sdist: dict[str, str]) -> None:
+    """It has README's text, and no link or picture that leads to a file beside it."""
+    page = sdist["PKG-INFO"].partition("\n\n")[2]
+    links = re.findall(r"\]\(([^)]*)\)", page)
+    assert links and all(link.startswith(("https://", "#")) for link in links)
+    assert "<!--" not in page and "![" not in page
+    assert "## Three uses" in page
+    head = sdist["PKG-INFO"].partition("\n\n")[0]
+    for line in ("Name: gptfast-torch", "Description-Content-Type: text/markdown"):
+        assert line in head.splitlines()
+    assert head.count("Classifier: ") > 5
+
+
+@pytest.mark.skipif(not WHEEL, reason="GPTFAST_TEST_WHEEL does not name a directory")
+def test_a_wheel_in_an_empty_environment(tmp_path: Path) -> None:
+    """It trains and generates in another directory, with a path that is not plain, without HOME."""
+    (wheel,) = Path(str(WHEEL)).glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    pip = [tmp_path / "venv/bin/python", "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, f"torch=={torch.__version__}", wheel], check=True)
+    here = tmp_path / "ein Ordner für Läufe"
+    here.mkdir()
+    (here / "text.txt").write_text(embedded_text()[:20_000], "utf-8")
+    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+
+    def run(*words: str) -> str:
+        command = [tmp_path / "venv/bin/gptfast", *words]
+        process = subprocess.run(
+            command, cwd=here, env=kept, capture_output=True, encoding="utf-8", timeout=300
+        )
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    assert "C++ kernels: level" in run("info")
+    small = "--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --block-size 32 --max-steps 4"
+    assert "kernels: cpp" in run("train", "--data", "text.txt", "--out", "Lauf 1", *small.split())
+    assert run("generate", "Lauf 1", "--prompt", "The ", "--max-new-tokens", "8").startswith("The ")
