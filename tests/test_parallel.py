@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,14 @@ from ranks import Ended, losses, train, write_data
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gptfast.files
 from gptfast import GPT, AdamW, GPTConfig, ops
+from gptfast.cli.train import Train
 from gptfast.device import peak_memory
 from gptfast.dropout import Rows, draw_seed
 from gptfast.model import empty_model
@@ -34,6 +40,7 @@ from gptfast.training import processes, shards
 from gptfast.training.checkpoint import load_checkpoint
 from gptfast.training.drawn import draw_parts
 from gptfast.training.parallel_step import ParallelStep
+from gptfast.training.progress import RunCheckpoints
 from gptfast.training.shares import Split
 from gptfast.training.trainer import Trainer
 from gptfast.weights.checkpoint import checkpoints, read_state
@@ -320,6 +327,60 @@ def write_peak(rank: int) -> None:
 
     before = peak()
     Trainer.fit = fit  # type: ignore[method-assign]
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that were made in the block and are held: `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._storages = 0, dict[int, tuple[StorageWeakRef, int]]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if all(returned.alias_info is None for returned in func._schema.returns):
+            for x in tree_leaves(out):
+                x = x.to_local() if isinstance(x, DTensor) else x
+                if isinstance(x, Tensor) and x.device.type == "cpu":
+                    storage = x.untyped_storage()
+                    self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            kept = {key: it for key, it in self._storages.items() if not it[0].expired()}
+            self._storages = kept
+            self.peak = max(self.peak, sum(size for _, size in kept.values()))
+        return out
+
+
+def write_held(rank: int) -> None:
+    """Make a run write how much it holds at most of what it makes when it builds, loads, saves."""
+    for name, kind in (("trainer", Train), ("restore", RunCheckpoints), ("save", RunCheckpoints)):
+
+        def counted(self: Any, *args: Any, name: str, real: Any) -> Any:
+            with Held() as held:
+                result = real(self, *args)
+            Path(os.environ["HELD"], f"{name}-{rank}").write_text(str(held.peak))
+            return result
+
+        setattr(kind, name, partialmethod(counted, name=name, real=getattr(kind, name)))
+
+
+def test_no_process_holds_the_whole_model(tmp_path: Path, data: Path) -> None:
+    """Peak memory of construction, a save and a load, in bytes of whole models."""
+    shape = "--n-layer 8 --n-embd 64 --accumulation-steps 1 --sample-tokens 0 --parallel fsdp"
+    more = *shape.split(), "--checkpoint-interval", "1"
+    counting: dict[str, Any] = {"before": write_held, "HELD": str(tmp_path)}
+    out = tmp_path / "run"
+    assert train(2, out, data, *more, "--max-steps", "1", **counting).codes == [0, 0]
+    whole = sum(x.nbytes for x in load_file(checkpoints(out)[-1] / "model.safetensors").values())
+    started = {path.name: int(path.read_text()) / whole for path in tmp_path.glob("*-[01]")}
+    assert train(2, out, data, *more, "--max-steps", "2", "--resume", **counting).codes == [0, 0]
+    resumed = {path.name: int(path.read_text()) / whole for path in tmp_path.glob("*-[01]")}
+    # One module at a time beside the half that stays; when loading, two moments of that half too.
+    for rank in "01":
+        assert 0.5 <= started[f"trainer-{rank}"] < 0.7, started
+        assert started[f"save-{rank}"] < 0.2, started
+        assert 1.0 <= resumed[f"restore-{rank}"] < 1.2, resumed
 
 
 @pytest.mark.skipif(not KILLS, reason="takes long")
