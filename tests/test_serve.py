@@ -138,6 +138,37 @@ def test_lm_evaluation_harness_reads_its_scores(tiny: Running, byte_engine: Engi
         assert greedy == (logprobs.argmax(-1).tolist() == [*b" three"])
 
 
+@pytest.mark.parametrize("concurrent", [1, 3])
+def test_lm_evaluation_harness_gets_what_eval_gets(
+    tiny: Running, byte_model: GPT, concurrent: int
+) -> None:
+    """Its local-completions, with the server's tokenizer, scores as `gptfast eval --tasks` does."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    for module in ("aiohttp", "tenacity"):
+        pytest.importorskip(module, reason=f"{module}, of lm_eval[api], is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from gptfast.evaluate.lm_eval import GPTFastLM
+
+    url = f"http://127.0.0.1:{tiny.port}/v1/completions"
+    settings = {"max_length": BLOCK, "batch_size": 2, "num_concurrent": concurrent}
+    theirs = LocalCompletionsAPI(base_url=url, model="tiny", **settings)
+    assert theirs.tokenizer_backend == "remote"
+    assert theirs.eot_token_id == 256
+    ours = GPTFastLM(byte_model, BYTE)
+    pairs = [("the value of", " a name"), ("", "x"), ("ab ", "c"), ("a" * 90, " tail")]
+    asked = [Instance("loglikelihood", {}, pair, k) for k, pair in enumerate(pairs)]
+    found = theirs.loglikelihood(asked, disable_tqdm=True)
+    for got, wanted in zip(found, ours.loglikelihood(asked, True), strict=True):
+        assert got[0] == pytest.approx(wanted[0], abs=1e-4) and got[1] == wanted[1]
+    until = {"until": ["e"], "max_gen_toks": 12, "temperature": 0}
+    asked = [Instance("generate_until", {}, ("the v", dict(until)), k) for k in range(2)]
+    texts = theirs.generate_until(asked, disable_tqdm=True)
+    asked = [Instance("generate_until", {}, ("the v", dict(until)), k) for k in range(2)]
+    assert texts == ours.generate_until(asked, True)
+
+
 @pytest.mark.parametrize("kind", ["completion", "chat"])
 def test_a_stream_is_the_reply_in_pieces(tiny: Running, kind: str) -> None:
     chat = kind == "chat"
@@ -340,6 +371,9 @@ def test_tokenizer_endpoints(tiny: Running) -> None:
     }
     assert tiny.post("/detokenize", {"tokens": found["tokens"]}) == {"prompt": "hé"}
     assert "there is no token 257" in tiny.error("/detokenize", {"tokens": [257]})["message"]
+    # The name of a special token alone is the token: so lm-evaluation-harness learns its id.
+    assert tiny.post("/tokenize", {"prompt": "<|endoftext|>"})["tokens"] == [256]
+    assert tiny.post("/tokenize", {"prompt": "<|endoftext|>a"})["tokens"] == [*b"<|endoftext|>a"]
     info = json.loads(tiny.request("GET", "/tokenizer_info")[2])
     assert info["eos_token"] == "<|endoftext|>" and info["eos_token_id"] == 256
     for path in ("/docs", "/openapi.json", "/settings", "/"):

@@ -277,12 +277,13 @@ def _add_state(app: FastAPI, service: Service) -> None:
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        """Return the token ids of a text."""
+        """Return the token ids of a text. The name of a special token alone is that token."""
         service.check_model(body.model)
         model = service.model
         encode = encode_opening if body.add_special_tokens else encode_continuation
+        special = getattr(model.tokenizer, "special_tokens", {}).get(body.prompt)
         try:
-            ids = encode(model.tokenizer, body.prompt)
+            ids = encode(model.tokenizer, body.prompt) if special is None else [special]
         except ValueError as error:
             raise ApiError(400, str(error), param="prompt") from None
         names = TokenNames(model.tokenizer)
