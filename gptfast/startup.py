@@ -77,7 +77,8 @@ def short_answer(argv: Sequence[str], version: str) -> str:
             "usage: gptfast COMMAND [FLAGS]\n",
             "commands (gptfast COMMAND --help shows the flags of a command):",
             *lines,
-            "\ngptfast --version prints the version; docs/command.md explains the rest.",
+            "\ngptfast --version prints the version, gptfast --completion bash what completes "
+            "these\nwords in a shell; docs/command.md explains the rest.",
         ]
     )
 

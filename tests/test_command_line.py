@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -348,3 +349,44 @@ def test_no_color(value: str | None, dim: bool, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stderr", screen)
     print_note("seed 1")
     assert ("\x1b[2m" in screen.getvalue()) == dim
+
+
+def completed(script: str, line: str) -> list[str]:
+    """Return what bash offers for a command line, whose last word is completed."""
+    words = line.split(" ")
+    code = f"""{script}
+COMP_WORDS=({" ".join(f"'{word}'" for word in words)})
+COMP_CWORD={len(words) - 1}
+_gptfast
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    process = subprocess.run(["bash", "-u", "-c", code], capture_output=True, encoding="utf-8")
+    assert process.returncode == 0 and process.stderr == ""
+    return process.stdout.split()
+
+
+def test_bash_completes(capsys: Capture) -> None:
+    """Commands, flags with the switches that turn off, choices; else it leaves the word to bash."""
+    code, script, err = run(capsys, "--completion", "bash")
+    assert (code, err) == (0, "")
+    assert completed(script, "gptfast ") == [*COMMANDS]
+    assert completed(script, "gptfast ge") == ["generate"]
+    for name in COMMANDS:
+        shown = {flag.long for flag in command_flags(name) if not flag.hidden}
+        offered = set(completed(script, f"gptfast {name} --"))
+        assert {word for word in shown if word.startswith("--")} <= offered
+        assert "--help" in offered
+    assert completed(script, "gptfast train --data x --sched") == ["--schedule"]
+    choices = next(flag.choices for flag in command_flags("train") if flag.name == "schedule")
+    assert completed(script, "gptfast train --schedule ") == [*choices]
+    assert completed(script, "gptfast train --data bo") == []
+    assert completed(script, "gptfast nothing --") == []
+    _, zsh, _ = run(capsys, "--completion", "zsh")
+    assert zsh == f"autoload -U +X bashcompinit && bashcompinit\n{script}"
+
+
+@pytest.mark.parametrize("shell", ["", "fish"])
+def test_other_shells_are_refused(shell: str, capsys: Capture) -> None:
+    result = run(capsys, *f"--completion {shell}".split())
+    refused(result, f"--completion takes bash or zsh, got {shell!r}")
+    assert result[0] == 2

@@ -214,6 +214,7 @@ def test_offline(cache: Path) -> None:
         and str(cache / "gpt2") in message
         and "install huggingface_hub" in message
     )
+    assert list(cache.iterdir()) == []
 
 
 def test_the_proxy_of_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

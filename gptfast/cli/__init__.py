@@ -106,9 +106,15 @@ def _commands_with(flag: str) -> list[str]:
 
 
 def _no_command(argv: Sequence[str]) -> None:
-    """Print the help or the version, or raise a UsageError that lists the commands."""
+    """Print help, version or completions, or raise a UsageError that lists the commands."""
     if text := short_answer(argv, gptfast.__version__):
         print(text)
+        raise SystemExit(0)
+    if argv[:1] == ["--completion"]:
+        from gptfast.cli.completion import completion_script
+
+        shell = "".join(argv[1:2])
+        print(completion_script(shell, {name: command_flags(name) for name in COMMANDS}), end="")
         raise SystemExit(0)
     from gptfast.cli.flags import UsageError
     from gptfast.cli.hints import similar_command

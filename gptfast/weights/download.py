@@ -6,6 +6,7 @@ checked before the directory gets its name.
 """
 
 import base64
+import contextlib
 import hashlib
 import os
 import re
@@ -68,10 +69,21 @@ def download(
             _fetch(address, part / file, attempts, pause, quiet)
             _check_small(part / file, name)
         _check(part, name)
+        publish(part, target)
     except (requests.RequestException, _Cut) as error:
         return _from_hub(name, target, f"{_reason(error)} ({url})")
-    publish(part, target)
+    finally:
+        _remove_empty(part)
     return target
+
+
+def _remove_empty(part: Path) -> None:
+    """Remove what a download leaves that got nothing; what it got is kept for the next one."""
+    for file in part.glob("*.part"):
+        if not file.stat().st_size:
+            file.unlink()
+    with contextlib.suppress(OSError):  # not empty, or not there
+        part.rmdir()
 
 
 def _check_small(path: Path, name: str) -> None:
