@@ -1,20 +1,27 @@
 """Measure a step of two processes of one thread each (ddp, gloo) against one of two threads.
 
-python bench/bench_distributed.py [--trace FILE.json]
+python bench/bench_distributed.py [--trace FILE.json | --memory | --step B T]
 
 Both sides take the same batches as the trainer does, in processes of their own, in turn. As a
 command, it profiles rank 0 of a step of a small model, writes a trace for chrome://tracing, and
-prints how much of the time in which gradients were summed the backward computed.
+prints how much of the time in which gradients were summed the backward computed. --memory prints
+how much main memory each of two processes takes to build GPT-2 124M, to train, save and load it.
+--step prints the CPU time of a step of GPT-2 124M in one process of one thread, and in two
+together, which does not depend on what else the machine does.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +33,13 @@ from peers import PeerDied
 from timing import OWN_PROCESSES
 
 from gptfast import GPT, GPTConfig, TrainConfig
+from gptfast.cli import main as run_command
+from gptfast.cli.train import Train
+from gptfast.device import peak_memory
 from gptfast.training.launched import world_of
+from gptfast.training.progress import RunCheckpoints
 from gptfast.training.step import TrainStep
+from gptfast.training.trainer import Trainer
 
 Shape = tuple[dict[str, int], int, int, int]
 """Fields of a GPTConfig, rows of a batch, their tokens, batches of a step."""
@@ -36,28 +48,34 @@ SMALL: Shape = ({"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 256}, 4
 Interval = tuple[float, float]
 
 
+def _start(n: int, threads: int, argv: list[str]) -> list[subprocess.Popen]:
+    """Start n processes of this file, as torchrun would."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    processes = []
+    for rank in range(n):
+        own = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "RANK": rank, "LOCAL_RANK": rank}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, __file__, *argv],
+                env={**os.environ, **{name: str(value) for name, value in own.items()}},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    OWN_PROCESSES.update(process.pid for process in processes)
+    return processes
+
+
 class Team:
     """Processes that take the same steps, each of which begins with a line on their stdin."""
 
     def __init__(self, n: int, threads: int, shape: Shape, trace: str = "") -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        self.processes = []
-        for rank in range(n):
-            own = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "RANK": rank, "LOCAL_RANK": rank}
-            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
-            of_rank = [json.dumps(shape), str(threads), trace if rank == 0 else ""]
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, "--worker", *of_rank],
-                    env={**os.environ, **{name: str(value) for name, value in own.items()}},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        OWN_PROCESSES.update(process.pid for process in self.processes)
+        command = ["--worker", json.dumps(shape), str(threads), trace]
+        self.processes = _start(n, threads, command)
         self._answers()
 
     def _answers(self) -> list[float]:
@@ -153,7 +171,8 @@ def worker(shape: Shape, threads: int, trace: str) -> None:
         step = parallel_step(model, config, device, print, world, B)
     print(0.0, flush=True)
     for i, _ in enumerate(sys.stdin):
-        profiler = torch.profiler.profile() if trace and i == 2 else None
+        profiled = trace and i == 2 and world.is_first
+        profiler = torch.profiler.profile() if profiled else None
         with profiler or nullcontext():
             loss = step.run(batches, 1e-4)["loss"]
         if profiler is not None:
@@ -189,14 +208,96 @@ def overlap(trace: Path) -> tuple[float, float]:
     return sum(b - a for a, b in summed) * 1e-6, _common(summed, backward) * 1e-6
 
 
+def _peaks() -> dict[str, int]:
+    """Let a run fill the dictionary that is returned: phases, and the MB held at most in each.
+
+    Linux alone forgets a peak at a word in /proc.
+    """
+    peaks = {"begin": peak_memory("cpu") // 2**20}
+    phases = [(Train, "trainer", "build"), (Trainer, "train_step", "step")]
+    phases += [(RunCheckpoints, "save", "save"), (RunCheckpoints, "restore", "load")]
+    for kind, name, phase in phases:
+
+        def measured(self: Any, *args: Any, phase: str, real: Callable, **options: Any) -> Any:
+            Path("/proc/self/clear_refs").write_text("5")
+            result = real(self, *args, **options)
+            peaks[phase] = max(peaks.get(phase, 0), peak_memory("cpu") // 2**20)
+            return result
+
+        setattr(kind, name, partialmethod(measured, phase=phase, real=getattr(kind, name)))
+    return peaks
+
+
+def memory_worker(out: str, *more: str) -> None:
+    """Train GPT-2 124M for two steps as one of the processes, and print the peaks in MB."""
+    torch.set_num_threads(1)
+    run = "--n-layer 12 --n-head 12 --n-embd 768 --vocab-size 50257 --max-length 128 --batch-size 2"
+    run += " --tokenizer byte --dropout 0 --eval-batches 1 --sample-tokens 0 --keep 1 --device cpu"
+    peaks = _peaks()
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = run_command(["train", "--data", __file__, "--out", out, *run.split(), *more])
+    print(json.dumps(peaks), flush=True)
+    raise SystemExit(code)
+
+
+def print_memory() -> None:
+    """Print the peak memory of each phase of a run and of its resumption, under ddp and fsdp."""
+    for how in ("ddp", "fsdp"):
+        with tempfile.TemporaryDirectory() as out:
+            for more in (["--max-steps", "2"], ["--max-steps", "3", "--resume"]):
+                command = ["--memory-worker", f"{out}/run", *more, "--parallel", how]
+                processes = _start(2, 1, command)
+                for rank, process in enumerate(processes):
+                    answer = process.communicate()[0]
+                    if process.returncode:
+                        raise PeerDied(f"rank {rank} ended; its error is above")
+                    print(how, *more, f"rank {rank}", *json.loads(answer).items())
+
+
+def print_step(B: int, T: int) -> None:
+    """Print the CPU time of a step of GPT-2 124M in one process and in two."""
+    seconds = []
+    for n in (1, 2):
+        team = Team(n, 1, ({}, B, T, 1))
+        times = []
+        for _ in range(4):  # the first is slower: DDP lays out its buckets
+            before = _cpu_seconds(team)
+            team.step()
+            times.append(_cpu_seconds(team) - before)
+        team.close()
+        seconds.append(min(times[1:]))
+    one, both = seconds
+    print(f"B={B} T={T}: one process {one:.2f} s, two together {both:.2f} s, {one / both:.2f}")
+
+
+def _cpu_seconds(team: Team) -> float:
+    """Return the CPU time that the processes of a team have used, with all their threads."""
+    ticks = 0
+    for process in team.processes:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, default=Path("build/ddp-trace.json"))
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--step", nargs=2, type=int, metavar=("B", "T"))
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         shape, threads, trace = args.worker
         worker(json.loads(shape), int(threads), trace)
+        return
+    if args.memory_worker:
+        memory_worker(*args.memory_worker)
+    if args.memory:
+        print_memory()
+        return
+    if args.step:
+        print_step(*args.step)
         return
     args.trace.parent.mkdir(parents=True, exist_ok=True)
     team = Team(2, 1, SMALL, str(args.trace))
