@@ -195,10 +195,19 @@ def lock(directory: Path, timeout_s: float = 0.0) -> Iterator[None]:
 
 def cache_directory() -> Path:
     """Return the directory of downloads: $GPTFAST_CACHE, else gptfast in $XDG_CACHE_HOME or
-    ~/.cache."""
+    ~/.cache.
+
+    Raises RuntimeError for a user without a home directory, if neither variable is set.
+    """
     if own := os.environ.get("GPTFAST_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptfast"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptfast"
+    except RuntimeError:
+        raise RuntimeError(
+            "this user has no home directory; set GPTFAST_CACHE to the directory of downloaded "
+            "models"
+        ) from None
 
 
 def replace_link(link: Path, name: str) -> None:

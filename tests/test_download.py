@@ -3,6 +3,7 @@ serves damaged files: a finished download is whole, and good data is not fetched
 
 import base64
 import hashlib
+import pwd
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from gptfast import GPT
+from gptfast.cli import main
 from gptfast.weights import download as module
 from gptfast.weights.download import FILES, download
 
@@ -285,3 +287,19 @@ def test_hugging_face_fails_too(
 def test_an_unknown_name() -> None:
     with pytest.raises(ValueError, match="no model 'gpt3'; choose from gpt2, gpt2-medium"):
         download("gpt3")
+
+
+def test_a_user_without_a_home_directory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One line says what to set; a path needs no cache directory."""
+    for name in ("HOME", "GPTFAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    for command in (["download", "gpt2"], ["generate", "gpt2", "--prompt", "a"]):
+        assert main(command) == 1
+        line = capsys.readouterr().err
+        assert line.startswith("gptfast: this user has no home directory; set GPTFAST_CACHE")
+    monkeypatch.setenv("GPTFAST_CACHE", str(tmp_path))
+    assert main(["generate", "gpt2", "--prompt", "a"]) == 1
+    assert f"gpt2 is not in {tmp_path}" in capsys.readouterr().err
