@@ -13,7 +13,6 @@ emulator of tests/ptx, and of the tests of kernels only those that tests/ptx/sel
 GPTFAST_TEST_PTX=all runs all of them, which takes hours.
 """
 
-import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -147,26 +146,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
-@functools.cache
-def _mend_interpreter() -> None:
-    """Make Triton's interpreter keep a comparison of scalars a truth value when it becomes a block.
-
-    It fills the block with int32, and the interpreter of Triton 3.9 takes no such block as a mask.
-    Compiled kernels have no part in it.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    splat = interpreter.InterpreterBuilder.create_splat
-
-    def create_splat(self: Any, block: Any, scalar: Any) -> Any:
-        if scalar.data.dtype == bool:
-            scalar = interpreter.TensorHandle(scalar.data, tl.int1)
-        return splat(self, block, scalar)
-
-    interpreter.InterpreterBuilder.create_splat = create_splat
-
-
 def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:
     if TRITON_MISSING:
         pytest.skip(TRITON_MISSING)
@@ -177,7 +156,6 @@ def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:
     callspec = getattr(request.node, "callspec", None)
     if not PTX and callspec and torch.bfloat16 in callspec.params.values():
         pytest.skip("Triton's interpreter has no bf16")
-    _mend_interpreter()
     with use_backend("triton"):
         yield "triton"
 

@@ -28,6 +28,11 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
+from gptfast.kernels.triton import interpreter
+
+if knobs.runtime.interpret:
+    interpreter.mend()
+
 # The most plans of one form, so that shapes that never come again do not fill the memory.
 MAX_PLANS = 256
 

@@ -22,7 +22,7 @@ def in_order(w0, w1, w2, w3):
 
 @triton.jit
 def halves_in_order(w0, w1, w2, w3):
-    """Return the 16-bit halves of the words of (..., N) counters, (..., 8 N), lower halves first."""
+    """Return the 16-bit halves of (..., N) counters' words, (..., 8 N), lower halves first."""
     words = in_order(w0, w1, w2, w3)
     return tl.interleave(words & 0xFFFF, words >> 16)
 
