@@ -25,10 +25,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # as pyproject.toml says, but not to all
+    raise SystemExit(
+        f"gptfast is built by setuptools 77 or newer, got {setuptools.__version__}; run pip "
+        "install -U setuptools, or leave out --no-build-isolation"
+    )
 
 
 class Level(NamedTuple):

@@ -185,8 +185,13 @@ def test_a_failing_compiler_is_quoted(tmp_path: Path) -> None:
     assert "compilation terminated." in said
 
 
-def test_setup_knows_the_oldest_torch() -> None:
+def test_setup_knows_the_oldest_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert setup_names()["OLDEST_TORCH"] == OLDEST_TORCH
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["build-system"]
+    assert needs["requires"] == ["setuptools>=77"]
+    monkeypatch.setattr("setuptools.__version__", "76.1.0")
+    with pytest.raises(SystemExit, match="setuptools 77 or newer, got 76.1.0; run pip install -U"):
+        setup_names()
 
 
 def test_a_build_without_torch_stops_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
