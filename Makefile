@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test test-distributed test-torch test-ptx check matrix fuzz sanitize lint docs wheel test-wheel bench bench-peers audit clean \
+.PHONY: train test test-tools test-distributed test-torch test-ptx check matrix fuzz sanitize lint docs wheel test-wheel bench bench-peers audit clean \
 	gpu gpu-ready gpu-kernels gpu-train gpu-rest gpu-cache
 
 # Trains a small GPT on real text: set-up, then two to three minutes on two cores. A second call goes on
@@ -22,6 +22,13 @@ WORKERS := -n logical --maxprocesses 8
 
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
+
+# A Chromium and what drives it, for the tests of the server's page, and schemathesis, for those of its protocol:
+# both are skipped where they are missing. Chromium is Debian's, and is installed by root alone.
+test-tools: $(VENV)/ready-test
+	$(PIP) --group tools
+	command -v chromium >/dev/null || (apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core)
 
 # The long tests of runs of several processes; random ones are killed at random moments, KILLS times each. Some
 # minutes on two cores.

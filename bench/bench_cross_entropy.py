@@ -194,7 +194,16 @@ def _lower_bound_cases(quick: bool) -> Iterator[Case]:
         # The plain way holds the logits and their gradient at once; 128 MB is what ours may take.
         target = 0.0 if quick else 2 * 4 * N * V / 2**20 / 128
         name, peer_name = "memory beyond inputs and gradients", "linear + cross_entropy"
-        yield Case(op, name, shape, peer_name, _memory_pair(N), target=target, unit="bytes")
+        yield Case(
+            op,
+            name,
+            shape,
+            peer_name,
+            _memory_pair(N),
+            target=target,
+            unit="bytes",
+            returns_cost=True,
+        )
 
 
 def cases(quick: bool) -> Iterator[Case]:

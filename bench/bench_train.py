@@ -162,7 +162,16 @@ def cases(quick: bool) -> Iterator[Case]:
         build, label = _memory_pair(config, 2, 1024), f"peak memory {name} fp32"
         target = 1 / 0.7
         shape = "B=2 T=1024"
-        yield Case("train", label, shape, "plain PyTorch", build, target=target, unit="bytes")
+        yield Case(
+            "train",
+            label,
+            shape,
+            "plain PyTorch",
+            build,
+            target=target,
+            unit="bytes",
+            returns_cost=True,
+        )
 
 
 @pytest.mark.parametrize(("case", "side"), both_sides(cases(quick=False)))

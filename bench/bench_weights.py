@@ -119,7 +119,7 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case("weights", f"load {label}", shape, peer, build, n_bytes=8.0 * n)
         if not quick:
             build, name = _memory_pair(config, form), f"peak memory, {label}"
-            yield Case("weights", name, shape, peer, build, unit="bytes")
+            yield Case("weights", name, shape, peer, build, unit="bytes", returns_cost=True)
 
 
 @pytest.mark.parametrize(("case", "side"), both_sides(cases(quick=True)))

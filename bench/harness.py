@@ -40,7 +40,9 @@ class Case:
     target: float = 0.0
     """The ratio to reach; 0 if there is none, below 1 where the peer is a lower bound."""
     unit: str = "s"
-    """The unit of both costs: "s" is measured with a clock, "bytes" is what the sides return."""
+    """The unit of both costs: "s" or "bytes"."""
+    returns_cost: bool = False
+    """Whether the sides return their cost. Otherwise a clock measures it, in seconds."""
     reads_only: bool = False
     """Whether all of n_bytes are read and none written: the limit is then a read, not a copy."""
     working_set: float = 0.0

@@ -16,11 +16,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gptfast import GPT
 
 MODULES = {"llama.cpp": "llama_cpp", "CTranslate2": "ctranslate2", "transformers": "transformers"}
+SERVER_MODULES = {"llama-cpp-python[server]": "llama_cpp", "starlette_context": "starlette_context"}
 PRECISIONS = {
     "llama.cpp": {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"},
     "CTranslate2": {"fp32": "float32", "int8": "int8"},
@@ -39,9 +40,12 @@ PRECISIONS = {
 MAX_ROWS = 8
 
 
-def missing() -> list[str]:
-    """Return the names of the packages that are not installed: peers and writers of their files."""
-    needed = {**MODULES, "gguf": "gguf"}
+def missing(serve: bool = False) -> list[str]:
+    """Return the names of the packages that are not installed: peers and writers of their files.
+
+    serve: those of a server, in place of those that generate.
+    """
+    needed = {"gguf": "gguf", **(SERVER_MODULES if serve else MODULES)}
     return [name for name, module in needed.items() if find_spec(module) is None]
 
 
@@ -55,8 +59,13 @@ class Runner(Protocol):
         """Return the id after a prompt, in the fastest way."""
 
 
-def write_gguf(model: "GPT", path: Path, precision: str) -> None:
-    """Write a GGUF file without a vocabulary: matrices as `precision`, the rest in F32."""
+def write_gguf(
+    model: "GPT", path: Path, precision: str, vocabulary: Mapping[str, str] | None = None
+) -> None:
+    """Write a GGUF file: matrices as `precision`, the rest in F32.
+
+    vocabulary: the text of transformers' files by name; without them the file has no vocabulary.
+    """
     import gguf
 
     kind, config = gguf.GGMLQuantizationType[precision], model.config
@@ -67,8 +76,10 @@ def write_gguf(model: "GPT", path: Path, precision: str) -> None:
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(model.ln_f.eps)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("gpt2" if vocabulary else "no_vocab")
     writer.add_vocab_size(config.vocab_size)
+    if vocabulary:
+        _add_vocabulary(writer, vocabulary)
     names = {
         "wte": "token_embd",
         "wpe": "position_embd",
@@ -97,6 +108,21 @@ def write_gguf(model: "GPT", path: Path, precision: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_vocabulary(writer: Any, vocabulary: Mapping[str, str]) -> None:
+    """Add GPT-2's vocabulary to a GGUF file, from the text of transformers' files by name."""
+    import gguf
+
+    ids = json.loads(vocabulary["vocab.json"])
+    end = ids["<|endoftext|>"]
+    kinds = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(ids, key=ids.get))
+    writer.add_token_types([kinds[i == end] for i in range(len(ids))])
+    writer.add_token_merges(vocabulary["merges.txt"].splitlines()[1:])
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
 
 
 def write_ctranslate2(model: "GPT", directory: Path, precision: str) -> None:

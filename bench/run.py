@@ -1,6 +1,6 @@
 """Measure gptfast and its peers in one process: print tables, write JSON and pictures.
 
-python bench/run.py [--quick] [--only attention,train | --generate] [--out DIR]
+python bench/run.py [--quick] [--only attention,train | --generate | --serve] [--out DIR]
 python bench/run.py --redraw
 
 Each benchmark is written to <out>/<cpu>/<benchmark>.json with a picture beside it, so that another
@@ -28,12 +28,14 @@ from record import (
     save,
     table,
 )
-from timing import measured_bytes, time_pair
+from timing import returned_costs, time_pair
 
 QUICK = ("attention", "cross_entropy", "adamw", "sampling", "embedding", "train", "generate")
 BENCHMARKS = (*QUICK, "weights", "drop_in", "distributed")
 GENERATE = "engine"
 """The benchmark of --generate; it runs on demand only, since it needs `make bench-peers`."""
+SERVE = "serve"
+"""The benchmark of --serve, which needs them too."""
 QUICK_OUT = Path(__file__).parents[1] / "build" / "bench"
 """Where --quick writes: its small shapes are not published."""
 SECONDS_PER_CASE, QUIET_TIMEOUT_S = 3.0, 10.0
@@ -55,7 +57,7 @@ def _measure_case(case: Case, meter: LimitMeter, quick: bool) -> Row:
     before = meter.memory_limit_of(case)
     pair = case.build()
     pair.check()
-    timing = time_pair(pair, seconds, timeout_s) if case.unit == "s" else measured_bytes(pair)
+    timing = returned_costs(pair) if case.returns_cost else time_pair(pair, seconds, timeout_s)
     after = meter.memory_limit_of(case)
     memory = max(before, after, key=lambda x: x.per_s) if before and after else None
     gemm = meter.gemm_limit(case.products)
@@ -108,11 +110,12 @@ def redraw(out: Path) -> None:
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return the parsed arguments and the names of the benchmarks to run."""
-    known = (*BENCHMARKS, GENERATE)
+    known = (*BENCHMARKS, GENERATE, SERVE)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller shapes, about two minutes")
     parser.add_argument("--only", default="", help=f"comma-separated, from {','.join(known)}")
     parser.add_argument("--generate", action="store_true", help="the engine against other engines")
+    parser.add_argument("--serve", action="store_true", help="the server with many clients")
     parser.add_argument(
         "--redraw", action="store_true", help="measure nothing, draw the pictures from their JSON"
     )
@@ -121,15 +124,16 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     args = parser.parse_args()
     args.out = args.out or (QUICK_OUT if args.quick else RESULTS)
-    if args.generate and args.only:
-        parser.error("--generate and --only name different benchmarks; give one of them")
+    if bool(args.generate) + bool(args.serve) + bool(args.only) > 1:
+        parser.error("--generate, --serve and --only name different benchmarks; give one of them")
     names = args.only.split(",") if args.only else list(QUICK if args.quick else BENCHMARKS)
-    if args.generate:
-        names = [GENERATE]
+    if args.generate or args.serve:
+        names = [GENERATE if args.generate else SERVE]
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no benchmark named {unknown[0]!r}; choose from {', '.join(known)}")
     # Checked before anything is measured: most rows need no peer, and would run first.
-    if GENERATE in names and not args.redraw and (missing := peers.missing()):
+    needs_peers = GENERATE in names or SERVE in names
+    if needs_peers and not args.redraw and (missing := peers.missing(SERVE in names)):
         parser.error(f"not installed: {', '.join(missing)}; `make bench-peers` installs them")
     return args, names
 

@@ -141,8 +141,8 @@ def time_pair(pair: Pair, seconds: float, timeout_s: float) -> Timing:
     return min(timings, key=lambda timing: timing.other_load)
 
 
-def measured_bytes(pair: Pair) -> Timing:
-    """Return the bytes that both sides report, as a Timing."""
+def returned_costs(pair: Pair) -> Timing:
+    """Return the costs that both sides return, as a Timing."""
     ours, peer = pair.ours(), pair.peer()
     ratio = peer / ours
     return Timing(ours, peer, ratio, (ratio, ratio), 1, 0.0)

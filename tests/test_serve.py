@@ -559,3 +559,29 @@ def test_while_loading_and_draining(byte_model: GPT) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "0.0.0.0", "192.0.2.1", "x"])
 def test_loopback(host: str) -> None:
     assert is_loopback(host) == (host in ("127.0.0.1", "::1", "localhost"))
+
+
+def test_schemathesis_finds_no_fault(tiny: Running) -> None:
+    """What the OpenAPI document allows, and what it does not, gets the replies that it names."""
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    from hypothesis import given, settings
+    from schemathesis import checks
+
+    wanted = ("not_a_server_error", "status_code_conformance", "response_schema_conformance")
+    checks.load_all_checks()
+    chosen = checks.CHECKS.get_by_names([*wanted, "content_type_conformance"])
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{tiny.port}/openapi.json")
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert len(operations) >= 9
+    for operation in operations:
+        modes = [*schemathesis.GenerationMode] if operation.body else [None]
+        for mode in modes:  # without a body there is nothing to get wrong
+            kind = {} if mode is None else {"generation_mode": mode}
+
+            @settings(max_examples=10, database=None)
+            @given(case=operation.as_strategy(**kind))
+            def check(case: Any) -> None:
+                case.call_and_validate(checks=chosen, timeout=WAIT_S)
+
+            check()
+    assert tiny.idle()

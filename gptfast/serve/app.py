@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 import gptfast
@@ -23,6 +23,7 @@ from gptfast.serve.protocol import (
     Common,
     CompletionRequest,
     DetokenizeRequest,
+    ErrorReply,
     TokenizeRequest,
     check_refused,
     validation_error,
@@ -37,6 +38,9 @@ PAGE_POLICY = (
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The page takes nothing from elsewhere, and sends nothing there."""
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The reply, whole or in chunks.", "content": {"text/event-stream": {}}}
+}
 T = TypeVar("T")
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
@@ -45,7 +49,11 @@ def make_app(
     service: Service, *, keys: Collection[str] = (), cors_origins: Collection[str] = ()
 ) -> FastAPI:
     """Return the application of a service."""
-    app = FastAPI(title="gptfast", version=gptfast.__version__, redoc_url=None)
+    errors: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": ErrorReply, "description": "The request is refused."},
+        "5XX": {"model": ErrorReply, "description": "The server cannot answer."},
+    }
+    app = FastAPI(title="gptfast", version=gptfast.__version__, redoc_url=None, responses=errors)
     _add_errors(app)
     _add_generation(app, service)
     _add_models(app, service)
@@ -94,7 +102,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
         service.check_model(body.model)
@@ -102,7 +110,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         form = Completions(body.logprobs is not None)
         return await _answer(service, form, body, request, service.completion(body))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Write the next message of a chat."""
         service.check_model(body.model)
@@ -250,7 +258,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         """Return 200 if requests are taken, 503 while the model is loaded or the server drains."""
         return JSONResponse({"status": service.state}, 200 if service.state == "ok" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return the metrics for Prometheus."""
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})

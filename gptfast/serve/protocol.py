@@ -39,6 +39,21 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class ErrorDetail(BaseModel):
+    """What was wrong, and what to do."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """The body of every reply with a status of 400 and above."""
+
+    error: ErrorDetail
+
+
 class Strict(BaseModel):
     """A part of a request: no unknown fields, no text for numbers, no infinities."""
 

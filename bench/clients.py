@@ -1,0 +1,132 @@
+"""Clients of a server that speaks OpenAI's protocol: they stream completions and note the times.
+
+All clients run in one event loop and read the events without parsing them, so that they take little
+of the cores that the server needs.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timing import OWN_PROCESSES
+
+START_TIMEOUT_S = 300
+
+
+@dataclass
+class Times:
+    """When a request was sent and when its events with text came, in seconds."""
+
+    sent: float
+    events: list[float]
+
+    @property
+    def first(self) -> float:
+        """From the request to its first text."""
+        return self.events[0] - self.sent
+
+    def between(self, tokens: int) -> float:
+        """The mean time between tokens after the first. An event may hold several tokens."""
+        return (self.events[-1] - self.events[0]) / max(1, tokens - 1)
+
+
+class Server:
+    """A server in a process of its own, which is stopped (SIGSTOP) while it is not used."""
+
+    def __init__(self, command: Sequence[str | Path], port: int, fields: Mapping[str, Any]) -> None:
+        self.port, self.fields = port, fields
+        self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+        OWN_PROCESSES.add(self.process.pid)
+        self._wait()
+        self.process.send_signal(signal.SIGSTOP)
+
+    def _wait(self) -> None:
+        """Return once the server answers."""
+        end = time.monotonic() + START_TIMEOUT_S
+        url = f"http://127.0.0.1:{self.port}/v1/models"
+        while time.monotonic() < end:
+            if (code := self.process.poll()) is not None:
+                raise RuntimeError(f"{self.process.args[0]} ended with code {code}; see above")
+            try:
+                urllib.request.urlopen(url, timeout=5).read()
+            except OSError:
+                time.sleep(0.2)
+            else:
+                return
+        raise RuntimeError(f"{self.process.args[0]} did not answer in {START_TIMEOUT_S} s")
+
+    def answer(self, prompts: Sequence[str], tokens: int, clients: int) -> list[Times]:
+        """Send all prompts, as many at a time as there are clients; return their times."""
+        bodies = [{"prompt": prompt, "max_tokens": tokens, **self.fields} for prompt in prompts]
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            return asyncio.run(_all(self.port, bodies, clients))
+        finally:
+            self.process.send_signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        OWN_PROCESSES.discard(self.process.pid)
+        self.process.kill()
+        self.process.wait()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def python(module: str, *argv: object, path: str | Path = sys.executable) -> list[str]:
+    """Return the command that runs a module of Python."""
+    return [str(path), "-m", module, *map(str, argv)]
+
+
+async def _all(port: int, bodies: Sequence[Mapping[str, Any]], clients: int) -> list[Times]:
+    waiting = list(enumerate(bodies))[::-1]
+    times: list[Times | None] = [None] * len(bodies)
+
+    async def client() -> None:
+        while waiting:
+            place, body = waiting.pop()
+            times[place] = await _stream(port, body)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return times
+
+
+async def _stream(port: int, body: Mapping[str, Any]) -> Times:
+    """Send a request and read its events. Raises RuntimeError unless all of them come."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    raw = json.dumps({**body, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
+    times = Times(time.perf_counter(), [])
+    writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + raw)
+    tail, length = b"", False
+    while b"data: [DONE]" not in tail:
+        part = await reader.read(2**16)
+        if not part:
+            raise RuntimeError(f"a stream broke off after {tail!r}")
+        if b'"text"' in part:
+            times.events.append(time.perf_counter())
+        tail = (tail + part)[-4096:]
+        length = length or b'"length"' in tail
+    if not length:
+        raise RuntimeError(f"a stream did not give all its tokens: {tail!r}")
+    writer.close()
+    return times
+
+
+def threads() -> str:
+    """Return the number of threads that each side may use."""
+    return os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
