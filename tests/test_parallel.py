@@ -368,7 +368,7 @@ def write_held(rank: int) -> None:
 def test_no_process_holds_the_whole_model(tmp_path: Path, data: Path) -> None:
     """Peak memory of construction, a save and a load, in bytes of whole models."""
     shape = "--n-layer 8 --n-embd 64 --accumulation-steps 1 --sample-tokens 0 --parallel fsdp"
-    more = *shape.split(), "--checkpoint-interval", "1"
+    more = *shape.split(), "--checkpoint-interval", "1", "--eval-batches", "1"
     counting: dict[str, Any] = {"before": write_held, "HELD": str(tmp_path)}
     out = tmp_path / "run"
     assert train(2, out, data, *more, "--max-steps", "1", **counting).codes == [0, 0]
