@@ -329,6 +329,17 @@ def write_peak(rank: int) -> None:
     Trainer.fit = fit  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("how", ["fsdp", long("hsdp --replicas 2"), long("ddp")])
+def test_weights_to_start_from(how: str, tmp_path: Path, data: Path, alone: Path) -> None:
+    """Each process takes its rows of --init; the rows of new tokens are those of one process."""
+    init = "--max-steps", "3", "--init", str(alone), "--vocab-size", "261", "--resize-vocab"
+    for n, more in ((1, []), (2, ["--parallel", *how.split()])):
+        ended = train(n, tmp_path / str(n), data, *init, *more)
+        assert ended.codes == [0] * n, ended
+    assert_same_to_rounding(tmp_path / "2", tmp_path / "1")
+    assert losses(tmp_path / "2")[0] == losses(tmp_path / "1")[0]
+
+
 class Held(TorchDispatchMode):
     """Counts the bytes of the tensors that were made in the block and are held: `peak`."""
 
