@@ -41,11 +41,11 @@ class Attention(nn.Module):
             out = self._attend(self.c_attn(norm(x)), seed, cache, layer, rows)  # (B, T, C)
             return x + drop(self.drop, self.c_proj(out), rows)
         first, c_attn, c_proj = weights
-        qkv = ops.linear(x, *c_attn, norm=first)  # (B, T, 3C)
+        qkv = c_attn(x, norm=first, rows=rows)  # (B, T, 3C)
         out = self._attend(qkv, seed, cache, layer, rows)
         if self._dropout_p() > 0:
-            return x + drop(self.drop, ops.linear(out, *c_proj), rows)
-        return ops.linear(out, *c_proj, residual=x)
+            return x + drop(self.drop, c_proj(out, rows=rows), rows)
+        return c_proj(out, residual=x, rows=rows)
 
     def _dropout_p(self) -> float:
         """Return the probability that `drop` applies now; 0 if something else took its place."""
@@ -89,9 +89,15 @@ class MLP(nn.Module):
         if weights is None:
             hidden = F.gelu(self.c_fc(norm(x)), approximate="tanh")  # (B, T, 4C)
             return x + drop(self.drop, self.c_proj(hidden), rows)
-        first, layers = weights
+        first, c_fc, c_proj = weights
         dropout: Any = self._modules["drop"]
-        if dropout.training and dropout.p > 0:
+        drops = dropout.training and dropout.p > 0
+        if c_fc.adapter is not None or c_proj.adapter is not None:
+            hidden = F.gelu(c_fc(x, norm=first, rows=rows), approximate="tanh")
+            y = c_proj(hidden, residual=None if drops else x, rows=rows)
+            return x + drop(dropout, y, rows) if drops else y
+        layers: Any = (*c_fc[:2], *c_proj[:2])
+        if drops:
             return x + drop(dropout, ops.mlp(x, *layers, norm=first), rows)
         return ops.mlp(x, *layers, norm=first, residual=True)
 

@@ -127,6 +127,16 @@ class TrainConfig:
     """Gradients with a larger global norm are scaled down to this norm."""
     freeze: tuple[str, ...] = ()
     """Names or patterns of parameters not to train, for example wte.* h.0.* 'h.*.attn.*'."""
+    lora_rank: int | None = None
+    """Train an adapter of this rank (LoRA) instead of the weights, which stay as they are. 8 is
+    usual. Checkpoints hold the adapter alone, as peft writes it."""
+    lora_alpha: float = 16.0
+    """The adapter's product is scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout probability of the adapter's input, from 0 to below 1."""
+    lora_targets: tuple[str, ...] = ("c_attn", "c_proj")
+    """The layers that get an adapter: c_attn, c_fc, c_proj (attention's and the perceptron's), or
+    one of the last two as attn.c_proj and mlp.c_proj."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Data type of matrix products and kernels, by autocast. Parameters are always fp32."""
     matmul_precision: Literal["highest", "high", "medium"] | None = None
@@ -235,6 +245,7 @@ class TrainConfig:
             2 <= self.dist_timeout < math.inf,
             f"dist_timeout must be at least 2 (seconds), got {self.dist_timeout}",
         )
+        self._check_adapter()
         _require(self.max_norm > 0, f"max_norm must be > 0, got {self.max_norm}")
         _require(
             self.schedule != "exponential" or self.min_lr != 0,
@@ -244,6 +255,13 @@ class TrainConfig:
             self.skip_zscore is None or self.skip_zscore > 0,
             f"skip_zscore must be > 0, got {self.skip_zscore}",
         )
+
+    def _check_adapter(self) -> None:
+        rank, alpha, dropout = self.lora_rank, self.lora_alpha, self.lora_dropout
+        _require(rank is None or rank >= 1, f"lora_rank must be at least 1, got {rank}")
+        _require(0 < alpha < math.inf, f"lora_alpha must be a finite number > 0, got {alpha}")
+        _require(0.0 <= dropout < 1.0, f"lora_dropout must be in [0, 1), got {dropout}")
+        _require(bool(self.lora_targets), "lora_targets must name at least one layer")
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

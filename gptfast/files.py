@@ -135,15 +135,21 @@ def new_files(directory: Path) -> Iterator[Path]:
 
 
 def write_files(
-    directory: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]
+    directory: Path,
+    tensors: Mapping[str, dict[str, Tensor]],
+    texts: Mapping[str, str],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write and sync files: safetensors from named tensors, UTF-8 from texts. Raises OSError."""
+    """Write and sync files: safetensors from named tensors, UTF-8 from texts. Raises OSError.
+
+    metadata: texts that each file of tensors has beside them.
+    """
     for name, named in tensors.items():
         path = directory / name
         path.touch()
         mode = path.stat().st_mode & 0o777  # what the umask allows; save_file gives 0600
         try:
-            save_file(named, path, metadata={"format": "pt"})
+            save_file(named, path, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
             raise OSError(f"{name}: {error}") from None
         path.chmod(mode)

@@ -20,6 +20,7 @@ from gptfast.blocks import MLP, Attention, Block
 from gptfast.config import GPTConfig, parameter_shapes
 from gptfast.dropout import Rows, draw, draw_seed, drop
 from gptfast.kv_cache import KVCache
+from gptfast.lora import LoRALinear, adapter_state, is_adapter_name
 from gptfast.modules import (
     any_global_hooks,
     embedding_weight,
@@ -31,6 +32,7 @@ from gptfast.modules import (
     linear_weights,
 )
 from gptfast.tokenizer.bpe import Tokenizer
+from gptfast.weights.adapter import AdapterConfig
 
 
 class GPT(nn.Module):
@@ -53,6 +55,9 @@ class GPT(nn.Module):
         self.sharded_table: Any = None
         # The tokenizer in the files that the model was loaded from, for save_pretrained.
         self.tokenizer_name: str | None = None
+        # Where the weights were loaded from; the adapters of lora.py and what they are for.
+        self.source: str | None = None
+        self.adapter: AdapterConfig | None = None
         # What identifies the vocabulary of its training, and the ids that end a text.
         self.vocabulary: str | None = None
         self.eos_ids: tuple[int, ...] = ()
@@ -182,7 +187,7 @@ class GPT(nn.Module):
         """
         if torch.compiler.is_compiling():  # which could not follow the second question
             return True
-        return has_dropout(self.modules()) or foreign_part(self) is not None
+        return has_dropout(self.modules()) or foreign_part(self, adapters=True) is not None
 
     def forward(
         self, idx: Tensor, target: Tensor | None = None, *, seed: Tensor | int | None = None
@@ -247,7 +252,7 @@ class GPT(nn.Module):
         and for what is damaged or incomplete.
         """
         # Here, because an engine that loads packed weights needs none of the readers.
-        from gptfast.weights.open import open_weights
+        from gptfast.weights.open import base_name, open_weights
 
         weights = open_weights(path, n_head)
         if resize_vocab is not None:
@@ -255,7 +260,7 @@ class GPT(nn.Module):
         model = empty_model(weights.config, cls)
         weights.move_into(model)
         model.tokenizer_name, model.vocabulary = weights.tokenizer, weights.vocabulary
-        model.eos_ids = weights.eos_ids
+        model.eos_ids, model.source = weights.eos_ids, base_name(path)
         return model.eval()
 
     def save_pretrained(
@@ -265,13 +270,16 @@ class GPT(nn.Module):
 
         It gets config.json, model.safetensors and the tokenizer's files, such as vocab.json,
         merges.txt and tokenizer_config.json. tokenizer: None takes the one in the files that the
-        model was loaded from, if any. Raises OSError, and ValueError for a model with modules of
-        others.
+        model was loaded from, if any. A model with adapters (lora.py) is saved as these alone, in
+        peft's form. Raises OSError, and ValueError for a model with modules of others.
         """
-        from gptfast.weights.pretrained import save_model
+        from gptfast.weights.pretrained import save_adapter, save_model
 
         check_saveable(self)
         tokenizer_or_name = tokenizer or self.tokenizer_name
+        if self.adapter is not None:
+            save_adapter(self.adapter, adapter_state(self), directory, tokenizer_or_name)
+            return
         ends = () if tokenizer else self.eos_ids
         save_model(self.config, self.state_dict(), directory, tokenizer_or_name, ends)
 
@@ -279,16 +287,18 @@ class GPT(nn.Module):
 _PARTS = (GPT, Block, Attention, MLP)
 
 
-def foreign_part(model: nn.Module, *, saving: bool = False) -> str | None:
+def foreign_part(model: nn.Module, *, saving: bool = False, adapters: bool = False) -> str | None:
     """Return what in a model its configuration and weights do not say, in words; None if nothing.
 
-    saving: a file promises nothing about hooks, nor about what a subclass of GPT does.
+    saving: a file promises nothing about hooks, nor about what a subclass of GPT does. adapters:
+    whether those of lora.py may be there.
     """
     if not saving and any_global_hooks():
         return "there are hooks on all modules"
     for name, module in model.named_modules():
         kind, where = type(module), name or "the model"
         known = kind in _PARTS or is_own_class(module) or saving and isinstance(module, _PARTS)
+        known = known or adapters and kind is LoRALinear
         if not known or not (name or isinstance(module, GPT)):
             return f"{where} is a {kind.__module__}.{kind.__qualname__}"
         if not saving and has_hooks(module):
@@ -298,6 +308,8 @@ def foreign_part(model: nn.Module, *, saving: bool = False) -> str | None:
             return f"{where} has {option}"
     config: Any = model.config
     shapes, found = parameter_shapes(config), dict(model.named_parameters(remove_duplicate=False))
+    if adapters:
+        found = {name: p for name, p in found.items() if not is_adapter_name(name)}
     for name in shapes | found:
         if name not in found or name not in shapes:
             return f"it {'has' if name in found else 'lacks'} the parameter {name}"
@@ -310,7 +322,7 @@ def foreign_part(model: nn.Module, *, saving: bool = False) -> str | None:
 
 def check_saveable(model: GPT) -> None:
     """Raise ValueError if a file with the weights of a GPT would not be this model."""
-    part = foreign_part(model, saving=True)
+    part = foreign_part(model, saving=True, adapters=True)
     if part is not None:
         raise ValueError(
             f"a saved model holds the weights of a GPT alone, but {part}; merge it "

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from gptfast.lora import Layer, LoRALinear, layer_of
 from gptfast.torch_private import FakeTensor, FunctionalTensor, any_global_hooks
 
 LayerWeights = tuple[Tensor, Tensor | None]
@@ -81,6 +82,14 @@ def linear_weights(module: Any) -> LayerWeights | None:
     return weight, bias
 
 
+def _layer(module: Any) -> Layer | None:
+    """Return a linear layer, with or without an adapter of ours; None where it must be called."""
+    if type(module) is LoRALinear:
+        return None if has_hooks(module) or has_hooks(module.lora_drop) else layer_of(module)
+    weights = linear_weights(module)
+    return None if weights is None else Layer(*weights)
+
+
 def norm_weights(module: Any) -> NormWeights | None:
     """Return what an operator needs to stand for a layer norm; None where it must be called."""
     if not _is_own(module, nn.LayerNorm):
@@ -106,7 +115,7 @@ def embedding_weight(module: Any) -> Tensor | None:
 
 def _half_block_weights(
     norm: nn.Module, layers: Mapping[str, Any], first: str
-) -> tuple[NormWeights, LayerWeights, LayerWeights] | None:
+) -> tuple[NormWeights, Layer, Layer] | None:
     """Return the weights of a norm, a block's layer called `first` and its c_proj.
 
     None where one of these modules, or the dropout, must be called.
@@ -114,7 +123,7 @@ def _half_block_weights(
     if any_global_hooks() or not _is_own(layers["drop"], nn.Dropout):
         return None
     before = norm_weights(norm)
-    layer, proj = linear_weights(layers[first]), linear_weights(layers["c_proj"])
+    layer, proj = _layer(layers[first]), _layer(layers["c_proj"])
     if before is None or layer is None or proj is None:
         return None
     return before, layer, proj
@@ -122,19 +131,16 @@ def _half_block_weights(
 
 def attention_weights(
     norm: nn.Module, layers: Mapping[str, Any]
-) -> tuple[NormWeights, LayerWeights, LayerWeights] | None:
+) -> tuple[NormWeights, Layer, Layer] | None:
     """Return the weights of attention's half of a block; None where its modules must be called."""
     return _half_block_weights(norm, layers, "c_attn")
 
 
 def mlp_weights(
     norm: nn.Module, layers: Mapping[str, Any]
-) -> tuple[NormWeights, tuple[Tensor, Tensor, Tensor, Tensor]] | None:
+) -> tuple[NormWeights, Layer, Layer] | None:
     """Return the weights of a block's perceptron; None where its modules must be called."""
     weights = _half_block_weights(norm, layers, "c_fc")
-    if weights is None:
+    if weights is None or weights[1].bias is None or weights[2].bias is None:
         return None
-    before, (fc_weight, fc_bias), (proj_weight, proj_bias) = weights
-    if fc_bias is None or proj_bias is None:
-        return None
-    return before, (fc_weight, fc_bias, proj_weight, proj_bias)
+    return weights

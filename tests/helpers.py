@@ -63,7 +63,13 @@ def english() -> str:
 
 
 def make_trainer(
-    out: Path, *, dropout: float = 0.1, init_seed: int = 0, n_tokens: int = 500, **train: Any
+    out: Path,
+    *,
+    dropout: float = 0.1,
+    init_seed: int = 0,
+    n_tokens: int = 500,
+    model: GPT | None = None,
+    **train: Any,
 ) -> Trainer:
     """Return a trainer on bytes of English; an epoch is 7 batches of 4 windows of 16 tokens."""
     tokenizer = get_tokenizer("byte")
@@ -84,7 +90,7 @@ def make_trainer(
         create_dataloader(parts[1], 4, 16, 16, shuffle=False, drop_last=False),
     ]
     torch.manual_seed(shifted(init_seed))
-    model = GPT(tiny_config(vocab_size=tokenizer.n_vocab, dropout=dropout))
+    model = model or GPT(tiny_config(vocab_size=tokenizer.n_vocab, dropout=dropout))
     return Trainer(model, config, *loaders, tokenizer=tokenizer)
 
 

@@ -26,7 +26,7 @@ FLOORS = [
     ("engine", "packed weights, the KV cache and the scheduler: fast generation"),
     ("generation", "options, stops, beams, and the loop that every decoder runs"),
     ("data", "text to token files to batches"),
-    ("model blocks kv_cache modules dropout optim dtensor", "GPT and AdamW"),
+    ("model blocks lora kv_cache modules dropout optim dtensor", "GPT and AdamW"),
     ("weights", "models on disk, in every form, as names, shapes and tensors"),
     ("tokenizer config ops", "text to ids; the configurations; the operations"),
     ("device checks files inert installed startup torch_private", "what everything leans on"),

@@ -89,10 +89,32 @@ def check_training(given: Mapping[str, Any], train: "Train") -> None:
             f"at most {window}",
         ),
     )
+    _check_adapter(on, train)
     try:
         check_schedule(run, run.max_steps)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _check_adapter(on: Collection[str], train: "Train") -> None:
+    """Raise UsageError for flags of an adapter without one, and for what an adapter cannot hold."""
+    rank = train.train.lora_rank
+    refuse(
+        (
+            rank is None and bool({"lora_alpha", "lora_dropout", "lora_targets"} & set(on)),
+            "--lora-alpha, --lora-dropout and --lora-targets are for --lora-rank: give it, or "
+            "leave them out",
+        ),
+        (
+            rank is not None and train.init is None and not train.resume,
+            "--lora-rank needs --init: an adapter is trained beside a model that has learnt",
+        ),
+        (
+            rank is not None and train.resize_vocab,
+            "--resize-vocab adds rows to the model, and an adapter holds none of them: leave out "
+            "--lora-rank or --resize-vocab",
+        ),
+    )
 
 
 def check_search(given: Mapping[str, Any]) -> None:

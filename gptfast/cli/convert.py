@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from gptfast.checks import one_line
-from gptfast.cli.flags import Positional
+from gptfast.cli.flags import Positional, UsageError
 from gptfast.cli.ranges import check_whole
 from gptfast.config import MAX_SIZE
 from gptfast.data.embedded import embedded_text
@@ -19,6 +19,7 @@ from gptfast.model import GPT
 from gptfast.tokenizer.bpe import end_of_text
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.weights.convert import check, check_name, format_of, save
+from gptfast.weights.open import is_adapter
 from gptfast.weights.packed import is_packed
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Convert:
     gptfast convert gpt2 gpt2-int8 --dtype int8
 
     gptfast convert gpt2 gpt2-int4 --dtype int4
+
+    gptfast convert --merge runs/tuned tuned
     """
 
     src: Positional[str]
@@ -79,11 +82,20 @@ class Convert:
     resize_vocab: int | None = None
     """Give the model this many tokens, for a vocabulary that grew. The rows of the new tokens are
     the mean of the old ones."""
+    merge: bool = False
+    """SRC is an adapter (of gptfast train --lora-rank or of peft): write its base with the adapter
+    in it."""
 
     def __post_init__(self) -> None:
         check_whole(self, "n_head", "resize_vocab", most=MAX_SIZE)
 
     def run(self) -> None:
+        if is_adapter(self.src) != self.merge:
+            raise UsageError(
+                f"{self.src} is no adapter: leave out --merge"
+                if self.merge
+                else f"{self.src} is an adapter: --merge writes its base with the adapter in it"
+            )
         if self.to == "packed" or self.dtype in ("int8", "int4"):
             self._pack()
             return

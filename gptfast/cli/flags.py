@@ -31,7 +31,9 @@ _METAVARS = {
     **dict.fromkeys(("data", "config", "hellaswag"), "FILE"),
     **dict.fromkeys(("init", "draft"), "MODEL"),
     **dict.fromkeys(("prompt", "sample_prompt", "stop", "template"), "TEXT"),
-    **dict.fromkeys(("tokenizer", "tasks", "allow_special", "freeze", "device"), "NAME"),
+    **dict.fromkeys(
+        ("tokenizer", "tasks", "allow_special", "freeze", "lora_targets", "device"), "NAME"
+    ),
     **dict.fromkeys(("text_field", "prompt_field", "completion_field"), "NAME"),
     **{"grid": "NAME=VALUE,VALUE", "random": "NAME=LOW:HIGH", "lr_range": "LOW HIGH"},
 }

@@ -37,6 +37,7 @@ from gptfast.data.token_files import Documents
 from gptfast.data.tokens import Source, check_rows, fingerprint
 from gptfast.dtensor import own_parts
 from gptfast.files import LOCK_TIMEOUT_S, lock
+from gptfast.lora import adapter_state
 from gptfast.model import GPT, empty_model
 from gptfast.ops.library import backend_of, operators
 from gptfast.tokenizer.bpe import BPETokenizer, Tokenizer
@@ -48,8 +49,10 @@ from gptfast.training.log import say
 from gptfast.training.step import matmul_precision
 from gptfast.training.trainer import SAMPLE_MIN_P, Trainer
 from gptfast.training.world import World
+from gptfast.weights.adapter import read_config
 from gptfast.weights.checkpoint import checkpoints, read_settings
-from gptfast.weights.open import open_weights, tokenizer_of
+from gptfast.weights.lazy_tensor import CheckpointError
+from gptfast.weights.open import base_name, is_adapter, open_weights, tokenizer_of
 
 # Learns from the embedded text in two to three minutes on two cores: docs/first_run.md.
 SMALL_MODEL = GPTConfig(vocab_size=1, block_size=128, n_layer=4, n_head=4, n_embd=256)
@@ -245,8 +248,16 @@ class Train(Reading):
         return world.size > 1 and self.train.parallel in ("fsdp", "hsdp")
 
     def _load_init(self, model: GPT) -> None:
-        """Copy the weights of --init, if it is given and this run begins, into the model."""
-        if self.init is not None and not self._continues():
+        """Copy the weights of --init, or those beside an adapter that goes on, into the model."""
+        if self._continues():
+            if self.train.lora_rank is not None:
+                load_weights(model, adapter_base(self.train.out))
+        elif self.init is not None:
+            if self.train.lora_rank is not None and is_adapter(self.init):
+                raise ValueError(
+                    f"--init {self.init} is an adapter itself: gptfast convert --merge "
+                    f"{self.init} DIR makes a model of it, for --init DIR"
+                )
             load_weights(model, self.init, resize_vocab=self.resize_vocab)
 
     def _rows(self, n_vocab: int) -> int:
@@ -273,9 +284,8 @@ class Train(Reading):
     def _introduce(self, trainer: Trainer, sources: list[Source], T: int) -> None:
         """Print the size of the data, the model and the run."""
         unit = "documents" if isinstance(sources[0], Documents) else "tokens"
-        n_params = sum(p.numel() for p in trainer.model.parameters())
         say(
-            f"{sum(map(len, sources)):,} {unit}, {n_params:,} parameters, "
+            f"{sum(map(len, sources)):,} {unit}, {_size(trainer.model)}, "
             f"{trainer.total_steps} steps of "
             f"{batch_size_of(trainer.train_loader) * self.train.accumulation_steps} x {T} tokens "
             f"on {_places(trainer)}, "
@@ -298,6 +308,13 @@ class Train(Reading):
             tokens = batch_size_of(trainer.train_loader) * T
             if advice := precision_advice(trainer.model.config, tokens, self.train.precision):
                 say(advice)
+
+
+def _size(model: GPT) -> str:
+    """Return how many parameters a model has, in words."""
+    own = sum(x.numel() for x in adapter_state(model).values())
+    n = sum(p.numel() for p in model.parameters()) - own
+    return f"{n:,} parameters" + (f" and {own:,} of an adapter" if own else "")
 
 
 def _places(trainer: Trainer) -> str:
@@ -350,6 +367,14 @@ def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
     return apply(command, file, given["config"]) if file else command
 
 
+def adapter_base(out: str) -> str:
+    """Return the base of the adapter that a run in `out` has saved. Raises CheckpointError."""
+    name = read_config(checkpoints(out)[-1]).base
+    if name is None:
+        raise CheckpointError(f"{out} does not say which model its adapter is for")
+    return name
+
+
 def load_weights(model: GPT, path: str | PathLike, *, resize_vocab: bool = False) -> None:
     """Copy the weights at `path`, and the ids that end a text there, into `model`.
 
@@ -361,4 +386,4 @@ def load_weights(model: GPT, path: str | PathLike, *, resize_vocab: bool = False
     if resize_vocab:
         weights = weights.resized(model.config.vocab_size)
     weights.copy_to(model.config, own_parts(model.state_dict()))
-    model.eos_ids = weights.eos_ids
+    model.eos_ids, model.source = weights.eos_ids, base_name(path)

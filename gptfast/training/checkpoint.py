@@ -30,12 +30,16 @@ from gptfast import dtensor
 from gptfast.config import GPTConfig
 from gptfast.device import random_state, restore_random_state
 from gptfast.files import fsync, hidden, json_text, new_directory, replace_link, write_files
+from gptfast.lora import adapter_state, load_adapter
 from gptfast.model import GPT, check_saveable
 from gptfast.training.state_tensors import read_state_tensors
+from gptfast.weights import adapter
+from gptfast.weights.adapter import AdapterConfig, adapter_files
 from gptfast.weights.checkpoint import (
     CHECKPOINT_FORMAT,
     checkpoints,
     digest,
+    is_adapter,
     read_state,
     sha256,
 )
@@ -49,10 +53,11 @@ class Snapshot:
 
     config: GPTConfig
     weights: Mapping[str, Tensor]
-    """By name; where several processes have parts, this one's."""
+    """By name; where several processes have parts, this one's; of a model with adapters, these."""
     state: Mapping[str, Tensor] | None
     """The optimizer's, named <parameter>.<key>; None for a checkpoint of the model only."""
     rng: list[str]
+    adapter: AdapterConfig | None = None
 
     @classmethod
     def of(cls, model: GPT, optimizer: torch.optim.Optimizer | None) -> "Snapshot":
@@ -65,7 +70,8 @@ class Snapshot:
                 for key, value in optimizer.state.get(param, {}).items()
             }
         rng = [_text(rng) for rng in random_state()]
-        return cls(model.config, local_state(model), state, rng)
+        weights = local_state(model) if model.adapter is None else adapter_state(model)
+        return cls(model.config, weights, state, rng, model.adapter)
 
     def copied(self) -> "Snapshot":
         """Return a copy in main memory, which the next step does not change."""
@@ -163,17 +169,32 @@ def _write_files(
     shards: ShardWriter | None,
 ) -> dict[str, str]:
     """Write all files but state.json; return the SHA-256 of each."""
-    dtype = snapshot.weights["wte.weight"].dtype
-    texts = {"config.json": json_text(hf_config(snapshot.config, dtype, ends)), **texts}
     tensors: dict[str, dict[str, Tensor]] = {}
-    if shards is None:
-        tensors["model.safetensors"] = hf_tensors(snapshot.config, snapshot.weights)
-        if snapshot.state is not None:
-            state = {name: x.cpu().contiguous() for name, x in snapshot.state.items()}
-            tensors["optimizer.safetensors"] = state
+    metadata: dict[str, str] = {}
+    if snapshot.adapter is not None:
+        named, metadata, text = adapter_files(snapshot.adapter, snapshot.weights)
+        tensors[adapter.TENSORS] = named
+        texts = {adapter.CONFIG: text, **_ends_file(ends), **texts}
+    else:
+        dtype = snapshot.weights["wte.weight"].dtype
+        texts = {"config.json": json_text(hf_config(snapshot.config, dtype, ends)), **texts}
+        if shards is None:
+            tensors["model.safetensors"] = hf_tensors(snapshot.config, snapshot.weights)
+    if shards is None and snapshot.state is not None:
+        state = {name: x.cpu().contiguous() for name, x in snapshot.state.items()}
+        tensors["optimizer.safetensors"] = state
     written = {} if shards is None else shards.write(directory, snapshot)
-    write_files(directory, tensors, texts)
+    write_files(directory, tensors, texts, metadata)
     return written | {name: sha256(directory / name) for name in (*tensors, *texts)}
+
+
+def _ends_file(ends: Ends) -> dict[str, str]:
+    """Return the file that says which ids end a text, for an adapter, which has no config.json."""
+    return (
+        {}
+        if ends.eos is None
+        else {"generation_config.json": json_text({"eos_token_id": ends.eos})}
+    )
 
 
 def _link_best(folder: Path, best: int | None) -> None:
@@ -230,6 +251,12 @@ def load_checkpoint(
         raise ValueError(
             f"{path} holds the model only and cannot be resumed; start from its weights (--init)"
         )
+    has_adapter = is_adapter(path)
+    if has_adapter != (model.adapter is not None):
+        one, other = ("an adapter", "a whole model")[:: 1 if has_adapter else -1]
+        raise ValueError(
+            f"{path} holds {one}, and {other} is trained now; leave --lora-rank as it was"
+        )
     names = dict(model.named_parameters())
     saved = read_state_tensors(files)
     for key in saved:
@@ -237,7 +264,10 @@ def load_checkpoint(
             raise ValueError(
                 f"{path} has optimizer state for {name!r}, which the model does not have"
             )
-    open_directory(path).copy_to(model.config, dtensor.own_parts(model.state_dict()))
+    if has_adapter:
+        load_adapter(path, model)
+    else:
+        open_directory(path).copy_to(model.config, dtensor.own_parts(model.state_dict()))
     for key, stored in saved.items():
         name, _, field = key.rpartition(".")
         optimizer.state[names[name]][field] = stored.read_for(names[name], path)

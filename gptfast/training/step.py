@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gptfast.config import TrainConfig
 from gptfast.device import moved, random_state, restore_random_state
 from gptfast.dropout import Rows, draw_seed
+from gptfast.lora import add_adapters
 from gptfast.model import GPT, foreign_part
 from gptfast.modules import has_dropout, has_hooks
 from gptfast.ops.backend import chosen_backend
@@ -22,6 +23,7 @@ from gptfast.torch_private import any_global_hooks, has_gradient_hooks, has_step
 from gptfast.training.cuda_graph import StepGraph, recorder_for
 from gptfast.training.drawn import draw_parts
 from gptfast.training.guard import Fault, Guard
+from gptfast.weights.adapter import AdapterConfig
 
 Batch = tuple[Tensor, Tensor]
 """Input ids and targets, each (B, T) int64. A target of -100 is masked: it has no loss."""
@@ -58,6 +60,15 @@ def matmul_precision(config: TrainConfig) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
+def adapt(model: GPT, config: TrainConfig) -> None:
+    """Give a model the adapters of config.lora_rank, if any. Raises ValueError if it has others."""
+    if config.lora_rank is not None:
+        settings = (config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+        add_adapters(model, AdapterConfig(*settings))
+    elif model.adapter is not None:
+        raise ValueError("the model has an adapter: train it with its lora_rank, or merge it first")
+
+
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Exclude the parameters whose names match one of the patterns from training.
 
@@ -91,8 +102,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 class TrainStep:
     """A model with its optimizer and its guard. `run` takes one optimizer step.
 
-    Applies config.freeze, activation_checkpointing, skip_below and compile to the model, and
-    config.cuda_graph on a GPU. log: takes a line about a graph that cannot be made.
+    Applies config.lora_rank, freeze, activation_checkpointing, skip_below and compile to the model,
+    and config.cuda_graph on a GPU. log: takes a line about a graph that cannot be made.
     """
 
     def __init__(
@@ -103,6 +114,7 @@ class TrainStep:
         log: Callable[[str], None] = print,
     ) -> None:
         self.config, self.device = config, device
+        adapt(model, config)
         freeze(model, config.freeze)
         model.activation_checkpointing = config.activation_checkpointing
         model.skip_below = config.skip_below
@@ -275,7 +287,7 @@ class TrainStep:
         """Return why a graph would not do what the step does, or None."""
         if hook := self._hook():
             return hook
-        part = foreign_part(self.raw_model)
+        part = foreign_part(self.raw_model, adapters=True)
         if part is not None:
             return f"the model is not a GPT as gptfast makes it, {part}"
         if self.config.activation_checkpointing and has_dropout(self._parts):

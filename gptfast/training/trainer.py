@@ -76,6 +76,8 @@ class Trainer:
             if loader is not None and not isinstance(loader.batch_sampler, BatchOrder):
                 raise ValueError("the loaders must come from gptfast.create_dataloader")
         self.world = world_of(config)
+        if config.lora_rank is not None and self.world.size > 1:
+            raise ValueError("lora_rank trains in one process: start it without torchrun")
         self.log = RunLog() if self.world.is_first else QuietLog()
         self._feed: Feed | None = None
         self.device = self.world.device(config.device)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.files import json_text
-from gptfast.weights import transformers
+from gptfast.weights import adapter, transformers
 from gptfast.weights.lazy_tensor import CheckpointError, parse_json, read_text
 from gptfast.weights.weights import Weights, named_or_kept, tokenizer_in
 
 CHECKPOINT_FORMAT = 2
+_MODELS = (("config.json", "model.safetensors"), adapter.FILES)
 
 
 def is_run(path: Path) -> bool:
@@ -46,7 +47,7 @@ def find_checkpoint(path: str | PathLike) -> Path:
     if not path.is_dir():
         why = "it is not a directory" if path.exists() else "there is no such directory"
         raise CheckpointError(f"{path} is not a checkpoint: {why}")
-    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+    if files_of_model(path):
         return path
     if found := checkpoints(path):
         return found[-1]
@@ -56,20 +57,33 @@ def find_checkpoint(path: str | PathLike) -> Path:
     )
 
 
-def open_directory(path: Path) -> Weights:
-    """Return the weights of `find_checkpoint(path)`, with the tokenizer of its settings.
+def files_of_model(path: Path) -> tuple[str, str] | None:
+    """Return which two files of a directory are a model or an adapter; None if it has neither."""
+    return next((two for two in _MODELS if all((path / name).is_file() for name in two)), None)
 
-    The SHA-256 of the model's files is checked where state.json records them. Raises
-    CheckpointError.
+
+def is_adapter(path: Path) -> bool:
+    """Return whether a directory is an adapter in peft's form."""
+    return files_of_model(path) == adapter.FILES
+
+
+def open_directory(directory: Path, base: Weights | None = None) -> Weights:
+    """Return the weights of a directory with `files_of_model`, with the tokenizer of its settings.
+
+    base: for an adapter, what it is merged into. The SHA-256 of the files is checked where
+    state.json records them. Raises CheckpointError.
     """
-    directory = find_checkpoint(path)
-    if not (directory / "state.json").is_file():
-        return transformers.open_directory(directory)
-    state = _read_state(directory)
-    _verify(directory, state, ("config.json", "model.safetensors"))
-    weights = transformers.open_directory(directory)
-    recorded = state.get("config", {}).get("vocabulary")
-    return replace(weights, tokenizer=own_tokenizer(directory), vocabulary=recorded)
+    recorded = _read_state(directory) if (directory / "state.json").is_file() else None
+    if recorded is not None:
+        _verify(directory, recorded, files_of_model(directory) or ())
+    if base is None:
+        weights = transformers.open_directory(directory)
+    else:
+        weights = adapter.merged(base, directory)
+    if recorded is None:
+        return weights
+    vocabulary = recorded.get("config", {}).get("vocabulary")
+    return replace(weights, tokenizer=own_tokenizer(directory), vocabulary=vocabulary)
 
 
 def own_tokenizer(directory: Path) -> str | None:
@@ -135,7 +149,7 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"expected {CHECKPOINT_FORMAT}"
         )
     sums = state.get("sha256")
-    if not isinstance(sums, dict) or not {"config.json", "model.safetensors"} <= sums.keys():
+    if not isinstance(sums, dict) or not any(sums.keys() >= {*two} for two in _MODELS):
         raise CheckpointError(f"{path / 'state.json'} is damaged: it has no SHA-256 of the files")
     # Compare the text too: the digest is the same for another spelling of a number.
     if state.get("digest") != digest(state) or text != json_text(state):

@@ -130,9 +130,9 @@ def _adapter(path: Path) -> str | None:
     except CheckpointError:
         base = "its base model"
     return (
-        f"it is an adapter of peft for {base:.100}, not a whole model; merge it in Python: peft."
-        f"AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload()."
-        "save_pretrained(DIR), then give DIR"
+        f"it is an adapter of peft for {base:.100} without adapter_model.safetensors; save it "
+        "again in Python: peft.AutoPeftModelForCausalLM.from_pretrained("
+        f"{str(path)!r}).save_pretrained(DIR), then give DIR"
     )
 
 

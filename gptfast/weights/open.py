@@ -6,7 +6,7 @@ from typing import Any
 
 from gptfast.checks import one_line
 from gptfast.files import cache_directory
-from gptfast.weights import checkpoint, found_in, llmc, openai, transformers
+from gptfast.weights import adapter, checkpoint, found_in, llmc, openai, transformers
 from gptfast.weights.lazy_tensor import CheckpointError, read_safetensors, safetensors_metadata
 from gptfast.weights.packed import is_packed
 from gptfast.weights.pickles import read_pickles
@@ -41,7 +41,10 @@ def tokenizer_of(path: str | PathLike) -> str | None:
     if checkpoint.is_run(found):
         if name := checkpoint.own_tokenizer(checkpoint.find_checkpoint(found)):
             return name
-    return tokenizer_in(found if found.is_dir() else found.parent)
+    if own := tokenizer_in(found if found.is_dir() else found.parent):
+        return own
+    base = adapter.read_config(found).base if checkpoint.is_adapter(found) else None
+    return tokenizer_of(base) if base is not None and not is_adapter(base) else None
 
 
 def _find(path: str | PathLike) -> Path:
@@ -59,7 +62,7 @@ def _find(path: str | PathLike) -> Path:
 
 
 def _open_directory(path: Path) -> Weights:
-    ours = (path / "config.json").is_file() and (path / "model.safetensors").is_file()
+    ours = checkpoint.files_of_model(path) is not None
     if (path / "hparams.json").is_file() and not ours:
         return openai.open_directory(path)
     if (path / "config.json").is_file() and not ours:
@@ -75,7 +78,44 @@ def _open_directory(path: Path) -> Weights:
         )
     if not ours and not checkpoint.checkpoints(path):
         raise CheckpointError(f"{path} is not a checkpoint: {found_in.directory(path)}")
-    return checkpoint.open_directory(path)
+    directory = checkpoint.find_checkpoint(path)
+    base = _open_base(directory) if checkpoint.is_adapter(directory) else None
+    return checkpoint.open_directory(directory, base)
+
+
+def _open_base(directory: Path) -> Weights:
+    """Return the weights that an adapter says it is for."""
+    name = adapter.read_config(directory).base
+    if name is None:
+        raise CheckpointError(
+            f"{directory} does not say which model it is an adapter of: write its path or name "
+            f"into {adapter.CONFIG}, as base_model_name_or_path"
+        )
+    if is_adapter(name):
+        raise CheckpointError(
+            f"{directory} is an adapter of {name}, which is an adapter itself; gptfast convert "
+            f"--merge {name} DIR makes a model of that one"
+        )
+    try:
+        return open_weights(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory} is an adapter of {name}: {error}") from None
+
+
+def is_adapter(path: str | PathLike) -> bool:
+    """Return whether a path is an adapter of peft's form, or a run that trains one."""
+    found = Path(path)
+    latest = checkpoint.checkpoints(found)
+    return checkpoint.is_adapter(latest[-1] if latest else found)
+
+
+def base_name(path: str | PathLike) -> str:
+    """Return what an adapter records as its base: a preset's name, else an absolute path."""
+    if not Path(path).exists():
+        return found_in.preset_of(str(path)) or str(path)
+    found = _find(path)
+    is_run = found.is_dir() and not checkpoint.files_of_model(found) and checkpoint.is_run(found)
+    return str((checkpoint.find_checkpoint(found) if is_run else found).resolve())
 
 
 def _open_file(path: Path, n_head: int | None) -> Weights:

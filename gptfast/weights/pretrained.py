@@ -14,6 +14,8 @@ from gptfast.files import json_text, new_files, write_files
 from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 from gptfast.tokenizer.characters import CHARACTERS_JSON
 from gptfast.tokenizer.vocabulary import get_tokenizer
+from gptfast.weights import adapter
+from gptfast.weights.adapter import AdapterConfig, adapter_files
 from gptfast.weights.lazy_tensor import read_text
 from gptfast.weights.names import CONV1D
 from gptfast.weights.safetensors_file import Layout
@@ -52,6 +54,22 @@ def save_model(
     # Files of another tokenizer, which would be taken before ours.
     for name in set(_TOKENIZER_FILES) - vocabulary.keys() if vocabulary else ():
         (Path(directory) / name).unlink(missing_ok=True)
+
+
+def save_adapter(
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    directory: str | PathLike,
+    tokenizer: Tokenizer | str | None = None,
+) -> None:
+    """Write an adapter in peft's form, and the tokenizer's files, into a directory.
+
+    tensors: by the names of GPT's parameters, which end in lora_A and lora_B. Raises OSError.
+    """
+    named, metadata, text = adapter_files(config, tensors)
+    texts = {adapter.CONFIG: text, **tokenizer_texts(tokenizer)[0]}
+    with new_files(Path(directory)) as files:
+        write_files(files, {adapter.TENSORS: named}, texts, metadata)
 
 
 class Ends(NamedTuple):

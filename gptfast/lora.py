@@ -1,0 +1,169 @@
+"""LoRA (Hu et al., 2021): a frozen linear layer plus a trained product of a small rank r.
+
+    y = x W^T + b  +  (alpha / r) drop(x) A^T B^T        A (r, C), B (O, r)
+A is drawn as peft draws it and B is zero, so that a new adapter changes nothing. The frozen product
+and both small ones are `ops.linear`: each normalises x itself, the last adds what the first gave,
+and no gradient of W is computed. weights/adapter.py reads and writes adapters.
+"""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptfast import ops
+from gptfast.dropout import Rows, drop
+from gptfast.ops.linear import Norm
+from gptfast.weights.adapter import (
+    AdapterConfig,
+    fingerprint,
+    is_target,
+    read_config,
+    read_tensors,
+)
+
+if TYPE_CHECKING:
+    from gptfast.model import GPT
+
+
+class LoRALinear(nn.Linear):
+    """The linear layer `base`, which is frozen, with an adapter.
+
+    Its parameters keep their names; the adapter's are lora_A (r, C) and lora_B (O, r).
+    """
+
+    def __init__(self, base: nn.Linear, config: AdapterConfig) -> None:
+        nn.Module.__init__(self)  # it has the base's weight, and draws none
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        like, rank = base.weight.detach(), config.rank
+        self.lora_A = nn.Parameter(like.new_empty(rank, base.in_features))  # (r, C)
+        self.lora_B = nn.Parameter(like.new_zeros(base.out_features, rank))  # (O, r)
+        self.lora_drop = nn.Dropout(config.dropout)
+        self.scale = config.scale(rank)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (..., O) for x (..., C)."""
+        return layer_of(self)(x)
+
+
+class Layer(NamedTuple):
+    """What stands for a call of a linear layer: its tensors, and its adapter if it has one."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapter: LoRALinear | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        rows: Rows | None = None,
+    ) -> Tensor:
+        """Return the layer of x (..., C), or of its norm, plus a residual (..., O)."""
+        y = ops.linear(x, self.weight, self.bias, norm=norm, residual=residual)
+        if self.adapter is None:
+            return y
+        A, B, dropout = self.adapter.lora_A, self.adapter.lora_B, self.adapter.lora_drop
+        if dropout.training and dropout.p > 0:
+            if norm is not None:
+                x = F.layer_norm(x, x.shape[-1:], *norm)
+            low = ops.linear(drop(dropout, x, rows), A)
+        else:
+            low = ops.linear(x, A, norm=norm)  # (..., r)
+        return ops.linear(low, self.adapter.scale * B, residual=y)
+
+
+def layer_of(module: LoRALinear) -> Layer:
+    """Return the tensors of a layer with an adapter."""
+    return Layer(module.weight, module.bias, module)
+
+
+def add_adapters(model: "GPT", config: AdapterConfig) -> None:
+    """Freeze a GPT and put adapters beside the layers that config.targets names.
+
+    The model records the adapter's configuration and the fingerprint of the weights that it is for
+    as `model.adapter`. A model that has this adapter already is left as it is. Raises ValueError if
+    it has another, and for a target that no layer matches.
+    """
+    if model.adapter is not None:
+        if model.adapter.settings() == config.settings():
+            return
+        raise ValueError(
+            "the model has an adapter of other settings already; load its base again "
+            "(GPT.from_pretrained) for another one"
+        )
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and name.startswith("h.")
+    }
+    for target in config.targets:
+        if not any(is_target(name, (target,)) for name in layers):
+            names = "c_attn, attn.c_proj, c_fc, mlp.c_proj, or c_proj for both of this name"
+            raise ValueError(f"lora_targets: no layer is called {target!r}; take of {names}")
+    mark = fingerprint(model.state_dict())
+    model.requires_grad_(False)
+    for name, module in layers.items():
+        if is_target(name, config.targets):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, LoRALinear(module, config))
+    model.adapter = config.of_base(model.source, mark)
+
+
+def is_adapter_name(name: str) -> bool:
+    """Return whether a parameter's name is that of a part of an adapter."""
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the values of all adapters of a model, by the names of its parameters."""
+    return {name: t.detach() for name, t in model.named_parameters() if is_adapter_name(name)}
+
+
+@torch.no_grad()
+def load_adapter(directory: Path, model: "GPT") -> None:
+    """Copy the adapter in a directory into those of a model, which must have the same settings.
+
+    Raises CheckpointError for damaged files, and ValueError, with nothing changed, if model and
+    files differ in settings or in the base that they are for.
+    """
+    if model.adapter is None:
+        raise ValueError(f"{directory} is an adapter, and the model has none: add_adapters first")
+    saved, parts, own = read_config(directory), read_tensors(directory), adapter_state(model)
+    if saved.settings() != model.adapter.settings() or parts.keys() != own.keys():
+        raise ValueError(
+            f"{directory} has an adapter of other settings ({saved.described()}) than the model "
+            f"({model.adapter.described()}); leave the flags of --lora out"
+        )
+    if saved.fingerprint not in (None, model.adapter.fingerprint):
+        raise ValueError(
+            f"{directory} was trained on another base than the model has; load that one "
+            f"({saved.base})"
+        )
+    for name, values in own.items():
+        if parts[name].shape != values.shape:
+            raise ValueError(f"{directory} does not fit the model: its {name} has another shape")
+    for name, values in own.items():
+        values.copy_(parts[name].read())
+
+
+@torch.no_grad()
+def merge_adapters(model: "GPT") -> None:
+    """Add each adapter of a GPT to the weight beside it, and take it away. All is trained again."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            delta = module.scale * (module.lora_B.float() @ module.lora_A.float())  # (O, C)
+            module.weight.copy_(module.weight.float() + delta)
+            parent, _, leaf = name.rpartition(".")
+            merged = nn.Linear(module.in_features, module.out_features, device="meta")
+            merged.weight, merged.bias = module.weight, module.bias
+            setattr(model.get_submodule(parent), leaf, merged.train(module.training))
+    model.adapter = None
+    model.requires_grad_(True)
