@@ -64,9 +64,10 @@ def test_every_step_is_there(outputs: dict[str, str]) -> None:
     commands = [command.split()[0] for command in outputs]
     assert commands == [
         *("train", "prepare", "eval"),
-        *("train", "train", "search", "eval", "generate"),
+        *("train", "train", "train", "convert", "search", "eval", "generate"),
     ]
-    assert any("--freeze" in command for command in outputs)
+    for flag in ("--freeze", "--lora-rank"):
+        assert any(flag in command for command in outputs)
     for flag in ("--init", "--grid lr=", "--stop"):
         assert any(flag in command for command in outputs)
 

@@ -16,6 +16,7 @@ from gptfast.cli.settings import apply
 from gptfast.cli.threads import set_threads
 from gptfast.config import GPTConfig, parameter_shapes
 from gptfast.device import peak_memory, threads_of
+from gptfast.model import GPT
 from gptfast.training.flops import flops_per_token
 from gptfast.training.log import say
 from gptfast.training.schedule import learning_rate
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 MEASURED_STEPS = 3
 """Steps that a dry run takes. The first is slower, and does not count."""
 TRAINED_BYTES = 16
-"""Bytes per parameter in training: fp32 weights, gradients and two moments."""
+"""Bytes per trained parameter: fp32 weights, gradients and two moments."""
+FROZEN_BYTES = 4
+"""Bytes per frozen parameter, in training and in a checkpoint that holds it."""
 SAVED_BYTES = 12
-"""Bytes per parameter in a checkpoint: weights and two moments."""
+"""Bytes per trained parameter in a checkpoint: weights and two moments."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,20 @@ def plan_run(trainer: Trainer, *, resume: bool) -> None:
         f"batches: {len(trainer.train_loader):,} for training, {len(trainer.val_loader):,} for "
         f"validation; {trainer.total_steps:,} steps are {epochs:.3g} epochs"
     )
-    if not _fits(n):
+    trained, frozen = _trained_and_frozen(trainer.model)
+    state = trained * TRAINED_BYTES + frozen * FROZEN_BYTES
+    if not _fits(state):
         return
     measured = measure(trainer)
     kept = config.keep + config.keep_best
-    print(f"memory: {_size(measured.memory)}, of which training state {_size(n * TRAINED_BYTES)}")
-    print(
-        f"disk: {_size(n * (SAVED_BYTES if config.save_optimizer else 4))} for each of up to "
-        f"{kept} checkpoints in {config.out}"
-    )
+    adapter = trainer.model.adapter
+    if adapter is not None:
+        print(f"adapter: {trained:,} parameters ({adapter.described()})")
+    print(f"memory: {_size(measured.memory)}, of which training state {_size(state)}")
+    saved = trained * (SAVED_BYTES if config.save_optimizer else FROZEN_BYTES)
+    if adapter is None:  # an adapter is saved alone
+        saved += frozen * FROZEN_BYTES
+    print(f"disk: {_size(saved)} for each of up to {kept} checkpoints in {config.out}")
     left = max(0, trainer.total_steps - done)
     per_evaluation = _evaluation_batches(trainer)
     evaluations = left // config.eval_interval + (done == 0)
@@ -101,7 +109,7 @@ def plan_search(common: "Train", trials: Sequence[dict[str, Any]], jobs: int) ->
     jobs = min(jobs, len(trials))
     commands = [trial_settings(common, trial) for trial in trials]
     trainer, _, _ = commands[0].trainer()
-    if not _fits(parameter_count(trainer.model.config), jobs):
+    if not _fits(parameter_count(trainer.model.config) * TRAINED_BYTES, jobs):
         return
     shared = jobs > 1 and "OMP_NUM_THREADS" not in os.environ
     set_threads(common.threads or (threads_of(jobs) if shared else None))
@@ -204,12 +212,21 @@ def _evaluation_batches(trainer: Trainer) -> int:
     )
 
 
-def _fits(parameters: int, jobs: int = 1) -> bool:
-    """Return whether the training state of `jobs` runs fits into memory; if not, say so."""
+def _trained_and_frozen(model: GPT) -> tuple[int, int]:
+    """Return the numbers of parameters that a run trains, and of those that it does not."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in model.parameters()) - trained
+
+
+def _fits(state: int, jobs: int = 1) -> bool:
+    """Return whether the training state of `jobs` runs, in bytes each, fits into memory.
+
+    If not, say so.
+    """
     status = Path("/proc/meminfo")
     lines = status.read_text().splitlines() if status.exists() else []
     free = next((int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line), None)
-    needed = parameters * TRAINED_BYTES * jobs
+    needed = state * jobs
     if free is None or needed < free:
         return True
     fewer = ", fewer --jobs" if jobs > 1 else ""
