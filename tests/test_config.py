@@ -170,3 +170,9 @@ def test_configs_are_frozen(config: GPTConfig | TrainConfig) -> None:
     field = dataclasses.fields(config)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(config, field, 1)
+
+
+def test_matmul_precision_is_for_fp32() -> None:
+    assert TrainConfig(matmul_precision="high").matmul_precision == "high"
+    with pytest.raises(ValueError, match="matmul_precision high is for precision fp32"):
+        TrainConfig(matmul_precision="high", precision="bf16")

@@ -230,10 +230,39 @@ def test_fp32_products_where_bf16_is_not_faster(level: str, precision: str) -> N
     """On such CPUs every setting gives the bits of the highest one."""
     if level in (*TILES, "avx512_bf16"):
         pytest.skip("bf16 is faster here")
-    x, weight = torch.randn(70, 300), torch.randn(50, 300)
-    found = ours(x, weight)
+    found = fp32_operations()
     torch.set_float32_matmul_precision("highest")
-    assert torch.equal(found, ours(x, weight))
+    assert all(map(torch.equal, found, fp32_operations()))
+
+
+def test_the_librarys_fp32_products_stay_fp32(precision: str) -> None:
+    """PyTorch's own ones would be bf16 with "medium", and slower where the CPU lacks bf16."""
+    EXTENSION.set_matmul_provider("library")
+    found = fp32_operations()
+    EXTENSION.set_matmul_provider(PRODUCTS)
+    x, weight, bias, residual = (t.double() for t in fp32_tensors())
+    wanted = [plain(x, weight, bias), plain(x, weight, bias, residual)]
+    wanted += [plain(x[:, ::2], weight[:, ::2]), plain(x[:1].expand(70, 40), weight)]
+    wanted += [residual @ weight, residual.T @ x]
+    for one, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, exact.float(), rtol=0, atol=2e-5)
+
+
+def fp32_tensors() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = (70, 40), (50, 40), (50,), (70, 50)
+    return [torch.randn(*shape, generator=generator) for shape in shapes]
+
+
+def fp32_operations() -> list[Tensor]:
+    """Return results of products with each kind of operands: apart, expanded, transposed."""
+    x, weight, bias, residual = fp32_tensors()
+    backward = torch.ops.gptfast.linear_bwd(
+        residual, x, None, None, 0.0, weight, None, torch.empty(0, 2), True, True
+    )
+    found = [ours(x, weight, bias), ours(x, weight, bias, residual)]
+    found += [ours(x[:, ::2], weight[:, ::2]), ours(x[:1].expand(70, 40), weight)]
+    return [*found, backward[0], backward[3]]
 
 
 @pytest.mark.parametrize("level", TILES, indirect=True)
