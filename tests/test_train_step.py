@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptfast import GPT, TrainConfig
 from gptfast.ops.backend import EXTENSION
-from gptfast.training.step import RefusedStep, TrainStep, freeze
+from gptfast.training.step import RefusedStep, TrainStep, freeze, matmul_precision
 
 CPU = torch.device("cpu")
 
@@ -220,3 +220,12 @@ def test_a_refused_step_leaves_no_trace() -> None:
         step.run([batch(2, 9, 5)], 1e-4)
     assert step.guard.state_dict() == judged
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_matmul_precision_lasts_as_long_as_its_context() -> None:
+    before = torch.get_float32_matmul_precision()
+    with matmul_precision(TrainConfig(matmul_precision="medium")):
+        assert torch.get_float32_matmul_precision() == "medium"
+        with matmul_precision(TrainConfig()):
+            assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == before
