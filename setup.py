@@ -49,17 +49,18 @@ class Level(NamedTuple):
 
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-# Loops with dot products of bytes or of bf16.
+# Loops with dot products of bytes or of bf16, and those that also run on tiles.
 PRODUCTS = ("engine_loops.cpp", "matmul_bf16_loops.cpp", "matmul_parts_loops.cpp")
+TILES = (*PRODUCTS, "attention_*_loops.cpp")
 AVX512_BF16 = f"{AVX512} -mavx512vnni -mavx512bf16"
-LEVELS = [Level("generic", ""), Level("amx_emulated", "-DGPTFAST_EMULATED_TILES", PRODUCTS)]
+LEVELS = [Level("generic", ""), Level("amx_emulated", "-DGPTFAST_EMULATED_TILES", TILES)]
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS += [
         Level("avx2", AVX2),
         Level("avx512", AVX512),
         Level("avx512_vnni", f"{AVX512} -mavx512vnni", ("engine_loops.cpp",)),
         Level("avx512_bf16", AVX512_BF16, PRODUCTS),
-        Level("amx", f"{AVX512_BF16} -DGPTFAST_TILES", PRODUCTS),
+        Level("amx", f"{AVX512_BF16} -DGPTFAST_TILES", TILES),
     ]
 CSRC = Path("csrc")
 TABLE = CSRC / "loops_table.cpp"

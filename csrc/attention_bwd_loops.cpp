@@ -2,7 +2,7 @@
 // the softmax, the second normalises and multiplies. One sweep with the saved lse would be less exact: the
 // scores are off by |score| * 6e-8, and with them every P of the query. With the maximum and the sum of the very scores
 // that the second sweep reads, P sums to 1, and the P of a single key is exactly 1.
-#include "attention_tiles.h"
+#include "attention_bf16.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
@@ -164,6 +164,15 @@ RowsAhead rows_ahead(const AttentionArgs& args, int64_t head, int64_t q0, int64_
   return ahead;
 }
 
+// A lane of `zeros` becomes NaN where a number is not finite.
+template <class T, class R>
+void write_key_gradients(const AttentionArgs& args, int64_t b, int64_t h, Matrix<R> dk, Matrix<R> dv, vf& zeros) {
+  for (int64_t t = 0; t < args.Tk; ++t) {
+    write_row(head_data<T>(args.dk, b, h) + t * args.dk.time_stride, dk.row(t), (R)args.scale, args.D, zeros);
+    write_row(head_data<T>(args.dv, b, h) + t * args.dv.time_stride, dv.row(t), (R)1, args.D, zeros);
+  }
+}
+
 // Computes head b, h, one of those before head `end`. Returns whether all numbers were finite.
 template <class T, class R>
 bool bwd_head(const AttentionArgs& args, int64_t b, int64_t h, int64_t end, const BwdSpace<R>& space) {
@@ -180,8 +189,8 @@ bool bwd_head(const AttentionArgs& args, int64_t b, int64_t h, int64_t end, cons
     widen_rows(head_data<T>(args.q, b, h) + q0 * args.q.time_stride, args.q.time_stride, rows, D, q);
     widen_rows(head_data<T>(args.dout, b, h) + q0 * args.dout.time_stride, args.dout.time_stride, rows, D, dout);
     RowsAhead ahead = rows_ahead<T>(args, b * args.H + h, q0, end);
-    transpose_rows(q, rows, DP, split_scale<R>(args.scale).sign, space.q_t);
-    transpose_rows(dout, rows, DP, (R)1, space.dout_t);
+    transpose_rows(q, rows, DP, split_scale<R>(args.scale).sign, {space.q_t, BQ});
+    transpose_rows(dout, rows, DP, (R)1, {space.dout_t, BQ});
     QuerySums<R> sums = {};
     for (R& best : sums.max) best = -INFINITY;
     sum_block(args, head, q0, columns_used<R>(rows), keys_seen, space, ahead, sums);
@@ -191,10 +200,7 @@ bool bwd_head(const AttentionArgs& args, int64_t b, int64_t h, int64_t end, cons
     for (int64_t i = 0; i < rows; ++i)
       write_row(dq + i * args.dq.time_stride, space.dq + i * DP, (R)args.scale, D, zeros);
   }
-  for (int64_t t = 0; t < args.Tk; ++t) {
-    write_row(head_data<T>(args.dk, b, h) + t * args.dk.time_stride, space.dk + t * DP, (R)args.scale, D, zeros);
-    write_row(head_data<T>(args.dv, b, h) + t * args.dv.time_stride, space.dv + t * DP, (R)1, D, zeros);
-  }
+  write_key_gradients<T>(args, b, h, Matrix<R>{space.dk, DP}, Matrix<R>{space.dv, DP}, zeros);
   return finite && sum(zeros) == 0;
 }
 
@@ -223,10 +229,157 @@ int64_t bwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
   return end;
 }
 
+#ifdef GPTFAST_HAS_TILES
+
+struct TileBwdSpace {
+  PaddedRows k, v;                  // (Tk x DP)
+  bf16* k_tiles;                    // k transposed
+  float *dk, *dv;                   // (Tk x DP)
+  PaddedRows q, dout;               // (BQ x DP)
+  float *q_t_pairs, *dout_t_pairs;  // (DP / 2 x BQ)
+  float *q_pairs, *dout_pairs;      // (BQ / 2 x DP)
+  float *dq_t, *dq;                 // (DP x BQ), (BQ x DP)
+  float *p, *ds;                    // (Tk x BQ)
+  bf16* narrow;                     // (BK x BQ)
+  float* ds_pairs;                  // (BK / 2 x BQ)
+  float* shift;                     // (runs x BQ)
+};
+
+// Packs a block of queries and its dout. Returns whether all numbers are finite.
+bool pack_queries(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows,
+                  const TileBwdSpace& space) {
+  const float sign = split_scale<float>(args.scale).sign;
+  const bf16* q = head_data<bf16>(args.q, b, h) + q0 * args.q.time_stride;
+  const bf16* dout = head_data<bf16>(args.dout, b, h) + q0 * args.dout.time_stride;
+  space.q.copy(q, args.q.time_stride, rows, args.D, sign);
+  pair_numbers(space.q, space.q_t_pairs);
+  const bool q_finite = space.q.copy(q, args.q.time_stride, rows, args.D, 1);
+  pair_rows(space.q, space.q_pairs);
+  const bool dout_finite = space.dout.copy(dout, args.dout.time_stride, rows, args.D, 1);
+  pair_numbers(space.dout, space.dout_t_pairs);
+  pair_rows(space.dout, space.dout_pairs);
+  return q_finite && dout_finite;
+}
+
+// Computes a block of queries: sets dq_t, and adds to dk and dv. Returns whether all numbers before those were finite.
+bool bwd_block_on_tiles(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows, RowsAhead& ahead,
+                        const TileBwdSpace& space) {
+  const float log2 = split_scale<float>(args.scale).log2;
+  const int64_t DP = space.q.n, end = round_up(rows, TILE_TERMS), first_query = args.Tk - args.Tq + q0;
+  const auto drop = [&](float* s, const Run& run) {
+    if (args.dropout_p > 0) apply_dropout(s, args, b * args.H + h, first_query, run, end);
+  };
+  const Span keys_seen = tiles_seen_by(args, b, q0, rows);
+  QuerySums<float> sums = {};
+  for (float& best : sums.max) best = -INFINITY;
+  float* shift = space.shift;
+  for_each_run_of_tiles(keys_seen, [&](const Run& run) {
+    const auto [key, keys, column] = run;
+    if (column >= end) return;
+    float *p = space.p + key * BQ, *dp = space.ds + key * BQ;
+    multiply(keys, end - column, DP, rows_operand(space.k.row(key), DP), pairs_operand(space.q_t_pairs + column, BQ),
+             p + column, BQ, false, ahead);
+    multiply(keys, end - column, DP, rows_operand(space.v.row(key), DP), pairs_operand(space.dout_t_pairs + column, BQ),
+             dp + column, BQ, false, ahead);
+    mask_diagonal(p, keys_seen, run, -INFINITY);
+    drop(dp, run);
+    softmax_bwd_sums(p, dp, log2, shift, sums, run, end);
+    shift += BQ;
+  });
+  if (!finite_where_seen(sums.max, keys_seen, rows) || !all_finite(Matrix<float>{sums.p, BQ}, 2, end)) return false;
+  memset(space.dq_t, 0, sizeof(float) * DP * BQ);
+  shift = space.shift;
+  for_each_run_of_tiles(keys_seen, [&](const Run& run) {
+    const auto [key, keys, column] = run;
+    if (column >= end) return;
+    float *p = space.p + key * BQ, *ds = space.ds + key * BQ;
+    softmax_bwd(p, ds, log2, shift, sums, run, end);
+    shift += BQ;
+    drop(p, run);
+    const auto add_over_queries = [&](const float* factors, const float* pairs, float* to) {
+      narrow_scores(factors, keys, column, end, space.narrow);
+      multiply(keys, DP, end - column, rows_operand(space.narrow + column, BQ),
+               pairs_operand(pairs + column / 2 * DP, DP), to + key * DP, DP, true, ahead);
+    };
+    add_over_queries(p, space.dout_pairs, space.dv);
+    add_over_queries(ds, space.q_pairs, space.dk);
+    pair_scores(ds, keys, column, end, space.ds_pairs);
+    multiply(DP, end - column, keys, tiles_operand(space.k_tiles, DP, key / TILE_TERMS),
+             pairs_operand(space.ds_pairs + column, BQ), space.dq_t + column, BQ, true, ahead);
+  });
+  return true;
+}
+
+// As bwd_head, on tiles. A head with a number that is not finite is left to bwd_head.
+bool bwd_head_on_tiles(const AttentionArgs& args, int64_t b, int64_t h, int64_t end, const TileBwdSpace& space) {
+  const int64_t D = args.D, DP = space.k.n, length = keys_seen_by(args, b, 0, args.Tq).end;
+  const bool k_finite = space.k.copy(head_data<bf16>(args.k, b, h), args.k.time_stride, length, D, 1);
+  const bool v_finite = space.v.copy(head_data<bf16>(args.v, b, h), args.v.time_stride, length, D, 1);
+  if (!k_finite || !v_finite) return false;
+  transpose_to_tiles(space.k, space.k_tiles);
+  memset(space.dk, 0, sizeof(float) * space.k.rows * DP);
+  memset(space.dv, 0, sizeof(float) * space.v.rows * DP);
+  vf zeros = {};
+  for (int64_t q0 = 0; q0 < args.Tq; q0 += BQ) {
+    const int64_t rows = smaller(BQ, args.Tq - q0);
+    RowsAhead ahead = rows_ahead<bf16>(args, b * args.H + h, q0, end);
+    if (!pack_queries(args, b, h, q0, rows, space) || !bwd_block_on_tiles(args, b, h, q0, rows, ahead, space))
+      return false;
+    transpose_rows({space.dq_t, BQ}, DP, round_up(rows, TILE_TERMS), 1, {space.dq, DP});
+    bf16* dq = head_data<bf16>(args.dq, b, h) + q0 * args.dq.time_stride;
+    for (int64_t i = 0; i < rows; ++i)
+      write_row(dq + i * args.dq.time_stride, space.dq + i * DP, (float)args.scale, D, zeros);
+  }
+  write_key_gradients<bf16>(args, b, h, Matrix<float>{space.dk, DP}, Matrix<float>{space.dv, DP}, zeros);
+  return sum(zeros) == 0;
+}
+
+// As bwd_range, on tiles.
+int64_t bwd_range_on_tiles(const AttentionArgs& args, int64_t begin, int64_t end) {
+  const TileScope scope;
+  const int64_t DP = round_up(args.D, TILE_TERMS), TkP = round_up(args.Tk, TILE_TERMS);
+  const int64_t key_numbers = TkP * DP, block_numbers = BQ * DP, runs = TkP / TILE_TERMS + 1;
+  Scratch scratch(key_numbers * 7 / 2 + block_numbers * 5 + TkP * BQ * 2 + BK * BQ + runs * BQ);
+  const auto take_bf16 = [&](int64_t numbers) { return (bf16*)scratch.take(numbers / 2); };
+  const TileBwdSpace space{.k = {take_bf16(key_numbers), TkP, DP},
+                           .v = {take_bf16(key_numbers), TkP, DP},
+                           .k_tiles = take_bf16(key_numbers),
+                           .dk = scratch.take(key_numbers),
+                           .dv = scratch.take(key_numbers),
+                           .q = {take_bf16(block_numbers), BQ, DP},
+                           .dout = {take_bf16(block_numbers), BQ, DP},
+                           .q_t_pairs = scratch.take(block_numbers / 2),
+                           .dout_t_pairs = scratch.take(block_numbers / 2),
+                           .q_pairs = scratch.take(block_numbers / 2),
+                           .dout_pairs = scratch.take(block_numbers / 2),
+                           .dq_t = scratch.take(block_numbers),
+                           .dq = scratch.take(block_numbers),
+                           .p = scratch.take(TkP * BQ),
+                           .ds = scratch.take(TkP * BQ),
+                           .narrow = take_bf16(BK * BQ),
+                           .ds_pairs = scratch.take(BK / 2 * BQ),
+                           .shift = scratch.take(runs * BQ)};
+  for (int64_t head = begin; head < end; ++head)
+    if (!bwd_head_on_tiles(args, head / args.H, head % args.H, end, space)) return head;
+  return end;
+}
+
+#endif
+
+// Computes heads in T, at first in R.
+template <class T, class R>
+int64_t bwd_range_by(const AttentionArgs& args, int64_t begin, int64_t end) {
+#ifdef GPTFAST_HAS_TILES
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<R, float>) return bwd_range_on_tiles(args, begin, end);
+#endif
+  return bwd_range<T, R>(args, begin, end);
+}
+
 template <class T, class R>
 void bwd_items(const AttentionArgs& args, int64_t begin, int64_t end) {
-  for_items<R>(begin, end,
-               [&](auto number, int64_t from, int64_t to) { return bwd_range<T, decltype(number)>(args, from, to); });
+  for_items<R>(begin, end, [&](auto number, int64_t from, int64_t to) {
+    return bwd_range_by<T, decltype(number)>(args, from, to);
+  });
 }
 
 void bwd(const AttentionArgs& args, int64_t begin, int64_t end) {

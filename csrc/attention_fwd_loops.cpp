@@ -1,16 +1,21 @@
-// Attention forward: blocks of queries with an online softmax, or dot products where there are few queries.
-#include "attention_tiles.h"
+// Attention forward: blocks of queries with an online softmax. attention_decode.h takes a few queries.
+#include "attention_bf16.h"
+#include "attention_decode.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
-
-// Returns log sum exp(scale S) from the maximum of sign S and sum exp2((sign S - max) * log2).
-inline double lse_of(double max, double sum, double scale) { return max * fabs(scale) + log(sum); }
 
 template <class R>
 struct Softmax {
   R max[BQ], sum[BQ], rescale[BQ];
 };
+
+template <class R>
+Softmax<R> nothing_seen() {
+  Softmax<R> state;
+  for (int64_t i = 0; i < BQ; ++i) state.max[i] = -INFINITY, state.sum[i] = 0;
+  return state;
+}
 
 // Replaces S^T by exp2((S^T - max) * log2) and updates max and sum of each query. Returns whether an earlier max
 // changed.
@@ -54,17 +59,16 @@ Keys<R> keys_of(const AttentionArgs& args, int64_t b, int64_t h, R* k_space, R* 
 
 // Writes out and lse of a block of queries. Returns whether out is finite, or fp64.
 template <class T, class R>
-bool write_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows, R* out,
+bool write_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows, Matrix<R> out,
                  const Softmax<R>& state) {
-  const int64_t DP = round_up(args.D, W);
   double* lse = args.lse + (b * args.H + h) * args.Tq + q0;
   T* to = head_data<T>(args.out, b, h) + q0 * args.out.time_stride;
   vf zeros = {};
   for (int64_t i = 0; i < rows; ++i) {
     // The sum is 0 for a query that sees no key, or only keys whose score is -inf.
     const bool sees = state.sum[i] != 0;
-    if (!sees) memset(out + i * DP, 0, sizeof(R) * DP);
-    write_row(to + i * args.out.time_stride, out + i * DP, sees ? 1 / state.sum[i] : (R)0, args.D, zeros);
+    if (!sees) memset(out.row(i), 0, sizeof(R) * out.row_stride);
+    write_row(to + i * args.out.time_stride, out.row(i), sees ? 1 / state.sum[i] : (R)0, args.D, zeros);
     lse[i] = sees ? lse_of(state.max[i], state.sum[i], args.scale) : -INFINITY;
   }
   return sum(zeros) == 0;
@@ -79,10 +83,9 @@ bool fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int6
   const auto [k, v, v_finite] = keys;
   R *queries = space, *q_t = queries + BQ * DP, *s = q_t + DP * BQ, *out = s + BK * BQ;
   widen_rows(head_data<T>(args.q, b, h) + q0 * args.q.time_stride, args.q.time_stride, rows, D, Matrix<R>{queries, DP});
-  transpose_rows({queries, DP}, rows, DP, scale.sign, q_t);
+  transpose_rows({queries, DP}, rows, DP, scale.sign, {q_t, BQ});
   memset(out, 0, sizeof(R) * BQ * DP);
-  Softmax<R> state;
-  for (int64_t i = 0; i < BQ; ++i) state.max[i] = -INFINITY, state.sum[i] = 0;
+  Softmax<R> state = nothing_seen<R>();
 
   const Span keys_seen = keys_seen_by(args, b, q0, rows);
   const int64_t end = columns_used<R>(rows);
@@ -102,118 +105,69 @@ bool fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int6
       for_each_visible(s, keys_seen, run, rows,
                        [&](R p, int64_t j, int64_t i) { add_row(out + i * DP, p, v.row(key + j), DP); });
   });
-  return write_block<T>(args, b, h, q0, rows, out, state) && finite_where_seen(state.max, keys_seen, rows);
+  return write_block<T>(args, b, h, q0, rows, Matrix<R>{out, DP}, state) &&
+         finite_where_seen(state.max, keys_seen, rows);
 }
 
-// A few queries against a long cache use dot products and a weighted sum, no tiles.
+#ifdef GPTFAST_HAS_TILES
 
-// Returns the dot products of the query with as many keys as a vector has lanes, the rows from k on, over the first
-// NV vectors of dimensions.
-template <int NV, class R, class T>
-Vec<R> dots(const R* query, const T* k, int64_t stride) {
-  constexpr int lanes = LANES<R>;
-  Vec<R> q[NV], dot[lanes];
-  for (int i = 0; i < NV; ++i) q[i] = load(query + i * lanes);
-#pragma GCC unroll 16
-  for (int64_t j = 0; j < lanes; ++j) {
-    dot[j] = q[0] * load_as<R>(k + j * stride);
-    for (int i = 1; i < NV; ++i) dot[j] += q[i] * load_as<R>(k + j * stride + i * lanes);
-  }
-  return sum_each(dot);
-}
-template <class R, class T>
-R dot_one(const R* query, const T* k, int64_t D) {
-  constexpr int lanes = LANES<R>;
-  const int64_t whole = D / lanes * lanes;
-  Vec<R> dot = {};
-  for (int64_t d = 0; d < whole; d += lanes) dot += load(query + d) * load_as<R>(k + d);
-  if (whole < D) dot += load(query + whole) * load_part_as<R>(k + whole, D - whole);
-  return sum(dot);
-}
-// Returns the dot products of the query with n keys, at most the lanes of a vector, over all D dimensions.
-template <class R, class T>
-Vec<R> scores_of(const R* query, const T* k, int64_t stride, int64_t D, int64_t n) {
-  constexpr int lanes = LANES<R>;
-  Vec<R> score = {};
-  int64_t d = 0;
-  if (n == lanes) {
-    for (; d + 4 * lanes <= D; d += 4 * lanes) score += dots<4>(query + d, k + d, stride);
-    for (; d + lanes <= D; d += lanes) score += dots<1>(query + d, k + d, stride);
-  }
-  if (d < D)
-    for (int64_t j = 0; j < n; ++j) score[j] += dot_one(query + d, k + j * stride + d, D - d);
-  return score;
+// A head's keys, and its values transposed, as operands of products on tiles.
+struct TileKeys {
+  PaddedRows k;
+  bf16* v_tiles;
+  bool v_finite;
+};
+// v_rows: space for the values before they are transposed.
+void pack_keys(const AttentionArgs& args, int64_t b, int64_t h, const PaddedRows& v_rows, TileKeys& keys) {
+  const int64_t length = keys_seen_by(args, b, 0, args.Tq).end;
+  keys.k.copy(head_data<bf16>(args.k, b, h), args.k.time_stride, length, args.D, 1);
+  keys.v_finite = v_rows.copy(head_data<bf16>(args.v, b, h), args.v.time_stride, length, args.D, 1);
+  transpose_to_tiles(v_rows, keys.v_tiles);
 }
 
-// Computes NV vectors of out = sum_j s[j] v[j], in blocks of BK keys: one long sum would round more.
-template <int NV, class R, class T>
-void weighted_sum(const R* s, const T* v, int64_t stride, int64_t n, int64_t in_use, R* out) {
-  constexpr int lanes = LANES<R>;
-  Vec<R> total[NV] = {};
-  for (int64_t begin = 0; begin < n; begin += BK) {
-    const int64_t end = smaller(n, begin + BK);
-    Vec<R> even[NV] = {}, odd[NV] = {};
-    int64_t j = begin;
-    for (; j + 2 <= end; j += 2)
-      for (int i = 0; i < NV; ++i) {
-        even[i] += s[j] * load_n_as<R>(v + j * stride + i * lanes, in_use);
-        odd[i] += s[j + 1] * load_n_as<R>(v + (j + 1) * stride + i * lanes, in_use);
-      }
-    for (int i = 0; i < NV; ++i) {
-      if (j < end) even[i] += s[j] * load_n_as<R>(v + j * stride + i * lanes, in_use);
-      total[i] += even[i] + odd[i];
-    }
-  }
-  for (int i = 0; i < NV; ++i) store(out + i * lanes, total[i]);
-}
+struct TileFwdSpace {
+  PaddedRows q;    // (BQ x DP)
+  float* q_pairs;  // (DP / 2 x BQ)
+  float* s;        // (BK x BQ)
+  float* p_pairs;  // (BK / 2 x BQ)
+  float* out_t;    // (DP x BQ)
+  float* out;      // (BQ x DP)
+};
 
 // Returns whether all numbers were finite.
-template <class T, class R>
-bool fwd_decode(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, R* s) {
-  constexpr int lanes = LANES<R>;
-  const int64_t D = args.D, DP = round_up(D, W);
-  const T* k = head_data<T>(args.k, b, h);
-  const T* v = head_data<T>(args.v, b, h);
-  R *out = s + round_up(args.Tk, W), *query = out + DP;
-  widen_row(query, head_data<T>(args.q, b, h) + i * args.q.time_stride, D);
-  const Scale<R> scale = split_scale<R>(args.scale);
-  const int64_t n = keys_seen_by(args, b, i, 1).end;
-  Vec<R> best = splat((R)-INFINITY), total = {};
-  for (int64_t j = 0; j < n; j += lanes) {
-    const int64_t keys = smaller<int64_t>(lanes, n - j);
-    Vec<R> score = scores_of(query, k + j * args.k.time_stride, args.k.time_stride, D, keys) * scale.sign;
-    for (int64_t lane = keys; lane < lanes; ++lane) score[lane] = -INFINITY;
-    store(s + j, score);
-    best = max(score, best);
-  }
-  const R top = max(best), zero_at = top == -INFINITY ? 0 : top;
-  for (int64_t j = 0; j < n; j += lanes) {
-    const Vec<R> p = exp2((load(s + j) - zero_at) * scale.log2);
-    store(s + j, p);
-    total += p;
-  }
-  int64_t d = 0;
-  for (; d + 4 * lanes <= D; d += 4 * lanes) weighted_sum<4>(s, v + d, args.v.time_stride, n, lanes, out + d);
-  for (; d < D; d += lanes) weighted_sum<1>(s, v + d, args.v.time_stride, n, smaller<int64_t>(lanes, D - d), out + d);
-  const R weight = sum(total);
-  const bool sees = weight != 0;  // else there is no key, or only keys whose score is -inf
-  if (!sees) memset(out, 0, sizeof(R) * DP);
-  vf zeros = {};
-  write_row(head_data<T>(args.out, b, h) + i * args.out.time_stride, out, sees ? 1 / weight : (R)0, D, zeros);
-  args.lse[(b * args.H + h) * args.Tq + i] = sees ? lse_of(zero_at, weight, args.scale) : -INFINITY;
-  return sum(zeros) == 0 && (n == 0 || top * 0 == 0);
+bool fwd_block_on_tiles(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows, const TileKeys& keys,
+                        RowsAhead& ahead, const TileFwdSpace& space) {
+  const int64_t D = args.D, DP = space.q.n, end = round_up(rows, TILE_TERMS);
+  const Scale<float> scale = split_scale<float>(args.scale);
+  if (!keys.v_finite) return false;
+  space.q.copy(head_data<bf16>(args.q, b, h) + q0 * args.q.time_stride, args.q.time_stride, rows, D, scale.sign);
+  pair_numbers(space.q, space.q_pairs);
+  memset(space.out_t, 0, sizeof(float) * DP * BQ);
+  Softmax<float> state = nothing_seen<float>();
+  const Span keys_seen = tiles_seen_by(args, b, q0, rows);
+  for_each_run_of_tiles(keys_seen, [&](const Run& run) {
+    const auto [key, n, column] = run;
+    if (column >= end) return;
+    multiply(n, end - column, DP, rows_operand(keys.k.row(key), DP), pairs_operand(space.q_pairs + column, BQ),
+             space.s + column, BQ, false, ahead);
+    mask_diagonal(space.s, keys_seen, run, -INFINITY);
+    if (online_softmax(space.s, scale.log2, run, end, state))
+      for (int64_t d = 0; d < DP; ++d)
+        for (int64_t i = column; i < end; i += W) {
+          float* sums = space.out_t + d * BQ + i;
+          store(sums, load(sums) * load(state.rescale + i));
+        }
+    if (args.dropout_p > 0) apply_dropout(space.s, args, b * args.H + h, args.Tk - args.Tq + q0, run, end);
+    pair_scores(space.s, n, column, end, space.p_pairs);
+    multiply(DP, end - column, n, tiles_operand(keys.v_tiles, DP, key / TILE_TERMS),
+             pairs_operand(space.p_pairs + column, BQ), space.out_t + column, BQ, true, ahead);
+  });
+  transpose_rows({space.out_t, BQ}, DP, end, 1, {space.out, DP});
+  return write_block<bf16>(args, b, h, q0, rows, Matrix<float>{space.out, DP}, state) &&
+         finite_where_seen(state.max, keys_seen, rows);
 }
 
-// Whether there are so few queries that dot products beat tiles.
-bool decodes(const AttentionArgs& args) { return args.Tq <= 8 && args.dropout_p == 0; }
-
-// The products of keys and dimensions up to which a query computes in fp64. More keys take time, and average errors.
-constexpr int64_t FP64_DECODE_WORK = 1 << 15;
-
-bool fwd_in_fp64(const AttentionArgs& args) {
-  if (!decodes(args)) return computes_in_fp64(args);
-  return args.dtype == Dtype::fp32 && args.Tk * args.D <= FP64_DECODE_WORK;
-}
+#endif
 
 // An item is a query where attention decodes, else a block of queries.
 int64_t count_items(const AttentionArgs& args) {
@@ -279,10 +233,49 @@ int64_t fwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
   return end;
 }
 
+#ifdef GPTFAST_HAS_TILES
+
+// As fwd_range, on tiles.
+int64_t fwd_range_on_tiles(const AttentionArgs& args, int64_t begin, int64_t end) {
+  const TileScope scope;
+  const int64_t DP = round_up(args.D, TILE_TERMS), TkP = round_up(args.Tk, TILE_TERMS);
+  Scratch scratch(3 * (TkP * DP / 2 + BQ * DP + BK * BQ / 2));
+  const auto take_bf16 = [&](int64_t numbers) { return (bf16*)scratch.take(numbers / 2); };
+  TileKeys keys{{take_bf16(TkP * DP), TkP, DP}, take_bf16(TkP * DP), false};
+  const PaddedRows v_rows{take_bf16(TkP * DP), TkP, DP};
+  const TileFwdSpace space{.q = {take_bf16(BQ * DP), BQ, DP},
+                           .q_pairs = scratch.take(DP / 2 * BQ),
+                           .s = scratch.take(BK * BQ),
+                           .p_pairs = scratch.take(BK / 2 * BQ),
+                           .out_t = scratch.take(DP * BQ),
+                           .out = scratch.take(BQ * DP)};
+  for (int64_t item = begin, last = -1; item < end; ++item) {
+    const auto [head, b, h, q0, rows] = block_of(args, item);
+    if (head != last) pack_keys(args, b, h, v_rows, keys);
+    last = head;
+    RowsAhead ahead = rows_ahead<bf16>(args, item, end);
+    if (!fwd_block_on_tiles(args, b, h, q0, rows, keys, ahead, space)) return item;
+  }
+  return end;
+}
+
+#endif
+
+// Computes items in T, at first in R.
+template <class T, class R>
+int64_t fwd_range_by(const AttentionArgs& args, int64_t begin, int64_t end) {
+#ifdef GPTFAST_HAS_TILES
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<R, float>)
+    if (!decodes(args)) return fwd_range_on_tiles(args, begin, end);
+#endif
+  return fwd_range<T, R>(args, begin, end);
+}
+
 template <class T, class R>
 void fwd_items(const AttentionArgs& args, int64_t begin, int64_t end) {
-  for_items<R>(begin, end,
-               [&](auto number, int64_t from, int64_t to) { return fwd_range<T, decltype(number)>(args, from, to); });
+  for_items<R>(begin, end, [&](auto number, int64_t from, int64_t to) {
+    return fwd_range_by<T, decltype(number)>(args, from, to);
+  });
 }
 
 void fwd(const AttentionArgs& args, int64_t begin, int64_t end) {

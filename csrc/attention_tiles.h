@@ -177,9 +177,9 @@ bool all_finite(Matrix<R> x, int64_t rows, int64_t n) {
   return sum((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])) == 0;
 }
 
-// Writes the transpose of from (rows x n), times factor, to `to` (n x BQ). Columns up to a multiple of W are zero past
-// `rows`. n is a multiple of W.
-inline void transpose_rows(Matrix<float> from, int64_t rows, int64_t n, float factor, float* to) {
+// Writes the transpose of from (rows x n), times factor, to `to` (n x rows). Columns up to a multiple of W are zero
+// past `rows`. n is a multiple of W.
+inline void transpose_rows(Matrix<float> from, int64_t rows, int64_t n, float factor, Matrix<float> to) {
   for (int64_t t = 0; t < rows; t += W)
     for (int64_t d = 0; d < n; d += W) {
       vf square[W];
@@ -187,12 +187,12 @@ inline void transpose_rows(Matrix<float> from, int64_t rows, int64_t n, float fa
       for (int64_t i = 0; i < W; ++i) square[i] = t + i < rows ? load(from.row(t + i) + d) * factor : vf{};
       transpose(square);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < W; ++i) store(to + (d + i) * BQ + t, square[i]);
+      for (int64_t i = 0; i < W; ++i) store(to.row(d + i) + t, square[i]);
     }
 }
-inline void transpose_rows(Matrix<double> from, int64_t rows, int64_t n, double factor, double* to) {
+inline void transpose_rows(Matrix<double> from, int64_t rows, int64_t n, double factor, Matrix<double> to) {
   for (int64_t d = 0; d < n; ++d)
-    for (int64_t t = 0; t < round_up(rows, W); ++t) to[d * BQ + t] = t < rows ? from.row(t)[d] * factor : 0;
+    for (int64_t t = 0; t < round_up(rows, W); ++t) to.row(d)[t] = t < rows ? from.row(t)[d] * factor : 0;
 }
 
 // The keys that a block of queries sees: query i sees key j if j <= i + diagonal and j < end. All queries see the keys
@@ -247,16 +247,20 @@ int64_t columns_used(int64_t rows) {
   return round_up(rows, LANES<R>);
 }
 
+// Returns log sum exp(scale S) from the maximum of sign S and sum exp2((sign S - max) * log2).
+inline double lse_of(double max, double sum, double scale) { return max * fabs(scale) + log(sum); }
+
 // A run of keys. The queries in columns before the first see none of them.
 struct Run {
   int64_t key, keys, column;
 };
-template <class F>
+// On the diagonal, a run has at most KEYS keys, and its first column is a multiple of COLUMNS.
+template <int64_t KEYS = DIAGONAL_KEYS, int64_t COLUMNS = W, class F>
 void for_each_run(const Span& s, F f) {
   for (int64_t key = 0; key < s.full; key += BK) f(Run{key, smaller(BK, s.full - key), 0});
-  for (int64_t key = s.full; key < s.end; key += DIAGONAL_KEYS) {
-    const int64_t column = larger<int64_t>(key - s.diagonal, 0) / W * W;
-    if (column < BQ) f(Run{key, smaller(DIAGONAL_KEYS, s.end - key), column});
+  for (int64_t key = s.full; key < s.end; key += KEYS) {
+    const int64_t column = larger<int64_t>(key - s.diagonal, 0) / COLUMNS * COLUMNS;
+    if (column < BQ) f(Run{key, smaller(KEYS, s.end - key), column});
   }
 }
 

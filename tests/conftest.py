@@ -81,6 +81,12 @@ def engine_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _at_level(request.param)
 
 
+@pytest.fixture(params=["amx_emulated", *(level for level in ENGINE_LEVELS if level == "amx")])
+def tiles_isa(request: pytest.FixtureRequest, cpp: None) -> Iterator[str]:
+    """Run the test on emulated tiles, and on the CPU's matrix engine where it has one."""
+    yield from _at_level(request.param)
+
+
 @pytest.fixture(scope="module", params=["engine", "model"])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Generate from a GPT by a packed engine, even for few tokens, then by the model itself."""
