@@ -45,6 +45,7 @@ class LoRALinear(nn.Linear):
         self.lora_drop = nn.Dropout(config.dropout)
         self.scale = config.scale(rank)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., O) for x (..., C)."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import gptfast
 from gptfast import GPT, Engine, TrainConfig
 from gptfast.cli import main
+from gptfast.cli.train import adapter_base
 from gptfast.lora import LoRALinear, adapter_state, add_adapters, load_adapter, merge_adapters
 from gptfast.modules import attention_weights, mlp_weights
 from gptfast.ops.backend import EXTENSION
@@ -137,6 +138,29 @@ def test_compiled() -> None:
     )
 
 
+@pytest.mark.parametrize("dropout", [{"lora_dropout": 0.5}, {"lora_dropout": 0.0}])
+def test_compiled_steps_drop_the_same(monkeypatch: pytest.MonkeyPatch, dropout: dict) -> None:
+    """Compiled steps have the masks of steps that are not, of the adapter's dropout and GPT's."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, **_: compiler(m, backend="aot_eager"))
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        config = TrainConfig(lora_rank=3, lr=0.1, compile=compiled, seed=1, **dropout)
+        model = random_model(dropout=0.0 if dropout["lora_dropout"] else 0.2)
+        step = TrainStep(model, config, CPU)
+        torch.manual_seed(4)
+        batch = random_ids(2, 16), random_ids(2, 16, seed=2)
+        losses.append([float(step.run([batch], 0.1)["loss"]) for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_an_adapter_is_in_the_mode_of_its_model() -> None:
+    for model in (random_model().eval(), random_model().train()):
+        add_adapters(model, AdapterConfig(2, dropout=0.5))
+        assert {module.training for module in model.modules()} == {model.training}
+
+
 def base_and_run(tmp_path: Path, **train: Any) -> tuple[Path, Path]:
     """Return a base in transformers' form and a run of 4 steps that trained an adapter for it."""
     base = tmp_path / "base"
@@ -205,6 +229,31 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(GPT.from_pretrained(tmp_path / "adapter")(idx), model(idx))
 
 
+def test_a_directory_holds_a_model_or_an_adapter(tmp_path: Path) -> None:
+    base, out = base_and_run(tmp_path)
+    model = GPT.from_pretrained(base)
+    add_adapters(model, AdapterConfig(2))
+    with pytest.raises(ValueError, match="holds a model: give the adapter a directory of its own"):
+        model.save_pretrained(base)
+    for file in (out / "checkpoints" / "step-00000004").glob("adapter_*"):
+        shutil.copy(file, base)
+    with pytest.raises(CheckpointError, match="holds a model and an adapter: move"):
+        GPT.from_pretrained(base)
+    merge_adapters(model)
+    model.save_pretrained(base)
+    assert not list(base.glob("adapter_*"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_its_base(tmp_path: Path) -> None:
+    base, out = base_and_run(tmp_path, keep=2)
+    oldest, newest = sorted((out / "checkpoints").glob("step-*"))
+    (newest / "adapter_config.json").write_text("{")
+    assert adapter_base(str(out)) == str(base)
+    (oldest / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=oldest.name):
+        adapter_base(str(out))
+
+
 def test_fingerprint_is_of_the_values_not_the_form(tmp_path: Path) -> None:
     model = random_model()
     model.save_pretrained(tmp_path / "fp32")
@@ -229,6 +278,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             GPT.from_pretrained(adapter)
 
     refused("use_dora True, which gptfast does not compute", use_dora=True)
+    refused("alora_invocation_tokens", alora_invocation_tokens=[1, 2])
     refused("peft_type 'IA3'", peft_type="IA3")
     refused("r is 'x', not a number", r="x")
     refused("does not say which model", base_model_name_or_path=None)
@@ -265,6 +315,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["eval", "tuned", "--data", "text.txt"]) == 0
     assert main(["generate", "two", "--prompt", "the", "-n", "4"]) == 0
     assert main(["train", *data, "--lora-rank", "2", "--out", "none"]) == 2
+    assert main(["train", *data, "--lora-rank", "2", "--out", "none", "--resume"]) == 2
     assert main([*tune, "--out", "twice", "--init", "tuned"]) == 1
 
 

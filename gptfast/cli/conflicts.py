@@ -106,7 +106,7 @@ def _check_adapter(on: Collection[str], train: "Train") -> None:
             "leave them out",
         ),
         (
-            rank is not None and train.init is None and not train.resume,
+            rank is not None and train.init is None and not train.continues(),
             "--lora-rank needs --init: an adapter is trained beside a model that has learnt",
         ),
         (

@@ -109,7 +109,8 @@ def plan_search(common: "Train", trials: Sequence[dict[str, Any]], jobs: int) ->
     jobs = min(jobs, len(trials))
     commands = [trial_settings(common, trial) for trial in trials]
     trainer, _, _ = commands[0].trainer()
-    if not _fits(parameter_count(trainer.model.config) * TRAINED_BYTES, jobs):
+    trained, frozen = _trained_and_frozen(trainer.model)
+    if not _fits(trained * TRAINED_BYTES + frozen * FROZEN_BYTES, jobs):
         return
     shared = jobs > 1 and "OMP_NUM_THREADS" not in os.environ
     set_threads(common.threads or (threads_of(jobs) if shared else None))

@@ -174,7 +174,7 @@ class Train(Reading):
             refuse_streams(self.data, "process")
         with world.in_turn("tokenizer"):  # it may be written to --out
             tokenizer = self._tokenizer()
-        if self.init is not None and not self._continues():
+        if self.init is not None and not self.continues():
             by = "--tokenizer" if self.tokenizer is not None else "the data"
             check_init(tokenizer, self.init, by, resized=self.resize_vocab)
         sources, T = load_sources(self, tokenizer), window(self)
@@ -249,7 +249,7 @@ class Train(Reading):
 
     def _load_init(self, model: GPT) -> None:
         """Copy the weights of --init, or those beside an adapter that goes on, into the model."""
-        if self._continues():
+        if self.continues():
             if self.train.lora_rank is not None:
                 load_weights(model, adapter_base(self.train.out))
         elif self.init is not None:
@@ -265,13 +265,14 @@ class Train(Reading):
 
         The model to start from or to continue may have none for some tokens of its vocabulary.
         """
-        if self._continues():
+        if self.continues():
             n_vocab = (saved_settings(self.train.out) or {}).get("vocab_size", n_vocab)
         elif self.init is not None and not self.resize_vocab:
             n_vocab = self.model.vocab_size
         return max(self.model.vocab_size, n_vocab)
 
-    def _continues(self) -> bool:
+    def continues(self) -> bool:
+        """Return whether there is a run to resume."""
         return self.resume and bool(checkpoints(self.train.out))
 
     def _settings(self) -> dict[str, Any]:
@@ -369,10 +370,19 @@ def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
 
 def adapter_base(out: str) -> str:
     """Return the base of the adapter that a run in `out` has saved. Raises CheckpointError."""
-    name = read_config(checkpoints(out)[-1]).base
-    if name is None:
-        raise CheckpointError(f"{out} does not say which model its adapter is for")
-    return name
+    found = checkpoints(out)
+    for directory in reversed(found):
+        try:
+            name = read_config(directory).base
+        except CheckpointError:
+            # A damaged checkpoint is set aside later, with a line.
+            if directory == found[0]:
+                raise
+            continue
+        if name is None:
+            raise CheckpointError(f"{out} does not say which model its adapter is for")
+        return name
+    raise CheckpointError(f"{out} has no checkpoint")
 
 
 def load_weights(model: GPT, path: str | PathLike, *, resize_vocab: bool = False) -> None:

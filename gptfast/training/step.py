@@ -122,7 +122,9 @@ class TrainStep:
         # Compiled code is given the random numbers of dropout, so that they are the same without
         # it; a part of others would not know what to do with them.
         self._draws_first = (
-            config.compile and model.config.dropout > 0 and foreign_part(model) is None
+            config.compile
+            and has_dropout(model.modules())
+            and foreign_part(model, adapters=True) is None
         )
         # Who writes which part of a checkpoint, where several processes have parts of the weights.
         self.shards: Any = None
@@ -243,7 +245,8 @@ class TrainStep:
                 model.rows = rows
                 return self.model(x, y)
             model.rows = rows or Rows(0, len(x))
-            return self.model(x, y, seed=draw_seed(x.device))
+            draws = model.config.dropout > 0  # as GPT asks, without the dropout of adapters
+            return self.model(x, y, seed=draw_seed(x.device) if draws else 0)
         finally:
             model.rows = None
 

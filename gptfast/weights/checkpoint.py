@@ -73,6 +73,11 @@ def open_directory(directory: Path, base: Weights | None = None) -> Weights:
     base: for an adapter, what it is merged into. The SHA-256 of the files is checked where
     state.json records them. Raises CheckpointError.
     """
+    if all((directory / name).is_file() for two in _MODELS for name in two):
+        raise CheckpointError(
+            f"{directory} holds a model and an adapter: move {' and '.join(adapter.FILES)} to a "
+            "directory of their own"
+        )
     recorded = _read_state(directory) if (directory / "state.json").is_file() else None
     if recorded is not None:
         _verify(directory, recorded, files_of_model(directory) or ())

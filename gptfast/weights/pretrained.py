@@ -54,6 +54,9 @@ def save_model(
     # Files of another tokenizer, which would be taken before ours.
     for name in set(_TOKENIZER_FILES) - vocabulary.keys() if vocabulary else ():
         (Path(directory) / name).unlink(missing_ok=True)
+    # An adapter that was there would be taken for one of this model.
+    for name in adapter.FILES:
+        (Path(directory) / name).unlink(missing_ok=True)
 
 
 def save_adapter(
@@ -64,8 +67,11 @@ def save_adapter(
 ) -> None:
     """Write an adapter in peft's form, and the tokenizer's files, into a directory.
 
-    tensors: by the names of GPT's parameters, which end in lora_A and lora_B. Raises OSError.
+    tensors: by the names of GPT's parameters, which end in lora_A and lora_B. Raises OSError, and
+    ValueError if the directory holds a whole model.
     """
+    if (Path(directory) / "config.json").is_file():
+        raise ValueError(f"{directory} holds a model: give the adapter a directory of its own")
     named, metadata, text = adapter_files(config, tensors)
     texts = {adapter.CONFIG: text, **tokenizer_texts(tokenizer)[0]}
     with new_files(Path(directory)) as files:
