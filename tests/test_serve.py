@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,6 +32,8 @@ from serving import (
 
 from gptfast import GPT, Engine, generate
 from gptfast.ops.backend import EXTENSION
+from gptfast.serve.app import EventStream
+from gptfast.serve.group import Group
 from gptfast.serve.run import is_loopback
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
@@ -585,3 +587,23 @@ def test_schemathesis_finds_no_fault(tiny: Running) -> None:
 
             check()
     assert tiny.idle()
+
+
+def test_a_stream_that_nobody_reads_ends() -> None:
+    """Its generations end with its time, though the client neither reads nor leaves."""
+    ended = []
+
+    class Unread(Group):
+        def cancel(self) -> None:
+            ended.append(self)
+
+    async def chunks() -> AsyncIterator[dict[str, Any]]:
+        while True:
+            yield {}
+
+    async def forever(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    stream = EventStream(Unread([], []), chunks(), limit_s=0.05)
+    asyncio.run(stream({"type": "http"}, forever, forever))
+    assert len(ended) == 1

@@ -41,6 +41,8 @@ PAGE_POLICY = (
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The reply, whole or in chunks.", "content": {"text/event-stream": {}}}
 }
+UNREAD_S = 10.0
+"""How long after its time a stream waits for a client that does not read."""
 T = TypeVar("T")
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
@@ -124,7 +126,8 @@ async def _answer(
     """Return the reply of a group: a stream, or all of it at the end."""
     reply = Reply(form, service.name, service.model.engine.dtype)
     if body.stream:
-        return EventStream(group, _events(reply, body, group, service.limits.timeout_s))
+        timeout_s = service.limits.timeout_s
+        return EventStream(group, _events(reply, body, group, timeout_s), timeout_s + UNREAD_S)
     try:
         await _unless_disconnected(request, _collect(group, service.limits.timeout_s))
     except _Disconnected:
@@ -189,13 +192,18 @@ async def _events(
 
 
 class EventStream(Response):
-    """A stream of server-sent events, which ends its generations where the client leaves."""
+    """A stream of server-sent events, which ends its generations where the client leaves.
+
+    It ends after limit_s seconds also where the client is there and does not read.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, group: Group, chunks: AsyncIterator[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, group: Group, chunks: AsyncIterator[Mapping[str, Any]], limit_s: float
+    ) -> None:
         self.status_code, self.background = 200, None
-        self._group, self._chunks = group, chunks
+        self._group, self._chunks, self._limit_s = group, chunks, limit_s
         # nginx would hold the events back.
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
@@ -203,7 +211,8 @@ class EventStream(Response):
         sending = asyncio.ensure_future(self._send_all(send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait((sending, gone), timeout=self._limit_s, return_when=first)
             if sending.done():
                 sending.result()
         finally:
