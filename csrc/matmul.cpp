@@ -165,7 +165,8 @@ struct BlasMatrix {
     const auto fits = [&](int64_t inner, int64_t outer) {
       return t.stride(inner) == 1 && t.stride(outer) >= t.size(inner) && t.stride(outer) <= INT_MAX;
     };
-    if (!fits(1, 0) && !fits(0, 1)) t = t.contiguous();
+    // Not contiguous(): it leaves the stride of a dimension of size 1 as it is.
+    if (!fits(1, 0) && !fits(0, 1)) t = at::empty(t.sizes(), t.options()).copy_(t);
     transposed = !fits(1, 0);
     stride = static_cast<int>(t.stride(transposed ? 1 : 0));
   }

@@ -238,11 +238,14 @@ def test_fp32_products_where_bf16_is_not_faster(level: str, precision: str) -> N
 def test_the_librarys_fp32_products_stay_fp32(precision: str) -> None:
     """PyTorch's own ones would be bf16 with "medium", and slower where the CPU lacks bf16."""
     EXTENSION.set_matmul_provider("library")
-    found = fp32_operations()
-    EXTENSION.set_matmul_provider(PRODUCTS)
+    try:
+        found = fp32_operations()
+    finally:
+        EXTENSION.set_matmul_provider(PRODUCTS)
     x, weight, bias, residual = (t.double() for t in fp32_tensors())
     wanted = [plain(x, weight, bias), plain(x, weight, bias, residual)]
     wanted += [plain(x[:, ::2], weight[:, ::2]), plain(x[:1].expand(70, 40), weight)]
+    wanted += [plain(x[:, :1], weight[:, :1])]
     wanted += [residual @ weight, residual.T @ x]
     for one, exact in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, exact.float(), rtol=0, atol=2e-5)
@@ -262,6 +265,8 @@ def fp32_operations() -> list[Tensor]:
     )
     found = [ours(x, weight, bias), ours(x, weight, bias, residual)]
     found += [ours(x[:, ::2], weight[:, ::2]), ours(x[:1].expand(70, 40), weight)]
+    column = x[:, 0].contiguous().as_strided((70, 1), (1, 7))  # PyTorch calls it contiguous
+    found += [ours(column, weight[:, :1])]
     return [*found, backward[0], backward[3]]
 
 

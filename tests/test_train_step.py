@@ -229,3 +229,14 @@ def test_matmul_precision_lasts_as_long_as_its_context() -> None:
         with matmul_precision(TrainConfig()):
             assert torch.get_float32_matmul_precision() == "medium"
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_precision_of_products_is_set_in_one_way() -> None:
+    found = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        with pytest.raises(ValueError, match="leave one of the two out"):
+            with matmul_precision(TrainConfig(matmul_precision="high")):
+                pass
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = found

@@ -48,16 +48,24 @@ def autocast(device: torch.device, config: TrainConfig) -> contextlib.AbstractCo
 def matmul_precision(config: TrainConfig) -> Iterator[None]:
     """Make fp32 products as exact as config.matmul_precision says, while the context lasts.
 
-    This is a setting of the process. None leaves it as it is.
+    This is a setting of the process. None leaves it as it is. Raises ValueError where the process
+    has set it by PyTorch's other way, which cannot be mixed with this one.
     """
-    before = torch.get_float32_matmul_precision() if config.matmul_precision else None
-    if config.matmul_precision:
-        torch.set_float32_matmul_precision(config.matmul_precision)
+    if config.matmul_precision is None:
+        yield
+        return
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        raise ValueError(
+            "matmul_precision cannot be set where a fp32_precision of torch.backends is: leave one "
+            "of the two out"
+        ) from None
+    torch.set_float32_matmul_precision(config.matmul_precision)
     try:
         yield
     finally:
-        if before is not None:
-            torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before)
 
 
 def adapt(model: GPT, config: TrainConfig) -> None:
