@@ -72,8 +72,8 @@ matrix: $(VENV)/ready-test
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build beside the usual one. Python
 # itself never frees much of what it holds, so leaks are not looked for.
-SANITIZED := attention cross_entropy matmul linear mlp embedding adamw adamw_masters sampling philox library threads engine \
-	engine_files engine_levels
+SANITIZED := attention attention_tiles cross_entropy matmul linear mlp embedding adamw adamw_masters sampling philox \
+	library threads engine engine_files engine_levels
 sanitize: $(VENV)/ready-test
 	GPTFAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
