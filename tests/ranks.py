@@ -28,7 +28,7 @@ RUN = (
     "--accumulation-steps 2 --dropout 0.2 --sample-tokens 4 --device cpu --log-interval 1 "
     "--eval-interval 10 --checkpoint-interval 5"
 ).split()
-DEADLINE_S = 40.0
+DEADLINE_S = 90.0
 
 
 class Ended(NamedTuple):

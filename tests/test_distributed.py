@@ -23,8 +23,9 @@ from gptfast.weights.checkpoint import checkpoints, read_state
 
 KILLS = int(os.environ.get("GPTFAST_TEST_DISTRIBUTED", "0"))
 pytestmark = pytest.mark.skipif(not KILLS, reason="takes minutes: make test-distributed")
-# A save after each step, so that many kills fall into one.
-STEPS = ["--max-steps", "40", "--checkpoint-interval", "1"]
+# A save after each step, so that many kills fall into one. There the others wait for what a process
+# writes to their store, not on a connection to it, so they know of its end by the time limit alone.
+STEPS = ["--max-steps", "40", "--checkpoint-interval", "1", "--dist-timeout", "20"]
 
 
 def kill_one(n: int, how: str, rank: int, delay: float, out: Path, data: Path) -> Ended:
