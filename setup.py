@@ -70,7 +70,8 @@ SANITIZE = []
 if os.environ.get("GPTFAST_SANITIZE") == "1":
     # Python's own flags have -fwrapv, under which a signed overflow is not an error.
     SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
-    SANITIZE += ["-fno-wrapv", "-g1"]
+    # -O1 compiles three times as fast as -O3.
+    SANITIZE += ["-fno-wrapv", "-g1", "-O1"]
 FLAGS += SANITIZE
 SKIPPED = os.environ.get("GPTFAST_SKIP_EXTENSION") == "1"
 OLDEST_TORCH = (2, 11)
