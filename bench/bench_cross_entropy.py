@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Case, Pair, both_sides, child_bytes, dtype_name, pair_of, tolerance_of
+from harness import (
+    Case,
+    Pair,
+    both_sides,
+    child_bytes,
+    dtype_name,
+    level,
+    pair_of,
+    tolerance_of,
+)
 from torch import Tensor
 
 from gptfast import ops
@@ -181,6 +190,9 @@ def _linear_cases(quick: bool) -> Iterator[Case]:
     yield _linear_case(N, bf16, *two_steps)
     if not quick:
         yield _linear_case(N, bf16, *fused)
+        if level() in ("avx512_bf16", "amx"):
+            yield _linear_case(4096, bf16, *two_steps)
+            yield _linear_case(4096, bf16, *fused)
 
 
 def _lower_bound_cases(quick: bool) -> Iterator[Case]:

@@ -4,17 +4,22 @@ FLOPs counted per token: 6 for each parameter of a matrix (with the head, withou
 and 14 D for each visible key and head of attention. Both sides start from the same weights and see
 the same batch. The losses before and after an update must agree; for the book's model, whose head
 is not tied and so differs after an update, only the losses before it.
+
+Kinds of step: "fp32"; "bf16", both sides under autocast; "fp32 high", where ours computes products
+from two bf16 parts and the peer in fp32. The last two are measured where the CPU has instructions
+for them.
 """
 
 import tempfile
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from book_gpt import BookGPT
-from harness import Case, Pair, both_sides, child_bytes
+from harness import Case, Pair, both_sides, child_bytes, level
 from plain_gpt import PlainGPT, decay_groups
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -23,6 +28,8 @@ from gptfast import GPT, AdamW, GPTConfig
 from gptfast.weights.book import to_content
 
 LR, MAX_NORM = 1e-4, 1.0
+TOLERANCE = {"fp32": 1e-4, "fp32 high": 1e-4, "bf16": 2e-2}
+"""The difference of the losses by kind of step."""
 
 Step = Callable[[], Tensor]
 
@@ -42,18 +49,48 @@ def _stepper(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Step, cli
     return step
 
 
+def _loss_of(model: Callable[..., Tensor], idx: Tensor, target: Tensor, bf16: bool) -> Step:
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return model(idx, target)
+
+    return loss
+
+
+def _our_step(model: GPT, idx: Tensor, target: Tensor, kind: str = "fp32") -> Step:
+    optimizer = AdamW(decay_groups(model), lr=LR, max_norm=MAX_NORM)
+    step = _stepper(model, optimizer, _loss_of(model, idx, target, kind == "bf16"), clip=False)
+    if kind != "fp32 high":
+        return step
+
+    def with_parts() -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return step()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return with_parts
+
+
 def _ours(config: GPTConfig, idx: Tensor, target: Tensor) -> tuple[GPT, Step]:
     model = GPT(config)
-    optimizer = AdamW(decay_groups(model), lr=LR, max_norm=MAX_NORM)
-    return model, _stepper(model, optimizer, lambda: model(idx, target), clip=False)
+    return model, _our_step(model, idx, target)
 
 
-def _plain(model: GPT, idx: Tensor, target: Tensor, compiled: bool = False) -> Step:
+def _our_fp32(model: GPT, idx: Tensor, target: Tensor) -> Step:
+    return _our_step(deepcopy(model), idx, target)
+
+
+def _plain(
+    model: GPT, idx: Tensor, target: Tensor, compiled: bool = False, bf16: bool = False
+) -> Step:
     plain = PlainGPT(model.config)
     plain.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(decay_groups(plain), lr=LR, fused=True)
     run = torch.compile(plain) if compiled else plain
-    return _stepper(plain, optimizer, lambda: run(idx, target), clip=True)
+    return _stepper(plain, optimizer, _loss_of(run, idx, target, bf16), clip=True)
 
 
 def transformers_step(model: GPT, idx: Tensor, target: Tensor, accelerated: bool = False) -> Step:
@@ -84,19 +121,21 @@ def _book(model: GPT, idx: Tensor, target: Tensor) -> Step:
     return _stepper(book, optimizer, lambda: book(idx, target), clip=True)
 
 
-def _pair(config: GPTConfig, B: int, T: int, peer_of: Callable[..., Step]) -> Callable[[], Pair]:
+def _pair(
+    config: GPTConfig, B: int, T: int, peer_of: Callable[..., Step], kind: str = "fp32"
+) -> Callable[[], Pair]:
     def build() -> Pair:
         torch.manual_seed(0)
         idx, target = torch.randint(config.vocab_size, (2, B, T))
         if peer_of is transformers_step:
             target[:, -1] = -100  # the labels cannot name the token after the last one
-        model, ours = _ours(config, idx, target)
-        peer = peer_of(model, idx, target)
+        model = GPT(config)
+        peer, ours = peer_of(model, idx, target), _our_step(model, idx, target, kind)
 
         def check() -> None:
             # The book's head has weights of its own, so it differs after the first update.
             for _ in range(1 if peer_of is _book else 2):
-                torch.testing.assert_close(ours(), peer(), rtol=0, atol=1e-4)
+                torch.testing.assert_close(ours(), peer(), rtol=0, atol=TOLERANCE[kind])
 
         return Pair(ours, peer, check)
 
@@ -140,6 +179,31 @@ def flops(config: GPTConfig, B: int, T: int) -> float:
     return B * T * (6 * in_matrices + 14 * config.n_layer * C * (T + 1) / 2)
 
 
+def _bf16_cases(config: GPTConfig, name: str) -> Iterator[Case]:
+    """Yield the steps that use bf16 products, on CPUs that have instructions for them."""
+    compiled_name, compiled = "plain PyTorch, torch.compile", partial(_plain, compiled=True)
+    bf16 = [
+        ("plain PyTorch", partial(_plain, bf16=True)),
+        (compiled_name, partial(compiled, bf16=True)),
+    ]
+    steps = []
+    if level() == "amx":
+        steps = [("bf16", B, T, peer) for B, T in ((2, 1024), (8, 256)) for peer in bf16]
+        steps.append(("fp32 high", 2, 1024, (compiled_name, compiled)))
+    elif level() == "avx512_bf16":
+        steps = [("bf16", 2, 1024, peer) for peer in (("gptfast fp32", _our_fp32), bf16[1])]
+    for kind, B, T, (peer_name, peer) in steps:
+        yield Case(
+            "train",
+            f"step {name} {kind}",
+            f"B={B} T={T}",
+            peer_name,
+            _pair(config, B, T, peer, kind),
+            flops=flops(config, B, T),
+            products="bf16",
+        )
+
+
 def cases(quick: bool) -> Iterator[Case]:
     """Yield GPT-2 124M against every peer, or a model of 4 layers and width 256 against one."""
     config, name = GPTConfig(), "GPT-2 124M"
@@ -159,6 +223,7 @@ def cases(quick: bool) -> Iterator[Case]:
             build = _pair(config, B, T, peer)
             yield Case("train", label, shape, peer_name, build, flops=count, target=target)
     if not quick:
+        yield from _bf16_cases(config, name)
         build, label = _memory_pair(config, 2, 1024), f"peak memory {name} fp32"
         target = 1 / 0.7
         shape = "B=2 T=1024"

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptfast.ops.backend import EXTENSION
+
 Run = Callable[[], object]
 
 
@@ -78,6 +80,11 @@ def pair_of(
 def tolerance_of(dtype: torch.dtype) -> float:
     """Return a coarse bound that catches a wrong kernel; the tests use the derived bounds."""
     return 1e-4 if dtype == torch.float32 else 4e-2
+
+
+def level() -> str:
+    """Return gptfast's instruction-set level, or "none" where its extension is not built."""
+    return EXTENSION.build_info()["isa"] if EXTENSION else "none"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

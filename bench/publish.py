@@ -4,9 +4,9 @@ python bench/publish.py [--check]
 
 A page marks each place with `<!-- figures: NAME -->` and `<!-- end of figures: NAME -->`; what
 stands between the two is replaced. NAME is one of TABLES, each with a column for every CPU in
-bench/results, or "summary" or "machines" or "shortfalls", or "scaling", which is predicted. Rows
-that other processes disturbed are not shown. --check changes nothing and fails if a page is out of
-date.
+bench/results, or "targets", "summary", "machines" or "shortfalls", or "scaling", which is
+predicted. Rows that other processes disturbed are not shown. --check changes nothing and fails if a
+page is out of date.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import scaling
 from record import RESULTS, Row, format_cost, format_rate, format_share, load, publishable
+from targets import LEVELS, TARGETS, Key, cell
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "distributed.md")
@@ -30,8 +31,6 @@ TABLES = {
 }
 """The benchmarks of each table."""
 
-Key = tuple[str, str, str, str]
-"""op, case, shape and peer of a row; they are the same on every CPU."""
 Results = dict[str, dict[str, dict]]
 """The records by CPU and benchmark."""
 
@@ -126,6 +125,28 @@ def table(results: Results, benchmarks: tuple[str, ...]) -> str:
     return _markdown(lines)
 
 
+def targets(results: Results) -> str:
+    """Return a table of the targets that depend on the CPU, and what each CPU reached of them."""
+    every = tuple(name for names in TABLES.values() for name in names)
+    columns = {cpu: _rows(records, every) for cpu, records in results.items()}
+    levels = {
+        cpu: {record["machine"]["gptfast_isa"] for record in records.values()}
+        for cpu, records in results.items()
+    }
+    # A column for the CPUs with AMX as long as none of them was measured.
+    missing = [
+        name for name, known in LEVELS.items() if not any(levels[c] & {*known} for c in results)
+    ]
+    lines = [
+        ("what", "against", "at least", "needs", *columns, *(f"CPUs with {n}" for n in missing))
+    ]
+    for target in TARGETS:
+        cells = [cell(target, rows.get(target.key), levels[cpu]) for cpu, rows in columns.items()]
+        cells += ["not measured" if target.needs == name else "" for name in missing]
+        lines.append((target.what, target.against, f"{target.ratio:.3g}x", target.needs, *cells))
+    return _markdown(lines)
+
+
 def summary(results: Results) -> str:
     """Return README's figures, a column for each CPU, and a line about each machine."""
     every = tuple(name for names in TABLES.values() for name in names)
@@ -166,14 +187,15 @@ def _machine(records: dict[str, dict]) -> str:
 def machines(results: Results) -> str:
     """Return a table of the CPUs with their measured limits, the best of all runs."""
     names = ("fp32 GEMM", "bf16 GEMM", "copy", "read")
-    lines = [("CPU", "software", *names)]
+    lines = [("CPU", "measured on", "software", *names)]
     for cpu, records in results.items():
         cells = []
         for name in names:
             rates = [r["limits"][name] for r in records.values() if name in r["limits"]]
             unit = "GFLOP/s" if "GEMM" in name else "GB/s"
             cells.append(f"{max(rates) / 1e9:.0f} {unit}" if rates else "not measured")
-        lines.append((cpu, _machine(records), *cells))
+        dates = sorted({record["machine"]["date"] for record in records.values()})
+        lines.append((cpu, " and ".join(dates), _machine(records), *cells))
     return _markdown(lines)
 
 
@@ -198,6 +220,7 @@ def shortfalls(results: Results) -> str:
 def figures(name: str, results: Results) -> str:
     """Return what stands between the markers called `name`."""
     others: dict[str, Callable[[Results], str]] = {
+        "targets": targets,
         "summary": summary,
         "machines": machines,
         "shortfalls": shortfalls,

@@ -7,6 +7,7 @@ shown (the table of a run, the pictures, the tables in README and docs/) is made
 import json
 import platform
 import re
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -24,7 +25,10 @@ Row = dict
 
 
 def cpu_name() -> str:
-    """Return the CPU's model name, with family and model number where the name has no number."""
+    """Return the CPU's model name, with family and model number where the name has no number.
+
+    A virtual machine may hide the matrix engine of such a CPU, so the name says whether it has one.
+    """
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return platform.processor() or platform.machine()
@@ -32,7 +36,8 @@ def cpu_name() -> str:
     fields = {key.strip(): value.strip() for key, _, value in lines}
     name = fields.get("model name", platform.machine())
     if not re.search(r"\d", name) and "cpu family" in fields:
-        name = f"{name} (family {fields['cpu family']}, model {fields['model']})"
+        engine = ", AMX" if "amx_bf16" in fields.get("flags", "").split() else ""
+        name = f"{name} (family {fields['cpu family']}, model {fields['model']}{engine})"
     return name
 
 
@@ -40,6 +45,7 @@ def machine() -> dict[str, object]:
     """Return what describes this machine; a figure without it means nothing."""
     return {
         "cpu": cpu_name(),
+        "date": date.today().isoformat(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
@@ -87,9 +93,18 @@ def publishable(record: dict) -> list[Row]:
     return [row for row in record["rows"] if not row["disturbed"]]
 
 
+def _label(op: str, case: str, shape: str, peer: str) -> str:
+    return f"{op}: {case}, {shape}, against {peer}"
+
+
 def row_label(row: Row) -> str:
     """Return what a row measures; no two rows of a record have the same label."""
-    return f"{row['op']}: {row['case']}, {row['shape']}, against {row['peer']}"
+    return _label(row["op"], row["case"], row["shape"], row["peer"])
+
+
+def case_label(case: Case) -> str:
+    """Return the label of the row that a case gives."""
+    return _label(case.op, case.name, case.shape, case.peer_name)
 
 
 def save(path: Path, record: dict) -> None:

@@ -1,6 +1,7 @@
 """Measure gptfast and its peers in one process: print tables, write JSON and pictures.
 
-python bench/run.py [--quick] [--only attention,train | --generate | --serve] [--out DIR]
+python bench/run.py [--quick] [--only attention,train | --generate | --serve] [--rows REGEX]
+                    [--out DIR]
 python bench/run.py --redraw
 
 Each benchmark is written to <out>/<cpu>/<benchmark>.json with a picture beside it, so that another
@@ -8,6 +9,7 @@ CPU's results are kept.
 """
 
 import argparse
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +21,7 @@ from picture import draw
 from record import (
     RESULTS,
     Row,
+    case_label,
     folder_name,
     format_cost,
     load,
@@ -67,11 +70,16 @@ def _measure_case(case: Case, meter: LimitMeter, quick: bool) -> Row:
     return row
 
 
-def measure(name: str, meter: LimitMeter, quick: bool) -> dict:
-    """Measure every case of a benchmark and return its record. A peer that dies costs its rows."""
+def measure(name: str, meter: LimitMeter, quick: bool, rows_like: str = "") -> dict:
+    """Measure the cases of a benchmark and return its record. A peer that dies costs its rows.
+
+    rows_like: a regular expression; cases in whose label it is not found are left out.
+    """
     cases = import_module(f"bench_{name}").cases(quick)
     rows = []
     for case in cases:
+        if rows_like and not re.search(rows_like, case_label(case)):
+            continue
         try:
             rows.append(_measure_case(case, meter, quick))
         except peers.PeerDied as error:
@@ -114,6 +122,9 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller shapes, about two minutes")
     parser.add_argument("--only", default="", help=f"comma-separated, from {','.join(known)}")
+    parser.add_argument(
+        "--rows", default="", metavar="REGEX", help="only rows in whose label this is found"
+    )
     parser.add_argument("--generate", action="store_true", help="the engine against other engines")
     parser.add_argument("--serve", action="store_true", help="the server with many clients")
     parser.add_argument(
@@ -145,7 +156,7 @@ def main() -> None:
         return
     meter, folder = LimitMeter(), args.out / folder_name(str(machine()["cpu"]))
     for name in names:
-        report(folder / f"{name}.json", measure(name, meter, args.quick))
+        report(folder / f"{name}.json", measure(name, meter, args.quick, args.rows))
 
 
 if __name__ == "__main__":

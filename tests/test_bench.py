@@ -13,6 +13,7 @@ import picture
 import publish
 import pytest
 import run
+import targets
 import timing
 from harness import Case, Pair
 from limits import Limit, share_of_limit
@@ -62,7 +63,14 @@ def _record(**changes: object) -> dict:
         "limit": None,
         "share_of_limit": None,
     }
-    machine = {"cpu": "A CPU", "threads": 2, "torch": "2", "torch_isa": "X", "gptfast_isa": "y"}
+    machine = {
+        "cpu": "A CPU",
+        "date": "2026-11-29",
+        "threads": 2,
+        "torch": "2",
+        "torch_isa": "X",
+        "gptfast_isa": "y",
+    }
     record = {"machine": machine, "benchmark": "adamw", "limits": {}}
     return record | {"rows": [row | changes]}
 
@@ -160,6 +168,24 @@ def test_a_second_cpu_adds_a_column() -> None:
     assert "**2.00x**" in line and "**3.00x**" in line
 
 
+def test_targets_name_what_a_cpu_lacks_and_what_was_not_measured() -> None:
+    needs_amx = next(target for target in targets.TARGETS if target.needs == targets.AMX)
+    op, case, shape, peer = needs_amx.key
+    row = {"op": op, "case": case, "shape": shape, "peer": peer, "ratio": needs_amx.ratio - 0.5}
+    measured, lacking = _record(**row), _record()
+    measured["machine"]["gptfast_isa"] = "amx"
+    lacking["machine"]["gptfast_isa"] = "avx512"
+    results = {"A CPU": {"train": measured}, "B CPU": {"adamw": lacking}}
+    head, _, first, *others = publish.targets(results).splitlines()
+    assert head.endswith("| A CPU | B CPU | CPUs with AVX512-BF16, no AMX |")
+    assert first.endswith(f"| **{row['ratio']:.2f}x**, missed | — |  |")
+    of_any = next(line for line in others if "| any |" in line)
+    assert of_any.endswith("| not measured | not measured |  |")
+    head, _, first, *_ = publish.targets({"B CPU": {"adamw": lacking}}).splitlines()
+    assert head.endswith("| B CPU | CPUs with AMX | CPUs with AVX512-BF16, no AMX |")
+    assert first.endswith("| — | not measured |  |")
+
+
 def test_text_between_markers_is_replaced() -> None:
     results = {"A CPU": {"adamw": _record()}}
     marker, end = "<!-- figures: operations -->", "<!-- end of figures: operations -->"
@@ -211,6 +237,15 @@ def test_a_peer_that_dies_costs_its_own_rows(
     peer.close()
     assert record["rows"] == [1, 2]
     assert capsys.readouterr().err.count("no row: fake ended with signal SIGILL") == 2
+
+
+def test_only_rows_whose_label_matches_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [Case("op", name, "(2, 3)", "torch", lambda: None) for name in ("fp32", "bf16")]
+    monkeypatch.setattr(run, "import_module", lambda name: SimpleNamespace(cases=lambda _: shapes))
+    monkeypatch.setattr(run, "_measure_case", lambda case, meter, quick: case.name)
+    meter = SimpleNamespace(summary=dict)
+    assert run.measure("op", meter, quick=True)["rows"] == ["fp32", "bf16"]
+    assert run.measure("op", meter, quick=True, rows_like="fp32.*torch$")["rows"] == ["fp32"]
 
 
 def test_overlap_in_a_trace(tmp_path: Path) -> None:
