@@ -241,8 +241,8 @@ class GPT(nn.Module):
 
         path: a run or a checkpoint of `gptfast train`; OpenAI's directory; a directory or file of
         transformers (safetensors or .bin, in shards or not); nanoGPT's ckpt.pt; llm.c's .bin; the
-        .pth of Raschka's book; or the name of a model that `gptfast download` has fetched, such as
-        "gpt2". The form is recognised by content.
+        .pth of Raschka's book; llama.cpp's .gguf; or the name of a model that `gptfast download`
+        has fetched, such as "gpt2". The form is recognised by content.
         n_head: for a file that does not record it, such as the book's; None takes heads of 64
         channels, and logs that. resize_vocab: the number of tokens of a vocabulary that grew; the
         rows of new tokens are the mean of the old rows.

@@ -8,6 +8,7 @@ test_hostile.py runs some mutations in CI.
 """
 
 import argparse
+import importlib.util
 import io
 import logging
 import random
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from bundle import table, trailer, varint, write_openai
 
-from gptfast import GPT, GPTConfig
+from gptfast import GPT, GPTConfig, get_tokenizer
 from gptfast.weights.convert import save
 from gptfast.weights.lazy_tensor import CheckpointError
 
@@ -80,6 +81,12 @@ def forms(directory: Path) -> dict[str, Form]:
         path.parent.mkdir()
         torch.save(content, path, _use_new_zipfile_serialization=name == "zip")
         made[name] = Form(path.parent, path, [path.name])
+    if importlib.util.find_spec("gguf"):  # which writes it
+        of_bytes = GPT(GPTConfig(257, 4, 1, 1, 8))
+        (directory / "gguf").mkdir()
+        path = directory / "gguf" / "m.gguf"
+        save(of_bytes.config, of_bytes.state_dict(), path, tokenizer="byte")
+        made["gguf"] = Form(path.parent, path, [path.name])
     return made
 
 
@@ -194,12 +201,22 @@ class Fuzzer:
         try:
             model = GPT.from_pretrained(form.load)
             assert all(p.device.type == "cpu" for p in model.parameters())
+            if model.tokenizer_name and form.load.suffix == ".gguf":
+                read_vocabulary(model.tokenizer_name)
             return "loaded"
         except CheckpointError as error:
             assert str(error) and "\n" not in str(error)
             return "refused"
         finally:
             path.write_bytes(form.contents[file])
+
+
+def read_vocabulary(name: str) -> None:
+    """Read the vocabulary of a file: there is a tokenizer, or one line that says why not."""
+    try:
+        get_tokenizer(name)
+    except ValueError as error:
+        assert str(error) and "\n" not in str(error)
 
 
 def limit_memory() -> None:

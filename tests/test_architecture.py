@@ -29,7 +29,10 @@ FLOORS = [
     ("model blocks lora kv_cache modules dropout optim dtensor", "GPT and AdamW"),
     ("weights", "models on disk, in every form, as names, shapes and tensors"),
     ("tokenizer config ops", "text to ids; the configurations; the operations"),
-    ("device checks files inert installed startup torch_private", "what everything leans on"),
+    (
+        "device checks files gguf_file inert installed startup torch_private",
+        "what everything leans on",
+    ),
 ]
 FLOOR_OF = {room: i for i, (rooms, _) in enumerate(FLOORS) for room in rooms.split()}
 

@@ -37,7 +37,13 @@ from make_openai import HPARAMS, values  # noqa: E402
 
 # The book's form needs 64 channels per head.
 SIZES: dict[str, Any] = {"n_embd": 128, "n_head": 2, "block_size": 16}
-NAMES = {"transformers": "hf", "llm.c": "m.bin", "nanogpt": "ckpt.pt", "book": "m.pth"}
+NAMES = {
+    "transformers": "hf",
+    "llm.c": "m.bin",
+    "nanogpt": "ckpt.pt",
+    "book": "m.pth",
+    "gguf": "m.gguf",
+}
 
 
 def wide_model(seed: int = 0, **changes: Any) -> GPT:
@@ -697,8 +703,8 @@ def test_nothing_is_overwritten_or_left_half(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="m.bin exists; name another or delete it"):
         save(wide_model(), tmp_path / "m.bin")
     assert (tmp_path / "m.bin").read_bytes() == b"precious"
-    with pytest.raises(ValueError, match="no form 'gguf'; choose from transformers, llm.c"):
-        save(wide_model(), tmp_path / "m.gguf", "gguf")
+    with pytest.raises(ValueError, match="no form 'ggml'; choose from transformers, llm.c"):
+        save(wide_model(), tmp_path / "m.ggml", "ggml")
 
 
 # Names
@@ -718,7 +724,7 @@ def test_a_name_is_looked_up_in_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     assert GPT.from_pretrained("gpt2").config.n_embd == 128
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF\x03", b"\x00" * 100, b"text\n" * 9])
+@pytest.mark.parametrize("content", [b"", b"GGML\x03", b"\x00" * 100, b"text\n" * 9])
 def test_a_file_of_no_known_form(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(content)
     with pytest.raises(CheckpointError, match="m is not a checkpoint"):

@@ -71,7 +71,7 @@ DIRECTORIES = {
         ["flax_model.msgpack", "transformers 4"],
     ),
     "tf": (with_config(files(tf_model__h5=b"0")), ["tf_model.h5", "transformers 4"]),
-    "gguf": (files(**{"gpt2__gguf": b"GGUF"}), ["GGUF", "model.safetensors"]),
+    "gguf": (files(**{"gpt2__gguf": b"GGUF"}), ["D/gpt2.gguf", "give the file itself"]),
     "onnx": (with_config(files(model__onnx=b"0")), ["ONNX"]),
     "fp16": (with_config(files(model__fp16__safetensors=b"0")), ["D/model.fp16.safetensors"]),
     "renamed": (with_config(files(my_model__pt=b"0")), ["give the file itself, D/my_model.pt"]),
@@ -125,7 +125,7 @@ def test_complete_shards_without_an_index(suffix: str) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"GGUF\3\0\0\0", "it is GGUF"),
+        (b"GGML\3\0\0\0", "it is GGML"),
         (b"\x89HDF\r\n\x1a\n", "it is HDF5"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "it is a web page"),
@@ -170,7 +170,7 @@ def test_a_downloaded_model_by_its_name_on_the_hub() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["m.gguf", "m.onnx", "m.h5", "m.ckpt", "m.safetensors", "m.GGUF", "m.json", "m.xyz"]
+    "name", ["m.ggml", "m.onnx", "m.h5", "m.ckpt", "m.safetensors", "m.GGML", "m.json", "m.xyz"]
 )
 @pytest.mark.parametrize("flags", [[], ["--dtype", "int8"]], ids=["", "int8"])
 def test_convert_makes_no_directory_with_a_files_suffix(

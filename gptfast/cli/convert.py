@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,14 +11,16 @@ import torch
 from gptfast.checks import one_line
 from gptfast.cli.flags import Positional, UsageError
 from gptfast.cli.ranges import check_whole
+from gptfast.cli.vocabularies import GPT2_ROWS
 from gptfast.config import MAX_SIZE
 from gptfast.data.embedded import embedded_text
 from gptfast.data.tokens import as_tokens
 from gptfast.evaluate.loss import rounding_cost, text_score
 from gptfast.model import GPT
-from gptfast.tokenizer.bpe import end_of_text
+from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 from gptfast.tokenizer.vocabulary import get_tokenizer
 from gptfast.weights.convert import check, check_name, format_of, save
+from gptfast.weights.found_in import preset_of
 from gptfast.weights.open import is_adapter
 from gptfast.weights.packed import is_packed
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from gptfast.engine import Engine
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# As llama.cpp calls them.
+_SAME = {"f32": "fp32", "f16": "fp16"}
+_GGUF_ONLY = ("q8_0", "q4_0")
 COST_TOKENS = 2048
 """The number of tokens on which the cost of rounding is measured."""
 
@@ -51,7 +56,8 @@ class Convert:
     """Write a model in another format. The format of SRC is recognised from its content.
 
     SRC may be OpenAI's directory, a directory or file of transformers, nanoGPT's ckpt.pt, llm.c's
-    .bin, the .pth of Raschka's book, a run or checkpoint of gptfast, or gpt2 if it was downloaded.
+    .bin, the .pth of Raschka's book, llama.cpp's .gguf, a run or checkpoint of gptfast, or gpt2 if
+    it was downloaded.
 
     The format "packed" holds the weights as the CPU engine uses them, so that it starts at once.
     `generate`, `chat` and `eval` read it. It cannot be converted back.
@@ -64,6 +70,8 @@ class Convert:
 
     gptfast convert gpt2 gpt2-int4 --dtype int4
 
+    gptfast convert gpt2 gpt2.gguf --dtype q8_0
+
     gptfast convert --merge runs/tuned tuned
     """
 
@@ -71,11 +79,15 @@ class Convert:
     """The model to read."""
     dst: Positional[str]
     """The file or directory to write; it must not exist yet."""
-    to: Literal["transformers", "llm.c", "nanogpt", "book", "packed"] | None = None
+    to: Literal["transformers", "llm.c", "nanogpt", "book", "gguf", "packed"] | None = None
     """The format to write (default: from the suffix of DST: llm.c for .bin, nanogpt for .pt, book
-    for .pth, a directory without a suffix for transformers; with --dtype int8 or int4, packed)."""
-    dtype: Literal["fp32", "bf16", "fp16", "int8", "int4"] | None = None
-    """Data type to convert the weights to (default: unchanged; for packed, fp32)."""
+    for .pth, gguf for .gguf, a directory without a suffix for transformers; with --dtype int8 or
+    int4, packed)."""
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "int4", "f32", "f16", "q8_0", "q4_0"] | None = (
+        None
+    )
+    """Data type to convert the weights to (default: unchanged; for packed, fp32). f32 and f16 are
+    fp32 and fp16; q8_0 and q4_0 are GGUF's 8 and 4 bits."""
     n_head: int | None = None
     """Number of heads per block, if SRC does not say, as the book's own .pth (default: one head
     per 64 channels)."""
@@ -100,9 +112,21 @@ class Convert:
             self._pack()
             return
         check(self.dst, self.to)
+        form = self.to or format_of(self.dst)
+        if self.dtype in _GGUF_ONLY and form != "gguf":
+            raise ValueError(
+                f"{form} has no {self.dtype} weights, only GGUF has: name a .gguf, or take int8 or "
+                "int4 for a directory of packed ones"
+            )
         model = self._load()
+        notes = self._save_gguf(model) if form == "gguf" else self._save(model)
+        n = sum(p.numel() for p in model.parameters())
+        print("\n".join([f"done: {n:,} parameters in {self.dst} ({form})", *notes]))
+
+    def _save(self, model: GPT) -> list[str]:
+        """Write any other form; return what the file lacks, in lines."""
         if self.dtype is not None:
-            model.to(_DTYPES[self.dtype])
+            model.to(_DTYPES[_SAME.get(self.dtype, self.dtype)])
         with _written(self.dst):
             save(
                 model.config,
@@ -112,11 +136,30 @@ class Convert:
                 tokenizer=model.tokenizer_name,
                 eos_ids=model.eos_ids,
             )
-        n = sum(p.numel() for p in model.parameters())
         form = self.to or format_of(self.dst)
-        print(f"done: {n:,} parameters in {self.dst} ({form})")
-        if form != "transformers":
-            _say_what_is_left(model)
+        return [] if form == "transformers" else _what_is_left(model)
+
+    def _save_gguf(self, model: GPT) -> list[str]:
+        """Write GGUF with the model's vocabulary; return what it lacks, in lines."""
+        tokenizer = _tokenizer_of(model)
+        kinds = {theirs: ours for ours, theirs in _SAME.items()}
+        with _written(self.dst):
+            save(
+                model.config,
+                model.state_dict(),
+                self.dst,
+                "gguf",
+                tokenizer=tokenizer,
+                eos_ids=model.eos_ids,
+                kind=None if self.dtype is None else kinds.get(self.dtype, self.dtype),
+                license="mit" if preset_of(self.src) else None,
+            )
+        notes = []
+        if tokenizer is None:
+            notes.append("the file holds no vocabulary: nothing says which one the model has")
+        if left := [str(i) for i in model.eos_ids[2:]]:
+            notes.append(f"the file does not say that id {', '.join(left)} ends a text, only two")
+        return notes
 
     def _load(self) -> GPT:
         return GPT.from_pretrained(self.src, n_head=self.n_head, resize_vocab=self.resize_vocab)
@@ -125,19 +168,21 @@ class Convert:
         """Write the packed format, which only the engine can."""
         form = self.to or format_of(self.dst)
         if form not in ("packed", "transformers") or self.to == "transformers":
+            here = ", or take q8_0 or q4_0" if form == "gguf" else ""
             raise ValueError(
-                f"{form} has no {self.dtype} weights: name a directory for packed ones"
+                f"{form} has no {self.dtype} weights: name a directory for packed ones{here}"
             )
         check_name(self.dst, "packed")
-        if self.dtype == "fp16":
-            raise ValueError("packed weights are fp32, bf16, int8 or int4, not fp16")
+        dtype = _SAME.get(self.dtype or "", self.dtype)
+        if dtype not in (None, "fp32", "bf16", "int8", "int4"):
+            raise ValueError(f"packed weights are fp32, bf16, int8 or int4, not {self.dtype}")
         if os.path.lexists(self.dst):  # before the work, not after it
             raise ValueError(f"{self.dst} exists; name another or delete it")
         from gptfast.engine import Engine
 
         plain = self.n_head is None and self.resize_vocab is None
         model = self.src if plain else self._load()
-        engine = Engine(model, self.dtype)
+        engine = Engine(model, dtype)
         with _written(self.dst):
             engine.save(self.dst)
         size = f"{engine.weight_bytes / 1e6:,.1f} MB of {engine.dtype} weights"
@@ -150,6 +195,16 @@ class Convert:
                 print(f"what int4 costs was not measured: {one_line(error)}")
 
 
+def _tokenizer_of(model: GPT) -> Tokenizer | None:
+    """Return the tokenizer of a model: that on record, or GPT-2's if it has GPT-2's rows."""
+    if model.tokenizer_name is not None:
+        return get_tokenizer(model.tokenizer_name)
+    if model.config.vocab_size in GPT2_ROWS:
+        with suppress(OSError):  # it is not on this machine
+            return get_tokenizer("gpt2")
+    return None
+
+
 def _cost(rounded: "Engine", plain: "Engine", tokenizer_name: str) -> str:
     """Say what rounded weights cost, measured on a part of the embedded text."""
     tokenizer = get_tokenizer(tokenizer_name)
@@ -159,17 +214,18 @@ def _cost(rounded: "Engine", plain: "Engine", tokenizer_name: str) -> str:
     return rounding_cost(*scores)
 
 
-def _say_what_is_left(model: GPT) -> None:
-    """Print what of a model's text a single file cannot hold."""
-    name = model.tokenizer_name
+def _what_is_left(model: GPT) -> list[str]:
+    """Return what of a model's text a single file cannot hold, in lines."""
+    notes, name = [], model.tokenizer_name
     if name not in (None, "gpt2"):
-        print(f"the file holds no vocabulary: use it with --tokenizer {name}")
+        notes.append(f"the file holds no vocabulary: use it with --tokenizer {name}")
     try:
         end = end_of_text(get_tokenizer(name or "gpt2"))
     except (OSError, ValueError):  # it is not there
         end = None
     if others := [str(i) for i in model.eos_ids if i != end]:
-        print(
+        notes.append(
             f"the file does not say that id {', '.join(others)} ends a text: convert to a "
             "directory to keep it"
         )
+    return notes

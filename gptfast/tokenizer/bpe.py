@@ -223,13 +223,10 @@ class BPETokenizer:
         special = set(self._added.by_id)
         return {token: i for i, token in sorted(self.tokens.items()) if i not in special}
 
-    def transformers_files(self) -> dict[str, str]:
-        """Return the text, by file name, of the files that transformers' GPT2Tokenizer loads."""
-        described = self._description
-        if described is not None and described.texts:
-            return dict(described.texts)
-        if described is not None:
-            return _transformers_files(described)
+    def description(self) -> Description:
+        """Return the vocabulary as its files describe it."""
+        if self._description is not None:
+            return self._description
         ranks = self.ranks()
         written = {token: "".join(BYTE_SYMBOLS[b] for b in token) for token in ranks}
         vocab = {written[token]: i for token, i in ranks.items()}
@@ -239,7 +236,12 @@ class BPETokenizer:
             pairs = [merged_pair(token, ranks) for token in ranks if len(token) > 1]
             merges = [(written[a], written[b]) for a, b in pairs]
         end = {self.eot: AddedToken(END_OF_TEXT, special=True)}
-        return _transformers_files(Description(vocab, merges, end, self.eot))
+        return Description(vocab, merges, end, self.eot, self.eot)
+
+    def transformers_files(self) -> dict[str, str]:
+        """Return the text, by file name, of the files that transformers' GPT2Tokenizer loads."""
+        described = self.description()
+        return dict(described.texts) if described.texts else _transformers_files(described)
 
 
 class ByteTokenizer:
@@ -269,9 +271,13 @@ class ByteTokenizer:
 
     def transformers_files(self) -> dict[str, str]:
         """Return the text, by file name, of files from which transformers makes the same ids."""
+        return _transformers_files(self.description())
+
+    def description(self) -> Description:
+        """Return the bytes as a byte-level BPE without merges."""
         vocab = {symbol: b for b, symbol in enumerate(BYTE_SYMBOLS)}
         end = {self.eot: AddedToken(END_OF_TEXT, special=True)}
-        return _transformers_files(Description(vocab, [], end, self.eot))
+        return Description(vocab, [], end, self.eot, self.eot)
 
 
 def _transformers_files(described: Description) -> dict[str, str]:

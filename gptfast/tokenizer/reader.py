@@ -169,7 +169,7 @@ class _Reader:
             self.is_gpt2 = True  # only this class has these files
             description, raw_added = self._two_files(*files), []
         description = self._with_added(description, raw_added)
-        _say_unreachable(self.directory, description)
+        say_unreachable(self.directory, description)
         description = replace(description, eot=self._end(description), bos=self._begin(description))
         if len(files) == 2:
             description = self._with_around(description)
@@ -368,7 +368,7 @@ class _Reader:
         return {**texts, CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
 
 
-def _say_unreachable(directory: Path, description: Description) -> None:
+def say_unreachable(directory: Path, description: Description) -> None:
     """Log a warning for bytes without a token, and for tokens that no text becomes.
 
     Raises ValueError if these are so many that the merges must be incomplete.

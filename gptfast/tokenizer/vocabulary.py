@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptfast.gguf_file import is_gguf
 from gptfast.tokenizer.bpe import BPETokenizer, ByteTokenizer, Tokenizer, vocabulary
 from gptfast.tokenizer.characters import characters_file, read_characters
+from gptfast.tokenizer.gguf import read_tokenizer
 from gptfast.tokenizer.reader import (
     ADDED,
     CONFIG,
@@ -115,7 +117,7 @@ def _gpt2() -> BPETokenizer:
 
 
 def get_tokenizer(name: str = "gpt2") -> Tokenizer:
-    """Return the tokenizer "gpt2", "byte", or the one whose files are in a directory.
+    """Return the tokenizer "gpt2", "byte", or the one in a GGUF file or in a directory's files.
 
     A directory has tokenizer.json, transformers' vocab.json and merges.txt, or OpenAI's
     encoder.json and vocab.bpe. tokenizer_config.json, special_tokens_map.json and added_tokens.json
@@ -132,6 +134,8 @@ def get_tokenizer(name: str = "gpt2") -> Tokenizer:
     if name == "gpt2":
         return _gpt2()
     directory = Path(name)
+    if is_gguf(directory):
+        return read_tokenizer(directory)
     if directory.is_file() and any(directory.name in names for names in VOCABULARIES):
         directory = directory.parent
     if not directory.is_dir():

@@ -13,7 +13,8 @@ from torch import Tensor
 from gptfast.config import GPTConfig
 from gptfast.files import new_directory, replacing
 from gptfast.tokenizer.bpe import Tokenizer
-from gptfast.weights import book, llmc, nanogpt
+from gptfast.tokenizer.vocabulary import get_tokenizer
+from gptfast.weights import book, gguf, gguf_save, llmc, nanogpt
 from gptfast.weights.pretrained import save_model
 
 State = Mapping[str, Tensor]
@@ -30,8 +31,8 @@ _WRITERS: dict[str, Callable[[GPTConfig, State, IO[bytes]], None]] = {
     "nanogpt": _pickled(nanogpt.to_content),
     "book": _pickled(book.to_content),
 }
-FORMATS = ("transformers", *_WRITERS)
-_SUFFIXES = {".bin": "llm.c", ".pt": "nanogpt", ".pth": "book"}
+FORMATS = ("transformers", *_WRITERS, "gguf")
+_SUFFIXES = {".bin": "llm.c", ".pt": "nanogpt", ".pth": "book", ".gguf": "gguf"}
 # Suffixes of forms that other programs have, of archives and of texts: no model of ours is there.
 _OTHERS = frozenset(
     ".gguf .ggml .onnx .h5 .hdf5 .keras .pb .tflite .msgpack .npz .npy .ckpt .mlmodel .mlpackage "
@@ -40,7 +41,7 @@ _OTHERS = frozenset(
 
 
 def format_of(path: str | PathLike) -> str:
-    """Return the form that a path's suffix stands for: .bin, .pt or .pth, else transformers.
+    """Return the form that a path's suffix stands for: that of _SUFFIXES, else transformers.
 
     Raises ValueError for a suffix that stands for another form than these.
     """
@@ -56,8 +57,8 @@ def format_of(path: str | PathLike) -> str:
     if suffix not in _SUFFIXES and re.fullmatch(r"\.[a-z]\w*", suffix):
         raise ValueError(
             f"the suffix {suffix} stands for no form that is written; .bin is llm.c's, .pt "
-            "nanoGPT's, .pth the book's, and a directory, without a suffix, transformers' (--to "
-            "chooses a form for any other name)"
+            "nanoGPT's, .pth the book's, .gguf llama.cpp's, and a directory, without a suffix, "
+            "transformers' (--to chooses a form for any other name)"
         )
     return _SUFFIXES.get(suffix, "transformers")
 
@@ -68,19 +69,21 @@ def check_name(path: str | PathLike, form: str) -> None:
     is_directory = form in ("transformers", "packed")
     if is_directory and suffix in (*_SUFFIXES, ".safetensors"):
         raise ValueError(f"the {form} form is a directory: give one instead of {path}")
-    if suffix in (*_OTHERS, ".safetensors"):
+    if suffix in (*_OTHERS, ".safetensors") and _SUFFIXES.get(suffix) != form:
         raise ValueError(
             f"{path} would be no {suffix} file, but of the {form} form; choose another name"
         )
 
 
 def check(path: str | PathLike, form: str | None = None) -> None:
-    """Raise ValueError for a form that does not exist and for a path that does."""
+    """Raise ValueError for a form that does not exist or lacks its library, or a path that does."""
     if form not in (None, *FORMATS):
         raise ValueError(f"there is no form {form!r}; choose from {', '.join(FORMATS)}")
     if form is None:
         form = format_of(path)
     check_name(path, form)
+    if form == "gguf":
+        gguf.need_library(f"writing {path}")
     if os.path.lexists(path):
         raise ValueError(f"{path} exists; name another or delete it")
 
@@ -93,11 +96,14 @@ def save(
     *,
     tokenizer: Tokenizer | str | None = None,
     eos_ids: Sequence[int] = (),
+    kind: str | None = None,
+    license: str | None = None,
 ) -> None:
     """Write a model in one of FORMATS, completely or not at all.
 
     state: GPT's state dictionary. form: None takes `format_of(path)`. tokenizer: one or its name,
-    whose files go along in transformers' form. eos_ids: the ids that end a text there.
+    which goes along in transformers' form and in GGUF. eos_ids: the ids that end a text there.
+    kind: for GGUF, one of gguf_save.TYPES. license: for GGUF, what it says of the model's.
     Raises ValueError for a form that cannot hold the model and for a path that exists; OSError.
     """
     check(path, form)
@@ -106,6 +112,20 @@ def save(
     if form == "transformers":
         with new_directory(path) as directory:
             save_model(config, state, directory, tokenizer, eos_ids)
+    elif form == "gguf":
+        gguf_save.check_kind(kind, state["wte.weight"].dtype, config)
+        tokenizer = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        with replacing(path, "wb") as file:
+            gguf_save.write(
+                config,
+                state,
+                file,
+                kind=kind,
+                tokenizer=tokenizer,
+                eos_ids=eos_ids,
+                name=path.stem,
+                license=license,
+            )
     else:
         with replacing(path, "wb") as file:
             _WRITERS[form](config, state, file)

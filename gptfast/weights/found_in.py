@@ -10,12 +10,11 @@ from gptfast.weights.transformers import FILES, SHARD
 
 _HUB = re.compile(r"(?:hf:/+|(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/)")
 _HUB_NAME = re.compile(r"(?:[\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}")
-_OURS = "gptfast reads safetensors, torch.save's files, llm.c's .bin and OpenAI's directory"
+_OURS = "gptfast reads safetensors, torch.save's files, GGUF, llm.c's .bin and OpenAI's directory"
 # Files of other programs, by their first bytes.
 _STARTS = (
-    (b"GGUF", "it is GGUF, of llama.cpp"),
-    (b"GGML", "it is GGML, of llama.cpp"),
-    (b"ggjt", "it is GGML, of llama.cpp"),
+    (b"GGML", "it is GGML, of an older llama.cpp"),
+    (b"ggjt", "it is GGML, of an older llama.cpp"),
     (b"\x89HDF", "it is HDF5, of TensorFlow or Keras"),
     (b"\x93NUMPY", "it is an array of NumPy"),
     (b"version https://git-lfs", "it is a pointer of Git LFS; run `git lfs pull` beside it"),
@@ -26,7 +25,6 @@ _STARTS = (
     ((20240327).to_bytes(4, "little"), "it is llm.c's optimizer state; the model_*.bin is beside"),
 )
 _OTHER_FORMS = {
-    "*.gguf": "llama.cpp's GGUF",
     "*.onnx": "ONNX",
     "tf_model*.h5": "TensorFlow's tf_model.h5",
     "flax_model*.msgpack": "Flax's flax_model.msgpack",
@@ -39,7 +37,7 @@ _OTHER_FORMS = {
     "openvino_model.*": "OpenVINO",
     "*.npz": "NumPy's npz",
 }
-_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 _MAX_NAMED = 6
 
 

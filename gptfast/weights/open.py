@@ -6,7 +6,9 @@ from typing import Any
 
 from gptfast.checks import one_line
 from gptfast.files import cache_directory
-from gptfast.weights import adapter, checkpoint, found_in, llmc, openai, transformers
+from gptfast.gguf_file import MAGIC as GGUF_MAGIC
+from gptfast.gguf_file import is_gguf
+from gptfast.weights import adapter, checkpoint, found_in, gguf, llmc, openai, transformers
 from gptfast.weights.lazy_tensor import CheckpointError, read_safetensors, safetensors_metadata
 from gptfast.weights.packed import is_packed
 from gptfast.weights.pickles import read_pickles
@@ -38,6 +40,8 @@ def open_weights(path: str | PathLike, n_head: int | None = None) -> Weights:
 def tokenizer_of(path: str | PathLike) -> str | None:
     """Return the name of the tokenizer that the model at `path` was trained with, if on record."""
     found = _find(path)
+    if is_gguf(found):
+        return gguf.tokenizer_in_file(found) or tokenizer_in(found.parent)
     if checkpoint.is_run(found):
         if name := checkpoint.own_tokenizer(checkpoint.find_checkpoint(found)):
             return name
@@ -126,6 +130,8 @@ def _open_file(path: Path, n_head: int | None) -> Weights:
         start = file.read(64)
     if start[:4] == llmc.MAGIC.to_bytes(4, "little"):
         return llmc.open_file(path)
+    if start.startswith(GGUF_MAGIC):
+        return gguf.open_file(path)
     if start[8:9] == b"{" and start[:4] != b"PK\x03\x04":  # after the length of the header
         raw = read_safetensors(path)
         content: Any = {"__metadata__": safetensors_metadata(path)}
