@@ -29,7 +29,6 @@ import itertools
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -37,7 +36,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Case, Pair, both_sides
+from harness import Case, Pair, both_sides, kept_directory
 from limits import DTYPES
 from peers import MAX_ROWS, PRECISIONS, Peer
 from timing import OWN_PROCESSES
@@ -67,11 +66,7 @@ DECODE = (
 PREFILL = tuple((p, name) for p in ITEM_BYTES for name, known in PRECISIONS.items() if p in known)
 
 
-@cache
-def _directory() -> Path:
-    kept = tempfile.TemporaryDirectory()
-    atexit.register(kept.cleanup)
-    return Path(kept.name)
+_directory = cache(kept_directory)
 
 
 @cache

@@ -1,10 +1,12 @@
-"""Measure `gptfast serve` with many clients against llama.cpp's Python server and the engine.
+"""Measure `gptfast serve` with many clients against other servers and the engine.
 
 Shapes: GPT-2 124M with random weights, int8 (Q8_0 at llama.cpp); 128 new tokens after prompts of 32
 to 512 tokens, which no two begin alike; 1, 8 and 32 clients, each of which sends its next prompt
-when it has all of the last reply. All replies are streams, greedy, without an end. Both servers and
+when it has all of the last reply. All replies are streams, greedy, without an end. The servers and
 the clients are processes of this machine and share its cores; a server that is not measured is
-stopped. llama-cpp-python[server] computes one request at a time, the others wait.
+stopped. llama-cpp-python[server] computes one request at a time, the others wait. CTranslate2 runs
+behind the application of `gptfast serve` and computes as many requests at a time as there are
+threads (see ctranslate2_server.py); its rows are left out where it is not installed.
 
 Rows: "serve" is the time of a whole load of prompts; of the same loads, "first text" is the median
 and the 99th percentile of the time from a request to its first text, and "next token" the median of
@@ -15,18 +17,18 @@ in one call, with as many rows as there are clients, up to 16.
 import atexit
 import random
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
 from bench_engine import _model as random_model
-from clients import Server, Times, free_port, python
-from harness import Case, Pair, both_sides
-from peers import write_gguf
+from clients import Answered, Server, Times, free_port, python
+from harness import Case, Pair, both_sides, kept_directory
+from peers import PeerDied, write_ctranslate2, write_gguf
 
 from gptfast import Engine, GPTConfig, get_tokenizer
 
@@ -34,26 +36,20 @@ MAX_BATCH = 16
 CLIENTS = ((1, 2), (8, 2), (32, 1))
 """The numbers of clients, and the prompts that each sends in a load."""
 SHORTEST, LONGEST = 32, 512
-PEER = "llama-cpp-python[server] Q8_0"
+
+_directory = cache(kept_directory)
 
 
 @cache
-def _directory() -> Path:
-    kept = tempfile.TemporaryDirectory()
-    atexit.register(kept.cleanup)
-    return Path(kept.name)
-
-
-@cache
-def _ours(config: GPTConfig) -> Server:
+def _gptfast(config: GPTConfig) -> Server:
     path, port, tokenizer = _directory() / "packed", free_port(), get_tokenizer("gpt2")
     Engine(random_model(config), dtype="int8").save(path, tokenizer=tokenizer)
     flags = ("--port", port, "--threads", torch.get_num_threads(), "--max-batch", MAX_BATCH)
-    return _kept(Server(python("gptfast", "serve", path, *flags), port, {"ignore_eos": True}))
+    return _kept(Server(python("-m", "gptfast", "serve", path, *flags), port, {"ignore_eos": True}))
 
 
 @cache
-def _peer(config: GPTConfig) -> Server:
+def _llama(config: GPTConfig) -> Server:
     path, port = _directory() / "Q8_0.gguf", free_port()
     write_gguf(random_model(config), path, "Q8_0", get_tokenizer("gpt2").transformers_files())
     n, threads = config.block_size, torch.get_num_threads()
@@ -62,7 +58,29 @@ def _peer(config: GPTConfig) -> Server:
     flags |= {"n_threads_batch": threads, "flash_attn": True, "interrupt_requests": False}
     argv = [text for name, value in flags.items() for text in (f"--{name}", value)]
     without_end = {"logit_bias": {str(get_tokenizer("gpt2").eot): -100.0}}
-    return _kept(Server(python("llama_cpp.server", *argv), port, without_end))
+    return _kept(Server(python("-m", "llama_cpp.server", *argv), port, without_end))
+
+
+@cache
+def _ctranslate2(config: GPTConfig, workers: int) -> Server:
+    path, port = _directory() / f"ctranslate2-{workers}", free_port()
+    write_ctranslate2(random_model(config), path, "int8")
+    flags = ("--port", port, "--threads", torch.get_num_threads(), "--workers", workers)
+    command = python(Path(__file__).with_name("ctranslate2_server.py"), path, *flags)
+    return _kept(Server(command, port, {"ignore_eos": True}))
+
+
+def _ctranslate2_for(config: GPTConfig, clients: int) -> Server:
+    """Return CTranslate2's server in the best form for so many clients."""
+    return _ctranslate2(config, min(clients, torch.get_num_threads()))
+
+
+PEERS = {
+    "llama-cpp-python[server] Q8_0": ("llama_cpp", lambda config, clients: _llama(config)),
+    "CTranslate2 int8, same application": ("ctranslate2", _ctranslate2_for),
+}
+"""The other servers: a module that is there where they are installed, and what starts them for a
+model and a number of clients."""
 
 
 def _kept(server: Server) -> Server:
@@ -93,18 +111,20 @@ def _prompts(n: int, rng: random.Random) -> list[str]:
 
 
 class Load:
-    """The same kind of load for both servers and the engine, and the times that clients noted."""
+    """The same kind of load for both servers and the engine, and what the clients noted."""
 
     def __init__(self, config: GPTConfig, clients: int, n: int, tokens: int) -> None:
         self.config, self.clients, self.n, self.tokens = config, clients, n, tokens
         self.rng = random.Random(0)
-        self.times: dict[str, list[Times]] = {"ours": [], "peer": []}
+        self.answered: dict[str, list[Answered]] = {"ours": [], "peer": []}
+
+    def answer(self, side: str, server: Server) -> None:
+        """Have a server answer a load."""
+        prompts = _prompts(self.n, self.rng)
+        self.answered[side].append(server.answer(prompts, self.tokens, self.clients))
 
     def ours(self) -> None:
-        self._answer("ours", _ours(self.config))
-
-    def peer(self) -> None:
-        self._answer("peer", _peer(self.config))
+        self.answer("ours", _gptfast(self.config))
 
     def engine(self) -> None:
         """Compute a load in one call of the engine."""
@@ -112,12 +132,16 @@ class Load:
         ids = [get_tokenizer("gpt2").encode(text) for text in _prompts(self.n, self.rng)]
         engine.generate(ids, self.tokens, temperature=0.0)
 
-    def _answer(self, side: str, server: Server) -> None:
-        prompts = _prompts(self.n, self.rng)
-        self.times[side] += server.answer(prompts, self.tokens, self.clients)
+    # Clients raise if a token is missing, so there is nothing more to check.
 
-    def against_peer(self) -> Pair:
-        return Pair(self.ours, self.peer, lambda: None)  # clients raise if a token is missing
+    def against(self, started: Callable[[GPTConfig, int], Server]) -> Callable[[], Pair]:
+        """Return a pair with the server that `started` starts."""
+
+        def build() -> Pair:
+            server = started(self.config, self.clients)
+            return Pair(self.ours, lambda: self.answer("peer", server), lambda: None)
+
+        return build
 
     def against_engine(self) -> Pair:
         return Pair(self.ours, self.engine, lambda: None)
@@ -125,11 +149,16 @@ class Load:
     def noted(self, measure: Callable[[Sequence[Times]], float]) -> Callable[[], Pair]:
         """Return a pair whose sides return a measure of what clients noted so far."""
 
-        def build() -> Pair:
-            ours, peer = self.times["ours"], self.times["peer"]
-            return Pair(lambda: measure(ours), lambda: measure(peer), lambda: None)
+        def of(side: str) -> float:
+            if not self.answered[side]:
+                raise PeerDied("no load was answered")
+            return measure([one for load in self.answered[side] for one in load.times])
 
-        return build
+        def other_load() -> float:
+            every = [load.other_load for side in self.answered.values() for load in side]
+            return statistics.median(every)
+
+        return lambda: Pair(lambda: of("ours"), lambda: of("peer"), lambda: None, other_load)
 
 
 def _first(share: float) -> Callable[[Sequence[Times]], float]:
@@ -146,25 +175,25 @@ def _between(tokens: int) -> Callable[[Sequence[Times]], float]:
 
 def cases(quick: bool) -> Iterator[Case]:
     """Yield the cases of GPT-2 124M, or of a model of 4 layers and width 256."""
-    config, shape, tokens = GPTConfig(), "GPT-2 124M", 128
+    config, model, tokens = GPTConfig(), "GPT-2 124M", 128
     if quick:
-        config, shape, tokens = GPTConfig(n_layer=4, n_head=4, n_embd=256), "4 layers of 256", 64
+        config, model, tokens = GPTConfig(n_layer=4, n_head=4, n_embd=256), "4 layers of 256", 64
+    name = f"{tokens} tokens int8, prompts of {SHORTEST} to {LONGEST}"
+    measures = {"first text, median": _first(0.5), "first text, 99%": _first(0.99)}
+    measures["next token, median"] = _between(tokens)
     for clients, each in CLIENTS:
-        load = Load(config, clients, clients * each, tokens)
-        name = f"{tokens} tokens int8, prompts of {SHORTEST} to {LONGEST}"
-        shape_of = f"{shape}, {clients} client{'s' * (clients > 1)}"
-        n, target = load.n * tokens, 2.0 if clients > 1 else 0.0
-        yield Case("serve", name, shape_of, PEER, load.against_peer, target=target, tokens=n)
-        for op, measure in (
-            ("first text, median", _first(0.5)),
-            ("first text, 99%", _first(0.99)),
-            ("next token, median", _between(tokens)),
-        ):
-            yield Case(op, name, shape_of, PEER, load.noted(measure), returns_cost=True)
-        own = Load(config, clients, clients * each, tokens)
-        yield Case(
-            "serve", name, shape_of, "gptfast.Engine", own.against_engine, target=0.9, tokens=n
-        )
+        shape, n = f"{model}, {clients} client{'s' * (clients > 1)}", clients * each
+        for peer, (module, started) in PEERS.items():
+            if find_spec(module) is None:
+                continue
+            load = Load(config, clients, n, tokens)
+            target = 2.0 if clients > 1 and module == "llama_cpp" else 0.0
+            pair = load.against(started)
+            yield Case("serve", name, shape, peer, pair, target=target, tokens=n * tokens)
+            for op, measure in measures.items():
+                yield Case(op, name, shape, peer, load.noted(measure), returns_cost=True)
+        pair = Load(config, clients, n, tokens).against_engine
+        yield Case("serve", name, shape, "gptfast.Engine", pair, target=0.9, tokens=n * tokens)
 
 
 @pytest.mark.parametrize(("case", "side"), both_sides(cases(quick=False)))

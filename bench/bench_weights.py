@@ -5,7 +5,6 @@ and reads them later. Bytes counted: the parameters, read and written. Memory: t
 that loads and reads, minus its memory before that.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from bundle import write_openai
-from harness import Case, Pair, both_sides, child_bytes
+from harness import Case, Pair, both_sides, child_bytes, kept_directory
 from torch import nn
 
 from gptfast import GPT, GPTConfig
@@ -29,14 +28,12 @@ FORMS = {
     "llm.c's .bin": "model.bin",
     "the book's .pth": "model.pth",
 }
-_KEPT: list[tempfile.TemporaryDirectory] = []
 
 
 @cache
 def _files(config: GPTConfig) -> Path:
     """Return a directory with the same random weights in every form; it is removed at exit."""
-    _KEPT.append(tempfile.TemporaryDirectory())
-    root = Path(_KEPT[-1].name)
+    root = kept_directory()
     torch.manual_seed(0)
     model = GPT(config)
     for name in ("openai", "pickle", "legacy"):

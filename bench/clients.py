@@ -6,7 +6,6 @@ of the cores that the server needs.
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -18,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timing import OWN_PROCESSES
+from peers import PeerDied
+from timing import OWN_PROCESSES, OtherLoad
 
+HOST = "127.0.0.1"
 START_TIMEOUT_S = 300
 
 
@@ -40,12 +41,24 @@ class Times:
         return (self.events[-1] - self.events[0]) / max(1, tokens - 1)
 
 
+@dataclass
+class Answered:
+    """The times of a load of prompts, and the share of all cores that others used meanwhile."""
+
+    times: list[Times]
+    other_load: float
+
+
 class Server:
-    """A server in a process of its own, which is stopped (SIGSTOP) while it is not used."""
+    """A server in a process of its own, which is stopped (SIGSTOP) while it is not used.
+
+    Raises PeerDied where its process has ended.
+    """
 
     def __init__(self, command: Sequence[str | Path], port: int, fields: Mapping[str, Any]) -> None:
         self.port, self.fields = port, fields
-        self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+        self._command = list(map(str, command))
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
         OWN_PROCESSES.add(self.process.pid)
         self._wait()
         self.process.send_signal(signal.SIGSTOP)
@@ -53,26 +66,40 @@ class Server:
     def _wait(self) -> None:
         """Return once the server answers."""
         end = time.monotonic() + START_TIMEOUT_S
-        url = f"http://127.0.0.1:{self.port}/v1/models"
+        url = f"http://{HOST}:{self.port}/v1/models"
         while time.monotonic() < end:
-            if (code := self.process.poll()) is not None:
-                raise RuntimeError(f"{self.process.args[0]} ended with code {code}; see above")
+            self._check()
             try:
                 urllib.request.urlopen(url, timeout=5).read()
             except OSError:
                 time.sleep(0.2)
             else:
                 return
-        raise RuntimeError(f"{self.process.args[0]} did not answer in {START_TIMEOUT_S} s")
+        raise RuntimeError(f"{self.name} did not answer in {START_TIMEOUT_S} s")
 
-    def answer(self, prompts: Sequence[str], tokens: int, clients: int) -> list[Times]:
-        """Send all prompts, as many at a time as there are clients; return their times."""
+    @property
+    def name(self) -> str:
+        """What its process runs."""
+        return " ".join(self._command[:3])
+
+    def _check(self) -> None:
+        if (code := self.process.poll()) is not None:
+            raise PeerDied(f"{self.name} ended with code {code}; its error, if any, is above")
+
+    def answer(self, prompts: Sequence[str], tokens: int, clients: int) -> Answered:
+        """Send all prompts, as many at a time as there are clients; return when what came."""
         bodies = [{"prompt": prompt, "max_tokens": tokens, **self.fields} for prompt in prompts]
+        self._check()
         self.process.send_signal(signal.SIGCONT)
+        load = OtherLoad()
         try:
-            return asyncio.run(_all(self.port, bodies, clients))
+            times = asyncio.run(_all(self.port, bodies, clients))
+        except (OSError, RuntimeError):
+            self._check()
+            raise
         finally:
             self.process.send_signal(signal.SIGSTOP)
+        return Answered(times, load.share())
 
     def close(self) -> None:
         OWN_PROCESSES.discard(self.process.pid)
@@ -83,13 +110,13 @@ class Server:
 def free_port() -> int:
     """Return a port that nobody listens at."""
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+        sock.bind((HOST, 0))
         return sock.getsockname()[1]
 
 
-def python(module: str, *argv: object, path: str | Path = sys.executable) -> list[str]:
-    """Return the command that runs a module of Python."""
-    return [str(path), "-m", module, *map(str, argv)]
+def python(*argv: object) -> list[str]:
+    """Return a command of this Python."""
+    return [sys.executable, *map(str, argv)]
 
 
 async def _all(port: int, bodies: Sequence[Mapping[str, Any]], clients: int) -> list[Times]:
@@ -107,7 +134,7 @@ async def _all(port: int, bodies: Sequence[Mapping[str, Any]], clients: int) -> 
 
 async def _stream(port: int, body: Mapping[str, Any]) -> Times:
     """Send a request and read its events. Raises RuntimeError unless all of them come."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await asyncio.open_connection(HOST, port)
     raw = json.dumps({**body, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
     times = Times(time.perf_counter(), [])
@@ -125,8 +152,3 @@ async def _stream(port: int, body: Mapping[str, Any]) -> Times:
         raise RuntimeError(f"a stream did not give all its tokens: {tail!r}")
     writer.close()
     return times
-
-
-def threads() -> str:
-    """Return the number of threads that each side may use."""
-    return os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())

@@ -3,10 +3,13 @@
 `timing.py` measures a case, `limits.py` the machine's limits, `record.py` writes the result.
 """
 
+import atexit
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,8 @@ class Pair:
     ours: Run
     peer: Run
     check: Callable[[], None]
+    other_load: Callable[[], float] = lambda: 0.0
+    """The share of all cores that other processes used, where the sides return their cost."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,13 @@ class Case:
     """The type of the matrices that are multiplied: "fp32" or "bf16"."""
     tokens: int = 0
     """Tokens that a call generates; 0 if tokens/s would say nothing."""
+
+
+def kept_directory() -> Path:
+    """Return a new folder, which is removed when this process exits."""
+    kept = tempfile.TemporaryDirectory()
+    atexit.register(kept.cleanup)
+    return Path(kept.name)
 
 
 def child_bytes(code: str, *args: object) -> float:

@@ -26,6 +26,7 @@ TABLES = {
     "operations": ("attention", "cross_entropy", "adamw", "sampling", "embedding"),
     "training": ("train",),
     "generation": ("engine", "generate"),
+    "serving": ("serve",),
     "weights": ("weights",),
     "drop_in": ("drop_in",),
 }
@@ -116,6 +117,8 @@ def table(results: Results, benchmarks: tuple[str, ...]) -> str:
     """Return a table with a line for each case and a column for each CPU that has one."""
     columns = {cpu: _rows(records, benchmarks) for cpu, records in results.items()}
     columns = {cpu: rows for cpu, rows in columns.items() if rows}
+    if not columns:
+        return "Not measured with this version."
     keys = dict.fromkeys(key for rows in columns.values() for key in rows)
     lines = [("operation", "case", "peer", *columns)]
     for key in keys:

@@ -145,4 +145,4 @@ def returned_costs(pair: Pair) -> Timing:
     """Return the costs that both sides return, as a Timing."""
     ours, peer = pair.ours(), pair.peer()
     ratio = peer / ours
-    return Timing(ours, peer, ratio, (ratio, ratio), 1, 0.0)
+    return Timing(ours, peer, ratio, (ratio, ratio), 1, pair.other_load())
