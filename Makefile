@@ -24,11 +24,15 @@ test: $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
 
 # A Chromium and what drives it, for the tests of the server's page, and schemathesis, for those of its protocol:
-# both are skipped where they are missing. Chromium is Debian's, and is installed by root alone.
+# both are skipped where they are missing. Chromium is Debian's; who is not root is told what to install.
+PAGE_TOOLS := chromium fonts-dejavu-core
 test-tools: $(VENV)/ready-test
 	$(PIP) --group tools
-	command -v chromium >/dev/null || (apt-get update -qq && \
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core)
+	@if command -v chromium >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends $(PAGE_TOOLS); \
+	else echo "the tests of the server's page need Chromium: as root, apt-get install $(PAGE_TOOLS)"; fi
 
 # The long tests of runs of several processes; random ones are killed at random moments, KILLS times each. Some
 # minutes on two cores.

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -183,6 +184,38 @@ def test_a_failing_compiler_is_quoted(tmp_path: Path) -> None:
     said, record = build(tmp_path, CXX=str(compiler))
     assert "compiled: a.cpp:3:10: fatal error: é.h: No such file" in record["missing"]
     assert "compilation terminated." in said
+
+
+@pytest.mark.parametrize("user", ["a user", "root", "root without apt-get", "has Chromium"])
+def test_tools_that_root_alone_installs_are_named(user: str, tmp_path: Path) -> None:
+    if (make := shutil.which("make")) is None:
+        pytest.skip("make is not installed")
+
+    def program(name: str, text: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n", "utf-8")
+        (tmp_path / name).chmod(0o755)
+
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    program("venv/bin/python", 'echo "pip $*"')
+    program("id", f"echo {0 if user.startswith('root') else 1000}")
+    if user == "root":
+        program("apt-get", 'echo "apt-get $*"')
+    if user == "has Chromium":
+        program("chromium", "")
+    ready = f"{tmp_path}/venv/ready-test"
+    command = [make, "-o", ready, "test-tools", f"VENV={tmp_path}/venv", f"PYTHON={sys.executable}"]
+    env = {"PATH": str(tmp_path), "LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr
+    shown = [line for line in done.stdout.splitlines() if "-m pip" not in line]
+    assert "--group tools" in done.stdout
+    named = "need Chromium: as root, apt-get install chromium fonts-dejavu-core"
+    if user in ("a user", "root without apt-get"):
+        assert shown[-1].endswith(named) and not any(line.startswith("apt-get") for line in shown)
+    elif user == "root":
+        assert shown[-1].startswith("apt-get install") and "chromium" in shown[-1]
+    else:
+        assert named not in done.stdout
 
 
 def test_setup_knows_the_oldest_versions(monkeypatch: pytest.MonkeyPatch) -> None:
