@@ -239,7 +239,7 @@ def test_top_k_of_all_is_off(draws: Draws, top_k: int) -> None:
 
 @pytest.mark.parametrize(
     ("top_p", "kept"),
-    [(1e-9, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.89, 3), (0.91, 4), (1.0, 4)],
+    [(1e-60, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.89, 3), (0.91, 4), (1.0, 4)],
 )
 def test_top_p_is_the_smallest_set(draws: Draws, top_p: float, kept: int) -> None:
     p = torch.tensor([0.1, 0.4, 0.2, 0.3])

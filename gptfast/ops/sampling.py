@@ -29,6 +29,7 @@ class _Parameter(NamedTuple):
     off: float  # the value that None stands for
     is_valid: Callable[[float], bool]  # for a Python number
     wording: str  # the valid numbers, for error messages
+    least: float = 0.0  # what is below it would be 0 in float32, and is rounded up
 
 
 _PARAMETERS = {
@@ -41,7 +42,7 @@ _PARAMETERS = {
         lambda x: 1 <= x < 2**63 and float(x).is_integer(),
         "an integer >= 1",
     ),
-    "top_p": _Parameter(torch.float32, 1.0, lambda x: 0.0 < x <= 1.0, "in (0, 1]"),
+    "top_p": _Parameter(torch.float32, 1.0, lambda x: 0.0 < x <= 1.0, "in (0, 1]", 2**-126),
     "min_p": _Parameter(torch.float32, 0.0, lambda x: 0.0 <= x <= 1.0, "in [0, 1]"),
     "seed": _Parameter(
         torch.int64, 0, lambda x: -(2**63) <= x < 2**63 and float(x).is_integer(), "an int64"
@@ -69,7 +70,8 @@ def _one_per_row(name: str, value: Any, batch: int, device: torch.device) -> Ten
         if not parameter.is_valid(value):
             raise ValueError(f"{name} must be {parameter.wording}, got {value}")
         try:
-            value = float(value) if parameter.dtype.is_floating_point else value
+            if parameter.dtype.is_floating_point:
+                value = max(float(value), parameter.least)
             return torch.full((batch,), value, dtype=parameter.dtype, device=device)
         except OverflowError:  # an integer of more than 64 bits
             raise ValueError(f"{name} must be {parameter.wording}, got {value}") from None
