@@ -1,4 +1,4 @@
-"""A server in a thread, with a tiny model of bytes, and what tests ask it."""
+"""Servers with a tiny model of bytes, in a thread or a process, and what tests ask them."""
 
 import asyncio
 import contextlib
@@ -6,10 +6,13 @@ import http.client
 import json
 import random
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +28,9 @@ for _module in ("fastapi", "uvicorn", "prometheus_client"):
 
 from gptfast.serve.app import make_app  # noqa: E402
 from gptfast.serve.limits import Limits  # noqa: E402
+from gptfast.serve.model import Model  # noqa: E402
 from gptfast.serve.run import bound_socket, server_of  # noqa: E402
-from gptfast.serve.service import Model, Service  # noqa: E402
+from gptfast.serve.service import Service  # noqa: E402
 
 BYTE = get_tokenizer("byte")
 BLOCK = 128
@@ -34,13 +38,10 @@ BLOCK = 128
 WAIT_S = 60
 
 
-@dataclass
-class Running:
-    """A server in a thread."""
+class Client:
+    """A client of the server at a port."""
 
-    service: Service
     port: int
-    loop: asyncio.AbstractEventLoop
 
     def request(
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
@@ -84,11 +85,62 @@ class Running:
         assert found, (name, text)
         return float(found[1])
 
+
+@dataclass
+class Running(Client):
+    """A server in a thread."""
+
+    service: Service
+    port: int
+    loop: asyncio.AbstractEventLoop
+
     def idle(self) -> bool:
         deadline = time.monotonic() + WAIT_S
         while self.service.busy and time.monotonic() < deadline:
             time.sleep(0.002)
         return not self.service.busy
+
+
+class Process(Client):
+    """A server in a process of its own."""
+
+    def __init__(self, *argv: str, port: int = 0) -> None:
+        command = [sys.executable, "-m", "gptfast", "serve", *argv, "--port", str(port)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.first = self.line()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", self.first)
+        self.port = int(found[1]) if found else 0
+
+    def line(self) -> str:
+        """Return the next line of stderr."""
+        assert self.process.stderr is not None
+        return self.process.stderr.readline()
+
+    def hang_up(self) -> str:
+        """Send SIGHUP; return what the server says of it."""
+        self.process.send_signal(signal.SIGHUP)
+        return self.line()
+
+    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """Return the status and the JSON of a reply."""
+        status, _, raw = self.request(method, path, body)
+        return status, json.loads(raw)
+
+    def opened_stream(self, body: Any) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps({**body, "stream": True}), headers)
+        return connection.getresponse()
+
+    def stream(self, body: Any) -> Sequence[str]:
+        """Return the events of a stream, or its error."""
+        return self.opened_stream(body).read().decode().strip().split("\n\n")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait(WAIT_S)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
 
 
 @contextlib.contextmanager
@@ -167,7 +219,7 @@ def send(running: Running, body: Mapping[str, Any]) -> socket.socket:
     return sock
 
 
-def n_ended(running: Running) -> float:
+def n_ended(running: Client) -> float:
     stopped = running.metric("vllm:request_success_total", 'finished_reason="stop"')
     full = running.metric("vllm:request_success_total", 'finished_reason="length"')
     return stopped + full + running.metric("gptfast:requests_cancelled_total")

@@ -335,6 +335,26 @@ def test_errors_by_the_official_client(client: Any) -> None:
     assert client.models.retrieve("tiny").owned_by == "gptfast"
 
 
+def test_the_official_client_tries_again_where_the_queue_is_full(
+    byte_model: GPT, byte_engine: Engine
+) -> None:
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+    with server(byte_model, max_batch=1, limits=Limits(max_queue=0)) as running:
+        url = f"http://127.0.0.1:{running.port}/v1"
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=9)
+        asked: dict[str, Any] = {"prompt": "a", "max_tokens": 9, "seed": 3}
+        with ThreadPoolExecutor(2) as pool:
+            with held(running):
+                first = pool.submit(running.complete, **asked)
+                wait_for(lambda: running.service.busy == 1)
+                create = client.completions.create
+                again = pool.submit(create, model="tiny", extra_body={"top_k": 5}, **asked)
+                wait_for(lambda: running.metric("gptfast:requests_refused_total") >= 1)
+            assert first.result(WAIT_S)["choices"]
+            text = again.result(WAIT_S).choices[0].text
+        assert text == expected(byte_engine, "a", 9, seed=3, top_k=5)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_malformed_requests_get_4xx_and_leak_nothing(tiny: Running, seed: int) -> None:
     rng = random.Random(shifted(seed))

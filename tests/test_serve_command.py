@@ -2,11 +2,8 @@
 
 import http.client
 import json
-import re
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_model, save
+from serving import Process
 
 from gptfast import cli
 from gptfast.cli.serve import Serve
 from gptfast.ops.backend import EXTENSION
 
-for name in ("fastapi", "uvicorn", "prometheus_client"):
-    pytest.importorskip(name, reason=f"{name} is not installed (the extra serve)")
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 WAIT_S = 120
 
@@ -30,46 +26,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("served") / "tiny"
     save(random_model(vocab_size=257, block_size=64), path)
     return path
-
-
-class Process:
-    """A server in a process of its own."""
-
-    def __init__(self, *argv: str, port: int = 0) -> None:
-        command = [sys.executable, "-m", "gptfast", "serve", *argv, "--port", str(port)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.first = self.line()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", self.first)
-        self.port = int(found[1]) if found else 0
-
-    def line(self) -> str:
-        assert self.process.stderr is not None
-        return self.process.stderr.readline()
-
-    def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
-        headers = {"Content-Type": "application/json"}
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        response = connection.getresponse()
-        raw = response.read()
-        connection.close()
-        return response.status, json.loads(raw)
-
-    def opened_stream(self, body: Any) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps({**body, "stream": True}), headers)
-        return connection.getresponse()
-
-    def stream(self, body: Any) -> Sequence[str]:
-        """Return the events of a stream, or its error."""
-        return self.opened_stream(body).read().decode().strip().split("\n\n")
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait(WAIT_S)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
 
 
 SMALL = ("--tokenizer", "byte", "--threads", "1")
@@ -85,17 +41,15 @@ def process(checkpoint: Path) -> Iterator[Process]:
 def test_signals(process: Process, checkpoint: Path) -> None:
     assert process.first.startswith("serving tiny at http://127.0.0.1:")
     body = {"prompt": "a", "max_tokens": 5, "seed": 1}
-    before = process.request("POST", "/v1/completions", body)
+    before = process.ask("POST", "/v1/completions", body)
     assert before[0] == 200
-    process.process.send_signal(signal.SIGHUP)
-    assert process.line() == "the model was read again\n"
-    after = process.request("POST", "/v1/completions", body)
+    assert process.hang_up() == "the model was read again\n"
+    after = process.ask("POST", "/v1/completions", body)
     assert after[1]["choices"] == before[1]["choices"]
     moved = checkpoint.rename(checkpoint.with_name("moved"))
-    process.process.send_signal(signal.SIGHUP)
-    assert process.line().startswith("the model was not read again, the old one stays: ")
+    assert process.hang_up().startswith("the model was not read again, the old one stays: ")
     moved.rename(checkpoint)
-    assert process.request("POST", "/v1/completions", body)[0] == 200
+    assert process.ask("POST", "/v1/completions", body)[0] == 200
     # Running requests end before the server does, and new ones are refused meanwhile.
     response = process.opened_stream({"prompt": ["a"] * 64, "max_tokens": 60, "ignore_eos": True})
     response.read(1)
@@ -111,17 +65,29 @@ def test_a_model_that_is_not_there_ends_the_process(tmp_path: Path) -> None:
     assert running.first.startswith("gptfast: ") and "none" in running.first
 
 
+def test_a_model_without_logits_is_not_served(process: Process, tmp_path: Path) -> None:
+    """Not at the start, and not in place of one that is good."""
+    model = random_model(vocab_size=257, block_size=64)
+    with torch.no_grad():
+        model.ln_f.weight[3] = float("nan")
+    save(model, tmp_path / "broken")
+    running = Process(str(tmp_path / "broken"), *SMALL)
+    assert running.process.wait(WAIT_S) == 1
+    assert running.first.startswith("gptfast: the model's logits had NaN, +inf or nothing but -inf")
+    running.end()
+
+
 @pytest.mark.parametrize("asked", [{"max_tokens": 9}, {"echo": True, "logprobs": 1}])
 def test_a_broken_model_ends_the_process_with_a_line(asked: Any, tmp_path: Path) -> None:
     """Those who stream, who wait for all of it, and who wait in the queue get the message."""
     model = random_model(vocab_size=257, block_size=64)
     with torch.no_grad():
-        model.ln_f.weight[3] = float("nan")
+        model.wpe.weight[2, 3] = float("nan")  # nobody sees it before a third token
     save(model, tmp_path / "broken")
     running = Process(str(tmp_path / "broken"), *SMALL, "--max-batch", "2")
     body = {"prompt": ["abc"] * 9, **asked}
     with ThreadPoolExecutor(4) as pool:
-        whole = [pool.submit(running.request, "POST", "/v1/completions", body) for _ in range(2)]
+        whole = [pool.submit(running.ask, "POST", "/v1/completions", body) for _ in range(2)]
         streams = [pool.submit(running.stream, body) for _ in range(2)]
         assert running.process.wait(WAIT_S) == 1
         assert sum(told(one) for one in [*whole, *streams]) >= 1
@@ -152,7 +118,7 @@ def test_a_server_killed_under_load_and_started_again(checkpoint: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
         first = running.opened_stream(body)
         streams = [pool.submit(running.stream, body) for _ in range(3)]
-        whole = [pool.submit(running.request, "POST", "/v1/completions", body) for _ in range(3)]
+        whole = [pool.submit(running.ask, "POST", "/v1/completions", body) for _ in range(3)]
         assert first.read(1)
         running.end()
         with pytest.raises(http.client.HTTPException):
@@ -161,7 +127,7 @@ def test_a_server_killed_under_load_and_started_again(checkpoint: Path) -> None:
             with pytest.raises((OSError, http.client.HTTPException)):
                 one.result(WAIT_S)
     again = Process(str(checkpoint), *SMALL, port=running.port)
-    assert again.request("POST", "/v1/completions", {"prompt": "a"})[0] == 200
+    assert again.ask("POST", "/v1/completions", {"prompt": "a"})[0] == 200
     again.end()
 
 

@@ -8,19 +8,31 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import random_ids
+from helpers import random_ids, random_model, save
 from seeds import shifted
-from serving import BYTE, WAIT_S, Limits, Running, n_ended, server, text_of, wait_for
+from serving import (
+    BLOCK,
+    BYTE,
+    WAIT_S,
+    Client,
+    Limits,
+    Process,
+    Running,
+    n_ended,
+    server,
+    text_of,
+    wait_for,
+)
 
 from gptfast import GPT, Engine
 from gptfast.ops.backend import EXTENSION
 from gptfast.serve.app import make_app
-from gptfast.serve.service import Model
+from gptfast.serve.model import Model
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 N = int(os.environ.get("GPTFAST_TEST_REQUESTS", "200"))
@@ -46,7 +58,7 @@ def http(body: bytes) -> bytes:
     return f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + body
 
 
-async def client(running: Running, k: int, rng: random.Random) -> str:
+async def client(running: Client, k: int, rng: random.Random) -> str:
     """Send a request; return what became of it. None takes longer than WAIT_S."""
     does, raw = request(k, rng)
     async with asyncio.timeout(WAIT_S):
@@ -67,24 +79,32 @@ async def client(running: Running, k: int, rng: random.Random) -> str:
     return does
 
 
-async def clients(running: Running, n: int, rng: random.Random) -> Counter[str]:
-    """Send n requests, CLIENTS at a time, and read the model again now and then."""
-    left, done = list(range(n)), Counter[str]()
+async def clients(
+    running: Client, n: int, rng: random.Random, reload: Callable[[], Awaitable[object]]
+) -> Counter[str]:
+    """Send n requests, CLIENTS at a time, and have the model read again now and then."""
+    left, done, one_at_a_time = list(range(n)), Counter[str](), asyncio.Lock()
 
     async def work() -> None:
         while left:
             k = left.pop()
             if k % max(40, n // 20) == 1:
-                reload = asyncio.run_coroutine_threadsafe(running.service.load(), running.loop)
-                await asyncio.wrap_future(reload)
+                async with one_at_a_time:
+                    await reload()
             done[await client(running, k, rng)] += 1
 
     await asyncio.gather(*(work() for _ in range(CLIENTS)))
     return done
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(process: int | str = "self") -> int:
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def reloaded(running: Running) -> None:
+    await asyncio.wrap_future(
+        asyncio.run_coroutine_threadsafe(running.service.load(), running.loop)
+    )
 
 
 def test_a_soak(byte_model: GPT) -> None:
@@ -93,7 +113,7 @@ def test_a_soak(byte_model: GPT) -> None:
     with server(byte_model, max_batch=8, limits=Limits(max_queue=1000)) as running:
         memory = []
         for part in range(5):
-            done += asyncio.run(clients(running, N // 5, rng))
+            done += asyncio.run(clients(running, N // 5, rng, lambda: reloaded(running)))
             assert running.idle()
             memory.append(resident_bytes())
             print(f"{part + 1}/5: {dict(done)}, {memory[-1] / 2**20:.1f} MB")
@@ -105,9 +125,63 @@ def test_a_soak(byte_model: GPT) -> None:
         assert running.metric("gptfast:requests_failed_total") == 0
         assert running.metric("vllm:num_requests_running") == 0
         assert running.metric("vllm:kv_cache_usage_perc") == 0
-        assert all(sorted(one._spare) == list(range(8)) for one in running.service._schedulers)
+        wait_for(lambda: len(running.service._schedulers) == 1)  # replaced models are let go of
+        assert sorted(running.service._schedulers[0]._spare) == list(range(8))
         if N >= 5000:  # before, what is needed once has not all come
             assert memory[-1] <= (1 + MAX_GROWTH) * memory[1], memory
+
+
+class Reloads:
+    """Gives a server another model with each SIGHUP, and a broken one now and then."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.engines, self.n = folder, [], 0
+        for seed in range(2):
+            model = random_model(seed=seed, vocab_size=257, block_size=BLOCK).eval()
+            self.engines.append(Engine(model))
+            save(model, folder / f"{seed}")
+        (folder / "broken").mkdir()
+        self.point("0")
+
+    def point(self, name: str) -> None:
+        """Have the served path lead to another model, at once."""
+        (self.folder / "next").symlink_to(self.folder / name)
+        (self.folder / "next").replace(self.folder / "served")
+
+    async def hang_up(self, process: Process) -> None:
+        """Reload, and compare a text with that of the model that is there now."""
+        self.n += 1
+        broken = self.n % 3 == 0
+        self.point("broken" if broken else str(self.n % 2))
+        said = await asyncio.to_thread(process.hang_up)
+        kept = "the model was not read again, the old one stays: "
+        assert said.startswith(kept if broken else "the model was read again")
+        current = self.n - broken
+        fields = {"prompt": [*b"Once"], "max_tokens": 20, "seed": self.n}
+        reply = await asyncio.to_thread(process.complete, **fields)
+        assert reply["choices"][0]["text"] == text_of(self.engines[current % 2], fields)
+
+
+def test_a_soak_with_hang_ups(tmp_path: Path) -> None:
+    """A process, which reads another model at SIGHUP, drops no request; at the end it drains."""
+    rng, reloads = random.Random(shifted(0)), Reloads(tmp_path)
+    flags = ("--tokenizer", "byte", "--threads", "1", "--max-batch", "8", "--max-queue", "1000")
+    process, memory = Process(str(tmp_path / "served"), *flags), []
+    for _ in range(2):
+        work = clients(process, N // 2, rng, lambda: reloads.hang_up(process))
+        assert sum(asyncio.run(work).values()) == N // 2
+        memory.append(resident_bytes(process.process.pid))
+    assert reloads.n >= 4
+    wait_for(lambda: process.metric("gptfast:requests_total") == n_ended(process))
+    assert process.metric("gptfast:requests_failed_total") == 0
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert process.metric(f"vllm:{name}") == 0
+    if N >= 5000:
+        assert memory[1] <= (1 + MAX_GROWTH) * memory[0], memory
+    process.process.terminate()
+    assert process.process.wait(WAIT_S) == 0
+    assert process.process.stderr is not None and process.process.stderr.read() == ""
+    process.end()
 
 
 GUESSERS = ["lookup", "draft"]

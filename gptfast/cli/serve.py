@@ -26,7 +26,8 @@ from gptfast.installed import DISTRIBUTION
 from gptfast.serve.limits import Defaults, Limits
 
 if TYPE_CHECKING:
-    from gptfast.serve.service import Model, Service
+    from gptfast.serve.model import Model
+    from gptfast.serve.service import Service
 
 MAX_PORT = 2**16 - 1
 MODULES = ("fastapi", "uvicorn", "prometheus_client")
@@ -205,7 +206,7 @@ class Serve:
     def _model(self) -> "Model":
         """Return the model, read from its files."""
         from gptfast.engine import Engine
-        from gptfast.serve.service import Model
+        from gptfast.serve.model import Model
 
         engine, tokenizer = load(self.checkpoint, self.tokenizer, self.device, self.dtype)
         if not isinstance(engine, Engine):

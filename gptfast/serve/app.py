@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 import gptfast
 from gptfast.serve.group import Group
-from gptfast.serve.guards import ApiKeys, BodyLimit, RequestId
+from gptfast.serve.guards import ApiKeys, BodyLimit, RequestId, error_response
 from gptfast.serve.protocol import (
     ApiError,
     ChatRequest,
@@ -80,27 +80,24 @@ def make_app(
 def _add_errors(app: FastAPI) -> None:
     """Give every error OpenAI's shape."""
 
-    def response(error: ApiError) -> Response:
-        return JSONResponse(error.body, error.status, error.headers)
-
     @app.exception_handler(ApiError)
     async def of_ours(request: Request, error: ApiError) -> Response:
-        return response(error)
+        return error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def of_pydantic(request: Request, error: RequestValidationError) -> Response:
-        return response(validation_error(error.errors()))
+        return error_response(validation_error(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
         text = {404: "there is no such path; see /docs", 405: "this path has another method"}
         message = text.get(error.status_code, str(error.detail))
-        return response(ApiError(error.status_code, message, headers=error.headers))
+        return error_response(ApiError(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(Exception)
     async def of_ours_alone(request: Request, error: Exception) -> Response:
         message = "the server failed at this request; its log says more"
-        return response(ApiError(500, message, kind="server_error"))
+        return error_response(ApiError(500, message, kind="server_error"))
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -110,14 +107,15 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         check_refused(body)
         form = Completions(body.logprobs is not None)
-        return await _answer(service, form, body, request, service.completion(body))
+        return await _answer(service, form, body, request, await service.completion(body))
 
     @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Write the next message of a chat."""
         service.check_model(body.model)
         check_refused(body)
-        return await _answer(service, Chat(bool(body.logprobs)), body, request, service.chat(body))
+        group = await service.chat(body)
+        return await _answer(service, Chat(bool(body.logprobs)), body, request, group)
 
 
 async def _answer(
@@ -262,6 +260,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         """Return 200 if requests are taken, 503 while the model is loaded or the server drains."""
@@ -284,6 +283,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             **vars(service.defaults),
         }
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
@@ -291,9 +291,10 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(PAGE.read_bytes(), media_type="text/html", headers=headers)
 
 
+# Not async: a text of megabytes shall not hold up the event loop.
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """Return the token ids of a text. The name of a special token alone is that token."""
         service.check_model(body.model)
         model = service.model
@@ -313,17 +314,14 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
         }
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         """Return the text of token ids."""
         service.check_model(body.model)
         tokenizer = service.model.tokenizer
         for i in body.tokens:
             if not 0 <= i < tokenizer.n_vocab:
-                raise ApiError(
-                    400,
-                    f"there is no token {i}: ids are below {tokenizer.n_vocab}",
-                    param="tokens",
-                )
+                message = f"there is no token {i}: ids are below {tokenizer.n_vocab}"
+                raise ApiError(400, message, param="tokens")
         return {"prompt": tokenizer.decode(body.tokens)}
 
     @app.get("/tokenizer_info")

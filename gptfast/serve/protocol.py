@@ -2,19 +2,53 @@
 
 A field that is not known is refused, as OpenAI does, and so is a known one that asks for what this
 server does not do. Fields that change no text are taken and ignored.
+
+A body of megabytes can hold a million mistakes, and none may cost more than the first: of a list
+only the first wrong entry is looked at, and mappings are short.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
+T = TypeVar("T")
 INT64 = 2**63 - 1
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1000
+"""Stop strings of a request, and the characters of each. All are looked for at each token."""
+MAX_BIASES = 1024
+MAX_PENALTY = 100.0
+"""The largest repetition penalty; the smallest is 1 / MAX_PENALTY. No logit overflows by it."""
+MAX_METADATA = 16
+"""As many entries as at OpenAI."""
+
+
+def _short(name: str, most: int) -> BeforeValidator:
+    """Return a check that a mapping has at most so many entries, before they are looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, Mapping) and len(value) > most:
+            raise ValueError(f"{name} must have at most {most} entries, got {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+List = Annotated[list[T], Field(fail_fast=True)]
 Seed = Annotated[int, Field(ge=-(2**63), le=INT64)]
 Count = Annotated[int, Field(ge=0, le=INT64)]
+StopText = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 FORMS = {
     "prompt": "a string, a list of strings, a list of token ids or a list of lists of token ids",
-    "stop": "a string or a list of strings",
+    "stop": f"a string or a list of strings: at most {MAX_STOPS}, of at most {MAX_STOP_LENGTH} "
+    "characters each",
     "content": "a string or a list of parts {'type': 'text', 'text': ...}",
     "tool_choice": "left out: this server has no tools",
 }
@@ -59,6 +93,16 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: Any) -> Any:
+        """Keep only the first of the fields that are not known: each one would be an error."""
+        if not isinstance(data, dict):
+            return data
+        unknown = [name for name in data if name not in cls.model_fields]
+        dropped = set(unknown[1:])
+        return {name: value for name, value in data.items() if name not in dropped}
+
 
 class StreamOptions(Strict):
     """What a stream holds besides the choices."""
@@ -76,15 +120,15 @@ class Common(Strict):
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: StopText | Annotated[List[StopText], Field(max_length=MAX_STOPS)] | None = None
     seed: Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias] | None, _short("logit_bias", MAX_BIASES)] = None
     # Extensions, named as in vLLM.
     top_k: Annotated[int, Field(ge=-1, le=INT64)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1 / MAX_PENALTY, le=MAX_PENALTY)] | None = None
     ignore_eos: bool | None = None
     # Known, and refused unless they ask for nothing.
     presence_penalty: float | None = None
@@ -105,7 +149,7 @@ class Common(Strict):
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = ""
+    prompt: str | List[str] | List[int] | List[List[int]] = ""
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
@@ -131,9 +175,14 @@ class Message(Strict):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | List[TextPart] | None = None
     name: str | None = None
+    # What OpenAI's client has in a reply that is sent back as it is.
     refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     @property
     def text(self) -> str:
@@ -152,7 +201,7 @@ class ResponseFormat(Strict):
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[List[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -160,9 +209,9 @@ class ChatRequest(Common):
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
-    modalities: list[str] | None = None
+    modalities: List[str] | None = None
     store: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, _short("metadata", MAX_METADATA)] = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
     safety_identifier: str | None = None
@@ -194,13 +243,17 @@ class DetokenizeRequest(Strict):
     """POST /detokenize, as vLLM has it."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: List[int]
 
 
 def check_refused(request: Common) -> None:
     """Raise ApiError for a field that asks for what this server does not do."""
     for name, remedy in request.refused():
         raise ApiError(400, f"{name} is not supported; {remedy}", param=name)
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(
+            400, "stream_options needs stream: true; set it or leave it out", param="stream_options"
+        )
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -219,6 +272,8 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         not path or first["type"] == "json_invalid"
     ):
         return ApiError(400, "the body must be a JSON object, sent as application/json")
+    if not path:
+        return ApiError(400, f"the body: {_plain(first['msg'])}")
     # Of a union, the path goes on with the type that was tried.
     fields = [part for n, part in enumerate(path) if n == 0 or _is_name(path, n)]
     name = ".".join(map(str, fields))
@@ -237,4 +292,5 @@ def _is_name(path: Sequence[Any], n: int) -> bool:
 
 
 def _plain(message: str) -> str:
-    return message[:1].lower() + message[1:].removeprefix("Value error, ")
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]

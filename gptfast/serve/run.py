@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import ipaddress
+import logging
 import signal
 import socket
 from collections.abc import Callable, Collection, Iterator
@@ -58,10 +60,20 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _protocol() -> Any:
+    """Return what reads requests: uvicorn's own, h11, limits their heads itself."""
+    if importlib.util.find_spec("httptools") is None:
+        return "h11"
+    from gptfast.serve.connection import Connection
+
+    return Connection
+
+
 def server_of(app: ASGIApp) -> uvicorn.Server:
     """Return a server that logs nothing of the requests."""
     config = uvicorn.Config(
         app,
+        http=_protocol(),
         log_config=None,
         log_level="error",
         access_log=False,
@@ -88,6 +100,8 @@ async def serve(
     SIGHUP reads the model again. Raises RuntimeError if the engine fails, and what reading the
     model raises at the start.
     """
+    # It warns where a client leaves between two events, which is no fault.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     process = _Process(make_service, drain_timeout_s, say)
     app = make_app(process.service, keys=keys, cors_origins=cors_origins)
     await process.run(server_of(app), sock)
@@ -151,7 +165,8 @@ class _Process:
         self._told.set()
 
     def _reload(self) -> None:
-        if self.service.state == "ok":
+        # One reads, and one that has not begun will read what is there now.
+        if self.service.state != "draining" and len(self._reloads) < 2:
             task = self._loop.create_task(_reload(self.service, self._say))
             self._reloads.add(task)
             task.add_done_callback(self._reloads.discard)

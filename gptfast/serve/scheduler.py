@@ -67,7 +67,8 @@ class Scheduler:
 
     options: the tokenizer of all requests, and the guesser (lookup or draft) if there is one.
     max_queue: how many requests may wait. on_failure: called with a message, by the engine's
-    thread, if the engine fails; every request has then ended as "failed".
+    thread, if the engine fails; every request has then ended as "failed". on_end: called with the
+    scheduler, by the engine's thread, when that ends.
     """
 
     def __init__(
@@ -77,13 +78,14 @@ class Scheduler:
         *,
         max_queue: int = 256,
         on_failure: Callable[[str], None] = lambda message: None,
+        on_end: Callable[["Scheduler"], None] = lambda scheduler: None,
     ) -> None:
         self.engine, self.options = engine, options or Options()
         self.max_queue = integer("max_queue", max_queue, 0)
         self.counters = Counters()
         self.failure: str | None = None
         """Why the engine failed, if it did."""
-        self._on_failure = on_failure
+        self._on_failure, self._on_end = on_failure, on_end
         n = engine.max_batch
         vocab_size = engine.config.vocab_size
         self._task = Task(Job([[0]] * n, 1, self.options), engine.device, vocab_size)
@@ -182,6 +184,8 @@ class Scheduler:
                     self._step()
         except BaseException as error:  # also what is no Exception: nobody else could report it
             self._fail(f"the engine failed: {_reason(error)}")
+        finally:
+            self._on_end(self)
 
     def _has_work(self) -> bool:
         """Wait for requests; return False if the scheduler was closed and none is left."""

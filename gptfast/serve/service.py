@@ -1,13 +1,12 @@
 """What a server does for its clients: requests of the protocol to generations, and their ends."""
 
 import asyncio
-import sys
+import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from gptfast.engine.engine import Engine
 from gptfast.generate import prompt_ids
 from gptfast.generation.continuation import checked_job
 from gptfast.generation.conversation import Conversation, Template
@@ -16,29 +15,17 @@ from gptfast.serve.generation import Generation
 from gptfast.serve.group import Group, Mailbox, Teller
 from gptfast.serve.limits import Defaults, Limits
 from gptfast.serve.metrics import Metrics
+from gptfast.serve.model import Model
 from gptfast.serve.protocol import ApiError, ChatRequest, Common, CompletionRequest
 from gptfast.serve.replies import Choice, TokenNames
 from gptfast.serve.scheduler import Closed, QueueFull, Scheduler
-from gptfast.tokenizer.bpe import Tokenizer, end_of_text
+from gptfast.tokenizer.bpe import end_of_text
 
 DEFAULT_NEW_TOKENS = 16
 """New tokens of a completion that does not say how many, as at OpenAI."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that is served. guesses: the options lookup and draft, if there is a guesser."""
-
-    engine: Engine
-    tokenizer: Tokenizer
-    guesses: dict[str, Any] = field(default_factory=dict)
-    longest: int = field(init=False)
-    """Bytes of the longest token."""
-
-    def __post_init__(self) -> None:
-        tokens = getattr(self.tokenizer, "tokens", {})
-        longest = max(map(len, tokens.values()), default=sys.maxsize)
-        object.__setattr__(self, "longest", longest)
+LONG_TEXT = 20_000
+"""Characters of a text that is encoded beside the event loop: megabytes take seconds."""
+T = TypeVar("T")
 
 
 class Service:
@@ -73,8 +60,8 @@ class Service:
         self._model: Model | None = None
         self._schedulers: list[Scheduler] = []
         """The last takes requests; those before it finish theirs."""
-        self._loading = asyncio.Lock()
-        self._mailbox = Mailbox(asyncio.get_running_loop())
+        self._loading, self._loop = asyncio.Lock(), asyncio.get_running_loop()
+        self._mailbox = Mailbox(self._loop)
 
     # The model.
 
@@ -88,21 +75,39 @@ class Service:
     async def load(self) -> None:
         """Read the model, or read it again: requests that run end with the one they began with.
 
-        Raises what reading raises; a model that is there then stays.
+        Raises what reading raises, and ValueError for damaged weights; a model that is there then
+        stays.
         """
         async with self._loading:
-            model = await asyncio.to_thread(self._open_model)
+            model = await asyncio.to_thread(self._opened)
             options = Options(tokenizer=model.tokenizer, **model.guesses)
             scheduler = Scheduler(
                 model.engine,
                 options,
                 max_queue=self.limits.max_queue,
                 on_failure=self._on_failure,
+                on_end=self._ended,
             )
-            for old in self._schedulers:
-                old.close()
-            self._schedulers = [one for one in self._schedulers if not one.join(0)] + [scheduler]
+            replaced = [*self._schedulers]
+            self._schedulers.append(scheduler)
             self._model = model
+            for old in replaced:
+                old.close()
+
+    def _opened(self) -> Model:
+        model = self._open_model()
+        model.check()
+        return model
+
+    def _ended(self, scheduler: Scheduler) -> None:
+        """Let go of a replaced model after its last request, told by its engine's thread."""
+
+        def forget() -> None:
+            if scheduler in self._schedulers[:-1]:
+                self._schedulers.remove(scheduler)
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the server
+            self._loop.call_soon_threadsafe(forget)
 
     @property
     def model(self) -> Model:
@@ -140,13 +145,15 @@ class Service:
                 code="model_not_found",
             )
 
-    def completion(self, request: CompletionRequest) -> Group:
+    async def completion(self, request: CompletionRequest) -> Group:
         """Return the generations of a request for completions, started."""
-        model = self.model
         n, top = request.max_tokens, request.logprobs
         logprobs = LogprobOptions(top is not None, top or 0)
         given = self._given(request.prompt)
-        prompts = [self._ids(model, one) for one in given]
+        length = sum(len(one) for one in given if isinstance(one, str))
+        model, prompts = await self._encoded(
+            length, lambda model: [self._ids(model, one) for one in given]
+        )
         if n == 0 and not request.echo:
             raise ApiError(
                 400, "max_tokens must be at least 1 without echo, got 0", param="max_tokens"
@@ -163,10 +170,13 @@ class Service:
                 one.scored = logprobs
         return self._started(group)
 
-    def chat(self, request: ChatRequest) -> Group:
+    async def chat(self, request: ChatRequest) -> Group:
         """Return the generations of a request for a chat's next message, started."""
-        model = self.model
-        conversation = self.conversation(model, request)
+        # Each message is encoded by itself, which takes the time of some characters.
+        length = sum(20 + len(message.text) for message in request.messages)
+        model, conversation = await self._encoded(
+            length, lambda model: self.conversation(model, request)
+        )
         n = request.max_completion_tokens
         n = request.max_tokens if n is None else n
         if n == 0:
@@ -185,6 +195,8 @@ class Service:
 
     def conversation(self, model: Model, request: ChatRequest) -> Conversation:
         """Return the messages in the template. Raises ApiError for an order that it has not."""
+        length = sum(len(message.text) for message in request.messages)
+        self._check_length(model, length, "messages")
         conversation = Conversation(self.template, model.tokenizer, model.engine.eos_ids)
         messages = [*request.messages]
         opening = []
@@ -227,20 +239,32 @@ class Service:
         """Return the ids of a prompt. Raises ApiError for text that cannot be encoded."""
         if not isinstance(prompt, str):
             return prompt
-        size = model.engine.config.block_size
-        # Encoding a text of megabytes would hold up everybody.
-        if len(prompt) > size * model.longest:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {size} tokens, and a prompt of "
-                f"{len(prompt)} characters has more; shorten it",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        self._check_length(model, len(prompt), "prompt")
         try:
             return prompt_ids(model.tokenizer, prompt)
         except ValueError as error:
             raise ApiError(400, str(error), param="prompt") from None
+
+    def _check_length(self, model: Model, length: int, param: str) -> None:
+        """Raise ApiError for so many characters that they need not be encoded to be too long."""
+        size = model.engine.config.block_size
+        if length > size * model.longest:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {size} tokens, and a prompt of "
+                f"{length} characters has more; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    async def _encoded(self, length: int, encode: Callable[[Model], T]) -> tuple[Model, T]:
+        """Return the model and what encode makes with it of a text of so many characters."""
+        while length > LONG_TEXT:
+            model = self.model
+            encoded = await asyncio.to_thread(encode, model)
+            if model is self.model:  # else it was read again meanwhile
+                return model, encoded
+        return self.model, encode(self.model)
 
     def _options(self, model: Model, request: Common, stop: list[str] | None) -> dict[str, Any]:
         """Return the options of `gptfast.generate` that a request asks for, without the seed."""
@@ -281,15 +305,16 @@ class Service:
         generations: list[Generation] = []
         choices: list[Choice] = []
         group = Group(generations, choices)
-        for prompt in prompts:
-            length = self._new_tokens(model, len(prompt), max_tokens, default)
-            try:
-                job = checked_job(model.engine, [prompt], length, Options.of(options), logprobs)
-            except (ValueError, IndexError) as error:
-                raise ApiError(400, str(error)) from None
+        lengths = [self._new_tokens(model, len(ids), max_tokens, default) for ids in prompts]
+        try:
+            job = checked_job(model.engine, prompts, 0, Options.of(options), logprobs)
+        except (ValueError, IndexError) as error:
+            raise ApiError(400, str(error)) from None
+        for prompt, length in zip(prompts, lengths, strict=True):
             for k in range(n):
                 index = len(choices)
-                one = replace(job, options=replace(job.options, seed=next_seed(seed, k)))
+                own = replace(job.options, seed=next_seed(seed, k))
+                one = replace(job, prompts=[prompt], n=length, options=own)
                 notify = Teller(self.metrics, group, index, self._mailbox)
                 generations.append(Generation(one, notify))
                 choices.append(Choice(index, names, wants_tokens=logprobs.any))
@@ -346,7 +371,8 @@ class Service:
                 headers={"Retry-After": str(error.retry_after)},
             ) from None
         except Closed as error:
-            raise ApiError(503, str(error), kind="server_error") from None
+            retry = {"Retry-After": "2"}
+            raise ApiError(503, str(error), kind="server_error", headers=retry) from None
         group.scheduler = scheduler
         self.metrics.requests.inc(len(group.generations))
         return group
