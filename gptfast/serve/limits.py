@@ -15,7 +15,7 @@ class Limits:
     """None: as many as fit into block_size."""
     max_new_tokens: int | None = None
     """None: as many as fit into block_size after the prompt."""
-    max_body_bytes: int = 4 * 2**20
+    max_body_bytes: int = 2**20
     timeout_s: float = 600.0
     """Seconds from a request's arrival to its end."""
 

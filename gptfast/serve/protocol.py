@@ -20,6 +20,10 @@ from pydantic import (
 
 T = TypeVar("T")
 INT64 = 2**63 - 1
+MAX_PROMPTS = 2**14
+"""Prompts of a request, which --max-choices bounds further."""
+MAX_MESSAGES = 2048
+"""As many as at OpenAI."""
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1000
 """Stop strings of a request, and the characters of each. All are looked for at each token."""
 MAX_BIASES = 1024
@@ -41,12 +45,14 @@ def _short(name: str, most: int) -> BeforeValidator:
 
 
 List = Annotated[list[T], Field(fail_fast=True)]
+Prompts = Annotated[List[T], Field(max_length=MAX_PROMPTS)]
 Seed = Annotated[int, Field(ge=-(2**63), le=INT64)]
 Count = Annotated[int, Field(ge=0, le=INT64)]
 StopText = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 FORMS = {
-    "prompt": "a string, a list of strings, a list of token ids or a list of lists of token ids",
+    "prompt": "a string, a list of strings, a list of token ids or a list of lists of token ids: "
+    f"at most {MAX_PROMPTS} prompts",
     "stop": f"a string or a list of strings: at most {MAX_STOPS}, of at most {MAX_STOP_LENGTH} "
     "characters each",
     "content": "a string or a list of parts {'type': 'text', 'text': ...}",
@@ -149,7 +155,7 @@ class Common(Strict):
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
-    prompt: str | List[str] | List[int] | List[List[int]] = ""
+    prompt: str | Prompts[str] | List[int] | Prompts[List[int]] = ""
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
@@ -201,7 +207,7 @@ class ResponseFormat(Strict):
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[List[Message], Field(min_length=1)]
+    messages: Annotated[List[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
