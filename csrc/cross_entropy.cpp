@@ -132,26 +132,27 @@ Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight_in, co
 constexpr int64_t FP32_COLUMNS_PER_SLAB = 2048;
 constexpr double MAX_KEPT_SHARE = 0.9;  // of columns; with more, skipping costs more than it saves
 
-// Adds the gradients of a chunk: dinput of its rows, and its share of dweight.
+// Adds the gradients of a chunk: dinput of its rows, and its share of dweight, if that is defined.
 struct HeadGradients {
   const Tensor &weight, &dinput, &dweight;
   bool first;  // whether dweight is still uninitialised
 
   void add(const Tensor& dlogits, const Tensor& input) const {
     matmul(dinput, dlogits, weight);
-    matmul(dweight, dlogits.t(), input, {}, !first);
+    if (dweight.defined()) matmul(dweight, dlogits.t(), input, {}, !first);
   }
 
   // Does the same with only some columns of dlogits, which were moved to its front; the others count as 0.
   void add(const Tensor& dlogits, const Tensor& input, const Tensor& columns) const {
     // The columns whose rows of weight are copied at a time. In 16 bits there is one slab, so dinput is rounded once.
     const int64_t slab = dlogits.scalar_type() == at::kFloat ? FP32_COLUMNS_PER_SLAB : columns.numel();
-    if (first) dweight.zero_();
+    if (first && dweight.defined()) dweight.zero_();
     if (!columns.numel()) dinput.zero_();
     for (int64_t begin = 0; begin < columns.numel(); begin += slab) {
       const Tensor some = columns.narrow(0, begin, std::min(slab, columns.numel() - begin));
       const Tensor part = dlogits.narrow(1, begin, some.numel());
       matmul(dinput, part, at::index_select(weight, 0, some), {}, begin > 0);
+      if (!dweight.defined()) continue;
       Tensor share = make_tensor({some.numel(), weight.size(1)}, dlogits.options());
       matmul(share, part.t(), input);
       dweight.index_add_(0, some, share.to(dweight.scalar_type()));
@@ -193,11 +194,11 @@ Tensor keep_columns(const Tensor& dlogits, const float* dloss, double skip_below
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& input, const Tensor& weight_in,
                                                                 const Tensor& target_in, const Tensor& dloss_in,
                                                                 int64_t ignore_index, double label_smoothing,
-                                                                double z_loss, double skip_below) {
+                                                                double z_loss, double skip_below, bool need_dweight) {
   if (input.scalar_type() == at::kDouble)
     return reference<decltype(linear_cross_entropy_fwd_bwd)>("gptfast::linear_cross_entropy_fwd_bwd", input, weight_in,
                                                              target_in, dloss_in, ignore_index, label_smoothing, z_loss,
-                                                             skip_below);
+                                                             skip_below, need_dweight);
   check_linear(input, weight_in);
   at::AutoDispatchBelowAutograd guard;
   const Tensor weight = weight_in.to(input.scalar_type());
@@ -211,8 +212,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
   // Several chunks add up in fp32: a 16-bit sum would round away what each one adds.
   const bool one_chunk = N <= chunk_rows(N, weight.size(0), input.element_size());
   const auto dtype = one_chunk && skip_below == 0 ? weight_in.scalar_type() : at::kFloat;
-  Tensor dweight = make_tensor(weight.sizes(), weight.options().dtype(dtype));
-  if (N == 0) dweight.zero_();
+  Tensor dweight;
+  if (need_dweight) dweight = make_tensor(weight.sizes(), weight.options().dtype(dtype));
+  if (need_dweight && N == 0) dweight.zero_();
   for_each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
     CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
     args.target += row;
@@ -228,7 +230,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
   });
   double total = 0;
   for (int64_t i = 0; i < N; ++i) total += static_cast<double>(loss.data_ptr<float>()[i]) * dloss.data_ptr<float>()[i];
-  return {at::empty({}, loss.options()).fill_(total), dinput, dweight.to(weight_in.scalar_type())};
+  dweight = need_dweight ? dweight.to(weight_in.scalar_type()) : at::empty({0}, weight_in.options());
+  return {at::empty({}, loss.options()).fill_(total), dinput, dweight};
 }
 
 TORCH_LIBRARY_IMPL(gptfast, CPU, m) {

@@ -711,6 +711,28 @@ def test_linear_gradient_has_the_weight_s_dtype(backend: str, dtype: torch.dtype
     torch.testing.assert_close(dw, low_dw.float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("skip_below", [0.0, 2.0**-24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_linear_without_the_weight_s_gradient(
+    backend: str, dtype: torch.dtype, skip_below: float
+) -> None:
+    """need_dweight=False leaves the other results as they are and computes nothing else."""
+    x, w, target = torch.randn(6, 24).to(dtype), torch.randn(211, 24).to(dtype), targets(6, 211)
+    op, options = torch.ops.gptfast.linear_cross_entropy_fwd_bwd, (-100, 0.1, 0.01, skip_below)
+    dloss = torch.rand(6)
+    total, dx, _ = op(x, w, target, dloss, *options)
+    again, same_dx, none = op(x, w, target, dloss, *options, False)
+    assert torch.equal(total, again) and torch.equal(dx, same_dx)
+    assert none.shape == (0,) and none.dtype == dtype
+    x.requires_grad_()
+    ops.linear_cross_entropy(x, w, target).mul(3).backward()
+    frozen, x.grad = x.grad, None
+    ops.linear_cross_entropy(x, w.requires_grad_(), target).mul(3).backward()
+    assert torch.equal(frozen, x.grad)
+    with pytest.raises(RuntimeError, match="left out the gradient of linear_weight"):
+        op(x, w, target, dloss, *options, False)[0].backward()
+
+
 def test_linear_fp16_gradient_survives_a_loss_scale(backend: str) -> None:
     # Like a GradScaler, scale up gradients below fp16's 6e-8 before they are rounded.
     (N, _), C, V = fewer(backend, 64, 1), 16, 5003

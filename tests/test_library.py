@@ -90,7 +90,9 @@ def linear_samples() -> list[tuple]:
 
 def linear_bwd_samples() -> list[tuple]:
     dloss = torch.ones(()).div(2).expand(3)
-    return [(x, w, target, dloss, *options) for x, w, target, *options in linear_samples()]
+    (x, _, target, *options), *_ = samples = linear_samples()
+    frozen = (x, randn(7, 4), target, dloss, *options, 0.0, False)
+    return [*((x, w, target, dloss, *options) for x, w, target, *options in samples), frozen]
 
 
 def embedding_samples(gradient: bool) -> list[tuple]:

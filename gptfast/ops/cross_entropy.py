@@ -8,6 +8,7 @@ from torch import Tensor
 from gptfast.kernels.reference import cross_entropy as reference
 from gptfast.ops.autograd import gradients, is_batch, needs_reference, register_autograd
 from gptfast.ops.library import autocast_enabled, register, register_autocast
+from gptfast.ops.linear import gradient_fake
 from gptfast.torch_private import keeps_graph
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss"
@@ -34,10 +35,19 @@ def _linear_fwd_fake(  # type: ignore[no-untyped-def]
 
 
 def _linear_fwd_bwd_fake(  # type: ignore[no-untyped-def]
-    input, linear_weight, target, dloss, ignore_index, label_smoothing, z_loss, skip_below=0.0
+    input,
+    linear_weight,
+    target,
+    dloss,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    skip_below=0.0,
+    need_dweight=True,
 ):
     total = input.new_empty((), dtype=_loss_dtype(input))
-    return total, input.new_empty(input.shape), linear_weight.new_empty(linear_weight.shape)
+    dlinear_weight = gradient_fake(need_dweight, linear_weight, linear_weight)
+    return total, input.new_empty(input.shape), dlinear_weight
 
 
 def _scale_fake(dinput, dlinear_weight, target, factor, ignore_index):  # type: ignore[no-untyped-def]
@@ -63,7 +73,8 @@ _linear_fwd = register(
 )
 _linear_fwd_bwd = register(
     "linear_cross_entropy_fwd_bwd(Tensor input, Tensor linear_weight, Tensor target, Tensor dloss, "
-    f"{_LINEAR_OPTIONS}) -> (Tensor total, Tensor dinput, Tensor dlinear_weight)",
+    f"{_LINEAR_OPTIONS}, bool need_dweight=True) "
+    "-> (Tensor total, Tensor dinput, Tensor dlinear_weight)",
     reference.linear_cross_entropy_fwd_bwd,
     _linear_fwd_bwd_fake,
 )
@@ -102,7 +113,10 @@ def _linear_backward(ctx, dloss):  # type: ignore[no-untyped-def]
     if needs_reference():
         grads = _linear_gradients(input, linear_weight, target, dloss, ctx.options)
     else:
-        grads = _linear_fwd_bwd(input, linear_weight, target, dloss, *ctx.options)[1:]
+        needed = ctx.needs_input_grad[1]
+        arguments = (input, linear_weight, target, dloss, *ctx.options, needed)
+        dinput, dlinear_weight = _linear_fwd_bwd(*arguments)[1:]
+        grads = [dinput, dlinear_weight if needed else None]
     return *grads, *(None,) * 5
 
 
@@ -120,7 +134,7 @@ def _linear_gradients(
 def _fused_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     # Else autograd would fill a (V, C) gradient with zeros for each output without one.
     ctx.set_materialize_grads(False)
-    input, linear_weight, target, dloss, *ctx.options = inputs
+    input, linear_weight, target, dloss, *ctx.options, ctx.has_dweight = inputs
     # The inputs are for a second derivative.
     ctx.save_for_backward(input, linear_weight, target, dloss, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -128,13 +142,15 @@ def _fused_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _fused_backward(ctx, dtotal, _, __):  # type: ignore[no-untyped-def]
     if dtotal is None:
-        return (None,) * 8
+        return (None,) * 9
     input, linear_weight, target, dloss, *grads = ctx.saved_tensors
     if ctx.needs_input_grad[3]:
         raise RuntimeError(
             "linear_cross_entropy_fwd_bwd has no derivative with respect to dloss; "
             'use linear_cross_entropy with reduction="none"'
         )
+    if ctx.needs_input_grad[1] and not ctx.has_dweight:
+        raise RuntimeError("need_dweight=False left out the gradient of linear_weight")
     if needs_reference():
         scaled = dloss * dtotal.to(dloss.dtype)
         grads = _linear_gradients(input, linear_weight, target, scaled, ctx.options)
@@ -144,7 +160,8 @@ def _fused_backward(ctx, dtotal, _, __):  # type: ignore[no-untyped-def]
     else:
         factors = reference.gradient_factors(target, dtotal, ctx.options[0])
         grads = [grad * f.to(grad.dtype) for grad, f in zip(grads, factors, strict=True)]
-    return *grads, *(None,) * 6
+    dinput, dlinear_weight = grads
+    return dinput, dlinear_weight if ctx.has_dweight else None, *(None,) * 7
 
 
 def _owned(dtotal: Tensor) -> bool:
@@ -236,7 +253,7 @@ def linear_cross_entropy(
 
     input: (..., C); linear_weight: (V, C) in the same dtype; target: (...) int64. The N rows are
     handled in chunks. For "mean" and "sum" the forward computes the gradient too, so that a
-    training step costs three matrix products.
+    training step costs three matrix products, or two if linear_weight requires no gradient.
     skip_below, in [0, 1): gradients of logits that are at most skip_below times their row's share
     of the loss (1 / N for the mean) may count as 0, which saves up to two of the products late in
     training. With dloss_i that share, the errors are bounded:
@@ -260,7 +277,8 @@ def linear_cross_entropy(
         share = share / (flat_target != ignore_index).sum()
     if _gradient_in_forward(x, linear_weight):
         shares = share.expand(flat_target.shape)
-        loss = _linear_fwd_bwd(x, linear_weight, flat_target, shares, *options)[0]
+        needed = linear_weight.requires_grad
+        loss = _linear_fwd_bwd(x, linear_weight, flat_target, shares, *options, needed)[0]
     else:
         loss = _linear_fwd(x, linear_weight, flat_target, *options)
         loss = (loss * share).sum(dtype=torch.float64)

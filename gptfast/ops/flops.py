@@ -50,6 +50,13 @@ def _mlp_bwd(dy, x, h, stats, norm_weight, norm_bias, eps, fc_weight, fc_bias, p
     return (need_dx + need_dfc) * _product(x, fc_weight) + proj * _product(x, proj_weight)
 
 
+def _linear_cross_entropy_fwd_bwd(input, weight, *rest) -> int:  # type: ignore[no-untyped-def]
+    # After target, dloss and four options; a default may be left out.
+    need_dweight = rest[6] if len(rest) > 6 else True
+    # The logits, and the gradients of the input and of the weight.
+    return (2 + need_dweight) * _product(input, weight)
+
+
 # By operator, for its arguments with shapes in place of tensors.
 _FORMULAS: dict[str, Callable[..., int]] = {
     "attention_fwd": lambda q, k, *_: 2 * _scores(q, k),
@@ -63,8 +70,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "mlp_bwd": _mlp_bwd,
     "decode_linear": lambda x, norm_weight, norm_bias, eps, weight, *_: _product(x, weight),
     "linear_cross_entropy_fwd": lambda input, weight, *_: _product(input, weight),
-    # The logits and the gradients of both inputs.
-    "linear_cross_entropy_fwd_bwd": lambda input, weight, *_: 3 * _product(input, weight),
+    "linear_cross_entropy_fwd_bwd": _linear_cross_entropy_fwd_bwd,
 }
 
 

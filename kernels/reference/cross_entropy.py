@@ -113,12 +113,14 @@ def linear_cross_entropy_fwd_bwd(
     label_smoothing: float,
     z_loss: float,
     skip_below: float = 0.0,
+    need_dweight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return sum(loss * dloss), dinput (N, C) and dlinear_weight (V, C) for dloss (N,).
 
     linear_weight is rounded to the input's dtype; its gradient has the dtype of linear_weight. To
     save products, a kernel may replace entries of dlogits by 0 if they are at most
-    skip_below * |dloss|; the reference does not.
+    skip_below * |dloss|; the reference does not. need_dweight: False computes no gradient of
+    linear_weight, and returns one of shape (0,).
     """
     weight = linear_weight.to(input.dtype)
     logits = product(input, weight.T)
@@ -126,7 +128,10 @@ def linear_cross_entropy_fwd_bwd(
     loss, stats = cross_entropy_fwd(logits, target, *options)
     dlogits = cross_entropy_bwd(dloss, logits, target, stats, *options)
     dtype = linear_weight.dtype
-    dlinear_weight = product(dlogits.to(dtype).T, input.to(dtype))
+    if need_dweight:
+        dlinear_weight = product(dlogits.to(dtype).T, input.to(dtype))
+    else:
+        dlinear_weight = linear_weight.new_empty(0)
     return (loss * dloss).sum(), product(dlogits, weight), dlinear_weight
 
 

@@ -296,6 +296,7 @@ def linear_cross_entropy_fwd_bwd(
     label_smoothing: float,
     z_loss: float,
     skip_below: float = 0.0,
+    need_dweight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return sum(loss * dloss), dinput (N, C) and dlinear_weight (V, C). Nothing is skipped."""
     check_targets(target, len(linear_weight), ignore_index)
@@ -308,13 +309,15 @@ def linear_cross_entropy_fwd_bwd(
     chunked = N > chunk_rows(N, len(weight), input.element_size())
     dtype = linear_weight.dtype if split else torch.float32
     # Without rows, no chunk writes to it.
-    dweight = (torch.empty if N else torch.zeros)(weight.shape, dtype=dtype, device=weight.device)
+    shape = weight.shape if need_dweight else (0,)
+    dweight = (torch.empty if N else torch.zeros)(shape, dtype=dtype, device=weight.device)
     low = torch.empty_like(dweight, dtype=torch.int16) if split and chunked else None
     for rows, logits in _each_chunk(input, weight):
         tensors = (logits, target[rows], dloss[rows], loss[rows])
         repeat(_launch_rows, tensors, ignore_index, label_smoothing, z_loss)
         torch.mm(logits, weight, out=dinput[rows])
-        _add_dweight(dweight, low, logits, input[rows], rows.start == 0, rows.stop == N)
+        if need_dweight:
+            _add_dweight(dweight, low, logits, input[rows], rows.start == 0, rows.stop == N)
     total = (loss.double() * dloss).sum().float()
     return total, dinput, dweight.to(linear_weight.dtype)
 
