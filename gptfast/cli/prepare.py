@@ -26,7 +26,8 @@ class Prepare(Reading):
 
     data: tuple[str, ...]
     """The text: files of text or of records (.jsonl, .json, .csv, .parquet), directories, globs
-    such as 'books/*.txt', or - for standard input. docs/data.md has all kinds."""
+    such as 'books/*.txt', hf:NAME:SPLIT:FIELD for a data set of the datasets library, or - for
+    standard input. docs/data.md has all kinds."""
     out: str
     """The directory to create, with train_000000.bin and so on, and meta.json."""
     tokenizer: str = "gpt2"

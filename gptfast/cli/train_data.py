@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch.utils.data import DataLoader
 
 from gptfast.config import TrainConfig
+from gptfast.data import hub
 from gptfast.data.loader import BatchOrder, create_dataloader
 from gptfast.data.prepare import PARTS
 from gptfast.data.sources import load_data
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 
 def absolute(paths: Iterable[str]) -> tuple[str, ...]:
     """Return what --data names so that it means the same from another working directory."""
-    return tuple(path if path in ("", "-") else os.path.abspath(path) for path in paths)
+
+    def of(path: str) -> str:
+        return hub.absolute(path) if hub.is_hub(path) else os.path.abspath(path)
+
+    return tuple(path if path in ("", "-") else of(path) for path in paths)
 
 
 def load_sources(command: "Train", tokenizer: Tokenizer) -> list[Source]:
@@ -35,7 +40,8 @@ def load_sources(command: "Train", tokenizer: Tokenizer) -> list[Source]:
     try:
         return load_data(command.data, tokenizer, command.split, **command.reading())
     except ValueError as error:
-        gone = [path for path in command.data if not (os.path.lexists(path) or glob.glob(path))]
+        files = [path for path in command.data if not hub.is_hub(path)]
+        gone = [path for path in files if not (os.path.lexists(path) or glob.glob(path))]
         if command.resume and any(path != "-" for path in gone):
             raise ValueError(f"{error}; if this run's data has moved, name it (--data)") from None
         raise

@@ -17,6 +17,7 @@ from gptfast.data.forms import (
     records,
     say_fields,
 )
+from gptfast.data.hub import fields_of, hub_rows, is_hub
 from gptfast.data.kinds import (
     ARROW_SUFFIXES,
     TEXT_SUFFIXES,
@@ -131,13 +132,17 @@ def _records(
     path: Path, fields: Fields, borders: Borders, notes: Notes, on_bytes: Callable[[int], Any]
 ) -> Iterator[tuple[str, Record]]:
     """Yield where each record of a file is, and the record."""
+
+    def needed(names: Collection[str]) -> list[str] | None:
+        read = fields.read_of(names)
+        say_fields(str(path), names, read, notes)
+        return read if set(read) < set(names) and "input" not in names else None
+
+    if is_hub(path):
+        fields = fields_of(path, fields)
+        yield from _row_records(path, hub_rows(path, needed, on_bytes), fields, notes)
+        return
     if (kind := kind_of(path)) in ARROW_SUFFIXES:
-
-        def needed(names: Collection[str]) -> list[str] | None:
-            read = fields.read_of(names)
-            say_fields(str(path), names, read, notes)
-            return read if set(read) < set(names) and "input" not in names else None
-
         found = arrow_rows(path, kind, needed, on_bytes)
         yield from _row_records(path, found, fields, notes)
         return

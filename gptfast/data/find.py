@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import NoReturn
 
+from gptfast.data.hub import check_library, is_hub, parse
 from gptfast.data.kinds import (
     DESCRIPTIONS,
     READ_SUFFIXES,
@@ -74,10 +75,11 @@ def _kinds_of(files: Sequence[Path]) -> str:
 def find_files(paths: Sequence[str | PathLike]) -> list[Path]:
     """Return the files that paths name: files, those below directories, matches of globs.
 
-    "-" is standard input. A file that is named twice, also through a link, counts once. Empty files
-    that a directory has or a glob matches are left out, and so are files of other kinds below a
-    directory, with a line in the log. Raises ValueError naming a path that is missing, matches
-    nothing, has only empty files or is of a kind that cannot be read.
+    "-" is standard input, and hf:NAME a data set of the `datasets` library. A file that is named
+    twice, also through a link, counts once. Empty files that a directory has or a glob matches are
+    left out, and so are files of other kinds below a directory, with a line in the log. Raises
+    ValueError naming a path that is missing, matches nothing, has only empty files or is of a kind
+    that cannot be read.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -86,17 +88,23 @@ def find_files(paths: Sequence[str | PathLike]) -> list[Path]:
         try:
             for file in _files_of(Path(path)):
                 # A pipe has no path of its own: /dev/fd/63 is a link to nowhere.
-                found.setdefault(file if is_stream(file) else file.resolve(strict=True), file)
+                own = file if is_hub(file) or is_stream(file) else file.resolve(strict=True)
+                found.setdefault(own, file)
         except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
             why = getattr(error, "strerror", None) or error
             where = getattr(error, "filename", None) or path
             raise ValueError(f"cannot read {where}: {why}; give text files") from None
     for file in found.values():
-        check_kind(file)
+        if not is_hub(file):
+            check_kind(file)
     return list(found.values())
 
 
 def _files_of(path: Path) -> list[Path]:
+    if is_hub(path):
+        parse(path)
+        check_library(path)
+        return [path]
     if path.is_dir():
         return _without_empty(path, _files_below(path))
     if path.exists():

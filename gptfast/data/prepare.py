@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from gptfast.checks import integer
 from gptfast.data.documents import Fields, find_files
+from gptfast.data.hub import is_hub
 from gptfast.data.kinds import TOKEN_SUFFIXES
 from gptfast.data.shards import ShardWriter, truncate_shards
 from gptfast.data.streams import is_stream
@@ -119,6 +120,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenise files of text or records, directories and globs into a directory of token files.
 
+    paths: hf:NAME among them is a data set of the `datasets` library.
     out: gets train_000000.bin, …, val_…, test_…, .idx for prompts, meta.json, and tokenizer/ with a
     vocabulary that is not gpt2 or byte, all or nothing.
     split: one to three shares of the tokens or, for prompts, of the documents. The three fields and
@@ -188,6 +190,6 @@ def _text_files(paths: Sequence[str | PathLike]) -> list[Path]:
 
 def _bar(files: Sequence[Path], progress: bool) -> tqdm:
     """Return a progress bar over the bytes of files, shown only in a terminal."""
-    known = not any(map(is_stream, files))
+    known = not any(is_hub(path) or is_stream(path) for path in files)
     n_bytes = sum(path.stat().st_size for path in files) if known else None
     return tqdm(total=n_bytes, unit="B", unit_scale=True, disable=None if progress else True)

@@ -191,10 +191,10 @@ def load_data(
     """Return the training part of the data that paths name, then validation and, if any, test.
 
     paths: files of text or of records (documents, with end-of-text between them, or prompts with
-    completions), directories of them and globs; .bin and .npy token files; or one directory with
-    *train*.bin, whose *val*.bin and *test*.bin are taken as they are. Parts without files of their
-    own are cut off by `split`. Without paths it is the embedded text. The three fields and
-    split_on_eot: as in `Fields`.
+    completions), directories of them and globs; hf:NAME, a data set of the `datasets` library;
+    .bin and .npy token files; or one directory with *train*.bin, whose *val*.bin and *test*.bin are
+    taken as they are. Parts without files of their own are cut off by `split`. Without paths it is
+    the embedded text. The three fields and split_on_eot: as in `Fields`.
 
     Raises ValueError for data that is missing, unreadable, of mixed kinds, or of another tokenizer.
     """
