@@ -14,6 +14,29 @@ BUILT = Path(__file__).with_name("built.json")
 REBUILD = "pip install --force-reinstall --no-deps . in the sources of gptfast"
 
 
+def version() -> str:
+    """Return the version of this copy."""
+    text = Path(__file__).with_name("__init__.py").read_text("utf-8")
+    found = re.search(r'^__version__ = "(.*)"$', text, re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def commit() -> str:
+    """Return the Git commit of the sources that this copy runs from, or "" if it has none."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    import subprocess
+
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def minor(version: str) -> str:
     """Return the first two numbers of a version: 2.13 of 2.13.0+cpu."""
     found = re.match(r"\d+\.\d+", version)

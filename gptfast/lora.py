@@ -160,8 +160,9 @@ def merge_adapters(model: "GPT") -> None:
     """Add each adapter of a GPT to the weight beside it, and take it away. All is trained again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
-            delta = module.scale * (module.lora_B.float() @ module.lora_A.float())  # (O, C)
-            module.weight.copy_(module.weight.float() + delta)
+            wide = torch.promote_types(module.weight.dtype, torch.float32)
+            delta = module.scale * (module.lora_B.to(wide) @ module.lora_A.to(wide))  # (O, C)
+            module.weight.copy_(module.weight.to(wide) + delta)
             parent, _, leaf = name.rpartition(".")
             merged = nn.Linear(module.in_features, module.out_features, device="meta")
             merged.weight, merged.bias = module.weight, module.bias

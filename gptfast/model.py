@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -235,7 +236,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | PathLike, *, n_head: int | None = None, resize_vocab: int | None = None
+        cls,
+        path: str | PathLike,
+        *,
+        n_head: int | None = None,
+        resize_vocab: int | None = None,
+        dtype: torch.dtype | None = None,
+        base: str | PathLike | None = None,
     ) -> Self:
         """Return the model at a path or name, in evaluation mode.
 
@@ -245,26 +252,33 @@ class GPT(nn.Module):
         has fetched, such as "gpt2". The form is recognised by content.
         n_head: for a file that does not record it, such as the book's; None takes heads of 64
         channels, and logs that. resize_vocab: the number of tokens of a vocabulary that grew; the
-        rows of new tokens are the mean of the old rows.
+        rows of new tokens are the mean of the old rows. dtype: of all parameters; None takes that
+        of the file's token embedding. base: for an adapter, which is merged in fp32, the model that
+        it was trained beside; None takes what it names.
 
-        All parameters have the dtype of the file's token embedding. Pickles are read for tensors
-        only; nothing in them is executed. Raises CheckpointError, a ValueError, for anything else
-        and for what is damaged or incomplete.
+        Pickles are read for tensors only; nothing in them is executed. Raises CheckpointError, a
+        ValueError, for anything else and for what is damaged or incomplete.
         """
         # Here, because an engine that loads packed weights needs none of the readers.
         from gptfast.weights.open import base_name, open_weights
 
-        weights = open_weights(path, n_head)
+        weights = open_weights(path, n_head, base)
         if resize_vocab is not None:
             weights = weights.resized(resize_vocab)
         model = empty_model(weights.config, cls)
-        weights.move_into(model)
+        weights.move_into(model, dtype)
         model.tokenizer_name, model.vocabulary = weights.tokenizer, weights.vocabulary
         model.eos_ids, model.source = weights.eos_ids, base_name(path)
         return model.eval()
 
     def save_pretrained(
-        self, directory: str | PathLike, *, tokenizer: Tokenizer | None = None
+        self,
+        directory: str | PathLike,
+        *,
+        tokenizer: Tokenizer | None = None,
+        push_to_hub: str | None = None,
+        private: bool = False,
+        run: str | PathLike | None = None,
     ) -> None:
         """Write a directory that transformers' GPT2LMHeadModel and its tokenizer load.
 
@@ -272,16 +286,31 @@ class GPT(nn.Module):
         merges.txt and tokenizer_config.json. tokenizer: None takes the one in the files that the
         model was loaded from, if any. A model with adapters (lora.py) is saved as these alone, in
         peft's form. Raises OSError, and ValueError for a model with modules of others.
+
+        push_to_hub: user/name, a repository of the Hugging Face Hub that gets the same files and a
+        model card (README.md, unless there is one). It is made if it is not there; private: for
+        its owner alone. run: the run or checkpoint that the weights are of, whose data, steps and
+        loss the card tells; None takes the one that the model was loaded from, if it has those
+        weights still.
         """
+        from gptfast.weights import push
         from gptfast.weights.pretrained import save_adapter, save_model
 
         check_saveable(self)
+        if push_to_hub is not None:
+            push.check(push_to_hub, self.adapter)
         tokenizer_or_name = tokenizer or self.tokenizer_name
-        if self.adapter is not None:
-            save_adapter(self.adapter, adapter_state(self), directory, tokenizer_or_name)
-            return
-        ends = () if tokenizer else self.eos_ids
-        save_model(self.config, self.state_dict(), directory, tokenizer_or_name, ends)
+        if self.adapter is None:
+            state, ends = self.state_dict(), () if tokenizer else self.eos_ids
+            save_model(self.config, state, directory, tokenizer_or_name, ends)
+        else:
+            state = adapter_state(self)
+            save_adapter(self.adapter, state, directory, tokenizer_or_name)
+        if push_to_hub is not None:
+            source = None if self.adapter is not None else self.source
+            facts = push.facts_for(run, source, state)
+            card = push.card(push_to_hub, self.config, state, facts, self.adapter)
+            push.push(Path(directory), push_to_hub, card, private=private)
 
 
 _PARTS = (GPT, Block, Attention, MLP)

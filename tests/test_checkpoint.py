@@ -18,7 +18,7 @@ from seeds import shifted
 from torch import Tensor
 
 from gptfast import GPT, AdamW
-from gptfast.cli.train import load_weights
+from gptfast.cli.train_weights import load_weights
 from gptfast.training.checkpoint import load_checkpoint, save_checkpoint
 from gptfast.weights.checkpoint import checkpoints, find_checkpoint, read_state
 

@@ -1,6 +1,7 @@
 """Test LoRA: the adapters that gptfast trains, their files, and peft's."""
 
 import copy
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -14,11 +15,14 @@ from parity import assert_parity
 from seeds import torch_generator
 from test_modules import loss_in_pytorch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gptfast
 from gptfast import GPT, Engine, TrainConfig
 from gptfast.cli import main
-from gptfast.cli.train import adapter_base
+from gptfast.cli.serve import Serve
+from gptfast.cli.train_weights import adapter_base
 from gptfast.lora import LoRALinear, adapter_state, add_adapters, load_adapter, merge_adapters
 from gptfast.modules import attention_weights, mlp_weights
 from gptfast.ops.backend import EXTENSION
@@ -130,6 +134,46 @@ def test_a_step_changes_the_adapter_alone(kernels: str) -> None:
     assert {id(p) for p in step.optimizer.state} == of_adapter
 
 
+class NewMemory(TorchDispatchMode):
+    """Record the shapes of the results that lie in other memory than any argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        old = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in old:
+                self.shapes.add(tuple(x.shape))
+        return out
+
+
+@pytest.mark.parametrize("targets", [("c_attn",), ALL])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_no_gradient_of_a_frozen_weight_is_computed(
+    kernels: str, tied: bool, targets: tuple[str, ...]
+) -> None:
+    """No operation of a step makes a matrix of a frozen weight's shape, the head included."""
+    model = random_model(tie_weights=tied)
+    frozen = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+    add_adapters(model, AdapterConfig(3, targets=targets))
+    batch = random_ids(3, 7), random_ids(3, 7, seed=2)
+
+    def shapes_of_a_step() -> set[tuple[int, ...]]:
+        with gptfast.use_backend(kernels), NewMemory() as made:
+            model(*batch).backward()
+        return made.shapes
+
+    assert not frozen & shapes_of_a_step()
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    # The same step, had they been trained: then every matrix has its gradient.
+    model.requires_grad_(True)
+    assert frozen <= shapes_of_a_step()
+
+
 def test_compiled() -> None:
     model = adapted()
     idx, y = random_ids(2, 16), random_ids(2, 16, seed=2)
@@ -214,6 +258,61 @@ def test_an_adapter_stands_for_the_merged_model(tmp_path: Path) -> None:
         assert Engine(out).generate([[1, 2, 3]], 8, temperature=0) == gptfast.generate(
             model, [[1, 2, 3]], 8, temperature=0
         )
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
+def test_merged_in_fp32_beside_a_base_of_16_bits(tmp_path: Path, dtype: str | None) -> None:
+    """--merge --dtype fp32 keeps what bf16 would round away; without it, it is rounded once."""
+    base = random_model().to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    model = GPT.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    add_adapters(model, AdapterConfig(2))
+    for i, values in enumerate(adapter_state(model).values()):
+        values.normal_(std=0.05, generator=torch_generator(i))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapters(model)
+    flags = [] if dtype is None else ["--dtype", dtype]
+    paths = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    assert main(["convert", "--merge", *paths, *flags]) == 0
+    merged = GPT.from_pretrained(tmp_path / "merged").state_dict()
+    stored = torch.float32 if dtype == "fp32" else torch.bfloat16
+    assert {x.dtype for x in merged.values()} == {stored}
+    name = "h.0.attn.c_attn.weight"
+    expected = model.state_dict()
+    assert not torch.equal(expected[name], expected[name].bfloat16().float())
+    assert not differing(merged, {name: x.to(stored) for name, x in expected.items()})
+
+
+def test_a_base_that_moved_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, out = base_and_run(tmp_path)
+    whole = GPT.from_pretrained(out).state_dict()
+    base.rename("moved")
+    assert main(["generate", str(out), "--prompt", "the", "-n", "4"]) == 1
+    assert "if the base has moved, name its place (--base)" in capsys.readouterr().err
+    to_moved = ["--base", "moved"]
+    assert main(["generate", str(out), *to_moved, "--prompt", "the", "-n", "4"]) == 0
+    Path("text.txt").write_text("the cat sat on the mat. " * 9)
+    assert main(["eval", str(out), *to_moved, "--data", "text.txt"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("the\n"))
+    assert main(["chat", str(out), *to_moved, "-n", "4"]) == 0
+    assert main(["convert", "--merge", str(out), "merged", *to_moved]) == 0
+    assert not differing(GPT.from_pretrained("merged").state_dict(), whole)
+    if EXTENSION is not None:
+        assert Serve(checkpoint=str(out), base="moved")._model().engine.generate([[1]], 2)
+    capsys.readouterr()
+    random_model(vocab_size=257).save_pretrained("other")
+    for flags, code, said in (
+        (["convert", str(out), "x", *to_moved], 2, "--merge writes its base"),
+        (["convert", "moved", "x", *to_moved], 2, "give --merge, or leave it out"),
+        (["generate", "moved", *to_moved, "--prompt", "a"], 1, "is no adapter, so it has no base"),
+        (["generate", str(out), "--base", "other", "--prompt", "a"], 1, "trained on another base"),
+    ):
+        assert main(flags) == code
+        assert said in capsys.readouterr().err
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -310,13 +409,41 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tune = ["train", *data, "--init", "base", "--lora-rank", "2", "--sample-tokens", "0"]
     assert main([*tune, "--max-steps", "2", "--out", "tuned", "--lora-targets", "c_fc"]) == 0
     shutil.copytree("tuned/checkpoints/step-00000002", "two")
-    assert main(["train", "--resume", "--max-steps", "4", "--out", "tuned"]) == 0
+    Path("tuned/adapter_base").rename("moved")
+    assert main(["train", "--resume", "--max-steps", "4", "--out", "tuned"]) == 1
+    again = ["train", "--resume", "--max-steps", "4", "--out", "tuned", "--base", "moved"]
+    assert main(again) == 0
     assert len(read_tensors(Path("tuned/checkpoints/step-00000004"))) == 2
     assert main(["eval", "tuned", "--data", "text.txt"]) == 0
-    assert main(["generate", "two", "--prompt", "the", "-n", "4"]) == 0
+    assert main(["generate", "two", "--base", "moved", "--prompt", "the", "-n", "4"]) == 0
     assert main(["train", *data, "--lora-rank", "2", "--out", "none"]) == 2
     assert main(["train", *data, "--lora-rank", "2", "--out", "none", "--resume"]) == 2
     assert main([*tune, "--out", "twice", "--init", "tuned"]) == 1
+
+
+def test_a_base_that_its_run_removes_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint of a run that goes on is kept with the adapter, also where that moves to."""
+    monkeypatch.chdir(tmp_path)
+    make_trainer(tmp_path / "base", max_steps=2, checkpoint_interval=2, keep=1).fit()
+    old = tmp_path / "base/checkpoints/step-00000002"
+    options: dict[str, Any] = {"lora_rank": 2, "lr": 0.1, "checkpoint_interval": 2}
+    make_trainer(
+        tmp_path / "tuned", model=GPT.from_pretrained("base"), max_steps=2, **options
+    ).fit()
+    assert "it is kept in" in capsys.readouterr().out
+    kept = tmp_path / "tuned/adapter_base"
+    assert (kept / "model.safetensors").samefile(old / "model.safetensors")
+    assert not [*kept.glob("optimizer*"), *kept.glob("state.json")]
+    make_trainer(tmp_path / "base", max_steps=4, checkpoint_interval=2, keep=1).fit(resume=True)
+    assert not old.exists()
+    whole = GPT.from_pretrained("tuned").state_dict()
+    config = json.loads(Path("tuned/checkpoints/step-00000002/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(kept)
+    Path("tuned").rename("elsewhere")
+    assert not differing(GPT.from_pretrained("elsewhere").state_dict(), whole)
+    assert adapter_base("elsewhere") == str(tmp_path / "elsewhere/adapter_base")
 
 
 def theirs_of(path: Path) -> Any:

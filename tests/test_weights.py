@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gptfast import GPT, GPTConfig
-from gptfast.cli.train import load_weights
+from gptfast.cli.train_weights import load_weights
 from gptfast.device import peak_memory
 from gptfast.weights.convert import FORMATS
 from gptfast.weights.lazy_tensor import CheckpointError

@@ -114,6 +114,10 @@ def _check_adapter(on: Collection[str], train: "Train") -> None:
             "--resize-vocab adds rows to the model, and an adapter holds none of them: leave out "
             "--lora-rank or --resize-vocab",
         ),
+        (
+            train.base is not None and (rank is None or not train.continues()),
+            "--base says where the base of an adapter is that --resume continues: leave it out",
+        ),
     )
 
 

@@ -1,9 +1,11 @@
 """`gptfast convert`: write a model in another format."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,15 +16,18 @@ from gptfast.cli.ranges import check_whole
 from gptfast.cli.vocabularies import GPT2_ROWS
 from gptfast.config import MAX_SIZE
 from gptfast.data.embedded import embedded_text
+from gptfast.data.hub import is_hub
 from gptfast.data.tokens import as_tokens
 from gptfast.evaluate.loss import rounding_cost, text_score
 from gptfast.model import GPT
 from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 from gptfast.tokenizer.vocabulary import get_tokenizer
+from gptfast.weights.checkpoint import is_run
 from gptfast.weights.convert import check, check_name, format_of, save
 from gptfast.weights.found_in import preset_of
 from gptfast.weights.open import is_adapter
 from gptfast.weights.packed import is_packed
+from gptfast.weights.push import check_repository
 
 if TYPE_CHECKING:
     from gptfast.engine import Engine
@@ -73,12 +78,16 @@ class Convert:
     gptfast convert gpt2 gpt2.gguf --dtype q8_0
 
     gptfast convert --merge runs/tuned tuned
+
+    gptfast convert runs/book hf:USER/NAME --private
     """
 
     src: Positional[str]
     """The model to read."""
     dst: Positional[str]
-    """The file or directory to write; it must not exist yet."""
+    """The file or directory to write; it must not exist yet. Or hf:USER/NAME, a repository of the
+    Hugging Face Hub, which gets transformers' form with a model card (needs huggingface_hub, and a
+    token: hf auth login)."""
     to: Literal["transformers", "llm.c", "nanogpt", "book", "gguf", "packed"] | None = None
     """The format to write (default: from the suffix of DST: llm.c for .bin, nanogpt for .pt, book
     for .pth, gguf for .gguf, a directory without a suffix for transformers; with --dtype int8 or
@@ -96,7 +105,12 @@ class Convert:
     the mean of the old ones."""
     merge: bool = False
     """SRC is an adapter (of gptfast train --lora-rank or of peft): write its base with the adapter
-    in it."""
+    in it. They are added in fp32, and --dtype fp32 keeps that beside a base of 16 bits."""
+    base: str | None = None
+    """With --merge: the model that the adapter was trained beside (default: the one that it
+    names)."""
+    private: bool = False
+    """With hf:USER/NAME: make a repository that you alone see, if it is not there yet."""
 
     def __post_init__(self) -> None:
         check_whole(self, "n_head", "resize_vocab", most=MAX_SIZE)
@@ -108,8 +122,15 @@ class Convert:
                 if self.merge
                 else f"{self.src} is an adapter: --merge writes its base with the adapter in it"
             )
+        if self.base is not None and not self.merge:
+            raise UsageError("--base is the base of an adapter: give --merge, or leave it out")
+        if self.private and not is_hub(self.dst):
+            raise UsageError("--private is for hf:USER/NAME: leave it out")
         if self.to == "packed" or self.dtype in ("int8", "int4"):
             self._pack()
+            return
+        if is_hub(self.dst):
+            self._push(self.dst.removeprefix("hf:"))
             return
         check(self.dst, self.to)
         form = self.to or format_of(self.dst)
@@ -118,15 +139,19 @@ class Convert:
                 f"{form} has no {self.dtype} weights, only GGUF has: name a .gguf, or take int8 or "
                 "int4 for a directory of packed ones"
             )
-        model = self._load()
+        model = self._load(self._read_dtype(form))
         notes = self._save_gguf(model) if form == "gguf" else self._save(model)
         n = sum(p.numel() for p in model.parameters())
         print("\n".join([f"done: {n:,} parameters in {self.dst} ({form})", *notes]))
 
+    def _read_dtype(self, form: str) -> torch.dtype | None:
+        """Return what all weights are read as; None for what they are."""
+        if form == "gguf":  # which rounds them itself, and not all of them
+            return torch.float32 if self.merge and self.dtype is not None else None
+        return None if self.dtype is None else _DTYPES[_SAME.get(self.dtype, self.dtype)]
+
     def _save(self, model: GPT) -> list[str]:
         """Write any other form; return what the file lacks, in lines."""
-        if self.dtype is not None:
-            model.to(_DTYPES[_SAME.get(self.dtype, self.dtype)])
         with _written(self.dst):
             save(
                 model.config,
@@ -161,11 +186,33 @@ class Convert:
             notes.append(f"the file does not say that id {', '.join(left)} ends a text, only two")
         return notes
 
-    def _load(self) -> GPT:
-        return GPT.from_pretrained(self.src, n_head=self.n_head, resize_vocab=self.resize_vocab)
+    def _push(self, repository: str) -> None:
+        """Send the model, in transformers' form and with a card, to the Hugging Face Hub."""
+        if self.to not in (None, "transformers"):
+            raise UsageError(f"the Hub gets transformers' form, not {self.to}: leave out --to")
+        if self.dtype in _GGUF_ONLY:
+            raise UsageError(f"the Hub gets transformers' form, which has no {self.dtype} weights")
+        check_repository(repository)
+        model = self._load(self._read_dtype("transformers"))
+        run = model.source if is_run(Path(str(model.source))) else None
+        with tempfile.TemporaryDirectory() as directory:
+            model.save_pretrained(directory, push_to_hub=repository, private=self.private, run=run)
+        n = sum(p.numel() for p in model.parameters())
+        print(f"done: {n:,} parameters in https://huggingface.co/{repository}")
+
+    def _load(self, dtype: torch.dtype | None = None) -> GPT:
+        return GPT.from_pretrained(
+            self.src,
+            n_head=self.n_head,
+            resize_vocab=self.resize_vocab,
+            dtype=dtype,
+            base=self.base,
+        )
 
     def _pack(self) -> None:
         """Write the packed format, which only the engine can."""
+        if is_hub(self.dst):
+            raise UsageError("the Hub gets transformers' form, not packed weights")
         form = self.to or format_of(self.dst)
         if form not in ("packed", "transformers") or self.to == "transformers":
             here = ", or take q8_0 or q4_0" if form == "gguf" else ""
@@ -181,15 +228,17 @@ class Convert:
         from gptfast.engine import Engine
 
         plain = self.n_head is None and self.resize_vocab is None
-        model = self.src if plain else self._load()
-        engine = Engine(model, dtype)
+        # In fp32, what an adapter added to a base of 16 bits is not rounded twice.
+        model = self.src if plain else self._load(torch.float32)
+        engine = Engine(model, dtype, base=self.base if plain else None)
         with _written(self.dst):
             engine.save(self.dst)
         size = f"{engine.weight_bytes / 1e6:,.1f} MB of {engine.dtype} weights"
         print(f"done: {size} in {self.dst} (packed); try\n  gptfast chat {self.dst}")
         if engine.dtype == "int4" and engine.tokenizer_name is not None and not is_packed(self.src):
             try:
-                cost = _cost(engine, Engine(model), engine.tokenizer_name)
+                exact = Engine(model, base=self.base if plain else None)
+                cost = _cost(engine, exact, engine.tokenizer_name)
                 print(f"int4 costs {cost} of English; gptfast eval --dtype int4 measures your text")
             except (ValueError, IndexError, OSError) as error:
                 print(f"what int4 costs was not measured: {one_line(error)}")

@@ -68,6 +68,8 @@ class Eval(Reading):
     """Number of windows or examples per batch."""
     max_length: int | None = None
     """Number of tokens per window (default: the model's block_size)."""
+    base: str | None = None
+    """For an adapter: the model that it was trained beside (default: the one that it names)."""
     tokenizer: str | None = None
     """gpt2, byte, or a directory with a vocabulary's files (default: the checkpoint's)."""
     dtype: Dtype | None = None
@@ -94,9 +96,7 @@ class Eval(Reading):
 
     def run(self) -> None:
         set_threads(self.threads)
-        model, tokenizer = load(
-            self.checkpoint, self.tokenizer, self.device, self.dtype, engine=False
-        )
+        model, tokenizer = self._load(self.dtype)
         if self.tasks and not isinstance(model, GPT):
             raise ValueError("--tasks measures the PyTorch model: leave out --dtype")
         if self.data:
@@ -107,7 +107,7 @@ class Eval(Reading):
                 f"{score.bits_per_byte:.4f} bits per byte"
             )
             if self.dtype == "int4" and not is_packed(self.checkpoint):
-                plain, _ = load(self.checkpoint, self.tokenizer, self.device, "fp32", engine=False)
+                plain, _ = self._load("fp32")
                 cost = rounding_cost(score, self._score(plain, tokenizer, source))
                 print(f"int4 costs {cost}")
         if self.hellaswag:
@@ -124,6 +124,10 @@ class Eval(Reading):
             )
         if self.tasks and isinstance(model, GPT):
             self._run_tasks(model, tokenizer)
+
+    def _load(self, dtype: str | None) -> "tuple[GPT | Engine, Tokenizer]":
+        where = (self.checkpoint, self.tokenizer, self.device, dtype)
+        return load(*where, engine=False, base=self.base)
 
     def _source(self, model: "GPT | Engine", tokenizer: Tokenizer) -> Source:
         """Return what --data names."""

@@ -29,7 +29,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 # What stands for the value in the help, by the field's name or else by its type.
 _METAVARS = {
     **dict.fromkeys(("data", "config", "hellaswag"), "FILE"),
-    **dict.fromkeys(("init", "draft"), "MODEL"),
+    **dict.fromkeys(("init", "draft", "base"), "MODEL"),
     **dict.fromkeys(("prompt", "sample_prompt", "stop", "template"), "TEXT"),
     **dict.fromkeys(
         ("tokenizer", "tasks", "allow_special", "freeze", "lora_targets", "device"), "NAME"

@@ -63,14 +63,16 @@ def load(
     dtype: str | None = None,
     *,
     engine: bool = True,
+    base: str | None = None,
 ) -> "tuple[GPT | Engine, Tokenizer]":
     """Return the model and its tokenizer, or the tokenizer given.
 
+    base: for an adapter, the model that it was trained beside; None takes what it names.
     The model is an engine on its device. It is a GPT if the CPU has no C++ extension, and with
     engine=False unless dtype or a packed checkpoint needs the engine.
     """
     try:
-        model = _load(checkpoint, device, dtype, engine)
+        model = _load(checkpoint, device, dtype, engine, base)
     except CheckpointError as error:
         # A file that does not even say its heads: both remedies at once.
         if tokenizer is None and "--n-head" in str(error):
@@ -88,21 +90,23 @@ def _device(checkpoint: str, device: str) -> torch.device:
     return torch.device("cpu") if packed_for_cpu else choose_device(device)
 
 
-def _load(checkpoint: str, device: str, dtype: str | None, engine: bool) -> "GPT | Engine":
+def _load(
+    checkpoint: str, device: str, dtype: str | None, engine: bool, base: str | None = None
+) -> "GPT | Engine":
     """Return the model on its device, as `load` says."""
     from gptfast.engine import Engine, is_packed
 
     on, packed = _device(checkpoint, device), is_packed(checkpoint)
     if on.type == "cpu":
         if packed or dtype or engine and EXTENSION is not None:
-            return Engine(checkpoint, dtype)
-        return GPT.from_pretrained(checkpoint)
+            return Engine(checkpoint, dtype, base=base)
+        return GPT.from_pretrained(checkpoint, base=base)
     if packed:
         raise ValueError(
             f"{checkpoint} is packed for the CPU: use --device cpu, or the model it was made from "
             "with --dtype"
         )
-    model = GPT.from_pretrained(checkpoint).to(on)
+    model = GPT.from_pretrained(checkpoint, base=base).to(on)
     return Engine(model, dtype) if engine or dtype else model
 
 
@@ -161,6 +165,8 @@ class GenerationFlags:
     same and is faster where the guesses are right."""
     stats: Literal["auto", "on", "off"] = "auto"
     """Print tokens and gigabytes per second on stderr; auto does so if stderr is a terminal."""
+    base: str | None = None
+    """For an adapter: the model that it was trained beside (default: the one that it names)."""
     tokenizer: str | None = None
     """gpt2, byte, or a directory with a vocabulary's files (default: the checkpoint's)."""
     device: Device = "auto"
@@ -174,7 +180,9 @@ class GenerationFlags:
     def load(self) -> tuple[Decoder, Tokenizer]:
         """Return the model and its tokenizer. Raises ValueError for flags that do not fit."""
         set_threads(self.threads)
-        model, tokenizer = load(self.checkpoint, self.tokenizer, self.device, self.dtype)
+        model, tokenizer = load(
+            self.checkpoint, self.tokenizer, self.device, self.dtype, base=self.base
+        )
         decoder = as_decoder(model)
         for name, given, works in (
             ("--lookup", self.lookup, decoder.can_guess),

@@ -104,6 +104,8 @@ class Serve:
     draft: str | None = None
     """A smaller model with the same vocabulary that guesses the next tokens. The text stays the
     same and is faster where the guesses are right."""
+    base: str | None = None
+    """For an adapter: the model that it was trained beside (default: the one that it names)."""
     tokenizer: str | None = None
     """gpt2, byte, or a directory with a vocabulary's files (default: the checkpoint's)."""
     device: Device = "auto"
@@ -208,7 +210,9 @@ class Serve:
         from gptfast.engine import Engine
         from gptfast.serve.model import Model
 
-        engine, tokenizer = load(self.checkpoint, self.tokenizer, self.device, self.dtype)
+        engine, tokenizer = load(
+            self.checkpoint, self.tokenizer, self.device, self.dtype, base=self.base
+        )
         if not isinstance(engine, Engine):
             raise ValueError(f"gptfast serve {NEEDS_ENGINE}")
         engine.max_batch = self.max_batch

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -29,13 +28,13 @@ from gptfast.cli.train_data import (
     window,
     with_known_prompt,
 )
+from gptfast.cli.train_weights import load_base, load_weights
 from gptfast.cli.vocabularies import check_init
 from gptfast.config import FINETUNING_LR, GPTConfig, TrainConfig
 from gptfast.data.embedded import embedded_text
 from gptfast.data.sources import prepared_tokenizer
 from gptfast.data.token_files import Documents
 from gptfast.data.tokens import Source, check_rows, fingerprint
-from gptfast.dtensor import own_parts
 from gptfast.files import LOCK_TIMEOUT_S, lock
 from gptfast.lora import adapter_state
 from gptfast.model import GPT, empty_model
@@ -49,10 +48,8 @@ from gptfast.training.log import say
 from gptfast.training.step import matmul_precision
 from gptfast.training.trainer import SAMPLE_MIN_P, Trainer
 from gptfast.training.world import World
-from gptfast.weights.adapter import read_config
 from gptfast.weights.checkpoint import checkpoints, read_settings
-from gptfast.weights.lazy_tensor import CheckpointError
-from gptfast.weights.open import base_name, is_adapter, open_weights, tokenizer_of
+from gptfast.weights.open import is_adapter, open_weights, tokenizer_of
 
 # Learns from the embedded text in two to three minutes on two cores: docs/first_run.md.
 SMALL_MODEL = GPTConfig(vocab_size=1, block_size=128, n_layer=4, n_head=4, n_embd=256)
@@ -84,8 +81,9 @@ class Train(Reading):
     """How the model is trained."""
     data: tuple[str, ...] = ()
     """The text to learn from: files of text or of records (.jsonl, .json, .csv, .parquet),
-    directories or globs of them, - for standard input, .bin or .npy token files, or a directory
-    that `gptfast prepare` wrote. docs/data.md has all kinds."""
+    directories or globs of them, hf:NAME:SPLIT:FIELD for a data set of the datasets library, - for
+    standard input, .bin or .npy token files, or a directory that `gptfast prepare` wrote.
+    docs/data.md has all kinds."""
     tokenizer: str | None = None
     """gpt2, byte, or a directory with a vocabulary's files (default: that of the prepared
     data, else that of --init, else gpt2; without --data, gpt2 reduced to the tokens of the text
@@ -108,6 +106,8 @@ class Train(Reading):
     init: str | None = None
     """Start from the weights of this model, in any format that `gptfast convert` reads. Its shape
     and tokenizer become the defaults, and the default of --lr becomes 3e-4."""
+    base: str | None = None
+    """With --resume, for an adapter whose base has moved: where the base is now."""
     resize_vocab: bool = False
     """With --init: give the model the tokens that a grown vocabulary has more. Their rows are the
     mean of the old ones."""
@@ -251,7 +251,7 @@ class Train(Reading):
         """Copy the weights of --init, or those beside an adapter that goes on, into the model."""
         if self.continues():
             if self.train.lora_rank is not None:
-                load_weights(model, adapter_base(self.train.out))
+                load_base(model, self.train.out, self.base)
         elif self.init is not None:
             if self.train.lora_rank is not None and is_adapter(self.init):
                 raise ValueError(
@@ -366,34 +366,3 @@ def train_defaults(given: Mapping[str, Any], command: Train) -> Train:
     if any(given.get(name) for name in one_of):
         file = {name: value for name, value in file.items() if name not in one_of}
     return apply(command, file, given["config"]) if file else command
-
-
-def adapter_base(out: str) -> str:
-    """Return the base of the adapter that a run in `out` has saved. Raises CheckpointError."""
-    found = checkpoints(out)
-    for directory in reversed(found):
-        try:
-            name = read_config(directory).base
-        except CheckpointError:
-            # A damaged checkpoint is set aside later, with a line.
-            if directory == found[0]:
-                raise
-            continue
-        if name is None:
-            raise CheckpointError(f"{out} does not say which model its adapter is for")
-        return name
-    raise CheckpointError(f"{out} has no checkpoint")
-
-
-def load_weights(model: GPT, path: str | PathLike, *, resize_vocab: bool = False) -> None:
-    """Copy the weights at `path`, and the ids that end a text there, into `model`.
-
-    Its parameters may be DTensors, of which each process has some rows.
-    Raises ValueError if they do not fit. resize_vocab: if the model has more tokens, their rows are
-    the mean of those at `path`.
-    """
-    weights = open_weights(path)
-    if resize_vocab:
-        weights = weights.resized(model.config.vocab_size)
-    weights.copy_to(model.config, own_parts(model.state_dict()))
-    model.eos_ids, model.source = weights.eos_ids, base_name(path)

@@ -62,10 +62,15 @@ class Engine(Decoder):
     stats: Stats
 
     def __init__(
-        self, model_or_path: GPT | str | PathLike, dtype: str | None = None, *, max_batch: int = 16
+        self,
+        model_or_path: GPT | str | PathLike,
+        dtype: str | None = None,
+        *,
+        max_batch: int = 16,
+        base: str | PathLike | None = None,
     ) -> None:
         self.max_batch = integer("max_batch", max_batch, 1)
-        self.packed = _pack(model_or_path, dtype)
+        self.packed = _pack(model_or_path, dtype, base)
         self.stats = Stats()
         self.rows = rows_of(self.packed, min(self.max_batch, 4))
         self._lock = threading.Lock()
@@ -339,8 +344,12 @@ def _unlock_after_fork() -> None:
 os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
-def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | GpuModel:
+def _pack(
+    model_or_path: GPT | str | PathLike, dtype: str | None, base: str | PathLike | None
+) -> Packed | GpuModel:
     """Return the packed weights of a model or path that Engine takes."""
+    if base is not None and (isinstance(model_or_path, nn.Module) or is_packed(model_or_path)):
+        raise ValueError("base is for the path of an adapter: leave it out (--base)")
     if isinstance(model_or_path, nn.Module):
         part = foreign_part(model_or_path)
         if part is not None or not isinstance(model_or_path, GPT):
@@ -356,7 +365,7 @@ def _pack(model_or_path: GPT | str | PathLike, dtype: str | None) -> Packed | Gp
     if not is_packed(model_or_path):
         from gptfast.weights.open import open_weights
 
-        return packing.pack_weights(open_weights(model_or_path), dtype or "fp32")
+        return packing.pack_weights(open_weights(model_or_path, base=base), dtype or "fp32")
     packed = packing.load(model_or_path)
     if dtype not in (None, packed.dtype):
         raise ValueError(

@@ -21,6 +21,7 @@ from gptfast.training.checkpoint import (
     set_aside,
     write_checkpoint,
 )
+from gptfast.training.kept_base import keep_base
 from gptfast.training.step import TrainStep
 from gptfast.training.world import ONE, World
 from gptfast.weights.checkpoint import checkpoints
@@ -184,9 +185,12 @@ class RunCheckpoints:
     def restore(self) -> Progress | None:
         """Load the newest undamaged checkpoint; return its progress, or None if there is none.
 
-        Newer, damaged checkpoints are reported in the log and renamed. Raises CheckpointError if
+        Newer, damaged checkpoints are reported in the log and renamed. The base of an adapter that
+        would not stay where it is is kept in the run. Raises CheckpointError if
         all are damaged, and ValueError if the checkpoint is of other data or batches.
         """
+        if kept := keep_base(self.train_step.raw_model, self.out):
+            self.log(kept)
         damaged: dict[Path, CheckpointError] = {}
         for path in reversed(checkpoints(self.out)):
             model = self.train_step.raw_model

@@ -28,6 +28,8 @@ from gptfast.weights.names import CONV1D, unwrapped
 from gptfast.weights.weights import Weights
 
 CONFIG, TENSORS = FILES = ("adapter_config.json", "adapter_model.safetensors")
+KEPT_BASE = "adapter_base"
+"""The directory, in a run's own, of a base that would not stay where it was."""
 _FINGERPRINT = "gptfast_base_fingerprint"
 _SAMPLED = 64
 # Options of peft that change what an adapter computes, and the values that leave it as it is.
@@ -207,7 +209,7 @@ def read_tensors(directory: Path) -> dict[str, LazyTensor]:
 
 
 def merged(base: Weights, directory: Path) -> Weights:
-    """Return the weights of a base with an adapter in them, in the base's dtype.
+    """Return the weights of a base with an adapter in them: the sums in fp32, the rest as it is.
 
     Raises CheckpointError if the adapter is damaged or was trained beside another base.
     """
@@ -235,10 +237,11 @@ def merged(base: Weights, directory: Path) -> Weights:
 
 
 def _sum(weight: LazyTensor, A: LazyTensor, B: LazyTensor, scale: float) -> LazyTensor:
-    """Return weight + scale B A, computed in fp32 when it is read."""
+    """Return weight + scale B A, in fp32 at least, computed when it is read."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
 
     def read() -> Tensor:
-        delta = scale * (B.read().float() @ A.read().float())
-        return delta.add_(weight.read().float()).to(weight.dtype)
+        delta = scale * (B.read().to(dtype) @ A.read().to(dtype))
+        return delta.add_(weight.read().to(dtype))
 
-    return LazyTensor(weight.shape, weight.dtype, read, fresh=True)
+    return LazyTensor(weight.shape, dtype, read, fresh=True)

@@ -78,16 +78,16 @@ def open_directory(directory: Path, base: Weights | None = None) -> Weights:
             f"{directory} holds a model and an adapter: move {' and '.join(adapter.FILES)} to a "
             "directory of their own"
         )
-    recorded = _read_state(directory) if (directory / "state.json").is_file() else None
-    if recorded is not None:
-        _verify(directory, recorded, files_of_model(directory) or ())
+    state = recorded(directory)
+    if state is not None:
+        _verify(directory, state, files_of_model(directory) or ())
     if base is None:
         weights = transformers.open_directory(directory)
     else:
         weights = adapter.merged(base, directory)
-    if recorded is None:
+    if state is None:
         return weights
-    vocabulary = recorded.get("config", {}).get("vocabulary")
+    vocabulary = state.get("config", {}).get("vocabulary")
     return replace(weights, tokenizer=own_tokenizer(directory), vocabulary=vocabulary)
 
 
@@ -110,6 +110,14 @@ def read_state(path: str | PathLike) -> dict[str, Any]:
     state = _read_state(path)
     _verify(path, state, state["sha256"])
     return state
+
+
+def recorded(path: Path) -> dict[str, Any] | None:
+    """Return state.json of a checkpoint, without a look at the other files; None without one.
+
+    Raises CheckpointError if it is damaged.
+    """
+    return _read_state(path) if (path / "state.json").is_file() else None
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

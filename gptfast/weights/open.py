@@ -16,16 +16,21 @@ from gptfast.weights.text import described
 from gptfast.weights.weights import Weights, tokenizer_in
 
 
-def open_weights(path: str | PathLike, n_head: int | None = None) -> Weights:
+def open_weights(
+    path: str | PathLike, n_head: int | None = None, base: str | PathLike | None = None
+) -> Weights:
     """Return the weights at `path`, which may be whatever `GPT.from_pretrained` takes.
 
     Names, shapes and dtypes are known and checked; values are read when they are asked for.
     n_head: for a file that does not record it, such as the book's; None takes heads of 64 channels.
+    base: for an adapter, where the model is that it was trained beside; None takes what it says.
     Raises CheckpointError, which says what is wrong, for anything else.
     """
     try:
         found = _find(path)
-        weights = _open_directory(found) if found.is_dir() else _open_file(found, n_head)
+        if base is not None and not is_adapter(found):
+            raise CheckpointError(f"{path} is no adapter, so it has no base: leave it out (--base)")
+        weights = _open_directory(found, base) if found.is_dir() else _open_file(found, n_head)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:  # a name that no file can have, say
@@ -47,7 +52,7 @@ def tokenizer_of(path: str | PathLike) -> str | None:
             return name
     if own := tokenizer_in(found if found.is_dir() else found.parent):
         return own
-    base = adapter.read_config(found).base if checkpoint.is_adapter(found) else None
+    base = recorded_base(found) if checkpoint.is_adapter(found) else None
     return tokenizer_of(base) if base is not None and not is_adapter(base) else None
 
 
@@ -65,7 +70,7 @@ def _find(path: str | PathLike) -> Path:
     return cached
 
 
-def _open_directory(path: Path) -> Weights:
+def _open_directory(path: Path, base: str | PathLike | None = None) -> Weights:
     ours = checkpoint.files_of_model(path) is not None
     if (path / "hparams.json").is_file() and not ours:
         return openai.open_directory(path)
@@ -83,17 +88,29 @@ def _open_directory(path: Path) -> Weights:
     if not ours and not checkpoint.checkpoints(path):
         raise CheckpointError(f"{path} is not a checkpoint: {found_in.directory(path)}")
     directory = checkpoint.find_checkpoint(path)
-    base = _open_base(directory) if checkpoint.is_adapter(directory) else None
-    return checkpoint.open_directory(directory, base)
+    beside = _open_base(directory, base) if checkpoint.is_adapter(directory) else None
+    return checkpoint.open_directory(directory, beside)
 
 
-def _open_base(directory: Path) -> Weights:
-    """Return the weights that an adapter says it is for."""
+def recorded_base(directory: Path) -> str | None:
+    """Return the path or name of the model that an adapter says it is for, if it says so.
+
+    A base that the adapter's run keeps is found there, wherever the run was moved to. Raises
+    CheckpointError.
+    """
     name = adapter.read_config(directory).base
+    kept = directory.absolute().parent.parent / adapter.KEPT_BASE
+    if name is None or Path(name).name != kept.name or not kept.is_dir():
+        return name
+    return str(kept)
+
+
+def _open_base(directory: Path, given: str | PathLike | None) -> Weights:
+    """Return the weights that an adapter is for: those given, or what it says."""
+    name = recorded_base(directory) if given is None else str(given)
     if name is None:
         raise CheckpointError(
-            f"{directory} does not say which model it is an adapter of: write its path or name "
-            f"into {adapter.CONFIG}, as base_model_name_or_path"
+            f"{directory} does not say which model it is an adapter of: name it (--base)"
         )
     if is_adapter(name):
         raise CheckpointError(
@@ -103,7 +120,8 @@ def _open_base(directory: Path) -> Weights:
     try:
         return open_weights(name)
     except CheckpointError as error:
-        raise CheckpointError(f"{directory} is an adapter of {name}: {error}") from None
+        remedy = "" if given is not None else "; if the base has moved, name its place (--base)"
+        raise CheckpointError(f"{directory} is an adapter of {name}: {error}{remedy}") from None
 
 
 def is_adapter(path: str | PathLike) -> bool:

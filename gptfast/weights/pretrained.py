@@ -21,7 +21,7 @@ from gptfast.weights.names import CONV1D
 from gptfast.weights.safetensors_file import Layout
 
 # The files that transformers or this package may make a tokenizer of.
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
@@ -52,7 +52,7 @@ def save_model(
     with new_files(Path(directory)) as files:
         write_files(files, tensors, texts | vocabulary)
     # Files of another tokenizer, which would be taken before ours.
-    for name in set(_TOKENIZER_FILES) - vocabulary.keys() if vocabulary else ():
+    for name in set(TOKENIZER_FILES) - vocabulary.keys() if vocabulary else ():
         (Path(directory) / name).unlink(missing_ok=True)
     # An adapter that was there would be taken for one of this model.
     for name in adapter.FILES:
@@ -125,7 +125,7 @@ def tokenizer_texts(tokenizer: Tokenizer | str | None) -> tuple[dict[str, str], 
             logging.getLogger(__name__).warning(
                 "the model is saved, but its tokenizer cannot be loaded: %s", error
             )
-            files = (Path(name) / file for file in _TOKENIZER_FILES)
+            files = (Path(name) / file for file in TOKENIZER_FILES)
             return {path.name: read_text(path) for path in files if path.is_file()}, Ends()
     if tokenizer is None:
         return {}, Ends()

@@ -67,15 +67,15 @@ class Weights:
         for name in self._largest_first():
             yield name, self.tensors[name].read()
 
-    def move_into(self, model: nn.Module) -> None:
-        """Replace a model's parameters by these, all in the dtype of the token embedding.
+    def move_into(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Replace a model's parameters by these, all in one dtype.
 
-        model: one of this configuration; its own parameters may be on the meta device. To be called
-        once: each tensor is released as it is moved, so that no more is held than the model.
-        Raises CheckpointError for damaged files.
+        dtype: None takes that of the token embedding. model: one of this configuration; its own
+        parameters may be on the meta device. To be called once: each tensor is released as it is
+        moved, so that no more is held than the model. Raises CheckpointError for damaged files.
         """
         self._say()
-        dtype = self.tensors["wte.weight"].dtype
+        dtype = dtype or self.tensors["wte.weight"].dtype
         for name in self._largest_first():
             module, _, leaf = name.rpartition(".")
             values = self.tensors.pop(name).load().to(dtype)
