@@ -1,7 +1,7 @@
 """Models, texts and runs small enough for a test."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -69,6 +69,7 @@ def make_trainer(
     init_seed: int = 0,
     n_tokens: int = 500,
     model: GPT | None = None,
+    on_row: Callable[[dict[str, Any]], Any] | None = None,
     **train: Any,
 ) -> Trainer:
     """Return a trainer on bytes of English; an epoch is 7 batches of 4 windows of 16 tokens."""
@@ -91,7 +92,7 @@ def make_trainer(
     ]
     torch.manual_seed(shifted(init_seed))
     model = model or GPT(tiny_config(vocab_size=tokenizer.n_vocab, dropout=dropout))
-    return Trainer(model, config, *loaders, tokenizer=tokenizer)
+    return Trainer(model, config, *loaders, tokenizer=tokenizer, on_row=on_row)
 
 
 def without_speed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 
 from gptfast import ops
 from gptfast.config import GPTConfig
-from gptfast.device import measured_peak
+from gptfast.device import measured_peak, peak_memory
 
 
 def flops_per_token(config: GPTConfig, T: int) -> float:
@@ -36,6 +36,20 @@ def mfu(tokens_per_second: float, config: GPTConfig, T: int, peak: float) -> flo
     if not peak > 0:
         raise ValueError(f"peak must be a number of FLOP/s > 0, got {peak}")
     return tokens_per_second * flops_per_token(config, T) / peak
+
+
+def speed(
+    tokens_per_second: float, config: GPTConfig, T: int, peak: float, device: torch.device
+) -> dict[str, float]:
+    """Return the speed, the MFU and the peak memory on a device, for the row of a step."""
+    share = mfu(tokens_per_second, config, T, peak)
+    # Above 1, the peak was measured while the machine was busy, and the MFU means nothing.
+    share_if_known = {"mfu": round(share, 4)} if share <= 1 else {}
+    return {
+        "tokens_per_second": round(tokens_per_second, 1),
+        **share_if_known,
+        "memory_mb": round(peak_memory(device) / 2**20),
+    }
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,7 +1,7 @@
 """What the processes other than the first have in place of a log and a run directory."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gptfast.training.log import RunLog
@@ -28,6 +28,9 @@ class FollowedDirectory(RunDirectory):
 
     def rewind(self, step: int, *, ended: bool) -> None:
         """Change nothing."""
+
+    def describe(self, environment: Mapping[str, str]) -> None:
+        """Write nothing."""
 
     def write(self, row: dict[str, Any]) -> None:
         """Write nothing."""

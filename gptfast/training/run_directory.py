@@ -4,21 +4,31 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptfast.files import LOCK_TIMEOUT_S, lock, replacing
-from gptfast.training.metrics import metrics_of
+from gptfast.files import LOCK_TIMEOUT_S, lock, replacing, write_json
+from gptfast.training.metrics import MetricsRow, metrics_of
+from gptfast.weights.card import ENVIRONMENT
 
 
 class RunDirectory:
-    """Writes metrics.jsonl, samples.txt and, on request, tensorboard/ and trace.json in `out`."""
+    """Writes metrics.jsonl, samples.txt and, on request, tensorboard/ and trace.json in `out`.
 
-    def __init__(self, out: str | Path, *, tensorboard: bool = False) -> None:
-        self.out, self.tensorboard = Path(out), tensorboard
+    on_row: called with a copy of each row of metrics.jsonl once it is written.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        tensorboard: bool = False,
+        on_row: Callable[[MetricsRow], Any] | None = None,
+    ) -> None:
+        self.out, self.tensorboard, self._on_row = Path(out), tensorboard, on_row
         self.metrics, self.samples = self.out / "metrics.jsonl", self.out / "samples.txt"
         self._writer: Any = None
         if tensorboard:
@@ -59,13 +69,19 @@ class RunDirectory:
             self._writer = _summary_writer()(str(self.out / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl and to the files of TensorBoard."""
+        """Append a row to metrics.jsonl and to the files of TensorBoard, then call on_row."""
         self._append(self.metrics, json.dumps(row))
         if self._writer is not None:
             for name, value in row.items():
                 if name != "step" and isinstance(value, float | int):
                     self._writer.add_scalar(name, value, row["step"])
             self._writer.flush()
+        if self._on_row is not None:
+            self._on_row(dict(row))
+
+    def describe(self, environment: Mapping[str, str]) -> None:
+        """Write environment.json, which says where the run computes."""
+        write_json(self.out / ENVIRONMENT, environment)
 
     def write_sample(self, step: int, line: str) -> None:
         """Append a line of generated text to samples.txt."""

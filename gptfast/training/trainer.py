@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,20 @@ from torch.utils.data import DataLoader
 
 from gptfast.config import TrainConfig
 from gptfast.data.loader import BatchOrder, describe_batch
-from gptfast.device import peak_memory
 from gptfast.evaluate.loss import perplexity
 from gptfast.generate import generate_text
 from gptfast.model import GPT, check_saveable
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.training.checkpoint import clean_up
+from gptfast.training.environment import environment
 from gptfast.training.evaluation import Evaluation, EvaluationInterrupted
 from gptfast.training.feed import Feed, forever
-from gptfast.training.flops import mfu, peak_flops
+from gptfast.training.flops import peak_flops, speed
 from gptfast.training.followers import FollowedDirectory, QuietLog
 from gptfast.training.interrupt import Interrupt
 from gptfast.training.launched import world_of
 from gptfast.training.log import RunLog, warn
-from gptfast.training.metrics import finite, json_numbers, read_metrics
+from gptfast.training.metrics import MetricsRow, finite, json_numbers, read_metrics
 from gptfast.training.plot import plot_losses
 from gptfast.training.progress import Progress, RunCheckpoints, run_settings
 from gptfast.training.run_directory import RunDirectory
@@ -52,7 +52,8 @@ class Trainer:
     train_loader, val_loader, test_loader: from `create_dataloader`. The test loss is measured once,
     at the end. tokenizer: for the text samples; checkpoints hold its files. settings: others to
     keep in checkpoints, as values that TOML can hold. data_sha256: identifies the data; a run
-    cannot be resumed with other data, batches or seed.
+    cannot be resumed with other data, batches or seed. on_row: called with each row as it is
+    written to metrics.jsonl, of several processes in the first; what it raises ends the run.
 
     `fit` trains. Attributes to read: `progress` (such as the current step), `total_steps`, `step`
     (which takes the optimizer steps), `interrupt`, `history`. Raises ValueError for a loader or a
@@ -70,6 +71,7 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         settings: dict[str, Any] | None = None,
         data_sha256: str | None = None,
+        on_row: Callable[[MetricsRow], Any] | None = None,
     ) -> None:
         check_saveable(model)  # now, not at the first checkpoint
         for loader in (train_loader, val_loader, test_loader):
@@ -94,7 +96,7 @@ class Trainer:
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
         directory = RunDirectory if self.world.is_first else FollowedDirectory
-        self.run = directory(Path(config.out), tensorboard=config.tensorboard)
+        self.run = directory(Path(config.out), tensorboard=config.tensorboard, on_row=on_row)
         self.checkpoints = RunCheckpoints(
             self.run.out, self.step, made_by, self.log.line, tokenizer, self.world
         )
@@ -180,6 +182,7 @@ class Trainer:
         else:
             torch.manual_seed(self.config.seed)
         self.world.same_random_state(self.device)
+        self.run.describe(environment(self.device))
         # The steps after the checkpoint are taken again, so their rows and samples go.
         self.run.rewind(self.progress.logged_step, ended=self._is_over())
 
@@ -205,7 +208,8 @@ class Trainer:
                 self.log.advance()
                 profiled_step()
                 tokens += sum(x.numel() for x, _ in batches)  # masked targets cost as much time
-                row |= self._speed(tokens / (time.perf_counter() - start), batches[0][0].shape[1])
+                rate, T = tokens / (time.perf_counter() - start), batches[0][0].shape[1]
+                row |= speed(rate, self.model.config, T, self._peak_of_all, self.device)
                 if self._after_step(row):
                     # Tokens per second do not include evaluations and checkpoints.
                     start, tokens = time.perf_counter(), 0
@@ -323,17 +327,6 @@ class Trainer:
         """Return the device's measured FLOP/s in the dtype of training."""
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         return peak_flops(self.device, dtype)
-
-    def _speed(self, tokens_per_second: float, T: int) -> dict[str, float]:
-        """Return the speed, the MFU and the peak memory, for the row of a step."""
-        share = mfu(tokens_per_second, self.model.config, T, self._peak_of_all)
-        # Above 1, the peak was measured while the machine was busy, and the MFU means nothing.
-        share_if_known = {"mfu": round(share, 4)} if share <= 1 else {}
-        return {
-            "tokens_per_second": round(tokens_per_second, 1),
-            **share_if_known,
-            "memory_mb": round(peak_memory(self.device) / 2**20),
-        }
 
     def _evaluate(self, row: dict[str, Any]) -> bool:
         """Add the losses to the row of the step; return whether the model is the best so far."""
