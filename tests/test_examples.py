@@ -1,7 +1,12 @@
 """Check examples/plain.py and docs/drop_in.md: each replacement, and all together, give the losses
-of the plain script, and the page says what is tested."""
+of the plain script, and the page says what is tested; and run examples/instructions.py."""
 
+import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +71,25 @@ def test_the_page_says_what_is_tested() -> None:
     assert before[:2] == [REPLACEMENTS["attention"][0], REPLACEMENTS["cross_entropy"][0]]
     assert before[3] == REPLACEMENTS["AdamW"][0]
     assert len((ROOT / "examples/plain.py").read_text().splitlines()) <= 90
+
+
+def test_instructions_to_chat_and_server(tmp_path: Path) -> None:
+    """The example goes from chats in a file to an answer by `chat` and one by `serve`."""
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed (the extra serve)")
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/instructions.py", "--out", "out", "--steps", "4"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    commands = re.findall(r"^\$ gptfast (\w+)", done.stdout, re.M)
+    assert commands == ["train", "train", "chat", "serve"]
+    chats = [json.loads(line) for line in (tmp_path / "out/chats.jsonl").open()]
+    assert {message["role"] for message in chats[0]["messages"]} == {"user", "assistant"}
+    assert done.stdout.count("168 documents") == 1
+    assert done.stdout.splitlines()[-1]
