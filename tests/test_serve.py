@@ -1,6 +1,7 @@
 """The server over a real socket: requests of the official client, streams, errors and limits."""
 
 import asyncio
+import gc
 import http.client
 import json
 import math
@@ -9,6 +10,7 @@ import re
 import socket
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -215,6 +217,43 @@ def test_usage_in_streams_only_when_asked(tiny: Running) -> None:
     chunks = tiny.events("/v1/completions", {**body, "stream_options": each})
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts) and counts[-1] == 5
+
+
+LOADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vllm bench serve": (
+        "/v1/completions",
+        {
+            "prompt": "Once",
+            "repetition_penalty": 1.0,
+            "temperature": 0.0,
+            "max_tokens": 7,
+            "logprobs": None,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    "guidellm": (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+            "max_completion_tokens": 7,
+            "max_tokens": 7,
+            "stop": None,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_requests_of_load_generators(tiny: Running, name: str) -> None:
+    """They count the tokens of the last usage, and take the time of the first chunk with text."""
+    path, body = LOADS[name]
+    chunks = tiny.events(path, {"model": "tiny", **body})
+    assert chunks[-1]["usage"]["completion_tokens"] == 7 and chunks[-1]["choices"] == []
+    assert all(chunk["choices"] for chunk in chunks[:-1])
+    assert chunks[-2]["choices"][0]["finish_reason"] == "length"
 
 
 def test_streams_by_the_official_client(client: Any, byte_engine: Engine) -> None:
@@ -562,6 +601,24 @@ def test_a_reload_drops_no_request(byte_model: GPT) -> None:
                 new = running.complete(**body)
             texts = {reply.result()["choices"][0]["text"] for reply in replies}
         assert texts == {new["choices"][0]["text"]}
+
+
+def test_a_replaced_model_is_let_go_of(byte_model: GPT) -> None:
+    """At once, also where nothing collects garbage: both may just fit into memory."""
+    with server(byte_model) as running:
+        running.complete("a", n=3, seed=1), running.events("/v1/completions", {"prompt": "a"})
+        gc.collect()
+        gc.disable()
+        try:
+            before = weakref.ref(running.service.model.engine)
+            for stream in (False, True):
+                running.request("POST", "/v1/completions", {"prompt": "a", "stream": stream})
+            load = asyncio.run_coroutine_threadsafe(running.service.load(), running.loop)
+            load.result(WAIT_S)
+            running.complete("b")
+            wait_for(lambda: before() is None)
+        finally:
+            gc.enable()
 
 
 def test_while_loading_and_draining(byte_model: GPT) -> None:

@@ -46,9 +46,11 @@ class Group:
 
     def cancel(self) -> None:
         """End what has not ended."""
+        # A group and its generations know each other. What is left of them shall hold no model.
+        scheduler, self.scheduler = self.scheduler, None
         for one in self.generations:
-            if self.scheduler is not None and one.finish is None:
-                self.scheduler.cancel(one)
+            if scheduler is not None and one.finish is None:
+                scheduler.cancel(one)
 
 
 def _timeout(seconds: float) -> ApiError:
