@@ -114,7 +114,7 @@ void store_tile(const Args& args, int64_t m, int64_t n, int64_t rows, int64_t co
       const int64_t lanes = smaller<int64_t>(W, columns - j);
       vf sum = load(sums + i * COLUMNS + j);
       if (args.bias) sum += load_n(args.bias + n + j, lanes);
-      if (args.residual) sum += load_n(args.residual + (m + i) * args.residual_row_stride + n + j, lanes);
+      if (args.residual) sum += load_n((const T*)args.residual + (m + i) * args.residual_row_stride + n + j, lanes);
       if (args.accumulate) sum += load_n(c + j, lanes);
       store_n(c + j, sum, lanes);
     }

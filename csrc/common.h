@@ -14,6 +14,7 @@
 namespace gptfast {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using OptionalDtype = std::optional<at::ScalarType>;
 
 inline Dtype dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {

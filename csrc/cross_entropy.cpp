@@ -108,14 +108,13 @@ void for_each_chunk(const Tensor& input, const Tensor& weight, F f) {
   }
 }
 
-Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight_in, const Tensor& target_in,
+Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight, const Tensor& target_in,
                                 int64_t ignore_index, double label_smoothing, double z_loss, double skip_below) {
   if (input.scalar_type() == at::kDouble)
-    return reference<decltype(linear_cross_entropy_fwd)>("gptfast::linear_cross_entropy_fwd", input, weight_in,
-                                                         target_in, ignore_index, label_smoothing, z_loss, skip_below);
-  check_linear(input, weight_in);
+    return reference<decltype(linear_cross_entropy_fwd)>("gptfast::linear_cross_entropy_fwd", input, weight, target_in,
+                                                         ignore_index, label_smoothing, z_loss, skip_below);
+  check_linear(input, weight);
   at::AutoDispatchBelowAutograd guard;
-  const Tensor weight = weight_in.to(input.scalar_type());
   const Tensor target = target_in.contiguous();
   check_targets(target, input.size(0), weight.size(0), ignore_index);
   Tensor loss = at::empty({input.size(0)}, input.options().dtype(at::kFloat)), stats = make_stats(loss);
@@ -191,17 +190,16 @@ Tensor keep_columns(const Tensor& dlogits, const float* dloss, double skip_below
   return at::from_blob(kept.data(), {static_cast<int64_t>(kept.size())}, at::kLong).clone();
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& input, const Tensor& weight_in,
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& input, const Tensor& weight,
                                                                 const Tensor& target_in, const Tensor& dloss_in,
                                                                 int64_t ignore_index, double label_smoothing,
                                                                 double z_loss, double skip_below, bool need_dweight) {
   if (input.scalar_type() == at::kDouble)
-    return reference<decltype(linear_cross_entropy_fwd_bwd)>("gptfast::linear_cross_entropy_fwd_bwd", input, weight_in,
+    return reference<decltype(linear_cross_entropy_fwd_bwd)>("gptfast::linear_cross_entropy_fwd_bwd", input, weight,
                                                              target_in, dloss_in, ignore_index, label_smoothing, z_loss,
                                                              skip_below, need_dweight);
-  check_linear(input, weight_in);
+  check_linear(input, weight);
   at::AutoDispatchBelowAutograd guard;
-  const Tensor weight = weight_in.to(input.scalar_type());
   const Tensor target = target_in.contiguous(), dloss = dloss_in.to(at::kFloat).contiguous();
   const int64_t N = input.size(0);
   check_targets(target, N, weight.size(0), ignore_index);
@@ -211,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
   Tensor dinput = make_tensor(input.sizes(), input.options());
   // Several chunks add up in fp32: a 16-bit sum would round away what each one adds.
   const bool one_chunk = N <= chunk_rows(N, weight.size(0), input.element_size());
-  const auto dtype = one_chunk && skip_below == 0 ? weight_in.scalar_type() : at::kFloat;
+  const auto dtype = one_chunk && skip_below == 0 ? weight.scalar_type() : at::kFloat;
   Tensor dweight;
   if (need_dweight) dweight = make_tensor(weight.sizes(), weight.options().dtype(dtype));
   if (need_dweight && N == 0) dweight.zero_();
@@ -230,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
   });
   double total = 0;
   for (int64_t i = 0; i < N; ++i) total += static_cast<double>(loss.data_ptr<float>()[i]) * dloss.data_ptr<float>()[i];
-  dweight = need_dweight ? dweight.to(weight_in.scalar_type()) : at::empty({0}, weight_in.options());
+  dweight = need_dweight ? dweight.to(weight.scalar_type()) : at::empty({0}, weight.options());
   return {at::empty({}, loss.options()).fill_(total), dinput, dweight};
 }
 

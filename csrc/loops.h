@@ -116,18 +116,19 @@ struct MatmulLoops {
   void (*run)(const MatmulArgs&, int64_t m0, int64_t m1, int64_t n0, int64_t n1);  // a rectangle of c
 };
 
-// c (M x N) = a (M x K) b (K x N) + bias (N,) + residual (M, N) + c if accumulate, summed in fp32 and rounded once.
+// c (M x N) = a (M x K) b (K x N) + bias (N,) + residual (M, N) + c if accumulate, summed in fp32 and rounded once. A b
+// of fp32 is rounded to bf16 as it is read.
 struct MatmulBf16Args {
   int64_t M, N, K;
   const bf16* a;
   int64_t a_row_stride, a_col_stride;
-  const bf16* b;
+  const void* b;
   int64_t b_row_stride, b_col_stride;
-  Dtype c_dtype;  // bf16 or fp32
+  Dtype b_dtype, c_dtype;  // bf16 or fp32
   void* c;
   int64_t c_row_stride;
   const bf16* bias;      // or null
-  const bf16* residual;  // or null
+  const void* residual;  // in c's dtype; or null
   int64_t residual_row_stride;
   bool accumulate;
 };

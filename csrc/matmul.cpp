@@ -65,15 +65,19 @@ int parts_asked_for() {
 }
 bool use_parts() { return chosen_by_user().value_or(true) && parts_asked_for() <= loops().matmul_parts->max_parts; }
 
+bool is_fp32_or_bf16(const Tensor& t) { return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16; }
+
 enum class Product { library, fp32, bf16, parts };
 
-Product choose_product(const Tensor& a, const Tensor& b) {
+Product choose_product(const Tensor& out, const Tensor& a, const Tensor& b) {
   if (std::min({a.size(0), a.size(1), b.size(1)}) < MIN_SIZE) return Product::library;
   switch (a.scalar_type()) {
     case at::kFloat:
+      if (b.scalar_type() != at::kFloat || out.scalar_type() != at::kFloat) return Product::library;
       return use_parts() ? Product::parts : use_own_fp32() ? Product::fp32 : Product::library;
     case at::kBFloat16:
-      return chosen_by_user().value_or(true) ? Product::bf16 : Product::library;
+      return is_fp32_or_bf16(b) && is_fp32_or_bf16(out) && chosen_by_user().value_or(true) ? Product::bf16
+                                                                                           : Product::library;
     default:
       return Product::library;
   }
@@ -141,16 +145,17 @@ void multiply_parts(const Tensor& out, const Tensor& a, const Tensor& b, const T
   multiply(*loops().matmul_parts, args);
 }
 
-// out is bf16 or fp32. bias and residual may be undefined.
+// out and b are bf16 or fp32. bias and residual may be undefined; residual has out's dtype.
 void multiply_bf16(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& residual,
                    bool accumulate) {
-  MatmulBf16Args args{a.size(0),   b.size(1),    a.size(1),   bf16_data(a), a.stride(0),
-                      a.stride(1), bf16_data(b), b.stride(0), b.stride(1)};
+  MatmulBf16Args args{a.size(0),   b.size(1),          a.size(1),   bf16_data(a), a.stride(0),
+                      a.stride(1), b.const_data_ptr(), b.stride(0), b.stride(1)};
+  args.b_dtype = dtype_of(b);
   args.c_dtype = dtype_of(out);
   args.c = out.data_ptr();
   args.c_row_stride = out.stride(0);
   args.bias = bf16_data(bias);
-  args.residual = bf16_data(residual);
+  args.residual = residual.defined() ? residual.const_data_ptr() : nullptr;
   args.residual_row_stride = residual.defined() ? residual.stride(0) : 0;
   args.accumulate = accumulate;
   multiply(*loops().matmul_bf16, args);
@@ -191,7 +196,8 @@ bool avoids_library(const Tensor& a, const Tensor& b) {
          b.numel() > 0 && std::max({a.size(0), a.size(1), b.size(1)}) <= INT_MAX;
 }
 
-Tensor contiguous(const Tensor& t) { return t.defined() ? t.contiguous() : t; }
+// Returns t, which may be undefined, contiguous and in a dtype.
+Tensor contiguous(const Tensor& t, at::ScalarType dtype) { return t.defined() ? t.to(dtype).contiguous() : t; }
 
 }  // namespace
 
@@ -203,18 +209,20 @@ void set_matmul_provider(const std::string& name) {
   chosen_by_user() = name.empty() ? std::nullopt : std::optional(name == "gptfast");
 }
 
-void matmul(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, bool accumulate) {
+void matmul(const Tensor& out, const Tensor& a, const Tensor& b_in, const Tensor& bias_in, bool accumulate) {
   const at::AutoDispatchBelowAutograd guard;
-  switch (choose_product(a, b)) {
+  const Tensor bias = contiguous(bias_in, a.scalar_type());
+  switch (choose_product(out, a, b_in)) {
     case Product::fp32:
-      return multiply_fp32(out, a, b, contiguous(bias), accumulate);
+      return multiply_fp32(out, a, b_in, bias, accumulate);
     case Product::bf16:
-      return multiply_bf16(out, a, b, contiguous(bias), {}, accumulate);
+      return multiply_bf16(out, a, b_in, bias, {}, accumulate);
     case Product::parts:
-      return multiply_parts(out, a, b, contiguous(bias), {}, accumulate);
+      return multiply_parts(out, a, b_in, bias, {}, accumulate);
     case Product::library:
       break;
   }
+  const Tensor b = b_in.to(a.scalar_type());
   Tensor to = out;
   if (out.scalar_type() != a.scalar_type()) {
     const Tensor product = make_tensor(out.sizes(), a.options());
@@ -232,12 +240,13 @@ void matmul(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& b
   }
 }
 
-void linear(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& residual) {
-  if (!residual.defined()) return matmul(out, a, b, bias);
+void linear(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias_in, const Tensor& residual) {
+  if (!residual.defined()) return matmul(out, a, b, bias_in);
   const at::AutoDispatchBelowAutograd guard;
-  const Product product = choose_product(a, b);
-  if (product == Product::bf16) return multiply_bf16(out, a, b, contiguous(bias), contiguous_rows(residual), false);
-  if (product == Product::parts) return multiply_parts(out, a, b, contiguous(bias), contiguous_rows(residual), false);
+  const Tensor bias = contiguous(bias_in, a.scalar_type());
+  const Product product = choose_product(out, a, b);
+  if (product == Product::bf16) return multiply_bf16(out, a, b, bias, contiguous_rows(residual), false);
+  if (product == Product::parts) return multiply_parts(out, a, b, bias, contiguous_rows(residual), false);
   Tensor to = out;
   if (bias.defined())
     at::add_out(to, residual, bias);

@@ -7,13 +7,14 @@
 
 namespace gptfast {
 
-// Computes out (M, N) = a (M, K) b (K, N) + bias (N,), or out += a b. All have one dtype, but out may be fp32 if the
-// others have 16 bits. out's rows are contiguous, a and b have any strides. Sums of 16-bit products are fp32 and
-// rounded to their dtype once; not at all on the way to an fp32 out, except by the library.
+// Computes out (M, N) = a (M, K) b (K, N) + bias (N,), or out += a b. All have one dtype, but out, b and bias may be
+// fp32 if a has 16 bits: b and bias are then rounded to a's dtype as they are read. out's rows are contiguous, a and b
+// have any strides. Sums of 16-bit products are fp32 and rounded to their dtype once; not at all on the way to an fp32
+// out, except by the library.
 void matmul(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {},
             bool accumulate = false);
 
-// Computes out (M, N) = a b + bias (N,) + residual (M, N). The last two may be undefined.
+// Computes out (M, N) = a b + bias (N,) + residual (M, N) in out's dtype. The last two may be undefined.
 void linear(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias,
             const at::Tensor& residual);
 

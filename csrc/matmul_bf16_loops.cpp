@@ -6,6 +6,14 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
+// Sets to[0 .. n) to x, rounded to bf16.
+void round_to_bf16(const float* x, int64_t n, bf16* to) {
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t lanes = smaller<int64_t>(W, n - i);
+    store_n(to + i, load_n(x + i, lanes), lanes);
+  }
+}
+
 struct Bf16Product : PanelProduct {
   static constexpr int64_t MAX_PACKED_BLOCKS = 4;
   const MatmulBf16Args& args;
@@ -15,8 +23,30 @@ struct Bf16Product : PanelProduct {
                          rows, K, to);
   }
   void pack_b(int64_t n, int64_t columns, int64_t k, int64_t K, float* to) const {
-    PanelProduct::pack_b(args.b + n * args.b_col_stride + k * args.b_row_stride, args.b_col_stride, args.b_row_stride,
-                         columns, K, to);
+    const int64_t start = n * args.b_col_stride + k * args.b_row_stride;
+    if (args.b_dtype == Dtype::bf16)
+      PanelProduct::pack_b((const bf16*)args.b + start, args.b_col_stride, args.b_row_stride, columns, K, to);
+    else
+      round_and_pack((const float*)args.b + start, columns, K, to);
+  }
+  // Packs numbers of fp32, rounded in memory that stays in the cache; strides that are no power of two spread it there.
+  void round_and_pack(const float* x, int64_t columns, int64_t K, float* to) const {
+    constexpr int64_t TERM_STRIDE = COLUMNS, COLUMN_STRIDE = KC + 32;
+    bf16 rounded[COLUMNS * COLUMN_STRIDE];
+    if (args.b_col_stride == 1) {
+      for (int64_t i = 0; i < K; ++i) round_to_bf16(x + i * args.b_row_stride, columns, rounded + i * TERM_STRIDE);
+      PanelProduct::pack_b(rounded, 1, TERM_STRIDE, columns, K, to);
+      return;
+    }
+    for (int64_t j = 0; j < columns; ++j) {
+      const float* column = x + j * args.b_col_stride;
+      bf16* rounded_column = rounded + j * COLUMN_STRIDE;
+      if (args.b_row_stride == 1)
+        round_to_bf16(column, K, rounded_column);
+      else
+        for (int64_t i = 0; i < K; ++i) round_to_bf16(column + i * args.b_row_stride, 1, rounded_column + i);
+    }
+    PanelProduct::pack_b(rounded, COLUMN_STRIDE, 1, columns, K, to);
   }
   void finish(int64_t m, int64_t n, int64_t rows, int64_t columns, float* sums) const {
     if (args.c_dtype == Dtype::fp32)

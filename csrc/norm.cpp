@@ -87,13 +87,13 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Norm& norm, const Tensor& dy, 
   return {dx.to(x_in.scalar_type()), dweight.to(norm.weight_dtype), dbias.to(norm.bias_dtype)};
 }
 
-Tensor sum_rows(const Tensor& x) {
+Tensor sum_rows(const Tensor& x, at::ScalarType dtype) {
   const Tensor sums = at::empty({x.size(1)}, x.options().dtype(at::kFloat));
   for_each_strip(x.size(1), [&](int64_t begin, int64_t end) {
     loops().norm->sum_columns(dtype_of(x), x.const_data_ptr(), x.size(0), x.size(1), sums.data_ptr<float>(), begin,
                               end);
   });
-  return sums.to(x.scalar_type());
+  return sums.to(dtype);
 }
 
 }  // namespace gptfast

@@ -28,7 +28,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd(const Norm& norm, const 
                                                         const at::Tensor& stats, const at::Tensor& residual = {});
 at::Tensor new_stats(const Norm& norm, const at::Tensor& x);
 
-// Returns the sums of the columns of x (N, C) as (C,): summed in fp32, rounded to x's dtype.
-at::Tensor sum_rows(const at::Tensor& x);
+// Returns the sums of the columns of x (N, C) as (C,): summed in fp32, rounded to the dtype.
+at::Tensor sum_rows(const at::Tensor& x, at::ScalarType dtype);
 
 }  // namespace gptfast

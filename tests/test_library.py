@@ -117,32 +117,35 @@ def layer_samples(shapes: list[tuple[int, ...]]) -> list[tuple]:
 
 
 def linear_layer_samples() -> list[tuple]:
-    samples = [(*sample, None) for sample in layer_samples([(7, 4), (7,)])]
-    no_bias = randn(3, 4), None, None, 0.0, randn(7, 4), None
-    return [*samples, (*no_bias, None), (*no_bias, randn(3, 7, grad=True))]
+    samples = [(*sample, None, None) for sample in layer_samples([(7, 4), (7,)])]
+    no_bias, residual = (randn(3, 4), None, None, 0.0, randn(7, 4), None), randn(3, 7, grad=True)
+    as_autocast = (*samples[0][:-2], residual, torch.bfloat16)
+    return [*samples, (*no_bias, None, None), (*no_bias, residual, None), as_autocast]
 
 
 def linear_layer_bwd_samples() -> list[tuple]:
     result = []
-    for x, *norm, weight, bias, _ in linear_layer_samples():
-        y, stats = gptfast_ops.linear_fwd(x.detach(), *norm, weight, bias, None)
+    for x, *norm, weight, bias, _, dtype in linear_layer_samples():
+        y, stats = gptfast_ops.linear_fwd(x.detach(), *norm, weight, bias, None, dtype)
         for needs in ((True, True), (True, False), (False, True)):
-            result.append(detached(torch.ones_like(y), x, *norm, weight, bias, stats, *needs))
+            rest = weight, bias, stats, *needs, dtype
+            result.append(detached(torch.ones_like(y), x, *norm, *rest))
     return result
 
 
 def mlp_samples() -> list[tuple]:
     samples = layer_samples([(6, 4), (6,), (4, 6), (4,)])
-    return [(*sample, False) for sample in samples] + [(*samples[0], True)]
+    residual = [(*samples[0], True, dtype) for dtype in (None, torch.bfloat16)]
+    return [*((*sample, False, None) for sample in samples), *residual]
 
 
 def mlp_bwd_samples() -> list[tuple]:
     result = []
-    for x, *norm_and_layers in mlp_samples():
-        y, h, stats = gptfast_ops.mlp_fwd(x, *norm_and_layers)
+    for x, *norm_and_layers, dtype in mlp_samples():
+        y, h, stats = gptfast_ops.mlp_fwd(x, *norm_and_layers, dtype)
         for needs in ((True, True, True), (False, True, False), (True, False, True)):
             dy = torch.ones_like(y)
-            result.append(detached(dy, x, h, stats, *norm_and_layers, *needs))
+            result.append(detached(dy, x, h, stats, *norm_and_layers, *needs, dtype))
     return result
 
 

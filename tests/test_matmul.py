@@ -96,7 +96,8 @@ def operations() -> list[Tensor]:
         torch.randn(*shape, generator=generator).to(BF16) for shape in shapes
     )
     dy, stats = residual, torch.empty(0, 2)
-    backward = torch.ops.gptfast.linear_bwd(dy, x, None, None, 0.0, weight, None, stats, True, True)
+    norm, needs = (None, None, 0.0), (True, True)
+    backward = torch.ops.gptfast.linear_bwd(dy, x, *norm, weight, None, stats, *needs, None)
     return [ours(x, weight, bias, residual), backward[0], backward[3]]
 
 

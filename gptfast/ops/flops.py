@@ -35,8 +35,9 @@ def _packed_scores(qkv: Sequence[int]) -> int:
     return 2 * B * T * T * (C3 // 3)
 
 
-def _linear_bwd(dy, x, norm_weight, norm_bias, eps, weight, bias, stats, *needed) -> int:  # type: ignore[no-untyped-def]
-    return sum(needed) * _product(x, weight)
+def _linear_bwd(dy, x, norm_weight, norm_bias, eps, weight, bias, stats, *rest) -> int:  # type: ignore[no-untyped-def]
+    need_dx, need_dweight, _ = rest
+    return (need_dx + need_dweight) * _product(x, weight)
 
 
 def _mlp_fwd(x, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, *rest) -> int:  # type: ignore[no-untyped-def]
@@ -44,7 +45,7 @@ def _mlp_fwd(x, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, *r
 
 
 def _mlp_bwd(dy, x, h, stats, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, *rest):  # type: ignore[no-untyped-def]
-    need_dx, need_dfc, need_dproj = rest[-3:]
+    need_dx, need_dfc, need_dproj, _ = rest[-4:]
     # The gradient of the GELU's output is needed for every gradient but proj_weight's own.
     proj = (need_dx or need_dfc) + need_dproj
     return (need_dx + need_dfc) * _product(x, fc_weight) + proj * _product(x, proj_weight)

@@ -21,6 +21,7 @@ from gptfast.ops.backend import (
     MISSING,
     TRITON_MISSING,
     check_isa,
+    chosen_backend,
 )
 from gptfast.torch_private import (
     OpOverload,
@@ -123,8 +124,11 @@ def autocast_enabled(x: torch.Tensor) -> bool:
     return device not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device)
 
 
-def register_autocast(op: OpOverload, tensors: Collection[int]) -> None:
+def register_autocast(op: OpOverload, tensors: Collection[int], dtype: int | None = None) -> None:
     """Make autocast cast the arguments of `op` at these places to its dtype.
+
+    dtype: the place of an argument that is the dtype to compute in. The C++ kernels get it instead
+    and cast as they read, which spares copies of the weights.
 
     `torch.library.register_autocast` would fix one dtype per device, but a user may ask for bf16 or
     fp16, so the dtype is read here at each call.
@@ -140,9 +144,19 @@ def register_autocast(op: OpOverload, tensors: Collection[int]) -> None:
 
         def autocast(keyset: Any, *args: Any, device: str = device, key: str = key) -> Any:
             with excluded(key):
+                if dtype is not None and device == "cpu" and _casts_itself(args, tensors):
+                    wanted = torch.get_autocast_dtype(device)
+                    return op(*(wanted if i == dtype else a for i, a in enumerate(args)))
                 return op(*(cast(a, device) if i in tensors else a for i, a in enumerate(args)))
 
         LIBRARY.impl(name, autocast, key, with_keyset=True)
+
+
+def _casts_itself(args: Any, tensors: Collection[int]) -> bool:
+    """Return whether a C++ kernel will get these arguments; autocast leaves float64 as it is."""
+    given = (args[i] for i in tensors)
+    is_float64 = any(arg is not None and arg.dtype == torch.float64 for arg in given)
+    return EXTENSION is not None and chosen_backend() in ("auto", "cpp") and not is_float64
 
 
 def backend_of(op: OpOverload, device: str) -> str:

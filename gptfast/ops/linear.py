@@ -24,11 +24,20 @@ def gradient_fake(needed: bool, x: Tensor | None, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape) if needed and x is not None else weight.new_empty(0)
 
 
-def _fwd_fake(x, norm_weight, norm_bias, eps, weight, bias, residual):  # type: ignore[no-untyped-def]
-    return weight.new_empty(x.shape[0], weight.shape[0]), stats_fake(x, norm_weight)
+def result_fake(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return an empty result of a layer whose product has this dtype, plus a residual."""
+    wide = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=wide)
 
 
-def _bwd_fake(dy, x, norm_weight, norm_bias, eps, weight, bias, stats, need_dx, need_dweight):  # type: ignore[no-untyped-def]
+def _fwd_fake(x, norm_weight, norm_bias, eps, weight, bias, residual, dtype):  # type: ignore[no-untyped-def]
+    y = result_fake(x, weight, residual, dtype or weight.dtype)
+    return y, stats_fake(x, norm_weight)
+
+
+def _bwd_fake(  # type: ignore[no-untyped-def]
+    dy, x, norm_weight, norm_bias, eps, weight, bias, stats, need_dx, need_dweight, dtype
+):
     gradients = [
         (need_dx, x),
         (need_dx, norm_weight),
@@ -40,56 +49,60 @@ def _bwd_fake(dy, x, norm_weight, norm_bias, eps, weight, bias, stats, need_dx, 
 
 
 _fwd = register(
-    f"linear_fwd({_NORM}, Tensor weight, Tensor? bias, Tensor? residual) "
+    f"linear_fwd({_NORM}, Tensor weight, Tensor? bias, Tensor? residual, ScalarType? dtype) "
     "-> (Tensor y, Tensor stats)",
     reference.linear_fwd,
     _fwd_fake,
 )
 _bwd = register(
     f"linear_bwd(Tensor dy, {_NORM}, Tensor weight, Tensor? bias, Tensor stats, bool need_dx, "
-    "bool need_dweight) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, "
-    "Tensor dbias)",
+    "bool need_dweight, ScalarType? dtype) "
+    "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, Tensor dbias)",
     reference.linear_bwd,
     _bwd_fake,
 )
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, norm_weight, norm_bias, ctx.eps, weight, bias, _ = inputs
+    x, norm_weight, norm_bias, ctx.eps, weight, bias, _, ctx.dtype = inputs
     ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _forward(eps: float, x: Tensor, *parameters: Tensor | None) -> Tensor:
+def _forward(
+    eps: float, dtype: torch.dtype | None, x: Tensor, *parameters: Tensor | None
+) -> Tensor:
     """Return the reference's y without a residual, whose gradient is dy."""
     norm_weight, norm_bias, weight, bias = parameters
-    return reference.linear_fwd(x, norm_weight, norm_bias, eps, weight, bias, None)[0]
+    return reference.linear_fwd(x, norm_weight, norm_bias, eps, weight, bias, None, dtype)[0]
 
 
 def _backward(ctx, dy, dstats):  # type: ignore[no-untyped-def]
     if dy is None:
-        return (None,) * 7
+        return (None,) * 8
     x, norm_weight, norm_bias, weight, bias, stats = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if needs_reference():
         inputs = x, norm_weight, norm_bias, weight, bias
-        grads = gradients(lambda *inputs: _forward(ctx.eps, *inputs), inputs, dy)
+        # A residual in fp32 makes y and dy fp32 too.
+        low = dy.to(ctx.dtype or weight.dtype)
+        grads = gradients(lambda *inputs: _forward(ctx.eps, ctx.dtype, *inputs), inputs, low)
     else:
-        needed = any(needs[:3]), any(needs[4:6])
-        grads = _bwd(dy, x, norm_weight, norm_bias, ctx.eps, weight, bias, stats, *needed)
+        options = any(needs[:3]), any(needs[4:6]), ctx.dtype
+        grads = _bwd(dy, x, norm_weight, norm_bias, ctx.eps, weight, bias, stats, *options)
     dx, dnorm_weight, dnorm_bias, dweight, dbias = grads
     return tuple(
         grad if need else None
         for grad, need in zip(
-            (dx, dnorm_weight, dnorm_bias, None, dweight, dbias, dy), needs, strict=True
+            (dx, dnorm_weight, dnorm_bias, None, dweight, dbias, dy, None), needs, strict=True
         )
     )
 
 
 register_autograd(_fwd, _backward, _setup)
-# The norm stays in fp32, as F.layer_norm does under autocast; its result takes the weight's dtype.
-register_autocast(_fwd, tensors=(4, 5))
+# The norm stays in fp32, as F.layer_norm does under autocast; its result takes the product's dtype.
+register_autocast(_fwd, tensors=(4, 5), dtype=7)
 
 
 def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
@@ -127,6 +140,11 @@ def norm_arguments(x: Tensor, norm: Norm | None, name: str) -> tuple:
     return weight, bias, float(eps)
 
 
+def fuses_residual(residual: Tensor, weight: Tensor) -> bool:
+    """Return whether an operator of ours adds this residual to its product with weight."""
+    return residual.dtype == (torch.float32 if autocast_enabled(residual) else weight.dtype)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -139,8 +157,8 @@ def linear(
 
     x: (..., C); weight: (O, C); bias: (O,); norm: (weight (C,), bias (C,), eps), applied to x as
     F.layer_norm; residual: (..., O). One floating dtype, any under autocast, which gives the
-    product its dtype; the norm is computed in fp32. Returns (..., O). The backward computes
-    the normalised input again.
+    product its dtype; the norm is computed in fp32. Returns (..., O), in fp32 under autocast with a
+    residual in fp32. The backward computes the normalised input again.
 
     Raises ValueError for inputs that do not fit.
     """
@@ -150,8 +168,8 @@ def linear(
         raise ValueError(
             f"linear's residual must be {(*x.shape[:-1], n_out)}, got {tuple(residual.shape)}"
         )
-    fused = residual is not None and residual.dtype == weight.dtype and not autocast_enabled(x)
+    fused = residual is not None and fuses_residual(residual, weight)
     passed = residual.reshape(-1, n_out) if residual is not None and fused else None
-    y = _fwd(rows, *norm_arguments(x, norm, "linear"), weight, bias, passed)[0]
+    y = _fwd(rows, *norm_arguments(x, norm, "linear"), weight, bias, passed, None)[0]
     y = y.view(*x.shape[:-1], n_out)
     return y if fused or residual is None else residual + y

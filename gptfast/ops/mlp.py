@@ -1,25 +1,37 @@
 """The perceptron of a GPT-2 block: schema, fake, autograd, public function."""
 
+import torch
 from torch import Tensor
 
 from gptfast.kernels.reference import mlp as reference
 from gptfast.ops.autograd import gradients, needs_reference, register_autograd
-from gptfast.ops.library import autocast_enabled, register, register_autocast
-from gptfast.ops.linear import Norm, check_layer, gradient_fake, norm_arguments, stats_fake
+from gptfast.ops.library import register, register_autocast
+from gptfast.ops.linear import (
+    Norm,
+    check_layer,
+    fuses_residual,
+    gradient_fake,
+    norm_arguments,
+    result_fake,
+    stats_fake,
+)
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias, float eps"
 _LAYERS = "Tensor fc_weight, Tensor fc_bias, Tensor proj_weight, Tensor proj_bias"
 
 
-def _fwd_fake(x, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, proj_bias, residual):  # type: ignore[no-untyped-def]
-    N = x.shape[0]
-    y, h = (weight.new_empty(N, weight.shape[0]) for weight in (proj_weight, fc_weight))
+def _fwd_fake(  # type: ignore[no-untyped-def]
+    x, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, proj_bias, residual, dtype
+):
+    dtype = dtype or fc_weight.dtype
+    y = result_fake(x, proj_weight, x if residual else None, dtype)
+    h = result_fake(x, fc_weight, None, dtype)
     return y, h, stats_fake(x, norm_weight)
 
 
 def _bwd_fake(  # type: ignore[no-untyped-def]
     dy, x, h, stats, norm_weight, norm_bias, eps, fc_weight, fc_bias, proj_weight, proj_bias,
-    residual, need_dx, need_dfc, need_dproj,
+    residual, need_dx, need_dfc, need_dproj, dtype,
 ):  # fmt: skip
     gradients = [
         (need_dx, x),
@@ -34,13 +46,14 @@ def _bwd_fake(  # type: ignore[no-untyped-def]
 
 
 _fwd = register(
-    f"mlp_fwd(Tensor x, {_NORM}, {_LAYERS}, bool residual) -> (Tensor y, Tensor h, Tensor stats)",
+    f"mlp_fwd(Tensor x, {_NORM}, {_LAYERS}, bool residual, ScalarType? dtype) "
+    "-> (Tensor y, Tensor h, Tensor stats)",
     reference.mlp_fwd,
     _fwd_fake,
 )
 _bwd = register(
     f"mlp_bwd(Tensor dy, Tensor x, Tensor h, Tensor stats, {_NORM}, {_LAYERS}, "
-    "bool residual, bool need_dx, bool need_dfc, bool need_dproj) "
+    "bool residual, bool need_dx, bool need_dfc, bool need_dproj, ScalarType? dtype) "
     "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, "
     "Tensor dfc_weight, Tensor dfc_bias, Tensor dproj_weight, Tensor dproj_bias)",
     reference.mlp_bwd,
@@ -49,37 +62,38 @@ _bwd = register(
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, norm_weight, norm_bias, ctx.eps, *layers, ctx.residual = inputs
+    x, norm_weight, norm_bias, ctx.eps, *layers, ctx.residual, ctx.dtype = inputs
     _, h, stats = output
     ctx.save_for_backward(x, h, stats, norm_weight, norm_bias, *layers)
     ctx.mark_non_differentiable(h, stats)
     ctx.set_materialize_grads(False)
 
 
-def _forward(eps: float, residual: bool, *inputs: Tensor) -> Tensor:
+def _forward(eps: float, residual: bool, dtype: torch.dtype | None, *inputs: Tensor) -> Tensor:
     """Return the reference's y."""
-    return reference.mlp_fwd(*inputs[:3], eps, *inputs[3:], residual)[0]
+    return reference.mlp_fwd(*inputs[:3], eps, *inputs[3:], residual, dtype)[0]
 
 
 def _backward(ctx, dy, dh, dstats):  # type: ignore[no-untyped-def]
     if dy is None:
-        return (None,) * 9
+        return (None,) * 10
     x, h, stats, norm_weight, norm_bias, *layers = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if needs_reference():
         inputs = x, norm_weight, norm_bias, *layers
-        grads = gradients(lambda *i: _forward(ctx.eps, ctx.residual, *i), inputs, dy)
+        options = ctx.eps, ctx.residual, ctx.dtype
+        grads = gradients(lambda *i: _forward(*options, *i), inputs, dy)
     else:
         norm = norm_weight, norm_bias, ctx.eps
         needed = any(needs[:3]), any(needs[4:6]), any(needs[6:8])
-        grads = _bwd(dy, x, h, stats, *norm, *layers, ctx.residual, *needed)
-    places = *grads[:3], None, *grads[3:], None
+        grads = _bwd(dy, x, h, stats, *norm, *layers, ctx.residual, *needed, ctx.dtype)
+    places = *grads[:3], None, *grads[3:], None, None
     return tuple(grad if need else None for grad, need in zip(places, needs, strict=True))
 
 
 register_autograd(_fwd, _backward, _setup)
-# The norm stays in fp32, as F.layer_norm does under autocast; its result takes the weights' dtype.
-register_autocast(_fwd, tensors=range(4, 8))
+# The norm stays in fp32, as F.layer_norm does under autocast; its result takes the products' dtype.
+register_autocast(_fwd, tensors=range(4, 8), dtype=9)
 
 
 def mlp(
@@ -98,8 +112,8 @@ def mlp(
 
     x: (..., C); fc_weight: (F, C), fc_bias: (F,); proj_weight: (O, F), proj_bias: (O,); norm:
     (weight (C,), bias (C,), eps) or None. One floating dtype, any under autocast, which gives the
-    result its dtype; the norm is computed in fp32. Returns (..., O). Only the GELU's input
-    (N, F) is kept for the backward.
+    products their dtype; the norm is computed in fp32. Returns (..., O), in fp32 under autocast
+    with a residual in fp32. Only the GELU's input (N, F) is kept for the backward.
 
     Raises ValueError for inputs that do not fit.
     """
@@ -116,7 +130,7 @@ def mlp(
         raise ValueError(
             f"mlp's residual needs proj_weight ({x.shape[-1]}, F), got {tuple(proj_weight.shape)}"
         )
-    fused = residual and x.dtype == proj_weight.dtype and not autocast_enabled(x)
-    y = _fwd(rows, *norm_arguments(x, norm, "mlp"), *layers, fused)[0]
+    fused = residual and fuses_residual(x, proj_weight)
+    y = _fwd(rows, *norm_arguments(x, norm, "mlp"), *layers, fused, None)[0]
     y = y.view(*x.shape[:-1], proj_weight.shape[0])
     return x + y if residual and not fused else y

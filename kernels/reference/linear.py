@@ -2,8 +2,12 @@
 
     a = norm_weight * (x - mean(x)) / sqrt(var(x) + eps) + norm_bias
     y = a weight^T + bias + residual
-The mean and the variance are over the channels; a is computed in fp32 and rounded to weight's
-dtype. Without a norm, a is x in weight's dtype.
+The mean and the variance are over the channels; a is computed in fp32 and rounded to the product's
+dtype. Without a norm, a is x in that dtype.
+
+A product has its weight's dtype, or one that autocast asks for, to which its parameters are then
+rounded. Their gradients have their own dtypes: a kernel may round the sums of a product to such a
+dtype at once, without the product's dtype in between.
 """
 
 import torch
@@ -52,9 +56,9 @@ def norm_bwd(
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
-def column_sums(x: Tensor) -> Tensor:
-    """Return the sums (C,) of the columns of x (N, C), added in fp32."""
-    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sums (C,) of the columns of x (N, C), added in fp32, in dtype."""
+    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
 
 
 def linear_fwd(
@@ -65,13 +69,16 @@ def linear_fwd(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (N, O) in weight's dtype, and the stats of `norm_fwd`.
+    """Return y (N, O), and the stats of `norm_fwd`.
 
-    x: (N, C), weight: (O, C), bias: (O,), residual: (N, O).
+    x: (N, C), weight: (O, C), bias: (O,), residual: (N, O). dtype: of the product; None for
+    weight's. y has it, or fp32 with a residual in fp32.
     """
-    a, stats = norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)
-    y = linear_product(a, weight, bias)
+    dtype = dtype or weight.dtype
+    a, stats = norm_fwd(x, norm_weight, norm_bias, eps, dtype)
+    y = linear_product(a, weight.to(dtype), None if bias is None else bias.to(dtype))
     return (y if residual is None else residual + y), stats
 
 
@@ -86,19 +93,20 @@ def linear_bwd(
     stats: Tensor,
     need_dx: bool,
     need_dweight: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dnorm_weight, dnorm_bias, dweight and dbias.
 
     A gradient is empty if it is not needed or its parameter is None.
     """
-    dy = dy.to(weight.dtype)
-    dx, dnorm_weight, dnorm_bias, dweight, dbias = (dy.new_empty(0) for _ in range(5))
+    dtype = dtype or weight.dtype
+    dy = dy.to(dtype)
+    dx, dnorm_weight, dnorm_bias, dweight, dbias = (weight.new_empty(0) for _ in range(5))
     if need_dweight:
-        dweight = product(dy.T, norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)[0])
+        dweight = product(dy.T, norm_fwd(x, norm_weight, norm_bias, eps, dtype)[0]).to(weight.dtype)
         if bias is not None:
-            dbias = column_sums(dy)
+            dbias = column_sums(dy, bias.dtype)
     if need_dx:
-        dx, dnorm_weight, dnorm_bias = norm_bwd(
-            product(dy, weight), x, norm_weight, norm_bias, stats
-        )
+        da = product(dy, weight.to(dtype))
+        dx, dnorm_weight, dnorm_bias = norm_bwd(da, x, norm_weight, norm_bias, stats)
     return dx, dnorm_weight, dnorm_bias, dweight, dbias

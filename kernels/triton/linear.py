@@ -16,6 +16,14 @@ from gptfast.kernels.triton.column_sums import column_sums
 from gptfast.kernels.triton.norm import norm_bwd, norm_fwd
 
 
+def with_residual(y: Tensor, residual: Tensor | None) -> Tensor:
+    """Return y plus the residual, in fp32 if that is; may write to y."""
+    if residual is None:
+        return y
+    # Not torch.addmm(residual, ...): it copies the residual, which moves as many bytes.
+    return y.add_(residual) if residual.dtype == y.dtype else y + residual
+
+
 def linear_fwd(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -24,14 +32,14 @@ def linear_fwd(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (N, O) in weight's dtype, and stats (N, 2) of the norm."""
-    if torch.float64 in (x.dtype, weight.dtype):
-        return reference.linear_fwd(x, norm_weight, norm_bias, eps, weight, bias, residual)
+    """Return y (N, O), and stats (N, 2) of the norm, as the reference does."""
+    if torch.float64 in (x.dtype, weight.dtype) or dtype is not None:  # autocast casts on GPUs
+        return reference.linear_fwd(x, norm_weight, norm_bias, eps, weight, bias, residual, dtype)
     a, stats = norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)
     y = F.linear(a, weight, bias)
-    # Not torch.addmm(residual, ...): it copies the residual, which moves as many bytes.
-    return (y if residual is None else y.add_(residual)), stats
+    return with_residual(y, residual), stats
 
 
 def linear_bwd(
@@ -45,11 +53,13 @@ def linear_bwd(
     stats: Tensor,
     need_dx: bool,
     need_dweight: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dnorm_weight, dnorm_bias, dweight and dbias, as the reference does."""
-    if torch.float64 in (x.dtype, weight.dtype):
+    if torch.float64 in (x.dtype, weight.dtype) or dtype is not None:
+        options = need_dx, need_dweight, dtype
         return reference.linear_bwd(
-            dy, x, norm_weight, norm_bias, eps, weight, bias, stats, need_dx, need_dweight
+            dy, x, norm_weight, norm_bias, eps, weight, bias, stats, *options
         )
     dy = dy.to(weight.dtype).contiguous()
     a = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from gptfast.kernels.reference import mlp as reference
 from gptfast.kernels.triton.column_sums import column_sums
 from gptfast.kernels.triton.gelu import gelu_bwd_, gelu_fwd
+from gptfast.kernels.triton.linear import with_residual
 from gptfast.kernels.triton.norm import norm_bwd, norm_fwd
 
 
@@ -27,15 +28,16 @@ def mlp_fwd(
     proj_weight: Tensor,
     proj_bias: Tensor,
     residual: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (N, O), h (N, F) and stats (N, 2)."""
-    if torch.float64 in (x.dtype, fc_weight.dtype):
+    if torch.float64 in (x.dtype, fc_weight.dtype) or dtype is not None:  # as in linear.py
         layers = fc_weight, fc_bias, proj_weight, proj_bias
-        return reference.mlp_fwd(x, norm_weight, norm_bias, eps, *layers, residual)
+        return reference.mlp_fwd(x, norm_weight, norm_bias, eps, *layers, residual, dtype)
     a, stats = norm_fwd(x, norm_weight, norm_bias, eps, fc_weight.dtype)
     h = F.linear(a, fc_weight, fc_bias)
     y = F.linear(gelu_fwd(h), proj_weight, proj_bias)
-    return (y.add_(x) if residual else y), h, stats
+    return with_residual(y, x if residual else None), h, stats
 
 
 def mlp_bwd(
@@ -54,13 +56,15 @@ def mlp_bwd(
     need_dx: bool,
     need_dfc: bool,
     need_dproj: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dnorm_weight, dnorm_bias, dfc_weight, dfc_bias, dproj_weight and dproj_bias."""
     norm = norm_weight, norm_bias
-    if torch.float64 in (x.dtype, fc_weight.dtype):
+    if torch.float64 in (x.dtype, fc_weight.dtype) or dtype is not None:
         layers = fc_weight, fc_bias, proj_weight, proj_bias
         needs = need_dx, need_dfc, need_dproj
-        return reference.mlp_bwd(dy, x, h, stats, *norm, eps, *layers, residual, *needs)
+        return reference.mlp_bwd(dy, x, h, stats, *norm, eps, *layers, residual, *needs, dtype)
+    dresidual = dy.contiguous() if residual else None
     dy, h = dy.to(fc_weight.dtype).contiguous(), h.contiguous()
     if need_dx or need_dfc:
         dg = torch.mm(dy, proj_weight)
@@ -72,7 +76,7 @@ def mlp_bwd(
     del g  # one of the largest tensors; the rest can use its memory
     a = None
     if need_dx:
-        da, dresidual = torch.mm(dh, fc_weight), dy if residual else None
+        da = torch.mm(dh, fc_weight)
         dx, dnorm_weight, dnorm_bias, a = norm_bwd(
             da, x, *norm, stats, dresidual=dresidual, with_a=need_dfc
         )
