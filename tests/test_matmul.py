@@ -178,7 +178,7 @@ def test_fp32_by_parts_is_the_reference(
     assert torch.equal(ours(x, weight, bias, product), product + bias + product)
     for dy in (torch.randn(N, n_out), torch.randn(n_out, N).T):
         dx, _, _, dweight, _ = torch.ops.gptfast.linear_bwd(
-            dy, x, None, None, 0.0, weight, None, torch.empty(0, 2), True, True
+            dy, x, None, None, 0.0, weight, None, torch.empty(0, 2), True, True, None
         )
         assert torch.equal(dx, tile_parts_product(dy, weight, precision))
         assert torch.equal(dweight, tile_parts_product(dy.T, x, precision))
@@ -262,7 +262,7 @@ def fp32_operations() -> list[Tensor]:
     """Return results of products with each kind of operands: apart, expanded, transposed."""
     x, weight, bias, residual = fp32_tensors()
     backward = torch.ops.gptfast.linear_bwd(
-        residual, x, None, None, 0.0, weight, None, torch.empty(0, 2), True, True
+        residual, x, None, None, 0.0, weight, None, torch.empty(0, 2), True, True, None
     )
     found = [ours(x, weight, bias), ours(x, weight, bias, residual)]
     found += [ours(x[:, ::2], weight[:, ::2]), ours(x[:1].expand(70, 40), weight)]
