@@ -18,6 +18,7 @@ from helpers import (
 )
 from seeds import shifted
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -374,6 +375,28 @@ def test_bf16_autocast_is_near_fp32() -> None:
         assert bf16_grads[name].dtype == torch.float32
         cosine = F.cosine_similarity(bf16_grads[name].flatten(), grad.flatten(), dim=0).item()
         assert cosine > 0.99, f"{name}: {cosine}"
+
+
+def copied_shapes(model: GPT, idx: Tensor) -> set[tuple[int, ...]]:
+    """Return the shapes of what is copied or cast in a step under bf16 autocast."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(idx, idx)
+        loss.backward()
+    copies = [e for e in profiler.events() if e.name in ("aten::copy_", "aten::_to_copy")]
+    return {tuple(shape) for copy in copies for shape in copy.input_shapes}
+
+
+@pytest.mark.skipif(EXTENSION is None, reason="the C++ kernels round weights as they read them")
+def test_bf16_autocast_copies_no_weight_on_the_cpu() -> None:
+    # Large enough for products of our own, and no activation has the shape of a weight.
+    model = random_model(n_embd=32, block_size=20)
+    idx = random_ids(2, 20)
+    weights = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+    weights |= {shape[::-1] for shape in weights}
+    assert not copied_shapes(model, idx) & weights
+    with use_backend("reference"):
+        assert copied_shapes(model, idx) & weights
 
 
 def test_float64_model_runs_in_float64() -> None:
