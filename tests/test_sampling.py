@@ -259,6 +259,18 @@ def test_top_p_ties_go_to_the_lowest_id(draws: Draws) -> None:
     assert draws(torch.zeros(100), 4_000, top_p=0.255).unique().tolist() == list(range(26))
 
 
+@pytest.mark.parametrize("below", [9.0, 12.0, 14.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_top_p_of_many_unlikely_tokens(isa: str, below: float, temperature: float) -> None:
+    """All but one token are unlikely, and only together do they have some of the mass to keep."""
+    logits = torch.full((20000,), -below * temperature)
+    logits[777], position = 0.0, torch.arange(200)
+    options = {"top_p": 0.99, "temperature": temperature}
+    drawn = ops.sample(logits.expand(200, -1), seed=3, position=position, **options)
+    assert torch.equal(drawn, expected_draws(logits, 3, position, **options))
+    assert below > 13 or (drawn != 777).any()
+
+
 @pytest.mark.parametrize(("min_p", "kept"), [(0.2, 4), (0.26, 3), (0.51, 2), (0.76, 1), (1.0, 1)])
 def test_min_p_is_relative_to_the_largest(draws: Draws, min_p: float, kept: int) -> None:
     p = torch.tensor([0.1, 0.4, 0.2, 0.3])
