@@ -170,7 +170,7 @@ def test_a_downloaded_model_by_its_name_on_the_hub() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["m.ggml", "m.onnx", "m.h5", "m.ckpt", "m.safetensors", "m.GGML", "m.json", "m.xyz"]
+    "name", ["m.ggml", "m.npz", "m.h5", "m.ckpt", "m.safetensors", "m.GGML", "m.json", "m.xyz"]
 )
 @pytest.mark.parametrize("flags", [[], ["--dtype", "int8"]], ids=["", "int8"])
 def test_convert_makes_no_directory_with_a_files_suffix(

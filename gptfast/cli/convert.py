@@ -64,6 +64,8 @@ class Convert:
     .bin, the .pth of Raschka's book, llama.cpp's .gguf, a run or checkpoint of gptfast, or gpt2 if
     it was downloaded.
 
+    ONNX (.onnx) is written only: a graph of a prompt and of each token after it.
+
     The format "packed" holds the weights as the CPU engine uses them, so that it starts at once.
     `generate`, `chat` and `eval` read it. It cannot be converted back.
 
@@ -88,10 +90,10 @@ class Convert:
     """The file or directory to write; it must not exist yet. Or hf:USER/NAME, a repository of the
     Hugging Face Hub, which gets transformers' form with a model card (needs huggingface_hub, and a
     token: hf auth login)."""
-    to: Literal["transformers", "llm.c", "nanogpt", "book", "gguf", "packed"] | None = None
+    to: Literal["transformers", "llm.c", "nanogpt", "book", "gguf", "onnx", "packed"] | None = None
     """The format to write (default: from the suffix of DST: llm.c for .bin, nanogpt for .pt, book
-    for .pth, gguf for .gguf, a directory without a suffix for transformers; with --dtype int8 or
-    int4, packed)."""
+    for .pth, gguf for .gguf, onnx for .onnx, a directory without a suffix for transformers; with
+    --dtype int8 or int4, packed)."""
     dtype: Literal["fp32", "bf16", "fp16", "int8", "int4", "f32", "f16", "q8_0", "q4_0"] | None = (
         None
     )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from gptfast.config import GPTConfig
-from gptfast.files import new_directory, replacing
+from gptfast.files import new_directory, new_files, replacing
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.tokenizer.vocabulary import get_tokenizer
-from gptfast.weights import book, gguf, gguf_save, llmc, nanogpt
+from gptfast.weights import book, gguf, gguf_save, llmc, nanogpt, onnx
 from gptfast.weights.pretrained import save_model
 
 State = Mapping[str, Tensor]
@@ -32,7 +32,15 @@ _WRITERS: dict[str, Callable[[GPTConfig, State, IO[bytes]], None]] = {
     "book": _pickled(book.to_content),
 }
 FORMATS = ("transformers", *_WRITERS, "gguf")
-_SUFFIXES = {".bin": "llm.c", ".pt": "nanogpt", ".pth": "book", ".gguf": "gguf"}
+"""The forms that are written and read."""
+_WRITTEN = (*FORMATS, "onnx")
+_SUFFIXES = {
+    ".bin": "llm.c",
+    ".pt": "nanogpt",
+    ".pth": "book",
+    ".gguf": "gguf",
+    ".onnx": "onnx",
+}
 # Suffixes of forms that other programs have, of archives and of texts: no model of ours is there.
 _OTHERS = frozenset(
     ".gguf .ggml .onnx .h5 .hdf5 .keras .pb .tflite .msgpack .npz .npy .ckpt .mlmodel .mlpackage "
@@ -57,8 +65,8 @@ def format_of(path: str | PathLike) -> str:
     if suffix not in _SUFFIXES and re.fullmatch(r"\.[a-z]\w*", suffix):
         raise ValueError(
             f"the suffix {suffix} stands for no form that is written; .bin is llm.c's, .pt "
-            "nanoGPT's, .pth the book's, .gguf llama.cpp's, and a directory, without a suffix, "
-            "transformers' (--to chooses a form for any other name)"
+            "nanoGPT's, .pth the book's, .gguf llama.cpp's, .onnx ONNX, and a directory, without "
+            "a suffix, transformers' (--to chooses a form for any other name)"
         )
     return _SUFFIXES.get(suffix, "transformers")
 
@@ -77,15 +85,20 @@ def check_name(path: str | PathLike, form: str) -> None:
 
 def check(path: str | PathLike, form: str | None = None) -> None:
     """Raise ValueError for a form that does not exist or lacks its library, or a path that does."""
-    if form not in (None, *FORMATS):
-        raise ValueError(f"there is no form {form!r}; choose from {', '.join(FORMATS)}")
+    if form not in (None, *_WRITTEN):
+        raise ValueError(f"there is no form {form!r}; choose from {', '.join(_WRITTEN)}")
     if form is None:
         form = format_of(path)
     check_name(path, form)
     if form == "gguf":
         gguf.need_library(f"writing {path}")
-    if os.path.lexists(path):
-        raise ValueError(f"{path} exists; name another or delete it")
+    paths = [path]
+    if form == "onnx":
+        onnx.need_libraries(f"writing {path}")
+        paths.append(f"{path}{onnx.DATA}")
+    for there in paths:
+        if os.path.lexists(there):
+            raise ValueError(f"{there} exists; name another or delete it")
 
 
 def save(
@@ -99,7 +112,7 @@ def save(
     kind: str | None = None,
     license: str | None = None,
 ) -> None:
-    """Write a model in one of FORMATS, completely or not at all.
+    """Write a model in one of FORMATS or as ONNX, completely or not at all.
 
     state: GPT's state dictionary. form: None takes `format_of(path)`. tokenizer: one or its name,
     which goes along in transformers' form and in GGUF. eos_ids: the ids that end a text there.
@@ -126,6 +139,9 @@ def save(
                 name=path.stem,
                 license=license,
             )
+    elif form == "onnx":
+        with new_files(path.parent) as directory:
+            onnx.write(config, state, directory, path.name)
     else:
         with replacing(path, "wb") as file:
             _WRITERS[form](config, state, file)
