@@ -1,13 +1,14 @@
-"""Measure a step of two processes of one thread each (ddp, gloo) against one of two threads.
+"""Measure a step of two processes of one thread each (ddp) against one process of two threads.
 
-python bench/bench_distributed.py [--trace FILE.json | --memory | --step B T]
+python bench/bench_distributed.py [--small] [--trace FILE | --memory | --step B T | --speed B T]
 
 Both sides take the same batches as the trainer does, in processes of their own, in turn. As a
 command, it profiles rank 0 of a step of a small model, writes a trace for chrome://tracing, and
 prints how much of the time in which gradients were summed the backward computed. --memory prints
 how much main memory each of two processes takes to build GPT-2 124M, to train, save and load it.
---step prints the CPU time of a step of GPT-2 124M in one process of one thread, and in two
-together, which does not depend on what else the machine does.
+--speed prints the tokens per second of both sides, for GPT-2 124M or, with --small, for 4 layers
+of 256. --step prints the CPU time of a step in one process of one thread, and in two together,
+which depends less on what else the machine does.
 """
 
 import argparse
@@ -16,9 +17,11 @@ import io
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partialmethod
@@ -202,7 +205,7 @@ def overlap(trace: Path) -> tuple[float, float]:
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("ph") == "X"]
     named = {
         word: _union([(e["ts"], e["ts"] + e["dur"]) for e in events if word in e["name"]])
-        for word in ("gloo:all_reduce", "autograd::engine::evaluate_function")
+        for word in ("gptfast::sum_gradients", "autograd::engine::evaluate_function")
     }
     summed, backward = named.values()
     return sum(b - a for a, b in summed) * 1e-6, _common(summed, backward) * 1e-6
@@ -254,20 +257,48 @@ def print_memory() -> None:
                     print(how, *more, f"rank {rank}", *json.loads(answer).items())
 
 
-def print_step(B: int, T: int) -> None:
-    """Print the CPU time of a step of GPT-2 124M in one process and in two."""
+def print_step(shape: Shape) -> None:
+    """Print the CPU time of a step in one process of one thread and in two."""
     seconds = []
     for n in (1, 2):
-        team = Team(n, 1, ({}, B, T, 1))
+        team = Team(n, 1, shape)
         times = []
-        for _ in range(4):  # the first is slower: DDP lays out its buckets
+        for _ in range(4):  # the first makes what the others share
             before = _cpu_seconds(team)
             team.step()
             times.append(_cpu_seconds(team) - before)
         team.close()
         seconds.append(min(times[1:]))
     one, both = seconds
-    print(f"B={B} T={T}: one process {one:.2f} s, two together {both:.2f} s, {one / both:.2f}")
+    print(
+        f"{_tokens(shape):,} tokens a step, CPU time of one process of one thread {one:.2f} s, ",
+        end="",
+    )
+    print(f"of two together {both:.2f} s: {one / both:.3f}")
+
+
+def print_speed(shape: Shape, seconds: float = 100.0) -> None:
+    """Print the tokens per second of two processes of one thread and of one of two, in turn."""
+    teams = {"two processes": Team(2, 1, shape), "one process": Team(1, 2, shape)}
+    times: dict[str, list[float]] = {name: [] for name in teams}
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or len(times["one process"]) < 4:
+        for name, team in teams.items():
+            start = time.perf_counter()
+            team.step()
+            times[name].append(time.perf_counter() - start)
+    for name, team in teams.items():
+        team.close()
+        del times[name][0]  # makes what the others share
+    ratio = statistics.median(one / two for two, one in zip(*times.values(), strict=True))
+    for name, taken in times.items():
+        print(f"{name}: {_tokens(shape) / statistics.median(taken):,.0f} tokens/s (median)")
+    print(f"{_tokens(shape):,} tokens a step, {len(taken)} pairs: {ratio:.3f} (median)")
+
+
+def _tokens(shape: Shape) -> int:
+    _, B, T, accumulation = shape
+    return B * T * accumulation
 
 
 def _cpu_seconds(team: Team) -> float:
@@ -284,6 +315,8 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, default=Path("build/ddp-trace.json"))
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--step", nargs=2, type=int, metavar=("B", "T"))
+    parser.add_argument("--speed", nargs=2, type=int, metavar=("B", "T"))
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--memory-worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -296,8 +329,12 @@ def main() -> None:
     if args.memory:
         print_memory()
         return
+    fields = SMALL[0] if args.small else {}
     if args.step:
-        print_step(*args.step)
+        print_step((fields, *args.step, 1))
+        return
+    if args.speed:
+        print_speed((fields, *args.speed, 1))
         return
     args.trace.parent.mkdir(parents=True, exist_ok=True)
     team = Team(2, 1, SMALL, str(args.trace))

@@ -5,7 +5,9 @@ PyTorch promises nothing about these names: a new version may break this file, a
 torch.compile knows some of them by identity.
 """
 
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
@@ -165,6 +167,22 @@ def set_group_timeouts(timeout: timedelta) -> None:
     c10d = torch.distributed.distributed_c10d
     for group in list(c10d._world.pg_map):
         c10d._set_pg_timeout(timeout, group)
+
+
+_COMPILER = ("_dynamo/convert_frame.py", "_inductor/compile_fx.py")
+
+
+def is_compiling(thread: int) -> bool:
+    """Return whether a thread of this process, by its `threading.get_ident`, is in torch.compile.
+
+    Compiled code that computes does not count.
+    """
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_filename.replace(os.sep, "/").endswith(_COMPILER):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def forget_gathered_at_once(module: Any) -> None:

@@ -19,6 +19,7 @@ from helpers import english
 
 import gptfast.training.trainer
 from gptfast.cli import main
+from gptfast.training.failures import Failures
 from gptfast.training.metrics import read_metrics
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -71,6 +72,11 @@ def _rank(
     sys.stdout.flush()
     sys.stderr.flush()
     raise SystemExit(code)
+
+
+def apart(rank: int) -> None:
+    """Let the processes of a run take one another for processes of other machines."""
+    Failures.is_one_machine = lambda self: False  # type: ignore[method-assign]
 
 
 def free_port() -> int:

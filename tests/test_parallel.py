@@ -9,9 +9,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from functools import partialmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import ranks
 import torch
 from commands import refused, run
 from helpers import differing, random_ids, random_model
-from ranks import Ended, losses, train, write_data
+from ranks import RUN, Ended, apart, losses, train, write_data
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -36,11 +38,14 @@ from gptfast.device import peak_memory
 from gptfast.dropout import Rows, draw_seed
 from gptfast.model import empty_model
 from gptfast.ops.attention_rows import attention_qkv_rows
+from gptfast.torch_private import is_compiling
 from gptfast.training import processes, shards
 from gptfast.training.checkpoint import load_checkpoint
 from gptfast.training.drawn import draw_parts
 from gptfast.training.parallel_step import ParallelStep
 from gptfast.training.progress import RunCheckpoints
+from gptfast.training.shared_memory import ALIGNMENT, Allotment, padded, share_memory
+from gptfast.training.shared_state import own_slice
 from gptfast.training.shares import Split
 from gptfast.training.trainer import Trainer
 from gptfast.weights.checkpoint import checkpoints, read_state
@@ -199,14 +204,98 @@ def test_a_model_without_values_gets_those_of_gpt(more: dict[str, Any]) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+# Memory that processes share
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [1, 16, 17, 768, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_element_has_an_owner(n: int, size: int, dtype: torch.dtype) -> None:
+    t = torch.zeros(n, dtype=dtype)
+    for rank in range(size):
+        own = own_slice(t, rank, size)
+        t[own] += 1
+        assert own.start * t.element_size() % ALIGNMENT == 0 or own.start == n
+    assert t.eq(1).all()
+
+
+class Meeting:
+    """What two processes exchange, here two threads; `offer` changes what the first one offers."""
+
+    def __init__(self, offer: Callable[[str], str] = str) -> None:
+        self._offer, self._barrier = offer, threading.Barrier(2)
+        self._texts: dict[str, list[str]] = {}
+
+    def exchange(self, rank: int, what: str, text: str) -> list[str]:
+        texts = self._texts.setdefault(what, ["", ""])
+        texts[rank] = self._offer(text) if what == "is offered" and rank == 0 else text
+        self._barrier.wait(timeout=20)
+        return texts
+
+    def memories(self, n_bytes: int) -> list[Tensor | None]:
+        """Return what each gets."""
+        with ThreadPoolExecutor(2) as threads:
+            return list(
+                threads.map(
+                    lambda rank: share_memory(n_bytes, not rank, partial(self.exchange, rank)),
+                    range(2),
+                )
+            )
+
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="files without a name")
+
+
+@needs_linux
+def test_memory_is_shared() -> None:
+    files = len(os.listdir("/proc/self/fd"))
+    ours, theirs = Meeting().memories(1000)
+    assert ours is not None and theirs is not None and ours.data_ptr() != theirs.data_ptr()
+    assert ours.shape == theirs.shape == (1000,) and not ours.any()
+    ours[7], theirs[999] = 1, 2
+    assert theirs[7] == 1 and ours[999] == 2
+    del ours, theirs
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    "offer",
+    [
+        lambda text: "",
+        lambda text: text[:-1] + ("0" if text[-1] != "0" else "1"),
+        lambda text: text.replace("/fd/", "/fd/99"),
+        lambda text: f"{os.getpid()}/fd/0 {text.split()[1]}",
+    ],
+    ids=["none", "of another run", "no such file", "another file"],
+)
+def test_memory_that_is_not_to_be_had(offer: Callable[[str], str]) -> None:
+    assert Meeting(offer).memories(1000) == [None, None]
+
+
+def test_parts_of_a_memory() -> None:
+    like = [torch.zeros(3, 5), torch.zeros((), dtype=torch.float64), torch.zeros(2, 0, 4)]
+    like.append(torch.zeros(33, dtype=torch.bfloat16))
+    memory = torch.zeros(sum(padded(t.nbytes) for t in like), dtype=torch.uint8)
+    allotment = Allotment(memory)
+    parts = [allotment.like(t) for t in like]
+    for i, (part, t) in enumerate(zip(parts, like, strict=True)):
+        assert part.shape == t.shape and part.dtype == t.dtype and part.is_contiguous()
+        part.fill_(i + 1)
+    assert all(part.eq(i + 1).all() for i, part in enumerate(parts))
+
+
 # The same run
 
 
-@pytest.mark.parametrize("n", [2, 4, long(6)])
+@pytest.mark.parametrize(
+    ("n", "before"), [(2, None), (4, None), (2, apart), long(4, apart), long(6, None)]
+)
 def test_any_number_of_processes_makes_the_same_run(
-    n: int, tmp_path: Path, data: Path, alone: Path
+    n: int, before: Any, tmp_path: Path, data: Path, alone: Path
 ) -> None:
-    ended = train(n, tmp_path / "run", data, "--max-steps", str(STEPS), "--parallel", "ddp")
+    more = "--max-steps", str(STEPS), "--parallel", "ddp"
+    ended = train(n, tmp_path / "run", data, *more, before=before)
     assert ended.codes == [0] * n
     assert not any(ended.out[1:]) and not any(ended.errors)
     assert_same_to_rounding(tmp_path / "run", alone)
@@ -249,6 +338,31 @@ def test_two_runs_of_as_many_processes_are_the_same(
 ) -> None:
     assert train(3, tmp_path / "run", data, "--max-steps", str(STEPS)).codes == [0, 0, 0]
     assert_same_bits(tmp_path / "run", three)
+
+
+def double_weights_after_the_run(rank: int) -> None:
+    """Change the weights in each process, as a script may, and write whether each changed once."""
+    real = Trainer.fit
+
+    def fit(self: Trainer, **options: Any) -> Any:
+        real(self, **options)
+        before = [p.detach().clone() for p in self.model.parameters()]
+        self.world.wait_for_first("all have a copy")
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.mul_(2)
+        self.world.compare({"all": "have doubled"})
+        once = all(map(torch.equal, self.model.parameters(), [2 * x for x in before]))
+        Path(os.environ["DOUBLED"], str(rank)).write_text(str(once))
+
+    Trainer.fit = fit  # type: ignore[method-assign]
+
+
+def test_weights_are_shared_until_the_end_of_a_run_only(tmp_path: Path, data: Path) -> None:
+    doubling: dict[str, Any] = {"before": double_weights_after_the_run, "DOUBLED": str(tmp_path)}
+    ended = train(2, tmp_path / "run", data, "--max-steps", "2", **doubling)
+    assert ended.codes == [0, 0], ended
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["True", "True"]
 
 
 @pytest.mark.parametrize(
@@ -315,7 +429,11 @@ def test_options(option: str, how: str, tmp_path: Path, data: Path) -> None:
 
 
 def write_peak(rank: int) -> None:
-    """Make a run write its peak memory in MB beside its output, before its model and at the end."""
+    """Make a run write its peak memory in MB beside its output, before its model and at the end.
+
+    Under ddp, each process has a model of its own, as on machines of their own.
+    """
+    apart(rank)
     real = Trainer.fit
 
     def peak() -> int:
@@ -452,11 +570,17 @@ def test_compiled(
     assert_same_to_rounding(tmp_path / "run", tmp_path / "eager")
 
 
+def hang_in_a_compiler() -> None:
+    """Hang in code of a file of PyTorch's compiler, as a trace of the stack tells it."""
+    file = Path(torch.__file__).parent / "_inductor" / "compile_fx.py"
+    exec(compile("pause()", str(file), "exec"), {"pause": signal.pause})
+
+
 def slow_compiler(rank: int) -> None:
     """Let rank 1 do something in its first step, in place of a compiler."""
     torch.compile = lambda compiled, **_: compiled  # type: ignore[assignment]
     processes.COMPILE_TIMEOUTS = int(os.environ["COMPILE_TIMEOUTS"])
-    real, doing = GPT.forward, {"sleep": lambda: time.sleep(3), "hang": signal.pause}
+    real, doing = GPT.forward, {"sleep": lambda: time.sleep(3), "hang": hang_in_a_compiler}
     doing["stop"] = lambda: os.kill(os.getpid(), signal.SIGSTOP)
     todo = [doing[os.environ["COMPILER"]]] if rank == 1 else []
 
@@ -484,16 +608,33 @@ def test_a_process_that_compiles_for_longer_than_it_may_be_silent(
 @pytest.mark.parametrize(
     ("compiler", "words"),
     [
-        ("hang", "a step with compiled code has taken 4 s (2 x --dist-timeout)"),
-        long("stop", "rank 1"),
+        ("hang", ["taken 4 s (2 x --dist-timeout): the compiler of rank 1 (process", "hangs"]),
+        long("stop", ["rank 1"]),
     ],
 )
-def test_a_compiler_that_hangs(compiler: str, words: str, tmp_path: Path, data: Path) -> None:
+def test_a_compiler_that_hangs(compiler: str, words: list[str], tmp_path: Path, data: Path) -> None:
     hanging = {"before": slow_compiler, "COMPILER": compiler, "COMPILE_TIMEOUTS": "2"}
     if compiler == "stop":
         hanging["COMPILE_TIMEOUTS"] = "99"
     ended = train(2, tmp_path / "run", data, *COMPILED, "ddp", **hanging)
-    assert_one_line(ended, words)
+    assert_one_line(ended, *words)
+
+
+def test_a_thread_that_compiles() -> None:
+    """It is told from one that runs what was compiled."""
+    told: dict[str, bool] = {}
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        told["compiles"] = is_compiling(threading.get_ident())
+
+        def compiled(*args: Any) -> Any:
+            told["computes"] = is_compiling(threading.get_ident())
+            return graph(*args)
+
+        return compiled
+
+    torch.compile(torch.relu, backend=backend)(torch.ones(3))
+    assert told == {"compiles": True, "computes": False}
 
 
 # What one process meets, all answer
@@ -800,8 +941,6 @@ def test_under_torchrun(torchrun: list[str], tmp_path: Path, data: Path) -> None
         "Trainer.train_step = train_step\n"
         "sys.exit(main())\n"
     )
-    from ranks import RUN
-
     argv = [*RUN, "--data", str(data), "--max-steps", "15", "--out", str(tmp_path / "run")]
     done = subprocess.run(
         [*torchrun, "--max-restarts", "1", str(script), *argv],
@@ -814,3 +953,25 @@ def test_under_torchrun(torchrun: list[str], tmp_path: Path, data: Path) -> None
     told = [line for line in done.stderr.splitlines() if line.startswith("gptfast: ")]
     assert len(told) == 1 and re.search(r"rank 1 \(process \d+ on .*\) does not answer", told[0])
     assert "resumed from" in done.stdout and losses(tmp_path / "run")[-1]["step"] == 15
+
+
+@pytest.mark.skipif(not KILLS, reason="takes long")
+def test_a_signal_to_torchrun(torchrun: list[str], tmp_path: Path, data: Path) -> None:
+    """It hands the signal on, and waits until all is saved."""
+    out = tmp_path / "run"
+    argv = [*RUN, "--data", str(data), "--max-steps", "100000", "--out", str(out)]
+    started = subprocess.Popen(
+        [*torchrun, "-m", "gptfast", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not checkpoints(out):
+        time.sleep(0.1)
+    started.terminate()
+    told, errors = started.communicate(timeout=60)
+    found = re.search(r"SIGTERM: stopped at step (\d+), all is saved", told)
+    assert found, (told, errors)
+    assert read_state(checkpoints(out)[-1])["step"] == int(found[1])

@@ -169,18 +169,29 @@ class AdamW(torch.optim.Optimizer):
         """Set `grad_norm`; return the norm for the kernels, NaN above the limit, None without."""
         if self.max_norm is None:
             return None
-        norm = None
-        present = [grad for grad in grads if grad is not None]
-        if split:
-            norm = dtensor.global_norm(params, grads)
-        elif present:
-            norm = grad_norm(present, layout)
+        norm = self._norm(params, grads, split, layout)
         if norm is None:
             return None
         self.grad_norm = norm
         if norm_limit is None:
             return norm
         return norm.where(norm <= norm_limit.to(norm.device), torch.nan)
+
+    def _norm(
+        self, params: list[Tensor], grads: list[Tensor | None], split: bool, layout: object
+    ) -> Tensor | None:
+        """Return the norm of all gradients, 0-d, or None without a gradient."""
+        if split:
+            return dtensor.global_norm(params, grads)
+        present = [grad for grad in grads if grad is not None]
+        return grad_norm(present, layout) if present else None
+
+    def make_state(self) -> None:
+        """Make the states of all parameters that require gradients, as the first step does."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad:
+                    fit_state(self.state[param], param, self._state_options)
 
     @torch.no_grad()
     def step(

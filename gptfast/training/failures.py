@@ -59,7 +59,8 @@ class Failures:
         self._store.set(f"who/{rank}", f"{os.getpid()} {self._host}")
         self._who: dict[int, tuple[int, str]] = {}
         self._ended = threading.Event()
-        self._deadlines: dict[int, tuple[float, str]] = {}
+        self._deadlines: dict[int, tuple[float, Callable[[], str]]] = {}
+        self._told: tuple[str, Callable[[], str]] | None = None
         self._watched: dict[int, tuple[str | None, float]] | None = None
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -69,17 +70,23 @@ class Failures:
             process, _, host = self.wait(f"who/{rank}", rank).partition(" ")
             self._who[rank] = int(process), host
 
+    def is_one_machine(self) -> bool:
+        """Return whether all processes are on this process's machine."""
+        return {host for _, host in self._who.values()} == {self._host}
+
     def _beat(self) -> None:
         count = 0
         while not self._ended.is_set():
             count += 1
             try:
                 self._beats.set(f"beat/{self.rank}", str(count))
+                if (told := self._told) is not None:
+                    self._beats.set(f"{told[0]}/{self.rank}", told[1]())
             except RuntimeError:  # the store has ended, which the others notice too
                 return
             for end, message in list(self._deadlines.values()):
                 if time.monotonic() > end:
-                    self._give_up(RuntimeError(message))
+                    self._give_up(RuntimeError(message()))
             if (silent := self._silent()) is not None:
                 self._give_up(silent)
             self._ended.wait(BEAT_S)
@@ -113,7 +120,23 @@ class Failures:
         return None
 
     @contextlib.contextmanager
-    def ending_after(self, limit_s: float, message: str) -> Iterator[None]:
+    def telling(self, what: str, state: Callable[[], str]) -> Iterator[None]:
+        """Tell the others what `state` returns at each beat in the block, for `told`."""
+        self._told = what, state
+        try:
+            yield
+        finally:
+            self._told = None
+
+    def told(self, what: str, text: str) -> list[str]:
+        """Return the names of the processes that told this text last, if the store answers."""
+        ranks: list[int] = []
+        with contextlib.suppress(RuntimeError):
+            ranks += [rank for rank in range(self.size) if self._read(f"{what}/{rank}") == text]
+        return [self._name(rank) for rank in ranks]
+
+    @contextlib.contextmanager
+    def ending_after(self, limit_s: float, message: Callable[[], str]) -> Iterator[None]:
         """End this process with a message, and so all, if the block takes more than limit_s."""
         thread = threading.get_ident()  # a checkpoint may be written beside the steps
         self._deadlines[thread] = time.monotonic() + limit_s, message
@@ -245,15 +268,16 @@ class Failures:
     def _gone(self, ranks: list[int]) -> ProcessesError:
         """Return the error about processes that do not answer, and end those on this machine."""
         self._kill(ranks)
-        named = []
-        for rank in ranks:
-            process, host = self._who.get(rank, ("?", "?"))
-            named.append(f"rank {rank} (process {process} on {host})")
+        named = map(self._name, ranks)
         verb = "does" if len(ranks) == 1 else "do"
         return ProcessesError(
             f"{' and '.join(named)} {verb} not answer: dead, hanging or cut off; the run ends, and "
             "--resume continues it from its last checkpoint"
         )
+
+    def _name(self, rank: int) -> str:
+        process, host = self._who.get(rank, ("?", "?"))
+        return f"rank {rank} (process {process} on {host})"
 
     def _kill(self, ranks: list[int]) -> None:
         """End processes of this machine that hang: they would keep its memory and its ports."""

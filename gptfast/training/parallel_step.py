@@ -1,6 +1,7 @@
 """One optimizer step of several processes, each of which computes its rows of the batches."""
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,17 +19,12 @@ from gptfast.training.step import Batch, TrainStep, autocast
 from gptfast.training.world import World
 
 
-def _sum_hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Return the sum of a bucket over the processes; by default DDP divides it by their number."""
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
-
-
-class ParallelStep(TrainStep):
+class ParallelStep(TrainStep, ABC):
     """A `TrainStep` whose rows are shared by the processes of a world.
 
     Takes the whole batches of a step, as one process does. Gradients are summed while the backward
-    still runs. Raises ValueError for a model whose dropout would depend on the number of processes.
+    still runs, in a way of its own in each class. Raises ValueError for a model whose dropout would
+    depend on the number of processes.
     """
 
     def __init__(
@@ -50,19 +46,14 @@ class ParallelStep(TrainStep):
             )
         super().__init__(model, config, device, log)
         self._step = self._compute  # a CUDA graph would repeat one process's part only
-        self._is_laid_out = False
         self._compiled: set[tuple[torch.Size, ...]] = set()
 
-    def _placed(self, model: GPT) -> Any:
-        """Return the model wrapped so that its gradients are summed over the processes."""
-        with self._world.together():
-            ddp = DistributedDataParallel(super()._placed(model), gradient_as_bucket_view=True)
-        ddp.register_comm_hook(None, _sum_hook)
-        return ddp
-
+    @abstractmethod
     def _summing(self, last: bool) -> contextlib.AbstractContextManager:
         """Return the context of a forward and backward, of which the last sums the gradients."""
-        return contextlib.nullcontext() if last else self.model.no_sync()
+
+    def _lay_out(self) -> None:
+        """Prepare for a step, before its first backward."""
 
     def run(
         self,
@@ -124,6 +115,35 @@ class ParallelStep(TrainStep):
             loss.backward(gradient=share.to(loss.dtype))
         return loss.detach().double() * share if piece.count else None
 
+    def _take_part(self, *, last: bool) -> None:
+        """Add no gradient to those of the others, without a change of the random state."""
+        like = next(piece for piece in self._pieces if piece.mine)  # of a shape to compile anyway
+        empty = Piece(like.x, torch.full_like(like.y, -100), 0, like.rows, True)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            self._backward_of(empty, torch.ones((), dtype=torch.float64, device=self.device), last)
+
+
+def _sum_hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Return the sum of a bucket over the processes; by default DDP divides it by their number."""
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+class DDPStep(ParallelStep):
+    """A `ParallelStep` of PyTorch's DistributedDataParallel: each process has the whole model."""
+
+    _is_laid_out = False
+
+    def _placed(self, model: GPT) -> Any:
+        with self._world.together():
+            ddp = DistributedDataParallel(super()._placed(model), gradient_as_bucket_view=True)
+        ddp.register_comm_hook(None, _sum_hook)
+        return ddp
+
+    def _summing(self, last: bool) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if last else self.model.no_sync()
+
     def _lay_out(self) -> None:
         """Let DDP see a backward before the first one that counts.
 
@@ -134,11 +154,3 @@ class ParallelStep(TrainStep):
             self._take_part(last=True)
             self.optimizer.zero_grad(set_to_none=True)
             self._is_laid_out = True
-
-    def _take_part(self, *, last: bool) -> None:
-        """Add no gradient to those of the others, without a change of the random state."""
-        like = next(piece for piece in self._pieces if piece.mine)  # of a shape to compile anyway
-        empty = Piece(like.x, torch.full_like(like.y, -100), 0, like.rows, True)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            self._backward_of(empty, torch.ones((), dtype=torch.float64, device=self.device), last)

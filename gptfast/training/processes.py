@@ -18,11 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptfast.device import choose_device, threads_of
-from gptfast.torch_private import set_group_timeouts
+from gptfast.torch_private import is_compiling, set_group_timeouts
 from gptfast.training.failures import REPORT_S, Failures, ProcessesError, is_communication
 from gptfast.training.interrupt import SIGNALS, Interrupt
+from gptfast.training.shared_memory import share_memory
 from gptfast.training.world import World
 
+CONNECT_S = 60
+"""How long the processes may take to find one another, at least."""
 WRITE_TIMEOUTS = 30
 """How many times --dist-timeout a process may take to write a checkpoint."""
 COMPILE_TIMEOUTS = 30
@@ -70,7 +73,7 @@ class Processes(World):
         self.local_rank = int(environment.get("LOCAL_RANK", "0"))
         self.restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self._interrupt: AgreedInterrupt | None = None
-        self._comparisons = 0
+        self._comparisons, self._memories = 0, 0
         self._share_cores(int(environment.get("LOCAL_WORLD_SIZE", "1")))
         device = self.device(device_name)
         if device.type == "cuda":
@@ -83,8 +86,9 @@ class Processes(World):
             store=dist.PrefixStore("groups", self._connect()),
             rank=self.rank,
             world_size=self.size,
-            timeout=self.silence,
+            timeout=max(self.silence, timedelta(seconds=CONNECT_S)),
         )
+        set_group_timeouts(self.silence)
         self._failures.introduce()
 
     def _share_cores(self, local_size: int) -> None:
@@ -100,7 +104,7 @@ class Processes(World):
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=serves,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=CONNECT_S),
             wait_for_workers=False,
         )
         if serves:
@@ -130,6 +134,20 @@ class Processes(World):
         with self.together():
             dist.all_reduce(total)
         return total
+
+    def meet(self) -> None:
+        self.sum(torch.zeros((), dtype=torch.float64, device="cpu"))
+
+    def shared_memory(self, n_bytes: int) -> Tensor | None:
+        if not self._failures.is_one_machine():
+            return None
+        self._memories += 1
+        name = f"memory {self._memories}"
+
+        def exchange(what: str, text: str) -> list[str]:
+            return self.exchange(f"{name} {what}", text)
+
+        return share_memory(n_bytes, self.is_first, exchange)
 
     def compare(self, values: Mapping[str, Any]) -> None:
         self._comparisons += 1
@@ -169,20 +187,33 @@ class Processes(World):
             "--dist-timeout): its disk hangs or is slow; the run ends, and --resume continues it "
             "from its last checkpoint"
         )
-        with self._failures.ending_after(limit_s, message):
+        with self._failures.ending_after(limit_s, lambda: message):
             yield
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
         limit_s = self._failures.timeout_s * COMPILE_TIMEOUTS
-        message = (
-            f"a step with compiled code has taken {limit_s:.0f} s ({COMPILE_TIMEOUTS} x "
-            "--dist-timeout): a compiler hangs or is slow; raise --dist-timeout or leave out "
-            "--compile. The run ends, and --resume continues it from its last checkpoint"
-        )
+        failures, thread = self._failures, threading.get_ident()
+
+        def state() -> str:
+            return "compiles" if is_compiling(thread) else "computes"
+
+        def message() -> str:
+            who = " and ".join(failures.told("step", "compiles"))
+            return (
+                f"a step with compiled code has taken {limit_s:.0f} s ({COMPILE_TIMEOUTS} x "
+                f"--dist-timeout): {f'the compiler of {who}' if who else 'a process'} hangs or is "
+                "slow; raise --dist-timeout or leave out --compile. The run ends, and --resume "
+                "continues it from its last checkpoint"
+            )
+
         set_group_timeouts(timedelta(seconds=limit_s + REPORT_S))
         try:
-            with self._failures.watching(), self._failures.ending_after(limit_s, message):
+            with (
+                failures.watching(),
+                failures.telling("step", state),
+                failures.ending_after(limit_s, message),
+            ):
                 yield
         finally:
             set_group_timeouts(self.silence)

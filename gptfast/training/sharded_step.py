@@ -22,9 +22,10 @@ from gptfast.model import GPT
 from gptfast.torch_private import forget_gathered_at_once
 from gptfast.training.checkpoint import local_state
 from gptfast.training.collectives import PieceReduceScatter
-from gptfast.training.parallel_step import ParallelStep
+from gptfast.training.parallel_step import DDPStep, ParallelStep
 from gptfast.training.sharded_table import ShardedTable
 from gptfast.training.shards import Shards
+from gptfast.training.shared_step import SharedStep
 from gptfast.training.shares import Split
 from gptfast.training.world import World
 
@@ -42,7 +43,10 @@ def parallel_step(
     Raises ValueError for a number of processes that does not fit.
     """
     split = Split(world.rank, world.size, batch_size, config.accumulation_steps)
-    kind = ShardedStep if config.parallel in ("fsdp", "hsdp") else ParallelStep
+    kind: type[ParallelStep] = ShardedStep
+    if config.parallel not in ("fsdp", "hsdp"):
+        shares = device.type == "cpu" and world.shared_memory(1) is not None
+        kind = SharedStep if shares else DDPStep
     return kind(model, config, device, log, world, split)
 
 
@@ -112,9 +116,6 @@ class ShardedStep(ParallelStep):
     def _summing(self, last: bool) -> Iterator[None]:
         self.model.set_requires_gradient_sync(last)
         yield
-
-    def _lay_out(self) -> None:
-        """Do nothing: there are no buckets."""
 
     def _update(self, *args: Tensor) -> tuple[Tensor, ...]:
         numbers = super()._update(*args)

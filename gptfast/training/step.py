@@ -268,10 +268,18 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         accepted = total.isfinite() & (total <= loss_limit)
-        self.optimizer.step(norm_limit=norm_limit.where(accepted, math.nan))
-        norm = self.optimizer.grad_norm
+        optimizer = self._updating()
+        optimizer.step(norm_limit=norm_limit.where(accepted, math.nan))
+        norm = optimizer.grad_norm
         assert norm is not None  # max_norm is set
         return torch.stack((total, norm.double())), norm
+
+    def _updating(self) -> AdamW:
+        """Return the optimizer of what this process updates."""
+        return self.optimizer
+
+    def close(self) -> None:
+        """Give this process weights of its own, if it shares them; a further step may follow."""
 
     def _held(self) -> Hashable:
         """Return what a graph of `_compute` holds besides its inputs."""

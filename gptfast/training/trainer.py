@@ -132,7 +132,8 @@ class Trainer:
             peak = torch.tensor(self._peak_flops(), dtype=torch.float64, device=self.device)
             self._peak_of_all = float(self.world.sum(peak))
             self.model.train()
-            with self.log.progress_bar(self.total_steps, self.progress.step):
+            bar = self.log.progress_bar(self.total_steps, self.progress.step)
+            with bar, contextlib.closing(self.step):
                 self._loop()
             self.world.wait_for_first("the last row")
             self.history = read_metrics(self.run.out)
@@ -215,9 +216,8 @@ class Trainer:
                     start, tokens = time.perf_counter(), 0
         if self.interrupt.requested:
             self._save(waits=True)
-            saved = "all is saved; --resume continues"
-            if not self.config.save_optimizer:
-                saved = "the model is saved"
+            saves_all = self.config.save_optimizer
+            saved = "all is saved; --resume continues" if saves_all else "the model is saved"
             self.log.line(
                 f"{self.interrupt.requested}: stopped at step {self.progress.step}, {saved}"
             )

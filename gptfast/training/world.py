@@ -7,7 +7,8 @@ How a run of several processes is the same run:
     rows        every process reads the batches of a step and takes its rows (shares.py)
     dropout     keyed by the row's place in the whole batch (gptfast/dropout.py)
     loss        each process divides by the number of targets in the whole step; losses and
-                gradients are summed over the processes (parallel_step.py)
+                gradients are summed over the processes (parallel_step.py), on one machine through
+                memory that they share (shared_step.py)
     evaluation  each process takes every n-th batch, and the losses of the batches are added in the
                 order in which one process adds them (evaluation.py)
     decisions   what only one process can know (a signal, a non-finite loss) is agreed upon before
@@ -51,6 +52,16 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
         return values
+
+    def meet(self) -> None:
+        """Wait until all processes have come here."""
+
+    def shared_memory(self, n_bytes: int) -> Tensor | None:
+        """Return zeros, (n_bytes,) uint8, that all processes share, or None where they cannot.
+
+        All processes must call it.
+        """
+        return None
 
     def compare(self, values: Mapping[str, Any]) -> None:
         """Raise ValueError that names the first value in which a process differs from the first."""

@@ -1,0 +1,48 @@
+"""Steps of processes that share one machine's memory."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from gptfast.optim import AdamW
+from gptfast.training.parallel_step import ParallelStep
+from gptfast.training.shared_state import SharedState
+from gptfast.training.shared_sums import SharedSums
+
+
+class SharedStep(ParallelStep):
+    """A `ParallelStep` in which the processes of one machine share the weights and their state."""
+
+    _state: SharedState | None = None
+    _sums: SharedSums | None = None
+
+    def _lay_out(self) -> None:
+        """Share what is there at the first step, and what was loaded since."""
+        if self._state is None or not self._state.is_in_place():
+            if self._sums is not None:
+                self._sums.remove()
+            with self._world.together():
+                self._state = SharedState(self.raw_model, self.optimizer, self._world)
+            self._sums = SharedSums(self._state, self._world)
+
+    def _summing(self, last: bool) -> contextlib.AbstractContextManager:
+        assert self._sums is not None
+        return self._sums.of_backward() if last else contextlib.nullcontext()
+
+    def _updating(self) -> AdamW:
+        assert self._state is not None
+        return self._state.own_optimizer()
+
+    def _update(self, *args: Tensor) -> tuple[Tensor, ...]:
+        assert self._state is not None
+        numbers = super()._update(*args)
+        # Nobody may compute with weights that another one still updates.
+        self._world.meet()
+        torch.autograd.graph.increment_version(self._state.params)
+        return numbers
+
+    def close(self) -> None:
+        if self._state is not None:
+            self.optimizer.zero_grad(set_to_none=True)  # their memory is for the weights
+            self._state.release()
