@@ -5,6 +5,7 @@ import gc
 import http.client
 import json
 import math
+import os
 import random
 import re
 import socket
@@ -535,7 +536,11 @@ def test_a_full_queue_and_clients_that_leave(byte_model: GPT) -> None:
 def test_many_requests_with_mixed_options_and_disconnects(
     byte_model: GPT, byte_engine: Engine
 ) -> None:
-    """Each text is that of `generate` alone, and the metrics add up."""
+    """Each text is that of `generate` alone, and the metrics add up.
+
+    There are 200 requests, or up to 500 with GPTFAST_TEST_REQUESTS.
+    """
+    n = min(500, int(os.environ.get("GPTFAST_TEST_REQUESTS", "200")))
     rng = random.Random(shifted(0))
 
     def request(k: int) -> tuple[dict[str, Any], bool]:
@@ -552,8 +557,8 @@ def test_many_requests_with_mixed_options_and_disconnects(
         fields["stream"] = rng.random() < 0.5
         return fields, rng.random() < 0.2
 
-    requests = [request(k) for k in range(200)]
-    order = rng.sample(range(200), 200)
+    requests = [request(k) for k in range(n)]
+    order = rng.sample(range(n), n)
     with server(byte_model, max_batch=8, limits=Limits(max_queue=1000)) as running:
         leave = threading.Lock()
 
@@ -584,7 +589,7 @@ def test_many_requests_with_mixed_options_and_disconnects(
         assert sorted(scheduler._spare) == list(range(8))
     for k, text in texts.items():
         assert text == text_of(byte_engine, requests[k][0]), requests[k]
-    assert len(texts) > 120
+    assert len(texts) > 0.6 * n
 
 
 def test_a_reload_drops_no_request(byte_model: GPT) -> None:
