@@ -136,7 +136,7 @@ class Process(Client):
         """Return the events of a stream, or its error."""
         return self.opened_stream(body).read().decode().strip().split("\n\n")
 
-    def end(self) -> None:
+    def close(self) -> None:
         self.process.kill()
         self.process.wait(WAIT_S)
         assert self.process.stderr is not None

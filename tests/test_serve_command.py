@@ -35,7 +35,7 @@ SMALL = ("--tokenizer", "byte", "--threads", "1")
 def process(checkpoint: Path) -> Iterator[Process]:
     running = Process(str(checkpoint), *SMALL)
     yield running
-    running.end()
+    running.close()
 
 
 def test_signals(process: Process, checkpoint: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_model_without_logits_is_not_served(process: Process, tmp_path: Path) 
     running = Process(str(tmp_path / "broken"), *SMALL)
     assert running.process.wait(WAIT_S) == 1
     assert running.first.startswith("gptfast: the model's logits had NaN, +inf or nothing but -inf")
-    running.end()
+    running.close()
 
 
 @pytest.mark.parametrize("asked", [{"max_tokens": 9}, {"echo": True, "logprobs": 1}])
@@ -93,7 +93,7 @@ def test_a_broken_model_ends_the_process_with_a_line(asked: Any, tmp_path: Path)
         assert sum(told(one) for one in [*whole, *streams]) >= 1
     assert running.process.stderr is not None
     assert running.process.stderr.read() == f"gptfast: {BROKEN}\n"
-    running.end()
+    running.close()
 
 
 BROKEN = (
@@ -120,7 +120,7 @@ def test_a_server_killed_under_load_and_started_again(checkpoint: Path) -> None:
         streams = [pool.submit(running.stream, body) for _ in range(3)]
         whole = [pool.submit(running.ask, "POST", "/v1/completions", body) for _ in range(3)]
         assert first.read(1)
-        running.end()
+        running.close()
         with pytest.raises(http.client.HTTPException):
             first.read()
         for one in [*streams, *whole]:
@@ -128,7 +128,7 @@ def test_a_server_killed_under_load_and_started_again(checkpoint: Path) -> None:
                 one.result(WAIT_S)
     again = Process(str(checkpoint), *SMALL, port=running.port)
     assert again.ask("POST", "/v1/completions", {"prompt": "a"})[0] == 200
-    again.end()
+    again.close()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ GPTFAST_TEST_REQUESTS is how many (200 by default; 10,000 take about two minutes
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -162,23 +163,23 @@ def test_a_soak_with_hang_ups(tmp_path: Path) -> None:
     """A process, which reads another model at SIGHUP, drops no request; at the end it drains."""
     rng, reloads = random.Random(shifted(0)), Reloads(tmp_path)
     flags = ("--tokenizer", "byte", "--threads", "1", "--max-batch", "8", "--max-queue", "1000")
-    process, memory = Process(str(tmp_path / "served"), *flags), []
-    for part in range(5):
-        work = clients(process, N // 5, rng, lambda: reloads.hang_up(process))
-        assert sum(asyncio.run(work).values()) == N // 5
-        memory.append(resident_bytes(process.process.pid))
-        print(f"{part + 1}/5: {reloads.n} reloads, {memory[-1] / 2**20:.1f} MB")
-    assert reloads.n >= 4
-    wait_for(lambda: process.metric("gptfast:requests_total") == n_ended(process))
-    assert process.metric("gptfast:requests_failed_total") == 0
-    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
-        assert process.metric(f"vllm:{name}") == 0
-    if N >= 5000:  # before, what is needed once has not all come
-        assert memory[-1] <= (1 + MAX_GROWTH) * memory[1], memory
-    process.process.terminate()
-    assert process.process.wait(WAIT_S) == 0
-    assert process.process.stderr is not None and process.process.stderr.read() == ""
-    process.end()
+    memory = []
+    with contextlib.closing(Process(str(tmp_path / "served"), *flags)) as process:
+        for part in range(5):
+            work = clients(process, N // 5, rng, lambda: reloads.hang_up(process))
+            assert sum(asyncio.run(work).values()) == N // 5
+            memory.append(resident_bytes(process.process.pid))
+            print(f"{part + 1}/5: {reloads.n} reloads, {memory[-1] / 2**20:.1f} MB")
+        assert reloads.n >= 4
+        wait_for(lambda: process.metric("gptfast:requests_total") == n_ended(process))
+        assert process.metric("gptfast:requests_failed_total") == 0
+        for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+            assert process.metric(f"vllm:{name}") == 0
+        if N >= 5000:  # before, what is needed once has not all come
+            assert memory[-1] <= (1 + MAX_GROWTH) * memory[1], memory
+        process.process.terminate()
+        assert process.process.wait(WAIT_S) == 0
+        assert process.process.stderr is not None and process.process.stderr.read() == ""
 
 
 GUESSERS = ["lookup", "draft"]
