@@ -38,7 +38,7 @@ test-tools: $(VENV)/ready-test
 # minutes on two cores.
 KILLS ?= 10
 test-distributed: $(VENV)/ready-test
-	GPTFAST_TEST_DISTRIBUTED=$(KILLS) $(BIN)/python -m pytest --durations=5 tests/test_parallel.py tests/test_distributed.py \
+	GPTFAST_TEST_DISTRIBUTED=$(KILLS) $(BIN)/python -m pytest $(WORKERS) --durations=5 tests/test_parallel.py tests/test_distributed.py \
 		tests/test_two_hosts.py tests/test_transformers_ranks.py
 
 # The tests with the oldest and the newest PyTorch that gptfast is for, and with the Triton of each. Each has a copy of

@@ -175,7 +175,11 @@ def worker(shape: Shape, threads: int, trace: str) -> None:
     print(0.0, flush=True)
     for i, _ in enumerate(sys.stdin):
         profiled = trace and i == 2 and world.is_first
-        profiler = torch.profiler.profile() if profiled else None
+        profiler = None
+        if profiled:
+            # Gradients are summed in gloo's threads.
+            every = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+            profiler = torch.profiler.profile(experimental_config=every)
         with profiler or nullcontext():
             loss = step.run(batches, 1e-4)["loss"]
         if profiler is not None:

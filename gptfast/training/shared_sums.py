@@ -11,7 +11,7 @@ from torch import Tensor
 from gptfast.training.shared_state import SharedState
 from gptfast.training.world import World
 
-GROUP_BYTES = 2**24
+GROUP_BYTES = 2**22
 """Of gradients that are complete before a process tells the others so."""
 
 
