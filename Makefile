@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test test-tools test-distributed test-torch test-ptx check matrix fuzz sanitize lint docs wheel test-wheel bench bench-peers audit clean \
+.PHONY: train test test-tools test-arm test-distributed test-torch test-ptx check matrix fuzz sanitize lint docs wheel test-wheel bench bench-peers audit clean \
 	gpu gpu-ready gpu-kernels gpu-train gpu-rest gpu-cache
 
 # Trains a small GPT on real text: set-up, then two to three minutes on two cores. A second call goes on
@@ -23,16 +23,22 @@ WORKERS := -n logical --maxprocesses 8
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
 
-# A Chromium and what drives it, for the tests of the server's page, and schemathesis, for those of its protocol:
-# both are skipped where they are missing. Chromium is Debian's; who is not root is told what to install.
-PAGE_TOOLS := chromium fonts-dejavu-core
+# A Chromium and what drives it, for the tests of the server's page; schemathesis, for those of its protocol; a cross
+# compiler and qemu, for those of the loops on Arm CPUs. All are skipped where they are missing. What is Debian's is
+# installed by root; who is not root is told what to install.
+DEBIAN_TOOLS := chromium fonts-dejavu-core g++-aarch64-linux-gnu qemu-user
 test-tools: $(VENV)/ready-test
 	$(PIP) --group tools
-	@if command -v chromium >/dev/null; then :; \
+	@if command -v chromium && command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-		apt-get install -y -qq --no-install-recommends $(PAGE_TOOLS); \
-	else echo "the tests of the server's page need Chromium: as root, apt-get install $(PAGE_TOOLS)"; fi
+		apt-get install -y -qq --no-install-recommends $(DEBIAN_TOOLS); \
+	else echo "some tests need more: as root, apt-get install $(DEBIAN_TOOLS)"; fi
+
+# The C++ loops as compiled for aarch64, on CPUs that qemu emulates: results, and the engine's bits. `make test-tools`
+# installs what they need.
+test-arm: $(VENV)/ready-test
+	GPTFAST_TEST_ARM=1 $(BIN)/python -m pytest --durations=5 tests/test_arm.py tests/test_arm_engine.py
 
 # The long tests of runs of several processes; random ones are killed at random moments, KILLS times each. Some
 # minutes on two cores.
@@ -94,7 +100,7 @@ fuzz: $(VENV)/ready-test
 lint: $(VENV)/ready-lint $(VENV)/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h tests/arm/*.cpp tests/arm/*.h
 	$(BIN)/mypy
 
 # The sdist, and a wheel for this Python and this torch. Other torches bring the libraries that it leaves out. The

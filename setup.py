@@ -53,19 +53,40 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-wid
 PRODUCTS = ("engine_loops.cpp", "matmul_bf16_loops.cpp", "matmul_parts_loops.cpp")
 TILES = (*PRODUCTS, "attention_*_loops.cpp")
 AVX512_BF16 = f"{AVX512} -mavx512vnni -mavx512bf16"
-LEVELS = [Level("generic", ""), Level("amx_emulated", "-DGPTFAST_EMULATED_TILES", TILES)]
-if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS += [
+NEON_DOT = "-march=armv8.2-a+dotprod"
+
+
+def levels_of(machine: str) -> list[Level]:
+    """Return the levels for a machine, as platform.machine() names it."""
+    emulated = Level("amx_emulated", "-DGPTFAST_EMULATED_TILES", TILES)
+    if machine in ("aarch64", "arm64"):
+        return [
+            Level("neon", ""),  # which every such CPU has
+            emulated,
+            Level("neon_dot", NEON_DOT, ("engine_loops.cpp",)),
+            Level("neon_bf16", f"{NEON_DOT}+bf16+i8mm", PRODUCTS),
+        ]
+    if machine not in ("x86_64", "AMD64"):
+        return [Level("generic", ""), emulated]
+    return [
+        Level("generic", ""),
+        emulated,
         Level("avx2", AVX2),
         Level("avx512", AVX512),
         Level("avx512_vnni", f"{AVX512} -mavx512vnni", ("engine_loops.cpp",)),
         Level("avx512_bf16", AVX512_BF16, PRODUCTS),
         Level("amx", f"{AVX512_BF16} -DGPTFAST_TILES", TILES),
     ]
+
+
+LEVELS = levels_of(platform.machine())
 CSRC = Path("csrc")
 TABLE = CSRC / "loops_table.cpp"
 WRAPPERS = sorted({*CSRC.glob("*.cpp")} - {*CSRC.glob("*_loops.cpp"), TABLE})
-FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-fPIC", "-g0"]
+# Apple's compiler knows OpenMP only by its front end; the library is the one that torch brings.
+MACOS = sys.platform == "darwin"
+OPENMP = ["-Xpreprocessor", "-fopenmp"] if MACOS else ["-fopenmp"]
+FLAGS = ["-std=c++20", "-O3", *OPENMP, "-fvisibility=hidden", "-fPIC", "-g0"]
 SANITIZE = []
 if os.environ.get("GPTFAST_SANITIZE") == "1":
     # Python's own flags have -fwrapv, under which a signed overflow is not an error.
@@ -73,6 +94,19 @@ if os.environ.get("GPTFAST_SANITIZE") == "1":
     # -O1 compiles three times as fast as -O3.
     SANITIZE += ["-fno-wrapv", "-g1", "-O1"]
 FLAGS += SANITIZE
+
+
+def loop_flags(level: Level) -> list[str]:
+    """Return what compiles loops for a level, beyond FLAGS."""
+    # No exceptions and no inline std:: code: see csrc/vectors.h.
+    flags = [*level.flags.split(), f"-DGPTFAST_LEVEL={level.namespace}", "-fno-exceptions"]
+    return [*flags, "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+
+
+def loop_sources(level: Level) -> list[Path]:
+    return [TABLE, *(path for loops in level.loops for path in sorted(CSRC.glob(loops)))]
+
+
 SKIPPED = os.environ.get("GPTFAST_SKIP_EXTENSION") == "1"
 OLDEST_TORCH = (2, 11)
 """As in gptfast/torch_private.py."""
@@ -178,12 +212,8 @@ class BuildExtension(build_ext):
             raise CompileError(f"there is no compiler {compiler} (on Debian, apt install g++)")
         jobs = [([source], FLAGS, "wrappers") for source in ext.sources]
         for level in LEVELS:
-            # No exceptions and no inline std:: code: see csrc/vectors.h.
-            flags = [*FLAGS, *level.flags.split(), f"-DGPTFAST_LEVEL={level.namespace}"]
-            flags += ["-fno-exceptions", "-Wno-psabi"]
-            flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-            sources = [TABLE, *(path for loops in level.loops for path in CSRC.glob(loops))]
-            jobs += [([str(path)], flags, level.namespace) for path in sources]
+            flags = [*FLAGS, *loop_flags(level)]
+            jobs += [([str(path)], flags, level.namespace) for path in loop_sources(level)]
 
         def compile(job: tuple[list[str], list[str], str]) -> list[str]:
             sources, flags, folder = job
@@ -211,8 +241,8 @@ def extensions() -> list[Extension]:
         sources=[str(path) for path in WRAPPERS],
         depends=[str(path) for path in CSRC.iterdir()],
         define_macros=[("_GLIBCXX_USE_CXX11_ABI", "1")],  # as torch is built
-        libraries=["c10", "torch", "torch_cpu", "torch_python"],
-        extra_link_args=["-fopenmp", *SANITIZE],
+        libraries=["c10", "torch", "torch_cpu", "torch_python", *(["omp"] if MACOS else [])],
+        extra_link_args=[*([] if MACOS else OPENMP), *SANITIZE],
         language="c++",
     )
     # A failed build must not leave `make sanitize` to the usual one, nor `make wheel` without any.

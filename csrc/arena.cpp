@@ -14,14 +14,14 @@
 namespace gptfast {
 namespace {
 
-constexpr size_t PAGE_BYTES = 4096;
+const size_t PAGE_BYTES = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 constexpr int64_t MIN_ARENA_BYTES = int64_t{1} << 20;  // smaller tensors are torch's
 
 // Blocks are the first fit by address: a step finds the blocks that the last one freed, and the range stays short.
 class Arena final : public c10::Allocator {
  public:
   Arena() {
-    const size_t size = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t size = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * PAGE_BYTES;
     void* start = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start != MAP_FAILED) free_.emplace(static_cast<char*>(start), size);
     // A forked child must not inherit a locked mutex: the thread that would unlock it is not in the child.

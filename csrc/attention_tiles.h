@@ -48,7 +48,7 @@ void tile(int64_t K, const R* a, int64_t a_row_stride, int64_t a_col_stride, con
 template <class R>
 using Tile = void (*)(int64_t, const R*, int64_t, int64_t, const R*, int64_t, R*, int64_t, bool);
 constexpr int MR = 6;
-constexpr int NV = W == 16 ? 4 : 2;  // 24 of 32 or 12 of 16 registers hold the tile
+constexpr int NV = REGISTERS == 32 ? 4 : 2;  // 24 of 32 or 12 of 16 registers hold the tile
 template <class R>
 constexpr Tile<R> tiles[6][4] = {
     {tile<R, 1, 1>, tile<R, 1, 2>, tile<R, 1, 3>, tile<R, 1, 4>},

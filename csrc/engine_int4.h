@@ -20,7 +20,7 @@ struct Int4 {
   }
 
   struct Vectors : Int8Rows<Int8::Quant> {
-    static constexpr int ROWS = W == 16 ? 8 : W == 8 ? 2 : 1;
+    static constexpr int ROWS = W == 16 ? 8 : W == 8 || REGISTERS == 32 ? 2 : 1;
     static constexpr int MIN_ROWS = 1;
     typedef NoScope Scope;
 

@@ -42,21 +42,35 @@ inline RowStats row_stats_of_16_lanes(const float* x, int64_t C, double eps) {
 // While it lives, the thread takes numbers below the smallest normal one for 0, in and out, as tiles and dot products
 // of bf16 always do.
 class WithoutDenormals {
-#ifdef __SSE__
+#if defined(__SSE__) || defined(__aarch64__)
  public:
-  WithoutDenormals() : before_(_mm_getcsr()) { set(before_ | FLUSH_TO_ZERO | DENORMALS_ARE_ZERO); }
+  WithoutDenormals() : before_(control()) { set(before_ | DENORMALS_ARE_ZERO); }
   ~WithoutDenormals() { set(before_); }
   WithoutDenormals(const WithoutDenormals&) = delete;
   WithoutDenormals& operator=(const WithoutDenormals&) = delete;
 
  private:
-  static constexpr unsigned FLUSH_TO_ZERO = 0x8000, DENORMALS_ARE_ZERO = 0x0040;
-  static void set(unsigned control) {
+#ifdef __SSE__
+  static constexpr uint64_t DENORMALS_ARE_ZERO = 0x8000 | 0x0040;  // FTZ and DAZ: out and in
+  static uint64_t control() { return _mm_getcsr(); }
+  static void write(uint64_t control) { _mm_setcsr((unsigned)control); }
+#else
+  // FZ: in and out. A result just below the smallest normal number is 0 here even where it would round up to that
+  // number, which other CPUs return.
+  static constexpr uint64_t DENORMALS_ARE_ZERO = 1 << 24;
+  static uint64_t control() {
+    uint64_t fpcr;
+    asm volatile("mrs %0, fpcr" : "=r"(fpcr));
+    return fpcr;
+  }
+  static void write(uint64_t control) { asm volatile("msr fpcr, %0" ::"r"(control)); }
+#endif
+  static void set(uint64_t control) {
     asm volatile("" ::: "memory");  // what reads and writes numbers stays on its side of the change
-    _mm_setcsr(control);
+    write(control);
     asm volatile("" ::: "memory");
   }
-  const unsigned before_;
+  const uint64_t before_;
 #else
  public:
   WithoutDenormals() {}

@@ -6,7 +6,11 @@
 //
 // With weights in bf16, int8 and int4, those numbers are the same at every instruction-set level too. So the compiler
 // must not fuse a product and a sum where the CPU can: another CPU could not.
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
 #pragma GCC optimize("fp-contract=off")
+#endif
 
 #include <sched.h>
 
@@ -31,8 +35,10 @@ void wait(EngineBarrier& barrier, int64_t threads) {
     return;
   }
   for (int spins = 0; __atomic_load_n(&barrier.phase, __ATOMIC_ACQUIRE) == phase;) {
-#ifdef __x86_64__
+#if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
 #endif
     if (++spins > SPINS_BEFORE_YIELD) sched_yield();  // another process may have the core that a thread needs
   }

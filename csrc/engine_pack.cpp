@@ -143,7 +143,9 @@ Tensor new_bytes(int64_t bytes) {
   void* all = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   TORCH_CHECK(all != MAP_FAILED, "engine: no memory for ", bytes, " bytes; choose a smaller model, dtype or batch");
   auto* start = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(all), HUGE_PAGE));
+#ifdef MADV_HUGEPAGE
   madvise(start, round_up(bytes, HUGE_PAGE), MADV_HUGEPAGE);
+#endif
   return at::from_blob(start, {bytes}, [all, mapped](void*) { munmap(all, mapped); }, at::TensorOptions(at::kByte));
 }
 

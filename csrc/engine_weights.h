@@ -17,6 +17,8 @@ static_assert(PANEL == PANEL_COLUMNS && BF16_BLOCK == BLOCK_TERMS);
 #ifdef GPTFAST_HAS_TILES
 static_assert(ROW_UNIT == TILE_ROWS);
 #endif
+// The rows of inputs whose sums, NV vectors each, fit in the registers.
+constexpr int ROWS_IN_REGISTERS = W == 16 ? 12 : W == 8 ? 3 : REGISTERS == 32 ? 2 : 1;
 // From what is read now to what is prefetched: a page, at whose end the hardware's prefetching stops.
 constexpr int64_t PREFETCH_BYTES = 4096;
 
@@ -42,7 +44,7 @@ struct Fp32 {
   static float weight(const char* panel, int64_t lane, int64_t k) { return ((const float*)panel)[k * PANEL + lane]; }
 
   struct Vectors {
-    static constexpr int ROWS = W == 16 ? 12 : W == 8 ? 3 : 1;  // their sums fit in the registers
+    static constexpr int ROWS = ROWS_IN_REGISTERS;
     static constexpr int MIN_ROWS = 1;
     typedef NoScope Scope;
     static constexpr int64_t BLOCK = 128;       // inputs whose products are added up before they join the sums
@@ -196,13 +198,13 @@ struct Int8 {
     store(sums, fused(__builtin_convertvector(products, vf), splat(scale), load(sums)));
   }
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__aarch64__)
   typedef int8_t Quant;
 #else
   typedef int16_t Quant;
 #endif
   struct Vectors : Int8Rows<Quant> {
-    static constexpr int ROWS = W == 16 ? 12 : W == 8 ? 3 : 1;
+    static constexpr int ROWS = ROWS_IN_REGISTERS;
     static constexpr int MIN_ROWS = 1;
     typedef NoScope Scope;
 
@@ -215,12 +217,16 @@ struct Int8 {
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-          for (int n = 0; n < NV; ++n) parts[m][n] = (vi)splat((uint32_t)scale[m][group].shift);
+          for (int n = 0; n < NV; ++n)
+            parts[m][n] = TAKES_SIGNED_WEIGHTS ? vi{} : (vi)splat((uint32_t)scale[m][group].shift);
         for (int64_t k = 0; k < INT8_GROUP; k += 4, panel += PANEL * 4) {
           prefetch_weights<PANEL * 4>(panel);
           vi w[NV];
 #pragma GCC unroll 8
-          for (int n = 0; n < NV; ++n) w[n] = (vi)load((const float*)panel + n * W);
+          for (int n = 0; n < NV; ++n) {
+            const vu stored = (vu)load((const float*)panel + n * W);
+            w[n] = (vi)(TAKES_SIGNED_WEIGHTS ? stored ^ 0x80808080u : stored);  // - 128, or as it is
+          }
 #pragma GCC unroll 12
           for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -234,8 +240,28 @@ struct Int8 {
       }
     }
 
-    // Adds the products of four inputs with four weights of each output, bytes without a sign.
-#if defined(__AVX512VNNI__)
+    // Adds the products of four inputs with four weights of each output, bytes with or without a sign. int4's weights,
+    // which are small, have the same bytes either way.
+#if defined(__aarch64__) && !defined(__ARM_FEATURE_MATMUL_INT8)
+    static constexpr bool TAKES_SIGNED_WEIGHTS = true;
+#else
+    static constexpr bool TAKES_SIGNED_WEIGHTS = false;
+#endif
+#if defined(__aarch64__)
+    static vi add_four(vi sum, vi w, const Quant* x) {
+      const auto inputs = (int8x16_t)splat(load_as<uint32_t>(x));
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+      return (vi)vusdotq_s32((int32x4_t)sum, (uint8x16_t)w, inputs);
+#elif defined(__ARM_FEATURE_DOTPROD)
+      return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)w, inputs);
+#else
+      // Two products fit in 16 bits: no input is -128.
+      const int16x8_t lower = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8(inputs));
+      const int16x8_t upper = vmull_high_s8((int8x16_t)w, inputs);
+      return (vi)vpadalq_s16((int32x4_t)sum, vpaddq_s16(lower, upper));
+#endif
+    }
+#elif defined(__AVX512VNNI__)
     static vi add_four(vi sum, vi w, const Quant* x) {
       return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(load_as<int>(x)));
     }

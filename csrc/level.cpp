@@ -4,16 +4,32 @@
 #include <stdexcept>
 
 #ifdef __linux__
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#ifdef __APPLE__
+#include <sys/sysctl.h>
 #endif
 
 namespace gptfast {
 
 // The tables of loops_table.cpp.
+#if defined(__aarch64__)
+namespace neon {
+extern const Loops loops;
+}
+namespace neon_dot {
+extern const Loops loops;
+}
+namespace neon_bf16 {
+extern const Loops loops;
+}
+#else
 namespace generic {
 extern const Loops loops;
 }
+#endif
 #ifdef __x86_64__
 namespace avx2 {
 extern const Loops loops;
@@ -83,7 +99,40 @@ MatrixEngine asked_matrix_engine() {
   return answer;
 }
 
-std::vector<Level> find_levels() {
+#ifdef __aarch64__
+
+// What an Arm CPU may have beyond NEON.
+struct ArmFeatures {
+  bool dot_products, bf16, int8_matrices;
+};
+
+ArmFeatures arm_features() {
+#if defined(__APPLE__)
+  const auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_BF16"), has("hw.optional.arm.FEAT_I8MM")};
+#elif defined(__linux__)
+  // By number: older headers have no names for them.
+  const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  return {(first >> 20 & 1) != 0, (second >> 14 & 1) != 0, (second >> 13 & 1) != 0};
+#else
+  return {};
+#endif
+}
+
+std::vector<Level> all_levels() {
+  const ArmFeatures has = arm_features();
+  return {{"neon", true, neon::loops},
+          {"neon_dot", has.dot_products, neon_dot::loops},
+          {"neon_bf16", has.bf16 && has.int8_matrices, neon_bf16::loops}};
+}
+
+#else
+
+std::vector<Level> all_levels() {
   std::vector<Level> levels = {{"default", true, generic::loops}};
 #ifdef __x86_64__
   __builtin_cpu_init();
@@ -96,6 +145,14 @@ std::vector<Level> find_levels() {
   levels.push_back({"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0, avx512_bf16::loops});
   levels.push_back({"amx", asked_matrix_engine() == MatrixEngine::granted, amx::loops});
 #endif
+  return levels;
+}
+
+#endif
+
+// Returns the levels up to the first one that this CPU does not have.
+std::vector<Level> find_levels() {
+  std::vector<Level> levels = all_levels();
   size_t n = 1;
   for (; n < levels.size() && levels[n].cpu_has; ++n) fill_holes(levels[n].loops, levels[n - 1].loops);
   levels.resize(n);

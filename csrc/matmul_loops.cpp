@@ -11,8 +11,8 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-constexpr int NV = 3;                // with MR: 24 of 32 or 12 of 16 registers hold the tile
-constexpr int MR = W == 16 ? 8 : 4;  // 8 x 48 divides every width of GPT-2's layers
+constexpr int NV = 3;                        // with MR: 24 of 32 or 12 of 16 registers hold the tile
+constexpr int MR = REGISTERS == 32 ? 8 : 4;  // 8 x 48 divides every width of GPT-2's layers
 constexpr int64_t NR = NV * W;
 constexpr int64_t KC = 256;
 constexpr int64_t MC = 96;

@@ -17,6 +17,11 @@ static inline vf multiply_add(vf a, vf b, vf c) { return fused(a, b, c); }
 static inline vf fused(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 static inline vf multiply_add(vf a, vf b, vf c) { return fused(a, b, c); }
 
+#elif defined(__aarch64__)
+
+static inline vf fused(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+static inline vf multiply_add(vf a, vf b, vf c) { return fused(a, b, c); }
+
 #else
 
 // In fp64 the product is exact. So that the second rounding, to fp32, is right, the first one goes to the neighbour

@@ -122,11 +122,11 @@ struct PanelProduct {
 struct NoScope {};
 
 struct PanelProduct {
-  static constexpr int NV = 3, MR = W == 16 ? 8 : 4;  // as in matmul_loops.cpp
+  static constexpr int NV = 3, MR = REGISTERS == 32 ? 8 : 4;  // as in matmul_loops.cpp
   static constexpr int64_t ROWS = MR, COLUMNS = NV * W, A_FLOATS = ROWS, B_FLOATS = COLUMNS;
   typedef NoScope Scope;
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
   typedef Pairs Unit;
   static constexpr int64_t KC = 512;
   static constexpr int MAX_PARTS = 1;
@@ -141,12 +141,18 @@ struct PanelProduct {
       for (int n = 0; n < NV; ++n) row[n] = load(b + n * W);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
-        const __m512bh pair = (__m512bh)_mm512_set1_ps(a[m]);
 #pragma GCC unroll 3
-        for (int n = 0; n < NV; ++n)
-          acc[m][n] = (vf)_mm512_dpbf16_ps((__m512)acc[m][n], (__m512bh)(__m512)row[n], pair);
+        for (int n = 0; n < NV; ++n) acc[m][n] = add_pairs(acc[m][n], row[n], a + m);
       }
     }
+  }
+  // Adds the products of the pairs of a row with the pair at a.
+  static vf add_pairs(vf sum, vf row, const float* a) {
+#ifdef __AVX512BF16__
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512)row, (__m512bh)_mm512_set1_ps(*a));
+#else
+    return (vf)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)row, (bfloat16x8_t)vld1q_dup_f32(a));
+#endif
   }
 #else
   typedef Widened Unit;

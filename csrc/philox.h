@@ -34,6 +34,8 @@ static inline vq multiply_low(vq a, uint32_t constant) {
   return (vq)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(constant));
 #elif defined(__SSE2__)
   return (vq)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(constant));
+#elif defined(__aarch64__)
+  return (vq)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(constant));
 #else
   return (a & 0xFFFFFFFFu) * constant;
 #endif

@@ -44,7 +44,7 @@ struct Chains {
   // Returns which term is in the lower or upper half of each of the 16 pairs of a row of inputs.
   static constexpr int term(int pair, bool upper) { return pair % STEPS * 4 + (upper ? 0 : 2) + pair / STEPS; }
 
-  static vf add_product(vf sum, Number input, Number weights) {
+  static vf add_product(vf sum, Number input, Number weights, int) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)input);
   }
   static Number input(const char* block, int chain, int step) {
@@ -71,6 +71,29 @@ struct Chains {
   typedef uint16_t vh_pairs __attribute__((vector_size(4 * W)));
 };
 
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+
+// `bfmlalb` multiplies the lower halves of pairs, `bfmlalt` the upper ones, and each rounds once: a step of the even or
+// of the odd chain, of pairs as they lie in memory. (`bfdot`, which takes both, rounds otherwise.)
+struct Chains {
+  typedef vu Number;
+  static constexpr int STEPS = 16;
+  static constexpr int64_t INPUT_BYTES = 64;  // of a block
+
+  static vf add_product(vf sum, Number input, Number weights, int chain) {
+    const auto w = (bfloat16x8_t)weights, x = (bfloat16x8_t)input;
+    return chain ? (vf)vbfmlaltq_f32((float32x4_t)sum, w, x) : (vf)vbfmlalbq_f32((float32x4_t)sum, w, x);
+  }
+  static Number input(const char* block, int, int step) {
+    uint32_t pair;
+    memcpy(&pair, block + step * 4, sizeof pair);
+    return splat(pair);
+  }
+  static Number weights_of(const char* block, int, int step) { return load_pairs(block + step * PANEL_COLUMNS * 4); }
+  static vu regrouped(const bf16* x, int pair) { return load_pairs((const char*)(x + 2 * pair)); }
+  static void store_inputs(char* block, int pair, vu pairs) { store_pairs(block + pair * 4, pairs); }
+};
+
 #else
 
 // Multiply-adds of numbers widened to fp32. Fused or not, their bits are the same: a product of two bf16 is exact.
@@ -79,7 +102,7 @@ struct Chains {
   static constexpr int STEPS = 16;
   static constexpr int64_t INPUT_BYTES = 128;  // of a block
 
-  static vf add_product(vf sum, Number input, Number weights) { return multiply_add(input, weights, sum); }
+  static vf add_product(vf sum, Number input, Number weights, int) { return multiply_add(input, weights, sum); }
   static Number input(const char* block, int chain, int step) {
     return splat(((const float*)block)[chain * STEPS + step]);
   }
@@ -99,9 +122,9 @@ struct Chains {
 
 // Products by vectors: any number of rows up to ROWS, which is the fastest.
 struct VectorProducts {
-  static constexpr int ROWS = W == 16 ? 8 : 6;  // two chains of these rows keep the multipliers busy
+  static constexpr int ROWS = REGISTERS == 32 ? 8 : 6;  // two chains of these rows keep the multipliers busy
   // Up to this number, the registers hold the sums of both chains, which reads each part of a panel once.
-  static constexpr int MAX_ROWS_OF_TWO_CHAINS = W == 16 ? 4 : 2;
+  static constexpr int MAX_ROWS_OF_TWO_CHAINS = REGISTERS == 32 ? 4 : 2;
   static constexpr int64_t INPUT_BYTES = Chains::INPUT_BYTES;
 
   // Writes a block of a row of inputs: its 32 terms are at x.
@@ -148,7 +171,7 @@ struct VectorProducts {
           const Chains::Number input = Chains::input(rows.data + m * rows.row_bytes, chain, step);
 #pragma GCC unroll 2
           for (int n = 0; n < NV; ++n)
-            sum[chain - FIRST][m][n] = Chains::add_product(sum[chain - FIRST][m][n], input, weights[n]);
+            sum[chain - FIRST][m][n] = Chains::add_product(sum[chain - FIRST][m][n], input, weights[n], chain);
         }
       }
     }
@@ -164,7 +187,7 @@ struct VectorProducts {
   template <int M, int64_t PREFETCH>
   static void add_block(ProductSums sums, const ProductRows& rows, const char* panel) {
     // Rearranging terms costs least where both chains share it.
-    if constexpr (W == 16 && M > MAX_ROWS_OF_TWO_CHAINS) {
+    if constexpr (REGISTERS == 32 && M > MAX_ROWS_OF_TWO_CHAINS) {
       constexpr int FIRST = MAX_ROWS_OF_TWO_CHAINS;
       add_block<FIRST, PREFETCH>(sums, rows, panel);
       add_block<M - FIRST, 0>({sums.data + FIRST * sums.row_stride, sums.row_stride},

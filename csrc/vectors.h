@@ -12,20 +12,25 @@
 
 #include <utility>
 
-#ifdef __x86_64__
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "loops.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 
+// The lanes of a vector, and the number of vectors that the registers hold.
 #if defined(__AVX512F__)
-constexpr int W = 16;
+constexpr int W = 16, REGISTERS = 32;
 #elif defined(__AVX2__)
-constexpr int W = 8;
+constexpr int W = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int W = 4, REGISTERS = 32;
 #else
-constexpr int W = 4;
+constexpr int W = 4, REGISTERS = 16;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * W)));
@@ -113,6 +118,8 @@ static inline vf sum_each(vf* x) {
 static inline bool any(vi mask) {  // each lane is 0 or -1
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
 #else
   return sum(mask) != 0;
 #endif
@@ -131,18 +138,24 @@ static inline vh narrow(vu x) { return (vh)_mm512_cvtepi32_epi16((__m512i)x); }
 #elif defined(__AVX2__)
 static inline vu widen(vh x) { return (vu)_mm256_cvtepu16_epi32((__m128i)x); }
 static inline vh narrow(vu x) { return __builtin_convertvector(x, vh); }
+#elif defined(__aarch64__)
+static inline vu widen(vh x) { return (vu)vmovl_u16((uint16x4_t)x); }
+static inline vh narrow(vu x) { return (vh)vmovn_u32((uint32x4_t)x); }
 #else
 static inline vu widen(vh x) { return __builtin_convertvector(x, vu); }
 static inline vh narrow(vu x) { return __builtin_convertvector(x, vh); }
 #endif
 
-// Conversions between fp16 and fp32: by F16C where the level has it, else on the bits, rounding to nearest even.
+// Conversions between fp16 and fp32: by the CPU where the level can, else on the bits, rounding to nearest even.
 #if defined(__AVX512F__)
 static inline vf widen_half(vh x) { return (vf)_mm512_cvtph_ps((__m256i)x); }
 static inline vh narrow_half(vf x) { return (vh)_mm512_cvtps_ph((__m512)x, 0); }
 #elif defined(__AVX2__)
 static inline vf widen_half(vh x) { return (vf)_mm256_cvtph_ps((__m128i)x); }
 static inline vh narrow_half(vf x) { return (vh)_mm256_cvtps_ph((__m256)x, 0); }
+#elif defined(__aarch64__)
+static inline vf widen_half(vh x) { return (vf)vcvt_f32_f16((float16x4_t)x); }
+static inline vh narrow_half(vf x) { return (vh)vcvt_f16_f32((float32x4_t)x); }
 #else
 static inline vf widen_half(vh x) {
   const vu bits = widen(x), sign = (bits & 0x8000u) << 16, rest = (bits & 0x7FFFu) << 13;

@@ -58,7 +58,7 @@ if EXTENSION is not None:
     EXTENSION.set_matmul_provider(PRODUCTS)
 ENGINE_LEVELS = EXTENSION.build_info()["isa_supported"] if EXTENSION else []
 # The operations have kernels for these levels only.
-LEVELS = [level for level in ENGINE_LEVELS if level in ("default", "avx2", "avx512")]
+LEVELS = [level for level in ENGINE_LEVELS if level in ("default", "avx2", "avx512", "neon")]
 _SKIPPED = pytest.param("cpp", marks=pytest.mark.skip(f"the C++ extension is not built: {MISSING}"))
 
 

@@ -505,7 +505,7 @@ print(ops.cross_entropy(logits, target).item())
     assert result.returncode != 0 and result.stdout == "1.3862943649291992\n"
     assert "Warning" not in result.stderr
     assert (
-        "'sve2' is not one this CPU has (unset GPTFAST_ISA or choose one of: default"
+        f"'sve2' is not one this CPU has (unset GPTFAST_ISA or choose one of: {ENGINE_LEVELS[0]}"
         in result.stderr.splitlines()[-1]
     )
 
