@@ -464,3 +464,25 @@ def test_llama_cpp_has_the_same_ids(llama: Any, kind: str, tmp_path: Path) -> No
         assert plain == tokenizer.encode(text)
         allowed = theirs.tokenize(text.encode(), add_bos=True, special=True)
         assert allowed == tokenizer.encode(text, "all")
+
+
+@pytest.mark.parametrize("file_type", ["MOSTLY_Q4_K_M", "MOSTLY_Q2_K"])
+def test_what_llama_cpp_quantises_is_read(llama: Any, file_type: str, tmp_path: Path) -> None:
+    """Types of 256 numbers at a time, of which a file has several."""
+    import ctypes
+
+    import llama_cpp
+
+    # Smaller weights: 256 of the others would make a rounding grow from layer to layer.
+    source = write(byte_model(n_embd=256, std=0.05), tmp_path / "m.gguf")
+    path = tmp_path / "k.gguf"
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = int(gguf.LlamaFileType[file_type]), 1
+    paths = (str(file).encode() for file in (source, path))
+    assert llama_cpp.llama_model_quantize(*paths, ctypes.byref(options)) == 0
+    theirs = llama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    ids = list(range(60, 100))
+    theirs.eval(ids)
+    logits = GPT.from_pretrained(path)(torch.tensor([ids]))[0].detach().numpy()
+    error = np.abs(np.array(theirs.scores[:40]) - logits).max() / np.abs(logits).max()
+    assert error < 10 / 254, error  # inputs are rounded to 8 bits, as for q8_0

@@ -164,6 +164,8 @@ class Convert:
                 eos_ids=model.eos_ids,
             )
         form = self.to or format_of(self.dst)
+        if form == "onnx":  # which gptfast itself does not read
+            return ["the file holds no vocabulary: convert to a directory too, which has it"]
         return [] if form == "transformers" else _what_is_left(model)
 
     def _save_gguf(self, model: GPT) -> list[str]:
