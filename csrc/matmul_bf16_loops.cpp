@@ -29,8 +29,14 @@ struct Bf16Product : PanelProduct {
     else
       round_and_pack((const float*)args.b + start, columns, K, to);
   }
-  // Packs numbers of fp32, rounded in memory that stays in the cache; strides that are no power of two spread it there.
   void round_and_pack(const float* x, int64_t columns, int64_t K, float* to) const {
+    if constexpr (UNIT == 1)
+      pack<COLUMNS, Rounded>(x, args.b_col_stride, args.b_row_stride, columns, K, to);
+    else
+      round_apart_and_pack(x, columns, K, to);
+  }
+  // Rounds in memory that stays in the cache; strides that are no power of two spread it there.
+  void round_apart_and_pack(const float* x, int64_t columns, int64_t K, float* to) const {
     constexpr int64_t TERM_STRIDE = COLUMNS, COLUMN_STRIDE = KC + 32;
     bf16 rounded[COLUMNS * COLUMN_STRIDE];
     if (args.b_col_stride == 1) {

@@ -25,6 +25,23 @@ struct Widened {
   }
   static vf numbers(const bf16* x) { return load(x); }
 };
+// fp32, rounded to bf16.
+struct Rounded {
+  typedef float T;
+  static constexpr int64_t TERMS = 1;
+  static float number(const float* x, int64_t, int64_t) {
+    uint32_t bits;
+    memcpy(&bits, x, 4);
+    bits = *x == *x ? (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u : 0x7FC00000u;
+    float rounded;
+    memcpy(&rounded, &bits, 4);
+    return rounded;
+  }
+  static vf numbers(const float* p) {
+    const vf x = load(p);
+    return (vf)(x == x ? round_bits(x) & 0xFFFF0000u : splat(0x7FC00000u));
+  }
+};
 // Pairs of bf16: the lower half of a number has the term with the lower index. The last pair of an odd number of terms
 // ends in 0.
 struct Pairs {

@@ -156,7 +156,7 @@ struct PanelProduct {
   }
 #else
   typedef Widened Unit;
-  static constexpr int64_t KC = 256;
+  static constexpr int64_t KC = 192;
   static constexpr int MAX_PARTS = 0;
 
   [[gnu::always_inline]] static inline void add_products(vf (&acc)[MR][NV], int64_t units, const float* a,
