@@ -281,7 +281,7 @@ def print_step(shape: Shape) -> None:
     print(f"of two together {both:.2f} s: {one / both:.3f}")
 
 
-def print_speed(shape: Shape, seconds: float = 100.0) -> None:
+def print_speed(shape: Shape, seconds: float) -> None:
     """Print the tokens per second of two processes of one thread and of one of two, in turn."""
     teams = {"two processes": Team(2, 1, shape), "one process": Team(1, 2, shape)}
     times: dict[str, list[float]] = {name: [] for name in teams}
@@ -338,7 +338,7 @@ def main() -> None:
         print_step((fields, *args.step, 1))
         return
     if args.speed:
-        print_speed((fields, *args.speed, 1))
+        print_speed((fields, *args.speed, 1), 30.0 if args.small else 100.0)
         return
     args.trace.parent.mkdir(parents=True, exist_ok=True)
     team = Team(2, 1, SMALL, str(args.trace))
