@@ -41,6 +41,11 @@ bool is_intel() {
 
 constexpr int64_t AVX512_FLOATS = 16;  // in a vector
 constexpr int64_t MIN_SIZE = 32;       // of M, N and K: for a smaller product, packing costs more than it gains
+// The same of products by 1, 2 and 3 bf16 parts. Counted, not measured, in cycles of a core: M N K products take 1/32
+// each in fp32, and 1/224 for each of 1, 3 or 6 products of parts, by the rates of whole products on tiles and MKL's.
+// To split and pack a number takes 0.2 more for each part, to finish a sum 0.2. So three parts gain where M N K (1/32 -
+// 6/224) > 0.5 (M K + K N) + 0.2 M N: from 270 on if M = N = K, two parts from 50 on, one from 15 on.
+constexpr int64_t MIN_SIZE_BY_PARTS[] = {0, MIN_SIZE, 64, 256};
 
 std::optional<bool>& chosen_by_user() {
   static std::optional<bool> use_own;
@@ -51,35 +56,43 @@ bool use_own_fp32() {
   return chosen_by_user().value_or(loops().matmul->vector_floats >= AVX512_FLOATS && !library_is_fast);
 }
 
-// Returns the number of bf16 parts that make an fp32 number as exact as PyTorch's setting for CPUs asks for.
-// torch.backends.mkldnn.matmul.fp32_precision sets it too.
-int parts_asked_for() {
-  switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL)) {
-    case at::Float32Precision::TF32:  // "high"
-      return 2;
-    case at::Float32Precision::BF16:  // "medium"
-      return 1;
-    default:
-      return 3;
-  }
+// The loops of products by bf16 parts and the number of parts, or no loops where such products are slower.
+struct Parts {
+  const MatmulPartsLoops* loops;
+  int n;
+};
+Parts parts_in_use() {
+  const MatmulPartsLoops* parts = loops().matmul_parts;
+  const int n = parts_asked_for();
+  return chosen_by_user().value_or(true) && n <= parts->max_parts ? Parts{parts, n} : Parts{};
 }
-bool use_parts() { return chosen_by_user().value_or(true) && parts_asked_for() <= loops().matmul_parts->max_parts; }
 
 bool is_fp32_or_bf16(const Tensor& t) { return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16; }
 
 enum class Product { library, fp32, bf16, parts };
 
-Product choose_product(const Tensor& out, const Tensor& a, const Tensor& b) {
-  if (std::min({a.size(0), a.size(1), b.size(1)}) < MIN_SIZE) return Product::library;
+// The parts are read once, here: another thread may change the level or PyTorch's setting at any time.
+struct Choice {
+  Product product;
+  Parts parts = {};
+};
+
+Choice choose_product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  const int64_t size = std::min({a.size(0), a.size(1), b.size(1)});
+  if (size < MIN_SIZE) return {Product::library};
   switch (a.scalar_type()) {
-    case at::kFloat:
-      if (b.scalar_type() != at::kFloat || out.scalar_type() != at::kFloat) return Product::library;
-      return use_parts() ? Product::parts : use_own_fp32() ? Product::fp32 : Product::library;
-    case at::kBFloat16:
-      return is_fp32_or_bf16(b) && is_fp32_or_bf16(out) && chosen_by_user().value_or(true) ? Product::bf16
-                                                                                           : Product::library;
+    case at::kFloat: {
+      if (b.scalar_type() != at::kFloat || out.scalar_type() != at::kFloat) return {Product::library};
+      const Parts parts = parts_in_use();
+      if (parts.loops && (chosen_by_user() || size >= MIN_SIZE_BY_PARTS[parts.n])) return {Product::parts, parts};
+      return {use_own_fp32() ? Product::fp32 : Product::library};
+    }
+    case at::kBFloat16: {
+      const bool own = is_fp32_or_bf16(b) && is_fp32_or_bf16(out) && chosen_by_user().value_or(true);
+      return {own ? Product::bf16 : Product::library};
+    }
     default:
-      return Product::library;
+      return {Product::library};
   }
 }
 
@@ -124,8 +137,8 @@ void multiply_fp32(const Tensor& out, const Tensor& a, const Tensor& b, const Te
 }
 
 // bias and residual may be undefined.
-void multiply_parts(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& residual,
-                    bool accumulate) {
+void multiply_parts(const Parts& parts, const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias,
+                    const Tensor& residual, bool accumulate) {
   MatmulPartsArgs args{a.size(0),
                        b.size(1),
                        a.size(1),
@@ -141,8 +154,8 @@ void multiply_parts(const Tensor& out, const Tensor& a, const Tensor& b, const T
   args.residual = residual.defined() ? residual.const_data_ptr<float>() : nullptr;
   args.residual_row_stride = residual.defined() ? residual.stride(0) : 0;
   args.accumulate = accumulate;
-  args.parts = std::min(parts_asked_for(), loops().matmul_parts->max_parts);
-  multiply(*loops().matmul_parts, args);
+  args.parts = parts.n;
+  multiply(*parts.loops, args);
 }
 
 // out and b are bf16 or fp32. bias and residual may be undefined; residual has out's dtype.
@@ -201,7 +214,18 @@ Tensor contiguous(const Tensor& t, at::ScalarType dtype) { return t.defined() ? 
 
 }  // namespace
 
-const char* matmul_provider() { return use_parts() || use_own_fp32() ? "gptfast" : "library"; }
+int parts_asked_for() {
+  switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL)) {
+    case at::Float32Precision::TF32:  // "high"
+      return 2;
+    case at::Float32Precision::BF16:  // "medium"
+      return 1;
+    default:
+      return 3;
+  }
+}
+
+const char* matmul_provider() { return parts_in_use().loops || use_own_fp32() ? "gptfast" : "library"; }
 
 void set_matmul_provider(const std::string& name) {
   TORCH_CHECK_VALUE(name == "gptfast" || name == "library" || name.empty(),
@@ -212,13 +236,14 @@ void set_matmul_provider(const std::string& name) {
 void matmul(const Tensor& out, const Tensor& a, const Tensor& b_in, const Tensor& bias_in, bool accumulate) {
   const at::AutoDispatchBelowAutograd guard;
   const Tensor bias = contiguous(bias_in, a.scalar_type());
-  switch (choose_product(out, a, b_in)) {
+  const Choice choice = choose_product(out, a, b_in);
+  switch (choice.product) {
     case Product::fp32:
       return multiply_fp32(out, a, b_in, bias, accumulate);
     case Product::bf16:
       return multiply_bf16(out, a, b_in, bias, {}, accumulate);
     case Product::parts:
-      return multiply_parts(out, a, b_in, bias, {}, accumulate);
+      return multiply_parts(choice.parts, out, a, b_in, bias, {}, accumulate);
     case Product::library:
       break;
   }
@@ -244,9 +269,10 @@ void linear(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& b
   if (!residual.defined()) return matmul(out, a, b, bias_in);
   const at::AutoDispatchBelowAutograd guard;
   const Tensor bias = contiguous(bias_in, a.scalar_type());
-  const Product product = choose_product(out, a, b);
-  if (product == Product::bf16) return multiply_bf16(out, a, b, bias, contiguous_rows(residual), false);
-  if (product == Product::parts) return multiply_parts(out, a, b, bias, contiguous_rows(residual), false);
+  const Choice choice = choose_product(out, a, b);
+  if (choice.product == Product::bf16) return multiply_bf16(out, a, b, bias, contiguous_rows(residual), false);
+  if (choice.product == Product::parts)
+    return multiply_parts(choice.parts, out, a, b, bias, contiguous_rows(residual), false);
   Tensor to = out;
   if (bias.defined())
     at::add_out(to, residual, bias);

@@ -18,6 +18,10 @@ void matmul(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, con
 void linear(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias,
             const at::Tensor& residual);
 
+// Returns the number of bf16 parts, 1 to 3, that make an fp32 number as exact as PyTorch's setting for CPUs asks for:
+// that of torch.set_float32_matmul_precision, or of torch.backends.mkldnn.matmul.fp32_precision.
+int parts_asked_for();
+
 // Returns who multiplies fp32 matrices: "gptfast" or "library".
 const char* matmul_provider();
 

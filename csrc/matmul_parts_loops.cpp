@@ -4,7 +4,7 @@
 //
 // Numbers are multiplied by 2^24 before they are split, so that no part is below the smallest normal number, which
 // tiles take for 0. A number so large that a part or a sum is inf or NaN, or that is so itself, makes sums that are not
-// finite; the tile of C is then computed once more, by products in fp32.
+// finite; these sums are then computed once more, by products in fp32. The others keep their bits.
 #include "blocked_product.h"
 #include "panels_bf16.h"
 
@@ -68,7 +68,7 @@ struct PartsProduct : PanelProduct {
       infinite |= ~(sum - sum == 0.0f);
       store(sums + i, sum * UNSCALE);
     }
-    if (any(infinite)) multiply_fp32(m, n, rows, columns, sums);
+    if (any(infinite)) replace_infinite(m, n, rows, columns, sums);
     store_tile<float, COLUMNS>(args, m, n, rows, columns, sums);
   }
 
@@ -88,6 +88,16 @@ struct PartsProduct : PanelProduct {
     }
     for (int64_t k = 0; k < K; ++k) split<PARTS>(x + k * x_k, x_p, n, parts + k * n, n * K);
     return {1, n};
+  }
+
+  // Replaces the sums that are not finite by those of products in fp32.
+  void replace_infinite(int64_t m, int64_t n, int64_t rows, int64_t columns, float* sums) const {
+    alignas(64) float fp32[ROWS * COLUMNS];
+    multiply_fp32(m, n, rows, columns, fp32);
+    for (int64_t i = 0; i < ROWS * COLUMNS; i += W) {
+      const vf sum = load(sums + i);
+      store(sums + i, sum - sum == 0.0f ? sum : load(fp32 + i));
+    }
   }
 
   // Sets sums to the product in fp32.
@@ -122,9 +132,14 @@ void run_parts(const MatmulPartsArgs& args, int64_t m0, int64_t m1, int64_t n0, 
 // Computes rows m0 .. m1 and columns n0 .. n1 of C.
 void run(const MatmulPartsArgs& args, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   if (m0 >= m1 || n0 >= n1) return;
-  if (args.parts == 1) run_parts<1>(args, m0, m1, n0, n1);
-  if (args.parts == 2) run_parts<2>(args, m0, m1, n0, n1);
-  if (args.parts == 3) run_parts<3>(args, m0, m1, n0, n1);
+  switch (args.parts) {
+    case 1:
+      return run_parts<1>(args, m0, m1, n0, n1);
+    case 2:
+      return run_parts<2>(args, m0, m1, n0, n1);
+    case 3:
+      return run_parts<3>(args, m0, m1, n0, n1);
+  }
 }
 
 }  // namespace

@@ -2,9 +2,9 @@
 // of pairs, or products in fp32 of numbers that are widened as they are packed.
 #pragma once
 
+#include "four_tiles.h"
 #include "panels.h"
 #include "tile.h"
-#include "tiles.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 
@@ -16,7 +16,7 @@ namespace gptfast::GPTFAST_LEVEL {
 struct PanelProduct {
   static constexpr int64_t ROWS = 2 * TILE_ROWS, COLUMNS = 2 * TILE_ROWS, UNIT = 32, KC = 512;
   static constexpr int64_t TILE_FLOATS = TILE_ROWS * TILE_BYTES / 4;
-  static constexpr int64_t A_FLOATS = 2 * TILE_FLOATS, B_FLOATS = 2 * TILE_FLOATS;
+  static constexpr int64_t A_FLOATS = 2 * TILE_FLOATS, B_FLOATS = A_FLOATS;
   // Six products of bf16 take less time than one of fp32. (By their rates, 7 to 1: not measured with these loops.)
   static constexpr int MAX_PARTS = 3;
   typedef TileScope Scope;
@@ -40,66 +40,18 @@ struct PanelProduct {
   static void multiply(int64_t units, const float* a, const float* b, float* sums, bool accumulate) {
     multiply_parts<1>(units, a, b, sums, accumulate);
   }
-  // Panels of PARTS parts, one after the other. The products are in an order in which few tiles are loaded twice.
+  // Panels of PARTS parts, one after the other.
   template <int PARTS>
   static void multiply_parts(int64_t units, const float* a, const float* b, float* sums, bool accumulate) {
-    const int64_t part = units * A_FLOATS, half = units * TILE_FLOATS;
-    load_sums(sums, accumulate);
-    for (int64_t u = 0; u < units; ++u, a += TILE_FLOATS, b += TILE_FLOATS) {
-      if constexpr (PARTS == 1) {
-        add_product<true, true>(a, b, half);
-      } else if constexpr (PARTS == 2) {
-        add_product<true, true>(a, b + part, half);
-        add_product<false, true>(a, b, half);
-        add_product<true, false>(a + part, b, half);
-      } else {
-        static_assert(PARTS == 3);
-        add_product<true, true>(a, b + 2 * part, half);
-        add_product<false, true>(a, b + part, half);
-        add_product<true, false>(a + part, b + part, half);
-        add_product<false, true>(a + part, b, half);
-        add_product<true, false>(a + 2 * part, b, half);
-        add_product<true, false>(a, b, half);
-      }
-    }
-    store_sums(sums);
+    const int64_t part_bytes = units * A_FLOATS * 4, half_bytes = units * TILE_FLOATS * 4;
+    load_four_tiles(sums, COLUMNS, accumulate);
+    for (int64_t u = 0; u < units; ++u, a += TILE_FLOATS, b += TILE_FLOATS)
+      add_products_of_parts<PARTS>({(const char*)a, half_bytes, TILE_BYTES, part_bytes},
+                                   {(const char*)b, half_bytes, TILE_BYTES, part_bytes});
+    store_four_tiles(sums, COLUMNS);
   }
 
  private:
-  static constexpr int64_t SUMS_BYTES = COLUMNS * 4, SUMS_HALF = COLUMNS / 2, SUMS_LOWER = TILE_ROWS * COLUMNS;
-
-  static void load_sums(const float* sums, bool accumulate) {
-    if (accumulate) {
-      tile_load<0>(sums, SUMS_BYTES);
-      tile_load<1>(sums + SUMS_HALF, SUMS_BYTES);
-      tile_load<2>(sums + SUMS_LOWER, SUMS_BYTES);
-      tile_load<3>(sums + SUMS_LOWER + SUMS_HALF, SUMS_BYTES);
-    } else {
-      tile_zero<0>();
-      tile_zero<1>();
-      tile_zero<2>();
-      tile_zero<3>();
-    }
-  }
-  static void store_sums(float* sums) {
-    tile_store<0>(sums, SUMS_BYTES);
-    tile_store<1>(sums + SUMS_HALF, SUMS_BYTES);
-    tile_store<2>(sums + SUMS_LOWER, SUMS_BYTES);
-    tile_store<3>(sums + SUMS_LOWER + SUMS_HALF, SUMS_BYTES);
-  }
-  // Adds the product of a unit of A and of B. Of what is not NEW, the tiles are loaded already. The two tiles of a unit
-  // are `half` apart.
-  template <bool NEW_A, bool NEW_B>
-  static void add_product(const float* a, const float* b, int64_t half) {
-    if constexpr (NEW_A) tile_load<4>(a, TILE_BYTES);
-    if constexpr (NEW_B) tile_load<6>(b, TILE_BYTES);
-    tile_dot_bf16<0, 4, 6>();
-    if constexpr (NEW_B) tile_load<7>(b + half, TILE_BYTES);
-    tile_dot_bf16<1, 4, 7>();
-    if constexpr (NEW_A) tile_load<5>(a + half, TILE_BYTES);
-    tile_dot_bf16<2, 5, 6>();
-    tile_dot_bf16<3, 5, 7>();
-  }
   static void pack_tile(const bf16* x, int64_t x_p, int64_t x_k, int64_t rows, int64_t K, float* to) {
     if (x_k == 1 && rows == TILE_ROWS && K == UNIT) {
       for (int64_t p = 0; p < TILE_ROWS; ++p) memcpy(to + p * UNIT / 2, x + p * x_p, TILE_BYTES);

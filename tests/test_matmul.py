@@ -308,6 +308,34 @@ def test_fp32_numbers_without_parts(level: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("level", TILES, indirect=True)
+def test_a_number_without_parts_changes_only_its_row_or_column(level: str, precision: str) -> None:
+    x, weight = torch.randn(40, 70), torch.randn(50, 70)
+    before = ours(x, weight)
+    x[3, 5], weight[20, 9] = 3e38, -3e38
+    y, exact = ours(x, weight), F.linear(x.double(), weight.double())
+    others = torch.ones_like(y, dtype=torch.bool)
+    others[3], others[:, 20] = False, False
+    assert torch.equal(y[others], before[others])
+    torch.testing.assert_close(y[~others], exact[~others].float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("level", TILES[:1], indirect=True)
+@pytest.mark.parametrize(("setting", "smallest"), [("highest", 256), ("high", 64), ("medium", 32)])
+def test_small_products_are_not_by_parts(level: str, setting: str, smallest: int) -> None:
+    """By itself, the choice between parts and fp32 depends on the sizes."""
+
+    def is_by_parts(n: int) -> bool:
+        x, weight = torch.randn(n, 256), torch.randn(256, 256)
+        return torch.equal(ours(x, weight), tile_parts_product(x, weight.T, setting))
+
+    EXTENSION.set_matmul_provider("")
+    torch.set_float32_matmul_precision(setting)
+    found = is_by_parts(smallest - 1), is_by_parts(smallest)
+    torch.set_float32_matmul_precision("highest")
+    assert found == (False, True)
+
+
+@pytest.mark.parametrize("level", TILES, indirect=True)
 def test_fp32_by_parts_on_any_number_of_threads(level: str) -> None:
     x, weight = torch.randn(131, 300), torch.randn(97, 300)
     x[100, 7] = float("inf")

@@ -231,6 +231,28 @@ def test_matmul_precision_lasts_as_long_as_its_context() -> None:
     assert torch.get_float32_matmul_precision() == before
 
 
+def test_matmul_precision_leaves_what_was_inherited_inherited() -> None:
+    general, products = torch.backends, (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [x.fp32_precision for x in (general, *products)]
+    for x in products:
+        x.fp32_precision = "none"
+    try:
+        with matmul_precision(TrainConfig(matmul_precision="medium")):
+            assert [x.fp32_precision for x in products] == ["tf32", "bf16"]
+        general.fp32_precision = "tf32"
+        assert [x.fp32_precision for x in products] == ["tf32", "tf32"]
+        general.fp32_precision = "none"
+        for x in products:
+            x.fp32_precision = "ieee"
+        with matmul_precision(TrainConfig(matmul_precision="medium")):
+            pass
+        general.fp32_precision = "tf32"
+        assert [x.fp32_precision for x in products] == ["ieee", "ieee"]
+    finally:
+        for x, found in zip((general, *products), before, strict=True):
+            x.fp32_precision = found
+
+
 def test_the_precision_of_products_is_set_in_one_way() -> None:
     found = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"

@@ -45,6 +45,21 @@ def autocast(device: torch.device, config: TrainConfig) -> contextlib.AbstractCo
 
 
 @contextlib.contextmanager
+def _restored_precision(products: Any) -> Iterator[None]:
+    """Set the fp32_precision of a part of torch.backends to what it was, once the context ends.
+
+    One that equals what it would inherit counts as inherited: PyTorch does not tell them apart.
+    """
+    before = products.fp32_precision
+    try:
+        yield
+    finally:
+        products.fp32_precision = "none"
+        if products.fp32_precision != before:
+            products.fp32_precision = before
+
+
+@contextlib.contextmanager
 def matmul_precision(config: TrainConfig) -> Iterator[None]:
     """Make fp32 products as exact as config.matmul_precision says, while the context lasts.
 
@@ -61,11 +76,16 @@ def matmul_precision(config: TrainConfig) -> Iterator[None]:
             "matmul_precision cannot be set where a fp32_precision of torch.backends is: leave one "
             "of the two out"
         ) from None
-    torch.set_float32_matmul_precision(config.matmul_precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    backends: Any = torch.backends  # some of its attributes are made when it is imported
+    with (
+        _restored_precision(backends.cuda.matmul),
+        _restored_precision(backends.mkldnn.matmul),
+    ):
+        torch.set_float32_matmul_precision(config.matmul_precision)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def adapt(model: GPT, config: TrainConfig) -> None:

@@ -47,9 +47,10 @@ def parts_of(x: Tensor, n: int) -> list[Tensor]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a (M, K) b (K, N) in their dtype; of fp32 numbers on a CPU, in PyTorch's setting.
+    """Return a (..., M, K) b (..., K, N); of fp32 numbers on a CPU, in PyTorch's setting.
 
-    With "highest", and where the parts of large numbers are not finite, the product is in fp32.
+    With "highest", the product is in fp32. So are sums that are not finite, because numbers or
+    their parts are not: one number changes how its row or column is computed, and no other.
     """
     precision = matmul_precision()
     if precision == "highest" or a.dtype != torch.float32 or a.device.type != "cpu":
