@@ -1,6 +1,7 @@
 // Attention over q, k and v, or over one packed qkv tensor.
 #include "arena.h"
 #include "common.h"
+#include "matmul.h"
 
 namespace gptfast {
 
@@ -21,6 +22,7 @@ AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, doubl
                     v.scalar_type());
   AttentionArgs args{};
   args.dtype = dtype_of(q);
+  args.parts = parts_asked_for();
   args.B = q.size(0);
   args.H = q.size(1);
   args.Tq = q.size(2);

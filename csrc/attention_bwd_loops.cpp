@@ -3,6 +3,7 @@
 // scores are off by |score| * 6e-8, and with them every P of the query. With the maximum and the sum of the very scores
 // that the second sweep reads, P sums to 1, and the P of a single key is exactly 1.
 #include "attention_bf16.h"
+#include "attention_softmax.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
@@ -15,53 +16,6 @@ struct BwdSpace {
   R *p, *ds;           // (Tk x BQ)
   R* shift;            // (runs x BQ)
 };
-
-template <class R>
-struct QuerySums {
-  R max[BQ], p[BQ], p_dp[BQ];
-};
-
-// Replaces S^T by exp2((S^T - shift) * log2), where shift is the maximum so far, and adds to sum P and sum P dP.
-template <class R>
-void softmax_bwd_sums(R* p, const R* dp, R log2, R* shift, QuerySums<R>& sums, const Run& run, int64_t end) {
-  using V = Vec<R>;
-  for (int64_t i = run.column; i < end; i += LANES<R>) {
-    const V old = load(sums.max + i);
-    V best = old;
-    for (int64_t j = 0; j < run.keys; ++j) best = max(load(p + j * BQ + i), best);
-    const V zero_at = best == -INFINITY ? V{} : best;
-    V total = {}, weighted = {};
-    for (int64_t j = 0; j < run.keys; ++j) {
-      const V probability = exp2((load(p + j * BQ + i) - zero_at) * log2);
-      store(p + j * BQ + i, probability);
-      total += probability;
-      weighted += probability * load(dp + j * BQ + i);
-    }
-    const V rescale = exp2((old - zero_at) * log2);
-    store(shift + i, best);
-    store(sums.max + i, best);
-    store(sums.p + i, load(sums.p + i) * rescale + total);
-    store(sums.p_dp + i, load(sums.p_dp + i) * rescale + weighted);
-  }
-}
-
-// Normalises P^T and replaces dP^T by dS^T = P (dP - delta).
-template <class R>
-void softmax_bwd(R* p, R* ds, R log2, const R* shift, const QuerySums<R>& sums, const Run& run, int64_t end) {
-  using V = Vec<R>;
-  for (int64_t i = run.column; i < end; i += LANES<R>) {
-    const V best = load(sums.max + i), sum = load(sums.p + i);
-    // For a query that sees no key, or only keys whose score is -inf, P = 0.
-    const V inverse = sum == 0 ? V{} : (R)1 / sum;
-    const V factor = exp2((load(shift + i) - (best == -INFINITY ? V{} : best)) * log2) * inverse;
-    const V delta = load(sums.p_dp + i) * inverse;
-    for (int64_t j = 0; j < run.keys; ++j) {
-      const V probability = load(p + j * BQ + i) * factor;
-      store(p + j * BQ + i, probability);
-      store(ds + j * BQ + i, probability * (load(ds + j * BQ + i) - delta));
-    }
-  }
-}
 
 // A head's keys and values, and which of them are finite.
 template <class R>
@@ -164,12 +118,15 @@ RowsAhead rows_ahead(const AttentionArgs& args, int64_t head, int64_t q0, int64_
   return ahead;
 }
 
-// A lane of `zeros` becomes NaN where a number is not finite.
+// Writes the gradients of keys and values, which are `unit` times dk and dv. A lane of `zeros` becomes NaN where a
+// number is not finite.
 template <class T, class R>
-void write_key_gradients(const AttentionArgs& args, int64_t b, int64_t h, Matrix<R> dk, Matrix<R> dv, vf& zeros) {
+void write_key_gradients(const AttentionArgs& args, int64_t b, int64_t h, Matrix<R> dk, Matrix<R> dv, R unit,
+                         vf& zeros) {
+  const R scale = (R)args.scale * unit;
   for (int64_t t = 0; t < args.Tk; ++t) {
-    write_row(head_data<T>(args.dk, b, h) + t * args.dk.time_stride, dk.row(t), (R)args.scale, args.D, zeros);
-    write_row(head_data<T>(args.dv, b, h) + t * args.dv.time_stride, dv.row(t), (R)1, args.D, zeros);
+    write_row(head_data<T>(args.dk, b, h) + t * args.dk.time_stride, dk.row(t), scale, args.D, zeros);
+    write_row(head_data<T>(args.dv, b, h) + t * args.dv.time_stride, dv.row(t), unit, args.D, zeros);
   }
 }
 
@@ -200,7 +157,7 @@ bool bwd_head(const AttentionArgs& args, int64_t b, int64_t h, int64_t end, cons
     for (int64_t i = 0; i < rows; ++i)
       write_row(dq + i * args.dq.time_stride, space.dq + i * DP, (R)args.scale, D, zeros);
   }
-  write_key_gradients<T>(args, b, h, Matrix<R>{space.dk, DP}, Matrix<R>{space.dv, DP}, zeros);
+  write_key_gradients<T>(args, b, h, Matrix<R>{space.dk, DP}, Matrix<R>{space.dv, DP}, (R)1, zeros);
   return finite && sum(zeros) == 0;
 }
 
@@ -232,7 +189,7 @@ int64_t bwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
 #ifdef GPTFAST_HAS_TILES
 
 struct TileBwdSpace {
-  PaddedRows k, v;                  // (Tk x DP)
+  PaddedRows k, v;                  // (Tk x DP), in parts, as all of bf16 and all pairs
   bf16* k_tiles;                    // k transposed
   float *dk, *dv;                   // (Tk x DP)
   PaddedRows q, dout;               // (BQ x DP)
@@ -246,26 +203,30 @@ struct TileBwdSpace {
 };
 
 // Packs a block of queries and its dout. Returns whether all numbers are finite.
+template <class T>
 bool pack_queries(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows,
                   const TileBwdSpace& space) {
   const float sign = split_scale<float>(args.scale).sign;
-  const bf16* q = head_data<bf16>(args.q, b, h) + q0 * args.q.time_stride;
-  const bf16* dout = head_data<bf16>(args.dout, b, h) + q0 * args.dout.time_stride;
-  space.q.copy(q, args.q.time_stride, rows, args.D, sign);
+  const T* q = head_data<T>(args.q, b, h) + q0 * args.q.time_stride;
+  const T* dout = head_data<T>(args.dout, b, h) + q0 * args.dout.time_stride;
+  space.q.copy(q, args.q.time_stride, rows, args.D, sign * SCALE<T>);
   pair_numbers(space.q, space.q_t_pairs);
-  const bool q_finite = space.q.copy(q, args.q.time_stride, rows, args.D, 1);
+  const bool q_finite = space.q.copy(q, args.q.time_stride, rows, args.D, SCALE<T>);
   pair_rows(space.q, space.q_pairs);
-  const bool dout_finite = space.dout.copy(dout, args.dout.time_stride, rows, args.D, 1);
+  const bool dout_finite = space.dout.copy(dout, args.dout.time_stride, rows, args.D, SCALE<T>);
   pair_numbers(space.dout, space.dout_t_pairs);
   pair_rows(space.dout, space.dout_pairs);
   return q_finite && dout_finite;
 }
 
 // Computes a block of queries: sets dq_t, and adds to dk and dv. Returns whether all numbers before those were finite.
+template <class T>
 bool bwd_block_on_tiles(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows, RowsAhead& ahead,
                         const TileBwdSpace& space) {
-  const float log2 = split_scale<float>(args.scale).log2;
+  const float log2 = split_scale<float>(args.scale).log2 * UNSCALE<T>;
   const int64_t DP = space.q.n, end = round_up(rows, TILE_TERMS), first_query = args.Tk - args.Tq + q0;
+  const int64_t block_pairs = BQ * DP / 2;
+  const int parts = space.q.parts;
   const auto drop = [&](float* s, const Run& run) {
     if (args.dropout_p > 0) apply_dropout(s, args, b * args.H + h, first_query, run, end);
   };
@@ -277,10 +238,10 @@ bool bwd_block_on_tiles(const AttentionArgs& args, int64_t b, int64_t h, int64_t
     const auto [key, keys, column] = run;
     if (column >= end) return;
     float *p = space.p + key * BQ, *dp = space.ds + key * BQ;
-    multiply(keys, end - column, DP, rows_operand(space.k.row(key), DP), pairs_operand(space.q_t_pairs + column, BQ),
-             p + column, BQ, false, ahead);
-    multiply(keys, end - column, DP, rows_operand(space.v.row(key), DP), pairs_operand(space.dout_t_pairs + column, BQ),
-             dp + column, BQ, false, ahead);
+    multiply(parts, keys, end - column, DP, space.k.operand(key),
+             pairs_operand(space.q_t_pairs + column, BQ, block_pairs), p + column, BQ, false, ahead);
+    multiply(parts, keys, end - column, DP, space.v.operand(key),
+             pairs_operand(space.dout_t_pairs + column, BQ, block_pairs), dp + column, BQ, false, ahead);
     mask_diagonal(p, keys_seen, run, -INFINITY);
     drop(dp, run);
     softmax_bwd_sums(p, dp, log2, shift, sums, run, end);
@@ -296,25 +257,29 @@ bool bwd_block_on_tiles(const AttentionArgs& args, int64_t b, int64_t h, int64_t
     softmax_bwd(p, ds, log2, shift, sums, run, end);
     shift += BQ;
     drop(p, run);
-    const auto add_over_queries = [&](const float* factors, const float* pairs, float* to) {
-      narrow_scores(factors, keys, column, end, space.narrow);
-      multiply(keys, DP, end - column, rows_operand(space.narrow + column, BQ),
-               pairs_operand(pairs + column / 2 * DP, DP), to + key * DP, DP, true, ahead);
+    const auto add_over_queries = [&](const Scores& factors, const float* pairs, float* to) {
+      narrow_scores(factors, space.narrow);
+      multiply(parts, keys, DP, end - column, rows_operand(space.narrow + column, BQ, SCORES_SIZE),
+               pairs_operand(pairs + column / 2 * DP, DP, block_pairs), to + key * DP, DP, true, ahead);
     };
-    add_over_queries(p, space.dout_pairs, space.dv);
-    add_over_queries(ds, space.q_pairs, space.dk);
-    pair_scores(ds, keys, column, end, space.ds_pairs);
-    multiply(DP, end - column, keys, tiles_operand(space.k_tiles, DP, key / TILE_TERMS),
-             pairs_operand(space.ds_pairs + column, BQ), space.dq_t + column, BQ, true, ahead);
+    // dS is a product of two operands already.
+    const Scores p_factors{p, keys, column, end, SCALE<T>, parts};
+    const Scores ds_factors{ds, keys, column, end, SCALE<T> * UNSCALE<T>, parts};
+    add_over_queries(p_factors, space.dout_pairs, space.dv);
+    add_over_queries(ds_factors, space.q_pairs, space.dk);
+    pair_scores(ds_factors, space.ds_pairs);
+    multiply(parts, DP, end - column, keys, tiles_operand(space.k_tiles, DP, key / TILE_TERMS, space.k.size()),
+             pairs_operand(space.ds_pairs + column, BQ, SCORES_SIZE / 2), space.dq_t + column, BQ, true, ahead);
   });
   return true;
 }
 
 // As bwd_head, on tiles. A head with a number that is not finite is left to bwd_head.
+template <class T>
 bool bwd_head_on_tiles(const AttentionArgs& args, int64_t b, int64_t h, int64_t end, const TileBwdSpace& space) {
   const int64_t D = args.D, DP = space.k.n, length = keys_seen_by(args, b, 0, args.Tq).end;
-  const bool k_finite = space.k.copy(head_data<bf16>(args.k, b, h), args.k.time_stride, length, D, 1);
-  const bool v_finite = space.v.copy(head_data<bf16>(args.v, b, h), args.v.time_stride, length, D, 1);
+  const bool k_finite = space.k.copy(head_data<T>(args.k, b, h), args.k.time_stride, length, D, SCALE<T>);
+  const bool v_finite = space.v.copy(head_data<T>(args.v, b, h), args.v.time_stride, length, D, SCALE<T>);
   if (!k_finite || !v_finite) return false;
   transpose_to_tiles(space.k, space.k_tiles);
   memset(space.dk, 0, sizeof(float) * space.k.rows * DP);
@@ -322,45 +287,48 @@ bool bwd_head_on_tiles(const AttentionArgs& args, int64_t b, int64_t h, int64_t 
   vf zeros = {};
   for (int64_t q0 = 0; q0 < args.Tq; q0 += BQ) {
     const int64_t rows = smaller(BQ, args.Tq - q0);
-    RowsAhead ahead = rows_ahead<bf16>(args, b * args.H + h, q0, end);
-    if (!pack_queries(args, b, h, q0, rows, space) || !bwd_block_on_tiles(args, b, h, q0, rows, ahead, space))
+    RowsAhead ahead = rows_ahead<T>(args, b * args.H + h, q0, end);
+    if (!pack_queries<T>(args, b, h, q0, rows, space) || !bwd_block_on_tiles<T>(args, b, h, q0, rows, ahead, space))
       return false;
-    transpose_rows({space.dq_t, BQ}, DP, round_up(rows, TILE_TERMS), 1, {space.dq, DP});
-    bf16* dq = head_data<bf16>(args.dq, b, h) + q0 * args.dq.time_stride;
+    transpose_rows({space.dq_t, BQ}, DP, round_up(rows, TILE_TERMS), UNSCALE<T>, {space.dq, DP});
+    T* dq = head_data<T>(args.dq, b, h) + q0 * args.dq.time_stride;
     for (int64_t i = 0; i < rows; ++i)
       write_row(dq + i * args.dq.time_stride, space.dq + i * DP, (float)args.scale, D, zeros);
   }
-  write_key_gradients<bf16>(args, b, h, Matrix<float>{space.dk, DP}, Matrix<float>{space.dv, DP}, zeros);
+  write_key_gradients<T>(args, b, h, Matrix<float>{space.dk, DP}, Matrix<float>{space.dv, DP}, UNSCALE<T>, zeros);
   return sum(zeros) == 0;
 }
 
 // As bwd_range, on tiles.
+template <class T>
 int64_t bwd_range_on_tiles(const AttentionArgs& args, int64_t begin, int64_t end) {
   const TileScope scope;
+  const int parts = parts_on_tiles<T>(args);
   const int64_t DP = round_up(args.D, TILE_TERMS), TkP = round_up(args.Tk, TILE_TERMS);
   const int64_t key_numbers = TkP * DP, block_numbers = BQ * DP, runs = TkP / TILE_TERMS + 1;
-  Scratch scratch(key_numbers * 7 / 2 + block_numbers * 5 + TkP * BQ * 2 + BK * BQ + runs * BQ);
-  const auto take_bf16 = [&](int64_t numbers) { return (bf16*)scratch.take(numbers / 2); };
-  const TileBwdSpace space{.k = {take_bf16(key_numbers), TkP, DP},
-                           .v = {take_bf16(key_numbers), TkP, DP},
-                           .k_tiles = take_bf16(key_numbers),
+  Scratch scratch(parts * (key_numbers * 3 / 2 + block_numbers * 3 + BK * BQ) + 2 * (key_numbers + block_numbers) +
+                  TkP * BQ * 2 + runs * BQ);
+  const auto take_parts = [&](int64_t numbers) { return (bf16*)scratch.take(parts * numbers / 2); };
+  const TileBwdSpace space{.k = {take_parts(key_numbers), TkP, DP, parts},
+                           .v = {take_parts(key_numbers), TkP, DP, parts},
+                           .k_tiles = take_parts(key_numbers),
                            .dk = scratch.take(key_numbers),
                            .dv = scratch.take(key_numbers),
-                           .q = {take_bf16(block_numbers), BQ, DP},
-                           .dout = {take_bf16(block_numbers), BQ, DP},
-                           .q_t_pairs = scratch.take(block_numbers / 2),
-                           .dout_t_pairs = scratch.take(block_numbers / 2),
-                           .q_pairs = scratch.take(block_numbers / 2),
-                           .dout_pairs = scratch.take(block_numbers / 2),
+                           .q = {take_parts(block_numbers), BQ, DP, parts},
+                           .dout = {take_parts(block_numbers), BQ, DP, parts},
+                           .q_t_pairs = (float*)take_parts(block_numbers),
+                           .dout_t_pairs = (float*)take_parts(block_numbers),
+                           .q_pairs = (float*)take_parts(block_numbers),
+                           .dout_pairs = (float*)take_parts(block_numbers),
                            .dq_t = scratch.take(block_numbers),
                            .dq = scratch.take(block_numbers),
                            .p = scratch.take(TkP * BQ),
                            .ds = scratch.take(TkP * BQ),
-                           .narrow = take_bf16(BK * BQ),
-                           .ds_pairs = scratch.take(BK / 2 * BQ),
+                           .narrow = take_parts(BK * BQ),
+                           .ds_pairs = (float*)take_parts(BK * BQ),
                            .shift = scratch.take(runs * BQ)};
   for (int64_t head = begin; head < end; ++head)
-    if (!bwd_head_on_tiles(args, head / args.H, head % args.H, end, space)) return head;
+    if (!bwd_head_on_tiles<T>(args, head / args.H, head % args.H, end, space)) return head;
   return end;
 }
 
@@ -370,7 +338,8 @@ int64_t bwd_range_on_tiles(const AttentionArgs& args, int64_t begin, int64_t end
 template <class T, class R>
 int64_t bwd_range_by(const AttentionArgs& args, int64_t begin, int64_t end) {
 #ifdef GPTFAST_HAS_TILES
-  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<R, float>) return bwd_range_on_tiles(args, begin, end);
+  if constexpr (std::is_same_v<R, float> && HAS_PARTS<T>)
+    if (parts_on_tiles<T>(args)) return bwd_range_on_tiles<T>(args, begin, end);
 #endif
   return bwd_range<T, R>(args, begin, end);
 }
@@ -383,7 +352,7 @@ void bwd_items(const AttentionArgs& args, int64_t begin, int64_t end) {
 }
 
 void bwd(const AttentionArgs& args, int64_t begin, int64_t end) {
-  if (computes_in_fp64(args)) return bwd_items<float, double>(args, begin, end);
+  if (computes_in_fp64(args) && !multiplies_parts(args)) return bwd_items<float, double>(args, begin, end);
   by_dtype(args.dtype, [&](auto type) { bwd_items<decltype(type), float>(args, begin, end); });
 }
 

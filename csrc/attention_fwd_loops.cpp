@@ -1,48 +1,10 @@
 // Attention forward: blocks of queries with an online softmax. attention_decode.h takes a few queries.
 #include "attention_bf16.h"
 #include "attention_decode.h"
+#include "attention_softmax.h"
 
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
-
-template <class R>
-struct Softmax {
-  R max[BQ], sum[BQ], rescale[BQ];
-};
-
-template <class R>
-Softmax<R> nothing_seen() {
-  Softmax<R> state;
-  for (int64_t i = 0; i < BQ; ++i) state.max[i] = -INFINITY, state.sum[i] = 0;
-  return state;
-}
-
-// Replaces S^T by exp2((S^T - max) * log2) and updates max and sum of each query. Returns whether an earlier max
-// changed.
-template <class R>
-bool online_softmax(R* s, R log2, const Run& run, int64_t end, Softmax<R>& state) {
-  using V = Vec<R>;
-  V changed = {};
-  for (int64_t i = 0; i < BQ; i += LANES<R>) store(state.rescale + i, splat((R)1));
-  for (int64_t i = run.column; i < end; i += LANES<R>) {
-    const V old = load(state.max + i);
-    V best = old;
-    for (int64_t j = 0; j < run.keys; ++j) best = max(load(s + j * BQ + i), best);
-    const V zero_at = best == -INFINITY ? V{} : best;
-    V total = {};
-    for (int64_t j = 0; j < run.keys; ++j) {
-      const V p = exp2((load(s + j * BQ + i) - zero_at) * log2);
-      store(s + j * BQ + i, p);
-      total += p;
-    }
-    const V rescale = exp2((old - zero_at) * log2);
-    store(state.max + i, best);
-    store(state.rescale + i, rescale);
-    store(state.sum + i, load(state.sum + i) * rescale + total);
-    changed = old == best || old == -INFINITY ? changed : splat((R)1);
-  }
-  return sum(changed) != 0;
-}
 
 // A head's keys and values.
 template <class R>
@@ -57,10 +19,11 @@ Keys<R> keys_of(const AttentionArgs& args, int64_t b, int64_t h, R* k_space, R* 
   return {head_matrix<T>(args.k, b, h, args.Tk, args.D, k_space), v, all_finite(v, length, round_up(args.D, W))};
 }
 
-// Writes out and lse of a block of queries. Returns whether out is finite, or fp64.
+// Writes out and lse of a block of queries, whose scores are `score_unit` times those of the state. Returns whether out
+// is finite, or fp64.
 template <class T, class R>
 bool write_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows, Matrix<R> out,
-                 const Softmax<R>& state) {
+                 const Softmax<R>& state, double score_unit = 1) {
   double* lse = args.lse + (b * args.H + h) * args.Tq + q0;
   T* to = head_data<T>(args.out, b, h) + q0 * args.out.time_stride;
   vf zeros = {};
@@ -69,7 +32,7 @@ bool write_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, in
     const bool sees = state.sum[i] != 0;
     if (!sees) memset(out.row(i), 0, sizeof(R) * out.row_stride);
     write_row(to + i * args.out.time_stride, out.row(i), sees ? 1 / state.sum[i] : (R)0, args.D, zeros);
-    lse[i] = sees ? lse_of(state.max[i], state.sum[i], args.scale) : -INFINITY;
+    lse[i] = sees ? lse_of(state.max[i], state.sum[i], args.scale * score_unit) : -INFINITY;
   }
   return sum(zeros) == 0;
 }
@@ -115,13 +78,15 @@ bool fwd_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int6
 struct TileKeys {
   PaddedRows k;
   bf16* v_tiles;
-  bool v_finite;
+  bool finite;
 };
 // v_rows: space for the values before they are transposed.
+template <class T>
 void pack_keys(const AttentionArgs& args, int64_t b, int64_t h, const PaddedRows& v_rows, TileKeys& keys) {
   const int64_t length = keys_seen_by(args, b, 0, args.Tq).end;
-  keys.k.copy(head_data<bf16>(args.k, b, h), args.k.time_stride, length, args.D, 1);
-  keys.v_finite = v_rows.copy(head_data<bf16>(args.v, b, h), args.v.time_stride, length, args.D, 1);
+  const bool k_finite = keys.k.copy(head_data<T>(args.k, b, h), args.k.time_stride, length, args.D, SCALE<T>);
+  const bool v_finite = v_rows.copy(head_data<T>(args.v, b, h), args.v.time_stride, length, args.D, SCALE<T>);
+  keys.finite = k_finite && v_finite;
   transpose_to_tiles(v_rows, keys.v_tiles);
 }
 
@@ -135,12 +100,14 @@ struct TileFwdSpace {
 };
 
 // Returns whether all numbers were finite.
+template <class T>
 bool fwd_block_on_tiles(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, int64_t rows, const TileKeys& keys,
                         RowsAhead& ahead, const TileFwdSpace& space) {
-  const int64_t D = args.D, DP = space.q.n, end = round_up(rows, TILE_TERMS);
+  const int64_t DP = space.q.n, end = round_up(rows, TILE_TERMS);
+  const int parts = space.q.parts;
   const Scale<float> scale = split_scale<float>(args.scale);
-  if (!keys.v_finite) return false;
-  space.q.copy(head_data<bf16>(args.q, b, h) + q0 * args.q.time_stride, args.q.time_stride, rows, D, scale.sign);
+  const T* q = head_data<T>(args.q, b, h) + q0 * args.q.time_stride;
+  if (!space.q.copy(q, args.q.time_stride, rows, args.D, scale.sign * SCALE<T>) || !keys.finite) return false;
   pair_numbers(space.q, space.q_pairs);
   memset(space.out_t, 0, sizeof(float) * DP * BQ);
   Softmax<float> state = nothing_seen<float>();
@@ -148,22 +115,22 @@ bool fwd_block_on_tiles(const AttentionArgs& args, int64_t b, int64_t h, int64_t
   for_each_run_of_tiles(keys_seen, [&](const Run& run) {
     const auto [key, n, column] = run;
     if (column >= end) return;
-    multiply(n, end - column, DP, rows_operand(keys.k.row(key), DP), pairs_operand(space.q_pairs + column, BQ),
+    multiply(parts, n, end - column, DP, keys.k.operand(key), pairs_operand(space.q_pairs + column, BQ, DP / 2 * BQ),
              space.s + column, BQ, false, ahead);
     mask_diagonal(space.s, keys_seen, run, -INFINITY);
-    if (online_softmax(space.s, scale.log2, run, end, state))
+    if (online_softmax(space.s, scale.log2 * UNSCALE<T>, run, end, state))
       for (int64_t d = 0; d < DP; ++d)
         for (int64_t i = column; i < end; i += W) {
           float* sums = space.out_t + d * BQ + i;
           store(sums, load(sums) * load(state.rescale + i));
         }
     if (args.dropout_p > 0) apply_dropout(space.s, args, b * args.H + h, args.Tk - args.Tq + q0, run, end);
-    pair_scores(space.s, n, column, end, space.p_pairs);
-    multiply(DP, end - column, n, tiles_operand(keys.v_tiles, DP, key / TILE_TERMS),
-             pairs_operand(space.p_pairs + column, BQ), space.out_t + column, BQ, true, ahead);
+    pair_scores({space.s, n, column, end, SCALE<T>, parts}, space.p_pairs);
+    multiply(parts, DP, end - column, n, tiles_operand(keys.v_tiles, DP, key / TILE_TERMS, keys.k.size()),
+             pairs_operand(space.p_pairs + column, BQ, SCORES_SIZE / 2), space.out_t + column, BQ, true, ahead);
   });
-  transpose_rows({space.out_t, BQ}, DP, end, 1, {space.out, DP});
-  return write_block<bf16>(args, b, h, q0, rows, Matrix<float>{space.out, DP}, state) &&
+  transpose_rows({space.out_t, BQ}, DP, end, UNSCALE<T>, {space.out, DP});
+  return write_block<T>(args, b, h, q0, rows, Matrix<float>{space.out, DP}, state, UNSCALE<T>) &&
          finite_where_seen(state.max, keys_seen, rows);
 }
 
@@ -236,25 +203,27 @@ int64_t fwd_range(const AttentionArgs& args, int64_t begin, int64_t end) {
 #ifdef GPTFAST_HAS_TILES
 
 // As fwd_range, on tiles.
+template <class T>
 int64_t fwd_range_on_tiles(const AttentionArgs& args, int64_t begin, int64_t end) {
   const TileScope scope;
+  const int parts = parts_on_tiles<T>(args);
   const int64_t DP = round_up(args.D, TILE_TERMS), TkP = round_up(args.Tk, TILE_TERMS);
-  Scratch scratch(3 * (TkP * DP / 2 + BQ * DP + BK * BQ / 2));
-  const auto take_bf16 = [&](int64_t numbers) { return (bf16*)scratch.take(numbers / 2); };
-  TileKeys keys{{take_bf16(TkP * DP), TkP, DP}, take_bf16(TkP * DP), false};
-  const PaddedRows v_rows{take_bf16(TkP * DP), TkP, DP};
-  const TileFwdSpace space{.q = {take_bf16(BQ * DP), BQ, DP},
-                           .q_pairs = scratch.take(DP / 2 * BQ),
+  Scratch scratch(parts * (3 * TkP * DP / 2 + BQ * DP + BK * BQ / 2) + 2 * BQ * DP + BK * BQ);
+  const auto take_parts = [&](int64_t numbers) { return (bf16*)scratch.take(parts * numbers / 2); };
+  TileKeys keys{{take_parts(TkP * DP), TkP, DP, parts}, take_parts(TkP * DP), false};
+  const PaddedRows v_rows{take_parts(TkP * DP), TkP, DP, parts};
+  const TileFwdSpace space{.q = {take_parts(BQ * DP), BQ, DP, parts},
+                           .q_pairs = (float*)take_parts(BQ * DP),
                            .s = scratch.take(BK * BQ),
-                           .p_pairs = scratch.take(BK / 2 * BQ),
+                           .p_pairs = (float*)take_parts(BK * BQ),
                            .out_t = scratch.take(DP * BQ),
                            .out = scratch.take(BQ * DP)};
   for (int64_t item = begin, last = -1; item < end; ++item) {
     const auto [head, b, h, q0, rows] = block_of(args, item);
-    if (head != last) pack_keys(args, b, h, v_rows, keys);
+    if (head != last) pack_keys<T>(args, b, h, v_rows, keys);
     last = head;
-    RowsAhead ahead = rows_ahead<bf16>(args, item, end);
-    if (!fwd_block_on_tiles(args, b, h, q0, rows, keys, ahead, space)) return item;
+    RowsAhead ahead = rows_ahead<T>(args, item, end);
+    if (!fwd_block_on_tiles<T>(args, b, h, q0, rows, keys, ahead, space)) return item;
   }
   return end;
 }
@@ -265,8 +234,8 @@ int64_t fwd_range_on_tiles(const AttentionArgs& args, int64_t begin, int64_t end
 template <class T, class R>
 int64_t fwd_range_by(const AttentionArgs& args, int64_t begin, int64_t end) {
 #ifdef GPTFAST_HAS_TILES
-  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<R, float>)
-    if (!decodes(args)) return fwd_range_on_tiles(args, begin, end);
+  if constexpr (std::is_same_v<R, float> && HAS_PARTS<T>)
+    if (!decodes(args) && parts_on_tiles<T>(args)) return fwd_range_on_tiles<T>(args, begin, end);
 #endif
   return fwd_range<T, R>(args, begin, end);
 }
@@ -279,7 +248,8 @@ void fwd_items(const AttentionArgs& args, int64_t begin, int64_t end) {
 }
 
 void fwd(const AttentionArgs& args, int64_t begin, int64_t end) {
-  if (fwd_in_fp64(args)) return fwd_items<float, double>(args, begin, end);
+  if (fwd_in_fp64(args) && (decodes(args) || !multiplies_parts(args)))
+    return fwd_items<float, double>(args, begin, end);
   by_dtype(args.dtype, [&](auto type) { fwd_items<decltype(type), float>(args, begin, end); });
 }
 

@@ -24,6 +24,7 @@ struct Heads {
 
 struct AttentionArgs {
   Dtype dtype;
+  int parts;  // of bf16 that make an fp32 number as exact as asked for: 1, 2, or 3 for all of it
   int64_t B, H, Tq, Tk, D;
   double scale, dropout_p;
   uint64_t seed;

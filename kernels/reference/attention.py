@@ -7,12 +7,16 @@
 
 len is Tk, or kv_len[b] if it is given. For a query that sees no key, or only keys whose score is
 -inf, out and dS are 0 and lse is -inf. The sums in O, dQ, dK and dV are over visible pairs: NaN and
-inf reach nothing across a pair that is not visible.
+inf reach nothing across a pair that is not visible. The six products of fp32 numbers on a CPU are
+as exact as PyTorch's setting asks for: see matmul.py.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from gptfast.kernels.reference.matmul import product
 from gptfast.kernels.reference.philox import philox, uniform
 
 
@@ -38,9 +42,19 @@ def dropout_scale(q: Tensor, k: Tensor, dropout_p: float, seed: Tensor) -> Tenso
     return (uniform(word) >= dropout_p).double() / (1.0 - dropout_p)
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> tuple[Tensor, Tensor]:
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def _product_of(dtype: torch.dtype) -> Product:
+    """Return the product for inputs of a dtype. 16-bit inputs are multiplied in fp32 throughout."""
+    return product if dtype == torch.float32 else torch.matmul
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, scale: float, visible: Tensor, multiply: Product
+) -> tuple[Tensor, Tensor]:
     """Return P (B, H, Tq, Tk), and lse (B, H, Tq)."""
-    scores = ((q @ k.transpose(-2, -1)) * scale).masked_fill(~visible, -torch.inf)
+    scores = (multiply(q, k.transpose(-2, -1)) * scale).masked_fill(~visible, -torch.inf)
     # The softmax of nothing but -inf would be NaN, and so would its gradient.
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
@@ -48,13 +62,13 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> tuple
     return p, torch.logsumexp(scores, -1).masked_fill(empty[..., 0], -torch.inf)
 
 
-def _visible_product(weights: Tensor, visible: Tensor, x: Tensor) -> Tensor:
+def _visible_product(weights: Tensor, visible: Tensor, x: Tensor, multiply: Product) -> Tensor:
     """Return weights @ x, whose terms are those of visible pairs: 0 * NaN of others is no term."""
     finite = x.isfinite()
     met = visible.to(x.dtype) @ (~finite).to(x.dtype) > 0
     # Detached: where() would multiply the gradient of what it leaves out, 0, by NaN.
-    product = weights.detach() @ x.detach()
-    return torch.where(met, product, weights @ torch.where(finite, x, 0.0))
+    constant = weights.detach() @ x.detach()
+    return torch.where(met, constant, multiply(weights, torch.where(finite, x, 0.0)))
 
 
 def attention_fwd(
@@ -67,13 +81,13 @@ def attention_fwd(
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, H, Tq, D) in q's dtype and lse (B, H, Tq), natural log, fp64."""
-    visible = _visible(q, k, kv_len)
+    visible, multiply = _visible(q, k, kv_len), _product_of(q.dtype)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    p, lse = _probabilities(q.to(dtype), k.to(dtype), scale, visible)
+    p, lse = _probabilities(q.to(dtype), k.to(dtype), scale, visible, multiply)
     if dropout_p > 0:
         assert seed is not None
         p = p * dropout_scale(q, k, dropout_p, seed).to(dtype)
-    return _visible_product(p, visible, v.to(dtype)).to(q.dtype), lse.double()
+    return _visible_product(p, visible, v.to(dtype), multiply).to(q.dtype), lse.double()
 
 
 def attention_bwd(
@@ -89,12 +103,12 @@ def attention_bwd(
     kv_len: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, contiguous, in the inputs' dtype."""
-    input_dtype = q.dtype
+    input_dtype, multiply = q.dtype, _product_of(q.dtype)
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, v, dout = (t.to(dtype) for t in (q, k, v, dout))
     visible = _visible(q, k, kv_len)
-    p, _ = _probabilities(q, k, scale, visible)
-    dropped, dp = p, (dout @ v.transpose(-2, -1)).masked_fill(~visible, 0.0)
+    p, _ = _probabilities(q, k, scale, visible, multiply)
+    dropped, dp = p, multiply(dout, v.transpose(-2, -1)).masked_fill(~visible, 0.0)
     if dropout_p > 0:
         assert seed is not None
         keep = dropout_scale(q, k, dropout_p, seed).to(dtype)
@@ -102,9 +116,9 @@ def attention_bwd(
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
     ds = ds.masked_fill(~visible, 0.0)  # delta may be NaN
     seen = visible.transpose(-2, -1)  # (Tk, Tq) or (B, 1, Tk, Tq)
-    dq = _visible_product(ds, visible, k)
-    dk = _visible_product(ds.transpose(-2, -1), seen, q)
-    dv = _visible_product(dropped.transpose(-2, -1), seen, dout)
+    dq = _visible_product(ds, visible, k, multiply)
+    dk = _visible_product(ds.transpose(-2, -1), seen, q, multiply)
+    dv = _visible_product(dropped.transpose(-2, -1), seen, dout, multiply)
     dq, dk, dv = (t.to(input_dtype).contiguous() for t in (dq, dk, dv))
     return dq, dk, dv
 
