@@ -99,22 +99,30 @@ class Trace(TorchDispatchMode):
 
         self.operators: Counter[Operator] = Counter()
         self.launchers = IMPLEMENTATIONS["triton"]
-        self._checks: list[tuple[Any, Any]] = []
+        self._replaced: list[tuple[Any, Any, Any]] = []
 
     def __enter__(self) -> "Trace":
         from gptfast.kernels.triton import cross_entropy, embedding
+        from gptfast.ops import library
 
+        self._replaced.append(
+            (cross_entropy.check_targets, embedding.check_ids, library.casts_itself)
+        )
         # On a GPU these return at once; on CPU tensors they would look at the values.
-        self._checks.append((cross_entropy.check_targets, embedding.check_ids))
         cross_entropy.check_targets = embedding.check_ids = lambda *args: None
+        # And there autocast casts what operators get, where the C++ kernels would do it themselves.
+        library.casts_itself = lambda *args: False
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         from gptfast.kernels.triton import cross_entropy, embedding
+        from gptfast.ops import library
 
         super().__exit__(*error)
-        cross_entropy.check_targets, embedding.check_ids = self._checks.pop()
+        cross_entropy.check_targets, embedding.check_ids, library.casts_itself = (
+            self._replaced.pop()
+        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

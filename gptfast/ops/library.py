@@ -144,7 +144,7 @@ def register_autocast(op: OpOverload, tensors: Collection[int], dtype: int | Non
 
         def autocast(keyset: Any, *args: Any, device: str = device, key: str = key) -> Any:
             with excluded(key):
-                if dtype is not None and device == "cpu" and _casts_itself(args, tensors):
+                if dtype is not None and device == "cpu" and casts_itself(args, tensors):
                     wanted = torch.get_autocast_dtype(device)
                     return op(*(wanted if i == dtype else a for i, a in enumerate(args)))
                 return op(*(cast(a, device) if i in tensors else a for i, a in enumerate(args)))
@@ -152,7 +152,7 @@ def register_autocast(op: OpOverload, tensors: Collection[int], dtype: int | Non
         LIBRARY.impl(name, autocast, key, with_keyset=True)
 
 
-def _casts_itself(args: Any, tensors: Collection[int]) -> bool:
+def casts_itself(args: Any, tensors: Collection[int]) -> bool:
     """Return whether a C++ kernel will get these arguments; autocast leaves float64 as it is."""
     given = (args[i] for i in tensors)
     is_float64 = any(arg is not None and arg.dtype == torch.float64 for arg in given)
