@@ -45,9 +45,10 @@ from gptfast.training.drawn import draw_parts
 from gptfast.training.parallel_step import ParallelStep
 from gptfast.training.progress import RunCheckpoints
 from gptfast.training.shared_memory import ALIGNMENT, Allotment, padded, share_memory
-from gptfast.training.shared_state import own_slice
+from gptfast.training.shared_state import SharedState, own_slice
 from gptfast.training.shares import Split
 from gptfast.training.trainer import Trainer
+from gptfast.training.world import World
 from gptfast.weights.checkpoint import checkpoints, read_state
 
 STEPS = 30
@@ -243,10 +244,12 @@ class Meeting:
             )
 
 
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="files without a name")
+needs_files_without_a_name = pytest.mark.skipif(
+    not hasattr(os, "memfd_create"), reason="needs files without a name"
+)
 
 
-@needs_linux
+@needs_files_without_a_name
 def test_memory_is_shared() -> None:
     files = len(os.listdir("/proc/self/fd"))
     ours, theirs = Meeting().memories(1000)
@@ -258,7 +261,7 @@ def test_memory_is_shared() -> None:
     assert len(os.listdir("/proc/self/fd")) == files
 
 
-@needs_linux
+@needs_files_without_a_name
 @pytest.mark.parametrize(
     "offer",
     [
@@ -273,6 +276,11 @@ def test_memory_that_is_not_to_be_had(offer: Callable[[str], str]) -> None:
     assert Meeting(offer).memories(1000) == [None, None]
 
 
+def test_a_python_without_such_files_shares_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    assert Meeting().memories(1000) == [None, None]
+
+
 def test_parts_of_a_memory() -> None:
     like = [torch.zeros(3, 5), torch.zeros((), dtype=torch.float64), torch.zeros(2, 0, 4)]
     like.append(torch.zeros(33, dtype=torch.bfloat16))
@@ -281,8 +289,34 @@ def test_parts_of_a_memory() -> None:
     parts = [allotment.like(t) for t in like]
     for i, (part, t) in enumerate(zip(parts, like, strict=True)):
         assert part.shape == t.shape and part.dtype == t.dtype and part.is_contiguous()
+        assert part.untyped_storage().nbytes() == t.nbytes  # what torch.save writes
         part.fill_(i + 1)
     assert all(part.eq(i + 1).all() for i, part in enumerate(parts))
+
+
+class OfOne(World):
+    """A process that shares memory with itself alone."""
+
+    def shared_memory(self, n_bytes: int) -> Tensor:
+        return torch.zeros(n_bytes, dtype=torch.uint8)
+
+
+def test_the_optimizer_of_slices_follows_the_whole_and_holds_no_gradients() -> None:
+    model = torch.nn.Linear(3, 4)
+    whole = AdamW(model.parameters(), max_norm=1.0)
+    state = SharedState(model, whole, OfOne())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    whole.max_norm = 0.5
+    whole.param_groups[0]["lr"] = 0.25
+    own = state.own_optimizer()
+    assert own.max_norm == 0.5 and own.param_groups[0]["lr"] == 0.25
+    assert model.weight.grad is not None
+    gradient = StorageWeakRef(model.weight.grad.untyped_storage())
+    own.step()
+    state.forget_gradients()
+    whole.zero_grad(set_to_none=True)
+    assert gradient.expired()
 
 
 # The same run
@@ -363,6 +397,42 @@ def test_weights_are_shared_until_the_end_of_a_run_only(tmp_path: Path, data: Pa
     ended = train(2, tmp_path / "run", data, "--max-steps", "2", **doubling)
     assert ended.codes == [0, 0], ended
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["True", "True"]
+
+
+def differ(rank: int) -> None:
+    """Give each process a model of its own, as a script does whose seed depends on the rank."""
+    real = Trainer.__init__
+
+    def init(self: Trainer, model: GPT, *args: Any, **options: Any) -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * rank)
+        real(self, model, *args, **options)
+
+    Trainer.__init__ = init  # type: ignore[method-assign]
+
+
+def test_all_begin_with_the_weights_of_the_first(tmp_path: Path, data: Path) -> None:
+    more = "--max-steps", "2", "--freeze", "wpe.weight"
+    for name, before in (("other", differ), ("same", None)):
+        assert train(2, tmp_path / name, data, *more, before=before).codes == [0, 0]
+    assert losses(tmp_path / "other") == losses(tmp_path / "same")
+
+
+def hook_a_step(rank: int) -> None:
+    """Add a hook to the optimizer of a run."""
+    real = Trainer.fit
+
+    def fit(self: Trainer, **options: Any) -> Any:
+        self.step.optimizer.register_step_post_hook(lambda *args: None)
+        return real(self, **options)
+
+    Trainer.fit = fit  # type: ignore[method-assign]
+
+
+def test_hooks_of_the_optimizer_are_refused(tmp_path: Path, data: Path) -> None:
+    ended = train(2, tmp_path / "run", data, "--max-steps", "2", before=hook_a_step)
+    assert_one_line(ended, "the optimizer has a hook")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ def share_memory(n_bytes: int, is_first: bool, exchange: Callable) -> Tensor | N
     All must call it. exchange: returns the texts of all, given a name and that of this process.
     """
     file, memory, offer = -1, None, ""
-    if is_first and sys.platform == "linux":
+    # Some Pythons for Linux lack it too: they were built for older systems.
+    if is_first and sys.platform == "linux" and hasattr(os, "memfd_create"):
         with contextlib.suppress(OSError):
             file = os.memfd_create("gptfast")
             os.ftruncate(file, n_bytes + _MARK_BYTES)
@@ -76,6 +77,11 @@ class Allotment:
         self._memory, self._used = memory, 0
 
     def like(self, t: Tensor) -> Tensor:
-        """Return room for a tensor like t, contiguous."""
+        """Return room for a tensor like t, contiguous, whose storage is this room alone."""
         begin, self._used = self._used, self._used + padded(t.nbytes)
-        return self._memory[begin : begin + t.nbytes].view(t.dtype).view(t.shape)
+        if not t.numel():
+            return torch.empty_like(t)
+        # A view would have the storage of all, which torch.save writes with it.
+        buffer = self._memory.numpy()
+        room = torch.frombuffer(buffer, dtype=t.dtype, count=t.numel(), offset=begin)
+        return room.view(t.shape)

@@ -112,14 +112,20 @@ class SharedState:
     def own_optimizer(self) -> AdamW:
         """Return an optimizer that updates this process's slices, and so the weights of all.
 
-        It has the gradients of the parameters, and the options of the whole optimizer.
+        It has the gradients of the parameters, until `forget_gradients`, and the options of the
+        whole optimizer.
         """
+        self._own.max_norm = self._whole.max_norm
         for param, part, own in zip(self.params, self._own_params, self.slices, strict=True):
             assert param.grad is not None
             part.grad = param.grad.view(-1)[own]
         for ours, theirs in zip(self._own.param_groups, self._whole.param_groups, strict=True):
             ours.update({name: x for name, x in theirs.items() if name != "params"})
         return self._own
+
+    def forget_gradients(self) -> None:
+        """Let the gradients of the parameters be freed when those forget them."""
+        self._own.zero_grad(set_to_none=True)
 
     def release(self) -> None:
         """Give this process weights of its own, with the values of those that are shared."""

@@ -1,11 +1,16 @@
 """Steps of processes that share one machine's memory."""
 
 import contextlib
+from itertools import chain
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from gptfast.model import GPT
 from gptfast.optim import AdamW
+from gptfast.torch_private import has_step_hooks
 from gptfast.training.parallel_step import ParallelStep
 from gptfast.training.shared_state import SharedState
 from gptfast.training.shared_sums import SharedSums
@@ -16,6 +21,16 @@ class SharedStep(ParallelStep):
 
     _state: SharedState | None = None
     _sums: SharedSums | None = None
+
+    def _placed(self, model: GPT) -> Any:
+        """Give all processes the first one's values, also of what is not trained and not shared."""
+        if model.device.type != "meta":  # whose values all will draw alike
+            with self._world.together(), torch.no_grad():
+                for t in chain(model.parameters(), model.buffers()):
+                    values = t.detach().contiguous()
+                    dist.broadcast(values.view(-1).view(torch.uint8), 0)
+                    t.copy_(values)
+        return super()._placed(model)
 
     def _lay_out(self) -> None:
         """Share what is there at the first step, and what was loaded since."""
@@ -32,17 +47,25 @@ class SharedStep(ParallelStep):
 
     def _updating(self) -> AdamW:
         assert self._state is not None
+        if has_step_hooks(self.optimizer):
+            raise ValueError(
+                "the optimizer has a hook, which processes that share its state do not call: "
+                "remove the hook, or train in one process"
+            )
         return self._state.own_optimizer()
 
     def _update(self, *args: Tensor) -> tuple[Tensor, ...]:
         assert self._state is not None
         numbers = super()._update(*args)
+        self._state.forget_gradients()
         # Nobody may compute with weights that another one still updates.
         self._world.meet()
         torch.autograd.graph.increment_version(self._state.params)
         return numbers
 
     def close(self) -> None:
-        if self._state is not None:
+        if self._state is not None and self._sums is not None:
             self.optimizer.zero_grad(set_to_none=True)  # their memory is for the weights
             self._state.release()
+            self._sums.remove()  # the parameters' hooks would keep the boxes
+            self._state = self._sums = None
