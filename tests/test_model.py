@@ -2,13 +2,13 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU
+from conftest import GPU, PRODUCTS
 from helpers import (
     differing,
     parameters,
@@ -387,8 +387,16 @@ def copied_shapes(model: GPT, idx: Tensor) -> set[tuple[int, ...]]:
     return {tuple(shape) for copy in copies for shape in copy.input_shapes}
 
 
+@pytest.fixture
+def own_products() -> Iterator[None]:
+    """Multiply by our own kernels, whoever the other tests let multiply."""
+    EXTENSION.set_matmul_provider("gptfast")
+    yield
+    EXTENSION.set_matmul_provider(PRODUCTS)
+
+
 @pytest.mark.skipif(EXTENSION is None, reason="the C++ kernels round weights as they read them")
-def test_bf16_autocast_copies_no_weight_on_the_cpu() -> None:
+def test_bf16_autocast_copies_no_weight_on_the_cpu(own_products: None) -> None:
     # Large enough for products of our own, and no activation has the shape of a weight.
     model = random_model(n_embd=32, block_size=20)
     idx = random_ids(2, 20)
