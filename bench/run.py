@@ -131,10 +131,13 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
         "--redraw", action="store_true", help="measure nothing, draw the pictures from their JSON"
     )
     parser.add_argument(
-        "--out", type=Path, help="where results go (default: bench/results; --quick: build/bench)"
+        "--out",
+        type=Path,
+        help="where results go (default: bench/results; with --quick or --rows: build/bench)",
     )
     args = parser.parse_args()
-    args.out = args.out or (QUICK_OUT if args.quick else RESULTS)
+    # A record of some rows must not take the place of a published one of all.
+    args.out = args.out or (QUICK_OUT if args.quick or args.rows else RESULTS)
     if bool(args.generate) + bool(args.serve) + bool(args.only) > 1:
         parser.error("--generate, --serve and --only name different benchmarks; give one of them")
     names = args.only.split(",") if args.only else list(QUICK if args.quick else BENCHMARKS)

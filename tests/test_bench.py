@@ -248,6 +248,20 @@ def test_only_rows_whose_label_matches_are_measured(monkeypatch: pytest.MonkeyPa
     assert run.measure("op", meter, quick=True, rows_like="fp32.*torch$")["rows"] == ["fp32"]
 
 
+@pytest.mark.parametrize(
+    ("option", "out"),
+    [([], run.RESULTS), (["--rows", "bf16"], run.QUICK_OUT), (["--quick"], run.QUICK_OUT)],
+    ids=["all", "rows", "quick"],
+)
+def test_a_record_of_some_rows_replaces_no_published_one(
+    option: list[str], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "train", *option])
+    assert run._arguments()[0].out == out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--out", "elsewhere"])
+    assert run._arguments()[0].out == Path("elsewhere")
+
+
 def test_overlap_in_a_trace(tmp_path: Path) -> None:
     """Sums that meet count once, and so do operators inside one another."""
     spans = [
