@@ -88,6 +88,30 @@ def test_layouts(level: str, kind: str) -> None:
     assert torch.equal(ours(*parts), ours(*(part.contiguous() for part in parts)))
 
 
+@pytest.mark.parametrize("size", [(33, 40, 50), (50, 770, 61)], ids=str)
+@pytest.mark.parametrize("kind", STRIDED)
+def test_fp32_weights_count_as_rounded_ones(
+    level: str, kind: str, size: tuple[int, int, int]
+) -> None:
+    """Under autocast a product rounds its weight as it reads it, in whatever layout, to the bit."""
+    N, C, n_out = size
+    x, bias, dy = torch.randn(N, C), torch.randn(n_out), torch.randn(N, n_out)
+    weight = STRIDED[kind](n_out, C).float() * (1 + 2.0**-9)
+    if kind in ("transposed", "every other"):
+        weight[3, 5], weight[7, 2], weight[8, 9] = torch.nan, torch.inf, 3.4e38
+    rounded = [t.to(BF16) for t in (x, weight, bias)]
+    assert not torch.equal(rounded[1].float().nan_to_num(), weight.nan_to_num())
+    with torch.autocast("cpu", BF16):
+        y = ours(x, weight, bias)
+    assert torch.equal(y.nan_to_num(), ours(*rounded).nan_to_num())
+    norm, stats, op = (None, None, 0.0), torch.empty(0, 2), torch.ops.gptfast.linear_bwd
+    grads = op(dy, x, *norm, weight, bias, stats, True, True, BF16)
+    low = op(dy.to(BF16), rounded[0], *norm, *rounded[1:], stats, True, True, None)
+    for grad, other in zip((grads[0], *grads[3:]), (low[0], *low[3:]), strict=True):
+        assert grad.dtype == torch.float32 and other.dtype == BF16
+        assert torch.equal(grad.to(BF16).nan_to_num(), other.nan_to_num())
+
+
 def operations() -> list[Tensor]:
     """Return a result of each product: forward, with a bias and a residual, and two gradients."""
     generator = torch.Generator().manual_seed(1)
