@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import gptfast
 from gptfast import installed
 from gptfast.cli import COMMANDS
+from gptfast.ops.backend import EXTENSION
 from gptfast.startup import SUMMARIES
 from gptfast.torch_private import OLDEST_TORCH
 
@@ -44,6 +45,15 @@ except RuntimeError as error:
 """
 
 
+# As if the sources of an operator had changed since its kernel was compiled.
+CHANGED_SOURCES = """
+from torch.library import Library
+define = Library.define
+Library.define = lambda self, schema: define(self, schema.replace("(Tensor", "(int n, Tensor", 1))
+import gptfast
+"""
+
+
 def python(*args: str, path: str | Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """Run Python with a folder before all others on its path."""
     command = [sys.executable, *args]
@@ -55,6 +65,14 @@ def built(folder: Path, **record: str) -> Path:
     path = folder / "built.json"
     path.write_text(json.dumps({"missing": "", "torch": torch.__version__} | record), "utf-8")
     return path
+
+
+@pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
+def test_kernels_of_other_sources_are_one_line() -> None:
+    done = python("-c", CHANGED_SOURCES)
+    assert done.returncode == 1
+    line = r"ImportError: \S+ was compiled from other sources .*; run make, or .*"
+    assert re.fullmatch(line, done.stderr.splitlines()[-1])
 
 
 def test_the_name_is_the_same_everywhere() -> None:

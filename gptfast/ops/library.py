@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gptfast.installed import REBUILD
 from gptfast.ops.backend import (
     EXTENSION,
     IMPLEMENTATIONS,
@@ -72,6 +73,19 @@ class _Launcher:
             return launcher(*args)
 
 
+def _define(schema: str) -> None:
+    """Define an operator. Raises ImportError if its C++ kernel takes other arguments."""
+    try:
+        LIBRARY.define(schema)
+    except RuntimeError as error:
+        if EXTENSION is None or "C++ kernel" not in str(error):
+            raise
+        raise ImportError(
+            f"{EXTENSION.__file__} was compiled from other sources than this gptfast; run make, or "
+            f"{REBUILD}"
+        ) from None
+
+
 def register(schema: str, reference: Callable, fake: Callable) -> OpOverload:
     """Define the operator `gptfast::<schema>` and return it.
 
@@ -79,8 +93,8 @@ def register(schema: str, reference: Callable, fake: Callable) -> OpOverload:
     which returns empty outputs. The launcher for CUDA is the function in kernels/triton with the
     reference's name and file.
     """
-    LIBRARY.define(schema)
     name = schema[: schema.index("(")]
+    _define(schema)
     op = getattr(torch.ops.gptfast, name).default
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if TRITON_MISSING:
