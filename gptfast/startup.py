@@ -27,7 +27,7 @@ SUMMARIES = {
     "prepare": "Turn text into token files, which training reads without loading them into memory.",
     "tokenizer": "Learn a byte-pair encoding from text (needs pip install tokenizers).",
     "search": "Train with several settings, each in a process of its own, and compare the results.",
-    "plot": "Draw the losses of several runs in one picture.",
+    "plot": "Draw the losses of several runs in one picture, or write a page about one run.",
     "convert": "Write a model in another format. The format of SRC is recognised from its content.",
     "download": "Download GPT-2's weights. Every command then takes the name, such as gpt2, as a "
     "model.",
