@@ -41,6 +41,11 @@ def write_data(path: Path) -> None:
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats), "utf-8")
 
 
+def quote(path: object) -> str:
+    """Return a path as a shell takes it, whatever signs are in it."""
+    return shlex.quote(str(path))
+
+
 def gptfast(command: str, said: str | None = None) -> None:
     """Print a command and run it; said: what it reads from standard input."""
     print(f"\n$ gptfast {command}" + (f" <<< {said!r}" if said else ""), flush=True)
@@ -50,7 +55,7 @@ def gptfast(command: str, said: str | None = None) -> None:
 def train_once(out: Path, flags: str) -> None:
     """Train a run with these flags, or continue it where it was stopped."""
     begun = (out / "checkpoints").is_dir()
-    gptfast(f"train --out {out} --resume" if begun else f"train --out {out} {flags}")
+    gptfast(f"train --out {quote(out)} {'--resume' if begun else flags}")
 
 
 def train(out: Path, data: Path, init: str | None, steps: int) -> Path:
@@ -58,24 +63,28 @@ def train(out: Path, data: Path, init: str | None, steps: int) -> Path:
     options = f"--max-steps {steps} --batch-size 16 --sample-tokens 0"
     tuned = out / "tuned"
     if init is not None:  # large: an adapter is enough, and needs little memory
-        train_once(tuned, f"--data {data} --init {init} --lora-rank 8 {options}")
+        train_once(tuned, f"--data {quote(data)} --init {quote(init)} --lora-rank 8 {options}")
         return tuned
     base = out / "base"
     shape = "--tokenizer byte --n-layer 2 --n-embd 64 --lr 5e-3"
     train_once(base, f"{shape} {options}")
-    train_once(tuned, f"--data {data} --init {base} --lr 2e-3 {options}")
+    train_once(tuned, f"--data {quote(data)} --init {quote(base)} --lr 2e-3 {options}")
     return tuned
 
 
 def ask_server(model: Path, question: str) -> str:
     """Serve a model, ask it through OpenAI's protocol, and return its answer."""
-    command = f"serve {model} --port 0 --temperature 0"
+    command = f"serve {quote(model)} --port 0 --temperature 0"
     print(f"\n$ gptfast {command}", flush=True)
     server = subprocess.Popen([*GPTFAST, *shlex.split(command)], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     try:
-        line = next(line for line in server.stderr if " at http://" in line)
-        print(line, end="", flush=True)
+        for line in server.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            if " at http://" in line:
+                break
+        else:
+            raise SystemExit("the server did not start")
         address = line.split(" at ")[1].strip()
         body = {"messages": [{"role": "user", "content": question}], "max_tokens": 40}
         request = urllib.request.Request(
@@ -104,7 +113,7 @@ def main() -> None:
         write_data(data)
     tuned = train(given.out, data, given.init, given.steps)
     question = "Which day comes after Monday?"
-    gptfast(f"chat {tuned} --temperature 0", said=f"{question}\n")
+    gptfast(f"chat {quote(tuned)} --temperature 0", said=f"{question}\n")
     print(ask_server(tuned, question))
 
 

@@ -93,3 +93,14 @@ def test_instructions_to_chat_and_server(tmp_path: Path) -> None:
     assert {message["role"] for message in chats[0]["messages"]} == {"user", "assistant"}
     assert done.stdout.count("168 documents") == 1
     assert done.stdout.splitlines()[-1]
+
+
+def test_a_server_that_does_not_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What it says is seen, and a path with spaces stays one."""
+    spec = importlib.util.spec_from_file_location("instructions", ROOT / "examples/instructions.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    with pytest.raises(SystemExit, match="the server did not start"):
+        example.ask_server(tmp_path / "no model", "Which day?")
+    assert "no model" in capfd.readouterr().err

@@ -5,6 +5,7 @@ import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,28 @@ def test_what_it_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         model.h[1].mlp.c_fc.weight[0, 0] = 1e5
     with pytest.raises(ValueError, match="blk.1.ffn_up.weight has values that F16 cannot hold"):
         write(model, path, "f16")
-    monkeypatch.setattr("gptfast.weights.gguf.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs the gguf library: pip install '.*\[gguf\]'"):
-        write(model, path)
+    with torch.no_grad():
+        for value, kind in ((1e9, "q8_0"), (1e6, "q4_0"), (torch.nan, "q8_0"), (torch.inf, "q4_0")):
+            model.h[1].mlp.c_fc.weight[0, 0] = value
+            with pytest.raises(
+                ValueError, match=f"ffn_up.weight has values that {kind.upper()} ca"
+            ):
+                write(model, path, kind)
+    for spec in (None, ModuleSpec("gguf", None)):  # a folder of that name is no library
+        monkeypatch.setattr("gptfast.weights.gguf.find_spec", lambda name, spec=spec: spec)
+        with pytest.raises(ValueError, match=r"needs the gguf library: pip install '.*\[gguf\]'"):
+            write(model, path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_license_is_that_of_openais_models(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of somebody else in a directory called gpt2 has none that we know."""
+    monkeypatch.chdir(tmp_path)
+    byte_model().save_pretrained("gpt2")
+    done(capsys, "convert", "gpt2", "m.gguf")
+    assert "general.license" not in fields(tmp_path / "m.gguf")
 
 
 # Vocabularies

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_names_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in names:
         assert texts(f"hf:{name}", text_field="story") == STORIES
     first = [("one", None), ("user/one", None), ("user/one", "large"), ("user/one", "large")]
-    assert asked == [(*args, {"streaming": True}) for args in first]
+    assert asked == [(*args, {"streaming": True, "trust_remote_code": False}) for args in first]
 
 
 def test_the_same_from_another_directory(tmp_path: Path) -> None:
@@ -224,10 +225,11 @@ def test_without_a_network(
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *args: None if name == "datasets" else find_spec(name, *args),
-    )
-    with pytest.raises(ValueError, match=r"pip install 'gptfast-torch\[datasets\]'"):
-        find_files(["hf:user/name"])
+    for spec in (None, ModuleSpec("datasets", None)):  # a folder of that name is no library
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, *args, spec=spec: spec if name == "datasets" else find_spec(name, *args),
+        )
+        with pytest.raises(ValueError, match=r"pip install 'gptfast-torch\[datasets\]'"):
+            find_files(["hf:user/name"])

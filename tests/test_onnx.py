@@ -98,6 +98,20 @@ def test_padding_before_a_prompt(written: tuple[GPT, Path]) -> None:
         close(torch.cat([first[1:, 3:], step[1:]], 1), model(whole[1:, 3:]))
 
 
+def test_large_products_in_fp16() -> None:
+    """Queries times keys may be beyond fp16 where they are not once divided by the root of D."""
+    model = random_model().eval()
+    with torch.no_grad():
+        for block in model.h:
+            block.attn.c_attn.bias[: 2 * model.config.n_embd] = 90.0
+    state = {name: p.half() for name, p in model.state_dict().items()}
+    decoder, idx = writer._decoder(model.config, state), random_ids(1, 5)
+    empty = torch.zeros(1, model.config.n_head, 0, 12, dtype=torch.float16)
+    past = [(empty, empty)] * model.config.n_layer
+    logits, _ = decoder(idx, torch.ones_like(idx), torch.arange(5)[None], past)
+    assert 12 * 90**2 > torch.finfo(torch.float16).max and logits.isfinite().all()
+
+
 def test_the_graph(written: tuple[GPT, Path]) -> None:
     """It is valid, of ONNX's own operators, with free sizes, and names no file of this machine."""
     model, path = written

@@ -21,7 +21,7 @@ from gptfast.lora import add_adapters
 from gptfast.weights.adapter import AdapterConfig
 from gptfast.weights.card import facts_of
 
-huggingface_hub = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
 TOKEN = "hf_thisIsASecretOfTheTests"
 
 
@@ -36,6 +36,7 @@ class Hub(ThreadingHTTPServer):
         self.asked: list[tuple[str, Any, str | None]] = []
         self.files: dict[str, bytes] = {}
         self.refuses = False
+        self.is_private = True
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -43,6 +44,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: Any) -> None:
         """Print nothing."""
+
+    def do_GET(self) -> None:
+        if self.path == "/api/models/user/name":
+            self.reply(200, {"id": "user/name", "private": self.server.is_private, "tags": []})
+        else:  # what the library wants to know of the Hub itself
+            self.reply(404, {})
 
     def do_POST(self) -> None:
         hub = self.server
@@ -82,8 +89,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     yield server
     server.shutdown()
     server.server_close()
@@ -155,9 +162,33 @@ def test_facts_are_of_these_weights(hub: Hub, run: Path) -> None:
     assert "| Training | not on record |" in Path("changed/README.md").read_text()
     model.save_pretrained("named", push_to_hub="user/name", run="run")
     assert "| Steps | 3," in Path("named/README.md").read_text()
-    Path("same/README.md").write_text("mine\n")
+
+
+def test_a_card_of_an_earlier_push_is_not_sent_again(hub: Hub, run: Path) -> None:
+    """It would tell of other weights; but what somebody wrote or changed stays."""
+    model = GPT.from_pretrained(run)
     model.save_pretrained("same", push_to_hub="user/name")
-    assert hub.files["README.md"] == b"mine\n"
+    card = Path("same/README.md")
+    assert "| Steps | 3," in card.read_text()
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.weight.add_(1)
+    model.save_pretrained("same", push_to_hub="user/name")
+    assert b"| Training | not on record |" in hub.files["README.md"]
+    for text in ("mine\n", card.read_text() + "mine\n", card.read_text().replace("record", "my")):
+        card.write_text(text)
+        model.save_pretrained("same", push_to_hub="user/name")
+        assert hub.files["README.md"].decode() == text
+
+
+def test_private_weights_go_to_no_open_repository(
+    hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.is_private = False
+    assert main(["convert", "run", "hf:user/name", "--private"]) == 1
+    assert "user/name is there already, and all can see it" in capsys.readouterr().err
+    assert not hub.files
+    assert main(["convert", "run", "hf:user/name"]) == 0
+    assert "model.safetensors" in hub.files
 
 
 def test_an_adapter_is_sent_for_a_base_that_others_have(hub: Hub, tmp_path: Path) -> None:
@@ -168,6 +199,8 @@ def test_an_adapter_is_sent_for_a_base_that_others_have(hub: Hub, tmp_path: Path
     assert not (tmp_path / "adapter").exists()
     assert model.adapter is not None
     model.adapter = model.adapter.of_base("gpt2", model.adapter.fingerprint)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/model.safetensors").write_bytes(b"of another")
     model.save_pretrained(tmp_path / "adapter", push_to_hub="user/name")
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == set(hub.files)
     card = hub.files["README.md"].decode()
@@ -193,6 +226,9 @@ def test_the_token_is_in_no_message(
     assert "user/name could not be sent to the Hub" in printed.err
     assert printed.err.count("\n") == 1
     assert TOKEN not in printed.out + printed.err + caplog.text
+    as_transformers: Any = True
+    with pytest.raises(ValueError, match="True is no repository of the Hub: name it as USER/NAME"):
+        GPT.from_pretrained("run").save_pretrained("saved", push_to_hub=as_transformers)
     with pytest.raises(OSError) as error:
         GPT.from_pretrained("run").save_pretrained("saved", push_to_hub="user/name")
     assert TOKEN not in str(error.value)

@@ -120,6 +120,23 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
         write_report(tmp_path, tmp_path / "run.html")
 
 
+def test_damaged_files_beside_the_metrics(tmp_path: Path) -> None:
+    """They cost no page, and the metrics' own file finds those beside it."""
+    run = tmp_path / "caf\udce9"
+    run.mkdir()
+    row = {"step": 0, "epoch": 0.0, "tokens": 0, "train_loss": 5.5, "val_loss": 5.6}
+    (run / "metrics.jsonl").write_text(json.dumps(row))
+    samples = b"step 1: a\xff</td><script>\nstep " + b"9" * 5000 + b": b\n"
+    (run / "samples.txt").write_bytes(samples)
+    for environment, shown in (("[1]", None), ('{"torch": "\\ud800<i>"}', "?<i>")):
+        (run / "environment.json").write_text(environment)
+        for name in (run, run / "metrics.jsonl"):
+            page = Page(write_report(name, tmp_path / "run.html").read_text("utf-8"))
+            assert page.table().get("torch") == shown
+            assert page.table()["step 1"] == "a\ufffd</td><script>"
+            assert "script" not in page.tags
+
+
 def test_rows_go_to_a_tracker(tmp_path: Path) -> None:
     """on_row gets each row of metrics.jsonl in order; of a run that goes on, the new ones."""
     seen: list[dict[str, Any]] = []

@@ -112,7 +112,7 @@ class Convert:
     """With --merge: the model that the adapter was trained beside (default: the one that it
     names)."""
     private: bool = False
-    """With hf:USER/NAME: make a repository that you alone see, if it is not there yet."""
+    """With hf:USER/NAME: make a repository that you alone see; one that all see gets nothing."""
 
     def __post_init__(self) -> None:
         check_whole(self, "n_head", "resize_vocab", most=MAX_SIZE)
@@ -181,7 +181,7 @@ class Convert:
                 tokenizer=tokenizer,
                 eos_ids=model.eos_ids,
                 kind=None if self.dtype is None else kinds.get(self.dtype, self.dtype),
-                license="mit" if preset_of(self.src) else None,
+                license="mit" if preset_of(str(model.source)) else None,
             )
         notes = []
         if tokenizer is None:

@@ -21,6 +21,8 @@ from gptfast.installed import DISTRIBUTION
 PREFIX = "hf:"
 BATCH_ROWS = 1000
 _DEFAULT_SPLIT = "train"
+# Before its version 4, the library ran a script that a data set brought along.
+_OPTIONS = {"streaming": True, "trust_remote_code": False}
 
 
 class HubData(NamedTuple):
@@ -71,7 +73,8 @@ def absolute(path: str) -> str:
 
 def check_library(path: str | PathLike) -> None:
     """Raise ValueError if `datasets` is not installed."""
-    if importlib.util.find_spec("datasets") is None:
+    spec = importlib.util.find_spec("datasets")
+    if spec is None or spec.origin is None:  # or a folder of that name, without a library in it
         raise ValueError(
             f"{path} needs datasets to be read: pip install '{DISTRIBUTION}[datasets]'"
         )
@@ -142,12 +145,12 @@ def _load(asked: HubData) -> Any:
         user, _, rest = asked.name.partition("/")
         name, _, configuration = rest.partition("/")
         repository = f"{user}/{name}" if name else user
-        return datasets.load_dataset(repository, configuration or None, streaming=True)
+        return datasets.load_dataset(repository, configuration or None, **_OPTIONS)
     directory = asked.directory
     saved = [directory / name for name in ("dataset_dict.json", "state.json")]
     if any(file.is_file() for file in saved):
         return datasets.load_from_disk(str(directory))
-    return datasets.load_dataset(str(directory), streaming=True)
+    return datasets.load_dataset(str(directory), **_OPTIONS)
 
 
 def _failure(path: Path, where: str, error: Exception) -> ValueError:

@@ -54,13 +54,14 @@ _PANELS = {
 def write_report(run: str | PathLike, out: str | PathLike) -> Path:
     """Write a page about a run, complete or not, to the file `out`, and return its path.
 
-    run: its directory. Raises ValueError for a directory without metrics or evaluations, and for a
-    file that cannot be written.
+    run: its directory, or the metrics.jsonl in it. Raises ValueError for a directory without
+    metrics or evaluations, and for a file that cannot be written.
     """
     run, out = Path(run), Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"a report is an .html file, got {out.name!r}")
     rows = read_metrics(run)
+    run = run if run.is_dir() else run.parent
     if not any(finite(row, "val_loss") for row in rows):
         raise ValueError(f"{run} has no evaluation yet: nothing to report")
     body = "\n".join(
@@ -77,10 +78,10 @@ def write_report(run: str | PathLike, out: str | PathLike) -> Path:
     page = _PAGE.format(title=escape(run.resolve().name), body=body)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as file:
-            file.write(page)
+        with replacing(out, "wb") as file:
+            file.write(page.encode("utf-8", "replace"))  # names of files need not be UTF-8
     except OSError as error:
-        raise ValueError(f"cannot write {out}: {error.strerror}") from None
+        raise ValueError(f"cannot write {out}: {error.strerror or error}") from None
     return out
 
 
@@ -155,10 +156,11 @@ def _picture(rows: Sequence[MetricsRow]) -> str:
 def _samples(run: Path) -> list[tuple[str, str]]:
     """Return the text samples, by the steps that they are of."""
     try:
-        text = (run / "samples.txt").read_text("utf-8")
+        text = (run / "samples.txt").read_text("utf-8", "replace")
     except OSError:
         return []
-    return [(f"step {int(n):,}", line) for n, line in re.findall(r"^step (\d+): (.*)$", text, re.M)]
+    found = re.findall(r"^step (\d{1,18}): (.*)$", text, re.M)
+    return [(f"step {int(n):,}", line) for n, line in found]
 
 
 def _settings(run: Path) -> list[tuple[str, str]]:
@@ -178,4 +180,5 @@ def _environment(run: Path) -> list[tuple[str, str]]:
         found = json.loads((run / ENVIRONMENT).read_text("utf-8"))
     except (OSError, ValueError):
         return []
+    found = found if isinstance(found, dict) else {}
     return [(str(name), str(value)) for name, value in found.items()]

@@ -4,6 +4,7 @@ Its facts come from the checkpoint that the weights are of. It names files witho
 where they lie on this machine is nobody's business.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -107,11 +108,22 @@ def model_card(
         kind = f"A LoRA adapter with {what} for `{_cell(base)}` (GPT-2: {shape})"
     rows = [*_rows(facts), ("Written by", _release(version(), commit()))]
     table = "".join(f"| {title} | {_cell(text)} |\n" for title, text in rows)
-    return (
+    return _signed(
         f"---\n{_front_matter(base)}---\n\n# {name.rpartition('/')[2]}\n\n"
         f"{kind}, made with [gptfast](https://pypi.org/project/{DISTRIBUTION}/).\n\n"
         f"| | |\n|---|---|\n{table}\n## How to load it\n\n{_loading(name, base)}"
     )
+
+
+def _signed(text: str) -> str:
+    """Return a card with a comment, by which `is_own` knows that nobody has changed it since."""
+    return f"{text}\n<!-- gptfast {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_own(card: bytes) -> bool:
+    """Return whether a README.md is a card that `model_card` made, as it was made."""
+    text = card.decode("utf-8", "replace")
+    return text == _signed(text.rpartition("\n<!-- gptfast ")[0])
 
 
 def _rows(facts: Facts | None) -> list[tuple[str, str]]:

@@ -56,7 +56,8 @@ _SIZES = {
 
 def need_library(what: str) -> None:
     """Raise ValueError if the gguf library is missing. what: what needs it."""
-    if find_spec("gguf") is None:
+    spec = find_spec("gguf")
+    if spec is None or spec.origin is None:  # or a folder of that name, without a library in it
         raise ValueError(f"{what} needs the gguf library: pip install '{DISTRIBUTION}[gguf]'")
 
 

@@ -18,6 +18,8 @@ TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4
 """What matrices may be written as, and the names of the library."""
 _OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _TORCH = {name: dtype for dtype, name in _OF_DTYPE.items()}
+_LARGEST = {"Q8_0": 127, "Q4_0": 8}
+"""The largest number of a quantised type, which its block's scale, an fp16 number, multiplies."""
 _QUANTIZATION_VERSION = 2
 
 
@@ -96,6 +98,9 @@ def _bytes(name: str, tensor: Tensor, ggml: str) -> np.ndarray:
     from gguf import GGMLQuantizationType, quants
 
     if (dtype := _TORCH.get(ggml.lower())) is None:
+        # Scales are fp16: one value that is too large for that makes its whole block NaN.
+        if not tensor.float().abs().amax() / _LARGEST[ggml] <= torch.finfo(torch.float16).max:
+            raise ValueError(f"{gguf_name(name)} has values that {ggml} cannot hold: take f32")
         return quants.quantize(tensor.float().numpy(), GGMLQuantizationType[ggml])
     rounded = tensor.to(dtype).contiguous()
     if not torch.equal(rounded.isfinite(), tensor.isfinite()):

@@ -29,7 +29,8 @@ _MAX_FILE_BYTES = 2**31 - 2**26
 def need_libraries(what: str) -> None:
     """Raise ValueError if a library that writes ONNX is missing. what: what needs it."""
     for name in ("onnx", "onnxscript"):
-        if find_spec(name) is None:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # or a folder of that name
             raise ValueError(f"{what} needs {name}: pip install '{DISTRIBUTION}[onnx]'")
 
 
@@ -54,7 +55,8 @@ class _Block(nn.Module):
         qkv = self.attn["c_attn"](self.ln_1(x)).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D)
         k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        scores = q @ k.transpose(2, 3) * (C // self.n_head) ** -0.5  # (B, H, T, P + T)
+        # Scaled first: fp16 ends at 65,504.
+        scores = q * (C // self.n_head) ** -0.5 @ k.transpose(2, 3)  # (B, H, T, P + T)
         # Not -inf: a row of padding sees nothing at all, and shall not be NaN.
         scores = scores.float().masked_fill(~visible, torch.finfo(torch.float32).min)
         out = scores.softmax(-1).to(x.dtype) @ v

@@ -13,13 +13,15 @@ from gptfast.config import PRESETS, GPTConfig
 from gptfast.installed import DISTRIBUTION
 from gptfast.weights import adapter
 from gptfast.weights.adapter import AdapterConfig, fingerprint
-from gptfast.weights.card import CARD, Facts, facts_of, model_card
+from gptfast.weights.card import CARD, Facts, facts_of, is_own, model_card
 from gptfast.weights.checkpoint import find_checkpoint, is_run
 from gptfast.weights.open import open_weights
 from gptfast.weights.pretrained import TOKENIZER_FILES
 
+_OF_MODEL = ("config.json", "generation_config.json", "model.safetensors")
 FILES = (
-    *("config.json", "generation_config.json", "model.safetensors", CARD),
+    *_OF_MODEL,
+    CARD,
     *adapter.FILES,
     *TOKENIZER_FILES,
 )
@@ -28,7 +30,7 @@ FILES = (
 
 def check_repository(name: str) -> None:
     """Raise ValueError for a name that no repository can have, or without huggingface_hub."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
         raise ValueError(f"{name!r:.100} is no repository of the Hub: name it as USER/NAME")
     try:
         import huggingface_hub  # noqa: F401
@@ -85,25 +87,36 @@ def card(
 def push(directory: Path, name: str, text: str, *, private: bool = False) -> str:
     """Send a directory's FILES to the repository user/name, in one commit; return its address.
 
-    text: the card, written to README.md unless there is one: somebody may have written that. The
-    repository is made if it is not there; private: for its owner alone. The token is that of `hf
-    auth login` or $HF_TOKEN, and no message shows it. Raises OSError.
+    Of a directory with an adapter, no model is sent. text: the card, written to README.md unless
+    one of somebody else is there. The repository is made if it is not there; private: for its owner
+    alone, and one that all see gets nothing. The token is that of `hf auth login` or $HF_TOKEN, and
+    no message shows it. Raises OSError, and ValueError for a repository that all see.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    if not (directory / CARD).exists():
+    if not (directory / CARD).exists() or is_own((directory / CARD).read_bytes()):
         (directory / CARD).write_text(text, "utf-8")
     files = [directory / file for file in FILES if (directory / file).is_file()]
-    api = HfApi()
+    if (directory / adapter.CONFIG).is_file():
+        files = [file for file in files if file.name not in _OF_MODEL]
+    api, is_open = HfApi(), False
     try:
         address = api.create_repo(name, private=private or None, exist_ok=True)
-        api.create_commit(
-            name,
-            [CommitOperationAdd(file.name, str(file)) for file in files],
-            commit_message="Upload a model of gptfast",
-        )
+        # One that was there stays as open as it was.
+        is_open = private and not api.model_info(name).private
+        if not is_open:
+            api.create_commit(
+                name,
+                [CommitOperationAdd(file.name, str(file)) for file in files],
+                commit_message="Upload a model of gptfast",
+            )
     except Exception as error:  # of any transport that huggingface_hub uses
         raise OSError(f"{name} could not be sent to the Hub: {_without_token(error)}") from None
+    if is_open:
+        raise ValueError(
+            f"{name} is there already, and all can see it: nothing was sent; make it private, name "
+            "another, or leave out --private"
+        )
     return str(address)
 
 
