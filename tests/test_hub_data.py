@@ -197,17 +197,37 @@ def test_the_same_from_another_directory(tmp_path: Path) -> None:
         ("hf:", "is no data set: give hf:NAME"),
         ("hf:a:b:c:d", "is no data set: give hf:NAME"),
         ("hf:empty", "cannot read hf:empty"),
+        (
+            "hf:several",
+            "available configs: ['a', 'b']; of a directory with several, give the files",
+        ),
     ],
 )
 def test_refused(name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     jsonl("data")
     saved_alone("alone")
     Path("empty").mkdir()
+    lines("several")
+    both = [f"- config_name: {name}\n  data_files: train.jsonl\n" for name in "ab"]
+    Path("several/README.md").write_text("".join(["---\nconfigs:\n", *both, "---\n"]))
     capsys.readouterr()
     assert main(["prepare", "--data", name, "--tokenizer", "byte", "--out", "out"]) == 1
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not Path("out").exists()
+
+
+def test_a_configuration_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's message has several lines, and the names are in the second."""
+
+    def load_dataset(*args: Any, **options: Any) -> Any:
+        lines = ["Config name is missing.", "Please pick one among the available configs: ['x']"]
+        raise ValueError("\n".join([*lines, "Example of usage:", "\t`load_dataset('user/one')`"]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    said = r"available configs: \['x'\]; name one \(hf:user/one/CONFIGURATION\)$"
+    with pytest.raises(ValueError, match=said):
+        texts("hf:user/one")
 
 
 def test_without_a_network(

@@ -159,7 +159,13 @@ def _failure(path: Path, where: str, error: Exception) -> ValueError:
 
     why = one_line(error) or type(error).__name__
     remedy = ""
-    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+    if why.startswith("Config name is missing"):
+        why = " ".join(str(error).partition("\nExample of usage")[0].split())[:500]
+        asked = parse(path)
+        remedy = f"; name one ({PREFIX}{asked.name}/CONFIGURATION)"
+        if asked.is_local:
+            remedy = "; of a directory with several, give the files themselves"
+    elif isinstance(error, datasets.exceptions.DatasetNotFoundError):
         remedy = "; look at its name, and log in (hf auth login) if it is not public"
     elif isinstance(error, ConnectionError) or type(error).__module__.startswith("httpx"):
         remedy = (
