@@ -44,8 +44,8 @@ from timing import OWN_PROCESSES
 from gptfast import GPT, AdamW, Engine, GPTConfig, get_tokenizer
 
 PROMPT, LONG_PROMPT = 32, 512
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
-MAX_LACK = {"fp32": 0.02, "bf16": 0.3, "int8": 0.6}
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5}
+MAX_LACK = {"fp32": 0.02, "bf16": 0.3, "int8": 0.6, "int4": 2.0}
 """How far below the largest logit rounding may put an id, in standard deviations of the logits."""
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
 RUN = Path(__file__).parents[1] / "runs" / "train"
@@ -61,9 +61,12 @@ DECODE = (
     ("int8", "CTranslate2", 1, 3.5),
     ("int8", "CTranslate2", MAX_ROWS, 1.5),
     ("int8", "llama.cpp", MAX_ROWS, 1.5),
+    ("int4", "llama.cpp", 1, 1.2),
 )
 """The decode cases: precision, peer, rows, target."""
-PREFILL = tuple((p, name) for p in ITEM_BYTES for name, known in PRECISIONS.items() if p in known)
+PREFILL = tuple(
+    (p, name) for p in ("fp32", "bf16", "int8") for name in PRECISIONS if p in PRECISIONS[name]
+)
 
 
 _directory = cache(kept_directory)
@@ -146,6 +149,27 @@ def _greedy_pair(
                 _check_greedy(_model(config), prompts, new, MAX_LACK[precision])
 
         return Pair(lambda: ours(next(texts)), lambda: peer(next(texts)), check)
+
+    return build
+
+
+def _int4_pair(config: GPTConfig, n: int) -> Callable[[], Pair]:
+    """Return decoding one row in int4 against int8."""
+
+    def build() -> Pair:
+        texts = _endless_prompts(1, PROMPT)
+
+        def side(precision: str) -> Prompts:
+            return _engine(config, precision).generate(next(texts), n, temperature=0.0)
+
+        def check() -> None:
+            for precision in ("int4", "int8"):
+                prompts = next(texts)
+                new = _engine(config, precision).generate(prompts, n, temperature=0.0)
+                new = [row[PROMPT:] for row in new]
+                _check_greedy(_model(config), prompts, new, MAX_LACK[precision])
+
+        return Pair(lambda: side("int4"), lambda: side("int8"), check)
 
     return build
 
@@ -279,11 +303,11 @@ def _greedy_cases(config: GPTConfig, shape: str, n: int) -> Iterator[Case]:
             f"{shape} B={B}",
             f"{name} {PRECISIONS[name][precision]}",
             _greedy_pair(config, precision, name, B, PROMPT, n),
-            n_bytes=ITEM_BYTES[precision] * (in_blocks + V * C) * n,
+            n_bytes=int(ITEM_BYTES[precision] * (in_blocks + V * C) * n),
             flops=2 * B * (in_blocks + V * C) * n if precision in DTYPES else 0,
             target=target,
             reads_only=True,
-            working_set=ITEM_BYTES[precision] * (in_blocks + V * C),
+            working_set=int(ITEM_BYTES[precision] * (in_blocks + V * C)),
             products="bf16" if precision == "bf16" else "fp32",
             tokens=B * n,
         )
@@ -302,6 +326,16 @@ def _greedy_cases(config: GPTConfig, shape: str, n: int) -> Iterator[Case]:
 
 
 def _own_cases(config: GPTConfig, shape: str, n: int) -> Iterator[Case]:
+    # Not all of decode's cases have a peer: half of the bytes should take two thirds of the time.
+    yield Case(
+        "decode",
+        f"{n} tokens int4",
+        f"{shape} B=1",
+        "gptfast int8",
+        _int4_pair(config, n),
+        target=1.5,
+        tokens=n,
+    )
     for precision, target in (("fp32", 0.98), ("int8", 0.95)):
         yield Case(
             "sample",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MODULES = {"llama.cpp": "llama_cpp", "CTranslate2": "ctranslate2", "transformers": "transformers"}
 SERVER_MODULES = {"llama-cpp-python[server]": "llama_cpp", "starlette_context": "starlette_context"}
 PRECISIONS = {
-    "llama.cpp": {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"},
+    "llama.cpp": {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"},
     "CTranslate2": {"fp32": "float32", "int8": "int8"},
     "transformers": {"fp32": "float32", "bf16": "bfloat16"},
 }
@@ -327,7 +327,7 @@ class Peer:
     def __init__(self, name: str, model: "GPT", precision: str, directory: Path) -> None:
         """Write the model for peer `name` into `directory` and load it from there.
 
-        precision: "fp32", "bf16" or "int8". Raises ModuleNotFoundError for a peer not installed.
+        precision: "fp32", "bf16", "int8" or "int4". Raises ModuleNotFoundError for a missing peer.
         """
         import torch
 
