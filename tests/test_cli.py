@@ -73,7 +73,8 @@ def test_installed_command(text: Path, tmp_path: Path) -> None:
 
 def test_train_writes_a_run(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
-    assert names == {"metrics.jsonl", "samples.txt", "loss.png", "loss.pdf", "checkpoints"}
+    files = {"metrics.jsonl", "samples.txt", "loss.png", "loss.pdf", "environment.json"}
+    assert names == {*files, "checkpoints"}
     assert [row["step"] for row in rows(trained)] == [0, 6]
     model = GPT.from_pretrained(trained)
     assert model.config == GPTConfig(257, 16, 1, 2, 16)
