@@ -106,8 +106,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GPT, "to", lambda model, device: model)
     pack = engine._pack
 
-    def packed(model: object, dtype: str | None) -> object:
-        return GpuModel(model, dtype or "fp32") if isinstance(model, GPT) else pack(model, dtype)
+    def packed(model: object, dtype: str | None, base: object) -> object:
+        given = isinstance(model, GPT)
+        return GpuModel(model, dtype or "fp32") if given else pack(model, dtype, base)
 
     monkeypatch.setattr(engine, "_pack", packed)
 
