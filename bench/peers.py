@@ -68,6 +68,8 @@ def write_gguf(
     """
     import gguf
 
+    from gptfast.weights.gguf import PARTS
+
     kind, config = gguf.GGMLQuantizationType[precision], model.config
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_context_length(config.block_size)
@@ -80,18 +82,6 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     if vocabulary:
         _add_vocabulary(writer, vocabulary)
-    names = {
-        "wte": "token_embd",
-        "wpe": "position_embd",
-        "ln_f": "output_norm",
-        "lm_head": "output",
-        "ln_1": "attn_norm",
-        "attn.c_attn": "attn_qkv",
-        "attn.c_proj": "attn_output",
-        "ln_2": "ffn_norm",
-        "mlp.c_fc": "ffn_up",
-        "mlp.c_proj": "ffn_down",
-    }
     for name, parameter in model.state_dict().items():
         layer, part = "", name
         if name.startswith("h."):
@@ -101,9 +91,9 @@ def write_gguf(
         values = parameter.float().numpy()
         if values.ndim == 2 and part != "wpe":
             quantized = gguf.quants.quantize(values, kind)
-            writer.add_tensor(f"{layer}{names[part]}.{suffix}", quantized, raw_dtype=kind)
+            writer.add_tensor(f"{layer}{PARTS[part]}.{suffix}", quantized, raw_dtype=kind)
         else:
-            writer.add_tensor(f"{layer}{names[part]}.{suffix}", values)
+            writer.add_tensor(f"{layer}{PARTS[part]}.{suffix}", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

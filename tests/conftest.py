@@ -16,6 +16,7 @@ GPTFAST_TEST_PTX=all runs all of them, which takes hours.
 import importlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,29 +63,36 @@ LEVELS = [level for level in ENGINE_LEVELS if level in ("default", "avx2", "avx5
 _SKIPPED = pytest.param("cpp", marks=pytest.mark.skip(f"the C++ extension is not built: {MISSING}"))
 
 
-def _at_level(level: str) -> Iterator[str]:
+@contextmanager
+def at_level(level: str) -> Iterator[None]:
+    """Run the C++ kernels at an instruction-set level."""
     before = EXTENSION.build_info()["isa"]
     EXTENSION.set_isa(level)
-    yield level
-    EXTENSION.set_isa(before)
+    try:
+        yield
+    finally:
+        EXTENSION.set_isa(before)
 
 
 @pytest.fixture(params=LEVELS or [_SKIPPED])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test at each instruction-set level of this machine."""
-    yield from _at_level(request.param)
+    with at_level(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=ENGINE_LEVELS or [_SKIPPED])
 def engine_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test at each of the engine's levels that this machine has."""
-    yield from _at_level(request.param)
+    with at_level(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=["amx_emulated", *(level for level in ENGINE_LEVELS if level == "amx")])
 def tiles_isa(request: pytest.FixtureRequest, cpp: None) -> Iterator[str]:
     """Run the test on emulated tiles, and on the CPU's matrix engine where it has one."""
-    yield from _at_level(request.param)
+    with at_level(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module", params=["engine", "model"])
@@ -175,7 +183,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     elif request.param == "triton":
         yield from _with_triton(request)
     else:
-        for _ in _at_level(request.param.removeprefix("cpp-")):
+        with at_level(request.param.removeprefix("cpp-")):
             yield request.param
 
 

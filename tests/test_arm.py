@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from arm.program import CPUS, DTYPES, call, emulated, host_at, levels, setup
+from arm.program import CPUS, DTYPES, call, emulated, levels, setup
+from conftest import at_level
 from parity import assert_parity
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def as_tuple(found: Any) -> tuple[Tensor, ...]:
 
 def results(op: Callable, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return what this machine's kernel gives at its lowest level, and what fp64 gives."""
-    with host_at(lowest_level()):
+    with at_level(lowest_level()):
         host = op(*inputs)
     wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     return as_tuple(host), as_tuple(op(*wide))
@@ -171,7 +172,7 @@ def test_adamw(kind: str) -> None:
     host = [x.clone() for x in state]
     masters, step = host[3:], torch.tensor(STEP - 1, dtype=torch.float32)
     lists = [[host[0]], [grad], [host[1]], [host[2]], masters, [step]]
-    with host_at(lowest_level()):
+    with at_level(lowest_level()):
         rate = torch.tensor(LR, dtype=torch.float64)
         options = [rate, norm, MAX_NORM, BETA1, BETA2, EPS, DECAY, [5], stochastic, 11]
         adamw(*lists, *options)
@@ -207,7 +208,7 @@ def test_sample(dtype: torch.dtype) -> None:
     parameters = [logits, temperature, top_k, top_p, min_p, seed, position]
     ids = torch.full((B,), -7)
     found = call(BASE, "sample", [B, DTYPES[dtype], V], [*parameters, ids])[-1]
-    with host_at(lowest_level()):
+    with at_level(lowest_level()):
         host = ops.sample(*parameters)
     # The weight of a token may differ by a rounding of exp.
     assert (found != host).sum() <= 1 and found.unique().numel() > B // 2

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from arm.program import CPUS, call, emulated, host_at
+from arm.program import CPUS, call, emulated
+from conftest import at_level
 from helpers import random_ids, random_model
 from torch import Tensor
 
@@ -104,7 +105,7 @@ def test_an_engine_has_the_same_bits(level: str, dtype: str, shape: dict) -> Non
     for threads, start, end in ((1, 0, 41), (2, 41, 42), (3, 42, 47)):
         wanted = [*range(end - start)][-5:]
         found, cache = steps.at(level, threads, start, ids[start:end], wanted)
-        with host_at(fused_levels()[-1]):
+        with at_level(fused_levels()[-1]):
             logits, steps.cache = steps.here(start, ids[start:end], wanted)
         assert logits.isfinite().all() and torch.equal(found, logits)
         assert torch.equal(cache, steps.cache)
@@ -125,6 +126,6 @@ def test_an_engine_at_the_edges_of_the_range(level: str, factor: float, dtype: s
         model.h[1].attn.c_proj.bias[3] = 1e-40
     steps, ids = Steps(model, dtype), random_ids(20, vocab_size=211).tolist()
     found, _ = steps.at(level, 1, 0, ids, [0, 19])
-    with host_at(fused_levels()[-1]):
+    with at_level(fused_levels()[-1]):
         logits, _ = steps.here(0, ids, [0, 19])
     assert torch.equal(found.nan_to_num(), logits.nan_to_num())

@@ -5,14 +5,12 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENGINE_LEVELS
+from conftest import ENGINE_LEVELS, at_level
 from helpers import random_ids, random_model
 from torch import Tensor
 
@@ -30,16 +28,6 @@ SHAPES = {
     "untied, V prime": {"n_embd": 48, "tie_weights": False, "vocab_size": 257},
 }
 LENGTHS = (1, 2, 4, 5, 8, 15, 16, 17, 31, 32, 33, 47, 49, 64, 70)
-
-
-@contextmanager
-def at_level(level: str) -> Iterator[None]:
-    before = EXTENSION.build_info()["isa"]
-    EXTENSION.set_isa(level)
-    try:
-        yield
-    finally:
-        EXTENSION.set_isa(before)
 
 
 def small_model(**shape: int | bool) -> GPT:

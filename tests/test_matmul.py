@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENGINE_LEVELS, PRODUCTS, _at_level
+from conftest import ENGINE_LEVELS, PRODUCTS, at_level
 from helpers import tiny_config
 from parity import cases_of, check, poisoned
 from torch import Tensor
@@ -30,7 +30,8 @@ SIZES = [(32, 32, 32), (33, 40, 50), (97, 300, 145), (64, 257, 96), (40, 2100, 3
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with our own products at each level, also at those that are emulated."""
     EXTENSION.set_matmul_provider("gptfast")
-    yield from _at_level(request.param)
+    with at_level(request.param):
+        yield request.param
     EXTENSION.set_matmul_provider(PRODUCTS)
 
 

@@ -34,7 +34,7 @@ EPSILON = 1e-5
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 """ggml's numbers of the types that need no library."""
 _DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
-_PARTS = {
+PARTS = {
     "wte": "token_embd",
     "wpe": "position_embd",
     "ln_f": "output_norm",
@@ -46,6 +46,7 @@ _PARTS = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
+"""llama.cpp's names of GPT's modules."""
 _SIZES = {
     "block_size": "context_length",
     "n_embd": "embedding_length",
@@ -68,7 +69,7 @@ def gguf_name(name: str) -> str:
         _, i, name = name.split(".", 2)
         block = f"blk.{i}."
     part, _, leaf = name.rpartition(".")
-    return f"{block}{_PARTS[part]}.{leaf}"
+    return f"{block}{PARTS[part]}.{leaf}"
 
 
 def open_file(path: Path) -> Weights:

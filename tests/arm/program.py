@@ -11,9 +11,9 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -53,17 +53,6 @@ def missing() -> str:
 
 
 emulated = pytest.mark.skipif(bool(missing()), reason=missing())
-
-
-@contextmanager
-def host_at(level: str) -> Iterator[None]:
-    """Run this machine's kernels at one of its levels."""
-    before = EXTENSION.build_info()["isa"]
-    EXTENSION.set_isa(level)
-    try:
-        yield
-    finally:
-        EXTENSION.set_isa(before)
 
 
 @cache
