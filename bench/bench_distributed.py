@@ -17,11 +17,9 @@ import io
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partialmethod
@@ -33,7 +31,7 @@ import torch
 from bench_train import flops
 from harness import Case, Pair, both_sides
 from peers import PeerDied
-from timing import OWN_PROCESSES
+from timing import OWN_PROCESSES, time_pair
 
 from gptfast import GPT, GPTConfig, TrainConfig
 from gptfast.cli import main as run_command
@@ -286,21 +284,10 @@ def print_step(shape: Shape) -> None:
 
 def print_speed(shape: Shape, seconds: float) -> None:
     """Print the tokens per second of two processes of one thread and of one of two, in turn."""
-    teams = {"two processes": Team(2, 1, shape), "one process": Team(1, 2, shape)}
-    times: dict[str, list[float]] = {name: [] for name in teams}
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds or len(times["one process"]) < 4:
-        for name, team in teams.items():
-            start = time.perf_counter()
-            team.step()
-            times[name].append(time.perf_counter() - start)
-    for name, team in teams.items():
-        team.close()
-        del times[name][0]  # makes what the others share
-    ratio = statistics.median(one / two for two, one in zip(*times.values(), strict=True))
-    for name, taken in times.items():
-        print(f"{name}: {_tokens(shape) / statistics.median(taken):,.0f} tokens/s (median)")
-    print(f"{_tokens(shape):,} tokens a step, {len(taken)} pairs: {ratio:.3f} (median)")
+    timing = time_pair(_pair(shape)(), seconds, timeout_s=0.0)
+    for name, cost in (("two processes", timing.gptfast_cost), ("one process", timing.peer_cost)):
+        print(f"{name}: {_tokens(shape) / cost:,.0f} tokens/s (median)")
+    print(f"{_tokens(shape):,} tokens a step, {timing.pairs} pairs: {timing.ratio:.3f} (median)")
 
 
 def _tokens(shape: Shape) -> int:

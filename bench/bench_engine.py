@@ -159,17 +159,19 @@ def _int4_pair(config: GPTConfig, n: int) -> Callable[[], Pair]:
     def build() -> Pair:
         texts = _endless_prompts(1, PROMPT)
 
-        def side(precision: str) -> Prompts:
-            return _engine(config, precision).generate(next(texts), n, temperature=0.0)
+        def new_ids(precision: str, prompts: Prompts) -> Prompts:
+            rows = _engine(config, precision).generate(prompts, n, temperature=0.0)
+            return [row[PROMPT:] for row in rows]
 
         def check() -> None:
             for precision in ("int4", "int8"):
                 prompts = next(texts)
-                new = _engine(config, precision).generate(prompts, n, temperature=0.0)
-                new = [row[PROMPT:] for row in new]
+                new = new_ids(precision, prompts)
                 _check_greedy(_model(config), prompts, new, MAX_LACK[precision])
 
-        return Pair(lambda: side("int4"), lambda: side("int8"), check)
+        ours = lambda: new_ids("int4", next(texts))  # noqa: E731
+        peer = lambda: new_ids("int8", next(texts))  # noqa: E731
+        return Pair(ours, peer, check)
 
     return build
 

@@ -31,6 +31,7 @@ TABLES = {
     "drop_in": ("drop_in",),
 }
 """The benchmarks of each table."""
+EVERY = tuple(name for names in TABLES.values() for name in names)
 
 Results = dict[str, dict[str, dict]]
 """The records by CPU and benchmark."""
@@ -130,8 +131,7 @@ def table(results: Results, benchmarks: tuple[str, ...]) -> str:
 
 def targets(results: Results) -> str:
     """Return a table of the targets that depend on the CPU, and what each CPU reached of them."""
-    every = tuple(name for names in TABLES.values() for name in names)
-    columns = {cpu: _rows(records, every) for cpu, records in results.items()}
+    columns = {cpu: _rows(records, EVERY) for cpu, records in results.items()}
     levels = {
         cpu: {record["machine"]["gptfast_isa"] for record in records.values()}
         for cpu, records in results.items()
@@ -152,8 +152,7 @@ def targets(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """Return README's figures, a column for each CPU, and a line about each machine."""
-    every = tuple(name for names in TABLES.values() for name in names)
-    columns = {cpu: _rows(records, every) for cpu, records in results.items()}
+    columns = {cpu: _rows(records, EVERY) for cpu, records in results.items()}
     columns = {
         cpu: rows for cpu, rows in columns.items() if any(key in rows for key in SUMMARY.values())
     }
