@@ -14,6 +14,14 @@ BUILT = Path(__file__).with_name("built.json")
 REBUILD = "pip install --force-reinstall --no-deps . in the sources of gptfast"
 
 
+def has_library(name: str) -> bool:
+    """Return whether a library is installed; a folder of that name without one in it is none."""
+    from importlib import util  # not at the top: it takes time that the help has not
+
+    spec = util.find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
 def version() -> str:
     """Return the version of this copy."""
     text = Path(__file__).with_name("__init__.py").read_text("utf-8")

@@ -293,11 +293,12 @@ class GPT(nn.Module):
         checkpoint that the weights are of, whose data, steps and loss the card tells; None takes
         the one that the model was loaded from, if it has those weights still.
         """
-        from gptfast.weights import push
         from gptfast.weights.pretrained import save_adapter, save_model
 
         check_saveable(self)
         if push_to_hub is not None:
+            from gptfast.weights import push
+
             push.check(push_to_hub, self.adapter)
         tokenizer_or_name = tokenizer or self.tokenizer_name
         if self.adapter is None:

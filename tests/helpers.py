@@ -1,7 +1,9 @@
 """Models, texts and runs small enough for a test."""
 
+import importlib.util
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -31,6 +33,16 @@ def random_model(seed: int = 0, std: float = 0.2, **changes: Any) -> GPT:
         if isinstance(module, torch.nn.LayerNorm):
             torch.nn.init.normal_(module.weight, mean=1.0, std=std, generator=generator)
     return model
+
+
+def hide_library(patch: pytest.MonkeyPatch, name: str, spec: ModuleSpec | None = None) -> None:
+    """Let a library be missing; spec: what Python finds in its place."""
+    find_spec = importlib.util.find_spec
+
+    def found(asked: str, *args: Any) -> ModuleSpec | None:
+        return spec if asked == name else find_spec(asked, *args)
+
+    patch.setattr(importlib.util, "find_spec", found)
 
 
 def scripted_model(text: str) -> GPT:

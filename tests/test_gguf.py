@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import SIZES, Capture, done, refused, run
-from helpers import differing, parameters, random_model
+from commands import Capture, done, refused, run
+from helpers import differing, hide_library, parameters, random_model
 
 from gptfast import GPT, GPTConfig, get_tokenizer
 from gptfast.tokenizer.bpe import ByteTokenizer
@@ -133,7 +133,7 @@ def test_what_it_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             ):
                 write(model, path, kind)
     for spec in (None, ModuleSpec("gguf", None)):  # a folder of that name is no library
-        monkeypatch.setattr("gptfast.weights.gguf.find_spec", lambda name, spec=spec: spec)
+        hide_library(monkeypatch, "gguf", spec)
         with pytest.raises(ValueError, match=r"needs the gguf library: pip install '.*\[gguf\]'"):
             write(model, path)
     assert not list(tmp_path.iterdir())
@@ -430,7 +430,7 @@ def test_a_run_starts_without_a_vocabulary_of_another_kind(
     refused(run(capsys, "generate", "m.gguf", "--prompt", "a"), "'bloom'", "--tokenizer")
     done(capsys, "generate", "m.gguf", "--prompt", "a", "--tokenizer", "byte", "-n", 1)
     Path("text.txt").write_text("the value of the name\n" * 40)
-    train = ["train", "--init", "m.gguf", "--data", "text.txt", "--max-steps", 1, *SIZES[:0]]
+    train = ["train", "--init", "m.gguf", "--data", "text.txt", "--max-steps", 1]
     refused(run(capsys, *train, "--device", "cpu"), "'bloom'", "--tokenizer")
 
 

@@ -1,6 +1,5 @@
 """Test hf:NAME, data sets of the `datasets` library, on ones that were saved here. No network."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import hide_library
 
 from gptfast.cli import main
 from gptfast.cli.train_data import absolute
@@ -244,12 +244,7 @@ def test_without_a_network(
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = importlib.util.find_spec
     for spec in (None, ModuleSpec("datasets", None)):  # a folder of that name is no library
-        monkeypatch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda name, *args, spec=spec: spec if name == "datasets" else find_spec(name, *args),
-        )
+        hide_library(monkeypatch, "datasets", spec)
         with pytest.raises(ValueError, match=r"pip install 'gptfast-torch\[datasets\]'"):
             find_files(["hf:user/name"])

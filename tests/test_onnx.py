@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from commands import Capture, refused, run
-from helpers import random_ids, random_model
+from helpers import hide_library, random_ids, random_model
 
 from gptfast import GPT
 from gptfast.cli import main
@@ -153,7 +153,7 @@ def test_refusals(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     refused(run(capsys, "convert", "a", "m.onnx", "--dtype", "int8"), "onnx has no int8 weights")
     refused(run(capsys, "convert", "a", "m.onnx", "--dtype", "q8_0"), "only GGUF has")
     refused(run(capsys, "convert", "a", "m.onnx", "--to", "llm.c"), "no .onnx file")
-    monkeypatch.setattr("gptfast.weights.onnx.find_spec", lambda name: None)
+    hide_library(monkeypatch, "onnx")
     refused(run(capsys, "convert", "a", "m.onnx"), "needs onnx: pip install", "[onnx]")
     assert sorted(path.name for path in Path().iterdir()) == ["a"]
 

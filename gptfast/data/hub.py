@@ -6,7 +6,6 @@ may follow: hf:NAME:SPLIT:FIELD. Rows are streamed: nothing is held but a thousa
 """
 
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from os import PathLike
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from gptfast.checks import one_line
 from gptfast.data.forms import NO_FIELD, Fields
 from gptfast.data.rows import Row
-from gptfast.installed import DISTRIBUTION
+from gptfast.installed import DISTRIBUTION, has_library
 
 PREFIX = "hf:"
 BATCH_ROWS = 1000
@@ -73,8 +72,7 @@ def absolute(path: str) -> str:
 
 def check_library(path: str | PathLike) -> None:
     """Raise ValueError if `datasets` is not installed."""
-    spec = importlib.util.find_spec("datasets")
-    if spec is None or spec.origin is None:  # or a folder of that name, without a library in it
+    if not has_library("datasets"):
         raise ValueError(
             f"{path} needs datasets to be read: pip install '{DISTRIBUTION}[datasets]'"
         )

@@ -110,7 +110,7 @@ def model_card(
     table = "".join(f"| {title} | {_cell(text)} |\n" for title, text in rows)
     return _signed(
         f"---\n{_front_matter(base)}---\n\n# {name.rpartition('/')[2]}\n\n"
-        f"{kind}, made with [gptfast](https://pypi.org/project/{DISTRIBUTION}/).\n\n"
+        f"{kind}, made with gptfast.\n\n"
         f"| | |\n|---|---|\n{table}\n## How to load it\n\n{_loading(name, base)}"
     )
 
@@ -182,7 +182,7 @@ def _loading(name: str, base: str | None) -> str:
         )
     own = name.rpartition("/")[2]
     return (
-        f"```python\n{theirs}```\n\nWith gptfast (`pip install '{DISTRIBUTION}[hub]'`):\n\n"
+        f"```python\n{theirs}```\n\nWith gptfast (from its sources, with the extra hub):\n\n"
         f"```sh\nhf download {name} --local-dir {own}\n"
         f'gptfast generate {own} --prompt "Once upon a time"\n```\n'
     )

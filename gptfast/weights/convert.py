@@ -126,7 +126,6 @@ def save(
         with new_directory(path) as directory:
             save_model(config, state, directory, tokenizer, eos_ids)
     elif form == "gguf":
-        gguf_save.check_kind(kind, state["wte.weight"].dtype, config)
         tokenizer = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         with replacing(path, "wb") as file:
             gguf_save.write(

@@ -8,7 +8,6 @@ llama.cpp.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from gptfast.config import GPTConfig, parameter_shapes
 from gptfast.gguf_file import TensorPlace, read_gguf
-from gptfast.installed import DISTRIBUTION
+from gptfast.installed import DISTRIBUTION, has_library
 from gptfast.tokenizer.gguf import end_values, has_vocabulary
 from gptfast.weights.lazy_tensor import CheckpointError, LazyTensor, MappedFiles, map_file
 from gptfast.weights.names import Named
@@ -57,8 +56,7 @@ _SIZES = {
 
 def need_library(what: str) -> None:
     """Raise ValueError if the gguf library is missing. what: what needs it."""
-    spec = find_spec("gguf")
-    if spec is None or spec.origin is None:  # or a folder of that name, without a library in it
+    if not has_library("gguf"):
         raise ValueError(f"{what} needs the gguf library: pip install '{DISTRIBUTION}[gguf]'")
 
 

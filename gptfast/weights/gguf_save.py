@@ -1,6 +1,6 @@
 """A model written as GGUF, for llama.cpp, with the gguf library."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -64,8 +64,8 @@ def write(
     try:
         _describe(writer, config, kind, name, license)
         _add_values(writer, values)
-        types = dict(_types(config, kind))
         shapes = parameter_shapes(replace(config, qkv_bias=True))
+        types = {ours: _type(ours, shape, kind) for ours, shape in shapes.items()}
         for ours, shape in shapes.items():
             ggml = GGMLQuantizationType[types[ours]]
             numbers, nbytes = GGML_QUANT_SIZES[ggml]
@@ -82,15 +82,13 @@ def write(
         writer.close()
 
 
-def _types(config: GPTConfig, kind: str) -> Iterator[tuple[str, str]]:
-    """Yield each parameter's name and the library's name of its type."""
-    for name, shape in parameter_shapes(replace(config, qkv_bias=True)).items():
-        if len(shape) == 1 or name == "wpe.weight":
-            yield name, TYPES["f32"]
-        elif kind == "q4_0" and name in ("wte.weight", "lm_head.weight"):
-            yield name, TYPES["q8_0"]
-        else:
-            yield name, TYPES[kind]
+def _type(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """Return the library's name of the type of one of GPT's parameters."""
+    if len(shape) == 1 or name == "wpe.weight":
+        return TYPES["f32"]
+    if kind == "q4_0" and name in ("wte.weight", "lm_head.weight"):
+        return TYPES["q8_0"]
+    return TYPES[kind]
 
 
 def _bytes(name: str, tensor: Tensor, ggml: str) -> np.ndarray:

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptfast.config import GPTConfig
-from gptfast.installed import DISTRIBUTION
+from gptfast.installed import DISTRIBUTION, has_library
 
 DATA = ".data"
 """What follows the name of the file in that of the file with its weights."""
@@ -29,8 +28,7 @@ _MAX_FILE_BYTES = 2**31 - 2**26
 def need_libraries(what: str) -> None:
     """Raise ValueError if a library that writes ONNX is missing. what: what needs it."""
     for name in ("onnx", "onnxscript"):
-        spec = find_spec(name)
-        if spec is None or spec.origin is None:  # or a folder of that name
+        if not has_library(name):
             raise ValueError(f"{what} needs {name}: pip install '{DISTRIBUTION}[onnx]'")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptfast.checks import one_line
 from gptfast.config import PRESETS, GPTConfig
-from gptfast.installed import DISTRIBUTION
+from gptfast.installed import DISTRIBUTION, has_library
 from gptfast.weights import adapter
 from gptfast.weights.adapter import AdapterConfig, fingerprint
 from gptfast.weights.card import CARD, Facts, facts_of, is_own, model_card
@@ -32,12 +32,10 @@ def check_repository(name: str) -> None:
     """Raise ValueError for a name that no repository can have, or without huggingface_hub."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
         raise ValueError(f"{name!r:.100} is no repository of the Hub: name it as USER/NAME")
-    try:
-        import huggingface_hub  # noqa: F401
-    except ImportError:
+    if not has_library("huggingface_hub"):
         raise ValueError(
             f"{name} on the Hub needs huggingface_hub: pip install '{DISTRIBUTION}[hub]'"
-        ) from None
+        )
 
 
 def check(name: str, config: AdapterConfig | None) -> None:
