@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,7 +149,7 @@ def test_rows_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
                     raise ConnectionError("the network is gone")
                 yield {"text": ["one"] * size}
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: {"train": Endless()})
+    loads(monkeypatch, {"train": Endless()})
     documents = read_documents(find_files(["hf:user/endless"]))
     assert next(documents) == "one" and len(read) == 1
     with pytest.raises(ValueError, match="hf:user/endless after 6 rows: the network is gone; with"):
@@ -158,19 +159,95 @@ def test_rows_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Path("out").exists()
 
 
-def test_names_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def loads(monkeypatch: pytest.MonkeyPatch, data: Any, *files: str) -> list[tuple]:
+    """Let the library find this on the Hub; return the list of what it is asked for."""
     asked: list[tuple] = []
 
-    def load_dataset(*args: Any, **options: Any) -> Any:
-        asked.append((*args, options))
-        return {"validation": datasets.Dataset.from_list(ROWS)}
+    class Builder:
+        config = SimpleNamespace(data_files={"train": list(files)})
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        def as_streaming_dataset(self) -> Any:
+            return data
+
+    def load_dataset_builder(*args: Any) -> Builder:
+        asked.append(args)
+        return Builder()
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    return asked
+
+
+def test_names_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"validation": datasets.Dataset.from_list(ROWS)}
+    asked = loads(monkeypatch, rows, "hf://datasets/user/one@abc/validation.jsonl")
     names = ["one", "user/one", "user/one/large", "user/one/large:validation:story"]
     for name in names:
         assert texts(f"hf:{name}", text_field="story") == STORIES
-    first = [("one", None), ("user/one", None), ("user/one", "large"), ("user/one", "large")]
-    assert asked == [(*args, {"streaming": True, "trust_remote_code": False}) for args in first]
+    first = [("one", None), ("user/one", None), ("user/one", "large")]
+    assert asked == [*first, first[-1]]
+
+
+@pytest.mark.parametrize(
+    "file", ["/home/me/keys.jsonl", "file:///home/me/a.txt", "zip://a::/b.zip"]
+)
+def test_a_data_set_of_the_hub_has_no_files_here(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads(monkeypatch, {"train": datasets.Dataset.from_list(ROWS)}, "hf://datasets/x/y@z/a", file)
+    with pytest.raises(ValueError, match=rf"rows in {file}, which is no part of it; give that"):
+        texts("hf:user/one:train:story")
+
+
+def described(text: str) -> None:
+    """Save data with a README.md that says where its rows are, beside rows of somebody else."""
+    lines("data")
+    lines("outside", OTHERS, "secret")
+    Path("data/README.md").write_text(f"---\nconfigs:\n- config_name: a\n{text}---\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "  data_files: ../outside/secret.jsonl\n",
+        "  data_files: [train.jsonl, '../*side/*.jsonl']\n",
+        "  data_files: {here}/outside/secret.jsonl\n",
+        "  data_dir: ../outside\n",
+        "  data_files:\n  - split: train\n    path: train.jsonl\n"
+        "  - split: test\n    path: ../outside/secret.jsonl\n",
+    ],
+    ids=["relative", "glob", "absolute", "data_dir", "split"],
+)
+def test_a_directory_has_no_rows_outside_of_it(text: str, tmp_path: Path) -> None:
+    described(text.format(here=tmp_path))
+    # From within it too: `.` is a name like any other.
+    for name in ("hf:data", f"hf:{tmp_path}/data"):
+        with pytest.raises(ValueError, match="secret.jsonl, which is no part of it; give that"):
+            texts(f"{name}:train:story")
+
+
+def test_what_a_description_may_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files below the directory, which may be a link, or have links in it, as the Hub's cache."""
+    described("  data_files: below/*.jsonl\n")
+    Path("data/below").mkdir()
+    Path("data/below/b.jsonl").symlink_to(tmp_path / "data/train.jsonl")
+    Path("linked").symlink_to("data")
+    for name in ("data", "linked", f"{tmp_path}/linked"):
+        assert texts(f"hf:{name}:train:story") == STORIES
+    monkeypatch.chdir("data")
+    assert texts("hf:.:train:story") == STORIES
+
+
+@pytest.mark.parametrize("save", [saved_alone, saved_dict])
+def test_saved_data_has_no_rows_outside_of_it(save: Callable[[str], None]) -> None:
+    save("data")
+    saved_alone("outside")
+    (state,) = Path("data").glob("state.json" if save is saved_alone else "train/state.json")
+    values = json.loads(state.read_text())
+    inside = Path("outside", values["_data_files"][0]["filename"])
+    values["_data_files"] = [{"filename": str(inside.resolve())}]
+    state.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="which is no part of it; give that file itself"):
+        texts("hf:data", text_field="story")
 
 
 def test_the_same_from_another_directory(tmp_path: Path) -> None:
@@ -220,11 +297,11 @@ def test_refused(name: str, said: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_configuration_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's message has several lines, and the names are in the second."""
 
-    def load_dataset(*args: Any, **options: Any) -> Any:
+    def load_dataset_builder(*args: Any) -> Any:
         lines = ["Config name is missing.", "Please pick one among the available configs: ['x']"]
         raise ValueError("\n".join([*lines, "Example of usage:", "\t`load_dataset('user/one')`"]))
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     said = r"available configs: \['x'\]; name one \(hf:user/one/CONFIGURATION\)$"
     with pytest.raises(ValueError, match=said):
         texts("hf:user/one")
@@ -248,3 +325,11 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         hide_library(monkeypatch, "datasets", spec)
         with pytest.raises(ValueError, match=r"pip install 'gptfast-torch\[datasets\]'"):
             find_files(["hf:user/name"])
+
+
+def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before version 4 it ran code that a data set brought along."""
+    monkeypatch.setattr(hub, "version", lambda name: "3.6.0")
+    said = r"needs datasets 4 or newer, got 3.6.0: pip install -U 'gptfast-torch\[datasets\]'"
+    with pytest.raises(ValueError, match=said):
+        find_files(["hf:user/name"])

@@ -7,7 +7,8 @@ may follow: hf:NAME:SPLIT:FIELD. Rows are streamed: nothing is held but a thousa
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,8 @@ from gptfast.installed import DISTRIBUTION, has_library
 PREFIX = "hf:"
 BATCH_ROWS = 1000
 _DEFAULT_SPLIT = "train"
-# Before its version 4, the library ran a script that a data set brought along.
-_OPTIONS = {"streaming": True, "trust_remote_code": False}
+# Before it, the library ran a script that a data set brought along.
+_OLDEST_LIBRARY = 4
 
 
 class HubData(NamedTuple):
@@ -71,10 +72,16 @@ def absolute(path: str) -> str:
 
 
 def check_library(path: str | PathLike) -> None:
-    """Raise ValueError if `datasets` is not installed."""
+    """Raise ValueError if `datasets` is not installed, or too old."""
     if not has_library("datasets"):
         raise ValueError(
             f"{path} needs datasets to be read: pip install '{DISTRIBUTION}[datasets]'"
+        )
+    found = version("datasets")
+    if int(found.partition(".")[0]) < _OLDEST_LIBRARY:
+        raise ValueError(
+            f"{path} needs datasets {_OLDEST_LIBRARY} or newer, got {found}: pip install -U "
+            f"'{DISTRIBUTION}[datasets]'"
         )
 
 
@@ -115,9 +122,10 @@ def _open(path: Path) -> Any:
     if asked.is_local and not asked.directory.is_dir():
         raise ValueError(f"cannot read {path}: there is no directory {asked.directory}")
     try:
-        data = _load(asked)
+        data, files = _load(asked)
     except Exception as error:  # of any transport and any form of file
         raise _failure(path, "", error) from None
+    _check_files(path, asked, files)
     if not isinstance(data, Mapping):  # saved as one split
         own = str(data.split) if data.split is not None else None
         if asked.split not in (None, own):
@@ -135,20 +143,49 @@ def _open(path: Path) -> Any:
     return data[split]
 
 
-def _load(asked: HubData) -> Any:
-    """Return the splits of a data set by name, or its only one if it was saved alone."""
+def _load(asked: HubData) -> tuple[Any, list[str]]:
+    """Return the splits of a data set by name, or its only one if it was saved alone.
+
+    Nothing of it is read yet but descriptions. The second value is the files that have its rows.
+    """
     import datasets
 
-    if not asked.is_local:
+    name, configuration = asked.name, None
+    if asked.is_local:
+        name = os.path.abspath(asked.directory)  # of "." the library would take the name
+        saved = [asked.directory / file for file in ("dataset_dict.json", "state.json")]
+        if any(file.is_file() for file in saved):
+            data = datasets.load_from_disk(name, keep_in_memory=False)
+            parts = data.values() if isinstance(data, Mapping) else [data]
+            return data, [file["filename"] for part in parts for file in part.cache_files]
+    else:
         user, _, rest = asked.name.partition("/")
-        name, _, configuration = rest.partition("/")
-        repository = f"{user}/{name}" if name else user
-        return datasets.load_dataset(repository, configuration or None, **_OPTIONS)
-    directory = asked.directory
-    saved = [directory / name for name in ("dataset_dict.json", "state.json")]
-    if any(file.is_file() for file in saved):
-        return datasets.load_from_disk(str(directory))
-    return datasets.load_dataset(str(directory), **_OPTIONS)
+        repository, _, configuration = rest.partition("/")
+        name = f"{user}/{repository}" if repository else user
+    builder = datasets.load_dataset_builder(name, configuration or None)
+    files = [file for part in (builder.config.data_files or {}).values() for file in part]
+    return builder.as_streaming_dataset(), files
+
+
+def _check_files(path: Path, asked: HubData, files: Iterable[str]) -> None:
+    """Raise ValueError for a file that is no part of the data set.
+
+    A data set's own descriptions say where its rows are. Those of a directory must lie in it, and
+    no data set of the Hub has any on this machine.
+    """
+    for file in files:
+        place = file.rpartition("::")[2]  # of zip://rows.csv::archive.zip, the archive
+        if asked.is_local:
+            folders = {os.path.abspath(asked.directory), os.path.realpath(asked.directory)}
+            inside = any(Path(os.path.abspath(place)).is_relative_to(f) for f in folders)
+            belongs = "://" not in place and inside
+        else:
+            belongs = "://" in place and not place.startswith(("file:", "local:"))
+        if not belongs:
+            raise ValueError(
+                f"{path} says that it has rows in {file}, which is no part of it; give that file "
+                "itself if you want it"
+            )
 
 
 def _failure(path: Path, where: str, error: Exception) -> ValueError:
