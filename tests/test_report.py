@@ -94,6 +94,21 @@ def test_it_opens_without_a_network(run: Path, tmp_path: Path) -> None:
     assert "<b>one" not in text and "&lt;b&gt;one &amp; two" in text
 
 
+def test_no_folder_of_this_machine_is_shown(tmp_path: Path, monkeypatch: Any) -> None:
+    """Data and a vocabulary are named without where they lie."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private").mkdir()
+    Path("private/book.txt").write_text("the cat sat on the mat. " * 60, "utf-8")
+    sizes = "--n-layer 1 --n-head 1 --n-embd 16 --block-size 16 --sample-prompt /the --max-steps 1"
+    data, out = ["--data", "private/book.txt"], str(tmp_path / "runs/a")
+    assert main(["train", *data, "--tokenizer", "byte", *sizes.split(), "--out", out]) == 0
+    text = write_report(out, "a.html").read_text("utf-8")
+    assert str(tmp_path) not in text and "private" not in text
+    found = Page(text).table()
+    assert (found["data"], found["tokenizer"]) == ("book.txt", "byte")
+    assert found["sample_prompt"] == "/the"
+
+
 def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, runs = str(tmp_path / "a.html"), [str(run), "other"]
     assert main(["plot", runs[0], "--report", page]) == 0

@@ -1,7 +1,8 @@
 """One HTML file about a run: its losses, samples, speed, settings and environment.
 
 It opens without a network: the picture stands in it, there is no script, and its policy lets a
-browser load nothing. All text is escaped.
+browser load nothing. All text is escaped. Files are named without their folders, because where they
+lie on this machine is nobody's business.
 """
 
 import io
@@ -18,7 +19,7 @@ from gptfast.evaluate.loss import perplexity
 from gptfast.files import replacing
 from gptfast.training.metrics import MetricsRow, finite, read_metrics
 from gptfast.training.plot import draw_rows, new_figure, set_loss_range
-from gptfast.weights.card import ENVIRONMENT
+from gptfast.weights.card import ENVIRONMENT, without_folders
 from gptfast.weights.checkpoint import checkpoints, read_settings
 
 _PAGE = """<!DOCTYPE html>
@@ -49,6 +50,8 @@ _PANELS = {
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
 }
+# Settings that are paths, or may be.
+_PATHS = ("data", "tokenizer")
 
 
 def write_report(run: str | PathLike, out: str | PathLike) -> Path:
@@ -168,10 +171,13 @@ def _settings(run: Path) -> list[tuple[str, str]]:
     settings: dict[str, Any] = next(
         filter(None, map(read_settings, reversed(checkpoints(run)))), {}
     )
-    return [
-        (name, " ".join(map(str, value)) if isinstance(value, list) else str(value))
-        for name, value in settings.items()
-    ]
+    return [(name, _shown(name, value)) for name, value in settings.items()]
+
+
+def _shown(name: str, value: Any) -> str:
+    """Return the value of a setting as text, without the folders of a path."""
+    texts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    return " ".join(map(without_folders, texts) if name in _PATHS else texts)
 
 
 def _environment(run: Path) -> list[tuple[str, str]]:

@@ -51,13 +51,13 @@ def facts_of(checkpoint: Path) -> Facts | None:
     loss = (step, measured) if measured is not None else None
     if loss is None and best:
         loss = best["step"], best["val_loss"]
-    data = tuple(map(_public, config.get("data") or ()))
+    data = tuple(map(without_folders, config.get("data") or ()))
     made = _made_with(checkpoint.parent.parent / ENVIRONMENT)
     return Facts(data, step, state["tokens"], loss, config.get("started_from"), made)
 
 
-def _public(data: str) -> str:
-    """Return a data set's name on the Hub, or the last part of a path."""
+def without_folders(data: str) -> str:
+    """Return a data set's name on the Hub as it is, and of a path its last part."""
     name = data.removeprefix("hf:")
     is_path = name == data or name.startswith(("/", ".", "~"))
     return Path(name).name if is_path else data
