@@ -46,8 +46,10 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def do_GET(self) -> None:
-        if self.path == "/api/models/user/name":
+        if self.path in ("/api/models/user/name", "/api/models/user/base"):
             self.reply(200, {"id": "user/name", "private": self.server.is_private, "tags": []})
+        elif self.path.startswith("/api/models/"):
+            self.reply(404, {"error": "Repository not found"}, "RepoNotFound")
         else:  # what the library wants to know of the Hub itself
             self.reply(404, {})
 
@@ -74,9 +76,11 @@ class Handler(BaseHTTPRequestHandler):
             address = f"{hub.address}/user/name/commit/abc"
             self.reply(200, {"success": True, "commitOid": "abc", "commitUrl": address})
 
-    def reply(self, status: int, value: dict[str, Any]) -> None:
+    def reply(self, status: int, value: dict[str, Any], error: str | None = None) -> None:
         content = json.dumps(value).encode()
         self.send_response(status)
+        if error is not None:
+            self.send_header("X-Error-Code", error)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -198,6 +202,14 @@ def test_an_adapter_is_sent_for_a_base_that_others_have(hub: Hub, tmp_path: Path
         model.save_pretrained(tmp_path / "adapter", push_to_hub="user/name")
     assert not (tmp_path / "adapter").exists()
     assert model.adapter is not None
+    for base in ("runs/gone", "./gone", "../a/b/c"):
+        model.adapter = model.adapter.of_base(base, model.adapter.fingerprint)
+        with pytest.raises(ValueError, match=f"{base}, is no model of the Hub .* the whole model"):
+            model.save_pretrained(tmp_path / "adapter", push_to_hub="user/name")
+    assert not (tmp_path / "adapter").exists() and not hub.asked
+    model.adapter = model.adapter.of_base("user/base", model.adapter.fingerprint)
+    model.save_pretrained(tmp_path / "of_theirs", push_to_hub="user/name")
+    assert 'base_model: "user/base"' in hub.files.pop("README.md").decode()
     model.adapter = model.adapter.of_base("gpt2", model.adapter.fingerprint)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/model.safetensors").write_bytes(b"of another")

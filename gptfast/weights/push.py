@@ -41,16 +41,38 @@ def check_repository(name: str) -> None:
 def check(name: str, config: AdapterConfig | None) -> None:
     """Raise ValueError for a name as `check_repository`, and for an adapter nobody else could use.
 
-    config: that of the adapter; None for a whole model.
+    config: that of the adapter; None for a whole model. The Hub is asked whether it has the base.
+    Raises OSError if it does not answer.
     """
     check_repository(name)
-    base = None if config is None else config.base
-    local = base is None or Path(base).is_absolute() or Path(base).exists()
-    if config is not None and base not in PRESETS and local:
+    if config is None or config.base in PRESETS:
+        return
+    base, where = config.base, ""
+    if base is None or Path(base).is_absolute() or Path(base).exists():
+        where = "is on this machine only"
+    elif not _is_on_hub(base):
+        where = "is no model of the Hub that you can see"
+    if where:
         raise ValueError(
-            f"the base of the adapter, {base}, is on this machine only: send the whole model "
+            f"the base of the adapter, {base}, {where}: send the whole model "
             f"(merge_adapters, or gptfast convert --merge ADAPTER hf:{name})"
         )
+
+
+def _is_on_hub(name: str) -> bool:
+    """Return whether the Hub has a model. Raises OSError if it does not answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name)
+    except GatedRepoError:  # which is there, for who is let in
+        return True
+    except (HFValidationError, RepositoryNotFoundError):
+        return False
+    except Exception as error:  # of any transport that huggingface_hub uses
+        raise OSError(f"{name} could not be looked up: {_without_token(error)}") from None
+    return True
 
 
 def facts_for(
