@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gptfast.config import GPTConfig, parameter_shapes
-from gptfast.gguf_file import TensorPlace, read_gguf
+from gptfast.gguf_file import GGUFFile, TensorPlace, read_gguf
 from gptfast.installed import DISTRIBUTION, has_library
 from gptfast.tokenizer.gguf import end_values, has_vocabulary
 from gptfast.weights.lazy_tensor import CheckpointError, LazyTensor, MappedFiles, map_file
@@ -76,10 +76,7 @@ def open_file(path: Path) -> Weights:
     They are fp32, or 16-bit if all values in the file fit the 16-bit type of its embedding.
     Raises CheckpointError.
     """
-    try:
-        found = read_gguf(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
+    found = _read(path)
     config = _config(path, found.values, found.tensors)
     complete = parameter_shapes(replace(config, qkv_bias=True, tie_weights=False))
     names = {ours: gguf_name(ours) for ours in complete}
@@ -92,17 +89,24 @@ def open_file(path: Path) -> Weights:
     named = Named(_one_dtype(tensors), names, raw=tuple(found.tensors))
     weights = weights_of(str(path), named, Said(), config=config)
     eos_ids = end_ids(end_values(found.values), config.vocab_size, str(path))
-    tokenizer = str(path.resolve()) if has_vocabulary(found.values) else None
-    return replace(weights, tokenizer=tokenizer, eos_ids=eos_ids)
+    return replace(weights, tokenizer=_own_tokenizer(path, found), eos_ids=eos_ids)
 
 
 def tokenizer_in_file(path: Path) -> str | None:
     """Return a GGUF file as a name for `get_tokenizer`, or None if no vocabulary is in it."""
+    return _own_tokenizer(path, _read(path))
+
+
+def _read(path: Path) -> GGUFFile:
+    """Return the header of a file. Raises CheckpointError."""
     try:
-        values = read_gguf(path).values
+        return read_gguf(path)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-    return str(path.resolve()) if has_vocabulary(values) else None
+
+
+def _own_tokenizer(path: Path, found: GGUFFile) -> str | None:
+    return str(path.resolve()) if has_vocabulary(found.values) else None
 
 
 def _config(path: Path, values: Mapping[str, Any], tensors: Mapping[str, TensorPlace]) -> GPTConfig:
