@@ -375,18 +375,20 @@ def test_two_runs_of_as_many_processes_are_the_same(
 
 
 def double_weights_after_the_run(rank: int) -> None:
-    """Change the weights in each process, as a script may, and write whether each changed once."""
+    """Change weights and moments in each process, as a script may; write whether that was once."""
     real = Trainer.fit
 
     def fit(self: Trainer, **options: Any) -> Any:
         real(self, **options)
-        before = [p.detach().clone() for p in self.model.parameters()]
+        states = self.step.optimizer.state.values()
+        tensors = [p.detach() for p in self.model.parameters()]
+        tensors += [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+        before = [t.clone() for t in tensors]
         self.world.wait_for_first("all have a copy")
-        with torch.no_grad():
-            for p in self.model.parameters():
-                p.mul_(2)
+        for t in tensors:
+            t.mul_(2)
         self.world.compare({"all": "have doubled"})
-        once = all(map(torch.equal, self.model.parameters(), [2 * x for x in before]))
+        once = all(map(torch.equal, tensors, [2 * x for x in before]))
         Path(os.environ["DOUBLED"], str(rank)).write_text(str(once))
 
     Trainer.fit = fit  # type: ignore[method-assign]
@@ -412,8 +414,9 @@ def differ(rank: int) -> None:
     Trainer.__init__ = init  # type: ignore[method-assign]
 
 
-def test_all_begin_with_the_weights_of_the_first(tmp_path: Path, data: Path) -> None:
-    more = "--max-steps", "2", "--freeze", "wpe.weight"
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_all_begin_with_the_weights_of_the_first(how: str, tmp_path: Path, data: Path) -> None:
+    more = "--max-steps", "2", "--freeze", "wpe.weight", "--parallel", how
     for name, before in (("other", differ), ("same", None)):
         assert train(2, tmp_path / name, data, *more, before=before).codes == [0, 0]
     assert losses(tmp_path / "other") == losses(tmp_path / "same")

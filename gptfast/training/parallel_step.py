@@ -3,6 +3,7 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,6 +52,16 @@ class ParallelStep(TrainStep, ABC):
     @abstractmethod
     def _summing(self, last: bool) -> contextlib.AbstractContextManager:
         """Return the context of a forward and backward, of which the last sums the gradients."""
+
+    def _begin_alike(self, model: GPT) -> None:
+        """Give all processes the first one's values, also of what is not trained."""
+        if model.device.type == "meta":  # whose values all will draw alike
+            return
+        with self._world.together(), torch.no_grad():
+            for t in chain(model.parameters(), model.buffers()):
+                values = t.detach().contiguous()
+                dist.broadcast(values.view(-1).view(torch.uint8), 0)
+                t.copy_(values)
 
     def _lay_out(self) -> None:
         """Prepare for a step, before its first backward."""

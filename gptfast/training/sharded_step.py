@@ -73,6 +73,7 @@ class ShardedStep(ParallelStep):
             return_freed_memory()
         # What a block returns may be a view, and nothing here writes to it in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        self._begin_alike(model)
         with self._world.together():
             self._mesh = _mesh(self.config, self.device, self._world.size)
             self.shards = Shards(self._mesh, self._world)

@@ -128,6 +128,8 @@ class SharedState:
         self._own.zero_grad(set_to_none=True)
 
     def release(self) -> None:
-        """Give this process weights of its own, with the values of those that are shared."""
+        """Give this process weights and state of its own, with the values of those shared."""
         for param in self.params:
             param.data = param.detach().clone()
+            state = self._whole.state[param]
+            state.update({name: t.clone() for name, t in state.items() if name != "step"})

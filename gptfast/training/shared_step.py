@@ -1,11 +1,9 @@
 """Steps of processes that share one machine's memory."""
 
 import contextlib
-from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gptfast.model import GPT
@@ -23,13 +21,7 @@ class SharedStep(ParallelStep):
     _sums: SharedSums | None = None
 
     def _placed(self, model: GPT) -> Any:
-        """Give all processes the first one's values, also of what is not trained and not shared."""
-        if model.device.type != "meta":  # whose values all will draw alike
-            with self._world.together(), torch.no_grad():
-                for t in chain(model.parameters(), model.buffers()):
-                    values = t.detach().contiguous()
-                    dist.broadcast(values.view(-1).view(torch.uint8), 0)
-                    t.copy_(values)
+        self._begin_alike(model)
         return super()._placed(model)
 
     def _lay_out(self) -> None:
@@ -58,6 +50,8 @@ class SharedStep(ParallelStep):
         assert self._state is not None
         numbers = super()._update(*args)
         self._state.forget_gradients()
+        # What a parameter has is this process's part of the gradient, of no use to anybody else.
+        self.optimizer.zero_grad(set_to_none=True)
         # Nobody may compute with weights that another one still updates.
         self._world.meet()
         torch.autograd.graph.increment_version(self._state.params)
@@ -65,7 +59,6 @@ class SharedStep(ParallelStep):
 
     def close(self) -> None:
         if self._state is not None and self._sums is not None:
-            self.optimizer.zero_grad(set_to_none=True)  # their memory is for the weights
             self._state.release()
             self._sums.remove()  # the parameters' hooks would keep the boxes
             self._state = self._sums = None
