@@ -109,7 +109,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 # Modules whose tests share what is slow to set up.
-SHARING = ("test_compile_audit", "test_finetuning", "test_predicted_step")
+SHARING = ("test_adamw_shards", "test_compile_audit", "test_finetuning", "test_predicted_step")
 
 
 @pytest.hookimpl(optionalhook=True)

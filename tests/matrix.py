@@ -45,7 +45,7 @@ NAMES = (
     "not test_killed and not test_a_second_interrupt and not test_peak_memory "
     "and not interrupted_and_goes_on"
 )
-RUNS_OF_A_PART = 3
+RUNS_OF_A_PART = 2
 MAX_MINUTES = 30  # for one run: xdist waits forever for a worker that died at the wrong moment
 
 
@@ -155,7 +155,7 @@ def make_runs(runs: list[Run], chosen: list[int], part: bool, extra: list[str]) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", action="store_true", help="three runs of a minute each")
+    parser.add_argument("--part", action="store_true", help="two runs of a minute or two each")
     parser.add_argument("--list", action="store_true", help="name the runs and run nothing")
     parser.add_argument("--runs", type=int, nargs="+", help="only these, by their place from 1 on")
     args, extra = parser.parse_known_args()
