@@ -108,7 +108,12 @@ class WorkersService(Service):
 def _model() -> Model:
     config = GPTConfig()
     engine: Any = SimpleNamespace(
-        config=config, device=torch.device("cpu"), dtype="int8", eos_ids=(), can_guess=False
+        config=config,
+        device=torch.device("cpu"),
+        dtype="int8",
+        eos_ids=(),
+        can_guess=False,
+        max_batch=1,
     )
     return Model(engine, get_tokenizer("gpt2"))
 

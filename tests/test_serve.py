@@ -122,6 +122,10 @@ def test_prompts_and_new_tokens_are_scored_in_one_pass(tiny: Running, byte_engin
     assert only["choices"][0]["text"] == "abc" and only["usage"]["completion_tokens"] == 0
     assert len(only["choices"][0]["logprobs"]["tokens"]) == 3
     assert tiny.complete("abc", echo=True, seed=1)["choices"][0]["text"].startswith("abc")
+    # A prompt that ends within a character: the new text begins after what stands for it.
+    halves = {"echo": True, "max_tokens": 1, "logprobs": 0, "logit_bias": {"169": 100}}
+    (choice,) = tiny.complete([0x61, 0xC3], **halves)["choices"]
+    assert choice["text"] == "a\ufffd\ufffd" and choice["logprobs"]["text_offset"] == [0, 1, 2]
 
 
 def test_lm_evaluation_harness_reads_its_scores(tiny: Running, byte_engine: Engine) -> None:
@@ -361,6 +365,11 @@ def test_other_errors(tiny: Running) -> None:
     assert error["message"] == "tools is not supported; leave it out: a GPT-2 calls no tools"
     error = tiny.error("/v1/chat/completions", {**chat, "top_logprobs": 2})
     assert error["message"] == "top_logprobs needs logprobs: true"
+    form = {"type": "json_schema", "json_schema": {"name": "a"}}
+    error = tiny.error("/v1/chat/completions", {**chat, "response_format": form})
+    assert error["message"].startswith("response_format is not supported; leave it out")
+    long = [{"role": "user", "content": "a" * 130}]
+    assert tiny.error("/v1/chat/completions", {"messages": long})["param"] == "messages"
 
 
 def test_errors_by_the_official_client(client: Any) -> None:

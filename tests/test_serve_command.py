@@ -3,6 +3,8 @@
 import http.client
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ from serving import Process
 from gptfast import cli
 from gptfast.cli.serve import Serve
 from gptfast.ops.backend import EXTENSION
+from gptfast.serve.run import bound_socket
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 WAIT_S = 120
@@ -160,6 +163,45 @@ def test_key_files(tmp_path: Path) -> None:
     path.write_text("café\n")
     with pytest.raises(ValueError, match="key 1 of .* has other characters than ASCII"):
         Serve(checkpoint="x", api_key_file=str(path))._keys()
+    for wrong, why in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError, match=f"cannot read --api-key-file {wrong}: {why}.*a key"):
+            Serve(checkpoint="x", api_key_file=str(wrong))._keys()
+
+
+@pytest.mark.parametrize("host", ["ü" * 80, "192.0.2.1", "::1::"])
+def test_a_host_that_is_none_is_refused(host: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot listen at {host}, port 0: .*; choose another"):
+        bound_socket(host, 0)
+
+
+LOADING = """
+import asyncio, sys, time
+from gptfast.generation.conversation import QUESTIONS, Template
+from gptfast.serve.run import bound_socket, serve
+from gptfast.serve.service import Service
+
+def load():
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(3600)
+
+def service(on_failure):
+    settings = {"template": Template.parse(QUESTIONS), "new_seed": int, "on_failure": on_failure}
+    return Service("x", load, **settings)
+
+with bound_socket("127.0.0.1", 0) as sock:
+    asyncio.run(serve(service, sock, say=print))
+"""
+
+
+def test_sigterm_while_the_model_is_read() -> None:
+    with subprocess.Popen([sys.executable, "-c", LOADING], stderr=subprocess.PIPE) as loading:
+        assert loading.stderr is not None and loading.stderr.readline() == b"loading\n"
+        loading.send_signal(signal.SIGTERM)
+        try:
+            assert loading.wait(WAIT_S / 4) == 0
+        finally:
+            loading.kill()
+        assert loading.stderr.read() == b""
 
 
 def test_a_missing_package_is_named(

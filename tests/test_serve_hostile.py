@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from serving import WAIT_S, Running, send, server, wait_for
+from serving import WAIT_S, Limits, Running, send, server, wait_for
 
 from gptfast import GPT
 from gptfast.ops.backend import EXTENSION
+from gptfast.serve import app
 from gptfast.serve.guards import BodyLimit
 from gptfast.serve.protocol import (
     MAX_BIASES,
@@ -22,6 +24,7 @@ from gptfast.serve.protocol import (
     CompletionRequest,
     DetokenizeRequest,
 )
+from gptfast.serve.replies import Choice, Completions
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 
@@ -199,6 +202,90 @@ def test_a_body_that_does_not_come(byte_model: GPT) -> None:
     asyncio.run(BodyLimit(app, 100, timeout_s=0.01)(scope, never, note))
     assert sent[0]["status"] == 408
     assert b"the body did not come within 0.01 s" in sent[1]["body"]
+
+
+def test_what_follows_a_reply_has_its_time(tiny: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that nobody needed, and bytes that are no request, keep no connection open."""
+    pytest.importorskip("httptools", reason="httptools is not installed (the extra serve)")
+    from gptfast.serve import connection
+
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.05)
+    for rest in (b"a", b"\r\n"):
+        length = b"Content-Length: 99\r\n" if rest == b"a" else b""
+        with socket.create_connection(("127.0.0.1", tiny.port), timeout=WAIT_S) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n")
+            found = b""
+            while b"status" not in found:
+                found += sock.recv(2**16)
+            sock.sendall(rest)
+            assert sock.recv(2**16) == b""
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_an_offer_of_another_protocol_is_left(tiny: Running, pieces: int) -> None:
+    """Java's client offers HTTP/2 with its first request, and a body beside it."""
+    body = json.dumps({"prompt": "a", "max_tokens": 2, "seed": 1}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(body)
+    last = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    parts = {1: [head + body, last], 2: [head, body, last], 3: [head[:50], head[50:] + body, last]}
+    with socket.create_connection(("127.0.0.1", tiny.port), timeout=WAIT_S) as sock:
+        for part in parts[pieces]:
+            sock.sendall(part)
+            time.sleep(0.01)
+        found = b""
+        while piece := sock.recv(2**16):
+            found += piece
+    assert found.count(b" 200 OK") == 2 and b'"completion_tokens": 2' in found
+    offer = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    assert tiny.request("GET", "/health", headers=offer)[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_of_seconds_is_written_beside_the_event_loop(
+    tiny: Running, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    class Noted(Completions):
+        def choice(self, choice: Choice, *, streamed: bool) -> dict[str, Any]:
+            if len(choice.tokens) >= 50:
+                threads.append(threading.current_thread())
+            return super().choice(choice, streamed=streamed)
+
+    monkeypatch.setattr(app, "Completions", Noted)
+    monkeypatch.setattr(app, "LONG_REPLY", 50)
+    body = {"prompt": ["a" * 60] * 2, "echo": True, "logprobs": 1, "max_tokens": 2}
+    status, _, raw = tiny.request("POST", "/v1/completions", {**body, "stream": stream})
+    assert status == 200 and raw.count(b"text_offset") >= 2
+    loop = asyncio.run_coroutine_threadsafe(_thread(), tiny.loop).result(WAIT_S)
+    assert len(threads) == 2 and loop not in threads
+
+
+async def _thread() -> threading.Thread:
+    return threading.current_thread()
+
+
+def test_no_character_of_a_stream_ends_a_line(tiny: Running) -> None:
+    """Clients in Python that break lines as str.splitlines does read whole events too."""
+    body = {"prompt": "a\x85\u2028\u2029b\x0c\x1c", "echo": True, "max_tokens": 1, "stream": True}
+    raw = tiny.request("POST", "/v1/completions", body)[2].decode()
+    events = [line for line in raw.splitlines() if line]
+    assert all(line.startswith("data: ") for line in events) and events.pop() == "data: [DONE]"
+    text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in events)
+    assert text.startswith(body["prompt"])
+
+
+def test_a_request_that_never_fits_is_not_told_to_come_again(byte_model: GPT) -> None:
+    with server(byte_model, max_batch=2, limits=Limits(max_queue=1)) as running:
+        for body in ({"prompt": "a", "n": 4}, {"prompt": ["a"] * 4}):
+            error = running.error("/v1/completions", body)
+            assert (
+                "asks for 4 choices (prompts times n), and this server gives at most 3"
+                in (error["message"])
+            )
+        assert len(running.complete("a", n=3)["choices"]) == 3
 
 
 def test_balancers_may_ask_with_head(tiny: Running) -> None:

@@ -171,6 +171,11 @@ class Serve:
             text = Path(self.api_key_file).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{self.api_key_file} is not UTF-8 text") from None
+        except OSError as error:
+            raise ValueError(
+                f"cannot read --api-key-file {self.api_key_file}: {error.strerror}; name a file "
+                "with a key on each line"
+            ) from None
         keys = [line.strip() for line in text.splitlines() if line.strip()]
         if not keys:
             raise ValueError(f"{self.api_key_file} has no key; write one on each line")

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,15 @@ from gptfast.serve.protocol import (
     check_refused,
     validation_error,
 )
-from gptfast.serve.replies import Chat, Completions, Reply, TokenNames, usage_of
+from gptfast.serve.replies import (
+    Chat,
+    Choice,
+    Completions,
+    Reply,
+    TokenNames,
+    to_json,
+    usage_of,
+)
 from gptfast.serve.service import Service
 from gptfast.tokenizer.bpe import encode_continuation, encode_opening, end_of_text
 
@@ -43,8 +52,11 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 }
 UNREAD_S = 10.0
 """How long after its time a stream waits for a client that does not read."""
+LINE_ENDS = "\x85\u2028\u2029"
+"""What ends a line in Python's str.splitlines and not in JSON."""
+LONG_REPLY = 200
+"""Tokens with log-probabilities that are described beside the event loop: many take seconds."""
 T = TypeVar("T")
-_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def make_app(
@@ -133,7 +145,15 @@ async def _answer(
     finally:
         group.cancel()
     usage = usage_of(group.generations, body.n or 1)
-    return JSONResponse(reply.whole(group.choices, usage))
+    content = await _described(group.choices, lambda: reply.whole(group.choices, usage))
+    return Response(content, media_type="application/json")
+
+
+async def _described(choices: Sequence[Choice], describe: Callable[[], T]) -> T:
+    """Return what describe makes of choices."""
+    if sum(len(choice.tokens) for choice in choices) < LONG_REPLY:
+        return describe()
+    return await asyncio.to_thread(describe)
 
 
 async def _collect(group: Group, timeout_s: float) -> None:
@@ -183,7 +203,7 @@ async def _events(
     async for choice, update in group.updates(timeout_s):
         choice.add(update)
         if choice.text or choice.finish:
-            yield chunk(form.choice(choice, streamed=True))
+            yield chunk(await _described([choice], partial(form.choice, choice, streamed=True)))
             choice.clear()
     if options is not None and options.include_usage:
         yield reply.chunk([], usage=usage_of(group.generations, n))
@@ -224,7 +244,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async for chunk in self._chunks:
-                await _send_event(send, _json(chunk))
+                await _send_event(send, to_json(chunk))
             await _send_event(send, "[DONE]")
         except ApiError as error:
             await _send_event(send, json.dumps(error.body))
@@ -232,6 +252,9 @@ class EventStream(Response):
 
 
 async def _send_event(send: Send, data: str) -> None:
+    if not data.isascii():  # clients in Python break lines at these too
+        for character in LINE_ENDS:
+            data = data.replace(character, f"\\u{ord(character):04x}")
     event = f"data: {data}\n\n".encode()
     await send({"type": "http.response.body", "body": event, "more_body": True})
 

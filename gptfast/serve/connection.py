@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -14,13 +15,15 @@ HEAD_TIMEOUT_S = 30.0
 class Connection(HttpToolsProtocol):
     """A connection that is closed where a head is too long or does not come.
 
-    Nobody has shown a key by then, and httptools keeps what has come however long it is.
+    Nobody has shown a key by then, and httptools keeps what has come however long it is. What comes
+    after a reply, and is no next head, has as much time.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._head_bytes, self._reads_head = 0, False
+        self._head_bytes, self._reads_head, self._is_offer = 0, False, False
         self._timer: asyncio.TimerHandle | None = None
+        self.parser = _Parser(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -33,6 +36,8 @@ class Connection(HttpToolsProtocol):
             self._end_head()
             if not self.transport.is_closing():
                 self.send_400_response("The headers are too long.")
+        elif self._timer is None and self.cycle is not None and self.cycle.response_complete:
+            self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._close)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -40,7 +45,28 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_head()
-        super().on_headers_complete()
+        is_tunnel = self.parser.get_method() == b"CONNECT"
+        self._is_offer = self.parser.should_upgrade() and not is_tunnel
+        if not self._is_offer:
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self._is_offer:
+            super().on_message_complete()
+
+    def leave_offer(self, rest: bytes) -> None:
+        """Read a request whose client offers another protocol again, without the offer.
+
+        Java's client offers HTTP/2 with its first request, also one with a body, which llhttp takes
+        for what follows in the other protocol. rest: what came after the head.
+        """
+        parser, self._is_offer = self.parser, False
+        version = parser.get_http_version().encode()
+        head = [b"%s %s HTTP/%s\r\n" % (parser.get_method(), self.url, version)]
+        kept = [(name, value) for name, value in self.headers if name != b"upgrade"]
+        head += [b"%s: %s\r\n" % one for one in kept]
+        self.parser = _Parser(self)
+        self.parser.feed_data(b"".join([*head, b"\r\n", rest]))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
@@ -55,7 +81,24 @@ class Connection(HttpToolsProtocol):
         self._reads_head = False
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _close(self) -> None:
         if not self.transport.is_closing():
             self.transport.close()
+
+
+class _Parser(httptools.HttpRequestParser):
+    """A parser of a connection that stays with HTTP/1.1."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self._connection = connection
+        # What follows a request that is the last one of its connection does not hold up its reply.
+        self.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        try:
+            super().feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._connection.leave_offer(data[offer.args[0] :])

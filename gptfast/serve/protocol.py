@@ -199,8 +199,9 @@ class Message(Strict):
 
 
 class ResponseFormat(Strict):
-    """The form of a reply."""
+    """The form of a reply. What others than text have besides the type is not looked at."""
 
+    model_config = ConfigDict(extra="ignore")
     type: str
 
 

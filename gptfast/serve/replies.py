@@ -1,6 +1,7 @@
 """The replies of OpenAI's protocol: whole or in chunks, with log-probabilities and usage."""
 
 import codecs
+import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from gptfast.serve.generation import Finish, Generation, Update
 from gptfast.tokenizer.bpe import Tokenizer, end_of_text
 
 _Utf8 = codecs.getincrementaldecoder("utf-8")
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 class TokenNames:
@@ -23,6 +25,7 @@ class TokenNames:
         self.end = end_of_text(tokenizer)
         special = getattr(tokenizer, "special_tokens", {})
         self._special = {i: name for name, i in special.items()}
+        self._texts: dict[int, str] = {}
 
     def bytes(self, i: int) -> bytes:
         """Return the bytes of a token; a special one's are those of its name."""
@@ -32,11 +35,17 @@ class TokenNames:
 
     def text(self, i: int) -> str:
         r"""Return a token as text; one that is no whole characters as bytes:\xe2\x80."""
-        raw = self.bytes(i)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        text = self._texts.get(i)
+        if text is None:
+            text = self._texts[i] = _written(self.bytes(i))
+        return text
+
+
+def _written(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 @dataclass
@@ -65,6 +74,8 @@ class Choice:
             # The first token of a prompt follows nothing.
             self._add_tokens([SampledToken(self.echo[0]), *update.prompt])
             self.text += self.echo_text
+            # The new text begins here, also after a prompt that ends within a character.
+            self._offset, self._decoder = len(self.echo_text), _Utf8("replace")
             self.echo = ()
         self.text += update.text
         self._add_tokens(update.tokens)
@@ -177,10 +188,12 @@ class Reply:
             "system_fingerprint": f"gptfast-{gptfast.__version__}-{dtype}",
         }
 
-    def whole(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a reply that is not streamed."""
-        told = [self.form.choice(choice, streamed=False) for choice in choices]
-        return {**self._head, "object": self.form.whole, "choices": told, "usage": usage}
+    def whole(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> bytes:
+        """Return a reply that is not streamed, in JSON."""
+        # One by one: json lets no other thread run meanwhile.
+        told = ", ".join(to_json(self.form.choice(choice, streamed=False)) for choice in choices)
+        head = to_json({**self._head, "object": self.form.whole}).removesuffix("}")
+        return f'{head}, "choices": [{told}], "usage": {to_json(usage)}}}'.encode()
 
     def chunk(self, choices: Sequence[Mapping[str, Any]], **usage: Any) -> dict[str, Any]:
         """Return a chunk of a stream."""

@@ -17,6 +17,9 @@ from gptfast.checks import one_line
 from gptfast.serve.app import make_app
 from gptfast.serve.service import Service
 
+KEEP_ALIVE_S = 75
+"""Seconds for which an idle connection is kept: longer than clients and proxies keep theirs, as
+nginx does for 60, so that none sends a request into a connection that is just being closed."""
 POLL_S = 0.05
 """Seconds between two looks at whether all requests have ended."""
 
@@ -36,17 +39,19 @@ def bound_socket(host: str, port: int) -> socket.socket:
     Raises ValueError for a place that is taken or is not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # By the protocol's number asyncio knows that it may switch Nagle's delay off.
-    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made = None
     try:
+        # By the protocol's number asyncio knows that it may switch Nagle's delay off.
+        made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
         made.listen(2048)
-    except OSError as error:
-        made.close()
+    except (OSError, TypeError) as error:  # TypeError: a name that IDNA cannot write
+        if made is not None:
+            made.close()
         raise ValueError(
-            f"cannot listen at {host}, port {port}: {error.strerror or error}; choose another "
-            "--host or --port"
+            f"cannot listen at {host:.100}, port {port}: "
+            f"{getattr(error, 'strerror', None) or error}; choose another --host or --port"
         ) from None
     made.set_inheritable(True)
     return made
@@ -74,11 +79,13 @@ def server_of(app: ASGIApp) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         http=_protocol(),
+        ws="none",
         log_config=None,
         log_level="error",
         access_log=False,
         server_header=False,
         lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=5,
     )
     return _Server(config)

@@ -19,6 +19,7 @@ from gptfast.serve.model import Model
 from gptfast.serve.protocol import ApiError, ChatRequest, Common, CompletionRequest
 from gptfast.serve.replies import Choice, TokenNames
 from gptfast.serve.scheduler import Closed, QueueFull, Scheduler
+from gptfast.serve.threads import in_daemon
 from gptfast.tokenizer.bpe import end_of_text
 
 DEFAULT_NEW_TOKENS = 16
@@ -79,7 +80,7 @@ class Service:
         stays.
         """
         async with self._loading:
-            model = await asyncio.to_thread(self._opened)
+            model = await in_daemon(self._opened)
             options = Options(tokenizer=model.tokenizer, **model.guesses)
             scheduler = Scheduler(
                 model.engine,
@@ -144,6 +145,12 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+    @property
+    def max_choices(self) -> int:
+        """How many generations a request may have: more would never fit into the queue."""
+        room = self.limits.max_queue + self.model.engine.max_batch
+        return min(self.limits.max_choices, room)
 
     async def completion(self, request: CompletionRequest) -> Group:
         """Return the generations of a request for completions, started."""
@@ -231,7 +238,7 @@ class Service:
             prompt = [prompt]
         if not prompt:
             raise ApiError(400, "prompt has no prompts; write one", param="prompt")
-        if len(prompt) > self.limits.max_choices:
+        if len(prompt) > self.max_choices:
             raise self._too_many(len(prompt))
         return prompt
 
@@ -298,14 +305,15 @@ class Service:
     ) -> Group:
         """Return generations that have not started: n of each prompt, with a seed each."""
         n = request.n or 1
-        if len(prompts) * n > self.limits.max_choices:
+        if len(prompts) * n > self.max_choices:
             raise self._too_many(len(prompts) * n)
         seed = self._new_seed() if request.seed is None else request.seed
         names = TokenNames(model.tokenizer)
         generations: list[Generation] = []
         choices: list[Choice] = []
         group = Group(generations, choices)
-        lengths = [self._new_tokens(model, len(ids), max_tokens, default) for ids in prompts]
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        lengths = [self._new_tokens(model, len(ids), max_tokens, default, param) for ids in prompts]
         try:
             job = checked_job(model.engine, prompts, 0, Options.of(options), logprobs)
         except (ValueError, IndexError) as error:
@@ -320,7 +328,9 @@ class Service:
                 choices.append(Choice(index, names, wants_tokens=logprobs.any))
         return group
 
-    def _new_tokens(self, model: Model, n_prompt: int, asked: int | None, default: int) -> int:
+    def _new_tokens(
+        self, model: Model, n_prompt: int, asked: int | None, default: int, param: str
+    ) -> int:
         """Return how many tokens may follow a prompt. Raises ApiError if they do not fit."""
         size, limits = model.engine.config.block_size, self.limits
         most = limits.max_prompt_tokens
@@ -328,7 +338,7 @@ class Service:
             raise ApiError(
                 400,
                 f"the prompt has {n_prompt} tokens, and this server takes {most}; shorten it",
-                param="prompt",
+                param=param,
                 code="context_length_exceeded",
             )
         if n_prompt + (1 if asked is None else asked) > size:
@@ -337,7 +347,7 @@ class Service:
                 400,
                 f"This model's maximum context length is {size} tokens, but the prompt has "
                 f"{n_prompt}{new}; shorten the prompt{' or lower max_tokens' if asked else ''}",
-                param="prompt",
+                param=param,
                 code="context_length_exceeded",
             )
         most = limits.max_new_tokens
@@ -352,7 +362,7 @@ class Service:
         return ApiError(
             400,
             f"the request asks for {n} choices (prompts times n), and this server gives at most "
-            f"{self.limits.max_choices}; send several requests",
+            f"{self.max_choices}; send several requests",
             param="n",
         )
 
