@@ -130,7 +130,8 @@ def test_each_request_gets_what_it_gets_alone(
     engine = Engine(byte_model, max_batch=4)
     scheduler = Scheduler(engine, Options(tokenizer=BYTE, lookup=guesses), max_queue=1000)
     requests = [random_request(rng) for _ in range(60)]
-    clients = [asked.client(engine) for asked in requests]
+    scored = [rng.choice([None, None, LogprobOptions(True, 1)]) for _ in requests]
+    clients = [asked.client(engine, one) for asked, one in zip(requests, scored, strict=True)]
     broken_off = set(rng.sample(range(60), 12))
     for at in range(0, 60, 5):
         scheduler.submit([client.generation for client in clients[at : at + 5]])
@@ -189,6 +190,27 @@ def test_a_beginning_is_computed_once(byte_model: GPT) -> None:
     assert [client.generation.n_cached for client in clients] == [0] + [80] * 5
     assert scheduler.counters.prompt_tokens == 6 * 81
     assert scheduler.counters.cached_tokens == 5 * 80
+
+
+def test_a_step_reads_the_weights_once(byte_model: GPT, monkeypatch: Any) -> None:
+    """Also where prompts are scored beside a request that waits for its next token."""
+    monkeypatch.setattr(Scheduler, "_prompt_room", lambda self, others: 30)
+    engine, passes = Engine(byte_model), []
+    forward = engine.rows.forward
+    monkeypatch.setattr(
+        engine.rows, "forward", lambda *args: (passes.append(len(args[0])), forward(*args))[1]
+    )
+    scheduler = Scheduler(engine, Options(tokenizer=BYTE))
+    prompts = [random_ids(length, vocab_size=257, seed=4).tolist() for length in (1, 20, 20, 70)]
+    asked = [Asked(prompt, 12, {"eos_id": None, "seed": 2}) for prompt in prompts]
+    every = LogprobOptions(True, 1)
+    clients = [one.client(engine, every if len(one.prompt) > 1 else None) for one in asked]
+    scheduler.submit([client.generation for client in clients])
+    for client in clients:
+        assert len(client.result().tokens) == 12
+    scheduler.close()
+    assert scheduler.join(WAIT_S)
+    assert len(passes) == scheduler.counters.steps and max(passes) >= 3
 
 
 @pytest.mark.parametrize("n", [0, 3])

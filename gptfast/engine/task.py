@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,11 +24,32 @@ from gptfast.generation.sequences import penalised
 Sampled = tuple[Request, SampledToken]
 
 
-class Part(NamedTuple):
-    """Tokens of a row, a part of a prompt, whose logits nobody needs."""
+@dataclass
+class Part:
+    """Tokens of a row, a part of a prompt, after which nothing is sampled.
+
+    following: the token that follows each of them, if those are scored. asked: which of their
+    log-probabilities are asked for. scored: these tokens with them, after the step.
+    """
 
     row: int
     tokens: list[int]
+    following: list[int] = field(default_factory=list)
+    asked: LogprobOptions = LogprobOptions()
+    scored: list[SampledToken] = field(default_factory=list)
+
+    @property
+    def n_wanted(self) -> int:
+        """How many of its logits are needed."""
+        return len(self.tokens) if self.asked.any else 0
+
+    def score(self, logits: Tensor) -> None:
+        """Take its logits (n_wanted, V)."""
+        ids = torch.tensor(self.following, dtype=torch.int64, device="cpu")
+        self.scored = described_tokens(logits, ids, self.asked)
+        # Nothing is sampled here, which would find bad logits. Those of a good model are finite.
+        if not all(math.isfinite(token.logprob or 0.0) for token in self.scored):
+            raise ValueError(BAD_LOGITS)
 
 
 class Task:
@@ -114,9 +135,6 @@ class Task:
         long as guesses are right. parts: tokens of unfinished prompts for rows of their own.
         """
         held = [len(rows.ids[request.row]) for request in requests]
-        if not requests:
-            rows.forward([part.row for part in parts], [p.tokens for p in parts], [0] * len(parts))
-            return []
         logits, ids = self._sample(rows, requests, tokens, guesses, parts)
         on_host = ids.tolist()
         check_sampled(on_host)
@@ -128,23 +146,6 @@ class Task:
             sampled += [(request, token) for token in described[at : at + n]]
             at += len(guess) + 1
         return sampled
-
-    def score(
-        self, rows: BaseRows, request: Request, tokens: Sequence[int], asked: LogprobOptions
-    ) -> list[SampledToken]:
-        """Append tokens of a prompt to its row; return the token that follows each of them.
-
-        They are known, and come with the log-probabilities asked for. The prompt's last token has
-        none that follows: it is left to `step`.
-        """
-        start = len(rows.ids[request.row]) + 1
-        ids = request.ids[start : start + len(tokens)]
-        logits, _ = rows.forward([request.row], [tokens], [len(tokens)])
-        scored = described_tokens(logits, torch.tensor(ids, dtype=torch.int64, device="cpu"), asked)
-        # Nothing is sampled here, which would find bad logits. Those of a good model are finite.
-        if not all(math.isfinite(token.logprob or 0.0) for token in scored):
-            raise ValueError(BAD_LOGITS)
-        return scored
 
     def _described(self, logits: Tensor, ids: Tensor, on_host: list[int]) -> list[SampledToken]:
         """Return the sampled ids (M,) with the log-probabilities that their requests ask for."""
@@ -168,7 +169,10 @@ class Task:
         guesses: Sequence[list[int]],
         parts: Sequence[Part],
     ) -> tuple[Tensor, Tensor]:
-        """Return logits (M, V) and sampled ids (M,) after each request's last token and guesses."""
+        """Return logits (M, V) and sampled ids (M,) after each request's last token and guesses.
+
+        The parts are scored.
+        """
         index: list[int] = []
         positions: list[int] = []
         for request, guess in zip(requests, guesses, strict=True):
@@ -178,11 +182,20 @@ class Task:
             self._index, self._chosen = index, [one[index] for one in self._sampling]
         row = [*(request.row for request in requests), *(part.row for part in parts)]
         all_tokens = [*tokens, *(part.tokens for part in parts)]
-        wanted = [len(guess) + 1 for guess in guesses] + [0] * len(parts)
-        if not any(i in self._penalty or i in self._bias for i in index):
+        wanted = [len(guess) + 1 for guess in guesses] + [part.n_wanted for part in parts]
+        is_adjusted = any(i in self._penalty or i in self._bias for i in index)
+        if index and not is_adjusted and not any(part.n_wanted for part in parts):
             return rows.forward(row, all_tokens, wanted, self._chosen, positions, self._lacking)
-        logits, _ = rows.forward(row, all_tokens, wanted)
-        scores = self._adjusted(logits, requests, guesses)
+        logits, nothing = rows.forward(row, all_tokens, wanted)
+        start = len(index)
+        for part in parts:
+            if part.n_wanted:
+                part.score(logits[start : start + part.n_wanted])
+            start += part.n_wanted
+        logits = logits[: len(index)]
+        if not index:
+            return logits, nothing
+        scores = self._adjusted(logits, requests, guesses) if is_adjusted else logits
         return logits, sample(scores, self._chosen, positions, self._lacking)
 
     def _accept(

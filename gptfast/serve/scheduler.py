@@ -236,23 +236,29 @@ class Scheduler:
             else:
                 prompts.append(one)
         room = self._prompt_room(bool(decoding))
-        finished, parts = self._pieces(rows, prompts, room)
+        finished, parts, scoring = self._pieces(rows, prompts, room)
         guesses = self._task.guess(decoding, rows)
         tokens = [[request.ids[-1], *g] for request, g in zip(decoding, guesses, strict=True)]
         tokens += [_pending(rows, request) for request in finished]
         guesses = [*guesses, *([] for _ in finished)]
         requests = [*decoding, *finished]
-        return self._task.step(rows, requests, tokens, guesses, parts) if requests or parts else []
+        if not requests and not parts:
+            return []
+        sampled = self._task.step(rows, requests, tokens, guesses, parts)
+        for one, part in scoring:
+            one.prompt += part.scored
+        return sampled
 
     def _pieces(
         self, rows: BaseRows, prompts: Sequence[Generation], room: int
-    ) -> tuple[list[Request], list[Part]]:
+    ) -> tuple[list[Request], list[Part], list[tuple[Generation, Part]]]:
         """Return the prompts that this step finishes, and parts of others: `room` tokens in all.
 
-        Prompts to be scored are computed here, except their last token.
+        The parts to be scored come with their prompts. A prompt's last token is in none of them.
         """
         finished: list[Request] = []
         parts: list[Part] = []
+        scoring: list[tuple[Generation, Part]] = []
         computing: list[Generation] = []
         for one in prompts:
             request = one.request
@@ -267,7 +273,9 @@ class Scheduler:
             pending = _pending(rows, request)
             if one.is_scoring:
                 piece = pending[:-1][:room]
-                one.prompt += self._task.score(rows, request, piece, one.scored)
+                part = Part(request.row, piece, pending[1 : len(piece) + 1], one.scored)
+                parts.append(part)
+                scoring.append((one, part))
             elif len(pending) <= room:
                 piece = pending
                 if request.left:
@@ -277,7 +285,7 @@ class Scheduler:
                 parts.append(Part(request.row, piece))
             room -= len(piece)
             self.counters.prompt_tokens += len(piece)
-        return finished, parts
+        return finished, parts, scoring
 
     def _start(self, rows: BaseRows, one: Generation, request: Request) -> None:
         """Give a request a row with as much of its prompt as another row holds."""
