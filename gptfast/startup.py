@@ -75,7 +75,7 @@ def short_answer(argv: Sequence[str], version: str) -> str:
     return "\n".join(
         [
             "usage: gptfast COMMAND [FLAGS]\n",
-            "commands (gptfast COMMAND --help shows the flags of a command):",
+            "commands (gptfast COMMAND --help shows the flags that people set first):",
             *lines,
             "\ngptfast --version prints the version, gptfast --completion bash what completes "
             "these\nwords in a shell; docs/command.md explains the rest.",

@@ -199,7 +199,7 @@ def test_info_names_the_matrix_engine(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_flag(command: str, capsys: Capture) -> None:
-    code, out, err = run(capsys, command, "--help")
+    code, out, err = run(capsys, command, "--help-all")
     assert (code, err) == (0, "")
     fields = {field.name for field in dataclasses.fields(COMMANDS[command])}
     if command in ("train", "search"):
@@ -220,7 +220,7 @@ def test_help_shows_the_default_line_break(capsys: Capture) -> None:
 
 def test_help_of_search(capsys: Capture) -> None:
     """It has a directory of its own, and no --resume."""
-    out = " ".join(run(capsys, "search", "--help")[1].split())
+    out = " ".join(run(capsys, "search", "--help-all")[1].split())
     assert "(default: runs/search)" in out and "runs/train" not in out
     assert "--no-resume" not in out
 

@@ -165,11 +165,29 @@ def test_what_people_type(line: str, capsys: Capture) -> None:
 def test_help_fits_the_terminal(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Only a command to copy may be longer than a line."""
+    """It is one screen, and only a command to copy may be longer than a line."""
     monkeypatch.setenv("COLUMNS", "80")
     lines = run(capsys, *filter(None, [name]), "--help")[1].splitlines()
-    long = [line for line in lines if len(line) > 80 and not line.startswith("gptfast ")]
-    assert len(lines) > 5 and long == []
+    assert 5 < len(lines) < 40
+    every = run(capsys, name, "--help-all")[1].splitlines() if name else []
+    long = [line for line in (*lines, *every) if len(line) > 80 and line[:8] != "gptfast "]
+    assert long == []
+
+
+def test_help_has_first_what_people_set_first(capsys: Capture) -> None:
+    """It says how to see the rest, where they come first too."""
+    shown, every = (run(capsys, "train", word)[1] for word in ("--help", "--help-all"))
+    assert "--lr X" in shown and "--beta2" not in shown and "--beta2 X" in every
+    n = sum(not (flag.hidden or flag.positional) for flag in command_flags("train"))
+    assert shown.endswith(f"\n\ngptfast train --help-all explains all {n} flags.\n")
+    assert every.index("--data FILE") < every.index("--text-field NAME")
+    for name in COMMANDS:
+        flags = {flag.name: flag for flag in command_flags(name)}
+        first = getattr(COMMANDS[name], "set_first", ())
+        assert len(set(first)) == len(first)
+        assert not any(flags[word].hidden or flags[word].positional for word in first)
+        required = {flag.name for flag in flags.values() if flag.required and not flag.positional}
+        assert not first or required <= {*first}
 
 
 def test_an_attached_text_with_spaces(capsys: Capture) -> None:
@@ -258,7 +276,7 @@ def test_the_names_of_other_programs_lead_to_flags_that_exist() -> None:
 def test_short_flags_mean_the_same_everywhere(capsys: Capture) -> None:
     assert len(set(SHORT.values())) == len(SHORT) == 5
     for name in COMMANDS:
-        shown = run(capsys, name, "--help")[1]
+        shown = run(capsys, name, "--help-all")[1]
         for flag in command_flags(name):
             if flag.short:
                 assert f"  {flag.short}, {flag.long}" in shown
@@ -269,6 +287,8 @@ def test_help_speaks_words(capsys: Capture) -> None:
         shown = run(capsys, name, "--help")[1]
         assert "STR" not in shown.split() and "None" not in shown and "INT" not in shown.split()
         assert run(capsys, "help", name)[1] == run(capsys, name, "-h")[1] == shown
+        shown = run(capsys, name, "--help-all")[1]
+        assert "STR" not in shown.split() and "None" not in shown and "INT" not in shown.split()
     assert run(capsys, "train", "--lr", "1", "--help")[0] == 0
 
 
@@ -375,7 +395,7 @@ def test_bash_completes(capsys: Capture) -> None:
         shown = {flag.long for flag in command_flags(name) if not flag.hidden}
         offered = set(completed(script, f"gptfast {name} --"))
         assert {word for word in shown if word.startswith("--")} <= offered
-        assert "--help" in offered
+        assert {"--help", "--help-all"} <= offered
     assert completed(script, "gptfast train --data x --sched") == ["--schedule"]
     choices = next(flag.choices for flag in command_flags("train") if flag.name == "schedule")
     assert completed(script, "gptfast train --schedule ") == [*choices]

@@ -65,7 +65,8 @@ def test_the_examples_run(page: str, models: None) -> None:
 @cache
 def options_of(command: str) -> set[str]:
     """Return the options that a command's help lists; without a command, return the commands."""
-    script = f"from gptfast.cli import main; main({[*command.split(), '--help']})"
+    words = [command, "--help-all"] if command else ["--help"]
+    script = f"from gptfast.cli import main; main({words})"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
     assert process.returncode == 0, process.stderr
     if not command:

@@ -85,10 +85,11 @@ def parse(argv: Sequence[str]) -> Any:
     name, flags = argv[0], command_flags(argv[0])
     command = COMMANDS[name]
     before_rest = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
-    if {"-h", "--help"} & set(before_rest):
-        from gptfast.cli.help import help_text
+    if {"-h", "--help", "--help-all"} & set(before_rest):
+        from gptfast.cli.help import full_help, help_text
 
-        print(help_text(name, command, flags), end="")
+        text = full_help if "--help-all" in before_rest else help_text
+        print(text(name, command, flags), end="")
         raise SystemExit(0)
     given = CommandLine(name, flags, _commands_with).read(argv[1:])
     if hasattr(command, "from_given"):  # it reads files and saved settings, then the flags

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from gptfast.checks import one_line
 from gptfast.cli.flags import UsageError
@@ -81,6 +81,10 @@ class Chat(GenerationFlags):
     top_p: float | None = 0.95
     """Sample from the smallest set of tokens whose probabilities add up to at least
     this."""
+    set_first: ClassVar = (
+        *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "template"),
+        *("dtype", "tokenizer", "device"),
+    )
 
     def run(self) -> None:
         if sys.stdin is None:

@@ -56,4 +56,4 @@ def _words(flags: Sequence[Flag]) -> list[str]:
     """Return the flags of a command as they are typed, with --no- for those that are on."""
     shown = [flag for flag in flags if not flag.hidden and not flag.positional]
     off = [f"--no-{f.long[2:]}" for f in shown if f.help.endswith("(default: on)")]
-    return ["--help", *(flag.long for flag in shown), *off]
+    return ["--help", "--help-all", *(flag.long for flag in shown), *off]

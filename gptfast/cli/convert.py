@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -106,13 +106,15 @@ class Convert:
     """Give the model this many tokens, for a vocabulary that grew. The rows of the new tokens are
     the mean of the old ones."""
     merge: bool = False
-    """SRC is an adapter (of gptfast train --lora-rank or of peft): write its base with the adapter
-    in it. They are added in fp32, and --dtype fp32 keeps that beside a base of 16 bits."""
+    """Write the base of an adapter with the adapter in it. SRC is the adapter, of gptfast train
+    --lora-rank or of peft. They are added in fp32, and --dtype fp32 keeps that beside a base of 16
+    bits."""
     base: str | None = None
     """With --merge: the model that the adapter was trained beside (default: the one that it
     names)."""
     private: bool = False
-    """With hf:USER/NAME: make a repository that you alone see; one that all see gets nothing."""
+    """Make a repository that you alone see, with hf:USER/NAME; one that all see gets nothing."""
+    set_first: ClassVar = ("to", "dtype", "merge", "resize_vocab", "private")
 
     def __post_init__(self) -> None:
         check_whole(self, "n_head", "resize_vocab", most=MAX_SIZE)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from gptfast.cli.conflicts import check_evaluation
 from gptfast.cli.data_flags import Reading
@@ -50,9 +50,9 @@ class Eval(Reading):
     """The model: a run directory, one of its checkpoints, a model in any format that `gptfast
     convert` reads or writes, or gpt2."""
     data: tuple[str, ...] = ()
-    """The text: files of text or of records (.jsonl, .json, .csv, .parquet), token files,
-    directories or globs of them, or - for standard input. Of data that `gptfast prepare` wrote, the
-    part named by --part."""
+    """The text to measure on: files of text or of records (.jsonl, .json, .csv, .parquet), token
+    files, directories or globs of them, hf:NAME:SPLIT:FIELD for a data set of the datasets library,
+    or - for standard input. Of data that `gptfast prepare` wrote, the part named by --part."""
     stride: int | None = None
     """Slide a window of --max-length over the text by this many tokens, as transformers' perplexity
     recipe does (default: windows side by side, as in training)."""
@@ -79,6 +79,10 @@ class Eval(Reading):
     """Where to compute; auto takes a GPU if there is one."""
     threads: int | None = None
     """Number of threads (default: $OMP_NUM_THREADS, else one per core)."""
+    set_first: ClassVar = (
+        *("data", "stride", "hellaswag", "tasks", "part", "batch_size"),
+        *("tokenizer", "dtype", "device"),
+    )
 
     def __post_init__(self) -> None:
         check_whole(self, "batch_size", "max_length", "stride", "limit")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 from gptfast.cli.flags import UsageError
 from gptfast.cli.model_flags import SETTINGS, GenerationFlags, check_settings
@@ -54,6 +54,10 @@ class Generate(GenerationFlags):
     plain text."""
     logprobs: bool = False
     """Print each new token with its log-probability instead of the text."""
+    set_first: ClassVar = (
+        *("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed"),
+        *("num_samples", "stop", "dtype", "tokenizer", "device"),
+    )
 
     def run(self) -> None:
         self._check_flags()

@@ -1,6 +1,7 @@
 """`gptfast prepare`: turn text into token files."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from gptfast.cli.data_flags import Reading
 from gptfast.cli.ranges import check_split, check_whole
@@ -25,9 +26,9 @@ class Prepare(Reading):
     """
 
     data: tuple[str, ...]
-    """The text: files of text or of records (.jsonl, .json, .csv, .parquet), directories, globs
-    such as 'books/*.txt', hf:NAME:SPLIT:FIELD for a data set of the datasets library, or - for
-    standard input. docs/data.md has all kinds."""
+    """The text to tokenise: files of text or of records (.jsonl, .json, .csv, .parquet),
+    directories, globs such as 'books/*.txt', hf:NAME:SPLIT:FIELD for a data set of the datasets
+    library, or - for standard input. docs/data.md has all kinds."""
     out: str
     """The directory to create, with train_000000.bin and so on, and meta.json."""
     tokenizer: str = "gpt2"
@@ -38,6 +39,7 @@ class Prepare(Reading):
     """The largest number of tokens per file."""
     workers: int | None = None
     """Number of threads that encode text (default: one per core)."""
+    set_first: ClassVar = ("data", "out", "tokenizer", "split", "text_field")
 
     def __post_init__(self) -> None:
         check_whole(self, "workers")

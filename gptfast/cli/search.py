@@ -49,6 +49,10 @@ class Search:
     """Number of trials that run at the same time."""
     no_default_shown: ClassVar = Train.no_default_shown
     not_in_help: ClassVar = ("resume",)
+    set_first: ClassVar = (
+        *("grid", "random", "trials", "lr_range", "jobs"),
+        *("data", "out", "init", "batch_size", "max_steps"),
+    )
 
     def __post_init__(self) -> None:
         check_whole(self, "trials", "jobs")

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptfast.cli.flags import Positional, UsageError
 from gptfast.cli.generate import unescaped
@@ -112,6 +112,10 @@ class Serve:
     """Where to compute; auto takes a GPU if there is one."""
     threads: int | None = None
     """Number of threads (default: $OMP_NUM_THREADS, else one per core)."""
+    set_first: ClassVar = (
+        *("host", "port", "model_name", "api_key_file", "cors_origin", "template"),
+        *("max_batch", "max_new_tokens", "dtype", "device"),
+    )
 
     def __post_init__(self) -> None:
         check_whole(self, "threads", most=MAX_THREADS)

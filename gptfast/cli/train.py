@@ -121,6 +121,10 @@ class Train(Reading):
     """Show data, sizes, memory and time of the run, measured on a few steps, and write nothing."""
     # The default of 1 means the tokenizer's size, because a smaller vocab_size is raised to it.
     no_default_shown: ClassVar = ("vocab_size",)
+    set_first: ClassVar = (
+        *("data", "out", "init", "preset", "tokenizer", "n_layer", "n_head", "n_embd"),
+        *("block_size", "batch_size", "max_steps", "lr", "lora_rank", "precision", "resume"),
+    )
 
     def __post_init__(self) -> None:
         check_whole(self, "batch_size", "max_length", "stride")
