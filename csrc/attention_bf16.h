@@ -92,6 +92,15 @@ inline void multiply(int parts, int64_t M, int64_t N, int64_t K, TileOperand a, 
     }
 }
 
+// Stores x in bf16 parts, each part `size` numbers after the one before.
+inline void store_parts(vf x, int parts, bf16* to, int64_t size) {
+  store(to, x);
+  for (int part = 1; part < parts; ++part) {
+    x -= load(to);
+    store(to += size, x);
+  }
+}
+
 // Rows of numbers in bf16 parts, all padded with zeros to multiples of TILE_TERMS.
 struct PaddedRows {
   bf16* data;
@@ -106,13 +115,9 @@ struct PaddedRows {
     for (int64_t t = 0; t < rows_used; ++t)
       for (int64_t d = 0; d < n; d += W) {
         const int64_t lanes = smaller<int64_t>(W, D - d);
-        vf rest = lanes > 0 ? load_n(from + t * stride + d, lanes) * factor : vf{};
-        zeros += rest * HEADROOM<T> * 0.0f;
-        store(row(t) + d, rest);
-        for (int part = 1; part < parts; ++part) {
-          rest -= load(row(t, part - 1) + d);
-          store(row(t, part) + d, rest);
-        }
+        const vf x = lanes > 0 ? load_n(from + t * stride + d, lanes) * factor : vf{};
+        zeros += x * HEADROOM<T> * 0.0f;
+        store_parts(x, parts, row(t) + d, size());
       }
     for (int part = 0; part < parts; ++part) memset(row(rows_used, part), 0, (rows - rows_used) * n * sizeof(bf16));
     return sum(zeros) == 0;
@@ -169,15 +174,7 @@ constexpr int64_t SCORES_SIZE = BK * BQ;  // of a part
 // Writes scores, and rows of zeros up to a multiple of TILE_TERMS, as a first operand whose terms are the queries.
 inline void narrow_scores(const Scores& s, bf16* to) {
   for (int64_t j = 0; j < round_up(s.keys, TILE_TERMS); ++j)
-    for (int64_t i = s.begin; i < s.end; i += W) {
-      vf rest = s.at(j, i);
-      bf16* part = to + j * BQ + i;
-      store(part, rest);
-      for (int n = 1; n < s.parts; ++n) {
-        rest -= load(part);
-        store(part += SCORES_SIZE, rest);
-      }
-    }
+    for (int64_t i = s.begin; i < s.end; i += W) store_parts(s.at(j, i), s.parts, to + j * BQ + i, SCORES_SIZE);
 }
 // The same as a second operand whose terms are the keys. All numbers are finite, or round to a number that is not.
 inline void pair_scores(const Scores& s, float* pairs) {

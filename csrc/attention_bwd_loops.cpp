@@ -209,10 +209,10 @@ bool pack_queries(const AttentionArgs& args, int64_t b, int64_t h, int64_t q0, i
   const float sign = split_scale<float>(args.scale).sign;
   const T* q = head_data<T>(args.q, b, h) + q0 * args.q.time_stride;
   const T* dout = head_data<T>(args.dout, b, h) + q0 * args.dout.time_stride;
-  space.q.copy(q, args.q.time_stride, rows, args.D, sign * SCALE<T>);
-  pair_numbers(space.q, space.q_t_pairs);
   const bool q_finite = space.q.copy(q, args.q.time_stride, rows, args.D, SCALE<T>);
   pair_rows(space.q, space.q_pairs);
+  if (sign != 1) space.q.copy(q, args.q.time_stride, rows, args.D, sign * SCALE<T>);
+  pair_numbers(space.q, space.q_t_pairs);
   const bool dout_finite = space.dout.copy(dout, args.dout.time_stride, rows, args.D, SCALE<T>);
   pair_numbers(space.dout, space.dout_t_pairs);
   pair_rows(space.dout, space.dout_pairs);
