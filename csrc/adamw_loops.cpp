@@ -96,7 +96,7 @@ inline bool any_nan(const Pair& x) {
 // Stores what is nearest to x. Without NAN_TOO, no element is NaN: adding to the bits of one could make a number of it.
 template <bool IN_ORDER, bool NAN_TOO, class T>
 inline void store_nearest(T* p, const Pair& x) {
-  const auto bits = [](vf x) { return NAN_TOO ? (x == x ? round_bits(x) : splat(0x7FC00000u)) : round_bits(x); };
+  const auto bits = [](vf x) { return NAN_TOO ? round_bits_or_nan(x) : round_bits(x); };
   if constexpr (!std::is_same_v<T, bf16>)
     store_pair<IN_ORDER>(p, x);
   else

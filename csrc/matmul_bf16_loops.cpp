@@ -6,11 +6,11 @@
 namespace gptfast::GPTFAST_LEVEL {
 namespace {
 
-// Sets to[0 .. n) to x, rounded to bf16.
-void round_to_bf16(const float* x, int64_t n, bf16* to) {
+// Sets to[0 .. n) to n numbers, `stride` apart, rounded to bf16.
+void round_to_bf16(const float* x, int64_t stride, int64_t n, bf16* to) {
   for (int64_t i = 0; i < n; i += W) {
     const int64_t lanes = smaller<int64_t>(W, n - i);
-    store_n(to + i, load_n(x + i, lanes), lanes);
+    store_n(to + i, load_apart(x + i * stride, stride, lanes), lanes);
   }
 }
 
@@ -40,18 +40,12 @@ struct Bf16Product : PanelProduct {
     constexpr int64_t TERM_STRIDE = COLUMNS, COLUMN_STRIDE = KC + 32;
     bf16 rounded[COLUMNS * COLUMN_STRIDE];
     if (args.b_col_stride == 1) {
-      for (int64_t i = 0; i < K; ++i) round_to_bf16(x + i * args.b_row_stride, columns, rounded + i * TERM_STRIDE);
+      for (int64_t i = 0; i < K; ++i) round_to_bf16(x + i * args.b_row_stride, 1, columns, rounded + i * TERM_STRIDE);
       PanelProduct::pack_b(rounded, 1, TERM_STRIDE, columns, K, to);
       return;
     }
-    for (int64_t j = 0; j < columns; ++j) {
-      const float* column = x + j * args.b_col_stride;
-      bf16* rounded_column = rounded + j * COLUMN_STRIDE;
-      if (args.b_row_stride == 1)
-        round_to_bf16(column, K, rounded_column);
-      else
-        for (int64_t i = 0; i < K; ++i) round_to_bf16(column + i * args.b_row_stride, 1, rounded_column + i);
-    }
+    for (int64_t j = 0; j < columns; ++j)
+      round_to_bf16(x + j * args.b_col_stride, args.b_row_stride, K, rounded + j * COLUMN_STRIDE);
     PanelProduct::pack_b(rounded, COLUMN_STRIDE, 1, columns, K, to);
   }
   void finish(int64_t m, int64_t n, int64_t rows, int64_t columns, float* sums) const {

@@ -14,13 +14,6 @@ namespace {
 constexpr int MAX_PARTS = PanelProduct::MAX_PARTS;
 constexpr float SCALE = 0x1p24f, UNSCALE = 0x1p-48f;
 
-static inline vf load_apart(const float* x, int64_t stride, int64_t lanes) {
-  if (stride == 1) return load_n(x, lanes);
-  float numbers[W] = {};
-  for (int64_t i = 0; i < lanes; ++i) numbers[i] = x[i * stride];
-  return load(numbers);
-}
-
 // Writes the parts of n numbers, `stride` apart, each to its own matrix of `size` numbers.
 template <int PARTS>
 void split(const float* x, int64_t stride, int64_t n, bf16* to, int64_t size) {

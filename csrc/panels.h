@@ -37,10 +37,7 @@ struct Rounded {
     memcpy(&rounded, &bits, 4);
     return rounded;
   }
-  static vf numbers(const float* p) {
-    const vf x = load(p);
-    return (vf)(x == x ? round_bits(x) & 0xFFFF0000u : splat(0x7FC00000u));
-  }
+  static vf numbers(const float* x) { return (vf)(round_bits_or_nan(load(x)) & 0xFFFF0000u); }
 };
 // Pairs of bf16: the lower half of a number has the term with the lower index. The last pair of an odd number of terms
 // ends in 0.
@@ -56,6 +53,14 @@ struct Pairs {
     return pairs;
   }
 };
+
+// Loads the first n <= W numbers, `stride` apart; the other lanes are 0.
+static inline vf load_apart(const float* x, int64_t stride, int64_t n) {
+  if (stride == 1) return load_n(x, n);
+  float numbers[W] = {};
+  for (int64_t i = 0; i < n; ++i) numbers[i] = x[i * stride];
+  return load(numbers);
+}
 
 // Transposes W x W floats in registers by interleaving the halves log2(W) times.
 static inline void transpose(vf* x) {

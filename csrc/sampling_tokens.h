@@ -8,11 +8,10 @@ namespace {
 
 constexpr int64_t WEIGHTS_PER_DOUBLE_SUM = 4096;
 
+#if !defined(__AVX512F__)
 // Returns the lanes of a mask, each 0 or -1, as bits: lane i is bit i.
 inline uint32_t bits_of(vi mask) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return (uint32_t)_mm256_movemask_ps((__m256)mask);
 #else
   uint32_t bits = 0;
@@ -20,6 +19,7 @@ inline uint32_t bits_of(vi mask) {
   return bits;
 #endif
 }
+#endif
 
 // Return the lanes in which x is above y, or equal to y, as bits.
 inline uint32_t bits_above(vf x, vf y) {

@@ -180,12 +180,10 @@ static inline vf load(const bf16* p) { return (vf)(widen(*(const vh_any*)p) << 1
 static inline vf load(const fp16* p) { return widen_half(*(const vh_any*)p); }
 
 static inline void store(float* p, vf x) { *(vf_any*)p = x; }
-// Returns bits whose upper half is x as bf16, rounded to nearest even, unless x is NaN.
+// Return bits whose upper half is x as bf16, rounded to nearest even; the first for an x that is not NaN.
 static inline vu round_bits(vf x) { return (vu)x + 0x7FFFu + (((vu)x >> 16) & 1u); }
-static inline void store(bf16* p, vf x) {
-  const vu nan = splat(0x7FC0u);
-  *(vh_any*)p = narrow(x == x ? round_bits(x) >> 16 : nan);
-}
+static inline vu round_bits_or_nan(vf x) { return x == x ? round_bits(x) : splat(0x7FC00000u); }
+static inline void store(bf16* p, vf x) { *(vh_any*)p = narrow(round_bits_or_nan(x) >> 16); }
 static inline void store(fp16* p, vf x) { *(vh_any*)p = narrow_half(x); }
 
 // Load or store only the first n < W elements. The other lanes of a load are `fill`.
