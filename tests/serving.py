@@ -27,7 +27,7 @@ for _module in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(_module, reason=f"{_module} is not installed (the extra serve)")
 
 from gptfast.serve.app import make_app  # noqa: E402
-from gptfast.serve.limits import Limits  # noqa: E402
+from gptfast.serve.limits import Defaults, Limits  # noqa: E402
 from gptfast.serve.model import Model  # noqa: E402
 from gptfast.serve.run import bound_socket, server_of  # noqa: E402
 from gptfast.serve.service import Service  # noqa: E402
@@ -153,6 +153,7 @@ def server(
     load: bool = True,
     open_model: Callable[[], Model] | None = None,
     template: str = QUESTIONS,
+    defaults: Defaults | None = None,
     **app: Any,
 ) -> Iterator[Running]:
     """Run a server of a model in a thread."""
@@ -171,6 +172,7 @@ def server(
             open_model or opened,
             template=Template.parse(template),
             limits=limits,
+            defaults=defaults,
             new_seed=lambda: seeds.randrange(10**9),
         )
         if load:

@@ -1,6 +1,7 @@
 """The page of `gptfast serve` in a real Chromium: it types, streams, stops, shows probabilities and
 errors, and fits a phone."""
 
+import json
 import math
 import os
 import shutil
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from helpers import random_model
-from serving import Running, server
+from serving import Defaults, Running, server
 
 from gptfast.generation.stop import REPLACEMENT
 from gptfast.ops.backend import EXTENSION
@@ -107,6 +108,65 @@ def test_a_link_holds_the_settings(page: Any, tiny: Running) -> None:
     assert page.input_value("#prompt") == "Two\nlines & more"
     assert page.input_value("#seed") == "11" and page.input_value("#top_k") == "9"
     assert page.is_checked("#tokens")
+
+
+def test_a_link_for_the_open_page(page: Any, tiny: Running) -> None:
+    opened(page, tiny)
+    page.evaluate("location.hash = 'mode=chat&seed=12&temperature=0.83&prompt=Hi'")
+    page.wait_for_selector("#tab-chat[aria-selected=true]")
+    assert page.input_value("#prompt") == "Hi" and page.input_value("#seed") == "12"
+    assert page.input_value("#temperature") == page.text_content("#shown-temperature") == "0.83"
+
+
+def test_controls_have_the_servers_defaults(page: Any) -> None:
+    """Also those beyond a slider or between its steps, and where the key comes later."""
+    values = {"temperature": 2.5, "top_p": 0.93, "min_p": 0.0055, "repetition_penalty": 0.9}
+    model = random_model(vocab_size=257, block_size=64).eval()
+    with server(model, defaults=Defaults(**values, top_k=7), keys=("one",)) as running:
+        opened(page, running)
+        assert "send one of the server's keys" in page.text_content("#error")
+        page.fill("#prompt", "ab")
+        page.fill("#key", "one")
+        page.keyboard.press("Tab")
+        page.wait_for_selector("#model:has-text('context')")
+        shown = {name: float(page.input_value(f"#{name}")) for name in values}
+        assert shown == values and page.input_value("#top_k") == "7"
+        assert page.input_value("#prompt") == "ab" and page.text_content("#error") == ""
+
+
+def test_a_chat_without_a_reply(page: Any, tiny: Running) -> None:
+    """The message comes back to where it was written, and can be sent again."""
+    opened(page, tiny, "#mode=chat&max_tokens=10&seed=3")
+    end = {"index": 0, "delta": {}, "finish_reason": "stop", "logprobs": None}
+    body = f"data: {json.dumps({'choices': [end]})}\n\ndata: [DONE]\n\n"
+    replies = "**/v1/chat/completions"
+    page.route(replies, lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    page.fill("#prompt", "Hello")
+    page.click("#go")
+    finished(page)
+    assert page.text_content("#speed") == "no text, ended by itself"
+    assert page.input_value("#prompt") == "Hello" and not page.query_selector(".turn")
+    page.unroute(replies)
+    page.click("#again")
+    finished(page)
+    assert len(page.query_selector_all(".turn")) == 2 and page.input_value("#prompt") == ""
+
+
+def test_a_server_that_is_not_there_yet(page: Any, tiny: Running) -> None:
+    """One that loads is asked again; one that does not answer is named in the page's own words."""
+    message = json.dumps({"error": {"message": "the server is still loading the model"}})
+    busy = lambda route: route.fulfill(status=503, body=message)  # noqa: E731
+    page.route("**/settings", busy, times=1)
+    opened(page, tiny, "#prompt=ab&max_tokens=3")
+    assert "still loading" in page.text_content("#error")
+    page.wait_for_selector("#model:has-text('context')")
+    assert page.text_content("#error") == ""
+    page.route("**/v1/completions", lambda route: route.abort())
+    page.fill("#seed", "")
+    page.click("#go")
+    finished(page)
+    assert page.text_content("#error") == "the server cannot be reached; is it running?"
+    assert page.input_value("#seed") != ""
 
 
 def test_tokens_show_their_probability(page: Any, tiny: Running) -> None:
