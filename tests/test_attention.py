@@ -140,14 +140,14 @@ def check_each_seed(ours, reference, plain, size: int, inputs: dict[str, Tensor]
 @pytest.mark.parametrize("shape", MANY_SEEDS, ids=shape_id)
 def test_parity_of_each_of_many_seeds(kernels: str, shape: tuple) -> None:
     # One case a seed: nothing hides in the maximum over several cases.
-    seeds = 4 if interpreted(kernels) else SEEDS
+    seeds = 1 if interpreted(kernels) else SEEDS
     inputs, dout = make((seeds * shape[0], *shape[1:]), torch.float32)
     check_each_seed(ops.attention, defined, plain, shape[0], inputs, dout)
 
 
 @pytest.mark.parametrize(("T", "D"), [(1, 8), (7, 64), (65, 64)], ids=str)
 def test_packed_parity_of_each_of_many_seeds(kernels: str, T: int, D: int) -> None:
-    seeds, H = 4 if interpreted(kernels) else SEEDS, 2
+    seeds, H = 1 if interpreted(kernels) else SEEDS, 2
     inputs, dout = {"qkv": torch.randn(seeds, T, 3 * H * D)}, torch.randn(seeds, T, H * D)
     functions = lambda qkv: ops.attention_qkv(qkv, H), through(defined, H), through(plain, H)
     check_each_seed(*functions, 1, inputs, dout)
