@@ -92,7 +92,7 @@ class MLP(nn.Module):
         first, c_fc, c_proj = weights
         dropout: Any = self._modules["drop"]
         drops = dropout.training and dropout.p > 0
-        if c_fc.adapter is not None or c_proj.adapter is not None:
+        if not (c_fc.is_plain and c_proj.is_plain):
             hidden = F.gelu(c_fc(x, norm=first, rows=rows), approximate="tanh")
             y = c_proj(hidden, residual=None if drops else x, rows=rows)
             return x + drop(dropout, y, rows) if drops else y

@@ -137,6 +137,10 @@ class TrainConfig:
     lora_targets: tuple[str, ...] = ("c_attn", "c_proj")
     """The layers that get an adapter: c_attn, c_fc, c_proj (attention's and the perceptron's), or
     one of the last two as attn.c_proj and mlp.c_proj."""
+    lora_base_dtype: Literal["int8"] | None = None
+    """Keep the frozen weights of the blocks' layers in int8, with a scale for each output: a
+    quarter of their memory in fp32. They are rounded as they are read (default: kept as they
+    are)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Data type of matrix products and kernels, by autocast. Parameters are always fp32."""
     matmul_precision: Literal["highest", "high", "medium"] | None = None
@@ -262,6 +266,17 @@ class TrainConfig:
         _require(0 < alpha < math.inf, f"lora_alpha must be a finite number > 0, got {alpha}")
         _require(0.0 <= dropout < 1.0, f"lora_dropout must be in [0, 1), got {dropout}")
         _require(bool(self.lora_targets), "lora_targets must name at least one layer")
+        base = self.lora_base_dtype
+        _require(
+            base is None or rank is not None,
+            f"lora_base_dtype {base} is for the base of an adapter: give lora_rank too, or leave "
+            "it out",
+        )
+        _require(
+            base is None or not self.compile,
+            f"lora_base_dtype {base} is not for compile, which keeps wide copies of the weights: "
+            "leave one of the two out",
+        )
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

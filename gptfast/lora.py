@@ -4,11 +4,14 @@
 A is drawn as peft draws it and B is zero, so that a new adapter changes nothing. The frozen product
 and both small ones are `ops.linear`: each normalises x itself, the last adds what the first gave,
 and no gradient of W is computed. weights/adapter.py reads and writes adapters.
+
+W may be in int8 with a scale for each output, as the engine packs it; `ops.int8_linear` then stands
+for the frozen product.
 """
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from gptfast import ops
 from gptfast.dropout import Rows, drop
+from gptfast.ops.int8_linear import int8_linear, quantize
 from gptfast.ops.linear import Norm
 from gptfast.weights.adapter import (
     AdapterConfig,
@@ -29,19 +33,46 @@ if TYPE_CHECKING:
     from gptfast.model import GPT
 
 
+class Int8Linear(nn.Linear):
+    """The linear layer `base`, which is frozen, with its weight in int8.
+
+    Its parameters keep their names; weight_scale (O,), fp32, is a buffer.
+    """
+
+    weight_scale: Tensor
+
+    def __init__(self, base: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        values, scale = quantize(base.weight.detach())
+        self.weight, self.bias = nn.Parameter(values, requires_grad=False), base.bias
+        self.register_buffer("weight_scale", scale)
+        self.dtype = base.weight.dtype
+        self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (..., O) for x (..., C)."""
+        return layer_of(self)(x)
+
+
 class LoRALinear(nn.Linear):
     """The linear layer `base`, which is frozen, with an adapter.
 
-    Its parameters keep their names; the adapter's are lora_A (r, C) and lora_B (O, r).
+    Its parameters keep their names; the adapter's are lora_A (r, C) and lora_B (O, r). The weight
+    may be in int8, with weight_scale (O,) as that of `Int8Linear`, which else is None.
     """
+
+    weight_scale: Tensor | None
 
     def __init__(self, base: nn.Linear, config: AdapterConfig) -> None:
         nn.Module.__init__(self)  # it has the base's weight, and draws none
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
+        self.register_buffer("weight_scale", getattr(base, "weight_scale", None))
+        dtype = base.dtype if isinstance(base, Int8Linear) else base.weight.dtype
         like, rank = base.weight.detach(), config.rank
-        self.lora_A = nn.Parameter(like.new_empty(rank, base.in_features))  # (r, C)
-        self.lora_B = nn.Parameter(like.new_zeros(base.out_features, rank))  # (O, r)
+        self.lora_A = nn.Parameter(like.new_empty(rank, base.in_features, dtype=dtype))  # (r, C)
+        self.lora_B = nn.Parameter(like.new_zeros(base.out_features, rank, dtype=dtype))  # (O, r)
         self.lora_drop = nn.Dropout(config.dropout)
         self.scale = config.scale(rank)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -58,6 +89,12 @@ class Layer(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     adapter: LoRALinear | None = None
+    weight_scale: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether this is nothing but the product with a weight."""
+        return self.adapter is None and self.weight_scale is None
 
     def __call__(
         self,
@@ -68,7 +105,11 @@ class Layer(NamedTuple):
         rows: Rows | None = None,
     ) -> Tensor:
         """Return the layer of x (..., C), or of its norm, plus a residual (..., O)."""
-        y = ops.linear(x, self.weight, self.bias, norm=norm, residual=residual)
+        if self.weight_scale is None:
+            y = ops.linear(x, self.weight, self.bias, norm=norm, residual=residual)
+        else:
+            tensors = self.weight, self.weight_scale, self.bias
+            y = int8_linear(x, *tensors, norm=norm, residual=residual)
         if self.adapter is None:
             return y
         A, B, dropout = self.adapter.lora_A, self.adapter.lora_B, self.adapter.lora_drop
@@ -81,41 +122,80 @@ class Layer(NamedTuple):
         return ops.linear(low, self.adapter.scale * B, residual=y)
 
 
-def layer_of(module: LoRALinear) -> Layer:
-    """Return the tensors of a layer with an adapter."""
-    return Layer(module.weight, module.bias, module)
+def layer_of(module: LoRALinear | Int8Linear) -> Layer:
+    """Return the tensors of a layer with an adapter or a weight in int8."""
+    adapter = module if isinstance(module, LoRALinear) else None
+    return Layer(module.weight, module.bias, adapter, module.weight_scale)
 
 
-def add_adapters(model: "GPT", config: AdapterConfig) -> None:
+BaseDtype = Literal["int8"] | None
+"""What the weights of a base's layers are kept in: int8, or None for their own dtype."""
+
+
+def _layers(model: "GPT") -> dict[str, nn.Linear | Int8Linear | LoRALinear]:
+    """Return the linear layers of a model's blocks, by name."""
+    kinds = nn.Linear, Int8Linear, LoRALinear
+    named = model.named_modules()
+    return {name: m for name, m in named if type(m) in kinds and name.startswith("h.")}
+
+
+def is_int8(model: "GPT") -> bool:
+    """Return whether the layers of a model's blocks are in int8."""
+    return any(m.weight.dtype == torch.int8 for m in _layers(model).values())
+
+
+def add_adapters(
+    model: "GPT",
+    config: AdapterConfig,
+    *,
+    base_dtype: BaseDtype = None,
+    base_fingerprint: str | None = None,
+) -> None:
     """Freeze a GPT and put adapters beside the layers that config.targets names.
 
-    The model records the adapter's configuration and the fingerprint of the weights that it is for
-    as `model.adapter`. A model that has this adapter already is left as it is. Raises ValueError if
-    it has another, and for a target that no layer matches.
+    base_dtype: "int8" rounds the weights of all linear layers in the blocks to int8, with a scale
+    for each output, one layer after the other; embeddings, norms, biases and the head stay as they
+    are. The model records the adapter's configuration and the fingerprint of the weights that it is
+    for as `model.adapter`; base_fingerprint: theirs, if they are in int8 already. A model that has
+    this adapter already is left as it is. Raises ValueError if it has another, and for a target
+    that no layer matches.
     """
     if model.adapter is not None:
-        if model.adapter.settings() == config.settings():
+        kept = "int8" if is_int8(model) else None
+        if (model.adapter.settings(), kept) == (config.settings(), base_dtype):
             return
         raise ValueError(
             "the model has an adapter of other settings already; load its base again "
             "(GPT.from_pretrained) for another one"
         )
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and name.startswith("h.")
-    }
+    layers = _layers(model)
     for target in config.targets:
         if not any(is_target(name, (target,)) for name in layers):
             names = "c_attn, attn.c_proj, c_fc, mlp.c_proj, or c_proj for both of this name"
             raise ValueError(f"lora_targets: no layer is called {target!r}; take of {names}")
-    mark = fingerprint(model.state_dict())
+    mark = base_fingerprint or fingerprint(model.state_dict())
     model.requires_grad_(False)
-    for name, module in layers.items():
+    for name in list(layers):
+        module = layers.pop(name)  # so that its weight goes once it is rounded
+        if base_dtype == "int8" and type(module) is nn.Linear:
+            module = Int8Linear(module)
         if is_target(name, config.targets):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, LoRALinear(module, config))
+            module = LoRALinear(module, config)
+        _replace(model, name, module)
     model.adapter = config.of_base(model.source, mark)
+
+
+def round_layer(model: "GPT", name: str) -> None:
+    """Round the parameter of this name to int8, if it is the weight of a block's linear layer."""
+    layer, _, leaf = name.rpartition(".")
+    module = model.get_submodule(layer)
+    if leaf == "weight" and layer.startswith("h.") and type(module) is nn.Linear:
+        _replace(model, layer, Int8Linear(module))
+
+
+def _replace(model: "GPT", name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def is_adapter_name(name: str) -> bool:
@@ -157,15 +237,22 @@ def load_adapter(directory: Path, model: "GPT") -> None:
 
 @torch.no_grad()
 def merge_adapters(model: "GPT") -> None:
-    """Add each adapter of a GPT to the weight beside it, and take it away. All is trained again."""
+    """Add each adapter of a GPT to the weight beside it, and take it away. All is trained again.
+
+    Raises ValueError for a base in int8, whose own weights are not there to be added to.
+    """
+    if is_int8(model):
+        raise ValueError(
+            "the base is in int8, and an adapter is added to its own weights: save the adapter "
+            "(save_pretrained) and load it (GPT.from_pretrained, or gptfast convert --merge)"
+        )
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             wide = torch.promote_types(module.weight.dtype, torch.float32)
             delta = module.scale * (module.lora_B.to(wide) @ module.lora_A.to(wide))  # (O, C)
             module.weight.copy_(module.weight.to(wide) + delta)
-            parent, _, leaf = name.rpartition(".")
             merged = nn.Linear(module.in_features, module.out_features, device="meta")
             merged.weight, merged.bias = module.weight, module.bias
-            setattr(model.get_submodule(parent), leaf, merged.train(module.training))
+            _replace(model, name, merged.train(module.training))
     model.adapter = None
     model.requires_grad_(True)

@@ -21,7 +21,7 @@ from gptfast.blocks import MLP, Attention, Block
 from gptfast.config import GPTConfig, parameter_shapes
 from gptfast.dropout import Rows, draw, draw_seed, drop
 from gptfast.kv_cache import KVCache
-from gptfast.lora import LoRALinear, adapter_state, is_adapter_name
+from gptfast.lora import Int8Linear, LoRALinear, adapter_state, is_adapter_name
 from gptfast.modules import (
     any_global_hooks,
     embedding_weight,
@@ -325,10 +325,12 @@ def foreign_part(model: nn.Module, *, saving: bool = False, adapters: bool = Fal
     """
     if not saving and any_global_hooks():
         return "there are hooks on all modules"
+    # An adapter is saved alone; without one, weights in int8 would be taken for the model's own.
+    kinds = (LoRALinear, Int8Linear) if getattr(model, "adapter", None) else (LoRALinear,)
     for name, module in model.named_modules():
         kind, where = type(module), name or "the model"
         known = kind in _PARTS or is_own_class(module) or saving and isinstance(module, _PARTS)
-        known = known or adapters and kind is LoRALinear
+        known = known or adapters and kind in kinds
         if not known or not (name or isinstance(module, GPT)):
             return f"{where} is a {kind.__module__}.{kind.__qualname__}"
         if not saving and has_hooks(module):
@@ -347,7 +349,10 @@ def foreign_part(model: nn.Module, *, saving: bool = False, adapters: bool = Fal
             return f"its {name} is {tuple(found[name].shape)} instead of {shapes[name]}"
         if not is_plain(found[name]):
             return f"its {name} is a {type(found[name]).__name__}"
-    return next((f"it has the buffer {name}" for name, _ in model.named_buffers()), None)
+    buffers = [name for name, _ in model.named_buffers()]
+    if adapters:
+        buffers = [name for name in buffers if not name.endswith(".weight_scale")]
+    return next((f"it has the buffer {name}" for name in buffers), None)
 
 
 def check_saveable(model: GPT) -> None:

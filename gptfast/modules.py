@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from gptfast.lora import Layer, LoRALinear, layer_of
+from gptfast.lora import Int8Linear, Layer, LoRALinear, layer_of
 from gptfast.torch_private import FakeTensor, FunctionalTensor, any_global_hooks
 
 LayerWeights = tuple[Tensor, Tensor | None]
@@ -83,9 +83,11 @@ def linear_weights(module: Any) -> LayerWeights | None:
 
 
 def _layer(module: Any) -> Layer | None:
-    """Return a linear layer, with or without an adapter of ours; None where it must be called."""
+    """Return a linear layer, in int8 or with an adapter too; None where it must be called."""
     if type(module) is LoRALinear:
         return None if has_hooks(module) or has_hooks(module.lora_drop) else layer_of(module)
+    if type(module) is Int8Linear:
+        return None if has_hooks(module) else layer_of(module)
     weights = linear_weights(module)
     return None if weights is None else Layer(*weights)
 

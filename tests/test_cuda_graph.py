@@ -185,8 +185,9 @@ def compared(script: Script, **options: Any) -> tuple[TrainStep, list[dict[str, 
         ({"dropout": 0.2, "precision": "bf16"}, 2),
         ({"activation_checkpointing": True}, 2),
         ({"freeze": ("wte.*", "h.0.*"), "skip_below": 1e-3}, 3),
+        ({"lora_rank": 2, "lora_base_dtype": "int8"}, 2),
     ],
-    ids=["plain", "dropout", "bf16-accumulated", "recomputed", "frozen"],
+    ids=["plain", "dropout", "bf16-accumulated", "recomputed", "frozen", "lora-int8"],
 )
 def test_replays_are_the_steps(recorder: Replays, options: dict[str, Any], per_step: int) -> None:
     """Losses, weights, moments, gradients and random numbers are those of ordinary steps."""

@@ -30,8 +30,8 @@ MEASURED_STEPS = 3
 """Steps that a dry run takes. The first is slower, and does not count."""
 TRAINED_BYTES = 16
 """Bytes per trained parameter: fp32 weights, gradients and two moments."""
-FROZEN_BYTES = 4
-"""Bytes per frozen parameter, in training and in a checkpoint that holds it."""
+FP32_BYTES = 4
+"""Bytes per parameter in a checkpoint that holds no state of the optimizer for it."""
 SAVED_BYTES = 12
 """Bytes per trained parameter in a checkpoint: weights and two moments."""
 
@@ -72,18 +72,18 @@ def plan_run(trainer: Trainer, *, resume: bool) -> None:
         f"validation; {trainer.total_steps:,} steps are {epochs:.3g} epochs"
     )
     trained, frozen = _trained_and_frozen(trainer.model)
-    state = trained * TRAINED_BYTES + frozen * FROZEN_BYTES
-    if not _fits(state):
+    if not _fits(state := _state_bytes(trainer.model)):
         return
     measured = measure(trainer)
     kept = config.keep + config.keep_best
     adapter = trainer.model.adapter
     if adapter is not None:
-        print(f"adapter: {trained:,} parameters ({adapter.described()})")
+        base = ", base in int8" if config.lora_base_dtype else ""
+        print(f"adapter: {trained:,} parameters ({adapter.described()}{base})")
     print(f"memory: {_size(measured.memory)}, of which training state {_size(state)}")
-    saved = trained * (SAVED_BYTES if config.save_optimizer else FROZEN_BYTES)
+    saved = trained * (SAVED_BYTES if config.save_optimizer else FP32_BYTES)
     if adapter is None:  # an adapter is saved alone
-        saved += frozen * FROZEN_BYTES
+        saved += frozen * FP32_BYTES
     print(f"disk: {_size(saved)} for each of up to {kept} checkpoints in {config.out}")
     left = max(0, trainer.total_steps - done)
     per_evaluation = _evaluation_batches(trainer)
@@ -109,8 +109,7 @@ def plan_search(common: "Train", trials: Sequence[dict[str, Any]], jobs: int) ->
     jobs = min(jobs, len(trials))
     commands = [trial_settings(common, trial) for trial in trials]
     trainer, _, _ = commands[0].trainer()
-    trained, frozen = _trained_and_frozen(trainer.model)
-    if not _fits(trained * TRAINED_BYTES + frozen * FROZEN_BYTES, jobs):
+    if not _fits(_state_bytes(trainer.model), jobs):
         return
     shared = jobs > 1 and "OMP_NUM_THREADS" not in os.environ
     set_threads(common.threads or (threads_of(jobs) if shared else None))
@@ -217,6 +216,13 @@ def _trained_and_frozen(model: GPT) -> tuple[int, int]:
     """Return the numbers of parameters that a run trains, and of those that it does not."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trained, sum(p.numel() for p in model.parameters()) - trained
+
+
+def _state_bytes(model: GPT) -> int:
+    """Return the bytes of parameters, gradients and moments while a model is trained."""
+    trained, _ = _trained_and_frozen(model)
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    return trained * TRAINED_BYTES + frozen + sum(b.nbytes for b in model.buffers())
 
 
 def _fits(state: int, jobs: int = 1) -> bool:

@@ -28,7 +28,7 @@ from gptfast.cli.train_data import (
     window,
     with_known_prompt,
 )
-from gptfast.cli.train_weights import load_base, load_weights
+from gptfast.cli.train_weights import load_adapted, load_base, load_weights
 from gptfast.cli.vocabularies import check_init
 from gptfast.config import FINETUNING_LR, GPTConfig, TrainConfig
 from gptfast.data.embedded import embedded_text
@@ -237,13 +237,15 @@ class Train(Reading):
     def _model(self, n_vocab: int, world: World) -> GPT:
         """Return the model to train, with random weights or those of --init.
 
-        It is without values if the trainer cuts it into the parts of several processes.
+        It is without values if the trainer cuts it into the parts of several processes. With
+        --lora-rank it has its adapters.
         """
         config = dataclasses.replace(self.model, vocab_size=self._rows(n_vocab))
         if self._is_shared(world):
             return empty_model(config)
         torch.manual_seed(self.train.seed)
-        model = GPT(config)
+        has_base = self.train.lora_rank is not None and (self.init is not None or self.continues())
+        model = empty_model(config) if has_base else GPT(config)
         self._load_init(model)
         return model
 
@@ -255,14 +257,17 @@ class Train(Reading):
         """Copy the weights of --init, or those beside an adapter that goes on, into the model."""
         if self.continues():
             if self.train.lora_rank is not None:
-                load_base(model, self.train.out, self.base)
+                load_base(model, self.train.out, self.base, self.train)
         elif self.init is not None:
             if self.train.lora_rank is not None and is_adapter(self.init):
                 raise ValueError(
                     f"--init {self.init} is an adapter itself: gptfast convert --merge "
                     f"{self.init} DIR makes a model of it, for --init DIR"
                 )
-            load_weights(model, self.init, resize_vocab=self.resize_vocab)
+            if self.train.lora_rank is not None:
+                load_adapted(model, self.init, self.train)
+            else:
+                load_weights(model, self.init, resize_vocab=self.resize_vocab)
 
     def _rows(self, n_vocab: int) -> int:
         """Return for how many tokens the model has rows.

@@ -1,9 +1,16 @@
 """The weights that `gptfast train` starts from: those of --init, or those beside an adapter."""
 
+from functools import partial
 from os import PathLike
 
+import torch
+
+from gptfast.config import TrainConfig
 from gptfast.dtensor import own_parts
+from gptfast.lora import round_layer
 from gptfast.model import GPT
+from gptfast.training.step import adapt
+from gptfast.weights.adapter import fingerprint
 from gptfast.weights.checkpoint import checkpoints
 from gptfast.weights.lazy_tensor import CheckpointError
 from gptfast.weights.open import base_name, open_weights, recorded_base
@@ -28,14 +35,14 @@ def adapter_base(out: str) -> str:
     raise CheckpointError(f"{out} has no checkpoint")
 
 
-def load_base(model: GPT, out: str, base: str | None) -> None:
-    """Copy the weights beside the adapter of a run in `out` into `model`.
+def load_base(model: GPT, out: str, base: str | None, config: TrainConfig) -> None:
+    """Give `model`, which has no values, those beside the adapter of a run in `out`, and adapters.
 
     base: where they are; None takes what the run says. Raises CheckpointError, with the remedy.
     """
     name = adapter_base(out) if base is None else base
     try:
-        load_weights(model, name)
+        load_adapted(model, name, config)
     except CheckpointError as error:
         remedy = "" if base is not None else "; if the base has moved, name its place (--base)"
         raise CheckpointError(f"{out} has an adapter of {name}: {error}{remedy}") from None
@@ -53,3 +60,19 @@ def load_weights(model: GPT, path: str | PathLike, *, resize_vocab: bool = False
         weights = weights.resized(model.config.vocab_size)
     weights.copy_to(model.config, own_parts(model.state_dict()))
     model.eos_ids, model.source = weights.eos_ids, base_name(path)
+
+
+def load_adapted(model: GPT, path: str | PathLike, config: TrainConfig) -> None:
+    """Give `model`, which has no values, those at `path` in fp32, and the adapters of config.
+
+    Weights that config wants in int8 are rounded one by one as they are read, so that no more is
+    held than the result. Raises ValueError if they do not fit.
+    """
+    weights = open_weights(path)
+    weights.check_shape(model.config)
+    mark = after_each = None
+    if config.lora_base_dtype == "int8":
+        mark, after_each = fingerprint(weights.tensors), partial(round_layer, model)
+    weights.move_into(model, torch.float32, after_each)
+    model.eos_ids, model.source = weights.eos_ids, base_name(path)
+    adapt(model, config, mark)

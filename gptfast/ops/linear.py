@@ -1,5 +1,7 @@
 """A linear layer with an optional layer norm before it: schema, fake, autograd, public function."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -105,7 +107,7 @@ register_autograd(_fwd, _backward, _setup)
 register_autocast(_fwd, tensors=(4, 5), dtype=7)
 
 
-def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
+def check_fit(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
     """Raise ValueError unless x (..., C), weight (O, C) and bias (O,) fit a linear layer."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -114,7 +116,11 @@ def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> No
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}'s bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for other in (weight, bias):
+
+
+def check_kind(x: Tensor, others: Sequence[Tensor | None], name: str) -> None:
+    """Raise ValueError unless x and the others have one device and one floating dtype."""
+    for other in others:
         if other is not None and (
             other.device != x.device or (other.dtype != x.dtype and not autocast_enabled(x))
         ):
@@ -124,6 +130,12 @@ def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> No
             )
     if not x.is_floating_point():
         raise ValueError(f"{name} needs floating-point tensors, got {x.dtype}")
+
+
+def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
+    """Raise ValueError unless x (..., C), weight (O, C) and bias (O,) make a linear layer."""
+    check_fit(x, weight, bias, name)
+    check_kind(x, (weight, bias), name)
 
 
 def norm_arguments(x: Tensor, norm: Norm | None, name: str) -> tuple:

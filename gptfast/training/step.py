@@ -88,11 +88,19 @@ def matmul_precision(config: TrainConfig) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def adapt(model: GPT, config: TrainConfig) -> None:
-    """Give a model the adapters of config.lora_rank, if any. Raises ValueError if it has others."""
+def adapt(model: GPT, config: TrainConfig, base_fingerprint: str | None = None) -> None:
+    """Give a model the adapters of config.lora_rank, if any. Raises ValueError if it has others.
+
+    base_fingerprint: see `add_adapters`.
+    """
     if config.lora_rank is not None:
         settings = (config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
-        add_adapters(model, AdapterConfig(*settings))
+        add_adapters(
+            model,
+            AdapterConfig(*settings),
+            base_dtype=config.lora_base_dtype,
+            base_fingerprint=base_fingerprint,
+        )
     elif model.adapter is not None:
         raise ValueError("the model has an adapter: train it with its lora_rank, or merge it first")
 

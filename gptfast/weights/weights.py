@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -67,12 +67,19 @@ class Weights:
         for name in self._largest_first():
             yield name, self.tensors[name].read()
 
-    def move_into(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    def move_into(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        after_each: Callable[[str], None] | None = None,
+    ) -> None:
         """Replace a model's parameters by these, all in one dtype.
 
         dtype: None takes that of the token embedding. model: one of this configuration; its own
         parameters may be on the meta device. To be called once: each tensor is released as it is
-        moved, so that no more is held than the model. Raises CheckpointError for damaged files.
+        moved, so that no more is held than the model. after_each: called with the name of each
+        parameter once it is there; may replace its module. Raises CheckpointError for damaged
+        files.
         """
         self._say()
         dtype = dtype or self.tensors["wte.weight"].dtype
@@ -80,6 +87,8 @@ class Weights:
             module, _, leaf = name.rpartition(".")
             values = self.tensors.pop(name).load().to(dtype)
             setattr(model.get_submodule(module), leaf, nn.Parameter(values))
+            if after_each is not None:
+                after_each(name)
 
     @torch.no_grad()
     def copy_to(self, config: GPTConfig, state: Mapping[str, Tensor]) -> None:
@@ -88,6 +97,12 @@ class Weights:
         Raises ValueError, with nothing changed, if config is of another shape, and
         CheckpointError for damaged files.
         """
+        self.check_shape(config)
+        for name, values in self.read():
+            state[name].copy_(values)
+
+    def check_shape(self, config: GPTConfig) -> None:
+        """Raise ValueError, with the remedy, if a configuration is of another shape."""
         for name in (*SIZES, "n_head", "tie_weights", "qkv_bias"):
             theirs, ours = getattr(self.config, name), getattr(config, name)
             if theirs != ours:
@@ -95,8 +110,6 @@ class Weights:
                     f"{self.source} is a model of another shape: its {name} is {theirs}, not "
                     f"{ours}; {_remedy(name, theirs, ours)}"
                 )
-        for name, values in self.read():
-            state[name].copy_(values)
 
     def resized(self, vocab_size: int) -> "Weights":
         """Return these weights for a vocabulary that grew.
