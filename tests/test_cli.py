@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -78,6 +79,22 @@ def test_train_writes_a_run(trained: Path) -> None:
     assert [row["step"] for row in rows(trained)] == [0, 6]
     model = GPT.from_pretrained(trained)
     assert model.config == GPTConfig(257, 16, 1, 2, 16)
+
+
+@pytest.mark.parametrize("prompt", ["the cat's", '-a "b" $HOME', "T"])
+def test_the_command_that_is_suggested_can_be_copied(
+    prompt: str, text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """The run's path may have spaces, and its prompt quotes, a dollar and a dash."""
+    out = tmp_path / "Läufe 1"
+    flags = ["--out", out, "--max-steps", 1, f"--sample-prompt={prompt}"]
+    trained, packed = train(capsys, "--data", text, *flags)[1], tmp_path / "pac ked"
+    words = shlex.split(trained.splitlines()[-1])
+    assert words[:3] == ["gptfast", "generate", str(out)]
+    code, written, _ = run(capsys, *words[1:], "-n", "2")
+    assert code == 0 and written.startswith(prompt)
+    converted = run(capsys, "convert", out, packed, "--dtype", "int8")[1]
+    assert shlex.split(converted.splitlines()[-1]) == ["gptfast", "chat", str(packed)]
 
 
 def test_train_reports_what_it_does(text: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -1,6 +1,7 @@
 """`gptfast convert`: write a model in another format."""
 
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -240,7 +241,7 @@ class Convert:
         with _written(self.dst):
             engine.save(self.dst)
         size = f"{engine.weight_bytes / 1e6:,.1f} MB of {engine.dtype} weights"
-        print(f"done: {size} in {self.dst} (packed); try\n  gptfast chat {self.dst}")
+        print(f"done: {size} in {self.dst} (packed); try\n  gptfast chat {shlex.quote(self.dst)}")
         if engine.dtype == "int4" and engine.tokenizer_name is not None and not is_packed(self.src):
             try:
                 exact = Engine(model, base=self.base if plain else None)
@@ -272,8 +273,8 @@ def _cost(rounded: "Engine", plain: "Engine", tokenizer_name: str) -> str:
 def _what_is_left(model: GPT) -> list[str]:
     """Return what of a model's text a single file cannot hold, in lines."""
     notes, name = [], model.tokenizer_name
-    if name not in (None, "gpt2"):
-        notes.append(f"the file holds no vocabulary: use it with --tokenizer {name}")
+    if name is not None and name != "gpt2":
+        notes.append(f"the file holds no vocabulary: use it with --tokenizer {shlex.quote(name)}")
     try:
         end = end_of_text(get_tokenizer(name or "gpt2"))
     except (OSError, ValueError):  # it is not there

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -164,11 +165,10 @@ class Train(Reading):
         if trainer.interrupt.requested:
             # torchrun takes any other code for a failure, and would start the run again.
             return exit_code(trainer.interrupt.requested) if world.size == 1 else 0
-        prompt = f'--prompt "{trainer.config.sample_prompt}" --min-p {SAMPLE_MIN_P}'
-        say(
-            f"done: see {trainer.run.out}/loss.png; try\n"
-            f"  gptfast generate {trainer.run.out} {prompt}"
-        )
+        out, prompt = str(trainer.run.out), shlex.quote(trainer.config.sample_prompt)
+        flag = f"--prompt={prompt}" if prompt.startswith("-") else f"--prompt {prompt}"
+        words = f"{shlex.quote(out)} {flag} --min-p {SAMPLE_MIN_P}"
+        say(f"done: see {out}/loss.png; try\n  gptfast generate {words}")
         return 0
 
     def trainer(self) -> tuple[Trainer, list[Source], int]:
