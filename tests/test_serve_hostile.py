@@ -7,6 +7,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from gptfast.serve.protocol import (
     DetokenizeRequest,
 )
 from gptfast.serve.replies import Choice, Completions
+from gptfast.serve.service import THREADS_BESIDE
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 
@@ -255,12 +257,32 @@ def test_a_reply_of_seconds_is_written_beside_the_event_loop(
             return super().choice(choice, streamed=streamed)
 
     monkeypatch.setattr(app, "Completions", Noted)
-    monkeypatch.setattr(app, "LONG_REPLY", 50)
+    monkeypatch.setattr("gptfast.serve.service.LONG_TEXT", 50 * app.TOKEN_LENGTH)
     body = {"prompt": ["a" * 60] * 2, "echo": True, "logprobs": 1, "max_tokens": 2}
     status, _, raw = tiny.request("POST", "/v1/completions", {**body, "stream": stream})
     assert status == 200 and raw.count(b"text_offset") >= 2
     loop = asyncio.run_coroutine_threadsafe(_thread(), tiny.loop).result(WAIT_S)
     assert len(threads) == 2 and loop not in threads
+
+
+def test_few_threads_encode_long_texts(tiny: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them takes Python's time from the event loop: sixteen held others up for seconds."""
+    at_once, most, lock = [0], [0], threading.Lock()
+
+    def encode(tokenizer: Any, text: str) -> list[int]:
+        with lock:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.02)
+        with lock:
+            at_once[0] -= 1
+        return [1]
+
+    monkeypatch.setattr(app, "encode_opening", encode)
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(tiny.post, "/tokenize", {"prompt": "a" * 30_000}) for _ in range(12)]
+        assert all(one.result(WAIT_S)["tokens"] == [1] for one in asked)
+    assert 1 <= most[0] <= THREADS_BESIDE
 
 
 async def _thread() -> threading.Thread:

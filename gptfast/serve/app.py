@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 import gptfast
 from gptfast.serve.group import Group
 from gptfast.serve.guards import ApiKeys, BodyLimit, RequestId, error_response
+from gptfast.serve.model import Model
 from gptfast.serve.protocol import (
     ApiError,
     ChatRequest,
@@ -39,7 +40,7 @@ from gptfast.serve.replies import (
     usage_of,
 )
 from gptfast.serve.service import Service
-from gptfast.tokenizer.bpe import encode_continuation, encode_opening, end_of_text
+from gptfast.tokenizer.bpe import Tokenizer, encode_continuation, encode_opening, end_of_text
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_POLICY = (
@@ -54,8 +55,8 @@ UNREAD_S = 10.0
 """How long after its time a stream waits for a client that does not read."""
 LINE_ENDS = "\x85\u2028\u2029"
 """What ends a line in Python's str.splitlines and not in JSON."""
-LONG_REPLY = 200
-"""Tokens with log-probabilities that are described beside the event loop: many take seconds."""
+TOKEN_LENGTH = 100
+"""A token with its log-probabilities takes the time of so many characters that are encoded."""
 T = TypeVar("T")
 
 
@@ -137,7 +138,8 @@ async def _answer(
     reply = Reply(form, service.name, service.model.engine.dtype)
     if body.stream:
         timeout_s = service.limits.timeout_s
-        return EventStream(group, _events(reply, body, group, timeout_s), timeout_s + UNREAD_S)
+        chunks = _events(service, reply, body, group)
+        return EventStream(group, chunks, timeout_s + UNREAD_S)
     try:
         await _unless_disconnected(request, _collect(group, service.limits.timeout_s))
     except _Disconnected:
@@ -145,15 +147,13 @@ async def _answer(
     finally:
         group.cancel()
     usage = usage_of(group.generations, body.n or 1)
-    content = await _described(group.choices, lambda: reply.whole(group.choices, usage))
+    whole = partial(reply.whole, group.choices, usage)
+    content = await service.beside(_length(group.choices), whole)
     return Response(content, media_type="application/json")
 
 
-async def _described(choices: Sequence[Choice], describe: Callable[[], T]) -> T:
-    """Return what describe makes of choices."""
-    if sum(len(choice.tokens) for choice in choices) < LONG_REPLY:
-        return describe()
-    return await asyncio.to_thread(describe)
+def _length(choices: Sequence[Choice]) -> int:
+    return TOKEN_LENGTH * sum(len(choice.tokens) for choice in choices)
 
 
 async def _collect(group: Group, timeout_s: float) -> None:
@@ -186,7 +186,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def _events(
-    reply: Reply, body: Common, group: Group, timeout_s: float
+    service: Service, reply: Reply, body: Common, group: Group
 ) -> AsyncIterator[Mapping[str, Any]]:
     """Yield the chunks of a stream."""
     form, options, n = reply.form, body.stream_options, body.n or 1
@@ -200,10 +200,11 @@ async def _events(
     for choice in group.choices:
         if opening := form.opening(choice.index):
             yield chunk(opening)
-    async for choice, update in group.updates(timeout_s):
+    async for choice, update in group.updates(service.limits.timeout_s):
         choice.add(update)
         if choice.text or choice.finish:
-            yield chunk(await _described([choice], partial(form.choice, choice, streamed=True)))
+            describe = partial(form.choice, choice, streamed=True)
+            yield chunk(await service.beside(_length([choice]), describe))
             choice.clear()
     if options is not None and options.include_usage:
         yield reply.chunk([], usage=usage_of(group.generations, n))
@@ -314,38 +315,45 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(PAGE.read_bytes(), media_type="text/html", headers=headers)
 
 
-# Not async: a text of megabytes shall not hold up the event loop.
+def _tokenized(model: Model, body: TokenizeRequest) -> Response:
+    encode = encode_opening if body.add_special_tokens else encode_continuation
+    special = getattr(model.tokenizer, "special_tokens", {}).get(body.prompt)
+    try:
+        ids = encode(model.tokenizer, body.prompt) if special is None else [special]
+    except ValueError as error:
+        raise ApiError(400, str(error), param="prompt") from None
+    names = TokenNames(model.tokenizer)
+    found = {
+        "count": len(ids),
+        "max_model_len": model.engine.config.block_size,
+        "tokens": ids,
+        "token_strs": [names.text(i) for i in ids] if body.return_token_strs else None,
+    }
+    return JSONResponse(found)
+
+
+def _detokenized(tokenizer: Tokenizer, ids: Sequence[int]) -> Response:
+    for i in ids:
+        if not 0 <= i < tokenizer.n_vocab:
+            message = f"there is no token {i}: ids are below {tokenizer.n_vocab}"
+            raise ApiError(400, message, param="tokens")
+    return JSONResponse({"prompt": tokenizer.decode(ids)})
+
+
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
-    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Return the token ids of a text. The name of a special token alone is that token."""
         service.check_model(body.model)
-        model = service.model
-        encode = encode_opening if body.add_special_tokens else encode_continuation
-        special = getattr(model.tokenizer, "special_tokens", {}).get(body.prompt)
-        try:
-            ids = encode(model.tokenizer, body.prompt) if special is None else [special]
-        except ValueError as error:
-            raise ApiError(400, str(error), param="prompt") from None
-        names = TokenNames(model.tokenizer)
-        texts = [names.text(i) for i in ids] if body.return_token_strs else None
-        return {
-            "count": len(ids),
-            "max_model_len": model.engine.config.block_size,
-            "tokens": ids,
-            "token_strs": texts,
-        }
+        work = partial(_tokenized, service.model, body)
+        return await service.beside(len(body.prompt), work)
 
     @app.post("/detokenize")
-    def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """Return the text of token ids."""
         service.check_model(body.model)
-        tokenizer = service.model.tokenizer
-        for i in body.tokens:
-            if not 0 <= i < tokenizer.n_vocab:
-                message = f"there is no token {i}: ids are below {tokenizer.n_vocab}"
-                raise ApiError(400, message, param="tokens")
-        return {"prompt": tokenizer.decode(body.tokens)}
+        work = partial(_detokenized, service.model.tokenizer, body.tokens)
+        return await service.beside(len(body.tokens), work)
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from gptfast.generate import prompt_ids
@@ -26,6 +28,8 @@ DEFAULT_NEW_TOKENS = 16
 """New tokens of a completion that does not say how many, as at OpenAI."""
 LONG_TEXT = 20_000
 """Characters of a text that is encoded beside the event loop: megabytes take seconds."""
+THREADS_BESIDE = 2
+"""Threads for that: each one more takes its share of Python's time from the event loop."""
 T = TypeVar("T")
 
 
@@ -63,6 +67,7 @@ class Service:
         """The last takes requests; those before it finish theirs."""
         self._loading, self._loop = asyncio.Lock(), asyncio.get_running_loop()
         self._mailbox = Mailbox(self._loop)
+        self._threads = ThreadPoolExecutor(THREADS_BESIDE, "gptfast-text")
 
     # The model.
 
@@ -266,12 +271,17 @@ class Service:
 
     async def _encoded(self, length: int, encode: Callable[[Model], T]) -> tuple[Model, T]:
         """Return the model and what encode makes with it of a text of so many characters."""
-        while length > LONG_TEXT:
+        while True:
             model = self.model
-            encoded = await asyncio.to_thread(encode, model)
+            encoded = await self.beside(length, partial(encode, model))
             if model is self.model:  # else it was read again meanwhile
                 return model, encoded
-        return self.model, encode(self.model)
+
+    async def beside(self, length: int, work: Callable[[], T]) -> T:
+        """Return what work makes of so many characters. Many do not hold up the event loop."""
+        if length <= LONG_TEXT:
+            return work()
+        return await self._loop.run_in_executor(self._threads, work)
 
     def _options(self, model: Model, request: Common, stop: list[str] | None) -> dict[str, Any]:
         """Return the options of `gptfast.generate` that a request asks for, without the seed."""
