@@ -331,6 +331,11 @@ BAD = {
     "best_of": ({"prompt": "a", "best_of": 3}, "best_of is not supported; leave it out"),
     "penalty": ({"prompt": "a", "presence_penalty": 1}, "presence_penalty is not supported"),
     "bias key": ({"prompt": "a", "logit_bias": {"x": 1}}, "keys of logit_bias must be token ids"),
+    "odd bias key": ({"prompt": "a", "logit_bias": {"1_0": 1}}, "keys of logit_bias must be token"),
+    "bias key twice": (
+        {"prompt": "a", "logit_bias": {"5": 1, "05": 2}},
+        "logit_bias must be token",
+    ),
     "bias id": ({"prompt": "a", "logit_bias": {"999": 1}}, "logit_bias has token id 999"),
     "bias": ({"prompt": "a", "logit_bias": {"9": 101}}, "less than or equal to 100"),
     "no tokens": ({"prompt": "a", "max_tokens": 0}, "max_tokens must be at least 1 without echo"),

@@ -297,9 +297,9 @@ class Service:
             try:
                 bias = {int(i): value for i, value in request.logit_bias.items()}
             except ValueError:
-                raise ApiError(
-                    400, "the keys of logit_bias must be token ids", param="logit_bias"
-                ) from None
+                bias = {}
+            if [*map(str, bias)] != [*request.logit_bias]:  # also "05" and "1_0"
+                raise ApiError(400, "the keys of logit_bias must be token ids", param="logit_bias")
             options["logit_bias"] = bias
         return options
 
