@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from serving import WAIT_S, Limits, Running, send, server, wait_for
+from serving import WAIT_S, Limits, Running, held, send, server, wait_for
 
 from gptfast import GPT
 from gptfast.ops.backend import EXTENSION
@@ -328,6 +328,25 @@ def test_a_reply_goes_back_as_a_message(tiny: Running) -> None:
     messages[1]["tool_calls"] = [{}]
     error = tiny.error("/v1/chat/completions", {"messages": messages})
     assert error["param"] == "messages.1.tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_with_a_request_behind_another(tiny: Running, stream: bool) -> None:
+    pytest.importorskip("httptools", reason="httptools is not installed (the extra serve)")
+    body = {"prompt": "a", "max_tokens": 120, "ignore_eos": True, "stream": stream}
+    raw = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
+    one = f"{head}Content-Type: application/json\r\n\r\n".encode() + raw
+    with held(tiny):
+        with socket.create_connection(("127.0.0.1", tiny.port), timeout=WAIT_S) as sock:
+            sock.sendall(one + one)
+            wait_for(lambda: tiny.service.busy == 1)
+            time.sleep(0.02)
+        running = tiny.service._schedulers[-1]._running
+        wait_for(lambda: all(generation.cancelled for generation in [*running]))
+    assert tiny.idle()
+    # All are answered, one after the other, where the client stays.
+    assert replies(tiny, *[one] * 12, b"GET / HTTP/1.0\r\n\r\n").count(b" 200 OK") == 13
 
 
 def test_a_client_that_leaves_at_once(tiny: Running) -> None:

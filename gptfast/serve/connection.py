@@ -4,10 +4,12 @@ import asyncio
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES = 64 * 1024
 """Bytes of a request's first line and headers, about: what is read at a time is read whole."""
+MAX_PIPELINED = 8
+"""Requests that are read before the replies to those before them are done."""
 HEAD_TIMEOUT_S = 30.0
 """Seconds in which a new connection, or the next request of one, sends them."""
 
@@ -23,6 +25,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **settings)
         self._head_bytes, self._reads_head, self._is_offer = 0, False, False
         self._timer: asyncio.TimerHandle | None = None
+        self._cycles: list[RequestResponseCycle] = []
         self.parser = _Parser(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -47,8 +50,13 @@ class Connection(HttpToolsProtocol):
         self._end_head()
         is_tunnel = self.parser.get_method() == b"CONNECT"
         self._is_offer = self.parser.should_upgrade() and not is_tunnel
-        if not self._is_offer:
-            super().on_headers_complete()
+        if self._is_offer:
+            return
+        super().on_headers_complete()
+        self._cycles = [one for one in self._cycles if not one.response_complete] + [self.cycle]
+        # uvicorn reads no more until the reply before is done, and so sees no client leave.
+        if len(self.pipeline) <= MAX_PIPELINED:
+            self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
         if not self._is_offer:
@@ -70,6 +78,12 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        # uvicorn tells only the last request.
+        for one in self._cycles:
+            if not one.response_complete:
+                one.disconnected = True
+                one.message_event.set()
+        self._cycles = []
         super().connection_lost(exc)
 
     def _expect_head(self) -> None:
