@@ -82,14 +82,18 @@ void input_gradients(const NormArgs& args, int64_t begin, int64_t end) {
 
 template <class T>
 void column_sums(const T* x, int64_t N, int64_t C, float* sums, int64_t begin, int64_t end) {
+  constexpr int64_t LINE = 64 / sizeof(T);
   for (int64_t c = begin; c < end; c += VECTORS_PER_STRIP * W) {
     vd total[VECTORS_PER_STRIP] = {};
     const int64_t vectors = smaller(VECTORS_PER_STRIP, (end - c + W - 1) / W);
     for (int64_t block = 0; block < N; block += ROWS_PER_BLOCK) {
       vf part[VECTORS_PER_STRIP] = {};
-      for (int64_t row = block; row < smaller(N, block + ROWS_PER_BLOCK); ++row)
-        for (int64_t i = 0; i < vectors; ++i)
-          part[i] += load_n(x + row * C + c + i * W, smaller<int64_t>(W, C - c - i * W));
+      for (int64_t row = block; row < smaller(N, block + ROWS_PER_BLOCK); ++row) {
+        const T* strip = x + row * C + c;
+        // Rows are too far apart for the CPU to fetch the next ones by itself.
+        for (int64_t i = 0; i < VECTORS_PER_STRIP * W; i += LINE) __builtin_prefetch(strip + ROWS_PER_BLOCK * C + i);
+        for (int64_t i = 0; i < vectors; ++i) part[i] += load_n(strip + i * W, smaller<int64_t>(W, C - c - i * W));
+      }
       for (int64_t i = 0; i < vectors; ++i) total[i] += __builtin_convertvector(part[i], vd);
     }
     for (int64_t i = 0; i < vectors; ++i)
