@@ -89,6 +89,9 @@ def namesake(tmp_path: Path) -> Path:
     """Return a folder in which the other project's distribution is installed."""
     info = tmp_path / "gptfast-0.3.1.dist-info"
     info.mkdir()
+    # Python 3.12 and newer names only the files that are there.
+    (tmp_path / "GPTFast").mkdir()
+    (tmp_path / "GPTFast/__init__.py").touch()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gptfast\nVersion: 0.3.1\n")
     (info / "RECORD").write_text("GPTFast/__init__.py,,\ngptfast-0.3.1.dist-info/METADATA,,\n")
     return tmp_path
