@@ -114,10 +114,7 @@ def test_steps_are_those_of_the_rounded_base(options: dict[str, Any]) -> None:
         states.append(adapter_state(model))
     ours, wanted = ([row["loss"] for row in r] for r in rows)
     assert wanted[2] < wanted[0]
-    if "precision" in options:  # a product may read a weight in fp32 in another order
-        assert ours == pytest.approx(wanted, rel=2**-8)
-    else:
-        assert ours == wanted and not differing(*states)
+    assert ours == wanted and not differing(*states)
 
 
 def test_what_is_in_int8() -> None:

@@ -1,6 +1,6 @@
 """A linear layer with a frozen weight in int8: autograd, public function.
 
-    y = norm(x) w^T + bias + residual,  w = weight * scale in the dtype of the product
+    y = norm(x) w^T + bias + residual,  w = weight * scale
 The layer is `ops.linear` of w, which exists while a product is computed: the forward makes it and
 keeps it no longer, and the backward makes it again. `quantize` is the rule by which the engine
 packs its int8 weights.
@@ -12,7 +12,7 @@ from torch import Tensor
 from gptfast.kernels.reference import linear as reference
 from gptfast.kernels.reference.decode_linear import quantize as quantize
 from gptfast.ops.autograd import gradients, needs_reference
-from gptfast.ops.library import autocast_enabled
+from gptfast.ops.library import autocast_enabled, casts_itself
 from gptfast.ops.linear import Norm, check_fit, check_kind, fuses_residual, norm_arguments
 
 _linear_fwd = torch.ops.gptfast.linear_fwd.default
@@ -29,12 +29,12 @@ class _Int8Linear(torch.autograd.Function):
     """Its graph holds the int8 weight, and a wide one only where it is differentiated twice."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, eps, weight, scale, bias, residual, dtype):  # type: ignore[no-untyped-def]
-        wide = widen(weight, scale, dtype)
-        y, stats = _linear_fwd(x, norm_weight, norm_bias, eps, wide, bias, residual, None)
+    def forward(ctx, x, norm_weight, norm_bias, eps, weight, scale, bias, residual, dtypes):  # type: ignore[no-untyped-def]
+        wide = widen(weight, scale, dtypes[0])
+        y, stats = _linear_fwd(x, norm_weight, norm_bias, eps, wide, bias, residual, dtypes[1])
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, scale, stats)
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.dtype = eps, dtype
+        ctx.eps, ctx.dtypes = eps, dtypes
         return y
 
     @staticmethod
@@ -43,20 +43,30 @@ class _Int8Linear(torch.autograd.Function):
         if dy is None or not any(needs[:3]):
             return *(None,) * 7, dy, None
         x, norm_weight, norm_bias, weight, scale, stats = ctx.saved_tensors
-        wide, eps = widen(weight, scale, ctx.dtype), ctx.eps
+        wide, eps, dtype = widen(weight, scale, ctx.dtypes[0]), ctx.eps, ctx.dtypes[1]
         if needs_reference():
-            inputs = x, norm_weight, norm_bias
-            grads = gradients(lambda *i: _forward(eps, wide, *i), inputs, dy.to(ctx.dtype))
+            inputs, low = (x, norm_weight, norm_bias), dy.to(dtype or wide.dtype)
+            grads = gradients(lambda *i: _forward(eps, wide, dtype, *i), inputs, low)
         else:
-            options = True, False, None  # the gradients of x and the norm alone
+            options = True, False, dtype  # the gradients of x and the norm alone
             grads = _linear_bwd(dy, x, norm_weight, norm_bias, eps, wide, None, stats, *options)
         grads = [grad if need else None for grad, need in zip(grads, needs[:3], strict=False)]
         return *grads, *(None,) * 4, dy if needs[7] else None, None
 
 
-def _forward(eps: float, weight: Tensor, *x_and_norm: Tensor) -> Tensor:
+def _forward(eps: float, weight: Tensor, dtype: torch.dtype | None, *x_and_norm: Tensor) -> Tensor:
     """Return the reference's y without a bias and a residual, whose gradient is dy."""
-    return reference.linear_fwd(*x_and_norm, eps, weight, None, None)[0]
+    return reference.linear_fwd(*x_and_norm, eps, weight, None, None, dtype)[0]
+
+
+def _dtypes(x: Tensor, scale: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
+    """Return the dtype of the wide weight, and that of the product if it is another one."""
+    if not autocast_enabled(x) or x.dtype == torch.float64:
+        return x.dtype, None
+    low = torch.get_autocast_dtype(x.device.type)
+    if x.device.type == "cpu" and casts_itself((scale,), (0,)):
+        return torch.float32, low  # the kernels cast as they read, as in `register_autocast`
+    return low, None
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
@@ -94,10 +104,9 @@ def int8_linear(
     shape = *x.shape[:-1], weight.shape[0]
     if residual is not None and residual.shape != shape:
         raise ValueError(f"int8_linear's residual must be {shape}, got {tuple(residual.shape)}")
-    low = autocast_enabled(x) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(x.device.type) if low else x.dtype
     fused = residual is not None and fuses_residual(residual, x)
     added = residual.reshape(-1, shape[-1]) if residual is not None and fused else None
     norms, rows = norm_arguments(x, norm, "int8_linear"), x.reshape(-1, x.shape[-1])  # (N, C)
-    y = _Int8Linear.apply(rows, *norms, weight, scale, bias, added, dtype).view(shape)
+    tensors = weight, scale, bias, added
+    y = _Int8Linear.apply(rows, *norms, *tensors, _dtypes(x, scale)).view(shape)
     return y if fused or residual is None else residual + y
