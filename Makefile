@@ -106,9 +106,9 @@ lint: $(VENV)/ready-lint $(VENV)/ready-test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h tests/arm/*.cpp tests/arm/*.h
 	$(BIN)/mypy
 
-# The sdist, and a wheel for this Python and this torch. Other torches bring the libraries that it leaves out. The
-# oldest system that the wheel is for is this one: the image manylinux_2_28 makes one for as many as torch's own.
-DIST = build/dist/torch-$(TORCH)
+# The sdist, and a wheel for this Python and every torch from the oldest on, which brings the libraries that the wheel
+# leaves out. The oldest system that it is for is this one: the image manylinux_2_28 makes one for as many as torch's own.
+DIST = build/dist
 wheel: $(VENV)/ready build/tools/ready
 	rm -rf $(DIST) build/raw
 	build/tools/bin/python -m build -q --sdist --outdir $(DIST) .
@@ -117,7 +117,8 @@ wheel: $(VENV)/ready build/tools/ready
 		--exclude libgomp.so.1 build/raw/*.whl
 	build/tools/bin/twine check --strict $(DIST)/*
 
-# Installs it in an empty environment, trains and generates in another directory: a download of torch, some minutes.
+# Installs it in empty environments with the oldest, the usual and the newest torch, trains and generates in another
+# directory: downloads of torch, some minutes each.
 test-wheel: $(VENV)/ready-test
 	GPTFAST_TEST_WHEEL=$(CURDIR)/$(DIST) $(BIN)/python -m pytest tests/test_package.py
 

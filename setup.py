@@ -1,9 +1,11 @@
 """Builds gptfast._C from csrc/.
 
-The wrappers (<op>.cpp) include ATen and are compiled once. The loops (<op>_loops.cpp) include none
-of it, take a second each, and are compiled once per instruction-set level. The module chooses the
-level when it is loaded. It is built against the PyTorch of the environment that pip installs into,
-also where pip hides that from the build. Where nothing can be compiled the package installs too and
+The wrappers (<op>.cpp) include PyTorch's stable C interface and are compiled once; what they make
+runs with every PyTorch from OLDEST_TORCH on, whichever one's headers they saw. The loops
+(<op>_loops.cpp) include none of it, take a second each, and are compiled once per instruction-set
+level. The module chooses the level when it is loaded. The headers and the library to link with are
+those of the PyTorch in the environment that pip installs into, also where pip hides that from the
+build. Where nothing can be compiled the package installs too and
 runs on the PyTorch reference; gptfast/built.json keeps the reason. GPTFAST_SKIP_EXTENSION=1 leaves
 the extension out, GPTFAST_REQUIRE_EXTENSION=1 fails without it, and GPTFAST_SANITIZE=1 builds it
 for `make sanitize`.
@@ -115,8 +117,8 @@ AGAIN = "run pip install --force-reinstall --no-deps . in the sources of gptfast
 ASK_TORCH = "import torch; print(torch.__version__); print(torch.__path__[0])"
 
 
-def find_torch() -> tuple[str, Path]:
-    """Return the version and the folder of the PyTorch that gptfast is going to run with."""
+def find_torch() -> Path:
+    """Return the folder of the PyTorch that gptfast is going to be installed beside."""
     reason = ""
     # pip hides the environment from the build by PYTHONPATH, which -I ignores.
     for isolated in ([], ["-I"]):
@@ -128,7 +130,7 @@ def find_torch() -> tuple[str, Path]:
         reason = asked.stderr.strip().rpartition("\n")[2]
     else:
         raise SystemExit(
-            f"gptfast: its C++ kernels are compiled against the torch that runs them, and the "
+            f"gptfast: its C++ kernels are compiled with torch's headers, and the "
             f"Python that builds says: {reason}; run pip install torch, then install "
             f"gptfast again (uv needs --no-build-isolation, build --no-isolation), or leave these "
             f"kernels out with GPTFAST_SKIP_EXTENSION=1"
@@ -139,16 +141,16 @@ def find_torch() -> tuple[str, Path]:
             f"gptfast needs torch {oldest} or newer, got {version}; run pip install -U torch, then "
             "install gptfast again"
         )
-    return version, Path(folder)
+    return Path(folder)
 
 
-def record(folder: Path, missing: str, torch: str = "") -> None:
+def record(folder: Path, missing: str) -> None:
     """Write gptfast/built.json in a folder, which gptfast/installed.py reads.
 
-    missing: why there are no C++ kernels, or "". torch: the version that they are compiled against.
+    missing: why there are no C++ kernels, or "".
     """
     (folder / "gptfast").mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"missing": missing, "torch": torch}, indent=2) + "\n"
+    text = json.dumps({"missing": missing}, indent=2) + "\n"
     (folder / "gptfast" / "built.json").write_text(text, "utf-8")
 
 
@@ -190,11 +192,11 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         in_place = self.inplace or self.editable_mode
         folder = Path(__file__).parent if in_place else Path(self.build_lib)
-        version, torch = find_torch()
+        torch = find_torch()
         # torch brings pybind11's headers.
         ext.include_dirs += ["csrc", str(torch / "include")]
         ext.library_dirs.append(str(torch / "lib"))
-        self.force = True  # else a module stays that was linked with another torch
+        self.force = True  # else a module stays that an earlier setup.py made
         # Not self.compiler's methods: their names differ from one setuptools to the next.
         with tempfile.TemporaryFile() as said, redirected(2, said.fileno()):
             try:
@@ -204,7 +206,7 @@ class BuildExtension(build_ext):
                 reason = errors_of(said.read().decode(errors="replace")) or f"{error}"[:200]
                 record(folder, f"they could not be compiled: {reason}; mend that, then {AGAIN}")
                 raise
-        record(folder, "", version)
+        record(folder, "")
 
     def compile_all(self, ext: Extension) -> None:
         compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0]
@@ -241,7 +243,7 @@ def extensions() -> list[Extension]:
         sources=[str(path) for path in WRAPPERS],
         depends=[str(path) for path in CSRC.iterdir()],
         define_macros=[("_GLIBCXX_USE_CXX11_ABI", "1")],  # as torch is built
-        libraries=["c10", "torch", "torch_cpu", "torch_python", *(["omp"] if MACOS else [])],
+        libraries=["torch_cpu", *(["omp"] if MACOS else [])],
         extra_link_args=[*([] if MACOS else OPENMP), *SANITIZE],
         language="c++",
     )

@@ -1,15 +1,13 @@
 #include "arena.h"
 
-#include <ATen/Context.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/core/Allocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <map>
 #include <mutex>
+
+#include "torch_settings.h"
 
 namespace gptfast {
 namespace {
@@ -18,7 +16,7 @@ const size_t PAGE_BYTES = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 constexpr int64_t MIN_ARENA_BYTES = int64_t{1} << 20;  // smaller tensors are torch's
 
 // Blocks are the first fit by address: a step finds the blocks that the last one freed, and the range stays short.
-class Arena final : public c10::Allocator {
+class Arena {
  public:
   Arena() {
     const size_t size = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * PAGE_BYTES;
@@ -29,7 +27,8 @@ class Arena final : public c10::Allocator {
   }
 
   // Returns null if no block is large enough, for example because the system refused the range.
-  char* find(size_t bytes) {
+  char* find(size_t n) {
+    const size_t bytes = (n + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
     const std::lock_guard lock(mutex_);
     for (auto block = free_.begin(); block != free_.end(); ++block) {
       const auto [start, size] = *block;
@@ -42,23 +41,10 @@ class Arena final : public c10::Allocator {
     return nullptr;
   }
 
-  at::DataPtr allocate(size_t n) override {
-    const size_t bytes = (std::max(n, size_t{1}) + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
-    if (char* start = find(bytes)) return {start, start, &deallocate, at::kCPU};
-    return c10::GetAllocator(at::kCPU)->allocate(n);
-  }
-  at::DeleterFnPtr raw_deleter() const override { return nullptr; }
-  void copy_data(void* to, const void* from, size_t n) const override { default_copy_data(to, from, n); }
-
   void empty_cache() {
     const std::lock_guard lock(mutex_);
     for (const auto& [start, size] : free_) madvise(start, size, MADV_DONTNEED);
   }
-
- private:
-  static void deallocate(void* start);
-  static void lock();
-  static void unlock();
 
   void release(char* start) {
     const std::lock_guard lock(mutex_);
@@ -80,6 +66,10 @@ class Arena final : public c10::Allocator {
     free_.emplace(start, size);
   }
 
+ private:
+  static void lock();
+  static void unlock();
+
   std::mutex mutex_;
   std::map<char*, size_t> free_, used_;  // start and bytes of each block
 };
@@ -89,7 +79,6 @@ Arena& arena() {
   return *one;
 }
 
-void Arena::deallocate(void* start) { arena().release(static_cast<char*>(start)); }
 void Arena::lock() { arena().mutex_.lock(); }
 void Arena::unlock() { arena().mutex_.unlock(); }
 
@@ -98,20 +87,19 @@ bool is_torchs(int64_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
   return true;  // the sanitizer sees a read past the end of malloc's blocks, but not of ours
 #else
-  const auto& context = at::globalContext();
-  // Torch fills new memory with NaN where it is asked to.
-  return bytes < MIN_ARENA_BYTES ||
-         (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory());
+  return bytes < MIN_ARENA_BYTES || torch_fills_new_memory();
 #endif
 }
 
+void release(void* start, void*) { arena().release(static_cast<char*>(start)); }
+
 }  // namespace
 
-at::Tensor make_tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const auto dtype = c10::typeMetaToScalarType(options.dtype());
-  const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
-  if (is_torchs(bytes)) return at::empty(sizes, at::TensorOptions().dtype(dtype));
-  return at::detail::empty_generic(sizes, &arena(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
+Tensor make_tensor(IntArrayRef sizes, ScalarType dtype) {
+  int64_t bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(torch_dtype(dtype)));
+  for (int64_t size : sizes) bytes *= size;
+  char* const start = is_torchs(bytes) ? nullptr : arena().find(static_cast<size_t>(bytes));
+  return start ? from_memory(start, sizes, dtype, release, nullptr) : empty(sizes, dtype);
 }
 
 void empty_cache() { arena().empty_cache(); }

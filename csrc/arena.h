@@ -5,12 +5,12 @@
 // that were once in use take memory, and they keep it.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include "tensor.h"
 
 namespace gptfast {
 
-// Returns an uninitialised CPU tensor, as at::empty does. Small ones do come from at::empty.
-at::Tensor make_tensor(at::IntArrayRef sizes, const at::TensorOptions& options);
+// Returns an uninitialised tensor. Small ones are torch's.
+Tensor make_tensor(IntArrayRef sizes, ScalarType dtype);
 
 // Gives the memory of freed tensors back to the system.
 void empty_cache();

@@ -1,7 +1,4 @@
 // Cross entropy of logits, and of a linear layer whose logits are never held in memory all at once.
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/zeros.h>
 
 #include "arena.h"
 #include "common.h"
@@ -10,16 +7,14 @@
 namespace gptfast {
 namespace {
 
-using at::Tensor;
-
 void check_targets(const Tensor& target, int64_t N, int64_t V, int64_t ignore_index) {
-  TORCH_CHECK_VALUE(target.scalar_type() == at::kLong && target.dim() == 1 && target.size(0) == N,
-                    "target must be int64 of shape (", N, ",), got ", target.sizes());
+  CHECK_VALUE(target.scalar_type() == kLong && target.dim() == 1 && target.size(0) == N,
+              "target must be int64 of shape (", N, ",), got ", target.sizes());
   const int64_t* t = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < N; ++i)
-    TORCH_CHECK_INDEX((t[i] >= 0 && t[i] < V) || t[i] == ignore_index, "target ", t[i],
-                      " is out of range for a vocabulary of ", V, "; targets lie in [0, ", V,
-                      ") or equal ignore_index (", ignore_index, ")");
+    CHECK_INDEX((t[i] >= 0 && t[i] < V) || t[i] == ignore_index, "target ", t[i],
+                " is out of range for a vocabulary of ", V, "; targets lie in [0, ", V, ") or equal ignore_index (",
+                ignore_index, ")");
 }
 
 CrossEntropyArgs arguments(const Tensor& logits, const Tensor& target, int64_t ignore_index, double label_smoothing,
@@ -36,22 +31,22 @@ CrossEntropyArgs arguments(const Tensor& logits, const Tensor& target, int64_t i
   return args;
 }
 
-Tensor make_stats(const Tensor& loss) { return at::empty({loss.size(0), STATS}, loss.options().dtype(at::kDouble)); }
+Tensor make_stats(const Tensor& loss) { return empty({loss.size(0), STATS}, kDouble); }
 
 using RowLoop = void (*)(const CrossEntropyArgs&, int64_t, int64_t);
 void for_each_row(RowLoop f, const CrossEntropyArgs& args, int64_t N) {
-  at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) { f(args, begin, end); });
+  parallel_for(0, N, 1, [&](int64_t begin, int64_t end) { f(args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits_in, const Tensor& target_in, int64_t ignore_index,
                                              double label_smoothing, double z_loss) {
-  if (logits_in.scalar_type() == at::kDouble)
-    return reference<decltype(cross_entropy_fwd)>("gptfast::cross_entropy_fwd", logits_in, target_in, ignore_index,
+  if (logits_in.scalar_type() == kDouble)
+    return reference<decltype(cross_entropy_fwd)>("cross_entropy_fwd", logits_in, target_in, ignore_index,
                                                   label_smoothing, z_loss);
-  const Tensor logits = contiguous_rows(logits_in), target = target_in.contiguous();
+  const Tensor logits = contiguous_rows(logits_in), target = contiguous(target_in);
   const int64_t N = logits.size(0);
   check_targets(target, N, logits.size(1), ignore_index);
-  Tensor loss = at::empty({N}, logits.options().dtype(at::kFloat)), stats = make_stats(loss);
+  Tensor loss = empty({N}, kFloat), stats = make_stats(loss);
   CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
   args.loss = loss.data_ptr<float>();
   args.stats = stats.data_ptr<double>();
@@ -61,17 +56,17 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits_in, const Tens
 
 Tensor cross_entropy_bwd(const Tensor& dloss_in, const Tensor& logits_in, const Tensor& target_in,
                          const Tensor& stats_in, int64_t ignore_index, double label_smoothing, double z_loss) {
-  if (logits_in.scalar_type() == at::kDouble)
-    return reference<decltype(cross_entropy_bwd)>("gptfast::cross_entropy_bwd", dloss_in, logits_in, target_in,
-                                                  stats_in, ignore_index, label_smoothing, z_loss);
-  const Tensor logits = contiguous_rows(logits_in), target = target_in.contiguous();
-  const Tensor dloss = dloss_in.to(at::kFloat).contiguous(), stats = stats_in.contiguous();
+  if (logits_in.scalar_type() == kDouble)
+    return reference<decltype(cross_entropy_bwd)>("cross_entropy_bwd", dloss_in, logits_in, target_in, stats_in,
+                                                  ignore_index, label_smoothing, z_loss);
+  const Tensor logits = contiguous_rows(logits_in), target = contiguous(target_in);
+  const Tensor dloss = contiguous(to(dloss_in, kFloat)), stats = contiguous(stats_in);
   const int64_t N = logits.size(0);
   check_targets(target, N, logits.size(1), ignore_index);
-  TORCH_CHECK_VALUE(dloss.numel() == N && stats.numel() == N * STATS && stats.scalar_type() == at::kDouble,
-                    "cross_entropy: dloss must be (", N, ",) and stats float64 (", N, ", ", STATS, "), got ",
-                    dloss.sizes(), " and ", stats.scalar_type(), " ", stats.sizes());
-  Tensor dlogits = make_tensor(logits.sizes(), logits.options());
+  CHECK_VALUE(dloss.numel() == N && stats.numel() == N * STATS && stats.scalar_type() == kDouble,
+              "cross_entropy: dloss must be (", N, ",) and stats float64 (", N, ", ", STATS, "), got ", dloss.sizes(),
+              " and ", stats.scalar_type(), " ", stats.sizes());
+  Tensor dlogits = make_tensor(logits.sizes(), logits.scalar_type());
   CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
   args.dloss = dloss.const_data_ptr<float>();
   args.stats = stats.data_ptr<double>();
@@ -97,16 +92,15 @@ int64_t chunk_rows(int64_t N, int64_t V, int64_t itemsize) {
 }
 
 void check_linear(const Tensor& input, const Tensor& weight) {
-  TORCH_CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0 && input.size(1) == weight.size(1),
-                    "linear_cross_entropy: input ", input.sizes(), " and linear_weight ", weight.sizes(),
-                    " do not fit");
+  CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0 && input.size(1) == weight.size(1),
+              "linear_cross_entropy: input ", input.sizes(), " and linear_weight ", weight.sizes(), " do not fit");
 }
 
 // Calls f(first row, number of rows, logits of these rows) for each chunk. All chunks use one buffer for the logits.
 template <class F>
 void for_each_chunk(const Tensor& input, const Tensor& weight, F f) {
   const int64_t N = input.size(0), V = weight.size(0), step = chunk_rows(N, V, input.element_size());
-  const Tensor buffer = make_tensor({std::min(step, N), V}, input.options());
+  const Tensor buffer = make_tensor({std::min(step, N), V}, input.scalar_type());
   for (int64_t row = 0; row < N; row += step) {
     const int64_t n = std::min(step, N - row);
     Tensor logits = buffer.narrow(0, 0, n);
@@ -117,14 +111,13 @@ void for_each_chunk(const Tensor& input, const Tensor& weight, F f) {
 
 Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight, const Tensor& target_in,
                                 int64_t ignore_index, double label_smoothing, double z_loss, double skip_below) {
-  if (input.scalar_type() == at::kDouble)
-    return reference<decltype(linear_cross_entropy_fwd)>("gptfast::linear_cross_entropy_fwd", input, weight, target_in,
+  if (input.scalar_type() == kDouble)
+    return reference<decltype(linear_cross_entropy_fwd)>("linear_cross_entropy_fwd", input, weight, target_in,
                                                          ignore_index, label_smoothing, z_loss, skip_below);
   check_linear(input, weight);
-  at::AutoDispatchBelowAutograd guard;
-  const Tensor target = target_in.contiguous();
+  const Tensor target = contiguous(target_in);
   check_targets(target, input.size(0), weight.size(0), ignore_index);
-  Tensor loss = at::empty({input.size(0)}, input.options().dtype(at::kFloat)), stats = make_stats(loss);
+  Tensor loss = empty({input.size(0)}, kFloat), stats = make_stats(loss);
   for_each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
     CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
     args.target += row;
@@ -138,6 +131,35 @@ Tensor linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight, const
 constexpr int64_t FP32_COLUMNS_PER_SLAB = 2048;
 constexpr double MAX_KEPT_SHARE = 0.9;  // of columns; with more, skipping costs more than it saves
 
+constexpr int64_t ROWS_PER_SHARE = 16;
+
+// Returns copies of the rows of t (N, C) at these places.
+Tensor rows_of(const Tensor& t_in, IntArrayRef places) {
+  const Tensor t = contiguous_rows(t_in);
+  const int64_t n = static_cast<int64_t>(places.size()), size = t.element_size(), row_bytes = t.size(1) * size;
+  Tensor rows = make_tensor({n, t.size(1)}, t.scalar_type());
+  const char* from = static_cast<const char*>(t.const_data_ptr());
+  char* to = static_cast<char*>(rows.data_ptr());
+  if (row_bytes == 0) return rows;
+  parallel_for(0, n, ROWS_PER_SHARE, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) memcpy(to + i * row_bytes, from + places[i] * t.stride(0) * size, row_bytes);
+  });
+  return rows;
+}
+
+// Adds rows (n, C) of any dtype to the rows of sums, contiguous fp32, at these places, which differ.
+void add_to_rows(const Tensor& sums, IntArrayRef places, const Tensor& rows) {
+  const int64_t C = sums.size(1);
+  float* const all = sums.data_ptr<float>();
+  with_type(rows.scalar_type(), [&](auto number) {
+    const auto* from = rows.const_data_ptr<decltype(number)>();
+    parallel_for(0, static_cast<int64_t>(places.size()), ROWS_PER_SHARE, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = 0; j < C; ++j) all[places[i] * C + j] += static_cast<float>(from[i * C + j]);
+    });
+  });
+}
+
 // Adds the gradients of a chunk: dinput of its rows, and its share of dweight, if that is defined.
 struct HeadGradients {
   const Tensor &weight, &dinput, &dweight;
@@ -149,26 +171,28 @@ struct HeadGradients {
   }
 
   // Does the same with only some columns of dlogits, which were moved to its front; the others count as 0.
-  void add(const Tensor& dlogits, const Tensor& input, const Tensor& columns) const {
+  void add(const Tensor& dlogits, const Tensor& input, const Ints& columns) const {
+    const int64_t kept = static_cast<int64_t>(columns.size());
     // The columns whose rows of weight are copied at a time. In 16 bits there is one slab, so dinput is rounded once.
-    const int64_t slab = dlogits.scalar_type() == at::kFloat ? FP32_COLUMNS_PER_SLAB : columns.numel();
-    if (first && dweight.defined()) dweight.zero_();
-    if (!columns.numel()) dinput.zero_();
-    for (int64_t begin = 0; begin < columns.numel(); begin += slab) {
-      const Tensor some = columns.narrow(0, begin, std::min(slab, columns.numel() - begin));
-      const Tensor part = dlogits.narrow(1, begin, some.numel());
-      matmul(dinput, part, at::index_select(weight, 0, some), {}, begin > 0);
+    const int64_t slab = dlogits.scalar_type() == kFloat ? FP32_COLUMNS_PER_SLAB : kept;
+    if (first && dweight.defined()) zero(dweight);
+    if (!kept) zero(dinput);
+    for (int64_t begin = 0; begin < kept; begin += slab) {
+      const IntArrayRef some(columns.data() + begin, std::min(slab, kept - begin));
+      const int64_t n = static_cast<int64_t>(some.size());
+      const Tensor part = dlogits.narrow(1, begin, n);
+      matmul(dinput, part, rows_of(weight, some), {}, begin > 0);
       if (!dweight.defined()) continue;
-      Tensor share = make_tensor({some.numel(), weight.size(1)}, dlogits.options());
+      Tensor share = make_tensor({n, weight.size(1)}, dlogits.scalar_type());
       matmul(share, part.t(), input);
-      dweight.index_add_(0, some, share.to(dweight.scalar_type()));
+      add_to_rows(dweight, some, share);
     }
   }
 };
 
 // Moves the columns that have an entry above skip_below times its row's dloss to the front of dlogits and returns their
-// indices. Returns an undefined tensor, and moves nothing, where nearly all columns have one.
-Tensor keep_columns(const Tensor& dlogits, const float* dloss, double skip_below) {
+// indices. Returns nothing, and moves nothing, where nearly all columns have one.
+std::optional<Ints> keep_columns(const Tensor& dlogits, const float* dloss, double skip_below) {
   const int64_t N = dlogits.size(0), V = dlogits.size(1);
   std::vector<float> limits(N);
   // Nothing is small beside inf: such a row keeps every column.
@@ -176,16 +200,16 @@ Tensor keep_columns(const Tensor& dlogits, const float* dloss, double skip_below
     limits[i] = std::isfinite(dloss[i]) ? static_cast<float>(skip_below * std::abs(dloss[i])) : 0.0f;
   std::vector<uint8_t> marks(V);
   constexpr int64_t COLUMNS_PER_STRIP = 256;
-  at::parallel_for(0, (V + COLUMNS_PER_STRIP - 1) / COLUMNS_PER_STRIP, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (V + COLUMNS_PER_STRIP - 1) / COLUMNS_PER_STRIP, 1, [&](int64_t begin, int64_t end) {
     loops().cross_entropy->mark_columns(dtype_of(dlogits), dlogits.const_data_ptr(), N, V, limits.data(), marks.data(),
                                         begin * COLUMNS_PER_STRIP, std::min(V, end * COLUMNS_PER_STRIP));
   });
-  std::vector<int64_t> kept;
+  Ints kept;
   for (int64_t j = 0; j < V; ++j)
     if (marks[j]) kept.push_back(j);
-  if (static_cast<double>(kept.size()) > MAX_KEPT_SHARE * static_cast<double>(V)) return {};
+  if (static_cast<double>(kept.size()) > MAX_KEPT_SHARE * static_cast<double>(V)) return std::nullopt;
   const auto move = [&](auto* rows) {
-    at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         for (size_t j = 0; j < kept.size(); ++j) rows[i * V + j] = rows[i * V + kept[j]];
     });
@@ -194,32 +218,31 @@ Tensor keep_columns(const Tensor& dlogits, const float* dloss, double skip_below
     move(static_cast<uint32_t*>(dlogits.data_ptr()));
   else
     move(static_cast<uint16_t*>(dlogits.data_ptr()));
-  return at::from_blob(kept.data(), {static_cast<int64_t>(kept.size())}, at::kLong).clone();
+  return kept;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& input, const Tensor& weight,
                                                                 const Tensor& target_in, const Tensor& dloss_in,
                                                                 int64_t ignore_index, double label_smoothing,
                                                                 double z_loss, double skip_below, bool need_dweight) {
-  if (input.scalar_type() == at::kDouble)
-    return reference<decltype(linear_cross_entropy_fwd_bwd)>("gptfast::linear_cross_entropy_fwd_bwd", input, weight,
-                                                             target_in, dloss_in, ignore_index, label_smoothing, z_loss,
+  if (input.scalar_type() == kDouble)
+    return reference<decltype(linear_cross_entropy_fwd_bwd)>("linear_cross_entropy_fwd_bwd", input, weight, target_in,
+                                                             dloss_in, ignore_index, label_smoothing, z_loss,
                                                              skip_below, need_dweight);
   check_linear(input, weight);
-  at::AutoDispatchBelowAutograd guard;
-  const Tensor target = target_in.contiguous(), dloss = dloss_in.to(at::kFloat).contiguous();
+  const Tensor target = contiguous(target_in), dloss = contiguous(to(dloss_in, kFloat));
   const int64_t N = input.size(0);
   check_targets(target, N, weight.size(0), ignore_index);
-  TORCH_CHECK_VALUE(dloss.dim() == 1 && dloss.size(0) == N, "linear_cross_entropy: dloss must be (", N, ",), got ",
-                    dloss.sizes());
-  Tensor loss = at::empty({N}, input.options().dtype(at::kFloat)), stats = make_stats(loss);
-  Tensor dinput = make_tensor(input.sizes(), input.options());
+  CHECK_VALUE(dloss.dim() == 1 && dloss.size(0) == N, "linear_cross_entropy: dloss must be (", N, ",), got ",
+              dloss.sizes());
+  Tensor loss = empty({N}, kFloat), stats = make_stats(loss);
+  Tensor dinput = make_tensor(input.sizes(), input.scalar_type());
   // Several chunks add up in fp32: a 16-bit sum would round away what each one adds.
   const bool one_chunk = N <= chunk_rows(N, weight.size(0), input.element_size());
-  const auto dtype = one_chunk && skip_below == 0 ? weight.scalar_type() : at::kFloat;
+  const auto dtype = one_chunk && skip_below == 0 ? weight.scalar_type() : kFloat;
   Tensor dweight;
-  if (need_dweight) dweight = make_tensor(weight.sizes(), weight.options().dtype(dtype));
-  if (need_dweight && N == 0) dweight.zero_();
+  if (need_dweight) dweight = make_tensor(weight.sizes(), dtype);
+  if (need_dweight && N == 0) zero(dweight);
   for_each_chunk(input, weight, [&](int64_t row, int64_t n, const Tensor& logits) {
     CrossEntropyArgs args = arguments(logits, target, ignore_index, label_smoothing, z_loss);
     args.target += row;
@@ -229,22 +252,22 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd_bwd(const Tensor& in
     args.dlogits = logits.data_ptr();
     for_each_row(loops().cross_entropy->fwd_bwd, args, n);
     const Tensor dx = dinput.narrow(0, row, n), x = input.narrow(0, row, n);
-    const Tensor columns = skip_below > 0 ? keep_columns(logits, args.dloss, skip_below) : Tensor();
+    const auto columns = skip_below > 0 ? keep_columns(logits, args.dloss, skip_below) : std::nullopt;
     const HeadGradients gradients{weight, dx, dweight, row == 0};
-    columns.defined() ? gradients.add(logits, x, columns) : gradients.add(logits, x);
+    columns ? gradients.add(logits, x, *columns) : gradients.add(logits, x);
   });
   double total = 0;
-  for (int64_t i = 0; i < N; ++i) total += static_cast<double>(loss.data_ptr<float>()[i]) * dloss.data_ptr<float>()[i];
-  dweight = need_dweight ? dweight.to(weight.scalar_type()) : at::empty({0}, weight.options());
-  return {at::empty({}, loss.options()).fill_(total), dinput, dweight};
+  const float *const losses = loss.const_data_ptr<float>(), *const weights = dloss.const_data_ptr<float>();
+  for (int64_t i = 0; i < N; ++i) total += static_cast<double>(losses[i]) * weights[i];
+  dweight = need_dweight ? to(dweight, weight.scalar_type()) : empty({0}, weight.scalar_type());
+  return {scalar(static_cast<float>(total)), dinput, dweight};
 }
 
-TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("cross_entropy_fwd", cross_entropy_fwd);
-  m.impl("cross_entropy_bwd", cross_entropy_bwd);
-  m.impl("linear_cross_entropy_fwd", linear_cross_entropy_fwd);
-  m.impl("linear_cross_entropy_fwd_bwd", linear_cross_entropy_fwd_bwd);
-}
+const Kernels kernels = Kernels("CPU")
+                            .add<cross_entropy_fwd>("cross_entropy_fwd")
+                            .add<cross_entropy_bwd>("cross_entropy_bwd")
+                            .add<linear_cross_entropy_fwd>("linear_cross_entropy_fwd")
+                            .add<linear_cross_entropy_fwd_bwd>("linear_cross_entropy_fwd_bwd");
 
 }  // namespace
 }  // namespace gptfast

@@ -1,7 +1,6 @@
 // Copies the rows of a weight that ids name. The gradient of a token's row is the sum of its gradients in the order of
 // their positions, in fp32, added to the row once. Memory bandwidth is the limit, so there are no loops per
 // instruction-set level.
-#include <ATen/Dispatch.h>
 
 #include <algorithm>
 #include <compare>
@@ -12,35 +11,32 @@
 namespace gptfast {
 namespace {
 
-using at::Tensor;
-
 constexpr int64_t COLUMNS_PER_BLOCK = 256;  // whose sums stay in the first-level cache
 constexpr int64_t ITEMS_PER_SHARE = 16;     // the smallest share of work that a thread gets
 
 void check_ids(const Tensor& idx, int64_t V) {
-  TORCH_CHECK_VALUE(idx.scalar_type() == at::kLong, "idx must be int64, got ", idx.scalar_type());
+  CHECK_VALUE(idx.scalar_type() == kLong, "idx must be int64, got ", idx.scalar_type());
   const int64_t* id = idx.const_data_ptr<int64_t>();
   const auto [low, high] = std::minmax_element(id, id + idx.numel());
-  TORCH_CHECK_INDEX(!idx.numel() || (*low >= 0 && *high < V), "token ids must lie in [0, ", V, "), got ", *low, " to ",
-                    *high);
+  CHECK_INDEX(!idx.numel() || (*low >= 0 && *high < V), "token ids must lie in [0, ", V, "), got ", *low, " to ",
+              *high);
 }
 
 Tensor embedding_fwd(const Tensor& weight_in, const Tensor& idx_in) {
-  if (weight_in.scalar_type() == at::kDouble)
-    return reference<decltype(embedding_fwd)>("gptfast::embedding_fwd", weight_in, idx_in);
+  if (weight_in.scalar_type() == kDouble) return reference<decltype(embedding_fwd)>("embedding_fwd", weight_in, idx_in);
   dtype_of(weight_in);
-  TORCH_CHECK_VALUE(weight_in.dim() == 2, "embedding: weight must be (V, C), got ", weight_in.sizes());
-  const Tensor weight = weight_in.contiguous(), idx = idx_in.contiguous();
+  CHECK_VALUE(weight_in.dim() == 2, "embedding: weight must be (V, C), got ", weight_in.sizes());
+  const Tensor weight = contiguous(weight_in), idx = contiguous(idx_in);
   check_ids(idx, weight.size(0));
-  std::vector<int64_t> shape = idx.sizes().vec();
+  std::vector<int64_t> shape(idx.sizes().begin(), idx.sizes().end());
   shape.push_back(weight.size(1));
-  Tensor x = at::empty(shape, weight.options());
+  Tensor x = empty(shape, weight.scalar_type());
   const int64_t row_bytes = weight.size(1) * weight.element_size();
   if (row_bytes == 0) return x;  // memcpy must not be given null pointers, even for no bytes
   const int64_t* id = idx.const_data_ptr<int64_t>();
   const char* from = static_cast<const char*>(weight.const_data_ptr());
   char* to = static_cast<char*>(x.data_ptr());
-  at::parallel_for(0, idx.numel(), ITEMS_PER_SHARE, [&](int64_t begin, int64_t end) {
+  parallel_for(0, idx.numel(), ITEMS_PER_SHARE, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) memcpy(to + n * row_bytes, from + id[n] * row_bytes, row_bytes);
   });
   return x;
@@ -75,22 +71,23 @@ void add_token(T* dweight, const T* dx, const std::vector<Occurrence>& all, size
 }
 
 void embedding_bwd(const Tensor& dweight, const Tensor& dx_in, const Tensor& idx_in) {
-  if (dweight.scalar_type() == at::kDouble)
-    return reference<decltype(embedding_bwd)>("gptfast::embedding_bwd", dweight, dx_in, idx_in);
+  if (dweight.scalar_type() == kDouble)
+    return reference<decltype(embedding_bwd)>("embedding_bwd", dweight, dx_in, idx_in);
   dtype_of(dweight);
-  const Tensor dx = dx_in.contiguous(), idx = idx_in.contiguous();
-  TORCH_CHECK_VALUE(dweight.dim() == 2 && dweight.is_contiguous() && dx.dim() == idx.dim() + 1 &&
-                        dx.sizes().slice(0, idx.dim()) == idx.sizes() && dx.size(-1) == dweight.size(1) &&
-                        dx.scalar_type() == dweight.scalar_type(),
-                    "embedding: contiguous dweight ", dweight.sizes(), ", dx ", dx.sizes(), " and idx ", idx.sizes(),
-                    " do not fit");
+  const Tensor dx = contiguous(dx_in), idx = contiguous(idx_in);
+  CHECK_VALUE(dweight.dim() == 2 && dweight.is_contiguous() && dx.dim() == idx.dim() + 1 &&
+                  std::equal(idx.sizes().begin(), idx.sizes().end(), dx.sizes().begin()) &&
+                  dx.size(-1) == dweight.size(1) && dx.scalar_type() == dweight.scalar_type(),
+              "embedding: contiguous dweight ", dweight.sizes(), ", dx ", dx.sizes(), " and idx ", idx.sizes(),
+              " do not fit");
   check_ids(idx, dweight.size(0));
   const std::vector<Occurrence> all = sorted_occurrences(idx);
   const int64_t N = idx.numel(), C = dweight.size(1), blocks = (C + COLUMNS_PER_BLOCK - 1) / COLUMNS_PER_BLOCK;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dweight.scalar_type(), "embedding_bwd", [&] {
-    scalar_t* to = dweight.data_ptr<scalar_t>();
-    const scalar_t* from = dx.const_data_ptr<scalar_t>();
-    at::parallel_for(0, blocks * N, ITEMS_PER_SHARE, [&](int64_t begin, int64_t end) {
+  with_type(dweight.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    T* to = dweight.data_ptr<T>();
+    const T* from = dx.const_data_ptr<T>();
+    parallel_for(0, blocks * N, ITEMS_PER_SHARE, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t i = item % N, column = item / N * COLUMNS_PER_BLOCK;
         if (i == 0 || all[i - 1].id != all[i].id)
@@ -100,10 +97,7 @@ void embedding_bwd(const Tensor& dweight, const Tensor& dx_in, const Tensor& idx
   });
 }
 
-TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("embedding_fwd", embedding_fwd);
-  m.impl("embedding_bwd", embedding_bwd);
-}
+const Kernels kernels = Kernels("CPU").add<embedding_fwd>("embedding_fwd").add<embedding_bwd>("embedding_bwd");
 
 }  // namespace
 }  // namespace gptfast

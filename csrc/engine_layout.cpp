@@ -23,26 +23,26 @@ constexpr Field FIELDS[] = {
 
 }  // namespace
 
-ModelShape::ModelShape(at::IntArrayRef fields) {
-  TORCH_CHECK_VALUE(fields.size() == std::size(FIELDS), "engine: a model's shape has ", std::size(FIELDS),
-                    " numbers, got ", fields.size());
+ModelShape::ModelShape(const Ints& fields) {
+  CHECK_VALUE(fields.size() == std::size(FIELDS), "engine: a model's shape has ", std::size(FIELDS), " numbers, got ",
+              fields.size());
   for (size_t i = 0; i < std::size(FIELDS); ++i) {
     const Field& field = FIELDS[i];
-    TORCH_CHECK_VALUE(fields[i] >= field.min && fields[i] <= field.max, "engine: ", field.name, " must be in [",
-                      field.min, ", ", field.max, "], got ", fields[i]);
+    CHECK_VALUE(fields[i] >= field.min && fields[i] <= field.max, "engine: ", field.name, " must be in [", field.min,
+                ", ", field.max, "], got ", fields[i]);
     this->*field.member = fields[i];
   }
-  TORCH_CHECK_VALUE(n_embd % n_head == 0, "engine: n_embd must be a multiple of n_head, got ", n_embd, " and ", n_head);
+  CHECK_VALUE(n_embd % n_head == 0, "engine: n_embd must be a multiple of n_head, got ", n_embd, " and ", n_head);
 }
 
-at::ScalarType ModelShape::cache_dtype() const {
+ScalarType ModelShape::cache_dtype() const {
   switch (type()) {
     case WeightType::fp32:
-      return at::kFloat;
+      return kFloat;
     case WeightType::bf16:
-      return at::kBFloat16;
+      return kBFloat16;
     default:
-      return at::kHalf;
+      return kHalf;
   }
 }
 
@@ -114,13 +114,13 @@ const Part& Layout::find(std::string_view name) const {
         if (part) return *part;
     }
   }
-  TORCH_CHECK_VALUE(false, "engine: the model has no parameter ", whole_name);
+  CHECK_VALUE(false, "engine: the model has no parameter ", whole_name);
 }
 
-void Layout::check(const at::Tensor& packed) const {
-  TORCH_CHECK_VALUE(packed.numel() == bytes_ && packed.is_contiguous() && packed.scalar_type() == at::kByte,
-                    "engine: the packed model must be ", bytes_, " contiguous bytes, got ", packed.sizes(), " ",
-                    packed.scalar_type());
+void Layout::check(const Tensor& packed) const {
+  CHECK_VALUE(packed.numel() == bytes_ && packed.is_contiguous() && packed.scalar_type() == kByte,
+              "engine: the packed model must be ", bytes_, " contiguous bytes, got ", packed.sizes(), " ",
+              packed.scalar_type());
 }
 
 const float* Layout::floats_at(const char* packed, const Part& part) {

@@ -1,12 +1,11 @@
 // The packed model: one tensor of bytes with all of GPT's parameters. engine.h describes how a matrix is stored.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <string_view>
 #include <vector>
 
 #include "engine.h"
+#include "tensor.h"
 
 namespace gptfast {
 
@@ -16,12 +15,12 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 struct ModelShape {
   int64_t weight_type, n_layer, n_head, n_embd, vocab_size, block_size, tied;
 
-  explicit ModelShape(at::IntArrayRef fields);  // checks each field
+  explicit ModelShape(const Ints& fields);  // checks each field
 
   WeightType type() const { return static_cast<WeightType>(weight_type); }
   int64_t head_dim() const { return n_embd / n_head; }
   int64_t cache_elements_per_token() const { return n_layer * 2 * n_head * round_up(head_dim(), CACHE_UNIT); }
-  at::ScalarType cache_dtype() const;
+  ScalarType cache_dtype() const;
 };
 
 // A parameter's place in the packed model. Vectors and wpe are plain fp32. A matrix with int8 weights has the scales of
@@ -55,7 +54,7 @@ class Layout {
 
   // Returns the place of a parameter of GPT, such as "h.0.attn.c_attn.weight". Throws ValueError for another name.
   const Part& find(std::string_view name) const;
-  void check(const at::Tensor& packed) const;  // throws ValueError unless it has the layout's size
+  void check(const Tensor& packed) const;  // throws ValueError unless it has the layout's size
 
   EngineMatrix wte(const char* packed) const { return matrix_at(packed, wte_); }
   const float* wpe(const char* packed) const { return floats_at(packed, wpe_); }

@@ -1,5 +1,4 @@
 // Packing a model for the engine, one parameter at a time.
-#include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 
 #include "common.h"
@@ -7,9 +6,6 @@
 
 namespace gptfast {
 namespace {
-
-using at::IntArrayRef;
-using at::Tensor;
 
 constexpr int64_t HUGE_PAGE = int64_t{1} << 21;
 constexpr int64_t FLOATS_PER_CACHE_LINE = 16;
@@ -108,13 +104,13 @@ void pack_panel(WeightType type, const float* w, int64_t rows, int64_t K, char* 
   }
 }
 
-void pack(const Tensor& packed, IntArrayRef shape_fields, std::string_view name, const Tensor& weight_in) {
+void pack(const Tensor& packed, const Ints& shape_fields, const std::string& name, const Tensor& weight_in) {
   const ModelShape shape(shape_fields);
   const Layout layout(shape);
   const Part& part = layout.find(name);
-  const Tensor weight = weight_in.to(at::kFloat).contiguous();
-  TORCH_CHECK_VALUE(weight.numel() == part.rows * part.columns, "engine: parameter ", name, " has shape ",
-                    weight.sizes(), ", the model needs ", part.rows, " x ", part.columns);
+  const Tensor weight = contiguous(to(weight_in, kFloat));
+  CHECK_VALUE(weight.numel() == part.rows * part.columns, "engine: parameter ", name, " has shape ", weight.sizes(),
+              ", the model needs ", part.rows, " x ", part.columns);
   layout.check(packed);
   char* to = static_cast<char*>(packed.data_ptr()) + part.offset;
   const float* w = weight.const_data_ptr<float>();
@@ -125,7 +121,7 @@ void pack(const Tensor& packed, IntArrayRef shape_fields, std::string_view name,
   auto* scale = reinterpret_cast<float*>(to + layout.panels_bytes(part));
   const int64_t K = part.columns, panel_bytes = layout.panel_bytes(K);
   const bool int8 = shape.type() == WeightType::int8;
-  at::parallel_for(0, Layout::panels(part), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, Layout::panels(part), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t rows = std::min(PANEL, part.rows - p * PANEL);
       // The padding is 0, which int8 stores as 128.
@@ -135,28 +131,36 @@ void pack(const Tensor& packed, IntArrayRef shape_fields, std::string_view name,
   });
 }
 
+struct Mapping {
+  void* start;
+  size_t bytes;
+};
+
 // Returns zeros, on huge pages where the system has them: a step reads model and cache from end to end, and the
 // hardware's prefetching stops at a page's end.
 Tensor new_bytes(int64_t bytes) {
-  TORCH_CHECK_VALUE(bytes >= 0, "engine: bytes must be >= 0, got ", bytes);
+  CHECK_VALUE(bytes >= 0, "engine: bytes must be >= 0, got ", bytes);
   const int64_t mapped = round_up(bytes, HUGE_PAGE) + HUGE_PAGE;
   void* all = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  TORCH_CHECK(all != MAP_FAILED, "engine: no memory for ", bytes, " bytes; choose a smaller model, dtype or batch");
+  if (all == MAP_FAILED)
+    throw std::runtime_error(text("engine: no memory for ", bytes, " bytes; choose a smaller model, dtype or batch"));
   auto* start = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(all), HUGE_PAGE));
 #ifdef MADV_HUGEPAGE
   madvise(start, round_up(bytes, HUGE_PAGE), MADV_HUGEPAGE);
 #endif
-  return at::from_blob(start, {bytes}, [all, mapped](void*) { munmap(all, mapped); }, at::TensorOptions(at::kByte));
+  const auto unmap = [](void*, void* context) {
+    const std::unique_ptr<Mapping> mapping(static_cast<Mapping*>(context));
+    munmap(mapping->start, mapping->bytes);
+  };
+  return from_memory(start, {bytes}, kByte, unmap, new Mapping{all, static_cast<size_t>(mapped)});
 }
 
-int64_t packed_bytes(IntArrayRef shape) { return Layout(ModelShape(shape)).bytes(); }
+int64_t packed_bytes(const Ints& shape) { return Layout(ModelShape(shape)).bytes(); }
 
-TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("engine_pack", pack); }
+const Kernels kernels = Kernels("CPU").add<pack>("engine_pack");
 // These two take no tensor, so there is no backend to choose by.
-TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
-  m.impl("engine_new", new_bytes);
-  m.impl("engine_bytes", packed_bytes);
-}
+const Kernels without_tensors =
+    Kernels("CompositeExplicitAutograd").add<new_bytes>("engine_new").add<packed_bytes>("engine_bytes");
 
 }  // namespace
 }  // namespace gptfast

@@ -1,5 +1,4 @@
 // One step of the engine: new tokens of any rows through all layers, the head, and the choice of the next tokens.
-#include <ATen/Parallel.h>
 #include <omp.h>
 
 #include "arena.h"
@@ -10,38 +9,34 @@
 namespace gptfast {
 namespace {
 
-using at::IntArrayRef;
-using at::Tensor;
-
 constexpr int64_t BUFFER_ALIGNMENT = 128;  // bytes: no two buffers share a cache line, or a pair that the CPU fetches
 
 // Checks the new tokens of each row against slots (rows, tokens) and returns them.
-std::vector<EngineSegment> make_segments(const Tensor& slots, int64_t n_slots, IntArrayRef rows, IntArrayRef starts,
-                                         IntArrayRef counts, int64_t N, int64_t block_size) {
-  TORCH_CHECK_VALUE(slots.dim() == 2 && slots.scalar_type() == at::kInt && slots.is_contiguous(),
-                    "engine: slots must be contiguous int32 of shape (rows, tokens), got ", slots.sizes(), " ",
-                    slots.scalar_type());
-  TORCH_CHECK_VALUE(rows.size() == starts.size() && rows.size() == counts.size(),
-                    "engine: rows, starts and counts need one length, got ", rows.size(), ", ", starts.size(), " and ",
-                    counts.size());
+std::vector<EngineSegment> make_segments(const Tensor& slots, int64_t n_slots, const Ints& rows, const Ints& starts,
+                                         const Ints& counts, int64_t N, int64_t block_size) {
+  CHECK_VALUE(slots.dim() == 2 && slots.scalar_type() == kInt && slots.is_contiguous(),
+              "engine: slots must be contiguous int32 of shape (rows, tokens), got ", slots.sizes(), " ",
+              slots.scalar_type());
+  CHECK_VALUE(rows.size() == starts.size() && rows.size() == counts.size(),
+              "engine: rows, starts and counts need one length, got ", rows.size(), ", ", starts.size(), " and ",
+              counts.size());
   std::vector<EngineSegment> segments;
   int64_t first = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
     const int64_t start = starts[i], n = counts[i];
-    TORCH_CHECK_INDEX(rows[i] >= 0 && rows[i] < slots.size(0) && start >= 0 && n > 0 && n <= slots.size(1) &&
-                          start <= slots.size(1) - n,
-                      "engine: slots ", slots.sizes(), " have no ", n, " tokens from position ", start, " on in row ",
-                      rows[i]);
-    TORCH_CHECK_INDEX(start + n <= block_size, "engine: position ", start + n - 1,
-                      " is beyond block_size=", block_size);
+    CHECK_INDEX(rows[i] >= 0 && rows[i] < slots.size(0) && start >= 0 && n > 0 && n <= slots.size(1) &&
+                    start <= slots.size(1) - n,
+                "engine: slots ", slots.sizes(), " have no ", n, " tokens from position ", start, " on in row ",
+                rows[i]);
+    CHECK_INDEX(start + n <= block_size, "engine: position ", start + n - 1, " is beyond block_size=", block_size);
     const int32_t* row = slots.const_data_ptr<int32_t>() + rows[i] * slots.size(1);
     for (int64_t t = 0; t < start + n; ++t)
-      TORCH_CHECK_INDEX(row[t] >= 0 && row[t] < n_slots, "engine: slot ", row[t], " is out of range for a cache of ",
-                        n_slots);
+      CHECK_INDEX(row[t] >= 0 && row[t] < n_slots, "engine: slot ", row[t], " is out of range for a cache of ",
+                  n_slots);
     segments.push_back({.slots = row, .start = start, .first = first, .n = n});
     first += n;
   }
-  TORCH_CHECK_VALUE(first == N, "engine: counts add up to ", first, ", but there are ", N, " ids");
+  CHECK_VALUE(first == N, "engine: counts add up to ", first, ", but there are ", N, " ids");
   return segments;
 }
 
@@ -61,7 +56,7 @@ class Buffers {
     return offset;
   }
   void allocate() {
-    memory_ = make_tensor({bytes_ + BUFFER_ALIGNMENT}, at::TensorOptions(at::kByte));
+    memory_ = make_tensor({bytes_ + BUFFER_ALIGNMENT}, kByte);
     start_ = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory_.data_ptr()), BUFFER_ALIGNMENT));
   }
   template <class T>
@@ -85,7 +80,7 @@ int64_t scratch_floats(const EngineArgs& args, int64_t queries) {
 }
 
 void run(EngineArgs& args) {
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = available_threads();
   const int64_t C = args.C, N = args.N, rows = std::max(N, args.n_wanted);
   const EngineLoops& engine = *loops().engine;
   const int64_t row_bytes = std::max(engine.input_bytes(args.type, C), engine.input_bytes(args.type, 4 * C));
@@ -107,7 +102,7 @@ void run(EngineArgs& args) {
   EngineBarrier barrier;
   args.barrier = &barrier;
   if (threads == 1) return engine.forward(args, 0, 1);
-  // Not at::parallel_for: the threads wait for each other, so all of them must run at once, whatever their number is.
+  // Not parallel_for: the threads wait for each other, so all of them must run at once, whatever their number is.
 #pragma omp parallel num_threads(static_cast<int>(threads))
   engine.forward(args, omp_get_thread_num(), omp_get_num_threads());
 }
@@ -116,12 +111,12 @@ void run(EngineArgs& args) {
 struct SamplingTensors {
   static constexpr size_t COUNT = 5;
   const Tensor &temperature, &top_k, &top_p, &min_p, &seed;
-  explicit SamplingTensors(at::TensorList list)
+  explicit SamplingTensors(const TensorList& list)
       : temperature(list[0]), top_k(list[1]), top_p(list[2]), min_p(list[3]), seed(list[4]) {}
 };
 
-Tensor sample_ids(const Tensor& logits, at::TensorList sampling, IntArrayRef positions) {
-  Tensor position = at::empty({logits.size(0)}, at::TensorOptions(at::kLong));
+Tensor sample_ids(const Tensor& logits, const TensorList& sampling, const Ints& positions) {
+  Tensor position = empty({logits.size(0)}, kLong);
   if (sampling.empty() || logits.size(0) == 0) return position.narrow(0, 0, 0);
   std::copy(positions.begin(), positions.end(), position.data_ptr<int64_t>());
   const SamplingTensors tensors(sampling);
@@ -144,31 +139,31 @@ EngineArgs model_args(const ModelShape& shape, const Layout& layout, const char*
   return args;
 }
 
-std::tuple<Tensor, Tensor> step(const Tensor& packed, IntArrayRef shape_fields, const Tensor& cache,
-                                const Tensor& slots, IntArrayRef rows, IntArrayRef starts, IntArrayRef counts,
-                                IntArrayRef ids, IntArrayRef wanted, at::TensorList sampling, IntArrayRef positions) {
+std::tuple<Tensor, Tensor> step(const Tensor& packed, const Ints& shape_fields, const Tensor& cache,
+                                const Tensor& slots, const Ints& rows, const Ints& starts, const Ints& counts,
+                                const Ints& ids, const Ints& wanted, const TensorList& sampling,
+                                const Ints& positions) {
   const ModelShape shape(shape_fields);
   const Layout layout(shape);
   const int64_t N = static_cast<int64_t>(ids.size()), M = static_cast<int64_t>(wanted.size()), V = shape.vocab_size;
   layout.check(packed);
-  TORCH_CHECK_VALUE(cache.is_contiguous() && cache.scalar_type() == shape.cache_dtype() &&
-                        cache.numel() % shape.cache_elements_per_token() == 0,
-                    "engine: the cache must be contiguous ", shape.cache_dtype(), " with a multiple of ",
-                    shape.cache_elements_per_token(), " elements, got ", cache.sizes(), " ", cache.scalar_type());
-  TORCH_CHECK_VALUE(
-      sampling.empty() || (sampling.size() == SamplingTensors::COUNT && positions.size() == wanted.size()),
-      "engine: sampling needs temperature, top_k, top_p, min_p, seed, and a position for each wanted token");
+  CHECK_VALUE(cache.is_contiguous() && cache.scalar_type() == shape.cache_dtype() &&
+                  cache.numel() % shape.cache_elements_per_token() == 0,
+              "engine: the cache must be contiguous ", shape.cache_dtype(), " with a multiple of ",
+              shape.cache_elements_per_token(), " elements, got ", cache.sizes(), " ", cache.scalar_type());
+  CHECK_VALUE(sampling.empty() || (sampling.size() == SamplingTensors::COUNT && positions.size() == wanted.size()),
+              "engine: sampling needs temperature, top_k, top_p, min_p, seed, and a position for each wanted token");
   for (const int64_t id : ids)
-    TORCH_CHECK_INDEX(id >= 0 && id < V, "engine: token id ", id, " is out of range for a vocabulary of ", V);
+    CHECK_INDEX(id >= 0 && id < V, "engine: token id ", id, " is out of range for a vocabulary of ", V);
   for (const int64_t t : wanted)
-    TORCH_CHECK_INDEX(t >= 0 && t < N, "engine: wanted token ", t, " is out of range for ", N, " ids");
+    CHECK_INDEX(t >= 0 && t < N, "engine: wanted token ", t, " is out of range for ", N, " ids");
   const int64_t n_slots = cache.numel() / shape.cache_elements_per_token();
   const auto segments = make_segments(slots, n_slots, rows, starts, counts, N, shape.block_size);
   const auto in_row = token_positions(segments);
 
   const char* model = static_cast<const char*>(packed.const_data_ptr());
   const auto layers = layout.layers(model);
-  const Tensor padded_logits = make_tensor({M, round_up(V, PANEL)}, at::TensorOptions(at::kFloat));
+  const Tensor padded_logits = make_tensor({M, round_up(V, PANEL)}, kFloat);
   EngineArgs args = model_args(shape, layout, model, layers);
   args.N = N;
   args.segments = segments.data();
@@ -185,7 +180,7 @@ std::tuple<Tensor, Tensor> step(const Tensor& packed, IntArrayRef shape_fields, 
   return {logits, sample_ids(logits, sampling, positions)};
 }
 
-TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("engine_step", step); }
+const Kernels kernels = Kernels("CPU").add<step>("engine_step");
 
 }  // namespace
 }  // namespace gptfast

@@ -10,10 +10,7 @@
 // Only the CPU, the level, the sizes and that setting decide this, so runs repeat bit for bit.
 #include "matmul.h"
 
-#include <ATen/Context.h>
-#include <ATen/ops/add.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <climits>
 
@@ -27,8 +24,6 @@ extern "C" [[gnu::weak]] void sgemm_(const char* op_a, const char* op_b, const i
 
 namespace gptfast {
 namespace {
-
-using at::Tensor;
 
 bool is_intel() {
 #ifdef __x86_64__
@@ -67,7 +62,7 @@ Parts parts_in_use() {
   return chosen_by_user().value_or(true) && n <= parts->max_parts ? Parts{parts, n} : Parts{};
 }
 
-bool is_fp32_or_bf16(const Tensor& t) { return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16; }
+bool is_fp32_or_bf16(const Tensor& t) { return t.scalar_type() == kFloat || t.scalar_type() == kBFloat16; }
 
 enum class Product { library, fp32, bf16, parts };
 
@@ -81,13 +76,13 @@ Choice choose_product(const Tensor& out, const Tensor& a, const Tensor& b) {
   const int64_t size = std::min({a.size(0), a.size(1), b.size(1)});
   if (size < MIN_SIZE) return {Product::library};
   switch (a.scalar_type()) {
-    case at::kFloat: {
-      if (b.scalar_type() != at::kFloat || out.scalar_type() != at::kFloat) return {Product::library};
+    case kFloat: {
+      if (b.scalar_type() != kFloat || out.scalar_type() != kFloat) return {Product::library};
       const Parts parts = parts_in_use();
       if (parts.loops && (chosen_by_user() || size >= MIN_SIZE_BY_PARTS[parts.n])) return {Product::parts, parts};
       return {use_own_fp32() ? Product::fp32 : Product::library};
     }
-    case at::kBFloat16: {
+    case kBFloat16: {
       const bool own = is_fp32_or_bf16(b) && is_fp32_or_bf16(out) && chosen_by_user().value_or(true);
       return {own ? Product::bf16 : Product::library};
     }
@@ -117,9 +112,9 @@ int64_t share(int64_t size, int64_t parts, int64_t multiple) {
 
 template <class Loops, class Args>
 void multiply(const Loops& product, const Args& args) {
-  const Grid grid = best_grid(args.M, args.N, at::in_parallel_region() ? 1 : at::get_num_threads());
+  const Grid grid = best_grid(args.M, args.N, available_threads());
   const int64_t m = share(args.M, grid.rows, product.tile_rows), n = share(args.N, grid.columns, product.tile_columns);
-  at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t m0 = part / grid.columns * m, n0 = part % grid.columns * n;
       product.run(args, m0, std::min(args.M, m0 + m), n0, std::min(args.N, n0 + n));
@@ -184,7 +179,10 @@ struct BlasMatrix {
       return t.stride(inner) == 1 && t.stride(outer) >= t.size(inner) && t.stride(outer) <= INT_MAX;
     };
     // Not contiguous(): it leaves the stride of a dimension of size 1 as it is.
-    if (!fits(1, 0) && !fits(0, 1)) t = at::empty(t.sizes(), t.options()).copy_(t);
+    if (!fits(1, 0) && !fits(0, 1)) {
+      t = empty(x.sizes(), x.scalar_type());
+      copy(t, x);
+    }
     transposed = !fits(1, 0);
     stride = static_cast<int>(t.stride(transposed ? 1 : 0));
   }
@@ -205,37 +203,41 @@ void multiply_by_blas(const Tensor& out, const Tensor& a_in, const Tensor& b_in,
 // Whether to go around PyTorch's own product: with "medium" it rounds to bf16 on every CPU with AVX-512, which takes
 // twice as long on one without arithmetic in bf16.
 bool avoids_library(const Tensor& a, const Tensor& b) {
-  return sgemm_ != nullptr && a.scalar_type() == at::kFloat && parts_asked_for() == 1 && a.numel() > 0 &&
-         b.numel() > 0 && std::max({a.size(0), a.size(1), b.size(1)}) <= INT_MAX;
+  return sgemm_ != nullptr && a.scalar_type() == kFloat && parts_asked_for() == 1 && a.numel() > 0 && b.numel() > 0 &&
+         std::max({a.size(0), a.size(1), b.size(1)}) <= INT_MAX;
 }
 
 // Returns t, which may be undefined, contiguous and in a dtype.
-Tensor contiguous(const Tensor& t, at::ScalarType dtype) { return t.defined() ? t.to(dtype).contiguous() : t; }
+Tensor contiguous_in(const Tensor& t, ScalarType dtype) { return t.defined() ? contiguous(to(t, dtype)) : t; }
+
+// Returns a row as n rows, without a copy.
+Tensor repeated(const Tensor& row, int64_t n) { return row.view(0, {n, row.size(0)}, {0, 1}); }
+
+// Computes out = a b + added by PyTorch's own product; added is a row, out itself or undefined.
+void multiply_by_torch(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& added) {
+  out.with_plain([&](AtenTensorHandle c) {
+    a.with_plain([&](AtenTensorHandle left) {
+      b.with_plain([&](AtenTensorHandle right) {
+        if (!added.defined()) return check_torch(aoti_torch_cpu_mm_out(c, left, right));
+        added.with_plain(
+            [&](AtenTensorHandle sum) { check_torch(aoti_torch_cpu_addmm_out(c, sum, left, right, 1, 1)); });
+      });
+    });
+  });
+}
 
 }  // namespace
-
-int parts_asked_for() {
-  switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL)) {
-    case at::Float32Precision::TF32:  // "high"
-      return 2;
-    case at::Float32Precision::BF16:  // "medium"
-      return 1;
-    default:
-      return 3;
-  }
-}
 
 const char* matmul_provider() { return parts_in_use().loops || use_own_fp32() ? "gptfast" : "library"; }
 
 void set_matmul_provider(const std::string& name) {
-  TORCH_CHECK_VALUE(name == "gptfast" || name == "library" || name.empty(),
-                    "matmul provider must be 'gptfast', 'library' or '' (by the CPU), got '", name, "'");
+  CHECK_VALUE(name == "gptfast" || name == "library" || name.empty(),
+              "matmul provider must be 'gptfast', 'library' or '' (by the CPU), got '", name, "'");
   chosen_by_user() = name.empty() ? std::nullopt : std::optional(name == "gptfast");
 }
 
 void matmul(const Tensor& out, const Tensor& a, const Tensor& b_in, const Tensor& bias_in, bool accumulate) {
-  const at::AutoDispatchBelowAutograd guard;
-  const Tensor bias = contiguous(bias_in, a.scalar_type());
+  const Tensor bias = contiguous_in(bias_in, a.scalar_type());
   const Choice choice = choose_product(out, a, b_in);
   switch (choice.product) {
     case Product::fp32:
@@ -247,37 +249,28 @@ void matmul(const Tensor& out, const Tensor& a, const Tensor& b_in, const Tensor
     case Product::library:
       break;
   }
-  const Tensor b = b_in.to(a.scalar_type());
-  Tensor to = out;
+  const Tensor b = to(b_in, a.scalar_type());
   if (out.scalar_type() != a.scalar_type()) {
-    const Tensor product = make_tensor(out.sizes(), a.options());
+    const Tensor product = make_tensor(out.sizes(), a.scalar_type());
     matmul(product, a, b, bias);
-    accumulate ? to.add_(product) : to.copy_(product);
+    accumulate ? add(out, product) : copy(out, product);
   } else if (avoids_library(a, b)) {
-    if (bias.defined()) to.copy_(bias.expand_as(to));
-    multiply_by_blas(to, a, b, accumulate || bias.defined());
-  } else if (accumulate) {
-    at::addmm_out(to, to, a, b);
-  } else if (bias.defined()) {
-    at::addmm_out(to, bias, a, b);
+    if (bias.defined()) copy(out, repeated(bias, out.size(0)));
+    multiply_by_blas(out, a, b, accumulate || bias.defined());
   } else {
-    at::mm_out(to, a, b);
+    multiply_by_torch(out, a, b, accumulate ? out : bias);
   }
 }
 
 void linear(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias_in, const Tensor& residual) {
   if (!residual.defined()) return matmul(out, a, b, bias_in);
-  const at::AutoDispatchBelowAutograd guard;
-  const Tensor bias = contiguous(bias_in, a.scalar_type());
+  const Tensor bias = contiguous_in(bias_in, a.scalar_type());
   const Choice choice = choose_product(out, a, b);
   if (choice.product == Product::bf16) return multiply_bf16(out, a, b, bias, contiguous_rows(residual), false);
   if (choice.product == Product::parts)
     return multiply_parts(choice.parts, out, a, b, bias, contiguous_rows(residual), false);
-  Tensor to = out;
-  if (bias.defined())
-    at::add_out(to, residual, bias);
-  else
-    to.copy_(residual);
+  copy(out, bias.defined() ? repeated(bias, out.size(0)) : residual);
+  if (bias.defined()) add(out, residual);
   matmul(out, a, b, {}, true);
 }
 

@@ -1,9 +1,10 @@
 // Matrix products for the operations: the library's, or our own where the library is slow.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <string>
+
+#include "tensor.h"
+#include "torch_settings.h"
 
 namespace gptfast {
 
@@ -11,16 +12,10 @@ namespace gptfast {
 // fp32 if a has 16 bits: b and bias are then rounded to a's dtype as they are read. out's rows are contiguous, a and b
 // have any strides. Sums of 16-bit products are fp32 and rounded to their dtype once; not at all on the way to an fp32
 // out, except by the library.
-void matmul(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {},
-            bool accumulate = false);
+void matmul(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias = {}, bool accumulate = false);
 
 // Computes out (M, N) = a b + bias (N,) + residual (M, N) in out's dtype. The last two may be undefined.
-void linear(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias,
-            const at::Tensor& residual);
-
-// Returns the number of bf16 parts, 1 to 3, that make an fp32 number as exact as PyTorch's setting for CPUs asks for:
-// that of torch.set_float32_matmul_precision, or of torch.backends.mkldnn.matmul.fp32_precision.
-int parts_asked_for();
+void linear(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& residual);
 
 // Returns who multiplies fp32 matrices: "gptfast" or "library".
 const char* matmul_provider();

@@ -5,22 +5,19 @@
 namespace gptfast {
 namespace {
 
-using at::Tensor;
-
 // The smallest shares of work that a thread gets.
 constexpr int64_t COLUMNS_PER_STRIP = 64;  // whole vectors at every level
 constexpr int64_t ROWS_PER_SHARE = 16;
 
 template <class F>
 void for_each_strip(int64_t C, F f) {
-  at::parallel_for(0, (C + COLUMNS_PER_STRIP - 1) / COLUMNS_PER_STRIP, 1, [&](int64_t begin, int64_t end) {
-    f(begin * COLUMNS_PER_STRIP, std::min(C, end * COLUMNS_PER_STRIP));
-  });
+  parallel_for(0, (C + COLUMNS_PER_STRIP - 1) / COLUMNS_PER_STRIP, 1,
+               [&](int64_t begin, int64_t end) { f(begin * COLUMNS_PER_STRIP, std::min(C, end * COLUMNS_PER_STRIP)); });
 }
 
 // Returns x as the loops take it: in the result's dtype or in fp32.
 Tensor loop_input(const Norm& norm, const Tensor& x) {
-  return (x.scalar_type() == norm.dtype ? x : x.to(at::kFloat)).contiguous();
+  return contiguous(x.scalar_type() == norm.dtype ? x : to(x, kFloat));
 }
 
 NormArgs arguments(const Norm& norm, const Tensor& x, const Tensor& y, const Tensor& stats) {
@@ -41,12 +38,12 @@ NormArgs arguments(const Norm& norm, const Tensor& x, const Tensor& y, const Ten
 }  // namespace
 
 Norm make_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-               at::ScalarType dtype) {
+               ScalarType dtype) {
   if (!weight) return {{}, {}, eps, dtype};
-  TORCH_CHECK_VALUE(bias && weight->dim() == 1 && bias->sizes() == weight->sizes() && weight->size(0) == x.size(1),
-                    "norm's weight and bias must both be (", x.size(1), ",), got weight ", weight->sizes());
-  return {weight->to(at::kFloat).contiguous(),
-          bias->to(at::kFloat).contiguous(),
+  CHECK_VALUE(bias && weight->dim() == 1 && bias->sizes() == weight->sizes() && weight->size(0) == x.size(1),
+              "norm's weight and bias must both be (", x.size(1), ",), got weight ", weight->sizes());
+  return {contiguous(to(*weight, kFloat)),
+          contiguous(to(*bias, kFloat)),
           eps,
           dtype,
           weight->scalar_type(),
@@ -54,46 +51,47 @@ Norm make_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTens
 }
 
 Tensor new_stats(const Norm& norm, const Tensor& x) {
-  return at::empty({norm.weight.defined() ? x.size(0) : 0, 2}, x.options().dtype(at::kFloat));
+  return empty({norm.weight.defined() ? x.size(0) : 0, 2}, kFloat);
 }
 
 Tensor norm_fwd(const Norm& norm, const Tensor& x_in, const Tensor& stats, Stats use) {
-  if (!norm.weight.defined()) return x_in.to(norm.dtype);
-  const Tensor x = loop_input(norm, x_in), y = make_tensor(x.sizes(), x.options().dtype(norm.dtype));
+  if (!norm.weight.defined()) return to(x_in, norm.dtype);
+  const Tensor x = loop_input(norm, x_in), y = make_tensor(x.sizes(), norm.dtype);
   NormArgs args = arguments(norm, x, y, stats);
   args.compute_stats = use == Stats::compute;
-  at::parallel_for(0, args.N, ROWS_PER_SHARE,
-                   [&](int64_t begin, int64_t end) { loops().norm->normalize(args, begin, end); });
+  parallel_for(0, args.N, ROWS_PER_SHARE,
+               [&](int64_t begin, int64_t end) { loops().norm->normalize(args, begin, end); });
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Norm& norm, const Tensor& dy, const Tensor& x_in, const Tensor& stats,
                                             const Tensor& residual) {
   if (!norm.weight.defined()) {
-    const Tensor dx = dy.to(x_in.scalar_type());
-    return {residual.defined() ? dx.add_(residual) : dx, Tensor(), Tensor()};
+    const Tensor dx = to(dy, x_in.scalar_type());
+    if (residual.defined()) add(dx, residual);
+    return {dx, Tensor(), Tensor()};
   }
   const Tensor x = loop_input(norm, x_in);
-  const Tensor dx = dy.scalar_type() == x.scalar_type() ? dy : make_tensor(x.sizes(), x.options());
-  const Tensor dweight = at::empty_like(norm.weight), dbias = at::empty_like(norm.weight);
+  const Tensor dx = dy.scalar_type() == x.scalar_type() ? dy : make_tensor(x.sizes(), x.scalar_type());
+  const Tensor dweight = empty(norm.weight.sizes(), kFloat), dbias = empty(norm.weight.sizes(), kFloat);
   NormArgs args = arguments(norm, x, dy, stats);
   args.dx = dx.data_ptr();
   args.residual = residual.defined() ? residual.const_data_ptr() : nullptr;
   args.dweight = dweight.data_ptr<float>();
   args.dbias = dbias.data_ptr<float>();
   for_each_strip(args.C, [&](int64_t begin, int64_t end) { loops().norm->bwd_columns(args, begin, end); });
-  at::parallel_for(0, args.N, ROWS_PER_SHARE,
-                   [&](int64_t begin, int64_t end) { loops().norm->bwd_rows(args, begin, end); });
-  return {dx.to(x_in.scalar_type()), dweight.to(norm.weight_dtype), dbias.to(norm.bias_dtype)};
+  parallel_for(0, args.N, ROWS_PER_SHARE,
+               [&](int64_t begin, int64_t end) { loops().norm->bwd_rows(args, begin, end); });
+  return {to(dx, x_in.scalar_type()), to(dweight, norm.weight_dtype), to(dbias, norm.bias_dtype)};
 }
 
-Tensor sum_rows(const Tensor& x, at::ScalarType dtype) {
-  const Tensor sums = at::empty({x.size(1)}, x.options().dtype(at::kFloat));
+Tensor sum_rows(const Tensor& x, ScalarType dtype) {
+  const Tensor sums = empty({x.size(1)}, kFloat);
   for_each_strip(x.size(1), [&](int64_t begin, int64_t end) {
     loops().norm->sum_columns(dtype_of(x), x.const_data_ptr(), x.size(0), x.size(1), sums.data_ptr<float>(), begin,
                               end);
   });
-  return sums.to(dtype);
+  return to(sums, dtype);
 }
 
 }  // namespace gptfast

@@ -5,13 +5,11 @@
 namespace gptfast {
 namespace {
 
-using at::Tensor;
-
 // Returns the data of a parameter with one value per row.
 template <class T>
 const T* row_values(const Tensor& t, int64_t B, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == B && t.is_contiguous(), name, " must be contiguous of shape (", B,
-                    ",), got ", t.sizes());
+  CHECK_VALUE(t.dim() == 1 && t.size(0) == B && t.is_contiguous(), name, " must be contiguous of shape (", B,
+              ",), got ", t.sizes());
   return t.const_data_ptr<T>();
 }
 
@@ -19,9 +17,9 @@ const T* row_values(const Tensor& t, int64_t B, const char* name) {
 
 Tensor sample(const Tensor& logits_in, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
               const Tensor& min_p, const Tensor& seed, const Tensor& position) {
-  if (logits_in.scalar_type() == at::kDouble)
-    return reference<decltype(sample)>("gptfast::sample", logits_in, temperature, top_k, top_p, min_p, seed, position);
-  TORCH_CHECK_VALUE(logits_in.dim() == 2 && logits_in.size(1) > 0, "logits must be (B, V), got ", logits_in.sizes());
+  if (logits_in.scalar_type() == kDouble)
+    return reference<decltype(sample)>("sample", logits_in, temperature, top_k, top_p, min_p, seed, position);
+  CHECK_VALUE(logits_in.dim() == 2 && logits_in.size(1) > 0, "logits must be (B, V), got ", logits_in.sizes());
   const Tensor logits = contiguous_rows(logits_in);
   const int64_t B = logits.size(0);
   SamplingArgs args{};
@@ -37,21 +35,20 @@ Tensor sample(const Tensor& logits_in, const Tensor& temperature, const Tensor& 
   args.position = row_values<int64_t>(position, B, "position");
   for (int64_t b = 0; b < B; ++b) {
     const float t = args.temperature[b], p = args.top_p[b], m = args.min_p[b];
-    TORCH_CHECK_VALUE(t >= 0 && t < INFINITY, "temperature must be a finite number >= 0, got ", t, " in row ", b);
-    TORCH_CHECK_VALUE(args.top_k[b] >= 1, "top_k must be an integer >= 1, got ", args.top_k[b], " in row ", b);
-    TORCH_CHECK_VALUE(p > 0 && p <= 1, "top_p must be in (0, 1], got ", p, " in row ", b);
-    TORCH_CHECK_VALUE(m >= 0 && m <= 1, "min_p must be in [0, 1], got ", m, " in row ", b);
-    TORCH_CHECK_VALUE(args.position[b] >= 0, "position must be an integer >= 0, got ", args.position[b], " in row ", b);
+    CHECK_VALUE(t >= 0 && t < INFINITY, "temperature must be a finite number >= 0, got ", t, " in row ", b);
+    CHECK_VALUE(args.top_k[b] >= 1, "top_k must be an integer >= 1, got ", args.top_k[b], " in row ", b);
+    CHECK_VALUE(p > 0 && p <= 1, "top_p must be in (0, 1], got ", p, " in row ", b);
+    CHECK_VALUE(m >= 0 && m <= 1, "min_p must be in [0, 1], got ", m, " in row ", b);
+    CHECK_VALUE(args.position[b] >= 0, "position must be an integer >= 0, got ", args.position[b], " in row ", b);
   }
-  Tensor ids = at::empty({B}, logits.options().dtype(at::kLong));
+  Tensor ids = empty({B}, kLong);
   args.ids = ids.data_ptr<int64_t>();
-  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) { loops().sampling->sample(args, begin, end); });
+  parallel_for(0, B, 1, [&](int64_t begin, int64_t end) { loops().sampling->sample(args, begin, end); });
   for (int64_t b = 0; b < B; ++b)
-    TORCH_CHECK_VALUE(args.ids[b] >= 0, "logits row ", b,
-                      " has NaN, +inf or nothing but -inf; check the model's output");
+    CHECK_VALUE(args.ids[b] >= 0, "logits row ", b, " has NaN, +inf or nothing but -inf; check the model's output");
   return ids;
 }
 
-TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("sample", sample); }
+const Kernels kernels = Kernels("CPU").add<sample>("sample");
 
 }  // namespace gptfast

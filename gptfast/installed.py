@@ -45,12 +45,6 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def minor(version: str) -> str:
-    """Return the first two numbers of a version: 2.13 of 2.13.0+cpu."""
-    found = re.match(r"\d+\.\d+", version)
-    return found[0] if found else version
-
-
 def namesake() -> str:
     """Return the version of the other project's distribution if that is installed, or "".
 
@@ -80,11 +74,11 @@ def refusal() -> str:
     )
 
 
-def why_not_loaded(torch_version: str) -> str:
-    """Return why the C++ kernels of this copy cannot run with a PyTorch, or "" if nothing says so.
+def why_not_loaded() -> str:
+    """Return why this copy has no C++ kernels that could run, or "" if nothing says so.
 
     The answer is one line with its remedy. It comes from the build: what kept it from compiling the
-    kernels, or the PyTorch that it compiled them against.
+    kernels, or that an earlier gptfast compiled them, whose kernels fit one version of PyTorch.
     """
     try:
         built = json.loads(BUILT.read_text("utf-8"))
@@ -92,11 +86,7 @@ def why_not_loaded(torch_version: str) -> str:
         return ""
     except (OSError, ValueError) as error:
         return f"{BUILT} cannot be read: {error}; reinstall {DISTRIBUTION}"
-    if built["missing"]:
-        return built["missing"]
-    if minor(built["torch"]) == minor(torch_version):
-        return ""
-    return (
-        f"they were built with torch {built['torch']}, and this is torch {torch_version}; run "
-        f"{REBUILD}, or pip install 'torch=={minor(built['torch'])}.*'"
-    )
+    if not built["missing"] and "torch" in built:  # another torch might crash with them
+        alone = f"for torch {built['torch']} alone"
+        return f"they were built {alone}, by an earlier gptfast; run {REBUILD}"
+    return built["missing"]

@@ -66,10 +66,12 @@ def test_the_cache_goes_back_to_the_system() -> None:
     assert before - resident() > 200 * 2**20
 
 
-def test_storage_can_be_resized_and_shared() -> None:
+def test_storage_can_be_shared_but_not_resized() -> None:
+    """PyTorch resizes only what its own allocators gave; its stable interface takes no others."""
     x = tensor(2, 3.0)
-    x.untyped_storage().resize_(16)
-    assert x.untyped_storage().nbytes() == 16
+    with pytest.raises(RuntimeError, match="storage that is not resizable"):
+        x.untyped_storage().resize_(16)
+    assert (x == 3).all()
     y = tensor(2, 4.0).share_memory_()
     assert y.is_shared() and (y == 4).all()
 

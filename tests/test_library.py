@@ -320,6 +320,21 @@ def test_float64_is_served_by_the_reference(isa: str) -> None:
         assert torch.equal(drawn, ops.sample(logits, top_k=5, seed=1))
 
 
+def test_errors_of_the_reference_stay_what_they_are(
+    isa: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """C++ kernels call it through PyTorch, which would print them and raise RuntimeError."""
+    x, target = randn(2, 5, dtype=torch.float64), torch.tensor([1, 7])
+    with pytest.raises(IndexError, match="out of range") as raised:
+        gptfast_ops.cross_entropy_fwd(x, target, *CROSS_ENTROPY)
+    assert any("kernels" in str(entry.path) for entry in raised.traceback)
+    x[1, 3] = torch.nan
+    with pytest.raises(ValueError, match="row 1 has NaN"):
+        ops.sample(x)
+    assert gptfast_ops.cross_entropy_fwd(x[:1], target[:1], *CROSS_ENTROPY)[0].isfinite()
+    assert capfd.readouterr() == ("", "")
+
+
 class NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -508,6 +523,11 @@ print(ops.cross_entropy(logits, target).item())
         f"'sve2' is not one this CPU has (unset GPTFAST_ISA or choose one of: {ENGINE_LEVELS[0]}"
         in result.stderr.splitlines()[-1]
     )
+
+
+def test_the_kernels_read_the_settings_of_this_torch(cpp: None) -> None:
+    """They are no part of PyTorch's stable interface: csrc/torch_settings.cpp has their names."""
+    assert EXTENSION.build_info()["reads_settings"]
 
 
 def test_an_old_torch_is_refused_in_one_line() -> None:

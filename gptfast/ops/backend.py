@@ -23,8 +23,7 @@ IMPLEMENTATIONS: dict[str, dict[OpOverload, Callable]] = {"reference": {}, "trit
 
 def _load_extension() -> tuple[ModuleType | None, str]:
     """Return the C++ extension and "", or None and the reason why it is not there."""
-    # Asked first: a library that was compiled against another PyTorch may crash the process.
-    if reason := why_not_loaded(torch.__version__):
+    if reason := why_not_loaded():
         return None, reason
     try:
         return importlib.import_module("gptfast._C"), ""
@@ -44,6 +43,10 @@ def _choose_isa() -> str:
 
 
 EXTENSION, MISSING = _load_extension()
+if EXTENSION is not None:
+    # GNU OpenMP's threads do not survive a fork: a child that opened a parallel region, in our
+    # kernels, in MKL's products or in PyTorch's operators, would wait for them forever.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 TRITON_MISSING = "" if importlib.util.find_spec("triton") else "triton is not installed"
 # Not raised at import, where the caller could not catch it and would see a traceback.
 ISA_ERROR = _choose_isa()

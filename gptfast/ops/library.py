@@ -7,9 +7,11 @@ the CPU under the same names.
 
 import importlib
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,8 +35,14 @@ from gptfast.torch_private import (
 )
 
 LIBRARY = torch.library.Library("gptfast", "DEF")
+# The same operators, always computed by their references: what C++ kernels call with float64.
+_REFERENCES = torch.library.Library("gptfast_reference", "DEF")
 # torch.amp.is_autocast_available would tell, but torch.compile cannot follow it before torch 2.12.
 _WITHOUT_AUTOCAST = tuple("fpga hip ideep lazy meta mkldnn opencl opengl ve vulkan".split())
+_OTHER_SOURCES = (
+    f"{getattr(EXTENSION, '__file__', None)} was compiled from other sources than this gptfast; "
+    f"run make, or {REBUILD}"
+)
 
 
 class _Fallback:
@@ -73,17 +81,49 @@ class _Launcher:
             return launcher(*args)
 
 
-def _define(schema: str) -> None:
-    """Define an operator. Raises ImportError if its C++ kernel takes other arguments."""
-    try:
-        LIBRARY.define(schema)
-    except RuntimeError as error:
-        if EXTENSION is None or "C++ kernel" not in str(error):
-            raise
-        raise ImportError(
-            f"{EXTENSION.__file__} was compiled from other sources than this gptfast; run make, or "
-            f"{REBUILD}"
-        ) from None
+class _Keeping:
+    """A reference for a C++ kernel: PyTorch loses what is raised there, so the module keeps it."""
+
+    def __init__(self, reference: Callable, results: int) -> None:
+        self.reference, self.results = reference, results
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self.reference(*args)
+        except Exception as error:
+            assert EXTENSION is not None
+            EXTENSION.keep_error(error)
+        nothing = tuple(torch.empty(0, dtype=torch.uint8) for _ in range(self.results))
+        return nothing[0] if self.results == 1 else nothing or None
+
+
+def define(schema: str) -> OpOverload:
+    """Define the operator `gptfast::<schema>` and return it.
+
+    Raises ImportError if its C++ kernel takes or returns something else.
+    """
+    name, types = schema[: schema.index("(")], _types(schema)
+    if _kernels().get(name, types) != types:
+        raise ImportError(_OTHER_SOURCES)
+    LIBRARY.define(schema)
+    return getattr(torch.ops.gptfast, name).default
+
+
+def _types(schema: str) -> str:
+    """Return the types in a schema as the C++ module writes them: "Tensor, int[] -> Tensor"."""
+    sides = re.sub(r"\(\w!\)", "", schema[schema.index("(") :]).split(" -> ")
+    parts = ([part for part in side.strip("()").split(", ") if part] for side in sides)
+    return " -> ".join(", ".join(part.split()[0] for part in side) for side in parts)
+
+
+@cache
+def _kernels() -> dict[str, str]:
+    """Return the types of each operator that has a C++ kernel, by its name."""
+    if EXTENSION is None:
+        return {}
+    if not hasattr(EXTENSION, "signatures"):
+        raise ImportError(_OTHER_SOURCES)
+    return EXTENSION.signatures()
 
 
 def register(schema: str, reference: Callable, fake: Callable) -> OpOverload:
@@ -94,8 +134,7 @@ def register(schema: str, reference: Callable, fake: Callable) -> OpOverload:
     reference's name and file.
     """
     name = schema[: schema.index("(")]
-    _define(schema)
-    op = getattr(torch.ops.gptfast, name).default
+    op = define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if TRITON_MISSING:
         line = f"gptfast: {TRITON_MISSING}; the GPU runs the slower PyTorch reference"
@@ -106,7 +145,12 @@ def register(schema: str, reference: Callable, fake: Callable) -> OpOverload:
     if EXTENSION is None:
         line = f"gptfast: no C++ kernels ({MISSING}); the CPU runs the slower PyTorch reference"
         LIBRARY.impl(name, _Fallback(reference, line), "CPU")
-    elif ISA_ERROR:
+    else:
+        _REFERENCES.define(schema)
+        results = _types(schema).partition(" -> ")[2]
+        keeping = _Keeping(reference, results.count("Tensor"))
+        _REFERENCES.impl(name, keeping, "CompositeExplicitAutograd")
+    if ISA_ERROR:
         with warnings.catch_warnings(
             action="ignore"
         ):  # about the kernel that it overrides on purpose
