@@ -111,7 +111,11 @@ struct Results<std::tuple<T...>> {
   static void give(StableIValue* stack, const std::tuple<T...>& all) {
     std::apply([&](const T&... each) { ((*stack++ = Argument<T>::give(each)), ...); }, all);
   }
-  static std::tuple<T...> take(const StableIValue* stack) { return {Argument<T>::take(*stack++)...}; }
+  static std::tuple<T...> take(const StableIValue* stack) { return take(stack, std::index_sequence_for<T...>()); }
+  template <size_t... i>
+  static std::tuple<T...> take(const StableIValue* stack, std::index_sequence<i...>) {
+    return std::tuple<T...>(Argument<T>::take(stack[i])...);
+  }
 };
 template <>
 struct Results<void> {
@@ -128,8 +132,7 @@ struct Boxed<function, Result(Args...)> {
   using Taken = std::tuple<std::decay_t<Args>...>;
 
   static void call(StableIValue* stack, uint64_t, uint64_t) {
-    const StableIValue* next = stack;
-    const Taken args{Argument<std::decay_t<Args>>::take(*next++)...};
+    const Taken args = Results<Taken>::take(stack);
     if constexpr (std::is_void_v<Result>)
       std::apply(function, args);
     else
