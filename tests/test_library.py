@@ -554,7 +554,7 @@ def test_the_versions_of_torch_are_the_same_everywhere() -> None:
     short = [version.rpartition(".")[0] for version in (usual, *others)]
     readme = (root / "README.md").read_text("utf-8")
     assert f"# {oldest} or newer" in readme and short[1] == oldest
-    told = "torch {} and Python 3.11, in part with torch {} and {}."
+    told = "torch {} and Python 3.11, in part with torch {} and {}"
     assert told.format(*short) in " ".join(readme.split())
 
 
