@@ -1,4 +1,8 @@
 // The Python module: information about the build, and a few switches. Tensors go through the operators.
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +13,7 @@
 #include "level.h"
 #include "matmul.h"
 #include "operators.h"
+#include "torch_settings.h"
 
 namespace gptfast {
 namespace {
@@ -38,30 +43,42 @@ pybind11::dict build_info() {
 #endif
   info["openmp_runtimes"] = openmp_runtimes();
   info["matmul"] = matmul_provider();
-  info["reads_settings"] = torch_tells_settings();
+  std::vector<std::string> unknown;
+  if (!torch_tells_precision()) unknown.push_back("torch.set_float32_matmul_precision");
+  if (!torch_tells_filling()) unknown.push_back("torch.utils.deterministic.fill_uninitialized_memory");
+  info["unknown_settings"] = unknown;
   return info;
 }
 
-// The error of a reference that PyTorch called for a kernel, until it is raised: PyTorch would not pass it on.
-thread_local PyObject* kept_error = nullptr;
+void give_back(PyObject* error) {
+  if (!Py_IsInitialized()) return;
+  const pybind11::gil_scoped_acquire gil;
+  Py_DECREF(error);
+}
 
-// What pybind11 turns into the kept error, with its type, text and traceback.
+// An error of Python's as an exception of C++, which pybind11 turns into it again, with its type, text and traceback.
 class KeptError : public pybind11::builtin_exception {
  public:
-  KeptError() : builtin_exception("") {}
-  void set_error() const override {
-    PyObject* const error = std::exchange(kept_error, nullptr);
-    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error)), error);
-    Py_DECREF(error);
-  }
+  KeptError(const pybind11::object& error, const std::string& text)
+      : builtin_exception(text), error_(error.inc_ref().ptr(), give_back) {}
+  void set_error() const override { PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error_.get())), error_.get()); }
+
+ private:
+  std::shared_ptr<PyObject> error_;
 };
 
-void keep_error(const pybind11::object& error) { Py_XDECREF(std::exchange(kept_error, error.inc_ref().ptr())); }
+// That of a reference that PyTorch called for a kernel, until it is thrown: PyTorch would not pass it on.
+thread_local std::optional<KeptError> kept_error;
+
+void keep_error(const pybind11::object& error, const std::string& text) { kept_error.emplace(error, text); }
 
 }  // namespace
 
 void throw_kept_error() {
-  if (kept_error) throw KeptError();
+  if (!kept_error) return;
+  const KeptError error = *kept_error;
+  kept_error.reset();
+  throw error;
 }
 
 void throw_value_error(const std::string& message) { throw pybind11::value_error(message); }
@@ -69,10 +86,18 @@ void throw_index_error(const std::string& message) { throw pybind11::index_error
 
 }  // namespace gptfast
 
+#ifdef _OPENMP
+// GNU OpenMP's threads do not survive a fork. Python's forks set PyTorch's number of threads, too (ops/backend.py).
+void serial_after_fork() { omp_set_num_threads(1); }
+#endif
+
 PYBIND11_MODULE(_C, m) {
+#ifdef _OPENMP
+  pthread_atfork(nullptr, nullptr, serial_after_fork);
+#endif
   m.doc() = "gptfast's C++ kernels; the operators register themselves with PyTorch on import.";
   m.def("build_info", &gptfast::build_info,
-        "Return the level, compiler and OpenMP libraries of this build, and whether it reads PyTorch's settings.");
+        "Return the level, compiler and OpenMP libraries of this build, and which settings PyTorch does not tell it.");
   m.def("set_isa", &gptfast::set_level,
         "Choose the instruction-set level by its name; build_info()['isa_supported'] lists those this CPU has.");
   m.def("set_matmul_provider", &gptfast::set_matmul_provider,
@@ -81,6 +106,6 @@ PYBIND11_MODULE(_C, m) {
         "Return the arguments and results of each operator that has a kernel here.");
   m.def(
       "keep_error", &gptfast::keep_error,
-      "Keep the exception of a reference that this module called through PyTorch, which raises it when that returns.");
+      "Keep the exception, with its text, of a reference that this module called through PyTorch, and raise it then.");
   m.def("empty_cache", &gptfast::empty_cache, "Give the memory of freed tensors back to the system.");
 }

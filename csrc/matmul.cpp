@@ -219,6 +219,9 @@ void multiply_by_torch(const Tensor& out, const Tensor& a, const Tensor& b, cons
     a.with_plain([&](AtenTensorHandle left) {
       b.with_plain([&](AtenTensorHandle right) {
         if (!added.defined()) return check_torch(aoti_torch_cpu_mm_out(c, left, right));
+        // Given another tensor of the same memory, PyTorch would copy it onto itself.
+        if (added.const_data_ptr() == out.const_data_ptr())
+          return check_torch(aoti_torch_cpu_addmm_out(c, c, left, right, 1, 1));
         added.with_plain(
             [&](AtenTensorHandle sum) { check_torch(aoti_torch_cpu_addmm_out(c, sum, left, right, 1, 1)); });
       });
@@ -253,7 +256,7 @@ void matmul(const Tensor& out, const Tensor& a, const Tensor& b_in, const Tensor
   if (out.scalar_type() != a.scalar_type()) {
     const Tensor product = make_tensor(out.sizes(), a.scalar_type());
     matmul(product, a, b, bias);
-    accumulate ? add(out, product) : copy(out, product);
+    accumulate ? add(out, out, product) : copy(out, product);
   } else if (avoids_library(a, b)) {
     if (bias.defined()) copy(out, repeated(bias, out.size(0)));
     multiply_by_blas(out, a, b, accumulate || bias.defined());
@@ -269,8 +272,10 @@ void linear(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& b
   if (choice.product == Product::bf16) return multiply_bf16(out, a, b, bias, contiguous_rows(residual), false);
   if (choice.product == Product::parts)
     return multiply_parts(choice.parts, out, a, b, bias, contiguous_rows(residual), false);
-  copy(out, bias.defined() ? repeated(bias, out.size(0)) : residual);
-  if (bias.defined()) add(out, residual);
+  if (bias.defined())
+    add(out, to(residual, out.scalar_type()), repeated(bias, out.size(0)));
+  else
+    copy(out, residual);
   matmul(out, a, b, {}, true);
 }
 

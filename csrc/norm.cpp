@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Norm& norm, const Tensor& dy, 
                                             const Tensor& residual) {
   if (!norm.weight.defined()) {
     const Tensor dx = to(dy, x_in.scalar_type());
-    if (residual.defined()) add(dx, residual);
+    if (residual.defined()) add(dx, dx, residual);
     return {dx, Tensor(), Tensor()};
   }
   const Tensor x = loop_input(norm, x_in);

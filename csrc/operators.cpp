@@ -34,7 +34,9 @@ void Kernels::add(const char* name, void (*call)(StableIValue*, uint64_t, uint64
 void call_reference(const char* name, StableIValue* stack) {
   const NoGrad guard;
   const std::string whole_name = text("gptfast_reference::", name);
-  check_torch(torch_call_dispatcher(whole_name.c_str(), "", stack, TORCH_ABI_VERSION));
+  const AOTITorchError error = torch_call_dispatcher(whole_name.c_str(), "", stack, TORCH_ABI_VERSION);
+  if (error) throw_kept_error();  // which says more
+  check_torch(error);
 }
 
 }  // namespace gptfast

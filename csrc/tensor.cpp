@@ -1,7 +1,6 @@
 #include "tensor.h"
 
 #include <omp.h>
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "torch_settings.h"
 
@@ -11,8 +10,8 @@ extern "C" [[gnu::weak]] const char* torch_exception_get_what_without_backtrace(
 namespace gptfast {
 namespace {
 
-// The dtypes that PyTorch's C interface names, by what it calls them. Not all of newer PyTorches' dtypes: those are
-// Undefined here, and no operator takes them.
+// The dtypes that PyTorch 2.11's C interface names, by what it calls them. Newer ones are Undefined here, and no
+// operator takes them.
 std::vector<std::pair<int32_t, ScalarType>> known_dtypes() {
   return {{aoti_torch_dtype_float32(), kFloat},
           {aoti_torch_dtype_bfloat16(), kBFloat16},
@@ -25,7 +24,15 @@ std::vector<std::pair<int32_t, ScalarType>> known_dtypes() {
           {aoti_torch_dtype_int16(), ScalarType::Short},
           {aoti_torch_dtype_bool(), ScalarType::Bool},
           {aoti_torch_dtype_complex64(), ScalarType::ComplexFloat},
-          {aoti_torch_dtype_complex128(), ScalarType::ComplexDouble}};
+          {aoti_torch_dtype_complex128(), ScalarType::ComplexDouble},
+          {aoti_torch_dtype_complex32(), ScalarType::ComplexHalf},
+          {aoti_torch_dtype_uint16(), ScalarType::UInt16},
+          {aoti_torch_dtype_uint32(), ScalarType::UInt32},
+          {aoti_torch_dtype_uint64(), ScalarType::UInt64},
+          {aoti_torch_dtype_float8_e5m2(), ScalarType::Float8_e5m2},
+          {aoti_torch_dtype_float8_e4m3fn(), ScalarType::Float8_e4m3fn},
+          {aoti_torch_dtype_float8_e5m2fnuz(), ScalarType::Float8_e5m2fnuz},
+          {aoti_torch_dtype_float8_e4m3fnuz(), ScalarType::Float8_e4m3fnuz}};
 }
 const std::vector<std::pair<int32_t, ScalarType>>& dtypes() {
   static const auto known = known_dtypes();
@@ -65,15 +72,16 @@ void fill_new(const Tensor& t) {
 }
 
 template <class T, class U>
-void add_rows(const Tensor& to, const Tensor& from) {
-  T* const t = to.data_ptr<T>();
-  const U* const f = from.const_data_ptr<U>();
-  const int64_t C = to.size(1), t_stride = to.stride(0), f_stride = from.stride(0);
+void add_rows(const Tensor& to, const Tensor& a, const Tensor& b) {
+  T* const out = to.data_ptr<T>();
+  const T* const x = a.const_data_ptr<T>();
+  const U* const y = b.const_data_ptr<U>();
+  const int64_t C = to.size(1), out_stride = to.stride(0), x_stride = a.stride(0), y_stride = b.stride(0);
   parallel_for(0, to.size(0), 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t j = 0; j < C; ++j)
-        t[i * t_stride + j] =
-            static_cast<T>(static_cast<float>(t[i * t_stride + j]) + static_cast<float>(f[i * f_stride + j]));
+        out[i * out_stride + j] =
+            static_cast<T>(static_cast<float>(x[i * x_stride + j]) + static_cast<float>(y[i * y_stride + j]));
   });
 }
 
@@ -100,7 +108,7 @@ std::ostream& operator<<(std::ostream& out, IntArrayRef list) {
 int32_t torch_dtype(ScalarType dtype) {
   for (const auto& [number, known] : dtypes())
     if (known == dtype) return number;
-  throw std::runtime_error(text("gptfast's C++ kernels make no tensors of dtype ", dtype));
+  throw_value_error(text("gptfast's C++ kernels make no tensors of dtype ", dtype));
 }
 ScalarType dtype_of_torch(int32_t dtype) {
   for (const auto& [number, known] : dtypes())
@@ -212,8 +220,9 @@ namespace {
 
 Tensor empty_strided(IntArrayRef sizes, IntArrayRef strides, ScalarType dtype) {
   AtenTensorHandle handle;
-  check_torch(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                       torch_dtype(dtype), aoti_torch_device_type_cpu(), -1, &handle));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), torch_dtype(dtype),
+                               aoti_torch_device_type_cpu(), -1, &handle))
+    throw std::runtime_error(text("no memory for a tensor ", sizes, " of dtype ", dtype));
   Tensor made(handle);
   if (torch_fills_new_memory()) fill_new(made);
   return made;
@@ -264,11 +273,10 @@ void copy(const Tensor& to, const Tensor& from) {
   });
 }
 
-void add(const Tensor& to, const Tensor& from_in) {
-  const Tensor from = contiguous_rows(from_in);
-  with_type(to.scalar_type(), [&](auto t) {
-    with_type(from.scalar_type(), [&](auto f) { add_rows<decltype(t), decltype(f)>(to, from); });
-  });
+void add(const Tensor& to, const Tensor& a_in, const Tensor& b_in) {
+  const Tensor a = contiguous_rows(a_in), b = contiguous_rows(b_in);
+  with_type(a.scalar_type(),
+            [&](auto x) { with_type(b.scalar_type(), [&](auto y) { add_rows<decltype(x), decltype(y)>(to, a, b); }); });
 }
 
 void zero(const Tensor& t) {

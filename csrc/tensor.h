@@ -1,7 +1,8 @@
 // Tensors as the wrappers see them: memory that PyTorch owns, with sizes, strides and a dtype.
 //
-// All of PyTorch that the wrappers use is its stable C interface (torch/csrc/stable/c/shim.h and what it includes), so
-// that one compiled module serves every PyTorch from 2.11 on. Views are made here, without PyTorch. What PyTorch itself
+// All of PyTorch that the wrappers use is its stable C interface (torch/csrc/stable/c/shim.h and what it includes), but
+// for two products (matmul.cpp) and what PyTorch is set to (torch_settings.h). So one compiled module serves every
+// PyTorch from 2.11 on. Views are made here, without PyTorch. What PyTorch itself
 // computes with has no place in autograd's graph.
 #pragma once
 
@@ -12,8 +13,10 @@
 
 #include <algorithm>
 #include <array>
+#include <exception>
 #include <initializer_list>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <ostream>
 #include <sstream>
@@ -45,7 +48,8 @@ std::string text(const Parts&... parts) {
 #define CHECK_INDEX(condition, ...) \
   if (!(condition)) ::gptfast::throw_index_error(::gptfast::text(__VA_ARGS__))
 
-// Throws RuntimeError if a function of PyTorch's C interface failed. PyTorch has then written its reason to stderr.
+// Throws RuntimeError if a function of PyTorch's C interface failed: with its reason, which PyTorches before 2.13 only
+// write to stderr.
 void check_torch(AOTITorchError error);
 
 // Integers that someone else keeps.
@@ -148,7 +152,8 @@ Tensor contiguous(const Tensor& t);
 Tensor to(const Tensor& t, ScalarType dtype);
 
 void copy(const Tensor& to, const Tensor& from);  // of one shape, of any dtypes
-void add(const Tensor& to, const Tensor& from);   // to += from, in fp32; (N, C) of one shape, in fp32, bf16 or fp16
+// to = a + b, computed in fp32: (N, C) in fp32, bf16 or fp16, `to` and a in one dtype; `to` may be a.
+void add(const Tensor& to, const Tensor& a, const Tensor& b);
 void zero(const Tensor& t);
 double item(const Tensor& t);  // the number in a tensor of one element
 
@@ -188,11 +193,26 @@ T* Tensor::data_ptr() const {
   return static_cast<T*>(data_ptr());
 }
 
-// Calls f(begin, end) on shares of begin .. end, by several threads if there are more items than grain.
+// Calls f(begin, end) on shares of begin .. end, by several threads if there are more items than grain. Throws what f
+// throws; PyTorch would make another error of it.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  const auto call = [](int64_t b, int64_t e, void* context) { (*static_cast<const F*>(context))(b, e); };
-  check_torch(torch_parallel_for(begin, end, grain, call, const_cast<F*>(&f)));
+  struct Work {
+    const F& f;
+    std::mutex mutex;
+    std::exception_ptr error;
+  } work{f, {}, {}};
+  const auto call = [](int64_t b, int64_t e, void* context) {
+    Work& work = *static_cast<Work*>(context);
+    try {
+      work.f(b, e);
+    } catch (...) {
+      const std::lock_guard lock(work.mutex);
+      work.error = std::current_exception();
+    }
+  };
+  check_torch(torch_parallel_for(begin, end, grain, call, &work));
+  if (work.error) std::rethrow_exception(work.error);
 }
 
 // The number of threads that a parallel region has, if one is opened here.

@@ -28,14 +28,15 @@ constexpr int TF32 = 2, BF16 = 3;  // "high" and "medium"
 
 }  // namespace
 
-bool torch_tells_settings() { return torch_context && torch_deterministic && torch_fills && torch_precision; }
+bool torch_tells_precision() { return torch_context && torch_precision; }
+bool torch_tells_filling() { return torch_context && torch_deterministic && torch_fills; }
 
 bool torch_fills_new_memory() {
-  return torch_tells_settings() && torch_deterministic(torch_context()) && torch_fills(torch_context());
+  return torch_tells_filling() && torch_deterministic(torch_context()) && torch_fills(torch_context());
 }
 
 int parts_asked_for() {
-  if (!torch_tells_settings()) return 3;
+  if (!torch_tells_precision()) return 3;
   const int precision = torch_precision(torch_context(), MKLDNN, MATMUL);
   return precision == BF16 ? 1 : precision == TF32 ? 2 : 3;
 }

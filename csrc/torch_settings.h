@@ -6,8 +6,9 @@
 
 namespace gptfast {
 
-// Whether PyTorch has the functions that the others ask.
-bool torch_tells_settings();
+// Whether PyTorch has the functions that the two below ask.
+bool torch_tells_precision();
+bool torch_tells_filling();
 
 // Whether PyTorch writes NaN to new memory: torch.utils.deterministic.fill_uninitialized_memory.
 bool torch_fills_new_memory();

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -13,10 +14,12 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ENGINE_LEVELS
+from conftest import ENGINE_LEVELS, PRODUCTS
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 from gptfast import ops, use_backend
+from gptfast.ops.adamw import grad_norm
 from gptfast.ops.backend import EXTENSION
 from gptfast.ops.library import autocast_enabled, operators
 from gptfast.torch_private import OLDEST_TORCH, check_version
@@ -511,6 +514,7 @@ def test_gptfast_isa_of_another_machine(cpp: None) -> None:
     code = """
 import torch
 from gptfast import ops, use_backend
+from gptfast.ops.adamw import grad_norm
 logits, target = torch.zeros(2, 4), torch.tensor([1, 2])
 with use_backend("reference"):
     print(ops.cross_entropy(logits, target).item())
@@ -527,7 +531,55 @@ print(ops.cross_entropy(logits, target).item())
 
 def test_the_kernels_read_the_settings_of_this_torch(cpp: None) -> None:
     """They are no part of PyTorch's stable interface: csrc/torch_settings.cpp has their names."""
-    assert EXTENSION.build_info()["reads_settings"]
+    assert EXTENSION.build_info()["unknown_settings"] == []
+
+
+def test_errors_of_a_reference_reach_who_called_it(cpp: None) -> None:
+    """C++ kernels call it for float64. Its error is that of this call, and of no later one."""
+    embed = torch.ops.gptfast.embedding_fwd
+    weight, there = torch.randn(4, 8, dtype=torch.float64), torch.tensor([1])
+    traced = torch.jit.trace(lambda w, i: embed(w, i), (weight, there))
+    with pytest.raises(RuntimeError, match=r"IndexError: .*\[0, 4\)"):  # the only kind it raises
+        traced(weight, torch.tensor([9]))
+    assert torch.equal(embed(weight, there), weight[1:2])
+    with pytest.raises(IndexError, match=r"\[0, 4\)"):
+        embed(weight, torch.tensor([9]))
+
+
+def test_a_reference_is_interrupted(cpp: None) -> None:
+    logits = torch.randn(64, 5000, dtype=torch.float64)
+    targets = torch.zeros(64, dtype=torch.int64)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                torch.ops.gptfast.cross_entropy_fwd(logits, targets, -100, 0.0, 0.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_errors_in_a_parallel_region_keep_their_type(cpp: None) -> None:
+    with pytest.raises(ValueError, match="take float32, bfloat16 and float16, got Int"):
+        grad_norm([torch.ones(4, dtype=torch.int32)])
+
+
+def test_accumulating_products_copy_nothing(cpp: None) -> None:
+    """PyTorch's own product adds to its result where that stands."""
+    x, weight = torch.randn(64, 64), torch.randn(64, 64)
+    EXTENSION.set_matmul_provider("library")
+    try:
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiled:
+            torch.ops.gptfast.linear_fwd(x, None, None, 0.0, weight, None, x, None)
+    finally:
+        EXTENSION.set_matmul_provider(PRODUCTS)
+    counts = {event.key: event.count for event in profiled.key_averages()}
+    assert counts["aten::copy_"] == 1  # of the residual
 
 
 def test_an_old_torch_is_refused_in_one_line() -> None:

@@ -27,6 +27,8 @@ class Info:
             print(f"matrix engine: {build['matrix_engine']}")
             if len(build["openmp_runtimes"]) > 1:
                 print(f"warning: several OpenMP runtimes: {', '.join(build['openmp_runtimes'])}")
+            if unknown := build["unknown_settings"]:
+                print(f"warning: this torch's default counts, whatever is set by {unknown}")
         print(f"threads: {torch.get_num_threads()}")
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         print(f"GPU: {gpu}")

@@ -90,9 +90,9 @@ class _Keeping:
     def __call__(self, *args: Any) -> Any:
         try:
             return self.reference(*args)
-        except Exception as error:
+        except BaseException as error:  # a KeyboardInterrupt, too
             assert EXTENSION is not None
-            EXTENSION.keep_error(error)
+            EXTENSION.keep_error(error, f"{type(error).__name__}: {error}")
         nothing = tuple(torch.empty(0, dtype=torch.uint8) for _ in range(self.results))
         return nothing[0] if self.results == 1 else nothing or None
 
