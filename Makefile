@@ -84,7 +84,7 @@ matrix: $(VENV)/ready-test
 # itself never frees much of what it holds, so leaks are not looked for.
 SANITIZED := attention attention_tiles cross_entropy matmul linear mlp embedding adamw adamw_masters sampling philox \
 	library threads engine engine_files engine_levels
-# PART=n takes one test of n. Left out are tests that train, look at object files, or compile.
+# PART=1/2 takes one half of the tests, PART=2/2 the other. Left out are tests that train, look at object files, or compile.
 NOTHING_TO_FIND := perplexity or share_no_symbol or opcheck
 sanitize: $(VENV)/ready-test
 	GPTFAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib

@@ -10,7 +10,9 @@ GPTFAST_TEST_PRODUCTS selects who multiplies fp32 matrices ("gptfast" or "librar
 
 GPTFAST_TEST_PTX=1 runs the Triton kernels as they are compiled for a GPU, bf16 included, in the
 emulator of tests/ptx, and of the tests of kernels only those that tests/ptx/selection.py names;
-GPTFAST_TEST_PTX=all runs all of them, which takes hours. GPTFAST_TEST_PART=n runs one test of n.
+GPTFAST_TEST_PTX=all runs all of them, which takes hours.
+
+GPTFAST_TEST_PART=1/2 runs one half of the tests, 2/2 the other.
 """
 
 import importlib
@@ -158,9 +160,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if backend == "reference":
             item.add_marker("reference")
         kept.append(item)
-    part = int(os.environ.get("GPTFAST_TEST_PART") or 1)
+    part, parts = map(int, (os.environ.get("GPTFAST_TEST_PART") or "1/1").split("/"))
     # By their names: every n-th in order might be all those of one dtype.
-    items[:] = [item for item in kept if zlib.crc32(item.nodeid.encode()) % part == 0]
+    items[:] = [item for item in kept if zlib.crc32(item.nodeid.encode()) % parts == part - 1]
 
 
 def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:
