@@ -134,13 +134,18 @@ def test_controls_have_the_servers_defaults(page: Any) -> None:
         assert page.input_value("#prompt") == "ab" and page.text_content("#error") == ""
 
 
+def without_text(route: Any) -> None:
+    """Answer a request for a chat with a reply that ends before its first text."""
+    end = {"index": 0, "delta": {}, "finish_reason": "stop", "logprobs": None}
+    body = f"data: {json.dumps({'choices': [end]})}\n\ndata: [DONE]\n\n"
+    route.fulfill(content_type="text/event-stream", body=body)
+
+
 def test_a_chat_without_a_reply(page: Any, tiny: Running) -> None:
     """The message comes back to where it was written, and can be sent again."""
     opened(page, tiny, "#mode=chat&max_tokens=10&seed=3")
-    end = {"index": 0, "delta": {}, "finish_reason": "stop", "logprobs": None}
-    body = f"data: {json.dumps({'choices': [end]})}\n\ndata: [DONE]\n\n"
     replies = "**/v1/chat/completions"
-    page.route(replies, lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    page.route(replies, without_text)
     page.fill("#prompt", "Hello")
     page.click("#go")
     finished(page)
@@ -150,6 +155,30 @@ def test_a_chat_without_a_reply(page: Any, tiny: Running) -> None:
     page.click("#again")
     finished(page)
     assert len(page.query_selector_all(".turn")) == 2 and page.input_value("#prompt") == ""
+
+
+def test_again_after_a_later_message_without_a_reply(page: Any, tiny: Running) -> None:
+    """That message is sent, not the answered one before it; then its answer is made anew."""
+    opened(page, tiny, "#mode=chat&max_tokens=10&seed=3")
+    page.fill("#prompt", "Hello")
+    page.click("#go")
+    finished(page)
+    first = page.text_content(".turn:nth-child(2)")
+    replies = "**/v1/chat/completions"
+    page.route(replies, without_text)
+    page.fill("#prompt", "More")
+    page.click("#go")
+    finished(page)
+    assert page.input_value("#prompt") == "More" and len(page.query_selector_all(".turn")) == 2
+    page.unroute(replies)
+    for _ in range(2):
+        with page.expect_request(replies) as sent:
+            page.click("#again")
+        finished(page)
+        said = [message["content"] for message in sent.value.post_data_json["messages"]]
+        assert (said[0], *said[2:]) == ("Hello", "More")
+        assert len(page.query_selector_all(".turn")) == 4 and page.input_value("#prompt") == ""
+        assert page.text_content(".turn:nth-child(2)") == first
 
 
 def test_a_server_that_is_not_there_yet(page: Any, tiny: Running) -> None:
