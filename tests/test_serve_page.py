@@ -185,9 +185,10 @@ def test_a_server_that_is_not_there_yet(page: Any, tiny: Running) -> None:
     """One that loads is asked again; one that does not answer is named in the page's own words."""
     message = json.dumps({"error": {"message": "the server is still loading the model"}})
     busy = lambda route: route.fulfill(status=503, body=message)  # noqa: E731
-    page.route("**/settings", busy, times=1)
+    page.route("**/settings", busy)
     opened(page, tiny, "#prompt=ab&max_tokens=3")
     assert "still loading" in page.text_content("#error")
+    page.unroute("**/settings")
     page.wait_for_selector("#model:has-text('context')")
     assert page.text_content("#error") == ""
     page.route("**/v1/completions", lambda route: route.abort())
