@@ -157,9 +157,11 @@ def add_adapters(
     for each output, one layer after the other; embeddings, norms, biases and the head stay as they
     are. The model records the adapter's configuration and the fingerprint of the weights that it is
     for as `model.adapter`; base_fingerprint: theirs, if they are in int8 already. A model that has
-    this adapter already is left as it is. Raises ValueError if it has another, and for a target
-    that no layer matches.
+    this adapter already is left as it is. Raises ValueError if it has another, for a target that
+    no layer matches, and for another base_dtype.
     """
+    if base_dtype not in ("int8", None):
+        raise ValueError(f"base_dtype must be 'int8' or None, got {base_dtype!r}")
     if model.adapter is not None:
         kept = "int8" if is_int8(model) else None
         if (model.adapter.settings(), kept) == (config.settings(), base_dtype):

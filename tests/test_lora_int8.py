@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,15 @@ def test_command(
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
     assert not Path("none").exists()
+
+
+@pytest.mark.parametrize("dtype", ["int4", "INT8", torch.int8])
+def test_an_unknown_dtype_of_the_base_is_refused(dtype: Any) -> None:
+    model = random_model()
+    error = f"base_dtype must be 'int8' or None, got {dtype!r}"
+    with pytest.raises(ValueError, match=re.escape(error)):
+        add_adapters(model, AdapterConfig(3, 5.0, 0.0, ALL), base_dtype=dtype)
+    assert model.adapter is None and model.wte.weight.requires_grad
 
 
 def test_refusals(tmp_path: Path) -> None:
