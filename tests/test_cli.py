@@ -81,7 +81,7 @@ def test_train_writes_a_run(trained: Path) -> None:
     assert model.config == GPTConfig(257, 16, 1, 2, 16)
 
 
-@pytest.mark.parametrize("prompt", ["the cat's", '-a "b" $HOME', "T"])
+@pytest.mark.parametrize("prompt", ["the cat's", '-a "b" $HOME', "--größe", "T"])
 def test_the_command_that_is_suggested_can_be_copied(
     prompt: str, text: Path, tmp_path: Path, capsys: Capture
 ) -> None:

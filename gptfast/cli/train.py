@@ -165,9 +165,10 @@ class Train(Reading):
         if trainer.interrupt.requested:
             # torchrun takes any other code for a failure, and would start the run again.
             return exit_code(trainer.interrupt.requested) if world.size == 1 else 0
-        out, prompt = str(trainer.run.out), shlex.quote(trainer.config.sample_prompt)
-        flag = f"--prompt={prompt}" if prompt.startswith("-") else f"--prompt {prompt}"
-        words = f"{shlex.quote(out)} {flag} --min-p {SAMPLE_MIN_P}"
+        out, prompt = str(trainer.run.out), trainer.config.sample_prompt
+        # A prompt that begins with a dash would be read as a flag.
+        flag = "--prompt=" if prompt.startswith("-") else "--prompt "
+        words = f"{shlex.quote(out)} {flag}{shlex.quote(prompt)} --min-p {SAMPLE_MIN_P}"
         say(f"done: see {out}/loss.png; try\n  gptfast generate {words}")
         return 0
 
