@@ -288,9 +288,9 @@ class GPT(nn.Module):
         peft's form. Raises OSError, and ValueError for a model with modules of others.
 
         push_to_hub: user/name, a repository of the Hugging Face Hub that gets the same files and a
-        model card (README.md, unless there is one of yours). It is made if it is not there;
-        private: for its owner alone, and ValueError for one that all can see. run: the run or
-        checkpoint that the weights are of, whose data, steps and loss the card tells; None takes
+        model card (README.md, unless there is one of yours). It is created if it is not there.
+        private: as a private one; an existing public one is refused with ValueError. run: the run
+        or checkpoint that the weights are of, whose data, steps and loss the card tells; None takes
         the one that the model was loaded from, if it has those weights still.
         """
         from gptfast.weights.pretrained import save_adapter, save_model

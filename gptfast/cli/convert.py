@@ -114,7 +114,7 @@ class Convert:
     """With --merge: the model that the adapter was trained beside (default: the one that it
     names)."""
     private: bool = False
-    """Make a repository that you alone see, with hf:USER/NAME; one that all see gets nothing."""
+    """Create a private repository with hf:USER/NAME. An existing public one is refused."""
     set_first: ClassVar = ("to", "dtype", "merge", "resize_vocab", "private")
 
     def __post_init__(self) -> None:

@@ -108,9 +108,9 @@ def push(directory: Path, name: str, text: str, *, private: bool = False) -> str
     """Send a directory's FILES to the repository user/name, in one commit; return its address.
 
     Of a directory with an adapter, no model is sent. text: the card, written to README.md unless
-    one of somebody else is there. The repository is made if it is not there; private: for its owner
-    alone, and one that all see gets nothing. The token is that of `hf auth login` or $HF_TOKEN, and
-    no message shows it. Raises OSError, and ValueError for a repository that all see.
+    one of somebody else is there. The repository is created if it is not there. private: as a
+    private one; an existing public one is refused. The token is that of `hf auth login` or
+    $HF_TOKEN, and no message shows it. Raises OSError, and ValueError for a refused repository.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
