@@ -226,6 +226,14 @@ OLD = {"_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_back
 OTHERS = {"_exit", "_to_copy", "_attn_implementation", "_encode_single_piece"}
 
 
+def test_one_file_of_the_operations_knows_what_a_device_does() -> None:
+    """The dispatcher decides; where autocast is another on the CPU, ops/library.py says so."""
+    branch = re.compile(r"""[!=]= ["'](cpu|cuda)["']|\bis_(cpu|cuda)\b""")
+    sources = {name: path.read_text("utf-8") for name, path in MODULES.items()}
+    found = [m for m in sources if m.startswith("gptfast.ops.") and branch.search(sources[m])]
+    assert found == ["gptfast.ops.library"]
+
+
 def test_one_file_has_the_private_names_of_torch() -> None:
     assert {"torch._C", "torch._ops.OpOverload"} <= private_names(PRIVATE)
     elsewhere = {str(p.relative_to(ROOT)): private_names(p) for p in PRODUCT if p != PRIVATE}

@@ -63,10 +63,9 @@ def _dtypes(x: Tensor, scale: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
     """Return the dtype of the wide weight, and that of the product if it is another one."""
     if not autocast_enabled(x) or x.dtype == torch.float64:
         return x.dtype, None
-    low = torch.get_autocast_dtype(x.device.type)
-    if x.device.type == "cpu" and casts_itself((scale,), (0,)):
-        return torch.float32, low  # the kernels cast as they read, as in `register_autocast`
-    return low, None
+    device = x.device.type
+    low = torch.get_autocast_dtype(device)
+    return (torch.float32, low) if casts_itself(device, [scale]) else (low, None)
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:

@@ -202,7 +202,7 @@ def register_autocast(op: OpOverload, tensors: Collection[int], dtype: int | Non
 
         def autocast(keyset: Any, *args: Any, device: str = device, key: str = key) -> Any:
             with excluded(key):
-                if dtype is not None and device == "cpu" and casts_itself(args, tensors):
+                if dtype is not None and casts_itself(device, [args[i] for i in tensors]):
                     wanted = torch.get_autocast_dtype(device)
                     return op(*(wanted if i == dtype else a for i, a in enumerate(args)))
                 return op(*(cast(a, device) if i in tensors else a for i, a in enumerate(args)))
@@ -210,11 +210,11 @@ def register_autocast(op: OpOverload, tensors: Collection[int], dtype: int | Non
         LIBRARY.impl(name, autocast, key, with_keyset=True)
 
 
-def casts_itself(args: Any, tensors: Collection[int]) -> bool:
-    """Return whether a C++ kernel will get these arguments; autocast leaves float64 as it is."""
-    given = (args[i] for i in tensors)
-    is_float64 = any(arg is not None and arg.dtype == torch.float64 for arg in given)
-    return EXTENSION is not None and chosen_backend() in ("auto", "cpp") and not is_float64
+def casts_itself(device: str, tensors: Collection[torch.Tensor | None]) -> bool:
+    """Return whether a C++ kernel will get these tensors under autocast, and cast as it reads."""
+    if device != "cpu" or EXTENSION is None or chosen_backend() not in ("auto", "cpp"):
+        return False
+    return all(t is None or t.dtype != torch.float64 for t in tensors)  # autocast leaves float64
 
 
 def backend_of(op: OpOverload, device: str) -> str:
