@@ -26,6 +26,7 @@ from gptfast.serve.protocol import (
     DetokenizeRequest,
 )
 from gptfast.serve.replies import Choice, Completions
+from gptfast.serve.run import server_of
 from gptfast.serve.service import THREADS_BESIDE
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
@@ -211,20 +212,96 @@ def test_what_follows_a_reply_has_its_time(tiny: Running, monkeypatch: pytest.Mo
     pytest.importorskip("httptools", reason="httptools is not installed (the extra serve)")
     from gptfast.serve import connection
 
-    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.05)
     for rest in (b"a", b"\r\n"):
         length = b"Content-Length: 99\r\n" if rest == b"a" else b""
         with socket.create_connection(("127.0.0.1", tiny.port), timeout=WAIT_S) as sock:
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n")
             found = b""
             while b"status" not in found:
-                found += sock.recv(2**16)
-            sock.sendall(rest)
-            assert sock.recv(2**16) == b""
+                piece = sock.recv(2**16)
+                assert piece
+                found += piece
+            # Only from here on: the request's own head has its usual time.
+            with monkeypatch.context() as patch:
+                patch.setattr(connection, "HEAD_TIMEOUT_S", 0.05)
+                sock.sendall(rest)
+                assert sock.recv(2**16) == b""
+
+
+UPGRADE = b"GET /health HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+
+
+def test_no_tunnel_is_made(tiny: Running) -> None:
+    """A reply that is due comes before the refusal."""
+    pytest.importorskip("httptools", reason="httptools is not installed (the extra serve)")
+    tunnel = b"CONNECT /x HTTP/1.1\r\n\r\n"
+    assert replies(tiny, tunnel + b"a" * 100).startswith(b"HTTP/1.1 400 ")
+    found = replies(tiny, UPGRADE + tunnel)
+    assert found.startswith(b"HTTP/1.1 200 ") and found.count(b"HTTP/1.1") == 1
+
+
+class _Transport(asyncio.Transport):
+    """The transport of a connection that is fed by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def write(self, data: Any) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("head", [UPGRADE, b"GET /health HTTP/1.1\r\n\r\n"])
+def test_requests_in_one_piece_are_not_all_read(head: bytes) -> None:
+    """Thousands in 256 KB hold up nobody: the first are answered, and the connection closes."""
+    pytest.importorskip("httptools", reason="httptools is not installed (the extra serve)")
+    from uvicorn.server import ServerState
+
+    from gptfast.serve.connection import MAX_PIPELINED, Connection
+
+    begun, answered = [0], [0]
+
+    class Counted(Connection):
+        def on_message_begin(self) -> None:
+            begun[0] += 1
+            super().on_message_begin()
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+        answered[0] += 1
+
+    async def feed() -> None:
+        connection = Counted(server_of(answer).config, ServerState(), {})
+        transport = _Transport()
+        connection.connection_made(transport)
+        connection.data_received(head * 4000)
+        connection.data_received(head)
+        assert not transport.closed
+        async with asyncio.timeout(WAIT_S):
+            while not transport.closed:
+                await asyncio.sleep(0)
+        connection.connection_lost(None)
+
+    asyncio.run(feed())
+    assert answered[0] == MAX_PIPELINED + 1
+    assert begun[0] <= 2 * (MAX_PIPELINED + 2)  # an upgrade is read again without its offer
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3])
-def test_an_offer_of_another_protocol_is_left(tiny: Running, pieces: int) -> None:
+def test_an_offer_of_another_protocol_is_declined(tiny: Running, pieces: int) -> None:
     """Java's client offers HTTP/2 with its first request, and a body beside it."""
     body = json.dumps({"prompt": "a", "max_tokens": 2, "seed": 1}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

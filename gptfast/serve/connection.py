@@ -1,6 +1,7 @@
 """uvicorn's HTTP connection with limits on what comes before a request's body."""
 
 import asyncio
+from collections import deque
 from typing import Any
 
 import httptools
@@ -8,8 +9,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 MAX_HEAD_BYTES = 64 * 1024
 """Bytes of a request's first line and headers, about: what is read at a time is read whole."""
-MAX_PIPELINED = 8
-"""Requests that are read before the replies to those before them are done."""
+READ_AHEAD = 8
+"""Requests that may wait for the replies before theirs while the connection is still read."""
+MAX_PIPELINED = 64
+"""Requests that may wait for the replies before theirs: what is read at a time may hold thousands,
+which would hold up the event loop."""
 HEAD_TIMEOUT_S = 30.0
 """Seconds in which a new connection, or the next request of one, sends them."""
 
@@ -18,14 +22,18 @@ class Connection(HttpToolsProtocol):
     """A connection that is closed where a head is too long or does not come.
 
     Nobody has shown a key by then, and httptools keeps what has come however long it is. What comes
-    after a reply, and is no next head, has as much time.
+    after a reply, and is no next head, has as much time. A connection that refuses a request writes
+    the replies that are due, reads no other request, and closes.
     """
+
+    parser: "_Parser"
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._head_bytes, self._reads_head, self._is_offer = 0, False, False
+        self._refuses = False
         self._timer: asyncio.TimerHandle | None = None
-        self._cycles: list[RequestResponseCycle] = []
+        self._cycles: deque[RequestResponseCycle] = deque()
         self.parser = _Parser(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -33,12 +41,14 @@ class Connection(HttpToolsProtocol):
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._refuses:
+            return
         self._head_bytes += len(data)
         super().data_received(data)
+        if self._refuses:
+            return
         if self._reads_head and self._head_bytes > MAX_HEAD_BYTES:
-            self._end_head()
-            if not self.transport.is_closing():
-                self.send_400_response("The headers are too long.")
+            self.send_400_response("The headers are too long.")
         elif self._timer is None and self.cycle is not None and self.cycle.response_complete:
             self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._close)
 
@@ -46,24 +56,40 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._expect_head()
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse the request that is being read, after the replies that are due, and close."""
+        if self._refuses or self.transport.is_closing():
+            return
+        self._refuses = True
+        self._end_head()
+        if self.cycle is None or self.cycle.response_complete:
+            super().send_400_response(msg)
+        else:
+            self.cycle.keep_alive = False
+
     def on_headers_complete(self) -> None:
         self._end_head()
-        is_tunnel = self.parser.get_method() == b"CONNECT"
-        self._is_offer = self.parser.should_upgrade() and not is_tunnel
+        if self.parser.get_method() == b"CONNECT":
+            self._refuse("This server is no proxy.")
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._refuse("Too many requests wait for the replies before theirs.")
+        self._is_offer = self.parser.should_upgrade()
         if self._is_offer:
             return
         super().on_headers_complete()
-        self._cycles = [one for one in self._cycles if not one.response_complete] + [self.cycle]
+        while self._cycles and self._cycles[0].response_complete:
+            self._cycles.popleft()
+        self._cycles.append(self.cycle)
         # uvicorn reads no more until the reply before is done, and so sees no client leave.
-        if len(self.pipeline) <= MAX_PIPELINED:
+        if len(self.pipeline) <= READ_AHEAD:
             self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
         if not self._is_offer:
             super().on_message_complete()
 
-    def leave_offer(self, rest: bytes) -> None:
-        """Read a request whose client offers another protocol again, without the offer.
+    def decline_upgrade(self, rest: bytes) -> bytes:
+        """Return a request whose client offers another protocol, without the offer, to be parsed.
 
         Java's client offers HTTP/2 with its first request, also one with a body, which llhttp takes
         for what follows in the other protocol. rest: what came after the head.
@@ -74,7 +100,7 @@ class Connection(HttpToolsProtocol):
         kept = [(name, value) for name, value in self.headers if name != b"upgrade"]
         head += [b"%s: %s\r\n" % one for one in kept]
         self.parser = _Parser(self)
-        self.parser.feed_data(b"".join([*head, b"\r\n", rest]))
+        return b"".join([*head, b"\r\n", rest])
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
@@ -83,8 +109,13 @@ class Connection(HttpToolsProtocol):
             if not one.response_complete:
                 one.disconnected = True
                 one.message_event.set()
-        self._cycles = []
+        self._cycles.clear()
         super().connection_lost(exc)
+
+    def _refuse(self, message: str) -> None:
+        """Refuse the request that is being read, and end the parser. Raises ValueError."""
+        self.send_400_response(message)
+        raise ValueError(message)
 
     def _expect_head(self) -> None:
         self._end_head()
@@ -112,7 +143,14 @@ class _Parser(httptools.HttpRequestParser):
         self.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        rest = self.feed(data)
+        while rest:
+            rest = self._connection.parser.feed(rest)
+
+    def feed(self, data: bytes) -> bytes:
+        """Parse data. Return what the connection's next parser is to parse."""
         try:
             super().feed_data(data)
         except httptools.HttpParserUpgrade as offer:
-            self._connection.leave_offer(data[offer.args[0] :])
+            return self._connection.decline_upgrade(data[offer.args[0] :])
+        return b""
