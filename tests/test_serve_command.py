@@ -175,33 +175,42 @@ def test_a_host_that_is_none_is_refused(host: str) -> None:
 
 
 LOADING = """
-import asyncio, sys, time
+import asyncio, atexit, sys
+import torch
 from gptfast.generation.conversation import QUESTIONS, Template
 from gptfast.serve.run import bound_socket, serve
 from gptfast.serve.service import Service
 
 def load():
+    print("begun")
     print("loading", file=sys.stderr, flush=True)
-    time.sleep(3600)
+    weights = torch.ones(64, 64)
+    while True:
+        weights = (weights @ weights).softmax(-1)
 
 def service(on_failure):
     settings = {"template": Template.parse(QUESTIONS), "new_seed": int, "on_failure": on_failure}
     return Service("x", load, **settings)
 
+atexit.register(print, "the interpreter ends", file=sys.stderr)
 with bound_socket("127.0.0.1", 0) as sock:
     asyncio.run(serve(service, sock, say=print))
 """
 
 
 def test_sigterm_while_the_model_is_read() -> None:
-    with subprocess.Popen([sys.executable, "-c", LOADING], stderr=subprocess.PIPE) as loading:
-        assert loading.stderr is not None and loading.stderr.readline() == b"loading\n"
+    """The interpreter does not end: it would stop the reading thread within PyTorch's frames."""
+    command, pipe = [sys.executable, "-c", LOADING], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as loading:
+        assert loading.stdout is not None and loading.stderr is not None
+        assert loading.stderr.readline() == b"loading\n"
         loading.send_signal(signal.SIGTERM)
         try:
             assert loading.wait(WAIT_S / 4) == 0
         finally:
             loading.kill()
         assert loading.stderr.read() == b""
+        assert loading.stdout.read() == b"begun\n"
 
 
 def test_a_missing_package_is_named(
