@@ -456,6 +456,15 @@ def test_tokenizer_endpoints(tiny: Running) -> None:
         assert tiny.request("GET", path)[0] == 200
 
 
+def test_the_openapi_document_names_the_fields_of_tokens(tiny: Running) -> None:
+    document = json.loads(tiny.request("GET", "/openapi.json")[2])
+    asked = {"/tokenize": {"prompt": "a"}, "/detokenize": {"tokens": [97]}}
+    for path, body in asked.items():
+        reply = document["paths"][path]["post"]["responses"]["200"]
+        name = reply["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        assert {*document["components"]["schemas"][name]["properties"]} == {*tiny.post(path, body)}
+
+
 def test_the_page_takes_nothing_from_elsewhere(tiny: Running) -> None:
     status, headers, raw = tiny.request("GET", "/")
     assert status == 200 and headers["content-type"].startswith("text/html")

@@ -24,8 +24,10 @@ from gptfast.serve.protocol import (
     ChatRequest,
     Common,
     CompletionRequest,
+    DetokenizeReply,
     DetokenizeRequest,
     ErrorReply,
+    TokenizeReply,
     TokenizeRequest,
     check_refused,
     validation_error,
@@ -341,14 +343,14 @@ def _detokenized(tokenizer: Tokenizer, ids: Sequence[int]) -> Response:
 
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=TokenizeReply)
     async def tokenize(body: TokenizeRequest) -> Response:
         """Return the token ids of a text. The name of a special token alone is that token."""
         service.check_model(body.model)
         work = partial(_tokenized, service.model, body)
         return await service.beside(len(body.prompt), work)
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", response_model=DetokenizeReply)
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Return the text of token ids."""
         service.check_model(body.model)

@@ -246,11 +246,26 @@ class TokenizeRequest(Strict):
     return_token_strs: bool = False
 
 
+class TokenizeReply(BaseModel):
+    """The reply of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
 class DetokenizeRequest(Strict):
     """POST /detokenize, as vLLM has it."""
 
     model: str | None = None
     tokens: List[int]
+
+
+class DetokenizeReply(BaseModel):
+    """The reply of POST /detokenize."""
+
+    prompt: str
 
 
 def check_refused(request: Common) -> None:
