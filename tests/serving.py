@@ -213,10 +213,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def send(running: Running, body: Mapping[str, Any]) -> socket.socket:
+def send(running: Running, body: Mapping[str, Any], path: str = "/v1/completions") -> socket.socket:
     raw = json.dumps(body).encode()
     sock = socket.create_connection(("127.0.0.1", running.port), timeout=WAIT_S)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
     sock.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + raw)
     return sock
 

@@ -1,6 +1,7 @@
 """Requests that are made to hurt the server: none ends it, holds it up or takes its memory."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -16,7 +17,7 @@ from serving import WAIT_S, Limits, Running, held, send, server, wait_for
 
 from gptfast import GPT
 from gptfast.ops.backend import EXTENSION
-from gptfast.serve import app
+from gptfast.serve import app, texts
 from gptfast.serve.guards import BodyLimit
 from gptfast.serve.protocol import (
     MAX_BIASES,
@@ -27,7 +28,7 @@ from gptfast.serve.protocol import (
 )
 from gptfast.serve.replies import Choice, Completions
 from gptfast.serve.run import server_of
-from gptfast.serve.service import THREADS_BESIDE
+from gptfast.serve.texts import ENCODING_THREADS
 
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 
@@ -334,7 +335,7 @@ def test_a_reply_of_seconds_is_written_beside_the_event_loop(
             return super().choice(choice, streamed=streamed)
 
     monkeypatch.setattr(app, "Completions", Noted)
-    monkeypatch.setattr("gptfast.serve.service.LONG_TEXT", 50 * app.TOKEN_LENGTH)
+    monkeypatch.setattr(texts, "LONG_TEXT", 50 * app.TOKEN_LENGTH)
     body = {"prompt": ["a" * 60] * 2, "echo": True, "logprobs": 1, "max_tokens": 2}
     status, _, raw = tiny.request("POST", "/v1/completions", {**body, "stream": stream})
     assert status == 200 and raw.count(b"text_offset") >= 2
@@ -359,7 +360,59 @@ def test_few_threads_encode_long_texts(tiny: Running, monkeypatch: pytest.Monkey
     with ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(tiny.post, "/tokenize", {"prompt": "a" * 30_000}) for _ in range(12)]
         assert all(one.result(WAIT_S)["tokens"] == [1] for one in asked)
-    assert 1 <= most[0] <= THREADS_BESIDE
+    assert 1 <= most[0] <= ENCODING_THREADS
+
+
+def long_text(character: str) -> dict[str, str]:
+    return {"prompt": character * (texts.LONG_TEXT + 1)}
+
+
+@contextlib.contextmanager
+def long_texts(running: Running, patch: pytest.MonkeyPatch, n: int) -> Iterator[list[str]]:
+    """Send n long texts, none of which is encoded before the context ends; yield those that are."""
+    begun: list[str] = []
+    allowed = threading.Event()
+
+    def encode(tokenizer: Any, text: str) -> list[int]:
+        begun.append(text)
+        assert allowed.wait(WAIT_S)
+        return [1]
+
+    patch.setattr(app, "encode_opening", encode)
+    encoding = running.service.texts._encoding
+    with contextlib.ExitStack() as stack:
+        stack.callback(wait_for, lambda: encoding._free._value == ENCODING_THREADS)
+        stack.callback(allowed.set)
+        for _ in range(n):
+            stack.enter_context(send(running, long_text("a"), "/tokenize"))
+        wait_for(lambda: len(begun) + encoding.n_waiting == n)
+        yield begun
+
+
+def test_a_long_reply_waits_for_no_text(tiny: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with long_texts(tiny, monkeypatch, ENCODING_THREADS + 2):
+        monkeypatch.setattr(app, "TOKEN_LENGTH", texts.LONG_TEXT)
+        assert tiny.complete("a", max_tokens=4, logprobs=1, ignore_eos=True)["choices"]
+
+
+def test_many_waiting_texts_are_refused(tiny: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "MAX_WAITING_TEXTS", 3)
+    with long_texts(tiny, monkeypatch, ENCODING_THREADS + 3):
+        status, headers, raw = tiny.request("POST", "/tokenize", long_text("a"))
+        assert status == 429 and int(headers["retry-after"]) > 0
+        assert json.loads(raw)["error"]["code"] == "queue_full"
+        assert tiny.complete("a", max_tokens=1)["choices"]
+
+
+def test_the_text_of_a_client_that_left_is_not_encoded(
+    tiny: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = tiny.service.texts._encoding
+    with long_texts(tiny, monkeypatch, ENCODING_THREADS + 3) as begun:
+        with send(tiny, long_text("b"), "/tokenize"):
+            wait_for(lambda: waiting.n_waiting == 4)
+        wait_for(lambda: waiting.n_waiting == 3)
+    assert len(begun) >= ENCODING_THREADS and all(text[0] == "a" for text in begun)
 
 
 async def _thread() -> threading.Thread:

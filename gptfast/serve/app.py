@@ -109,6 +109,10 @@ def _add_errors(app: FastAPI) -> None:
         message = text.get(error.status_code, str(error.detail))
         return error_response(ApiError(error.status_code, message, headers=error.headers))
 
+    @app.exception_handler(_Disconnected)
+    async def of_nobody(request: Request, error: _Disconnected) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
     @app.exception_handler(Exception)
     async def of_ours_alone(request: Request, error: Exception) -> Response:
         message = "the server failed at this request; its log says more"
@@ -122,14 +126,15 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         check_refused(body)
         form = Completions(body.logprobs is not None)
-        return await _answer(service, form, body, request, await service.completion(body))
+        group = await _unless_disconnected(request, service.completion(body))
+        return await _answer(service, form, body, request, group)
 
     @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Write the next message of a chat."""
         service.check_model(body.model)
         check_refused(body)
-        group = await service.chat(body)
+        group = await _unless_disconnected(request, service.chat(body))
         return await _answer(service, Chat(bool(body.logprobs)), body, request, group)
 
 
@@ -144,13 +149,12 @@ async def _answer(
         return EventStream(group, chunks, timeout_s + UNREAD_S)
     try:
         await _unless_disconnected(request, _collect(group, service.limits.timeout_s))
-    except _Disconnected:
-        return Response(status_code=499)  # nobody reads it
     finally:
         group.cancel()
     usage = usage_of(group.generations, body.n or 1)
     whole = partial(reply.whole, group.choices, usage)
-    content = await service.beside(_length(group.choices), whole)
+    writing = service.texts.write_in_thread(_length(group.choices), whole)
+    content = await _unless_disconnected(request, writing)
     return Response(content, media_type="application/json")
 
 
@@ -206,7 +210,7 @@ async def _events(
         choice.add(update)
         if choice.text or choice.finish:
             describe = partial(form.choice, choice, streamed=True)
-            yield chunk(await service.beside(_length([choice]), describe))
+            yield chunk(await service.texts.write_in_thread(_length([choice]), describe))
             choice.clear()
     if options is not None and options.include_usage:
         yield reply.chunk([], usage=usage_of(group.generations, n))
@@ -344,18 +348,20 @@ def _detokenized(tokenizer: Tokenizer, ids: Sequence[int]) -> Response:
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", response_model=TokenizeReply)
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Return the token ids of a text. The name of a special token alone is that token."""
         service.check_model(body.model)
         work = partial(_tokenized, service.model, body)
-        return await service.beside(len(body.prompt), work)
+        encoding = service.texts.encode_in_thread(len(body.prompt), work)
+        return await _unless_disconnected(request, encoding)
 
     @app.post("/detokenize", response_model=DetokenizeReply)
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """Return the text of token ids."""
         service.check_model(body.model)
         work = partial(_detokenized, service.model.tokenizer, body.tokens)
-        return await service.beside(len(body.tokens), work)
+        decoding = service.texts.encode_in_thread(len(body.tokens), work)
+        return await _unless_disconnected(request, decoding)
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

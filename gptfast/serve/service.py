@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -21,15 +20,12 @@ from gptfast.serve.model import Model
 from gptfast.serve.protocol import ApiError, ChatRequest, Common, CompletionRequest
 from gptfast.serve.replies import Choice, TokenNames
 from gptfast.serve.scheduler import Closed, QueueFull, Scheduler
+from gptfast.serve.texts import TextThreads
 from gptfast.serve.threads import in_daemon
 from gptfast.tokenizer.bpe import end_of_text
 
 DEFAULT_NEW_TOKENS = 16
 """New tokens of a completion that does not say how many, as at OpenAI."""
-LONG_TEXT = 20_000
-"""Characters of a text that is encoded beside the event loop: megabytes take seconds."""
-THREADS_BESIDE = 2
-"""Threads for that: each one more takes its share of Python's time from the event loop."""
 T = TypeVar("T")
 
 
@@ -67,7 +63,7 @@ class Service:
         """The last takes requests; those before it finish theirs."""
         self._loading, self._loop = asyncio.Lock(), asyncio.get_running_loop()
         self._mailbox = Mailbox(self._loop)
-        self._threads = ThreadPoolExecutor(THREADS_BESIDE, "gptfast-text")
+        self.texts = TextThreads()
 
     # The model.
 
@@ -278,15 +274,9 @@ class Service:
         """Return the model and what encode makes with it of a text of so many characters."""
         while True:
             model = self.model
-            encoded = await self.beside(length, partial(encode, model))
+            encoded = await self.texts.encode_in_thread(length, partial(encode, model))
             if model is self.model:  # else it was read again meanwhile
                 return model, encoded
-
-    async def beside(self, length: int, work: Callable[[], T]) -> T:
-        """Return what work makes of so many characters. Many do not hold up the event loop."""
-        if length <= LONG_TEXT:
-            return work()
-        return await self._loop.run_in_executor(self._threads, work)
 
     def _options(self, model: Model, request: Common, stop: list[str] | None) -> dict[str, Any]:
         """Return the options of `gptfast.generate` that a request asks for, without the seed."""
