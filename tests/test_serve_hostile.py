@@ -241,6 +241,16 @@ def test_no_tunnel_is_made(tiny: Running) -> None:
     assert found.startswith(b"HTTP/1.1 200 ") and found.count(b"HTTP/1.1") == 1
 
 
+def test_a_body_that_is_no_body_is_refused_at_once(tiny: Running) -> None:
+    """Its request does not wait for the rest of it; a reply that is due comes before."""
+    pytest.importorskip("httptools", reason="httptools is not installed (the extra serve)")
+    head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n"
+    assert replies(tiny, chunked).startswith(b"HTTP/1.1 400 ")
+    found = replies(tiny, UPGRADE + chunked)
+    assert found.startswith(b"HTTP/1.1 200 ") and found.count(b"HTTP/1.1") == 1
+
+
 class _Transport(asyncio.Transport):
     """The transport of a connection that is fed by hand."""
 

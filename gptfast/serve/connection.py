@@ -62,10 +62,11 @@ class Connection(HttpToolsProtocol):
             return
         self._refuses = True
         self._end_head()
-        if self.cycle is None or self.cycle.response_complete:
-            super().send_400_response(msg)
+        due = [one for one in self._cycles if not (one.response_complete or one.more_body)]
+        if due:
+            due[-1].keep_alive = False
         else:
-            self.cycle.keep_alive = False
+            super().send_400_response(msg)
 
     def on_headers_complete(self) -> None:
         self._end_head()
