@@ -230,15 +230,17 @@ def test_checkpoint_holds_the_adapter_alone(tmp_path: Path) -> None:
     assert len(own) == 12 and all(name.endswith(("lora_A", "lora_B")) for name in own)
 
 
-def test_resumed_run_is_the_uncut_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base_dtype", [None, "int8"])
+def test_resumed_run_is_the_uncut_one(base_dtype: str | None, tmp_path: Path) -> None:
     options: dict[str, Any] = {"lora_dropout": 0.3, "schedule": "constant", "warmup_steps": 0}
+    options["lora_base_dtype"] = base_dtype
     base_and_run(tmp_path, name="cut", max_steps=2, **options)
     whole, cut = (base_and_run(tmp_path, name=name, **options)[1] for name in ("whole", "cut"))
     paths = [out / "checkpoints" / "step-00000004" for out in (whole, cut)]
     a, b = ({k: v.read() for k, v in read_tensors(path).items()} for path in paths)
     assert not differing(a, b)
     rows = [without_speed(read_metrics(out))[-1] for out in (whole, cut)]
-    assert rows[0] == rows[1]
+    assert rows[0] == rows[1] and "val_loss" in rows[0]
 
 
 def test_an_adapter_stands_for_the_merged_model(tmp_path: Path) -> None:

@@ -233,18 +233,6 @@ def test_a_base_is_never_wide_as_a_whole(tmp_path: Path) -> None:
     ]
 
 
-def test_a_resumed_run_is_the_uncut_one(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"lora_dropout": 0.3, "schedule": "constant", "warmup_steps": 0}
-    options["lora_base_dtype"] = "int8"
-    base_and_run(tmp_path, name="cut", max_steps=2, **options)
-    whole, cut = (base_and_run(tmp_path, name=name, **options)[1] for name in ("whole", "cut"))
-    paths = [out / "checkpoints" / "step-00000004" for out in (whole, cut)]
-    a, b = ({k: v.read() for k, v in read_tensors(path).items()} for path in paths)
-    assert not differing(a, b)
-    rows = [without_speed(read_metrics(out))[-1] for out in (whole, cut)]
-    assert rows[0] == rows[1] and "val_loss" in rows[0]
-
-
 def test_an_adapter_is_for_the_base_that_is_not_rounded(tmp_path: Path) -> None:
     """Its files are as any other's: they are for the base's own weights, and merged into those."""
     base, out = base_and_run(tmp_path, lora_base_dtype="int8")
