@@ -271,6 +271,7 @@ def test_the_same_from_another_directory(tmp_path: Path) -> None:
         ("hf:data", "has no field 'text', only id, story; name it with --text-field story"),
         ("hf:alone:test", "has no split 'test', as it was saved without splits"),
         ("hf:./gone", "there is no directory gone"),
+        ("hf:data/test.jsonl:train", "data/test.jsonl is a file; give it without hf:"),
         ("hf:", "is no data set: give hf:NAME"),
         ("hf:a:b:c:d", "is no data set: give hf:NAME"),
         ("hf:empty", "cannot read hf:empty"),

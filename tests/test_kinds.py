@@ -430,6 +430,22 @@ FORMS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
         },
         [("Q: One\nA:", " 1")],
     ),
+    "a text too": (
+        {"instruction": "Hi", "input": "", "output": "Ho", "text": "### Instruction: Hi Ho"},
+        [("Q: Hi\nA:", " Ho")],
+    ),
+    "a prompt too": (
+        {
+            "prompt": "Hi",
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Ho", "weight": 0},
+                {"role": "user", "content": "Hi?"},
+                {"role": "assistant", "content": "Ho!", "weight": 1},
+            ],
+        },
+        [("Q: Hi\nA: Ho\nQ: Hi?\nA:", " Ho!")],
+    ),
     "two in a row": (
         {
             "messages": [
@@ -453,6 +469,12 @@ def test_chats_and_instructions(
     assert [(record.prompt, record.text) for record in found] == wanted * 3
     (line,) = caplog.messages  # once, not for each record
     assert "read as prompts 'Q: …\\nA:'" in line and "--prompt-field" in line
+    assert ("--prompt-field none reads text instead" in line) == ("text" in row)
+    if "text" in row:
+        assert read(tmp_path / name, prompt_field="none")[0].text == row["text"]
+
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def test_prompts_are_written_as_chat_writes_them() -> None:
@@ -467,6 +489,8 @@ def test_prompts_are_written_as_chat_writes_them() -> None:
         ([{"role": "assistant", "content": "a"}], "a reply that follows no message of the user"),
         ([{"role": "tool", "content": "a"}], "has the role 'tool' where it cannot be read"),
         ([{"role": "user"}], "a message without a role and a text"),
+        ([CHAT[0], {**CHAT[1], "weight": 0}], "has no reply of the assistant"),
+        ([CHAT[0], {**CHAT[1], "weight": 0.5}], "has a reply of weight 0.5; give 0 or 1"),
         (["a"], "a message without a role and a text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "without a role and a text"),
     ],
@@ -474,6 +498,12 @@ def test_prompts_are_written_as_chat_writes_them() -> None:
 def test_chats_that_cannot_be_read(messages: list[Any], message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", json_lines([{"messages": messages}]))
     with pytest.raises(ValueError, match=f"a.jsonl:1: field 'messages' .*{message}"):
+        read(path)
+    write(path, json_lines([{"messages": messages, "text": "a"}]))
+    with pytest.raises(ValueError, match=f"{message}.*; --prompt-field none reads text instead"):
+        read(path)
+    write(path, json_lines([{"prompt": messages, "completion": messages}]))
+    with pytest.raises(ValueError, match="must be a string.*; a chat is one list in .*'messages'"):
         read(path)
 
 

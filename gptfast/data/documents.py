@@ -134,6 +134,8 @@ def _records(
     """Yield where each record of a file is, and the record."""
 
     def needed(names: Collection[str]) -> list[str] | None:
+        if fields.may_be_known(names):  # then the values say what is read
+            return None
         read = fields.read_of(names)
         say_fields(str(path), names, read, notes)
         return read if set(read) < set(names) and "input" not in names else None

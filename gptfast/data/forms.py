@@ -19,6 +19,7 @@ NO_FIELD = "none"
 """The name of a prompt's field by which a record's text is read although it has a prompt."""
 _USERS, _MODELS = ("user", "human", "prompter"), ("assistant", "gpt", "model", "bot", "chatbot")
 _CHATS = ("messages", "conversations")
+_INSTRUCTION = ("instruction", "output")
 # Names that others give to a prompt and its completion, for the hint of an error.
 _PROMPTS = ("prompt", "instruction", "question", "input", "query", "source", "user")
 _COMPLETIONS = (
@@ -68,6 +69,15 @@ class Fields:
             return self.prompt != NO_FIELD
         return self.prompt in row and (self.names_prompt or not self.names_text)
 
+    def may_be_known(self, row: Collection[str]) -> bool:
+        """Return whether a row with these fields may be a chat or an instruction.
+
+        Its text, if it has one, is the same again in the words of somebody's template.
+        """
+        if self.names_text or self.names_prompt or {self.prompt, self.completion} <= set(row):
+            return False
+        return set(_INSTRUCTION) <= set(row) or any(name in row for name in _CHATS)
+
     def read_of(self, row: Collection[str]) -> list[str]:
         """Return the names of the fields that are read of a row with these."""
         return [self.prompt, self.completion] if self.prompted(row) else [self.text]
@@ -116,12 +126,10 @@ def records(where: str, row: Any, fields: Fields, notes: Notes) -> Iterator[Reco
     """Yield what one row of a file holds. Raises ValueError for a row that cannot be used."""
     if not isinstance(row, dict):
         raise ValueError(f"{where} is not a JSON object with a field {fields.text!r}")
-    unnamed = not fields.names_text and not fields.names_prompt
-    if unnamed and fields.prompt not in row and fields.text not in row:
-        if pairs := _known_form(where, row, notes):
-            for prompt, completion in pairs:
-                yield from _prompted(prompt, completion, fields, notes)
-            return
+    if fields.may_be_known(row) and (pairs := _known_form(where, row, fields, notes)):
+        for prompt, completion in pairs:
+            yield from _prompted(prompt, completion, fields, notes)
+        return
     own = fields.read_of(row)
     say_fields(where, row, own, notes)
     if fields.prompted(row):
@@ -193,7 +201,8 @@ def _hint(names: list[str], name: str, fields: Fields) -> str:
 def _text(where: str, text: Any) -> str:
     """Return the value of a field. Raises ValueError unless it is a text as a file may have it."""
     if not isinstance(text, str):
-        raise ValueError(f"{where} must be a string, got {text!r:.40}")
+        remedy = f"; a chat is one list in a field {_CHATS[0]!r}" if isinstance(text, list) else ""
+        raise ValueError(f"{where} must be a string, got {text!r:.40}{remedy}")
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         raise ValueError(f"{where} has half of a surrogate pair")
     if n_nuls := text.count("\0"):
@@ -211,31 +220,40 @@ def binary(first: int, n_nuls: int, n_bytes: int) -> str:
     )
 
 
-def _known_form(where: str, row: Mapping[str, Any], notes: Notes) -> list[tuple[str, str]] | None:
+def _known_form(
+    where: str, row: Mapping[str, Any], fields: Fields, notes: Notes
+) -> list[tuple[str, str]] | None:
     """Return the prompts and completions of a chat or an instruction; None for other rows."""
-    if {"instruction", "output"} <= row.keys():
+    text = f"; --prompt-field none reads {fields.text} instead" if fields.text in row else ""
+    if set(_INSTRUCTION) <= row.keys():
         instruction, given, output = (
             _text(f"{where}: field {name!r}", "" if row.get(name) is None else row[name])
             for name in ("instruction", "input", "output")
         )
-        notes.say("instruction", _SAYS, where, "instruction and output")
+        notes.say("instruction", _SAYS, where, " and ".join(_INSTRUCTION), text)
         asked = f"{instruction}\n{given}" if given else instruction
         return [(f"{QUESTION}{asked}{ANSWER}", f" {output}")]
     for name in _CHATS:
         if isinstance(row.get(name), list):
-            notes.say("messages", _SAYS, where, f"{name}, a chat")
-            return _chat(f"{where}: field {name!r}", row[name])
+            notes.say("messages", _SAYS, where, f"{name}, a chat", text)
+            try:
+                return _chat(f"{where}: field {name!r}", row[name])
+            except ValueError as error:
+                raise ValueError(f"{error}{text}") from None
     return None
 
 
 _SAYS = (
     f"%s has %s: read as prompts {QUESTION + '…' + ANSWER!r} with completions, which is how "
-    "`gptfast chat` asks; --prompt-field and --completion-field read two fields as they are"
+    "`gptfast chat` asks; --prompt-field and --completion-field read two fields as they are%s"
 )
 
 
 def _chat(where: str, messages: list[Any]) -> list[tuple[str, str]]:
-    """Return each reply of a chat with all that was said before it."""
+    """Return each reply of a chat with all that was said before it.
+
+    A reply of weight 0, as OpenAI's form has it, is among what was said, and none to learn.
+    """
     said, pairs, before = "", [], ""
     for message in messages:
         role, content = _message(where, message)
@@ -243,7 +261,11 @@ def _chat(where: str, messages: list[Any]) -> list[tuple[str, str]]:
             if before not in _USERS:
                 raise ValueError(f"{where} has a reply that follows no message of the user")
             said += ANSWER
-            pairs.append((said, f" {content}"))
+            weight = message.get("weight", 1)
+            if weight not in (0, 1, None):
+                raise ValueError(f"{where} has a reply of weight {weight!r:.40}; give 0 or 1")
+            if weight != 0:
+                pairs.append((said, f" {content}"))
             said += f" {content}\n"
         elif role in _USERS:
             said += f"\n{content}" if before in _USERS else f"{QUESTION}{content}"

@@ -119,6 +119,8 @@ def hub_rows(
 def _open(path: Path) -> Any:
     """Return one split of a data set: a Dataset, mapped into memory, or an IterableDataset."""
     asked = parse(path)
+    if asked.directory.is_file():
+        raise ValueError(f"cannot read {path}: {asked.name} is a file; give it without {PREFIX}")
     if asked.is_local and not asked.directory.is_dir():
         raise ValueError(f"cannot read {path}: there is no directory {asked.directory}")
     try:
