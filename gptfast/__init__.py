@@ -4,13 +4,14 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from gptfast.startup import answer, catch_ctrl_c, is_command
+from gptfast.startup import ENDING, answer, catch_ctrl_c, is_command
 
 __version__ = "0.1.0"
 
 # Only in the command's own process, and before the imports that take seconds.
 if is_command(sys.orig_argv, sys.argv):
     catch_ctrl_c()
+    ENDING.register()
     answer(sys.argv[1:], __version__)
 
 # Imported at once, so that the operators are in torch.ops after `import gptfast`.

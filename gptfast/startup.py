@@ -1,14 +1,18 @@
 """What the command does before PyTorch is imported, which takes seconds: Ctrl-C, help, refusals.
 
+How the process ends is here too, because Python calls the function last that atexit learns first.
+
 Imports little but Python's own modules, because it runs before anything else of the package.
 """
 
+import atexit
 import contextlib
 import os
 import shutil
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Sequence
 from types import FrameType
 
@@ -81,6 +85,37 @@ def short_answer(argv: Sequence[str], version: str) -> str:
             "these\nwords in a shell; docs/command.md explains the rest.",
         ]
     )
+
+
+class Ending:
+    """How the command's process ends: at once where Python's own end could abort it.
+
+    A thread that comes back to Python from C++ after Python has begun to end is stopped inside a
+    destructor of C++, which aborts the whole process: SIGABRT instead of the exit code. Such a
+    thread may read a model, write a checkpoint, or wait for a process that is cut off.
+    """
+
+    def __init__(self) -> None:
+        self.code = 1
+        """The exit code: 1 for an error that nobody expects, else what `main` sets."""
+        self.at_once = False
+        """Whether to end at once even if no thread is left."""
+
+    def register(self) -> None:
+        """Let this process end so. Functions that atexit learns of later are called before."""
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        if not self.at_once and threading.active_count() == 1:
+            return
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                if stream is not None:
+                    stream.flush()
+        os._exit(self.code)
+
+
+ENDING = Ending()
 
 
 def catch_ctrl_c() -> None:

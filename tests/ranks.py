@@ -47,6 +47,13 @@ class Ended(NamedTuple):
         lines = "".join(self.errors).splitlines()
         return [line for line in lines if line.startswith("gptfast: ")]
 
+    def shown(self) -> "Ended":
+        """Print all of it, which pytest shows where a test fails, and return it."""
+        print(f"{len(self.codes)} processes ended after {self.seconds:.1f} s")
+        for rank, (code, error) in enumerate(zip(self.codes, self.errors, strict=True)):
+            print(f"--- rank {rank} ended with {code}; its stderr:\n{error}")
+        return self
+
 
 def write_data(folder: Path) -> Path:
     """Write a small text and return its path."""
@@ -137,7 +144,8 @@ def end(started: list[Any], folder: Path) -> Ended:
         for kind in ("out", "err")
     ]
     assert not hanging, f"ranks {hanging} hang: {read}"
-    return Ended([p.exitcode for p in started], read[1], read[0], time.monotonic() - begin)
+    codes = [process.exitcode for process in started]
+    return Ended(codes, read[1], read[0], time.monotonic() - begin).shown()
 
 
 def train(n: int, out: Path, data: Path, *more: str, **options: Any) -> Ended:

@@ -211,6 +211,36 @@ def test_ctrl_c_while_pytorch_is_imported(module: bool, tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (130, "gptfast: interrupted\n")
 
 
+def test_a_thread_that_is_left_in_cpp(tmp_path: Path) -> None:
+    """It comes back while Python ends, which would abort the process: the exit code stays."""
+    (tmp_path / "gptfast").write_text(
+        "import atexit, sys, threading, time\n"
+        "from datetime import timedelta\n"
+        "import gptfast.cli.info\n"
+        "from torch.distributed import TCPStore\n"
+        "class Late:\n"
+        "    def __del__(self, sleep=time.sleep):\n"
+        "        sleep(2)\n"
+        "def run(self):\n"
+        "    sys.late = Late()  # Python's own end takes longer than the thread\n"
+        "    store = TCPStore('127.0.0.1', 0, None, True, timedelta(seconds=0.5))\n"
+        "    threading.Thread(target=store.get, args=['x'], daemon=True).start()\n"
+        "    atexit.register(print, 'cleaned up', end='')\n"
+        "    raise RuntimeError('the link is cut')\n"
+        "gptfast.cli.info.Info.run = run\n"
+        "sys.exit(gptfast.cli.main())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "gptfast"), "info"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    ended = result.returncode, result.stdout, result.stderr
+    assert ended == (1, "cleaned up", "gptfast: the link is cut\n")
+
+
 @pytest.mark.parametrize(
     ("words", "argv", "expected"),
     [

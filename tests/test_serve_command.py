@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -175,41 +176,48 @@ def test_a_host_that_is_none_is_refused(host: str) -> None:
 
 
 LOADING = """
-import asyncio, atexit, sys
+import sys
 import torch
-from gptfast.generation.conversation import QUESTIONS, Template
-from gptfast.serve.run import bound_socket, serve
-from gptfast.serve.service import Service
+from gptfast.cli import main
+from gptfast.cli.serve import Serve
 
-def load():
+def service(self, on_failure):
+    fails.append(on_failure)
+    return made(self, on_failure)
+
+def model(self):
     print("begun")
     print("loading", file=sys.stderr, flush=True)
+    if self.checkpoint == "failing":
+        fails[0]("the engine failed: it is broken")
     weights = torch.ones(64, 64)
     while True:
         weights = (weights @ weights).softmax(-1)
 
-def service(on_failure):
-    settings = {"template": Template.parse(QUESTIONS), "new_seed": int, "on_failure": on_failure}
-    return Service("x", load, **settings)
-
-atexit.register(print, "the interpreter ends", file=sys.stderr)
-with bound_socket("127.0.0.1", 0) as sock:
-    asyncio.run(serve(service, sock, say=print))
+fails, made = [], Serve._service
+Serve._service, Serve._model = service, model
+sys.exit(main())
 """
 
 
-def test_sigterm_while_the_model_is_read() -> None:
+@pytest.mark.parametrize("how", ["asked", "failing"])
+def test_an_end_while_the_model_is_read(how: str, tmp_path: Path) -> None:
     """The interpreter does not end: it would stop the reading thread within PyTorch's frames."""
-    command, pipe = [sys.executable, "-c", LOADING], subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as loading:
+    script, pipe = tmp_path / "gptfast", subprocess.PIPE
+    script.write_text(LOADING)
+    command = [sys.executable, str(script), "serve", how, "--port", "0"]
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env={**os.environ, **path}) as loading:
         assert loading.stdout is not None and loading.stderr is not None
         assert loading.stderr.readline() == b"loading\n"
-        loading.send_signal(signal.SIGTERM)
+        if how == "asked":
+            loading.send_signal(signal.SIGTERM)
         try:
-            assert loading.wait(WAIT_S / 4) == 0
+            code = loading.wait(WAIT_S / 4)
         finally:
             loading.kill()
-        assert loading.stderr.read() == b""
+        line = b"gptfast: the engine failed: it is broken\n"
+        assert (code, loading.stderr.read()) == ((0, b"") if how == "asked" else (1, line))
         assert loading.stdout.read() == b"begun\n"
 
 

@@ -91,7 +91,7 @@ class Hosts:
             out.append(texts[0])
             errors.append(texts[1])
         codes = [process.returncode for process in self.processes]
-        return Ended(codes, errors, out, time.monotonic() - begin)
+        return Ended(codes, errors, out, time.monotonic() - begin).shown()
 
     def remove(self) -> None:
         """End what is left."""

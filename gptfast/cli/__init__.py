@@ -14,7 +14,7 @@ import gptfast
 from gptfast.checks import one_line
 from gptfast.cli.terminal import ERRORS, is_terminal
 from gptfast.ops.backend import check_isa
-from gptfast.startup import INTERRUPTED, release_ctrl_c, short_answer
+from gptfast.startup import ENDING, INTERRUPTED, release_ctrl_c, short_answer
 from gptfast.training.interrupt import exit_code
 from gptfast.training.log import discard
 
@@ -144,16 +144,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     An error that the user can act on prints one line on stderr and returns 1, or 2 if the command
-    line is wrong.
+    line is wrong. argv: of a process that does more than this command, else sys.argv's.
     """
+    if argv is not None:
+        return _main(argv)
+    # This process runs one command. The many objects that importing PyTorch made live until
+    # it ends, so the garbage collector need not scan them.
+    gc.freeze()
+    try:
+        ENDING.code = _main(sys.argv[1:])
+    except SystemExit as error:
+        ENDING.code = error.code if isinstance(error.code, int) else 1
+        raise
+    return ENDING.code
+
+
+def _main(argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A sample with characters that the terminal cannot encode must not end a training run.
         sys.stdout.reconfigure(errors="replace")
-    if argv is None:
-        # This process runs one command. The many objects that importing PyTorch made live until
-        # it ends, so the garbage collector need not scan them.
-        gc.freeze()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(argv)
     try:
         release_ctrl_c()
         argv = [_argument(given) for given in argv]

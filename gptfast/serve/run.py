@@ -5,12 +5,10 @@ import contextlib
 import importlib.util
 import ipaddress
 import logging
-import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -106,27 +104,14 @@ async def serve(
 
     make_service: takes what is to be called when the engine fails. SIGTERM and SIGINT drain: no
     request is taken, and those that run have drain_timeout_s seconds; a second one ends them.
-    SIGHUP reads the model again. The process ends here if a model is still being read then. Raises
-    RuntimeError if the engine fails, and what reading the model raises at the start.
+    SIGHUP reads the model again. Raises RuntimeError if the engine fails, and at the start what
+    reading the model raises.
     """
     # It warns where a client leaves between two events, which is no fault.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     process = _Process(make_service, drain_timeout_s, say)
     app = make_app(process.service, keys=keys, cors_origins=cors_origins)
     await process.run(server_of(app), sock)
-    if process.service.reads_model:
-        _end_process()
-
-
-def _end_process() -> NoReturn:
-    """End the process with status 0, without Python's own end.
-
-    A thread within an operation of PyTorch would be stopped when it comes back to Python: in C++
-    frames, which aborts the process.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 class _Process:

@@ -125,11 +125,6 @@ class Service:
         return self._model
 
     @property
-    def reads_model(self) -> bool:
-        """Whether a thread reads a model."""
-        return self._loading.locked()
-
-    @property
     def busy(self) -> int:
         """How many generations run or wait."""
         return sum(one.n_running + one.n_waiting for one in self._schedulers)

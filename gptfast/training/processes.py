@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptfast.device import choose_device, threads_of
+from gptfast.startup import ENDING
 from gptfast.torch_private import is_compiling, set_group_timeouts
 from gptfast.training.failures import REPORT_S, Failures, ProcessesError, is_communication
 from gptfast.training.interrupt import SIGNALS, Interrupt
@@ -69,6 +70,8 @@ class Processes(World):
 
     def __init__(self, device_name: str, timeout_s: float) -> None:
         environment = os.environ
+        # Its groups of processes have threads and connections until the end, broken ones too.
+        ENDING.at_once = True
         self.rank, self.size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         self.local_rank = int(environment.get("LOCAL_RANK", "0"))
         self.restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
