@@ -15,6 +15,7 @@ GPTFAST_TEST_PTX=all runs all of them, which takes hours.
 GPTFAST_TEST_PART=1/2 runs one half of the tests, 2/2 the other.
 """
 
+import gc
 import importlib
 import os
 import zlib
@@ -54,6 +55,8 @@ from gptfast.ops.backend import EXTENSION, MISSING, TRITON_MISSING, use_backend 
 
 if PTX:
     importlib.import_module("ptx.launch").install()
+elif not GPU and not TRITON_MISSING:
+    importlib.import_module("interpreter").patch_once_a_launch()
 if os.environ.get("GPTFAST_SANITIZE") == "1":
     # `make sanitize` must test the sanitizer build, not the usual one.
     assert EXTENSION and "build/sanitize/lib" in EXTENSION.__file__, EXTENSION
@@ -163,6 +166,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     part, parts = map(int, (os.environ.get("GPTFAST_TEST_PART") or "1/1").split("/"))
     # By their names: every n-th in order might be all those of one dtype.
     items[:] = [item for item in kept if zlib.crc32(item.nodeid.encode()) % parts == part - 1]
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported and collected, a million objects, from each garbage collection.
+
+    Neither does the emulator of PTX look among them for the tensors of a test.
+    """
+    gc.freeze()
 
 
 def _with_triton(request: pytest.FixtureRequest) -> Iterator[str]:
