@@ -382,6 +382,12 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused("alora_invocation_tokens", alora_invocation_tokens=[1, 2])
     refused("peft_type 'IA3'", peft_type="IA3")
     refused("r is 'x', not a number", r="x")
+    refused("its adapter of h.0.attn.c_attn has rank 2, and r in adapter_config.json is 3", r=3)
+    refused("use_rslora is 'yes', not true or false", use_rslora="yes")
+    for ranks in ([2], {"c_fc": "x"}):
+        refused("rank_pattern .* has no ranks by name", rank_pattern=ranks)
+    with pytest.raises(CheckpointError, match="is an adapter of peft: give the directory"):
+        GPT.from_pretrained(adapter / "adapter_model.safetensors")
     refused("does not say which model", base_model_name_or_path=None)
     refused("gone.*no such directory", base_model_name_or_path=str(tmp_path / "gone"))
     refused("is an adapter itself", base_model_name_or_path=str(out))
@@ -476,6 +482,7 @@ def test_ours_loads_pefts(tmp_path: Path, on: str, rslora: bool) -> None:
         lora_alpha=9,
         target_modules=["c_attn", "mlp.c_proj"],
         use_rslora=rslora,
+        rank_pattern={"mlp.c_proj": 2} if rslora else {},
         fan_in_fan_out=on == "transformers",
         base_model_name_or_path=str(tmp_path / "base"),
     )

@@ -53,6 +53,12 @@ def adapter(path: Path) -> None:
     (path / "adapter_model.bin").write_bytes(b"0")  # as peft wrote it before safetensors
 
 
+def named_adapter(path: Path) -> None:
+    """Write one as peft does under the name mine."""
+    (path / "mine").mkdir()
+    adapter(path / "mine")
+
+
 def hub_cache(path: Path) -> None:
     random_model().save_pretrained(path / "snapshots" / "abc")
     (path / "refs").mkdir()
@@ -79,6 +85,11 @@ DIRECTORIES = {
     "no-config": (files(model__safetensors=b"0"), ["D/model.safetensors", "without a config.json"]),
     "config": (with_config(files()), ["config.json, but no weights"]),
     "peft": (adapter, ["adapter of peft for gpt2 without adapter_model.safetensors"]),
+    "peft-half": (
+        files(adapter_model__safetensors=b"0"),
+        ["adapter of peft without adapter_config.json; put that beside it"],
+    ),
+    "peft-named": (named_adapter, ["the model is in D/mine; give that"]),
     "trainer": (models("checkpoint-2", "checkpoint-10"), ["2 models", "D/checkpoint-10; give one"]),
     "one": (models("final"), ["the model is in D/final"]),
     "runs": (run_of_two, ["2 models or runs, D/a, D/b"]),

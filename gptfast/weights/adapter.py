@@ -63,6 +63,8 @@ class AdapterConfig:
     """Names of layers, or the ends of such names."""
     rslora: bool = False
     """Divide alpha by the root of the rank (Kalajdzievski, 2023)."""
+    other_ranks: tuple[int, ...] = ()
+    """Ranks that some layers have instead, in an adapter of others."""
     base: str | None = None
     """Where the base is: a path, or the name of a model."""
     fingerprint: str | None = None
@@ -159,6 +161,13 @@ def read_config(directory: Path) -> AdapterConfig:
                 f"{path} has {name} {values[name]!r:.40}, which gptfast does not compute: merge it "
                 "in peft (merge_and_unload) and give what that saves"
             )
+    rslora, others = values.get("use_rslora", False), values.get("rank_pattern") or {}
+    if not isinstance(rslora, bool):
+        raise CheckpointError(f"{path} is damaged: use_rslora is {rslora!r:.40}, not true or false")
+    if not isinstance(others, dict) or any(type(rank) is not int for rank in others.values()):
+        raise CheckpointError(
+            f"{path} is damaged: rank_pattern {others!r:.40} has no ranks by name"
+        )
     targets, base = values.get("target_modules"), values.get("base_model_name_or_path")
     targets = [targets] if isinstance(targets, str) else targets
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
@@ -171,7 +180,8 @@ def read_config(directory: Path) -> AdapterConfig:
             float(_number(values, "lora_alpha", path)),
             float(_number(values, "lora_dropout", path)),
             tuple(targets),
-            values.get("use_rslora", False) is True,
+            rslora,
+            tuple(others.values()),
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -229,6 +239,11 @@ def merged(base: Weights, directory: Path) -> Weights:
             raise CheckpointError(
                 f"{directory} does not fit {base.source}: its adapter of {layer} is {B.shape} by "
                 f"{A.shape}, the base has {wanted}"
+            )
+        if A.shape[0] not in (config.rank, *config.other_ranks):
+            raise CheckpointError(
+                f"{directory} is damaged: its adapter of {layer} has rank {A.shape[0]}, and r in "
+                f"{CONFIG} is {config.rank}"
             )
         name = f"{layer}.weight"
         tensors[name] = _sum(tensors[name], A, B, config.scale(A.shape[0]))

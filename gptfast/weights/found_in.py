@@ -122,6 +122,8 @@ def _list(names: list[str]) -> str:
 def _adapter(path: Path) -> str | None:
     """Return what to do with an adapter of peft."""
     if not (path / "adapter_config.json").is_file():
+        if (path / "adapter_model.safetensors").is_file():
+            return "it is an adapter of peft without adapter_config.json; put that beside it"
         return None
     try:
         base = str(read_json(path / "adapter_config.json").get("base_model_name_or_path"))
@@ -181,7 +183,7 @@ def _models_in(path: Path) -> list[str]:
     """Return the subdirectories that hold a model or a run, the latest or last last."""
 
     def holds(entry: Path) -> bool:
-        files = (*FILES, "hparams.json", "ckpt.pt")
+        files = (*FILES, "hparams.json", "ckpt.pt", "adapter_config.json")
         return any((entry / name).is_file() for name in files) or any(
             entry.glob("checkpoints/step-*")
         )

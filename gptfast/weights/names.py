@@ -166,6 +166,11 @@ def gpt_names(source: str, raw: Mapping[str, LazyTensor]) -> Named:
     """
     read = {name: _read(name) for name in raw}
     if not any(what.ours for what in read.values()) and family_of(tuple(raw)) is None:
+        if any(".lora_" in name for name in raw):
+            raise CheckpointError(
+                f"{source} is an adapter of peft: give the directory that has its "
+                "adapter_config.json too"
+            )
         some = ", ".join(map(repr, list(raw)[:3])) or "no tensors"
         raise CheckpointError(
             f"{source} has no tensor 'wte.weight', nor any of GPT-2's: {some:.300}"
