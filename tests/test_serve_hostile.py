@@ -407,10 +407,13 @@ def test_a_long_reply_waits_for_no_text(tiny: Running, monkeypatch: pytest.Monke
 
 def test_many_waiting_texts_are_refused(tiny: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "MAX_WAITING_TEXTS", 3)
+    before = tiny.metric("gptfast:requests_refused_total")
     with long_texts(tiny, monkeypatch, ENCODING_THREADS + 3):
-        status, headers, raw = tiny.request("POST", "/tokenize", long_text("a"))
-        assert status == 429 and int(headers["retry-after"]) > 0
-        assert json.loads(raw)["error"]["code"] == "queue_full"
+        for path in ("/tokenize", "/v1/completions"):
+            status, headers, raw = tiny.request("POST", path, long_text("a"))
+            assert status == 429 and int(headers["retry-after"]) > 0
+            assert json.loads(raw)["error"]["code"] == "queue_full"
+        assert tiny.metric("gptfast:requests_refused_total") == before + 2
         assert tiny.complete("a", max_tokens=1)["choices"]
 
 

@@ -31,7 +31,7 @@ class Metrics:
         self._hits = counter("vllm:prefix_cache_hits", "Prompt tokens that were computed before.")
         self._success = counter("vllm:request_success", "Requests that ended.", "finished_reason")
         self.requests = counter("gptfast:requests", "Requests that were taken.").labels(model)
-        self.refused = counter("gptfast:requests_refused", "Requests beyond the queue.")
+        self.refused = counter("gptfast:requests_refused", "Requests refused with 429.")
         self.refused = self.refused.labels(model)
         self._broken_off = counter("gptfast:requests_cancelled", "Requests that were broken off.")
         self._failed = counter("gptfast:requests_failed", "Requests that the engine failed.")

@@ -63,7 +63,7 @@ class Service:
         """The last takes requests; those before it finish theirs."""
         self._loading, self._loop = asyncio.Lock(), asyncio.get_running_loop()
         self._mailbox = Mailbox(self._loop)
-        self.texts = TextThreads()
+        self.texts = TextThreads(self.metrics.refused.inc)
 
     # The model.
 

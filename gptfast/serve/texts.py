@@ -21,9 +21,13 @@ T = TypeVar("T")
 
 
 class TextThreads:
-    """Threads that encode requests' texts, and threads that write replies' texts."""
+    """Threads that encode requests' texts, and threads that write replies' texts.
 
-    def __init__(self) -> None:
+    on_refused: called for each text that is refused.
+    """
+
+    def __init__(self, on_refused: Callable[[], None]) -> None:
+        self._on_refused = on_refused
         self._encoding = _Threads(ENCODING_THREADS, "gptfast-encode")
         self._writing = _Threads(WRITING_THREADS, "gptfast-write")
 
@@ -35,6 +39,7 @@ class TextThreads:
         if length <= LONG_TEXT:
             return encode()
         if self._encoding.n_waiting >= MAX_WAITING_TEXTS:
+            self._on_refused()
             raise ApiError(
                 429,
                 f"{self._encoding.n_waiting} long texts wait already to be encoded; try again "
