@@ -1,4 +1,4 @@
-"""uvicorn's HTTP connection with limits on what comes before a request's body."""
+"""uvicorn's HTTP connection with limits on a request's head and on a reply that nobody reads."""
 
 import asyncio
 from collections import deque
@@ -16,6 +16,8 @@ MAX_PIPELINED = 64
 which would hold up the event loop."""
 HEAD_TIMEOUT_S = 30.0
 """Seconds in which a new connection, or the next request of one, sends them."""
+UNREAD_TIMEOUT_S = 60.0
+"""Seconds after which a client that took nothing of what waits for it is cut off, as by nginx."""
 
 
 class Connection(HttpToolsProtocol):
@@ -23,7 +25,8 @@ class Connection(HttpToolsProtocol):
 
     Nobody has shown a key by then, and httptools keeps what has come however long it is. What comes
     after a reply, and is no next head, has as much time. A connection that refuses a request writes
-    the replies that are due, reads no other request, and closes.
+    the replies that are due, reads no other request, and closes. One whose client takes nothing of
+    a long reply is cut off, because closing it would wait for the client with the reply in memory.
     """
 
     parser: "_Parser"
@@ -33,6 +36,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes, self._reads_head, self._is_offer = 0, False, False
         self._refuses = False
         self._timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
         self._cycles: deque[RequestResponseCycle] = deque()
         self.parser = _Parser(self)
 
@@ -103,8 +107,17 @@ class Connection(HttpToolsProtocol):
         self.parser = _Parser(self)
         return b"".join([*head, b"\r\n", rest])
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_unread()
+
+    def resume_writing(self) -> None:
+        self._end_unread()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        self._end_unread()
         # uvicorn tells only the last request.
         for one in self._cycles:
             if not one.response_complete:
@@ -128,6 +141,22 @@ class Connection(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _watch_unread(self) -> None:
+        size = self.transport.get_write_buffer_size()
+        self._unread_timer = self.loop.call_later(UNREAD_TIMEOUT_S, self._check_unread, size)
+
+    def _check_unread(self, before: int) -> None:
+        """Cut the client off if it took nothing since so many bytes waited for it."""
+        if self.transport.get_write_buffer_size() < before:
+            self._watch_unread()
+        else:
+            self.transport.abort()
+
+    def _end_unread(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def _close(self) -> None:
         if not self.transport.is_closing():
