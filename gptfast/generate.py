@@ -1,22 +1,23 @@
 """Generation: ids or text, whole or one token at a time, drawn or searched for.
 
 Each function checks its arguments, picks a decoder (`decoder_for`) and lets it do the work.
+`import gptfast` imports this file, so models and decoders are imported only by a call.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gptfast.engine.choice import decoder_for
-from gptfast.generation import continuation
-from gptfast.generation.continuation import Generated, checked_job, checked_stream_job, text_options
-from gptfast.generation.decoder import Decoder, Job
-from gptfast.generation.model_decoder import as_decoder
-from gptfast.generation.options import Draft, LogprobOptions, Number, Options
-from gptfast.generation.stop import Ends, Stop, TextStream
-from gptfast.model import GPT
-from gptfast.tokenizer.bpe import Tokenizer, encode_opening, end_of_text
+if TYPE_CHECKING:
+    from gptfast.generation.continuation import Generated
+    from gptfast.generation.decoder import Decoder, Job
+    from gptfast.generation.options import Draft, Number
+    from gptfast.generation.stop import Ends, Stop
+    from gptfast.model import GPT
+    from gptfast.tokenizer.bpe import Tokenizer
 
 
 def generate(
@@ -51,6 +52,10 @@ def generate(
     and k (id, float) pairs per new token, as `gptfast.generation.options.LogprobOptions` says.
     Raises ValueError for an empty prompt or an option out of range, IndexError for an unknown id.
     """
+    from gptfast.generation import continuation
+    from gptfast.generation.model_decoder import as_decoder
+    from gptfast.generation.options import LogprobOptions, Options
+
     options = Options.of(
         dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         | dict(repetition_penalty=repetition_penalty, length_penalty=length_penalty)
@@ -59,11 +64,13 @@ def generate(
         | dict(lookup=lookup, draft=draft)
     )
     asked = LogprobOptions(logprobs, top_logprobs)
-    job = checked_job(as_decoder(model), idx, max_new_tokens, options, asked)
+    job = continuation.checked_job(as_decoder(model), idx, max_new_tokens, options, asked)
     return continuation.generate(_decoder(model, job), job)
 
 
 def _decoder(model: GPT | Decoder, job: Job) -> Decoder:
+    from gptfast.engine.choice import decoder_for
+
     return decoder_for(model, job.n if job.prompts else 0)
 
 
@@ -83,9 +90,13 @@ def stream(
     beams, and raises what it raises, by the call and not by the first id. An id that may turn out
     to be part of a stop is held back until it is certain.
     """
+    from gptfast.generation import continuation
+    from gptfast.generation.model_decoder import as_decoder
+    from gptfast.generation.options import LogprobOptions, Options
+
     asked = LogprobOptions(logprobs, top_logprobs)
     decoder, checked = as_decoder(model), Options.of(options)
-    job = checked_stream_job(decoder, prompt_ids, max_new_tokens, checked, asked)
+    job = continuation.checked_stream_job(decoder, prompt_ids, max_new_tokens, checked, asked)
     return continuation.stream_job(_decoder(model, job), job)
 
 
@@ -102,10 +113,13 @@ def stream_text(
 
     A piece is whole characters, and never any part of a stop string.
     """
+    from gptfast.generation import continuation
+    from gptfast.generation.model_decoder import as_decoder
+
     ids = prompt_ids(tokenizer, prompt, allowed_special)
     decoder = as_decoder(model)
-    checked = text_options(tokenizer, options, decoder.eos_ids)
-    job = checked_stream_job(decoder, ids, max_new_tokens, checked)
+    checked = continuation.text_options(tokenizer, options, decoder.eos_ids)
+    job = continuation.checked_stream_job(decoder, ids, max_new_tokens, checked)
     return continuation.stream_pieces(_decoder(model, job), job)
 
 
@@ -117,6 +131,8 @@ def prompt_ids(
     In training, a text follows the end of the one before. Raises ValueError for an empty one if the
     vocabulary has no end-of-text.
     """
+    from gptfast.tokenizer.bpe import encode_opening, end_of_text
+
     if ids := encode_opening(tokenizer, prompt, allowed_special):
         return ids
     end = end_of_text(tokenizer)
@@ -145,13 +161,17 @@ def generate_text(
     prompt may hold; any other name is plain text. An empty prompt starts from end-of-text. Raises
     what `generate` raises.
     """
+    from gptfast.generation import continuation
+    from gptfast.generation.model_decoder import as_decoder
+    from gptfast.generation.stop import TextStream
+
     if not isinstance(prompt, Sequence):
         raise ValueError(f"prompt must be a string or a list of strings, got {prompt!r}")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     ids = [prompt_ids(tokenizer, p, allowed_special) for p in prompts]
     decoder = as_decoder(model)
-    checked = text_options(tokenizer, options, decoder.eos_ids)
-    job = checked_job(decoder, ids, max_new_tokens, checked)
+    checked = continuation.text_options(tokenizer, options, decoder.eos_ids)
+    job = continuation.checked_job(decoder, ids, max_new_tokens, checked)
     found = continuation.continuations(_decoder(model, job), job)
     texts = [
         p + TextStream(tokenizer, job.stops).read(new.ids)

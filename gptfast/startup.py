@@ -59,7 +59,7 @@ def answer(argv: Sequence[str], version: str) -> None:
     if text := short_answer(argv, version):
         # What cannot be printed is left to the command, which says so as it does everywhere.
         with contextlib.suppress(OSError):
-            print(text, flush=True)
+            print(f"{text}\n", end="", flush=True)  # in one piece, which head reads
             sys.exit(0)
     if line := refusal():
         sys.exit(f"gptfast: {line}")

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from gptfast import GPT, Engine, get_tokenizer
-from gptfast.generate import continuation, generate_text
+from gptfast.generate import generate_text
+from gptfast.generation import continuation
 from gptfast.generation.conversation import QUESTIONS, Template
 from gptfast.generation.stop import TextStream
 

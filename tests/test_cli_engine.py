@@ -214,16 +214,8 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_unneeded_modules_are_not_imported(trained: Path) -> None:
-    training = {
-        "gptfast.training.trainer",
-        "gptfast.data.loader",
-        "gptfast.training.checkpoint",
-        "gptfast.evaluate.loss",
-    }
     heavy = {"matplotlib", "transformers", "lm_eval", "tensorboard", "requests", "sympy"}
     heavy |= {"torch._dynamo", "torch._inductor", "gptfast.drop_in"}
-    modules = modules_after("import gptfast")
-    assert "gptfast.ops" in modules and not modules & (training | heavy | {"tyro", "tiktoken"})
     command = ["generate", str(trained), "--prompt", "a", "--max-new-tokens", "1"]
     modules = modules_after(f"from gptfast.cli import main\nassert main({command}) == 0")
     assert "gptfast.cli.generate" in modules

@@ -276,6 +276,27 @@ def test_the_help_imports_no_torch(words: list[str]) -> None:
         assert all(f"\n  {name} " in result.stdout for name in COMMANDS)
 
 
+def test_the_import_adds_the_operators_alone() -> None:
+    """To PyTorch: all of gptfast's operators, and neither a model nor anybody's library."""
+    code = "import sys, torch; old = {*sys.modules}; import gptfast; print(*{*sys.modules} - old)"
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    added = set(result.stdout.split())
+    ours = {name for name in added if name.split(".")[0] == "gptfast"}
+    # A few of Python's and PyTorch's own.
+    assert {name.split(".")[0] for name in added - ours} <= {"torch", *sys.stdlib_module_names}
+    assert len(added - ours) < 10
+    rooms = {name.split(".")[1] for name in ours - {"gptfast"}}
+    small = {"generate", "installed", "startup", "torch_private"}
+    assert rooms - {"_C"} == small | {"kernels", "ops"}
+    registers = re.compile(
+        r"^(?:\w+ = )?(?:LIBRARY\.)?(?:register|define|define_opaque)\(", re.MULTILINE
+    )
+    for path in ROOT.glob("gptfast/**/*.py"):
+        if registers.search(path.read_text("utf-8")):
+            assert ".".join(path.relative_to(ROOT).with_suffix("").parts) in ours
+
+
 def test_the_summaries_are_those_of_the_commands() -> None:
     first = {name: (COMMANDS[name].__doc__ or "").partition("\n")[0] for name in COMMANDS}
     assert first == SUMMARIES

@@ -20,7 +20,6 @@ from gptfast.checks import one_line
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
 from gptfast.ops.backend import EXTENSION, MISSING, check_isa
-from gptfast.ops.library import define
 from gptfast.tokenizer.bpe import Tokenizer
 from gptfast.weights.lazy_tensor import CheckpointError
 from gptfast.weights.packed import FILE
@@ -37,14 +36,6 @@ FORMAT = "gptfast-packed-2"
 FORMAT_BEFORE = "gptfast-packed-1"
 """The same but for bf16 matrices, whose inputs were padded to a multiple of 2 instead of 32."""
 IO_CHUNK_BYTES = 2**20
-define("engine_new(int bytes) -> Tensor")
-define("engine_bytes(int[] shape) -> int")
-define("engine_pack(Tensor(a!) packed, int[] shape, str name, Tensor weight) -> ()")
-define(
-    "engine_step(Tensor packed, int[] shape, Tensor(a!) cache, Tensor slots, int[] rows, "
-    "int[] starts, int[] counts, int[] ids, int[] wanted, Tensor[] sampling, int[] positions) "
-    "-> (Tensor, Tensor)"
-)
 
 
 class Shape(NamedTuple):

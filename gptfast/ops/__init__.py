@@ -1,5 +1,6 @@
 """The operations, one file and one word each; AdamW's public face is `gptfast.AdamW`."""
 
+from gptfast.ops import adamw, attention_rows, dropout_mask, engine  # noqa: F401 - their operators
 from gptfast.ops.attention import attention, attention_qkv
 from gptfast.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from gptfast.ops.decode_linear import decode_linear

@@ -20,7 +20,7 @@ from gptfast.ops.attention import (
     _seed_tensor,
     attention_qkv,
 )
-from gptfast.ops.library import LIBRARY, autocast_enabled
+from gptfast.ops.library import autocast_enabled, define_opaque
 
 
 class _Layout:
@@ -102,16 +102,16 @@ def _rows_fwd_fake(qkv, n_head, first, scale, dropout_p, seed):  # type: ignore[
 
 # Operators, so that torch.compile need not follow them.
 _OPTIONS = "SymInt n_head, SymInt first, float scale, float dropout_p, Tensor seed"
-LIBRARY.define(f"attention_rows_fwd(Tensor qkv, {_OPTIONS}) -> (Tensor out, Tensor lse)")
-LIBRARY.define(
-    "attention_rows_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, "
-    f"{_OPTIONS}) -> Tensor dqkv"
+define_opaque(
+    f"attention_rows_fwd(Tensor qkv, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    _rows_fwd,
+    _rows_fwd_fake,
 )
-LIBRARY.impl("attention_rows_fwd", _rows_fwd, "CompositeExplicitAutograd")
-LIBRARY.impl("attention_rows_bwd", _rows_bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("gptfast::attention_rows_fwd", _rows_fwd_fake, lib=LIBRARY)
-torch.library.register_fake(
-    "gptfast::attention_rows_bwd", lambda dout, qkv, *_: qkv.new_empty(qkv.shape), lib=LIBRARY
+define_opaque(
+    "attention_rows_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, "
+    f"{_OPTIONS}) -> Tensor dqkv",
+    _rows_bwd,
+    lambda dout, qkv, *_: qkv.new_empty(qkv.shape),
 )
 
 

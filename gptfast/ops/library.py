@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import Any
 
@@ -124,6 +124,19 @@ def _kernels() -> dict[str, str]:
     if not hasattr(EXTENSION, "signatures"):
         raise ImportError(_OTHER_SOURCES)
     return EXTENSION.signatures()
+
+
+def define_opaque(
+    schema: str, function: Callable, fake: Callable, tags: Sequence[torch.Tag] = ()
+) -> None:
+    """Define the operator `gptfast::<schema>` that torch.compile calls without a look inside.
+
+    function: its PyTorch implementation, for every device. fake: as in `register`.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=tags)
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gptfast::{name}", fake, lib=LIBRARY)
 
 
 def register(schema: str, reference: Callable, fake: Callable) -> OpOverload:
