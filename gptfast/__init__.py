@@ -4,21 +4,24 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from gptfast.startup import ENDING, answer, catch_ctrl_c, is_command
+from gptfast.startup import ENDING, answer, catch_ctrl_c, is_command, told_on_one_line
 
 __version__ = "0.1.0"
 
+_IS_COMMAND = is_command(sys.orig_argv, sys.argv)
+
 # Only in the command's own process, and before the imports that take seconds.
-if is_command(sys.orig_argv, sys.argv):
+if _IS_COMMAND:
     catch_ctrl_c()
     ENDING.register()
     answer(sys.argv[1:], __version__)
 
-# Imported at once, so that the operators are in torch.ops after `import gptfast`.
-from gptfast import ops
+with told_on_one_line(_IS_COMMAND):
+    # Imported at once, so that the operators are in torch.ops after `import gptfast`.
+    from gptfast import ops
 
-# Imported at once, because a later import of the submodule would replace the function.
-from gptfast.generate import generate
+    # Imported at once, because a later import of the submodule would replace the function.
+    from gptfast.generate import generate
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig, TrainConfig

@@ -13,7 +13,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from gptfast.installed import refusal
@@ -63,6 +63,18 @@ def answer(argv: Sequence[str], version: str) -> None:
             sys.exit(0)
     if line := refusal():
         sys.exit(f"gptfast: {line}")
+
+
+@contextlib.contextmanager
+def told_on_one_line(is_command: bool) -> Iterator[None]:
+    """In the command's process, end with one line where an import of the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        if not is_command:
+            raise
+        remedy = "; run pip install torch" if error.name == "torch" else ""
+        sys.exit(f"gptfast: {' '.join(str(error).split())}{remedy}")
 
 
 def short_answer(argv: Sequence[str], version: str) -> str:

@@ -289,6 +289,17 @@ def test_an_unknown_name() -> None:
         download("gpt3")
 
 
+def test_a_cache_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()  # root may write to any directory
+    monkeypatch.setenv("GPTFAST_CACHE", str(tmp_path / "file"))
+    assert main(["download", "gpt2"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'file'}, the directory of downloaded models, cannot be written" in line
+    assert line.endswith("; set GPTFAST_CACHE to one that can")
+
+
 def test_a_user_without_a_home_directory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

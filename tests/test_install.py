@@ -116,6 +116,28 @@ def test_the_command_refuses_to_run_beside_the_namesake(command: str, namesake: 
     assert python("-m", "gptfast", "--version", path=namesake).returncode == 0
 
 
+IMPORTS = {
+    "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')": (
+        "No module named 'torch'; run pip install torch"
+    ),
+    "raise ImportError('libc10.so: cannot open\\n\\n  shared object file')": (
+        "libc10.so: cannot open shared object file"
+    ),
+}
+
+
+@pytest.mark.parametrize("torch", IMPORTS)
+def test_the_command_says_on_one_line_that_pytorch_does_not_work(
+    torch: str, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text(torch, "utf-8")
+    result = python("-m", "gptfast", "info", path=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"gptfast: {IMPORTS[torch]}\n"
+    result = python("-c", "import gptfast", path=tmp_path)
+    assert result.stderr.startswith("Traceback")
+
+
 def test_an_early_copy_of_this_project_is_no_namesake(
     namesake: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

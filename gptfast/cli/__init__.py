@@ -197,6 +197,8 @@ def _failed(error: BaseException, argv: Sequence[str]) -> int:
         discard(sys.stdout)  # else Python would complain once more when it ends
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
         message = f"cannot write what is printed: {error.strerror}"
+    if "No working C++ compiler" in message:  # in the words of torch.compile
+        message = "--compile needs a C++ compiler; install g++, or leave out --compile"
     print(f"gptfast: {message}", file=sys.stderr)
     return USAGE_ERROR if isinstance(error, UsageError) else 1
 

@@ -64,6 +64,12 @@ def download(
     part = target.with_name(f".{name}.part")
     try:
         part.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{target.parent}, the directory of downloaded models, cannot be written "
+            f"({error.strerror}); set GPTFAST_CACHE to one that can"
+        ) from None
+    try:
         for file in FILES:
             address = f"{url.rstrip('/')}/{_DIRECTORIES[name]}/{file}"
             _fetch(address, part / file, attempts, pause, quiet)
