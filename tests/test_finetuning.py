@@ -1,4 +1,7 @@
-"""Run the commands of docs/finetuning.md in order with fewer steps: they do what it says."""
+"""Run the commands of docs/finetuning.md in order with fewer steps: they do what it says.
+
+So a stranger's way is one test, from data to what peft, transformers and llama.cpp load.
+"""
 
 import contextlib
 import io
@@ -6,23 +9,17 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commands import rows
+from finetuning_page import BLOCKS, shortened
 from helpers import scripted_model
 
 from gptfast import GPT, get_tokenizer
 from gptfast.cli import main
 
-TEXT = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text("utf-8")
-# (language, content) of each fenced block.
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
-FEWER = {
-    "--max-steps 1000": "--max-steps 80",
-    "--max-steps 400": "--max-steps 100",
-    "--out runs/rates": "--jobs 3 --out runs/rates",
-}
 BYTE = get_tokenizer("byte")
 
 
@@ -36,9 +33,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             if language == "python":
                 exec(compile(content, "docs/finetuning.md", "exec"), {})
             for command in content.splitlines() if language == "sh" else ():
-                for long, short in FEWER.items():
-                    command = command.replace(long, short)
-                program, *args = shlex.split(command)
+                program, *args = shlex.split(shortened(command), comments=True)
                 assert program == "gptfast"
                 with contextlib.redirect_stdout(io.StringIO()) as output:
                     assert main(args) == 0, command
@@ -64,7 +59,7 @@ def test_every_step_is_there(outputs: dict[str, str]) -> None:
     commands = [command.split()[0] for command in outputs]
     assert commands == [
         *("train", "prepare", "eval"),
-        *("train", "train", "train", "convert", "search", "eval", "generate"),
+        *("train", "train", "train", "convert", "search", "eval", "generate", "convert", "convert"),
     ]
     for flag in ("--freeze", "--lora-rank"):
         assert any(flag in command for command in outputs)
@@ -147,3 +142,46 @@ def test_the_answer_is_cut_at_its_full_stop(
     capsys.readouterr()
     assert main(["generate", str(tmp_path), *flags, "--tokenizer", "byte"]) == 0
     assert capsys.readouterr().out == f"{QUESTION}It is Tuesday\n"
+
+
+# (what it imports first, content) of each Python block for programs of others.
+LIBRARIES = re.compile(r"^(?:from|import) (\w+)", re.MULTILINE)
+HANDED = {LIBRARIES.match(code)[1]: code for language, code in BLOCKS if language == "py"}
+
+
+def run_for_others(library: str) -> tuple[dict[str, Any], str]:
+    """Run the page's block that begins with this library; return its names and what it prints."""
+    for module in LIBRARIES.findall(HANDED[library]):
+        pytest.importorskip(module)
+    names: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(compile(HANDED[library], "docs/finetuning.md", "exec"), names)
+    return names, output.getvalue()
+
+
+def test_peft_and_transformers_load_what_is_handed_on(outputs: dict[str, str]) -> None:
+    """Both have the logits of gptfast's own model, which are not those of the base."""
+    names, printed = run_for_others("peft")
+    assert printed.count(QUESTION) == 2
+    idx = names["prompt"]["input_ids"]
+    assert idx[0].tolist() == BYTE.encode(QUESTION)
+    ours, base = GPT.from_pretrained("runs/adapter"), GPT.from_pretrained("runs/base")
+    with torch.inference_mode():
+        for theirs in (names["adapter"], names["merged"]):
+            logits = theirs.eval()(idx).logits
+            torch.testing.assert_close(logits, ours(idx), rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(logits, base(idx), atol=1e-2)
+
+
+def test_llama_cpp_loads_what_is_handed_on(outputs: dict[str, str]) -> None:
+    _, printed = run_for_others("llama_cpp")
+    assert printed.endswith("\n")
+
+
+def test_what_is_handed_on_is_read_back(outputs: dict[str, str]) -> None:
+    """Every number is within half a step of q8_0, of which 127 reach the largest in its row."""
+    ours, back = (GPT.from_pretrained(path) for path in ("runs/adapter", "handed.gguf"))
+    for name, p in ours.state_dict().items():
+        error = (back.state_dict()[name] - p).abs()
+        # The scale itself is in fp16.
+        assert error.max() <= p.abs().max() * (0.5 / 127 + 2**-10), name

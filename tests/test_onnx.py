@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,29 @@ def test_padding_before_a_prompt(written: tuple[GPT, Path]) -> None:
         whole = torch.cat([idx, random_ids(2, 1, seed=2)], 1)
         close(torch.cat([first[:1], step[:1]], 1), model(whole[:1]))
         close(torch.cat([first[1:, 3:], step[1:]], 1), model(whole[1:, 3:]))
+
+
+def test_the_pages_example(written: tuple[GPT, Path]) -> None:
+    """docs/weights.md's lines give the logits of a prompt, and its last three inputs the next."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model, path = written
+    page = Path(__file__).parents[1] / "docs/weights.md"
+    (code,) = re.findall(r"^```py\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    for old, new in {
+        "tuned/model.onnx": str(path),
+        "[[464, 1988]]": "[[5, 9]]",
+        "np.float32": f"np.{model.wte.weight.numpy(force=True).dtype}",
+    }.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/weights.md", "exec"), names)
+    step = {"input_ids": [[7]], "attention_mask": [[1, 1, 1]], "position_ids": [[2]]}
+    feeds = {name: torch.tensor(ids).numpy() for name, ids in step.items()} | names["past"]
+    found = [names["logits"], names["session"].run(None, feeds)[0]]
+    with torch.no_grad():
+        expected = model(torch.tensor([[5, 9, 7]]))
+    close(torch.cat([torch.from_numpy(logits) for logits in found], 1), expected)
 
 
 def test_large_products_in_fp16() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetuning_page import BLOCKS, shortened
 
 from gptfast.data.embedded import embedded_text
 
@@ -97,3 +98,30 @@ def test_a_wheel_in_an_empty_environment(version: str, tmp_path: Path) -> None:
     small = "--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --block-size 32 --max-steps 4"
     assert "kernels: cpp" in run("train", "--data", "text.txt", "--out", "Lauf 1", *small.split())
     assert run("generate", "Lauf 1", "--prompt", "The ", "--max-new-tokens", "8").startswith("The ")
+
+
+def follow_the_page(programs: Path, here: Path) -> None:
+    """Take each step of docs/finetuning.md with the programs of a folder, and less training."""
+    env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    env.pop("PYTHONPATH", None)
+    for language, content in BLOCKS:
+        if language != "text":
+            command = ["bash", "-ec", shortened(content)]
+            if language != "sh":
+                command = [programs / "python", "-c", content]
+            process = subprocess.run(
+                command, cwd=here, env=env, capture_output=True, encoding="utf-8", timeout=600
+            )
+            assert process.returncode == 0, f"{content}\n{process.stderr}"
+
+
+@pytest.mark.skipif(not WHEEL, reason="GPTFAST_TEST_WHEEL does not name a directory")
+def test_from_a_wheel_to_what_others_load(tmp_path: Path) -> None:
+    """A stranger installs the wheel and copies the page, down to peft, transformers, llama.cpp."""
+    (wheel,) = Path(str(WHEEL)).glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    pip = [tmp_path / "venv/bin/python", "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, f"torch=={torch.__version__}", wheel], check=True)
+    more = ["gptfast-torch[gguf]", "peft", "llama-cpp-python"]
+    subprocess.run([*pip, *more], check=True)
+    follow_the_page(tmp_path / "venv/bin", tmp_path)

@@ -1,10 +1,13 @@
 """Check README, CONTRIBUTING and docs/: Python examples run, and the things they name exist.
+README's commands run, and those of docs/weights.md.
 
 docs/finetuning.md and docs/book.md have tests of their own.
 """
 
 import importlib
+import json
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -15,6 +18,7 @@ import torch
 
 import gptfast
 from gptfast import GPT, GPTConfig, get_tokenizer, ops
+from gptfast.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,7 +46,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write tiny models with the names that the examples use to the current directory."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16))
+    model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=32))
     for name in ("gpt2", "runs/train"):
         model.save_pretrained(name)
     Path("runs/train/tokenizer").mkdir()
@@ -60,6 +64,36 @@ def test_the_examples_run(page: str, models: None) -> None:
     for long, short in SMALLER.items():
         code = code.replace(long, short)
     exec(compile(code, page, "exec"), {"__name__": "page"})
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """Return the arguments of a page's commands that need no network and no terminal."""
+    shell = "".join(block for language, block in BLOCK.findall(TEXTS[page]) if language == "sh")
+    lines = [shlex.split(line, comments=True) for line in shell.splitlines()]
+    runs = [args[1:] for args in lines if args and args[0] == "gptfast"]
+    away = re.compile(r"download|chat|serve|hf:.*|.*\.onnx")  # they have tests of their own
+    return [args for args in runs if not any(map(away.fullmatch, args))]
+
+
+@pytest.mark.parametrize("page", ["README.md", "weights.md"])
+def test_the_commands_run(page: str, models: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """As they are printed, in order, on a tiny GPT-2 and with few steps."""
+    Path("notes").mkdir()
+    for name in ("book.txt", "notes/a.txt"):
+        Path(name).write_text("The cat sat on the mat. " * 100)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    Path("chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 20)
+    if page == "weights.md":  # README makes it
+        GPT.from_pretrained("gpt2").save_pretrained("runs/tuned")
+    few = {"train": "--max-steps 1 --sample-tokens 0", "generate": "--max-new-tokens 2"}
+    commands = commands_of(page)
+    assert len(commands) >= 7
+    pytest.importorskip("gguf")
+    for args in commands:
+        flags = few.get(args[0], "").split()
+        if args[0] == "train" and "--init" not in args:
+            flags += "--n-layer 1 --n-head 1 --n-embd 16 --block-size 16".split()
+        assert main([*args, *flags]) == 0, (args, capsys.readouterr().err)
 
 
 @cache

@@ -33,7 +33,10 @@ class Plot:
         """Return the command with these flags. Raises UsageError for some that do not apply."""
         command = cls(**with_tuples(given))
         if command.report is not None and len(command.runs) != 1:
-            raise UsageError(f"--report is about one run, got {len(command.runs)}")
+            raise UsageError(
+                f"--report is about one run, got {len(command.runs)}: gptfast plot RUN --report "
+                "PAGE.html"
+            )
         for name in ("out", "x"):
             if command.report is not None and name in given:
                 raise UsageError(f"--{name} is for a picture: leave out --report or --{name}")
