@@ -58,6 +58,11 @@ AVX512_BF16 = f"{AVX512} -mavx512vnni -mavx512bf16"
 NEON_DOT = "-march=armv8.2-a+dotprod"
 
 
+def compiler() -> str:
+    """Return the command that compiles C++."""
+    return (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0]
+
+
 def levels_of(machine: str) -> list[Level]:
     """Return the levels for a machine, as platform.machine() names it."""
     emulated = Level("amx_emulated", "-DGPTFAST_EMULATED_TILES", TILES)
@@ -96,6 +101,19 @@ if os.environ.get("GPTFAST_SANITIZE") == "1":
     # -O1 compiles three times as fast as -O3.
     SANITIZE += ["-fno-wrapv", "-g1", "-O1"]
 FLAGS += SANITIZE
+
+
+def instructions(flags: str) -> set[str]:
+    """Return the macros by which the compiler tells what instructions some flags let it use."""
+    command = [compiler(), *flags.split(), "-dM", "-E", "-x", "c++", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name for name in re.findall(r"#define (\w+)", told) if name.startswith("__")}
+
+
+def of_this_cpu(levels: list[Level]) -> list[Level]:
+    """Return the levels, without the loops of those that need more than this CPU has."""
+    has = instructions("") | instructions("-march=native")
+    return [x if instructions(x.flags) <= has else x._replace(loops=()) for x in levels]
 
 
 def loop_flags(level: Level) -> list[str]:
@@ -209,13 +227,16 @@ class BuildExtension(build_ext):
         record(folder, "")
 
     def compile_all(self, ext: Extension) -> None:
-        compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0]
-        if os.name == "posix" and shutil.which(compiler) is None:
-            raise CompileError(f"there is no compiler {compiler} (on Debian, apt install g++)")
+        if os.name == "posix" and shutil.which(compiler()) is None:
+            raise CompileError(f"there is no compiler {compiler()} (on Debian, apt install g++)")
         jobs = [([source], FLAGS, "wrappers") for source in ext.sources]
-        for level in LEVELS:
+        # What no test runs is not compiled with sanitizers, which takes longer.
+        for level in of_this_cpu(LEVELS) if SANITIZE else LEVELS:
             flags = [*FLAGS, *loop_flags(level)]
             jobs += [([str(path)], flags, level.namespace) for path in loop_sources(level)]
+
+        # The longest are compiled first, so that no core is left alone with one at the end.
+        jobs.sort(key=lambda job: Path(job[0][0]).stat().st_size, reverse=True)
 
         def compile(job: tuple[list[str], list[str], str]) -> list[str]:
             sources, flags, folder = job
