@@ -76,7 +76,7 @@ check: lint $(VENV)/ready-test
 	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m "not triton" $(wildcard $(CHECKED:%=tests/test_%.py))
 
 # The tests under each setting in which machines differ, pairwise: most of an hour on two cores.
-# PART=--part makes a few runs of a minute each.
+# PART=--part makes one run, of a minute or two.
 matrix: $(VENV)/ready-test
 	$(BIN)/python tests/matrix.py $(PART)
 
@@ -84,13 +84,13 @@ matrix: $(VENV)/ready-test
 # itself never frees much of what it holds, so leaks are not looked for.
 SANITIZED := attention attention_tiles cross_entropy matmul linear mlp embedding adamw adamw_masters sampling philox \
 	library threads engine engine_files engine_levels
-# PART=1/2 takes one half of the tests, PART=2/2 the other. Left out are tests that train, look at object files, or compile.
+# SHARE=1/2 takes one half of the tests, SHARE=2/2 the other. Left out are tests that train, look at object files, or compile.
 NOTHING_TO_FIND := perplexity or share_no_symbol or opcheck
 sanitize: $(VENV)/ready-test
 	GPTFAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
-	GPTFAST_SANITIZE=1 GPTFAST_TEST_PART=$(PART) \
+	GPTFAST_SANITIZE=1 GPTFAST_TEST_PART=$(SHARE) \
 	$(BIN)/python -P -m pytest $(WORKERS) --capture=sys -p no:cacheprovider -m "not triton and not reference" \
 		-k "not ($(NOTHING_TO_FIND))" $(SANITIZED:%=tests/test_%.py)
 
