@@ -5,11 +5,13 @@ docs/finetuning.md and docs/book.md have tests of their own.
 """
 
 import importlib
+import io
 import json
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -100,12 +102,12 @@ def test_the_commands_run(page: str, models: None, capsys: pytest.CaptureFixture
 def options_of(command: str) -> set[str]:
     """Return the options that a command's help lists; without a command, return the commands."""
     words = [command, "--help-all"] if command else ["--help"]
-    script = f"from gptfast.cli import main; main({words})"
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
-    assert process.returncode == 0, process.stderr
+    with redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as ended:
+        main(words)
+    assert not ended.value.code
     if not command:
-        return set(re.findall(r"^  ([a-z]+)  ", process.stdout, re.MULTILINE))
-    return set(re.findall(r"--[a-z][a-z0-9-]*", process.stdout))
+        return set(re.findall(r"^  ([a-z]+)  ", printed.getvalue(), re.MULTILINE))
+    return set(re.findall(r"--[a-z][a-z0-9-]*", printed.getvalue()))
 
 
 @pytest.mark.parametrize("command", sorted({command for _, command, _ in COMMANDS}))
