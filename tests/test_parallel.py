@@ -591,7 +591,7 @@ def test_memory_of_weights_in_parts(
 ) -> None:
     """Beside the framework, two processes of fsdp take at most 0.6 of ddp's memory each."""
     monkeypatch.setattr("ranks.DEADLINE_S", 300.0)
-    run = "--n-layer 12 --n-head 12 --n-embd 768 --vocab-size 50257 --max-length 16 --batch-size 2"
+    run = "--n-layer 12 --n-head 8 --n-embd 512 --vocab-size 25000 --max-length 16 --batch-size 2"
     run += " --accumulation-steps 1 --dropout 0 --max-steps 2 --eval-batches 1 --sample-tokens 0"
     taken = {}
     for how in ("ddp", "fsdp"):
