@@ -131,6 +131,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             module = Path(nodeid.partition("::")[0]).stem
             return module if module in SHARING else nodeid
 
+        def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
+            super().mark_test_complete(node, item_index, duration)
+            # It counts through all that a worker has got, at each test: what is done may go.
+            work = self.assigned_work[node]
+            scope = self._split_scope(self.registered_collections[node][item_index])
+            if all(work[scope].values()):
+                del work[scope]
+
     return Scheduler(config, log)
 
 
