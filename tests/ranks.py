@@ -4,6 +4,7 @@ The processes are forked from one that has imported everything, which saves thei
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -69,6 +70,7 @@ def _rank(
     for file, number in zip(files, (1, 2), strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    faulthandler.enable()  # an abort shows where
     torch.set_num_threads(1)
     # Measuring the peak and plotting are slow, and no test here needs them.
     gptfast.training.trainer.peak_flops = lambda device, dtype: 1e12

@@ -68,7 +68,8 @@ class Hosts:
                 **{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
                 **{"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29517"},
                 **{"LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": link, "OMP_NUM_THREADS": "1"},
-                "PYTHONPATH": os.pathsep.join(sys.path),
+                # An abort shows where.
+                **{"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONFAULTHANDLER": "1"},
             }
             # A name of its own: a process of another host cannot be killed from here.
             inside = ["unshare", "--uts", "sh", "-c", f'hostname host{rank}; exec "$@"', "sh"]
