@@ -274,11 +274,18 @@ def extensions() -> list[Extension]:
 
 
 def package_page() -> str:
-    """Return README.md as it can stand alone: without pictures and links to files beside it."""
+    """Return README.md as it can stand alone: without pictures and links to files beside it.
+
+    A comment that begins with "package page:" is text of that page alone; what stands between
+    "repository" and "end of repository" is not on it.
+    """
     text = Path("README.md").read_text("utf-8")
+    text = re.sub(r"<!-- repository -->.*?<!-- end of repository -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!-- package page:\n(.*?)-->", r"\1", text, flags=re.DOTALL)
     picture = r"!\[[^\]]*\]\([^)]*\)"
     text = re.sub(rf"\[{picture}\]\([^)]*\)|{picture}|<!--.*?-->", "", text, flags=re.DOTALL)
-    return re.sub(r"\[([^\]]*)\]\((?!https?://|#)[^)]*\)", r"\1", text)
+    text = re.sub(r"\[([^\]]*)\]\((?!https?://|#)[^)]*\)", r"\1", text)
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def folders() -> dict[str, dict[str, str]]:

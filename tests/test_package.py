@@ -61,8 +61,11 @@ def test_the_package_page_stands_alone(sdist: dict[str, str]) -> None:
     page = sdist["PKG-INFO"].partition("\n\n")[2]
     links = re.findall(r"\]\(([^)]*)\)", page)
     assert links and all(link.startswith(("https://", "#")) for link in links)
-    assert "<!--" not in page and "![" not in page
+    assert "<!--" not in page and "-->" not in page and "![" not in page
     assert "## Three uses" in page
+    # Its reader has a package index and no repository.
+    assert page.index("pip install gptfast-torch") < page.index("gptfast train")
+    assert not re.search(r"git clone|\bmake [a-z`]|pip install \.|^## Map|package page", page, re.M)
     head = sdist["PKG-INFO"].partition("\n\n")[0]
     for line in ("Name: gptfast-torch", "Description-Content-Type: text/markdown"):
         assert line in head.splitlines()
