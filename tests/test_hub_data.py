@@ -269,7 +269,11 @@ def test_the_same_from_another_directory(tmp_path: Path) -> None:
         ("hf:data:valid", "has no split 'valid', only train, test; name one (hf:data:train)"),
         ("hf:data:train:tale", "has no field 'tale', only id, story"),
         ("hf:data", "has no field 'text', only id, story; name it with --text-field story"),
-        ("hf:alone:test", "has no split 'test', as it was saved without splits"),
+        (
+            "hf:alone:test",
+            "no split 'test', as it was saved without splits; leave it out (hf:alone)",
+        ),
+        ("hf:alone:test:story", "leave it out (hf:alone::story)"),
         ("hf:./gone", "there is no directory gone"),
         ("hf:data/test.jsonl:train", "data/test.jsonl is a file; give it without hf:"),
         ("hf:", "is no data set: give hf:NAME"),

@@ -106,7 +106,11 @@ def test_no_folder_of_this_machine_is_shown(tmp_path: Path, monkeypatch: Any) ->
     assert str(tmp_path) not in text and "private" not in text
     found = Page(text).table()
     assert (found["data"], found["tokenizer"]) == ("book.txt", "byte")
-    assert found["sample_prompt"] == "/the"
+    assert found["sample_prompt"] == "/the" and "started from" not in found
+    tuned = ["--init", "runs/a", "--lora-rank", "2", "--max-steps", "1", "--out", "runs/b"]
+    assert main(["train", *data, *tuned]) == 0
+    found = Page(write_report("runs/b", "b.html").read_text("utf-8")).table()
+    assert (found["started from"], found["lora_rank"]) == ("a", "2")
 
 
 def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

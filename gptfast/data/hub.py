@@ -132,7 +132,10 @@ def _open(path: Path) -> Any:
         own = str(data.split) if data.split is not None else None
         if asked.split not in (None, own):
             what = f"only {own}" if own else "as it was saved without splits"
-            raise ValueError(f"{path} has no split {asked.split!r}, {what}")
+            remedy = (
+                f"leave it out ({PREFIX}{asked.name}{f'::{asked.field}' if asked.field else ''})"
+            )
+            raise ValueError(f"{path} has no split {asked.split!r}, {what}; {remedy}")
         return data
     split = asked.split
     if split is None:

@@ -19,7 +19,7 @@ from gptfast.evaluate.loss import perplexity
 from gptfast.files import replacing
 from gptfast.training.metrics import MetricsRow, finite, read_metrics
 from gptfast.training.plot import draw_rows, new_figure, set_loss_range
-from gptfast.weights.card import ENVIRONMENT, without_folders
+from gptfast.weights.card import ENVIRONMENT, facts_of, without_folders
 from gptfast.weights.checkpoint import checkpoints, read_settings
 
 _PAGE = """<!DOCTYPE html>
@@ -167,11 +167,13 @@ def _samples(run: Path) -> list[tuple[str, str]]:
 
 
 def _settings(run: Path) -> list[tuple[str, str]]:
-    """Return the settings of the newest undamaged checkpoint."""
-    settings: dict[str, Any] = next(
-        filter(None, map(read_settings, reversed(checkpoints(run)))), {}
-    )
-    return [(name, _shown(name, value)) for name, value in settings.items()]
+    """Return the settings of the newest undamaged checkpoint, and which weights it began with."""
+    for path in reversed(checkpoints(run)):
+        if settings := read_settings(path):
+            facts = facts_of(path)
+            began = [("started from", facts.started_from)] if facts and facts.started_from else []
+            return began + [(name, _shown(name, value)) for name, value in settings.items()]
+    return []
 
 
 def _shown(name: str, value: Any) -> str:
