@@ -68,12 +68,17 @@ _HOMES = {
     "use_backend": "ops.backend",
 }
 
+# Modules that the pages name, so that `gptfast.lora.add_adapters` needs no import of its own.
+_MODULES = ("data", "engine", "evaluate", "lora", "model", "search", "tokenizer", "training")
+
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"gptfast.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"gptfast.{_HOMES[name]}"), name)
