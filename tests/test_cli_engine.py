@@ -79,7 +79,9 @@ def test_packed(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
     for args in (("convert", packed, tmp_path / "new"), ("train", *TINY, "--init", packed)):
         result = run(capsys, *args, *(() if args[0] == "convert" else ("--data", text)))
-        refused(result, f"{packed} is packed for generation", "the model it was made from")
+        refused(
+            result, f"{packed} is packed for generation", "`serve`", "the model it was made from"
+        )
     bf16 = tmp_path / "bf16"
     assert "bf16 weights" in told("convert", trained, bf16, "--to", "packed", "--dtype", "bf16")
 

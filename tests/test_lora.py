@@ -326,6 +326,9 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         values.normal_(std=0.1)
     model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    if EXTENSION is not None:
+        with pytest.raises(ValueError, match="no model with an adapter .*: give it the directory"):
+            Engine(model)
     idx = random_ids(1, 16)
     torch.testing.assert_close(GPT.from_pretrained(tmp_path / "adapter")(idx), model(idx))
 

@@ -351,6 +351,11 @@ def _pack(
     if base is not None and (isinstance(model_or_path, nn.Module) or is_packed(model_or_path)):
         raise ValueError("base is for the path of an adapter: leave it out (--base)")
     if isinstance(model_or_path, nn.Module):
+        if getattr(model_or_path, "adapter", None) is not None:
+            raise ValueError(
+                "the engine takes no model with an adapter beside its weights: give it the "
+                "directory of save_pretrained, or merge it (gptfast.lora.merge_adapters)"
+            )
         part = foreign_part(model_or_path)
         if part is not None or not isinstance(model_or_path, GPT):
             raise ValueError(

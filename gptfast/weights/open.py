@@ -82,8 +82,8 @@ def _open_directory(path: Path, base: str | PathLike | None = None) -> Weights:
         return _open_file(path / "ckpt.pt", None)
     if not ours and is_packed(path):
         raise CheckpointError(
-            f"{path} is packed for generation: only gptfast.Engine and `gptfast generate`, `chat` "
-            "and `eval` take it; use the model it was made from"
+            f"{path} is packed for generation: only gptfast.Engine and `gptfast generate`, `chat`, "
+            "`serve` and `eval` take it; use the model it was made from"
         )
     if not ours and not checkpoint.checkpoints(path):
         raise CheckpointError(f"{path} is not a checkpoint: {found_in.directory(path)}")
