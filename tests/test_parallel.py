@@ -42,6 +42,7 @@ from gptfast.torch_private import is_compiling
 from gptfast.training import processes, shards
 from gptfast.training.checkpoint import load_checkpoint
 from gptfast.training.drawn import draw_parts
+from gptfast.training.failures import Failures
 from gptfast.training.parallel_step import ParallelStep
 from gptfast.training.progress import RunCheckpoints
 from gptfast.training.shared_memory import ALIGNMENT, Allotment, padded, share_memory
@@ -978,6 +979,24 @@ def test_sizes_that_cannot_share(tmp_path: Path, data: Path) -> None:
 
 
 # Around it
+
+
+def test_no_beat_is_under_way_when_the_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script of one's own ends as Python does, which a thread that is in C++ then would abort."""
+    begun, at_exit = threading.Event(), []
+
+    class Slow:
+        def set(self, key: str, value: str) -> None:
+            if key.startswith("beat"):
+                begun.set()
+                time.sleep(0.1)
+
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    Failures(0, 1, Slow, 5.0)  # type: ignore[arg-type]
+    assert begun.wait(60)
+    for function in at_exit:
+        function()
+    assert "gptfast-beats" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_flags_of_several_processes_need_them(capsys: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ beat every second, from a thread of its own connection, so that a wait for a pro
 alone (a save) need not end before that process does.
 """
 
+import atexit
 import contextlib
 import os
 import re
@@ -62,7 +63,9 @@ class Failures:
         self._deadlines: dict[int, tuple[float, Callable[[], str]]] = {}
         self._told: tuple[str, Callable[[], str]] | None = None
         self._watched: dict[int, tuple[str | None, float]] | None = None
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._beating = threading.Thread(target=self._beat, name="gptfast-beats", daemon=True)
+        self._beating.start()
+        atexit.register(self.end)
 
     def introduce(self) -> None:
         """Learn the number and the machine of every process, once all are connected."""
@@ -155,8 +158,9 @@ class Failures:
         os._exit(1)
 
     def end(self) -> None:
-        """Stop the beats."""
+        """Stop the beats, and wait for one under way: in C++ it would abort Python's own end."""
         self._ended.set()
+        self._beating.join(BEAT_S)
 
     def set(self, key: str, value: str) -> None:
         """Set a key for `wait`."""
