@@ -31,6 +31,7 @@ import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.dist_info import dist_info
 from setuptools.errors import CompileError
 
 if int(setuptools.__version__.partition(".")[0]) < 77:  # as pyproject.toml says, but not to all
@@ -194,6 +195,15 @@ def redirected(fd: int, to: int) -> Iterator[None]:
             os.write(fd, part)
 
 
+class Metadata(dist_info):
+    """What pip asks for first. Without torch it ends here, before pip fetches what we need."""
+
+    def run(self) -> None:
+        if not SKIPPED:
+            find_torch()
+        super().run()
+
+
 class BuildPackage(build_py):
     """Copies the Python files. For a build without the extension it is the only step."""
 
@@ -321,6 +331,6 @@ setup(
     long_description=package_page(),
     long_description_content_type="text/markdown",
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage, "dist_info": Metadata},
     options=folders(),
 )
