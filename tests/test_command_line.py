@@ -357,6 +357,16 @@ def test_an_extra_that_is_not_installed(
     assert not (tmp_path / "out").exists()
 
 
+def test_no_compiler_for_torch_compile(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    said = "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx"
+
+    def run_without(self: Any) -> int:
+        raise RuntimeError(f"{said}: (None, 'g++')")
+
+    monkeypatch.setattr(COMMANDS["info"], "run", run_without)
+    refused(run(capsys, "info"), "--compile needs a C++ compiler; install g++, or leave out")
+
+
 @pytest.mark.parametrize(("value", "dim"), [("1", False), ("", True), (None, True)])
 def test_no_color(value: str | None, dim: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """https://no-color.org: the variable counts unless it is empty."""
