@@ -14,6 +14,7 @@ import textwrap
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar
@@ -167,17 +168,23 @@ def field_help(owner: type) -> dict[str, str]:
     """Return the string below each field of a dataclass and of its bases, by the field's name."""
     texts: dict[str, str] = {}
     for base in reversed(owner.__mro__[:-1]):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for field, below in pairwise(definition.body):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                texts[field.target.id] = " ".join(str(below.value.value).split())
+        texts |= _own_help(base)
     return texts
+
+
+@cache
+def _own_help(owner: type) -> dict[str, str]:
+    """Return the strings below the fields that a class itself defines: reading them is slow."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(below.value.value).split())
+        for field, below in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+    }
 
 
 def group_help(owner: type) -> dict[str, str]:
