@@ -173,6 +173,19 @@ def test_small_data_trains_with_a_smaller_batch(kind: str, capsys: Capture) -> N
     assert f"have {n}" in done(capsys, "train", "--resume", "--out", "run", "--max-steps", 2)
 
 
+def test_long_examples_are_counted(capsys: Capture) -> None:
+    """A window has 16 tokens and their targets: 17 with end-of-text fit, the 18th is cut."""
+    pairs = [("a", "b" * 15), ("a", "b" * 16), ("ab", "c" * 40), ("a" * 16, "b"), ("a" * 17, "b")]
+    lines("a.jsonl", *({"prompt": a, "completion": b} for a, b in pairs * 2))
+    flags = ["--data", "a.jsonl", *STEP, "--split", 0.5, 0.5]
+    out = done(capsys, "train", *TINY, *flags, "--out", "run")
+    assert "left out 1 examples without a completion in their first 16 tokens\n" in out
+    assert "cut 3 completions that go on after the first 16 tokens of their examples\n" in out
+    lines("a.jsonl", *({"prompt": "a", "completion": "b"} for _ in pairs * 2))
+    out = done(capsys, "train", *TINY, *flags, "--out", "short")
+    assert "left out" not in out and "cut " not in out
+
+
 @pytest.mark.parametrize("n", [20, 40, 150])
 def test_messages_of_data_name_flags(n: int, capsys: Capture) -> None:
     """No option of Python is in a message of the command, however small the data is."""

@@ -310,6 +310,8 @@ class Train(Reading):
             say(f"fine-tuning {self.init} at a learning rate of {rate:g}{default}")
         if left_out := getattr(trainer.train_loader.dataset, "left_out", 0):
             say(f"left out {left_out:,} examples without a completion in their first {T} tokens")
+        if cut := getattr(trainer.train_loader.dataset, "cut", 0):
+            say(f"cut {cut:,} completions that go on after the first {T} tokens of their examples")
         if (n := batch_size_of(trainer.train_loader)) < self.batch_size:
             say(f"the data fills no batch of {self.batch_size}: batches have {n}, all there is")
         alone_on_cpu = trainer.device.type == "cpu" and trainer.world.size == 1

@@ -53,8 +53,8 @@ class Examples(Dataset):
 
     t <= max_length. y is -100 in the prompt, and end-of-text at the end of an example that is not
     cut. Examples without a target in their first max_length tokens are left out, and `left_out`
-    counts them. `collate` makes a batch, padded with pad_id and -100. Raises ValueError if no
-    example is left.
+    counts them; `cut` counts the others that are longer. `collate` makes a batch, padded with
+    pad_id and -100. Raises ValueError if no example is left.
     """
 
     def __init__(self, documents: Documents, max_length: int, pad_id: int) -> None:
@@ -65,6 +65,7 @@ class Examples(Dataset):
         kept = (first_target < lengths) & (first_target <= max_length)
         self.kept = np.flatnonzero(kept)
         self.left_out = len(documents) - len(self.kept)
+        self.cut = int((lengths[self.kept] > max_length + 1).sum())
         if not len(self.kept):
             raise ValueError(
                 f"no completion begins within max_length {max_length} in {len(documents)} "
