@@ -38,7 +38,7 @@ test-tools: $(VENV)/ready-test
 # The C++ loops as compiled for aarch64, on CPUs that qemu emulates: results, and the engine's bits. `make test-tools`
 # installs what they need.
 test-arm: $(VENV)/ready-test
-	GPTFAST_TEST_ARM=1 $(BIN)/python -m pytest --durations=5 tests/test_arm.py tests/test_arm_engine.py
+	GPTFAST_TEST_ARM=1 $(BIN)/python -m pytest $(WORKERS) --durations=5 tests/test_arm.py tests/test_arm_engine.py
 
 # The long tests of runs of several processes; random ones are killed at random moments, KILLS times each. Some
 # minutes on two cores.

@@ -73,6 +73,13 @@ class PlainGPT(nn.Module):
         return self.ln_f(x) @ self.wte.weight.T
 
 
+@pytest.fixture(autouse=True)
+def few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the pictures, which take longer than these runs, where no test looks at them."""
+    if request.node.name != "test_files_of_a_run":
+        monkeypatch.setattr("gptfast.training.trainer.plot_losses", lambda history, out: None)
+
+
 def test_a_run_equals_plain_pytorch(tmp_path: Path) -> None:
     """The same run without our code agrees to 1e-4 in loss at every step."""
     steps, warmup, lr, min_lr = 30, 5, 3e-3, 1e-4

@@ -4,6 +4,7 @@ The compiler is a cross compiler of its own (aarch64-linux-gnu-g++), the CPUs ar
 qemu-aarch64 has. Flags and levels are setup.py's.
 """
 
+import fcntl
 import os
 import runpy
 import shutil
@@ -98,7 +99,14 @@ def _compile(job: tuple[Path, Path, list[str]]) -> None:
 
 @cache
 def build() -> Path:
-    """Return the program, compiled again if a source is newer."""
+    """Return the program, compiled again if a source is newer: by one process, others wait."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    with (OBJECTS / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build()
+
+
+def _build() -> Path:
     program = OBJECTS / "program"
     sources = [*CSRC.iterdir(), *Path(__file__).parent.iterdir(), ROOT / "setup.py"]
     if program.exists():
