@@ -195,7 +195,8 @@ def test_generate_is_fixed_by_its_seed(trained: Path, capsys: Capture) -> None:
 def test_info(capsys: Capture) -> None:
     code, out, err = run(capsys, "info")
     assert (code, err) == (0, "")
-    assert f"gptfast {gptfast.__version__}, torch {torch.__version__}" in out
+    assert f"gptfast {gptfast.__version__}, torch {torch.__version__}, Python 3." in out
+    assert f"installed in {Path(gptfast.__file__).parent}" in out.splitlines()
     assert f"threads: {torch.get_num_threads()}" in out
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.split()[1:]}
     for op in operators():

@@ -2,6 +2,7 @@
 
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,10 @@ class Info:
     """Show version, CPU level, matrix engine, threads, GPU, and the backend of each operation."""
 
     def run(self) -> None:
-        print(f"gptfast {gptfast.__version__}, torch {torch.__version__}, {platform.platform()}")
+        python = f"Python {platform.python_version()}"
+        system = platform.platform()
+        print(f"gptfast {gptfast.__version__}, torch {torch.__version__}, {python}, {system}")
+        print(f"installed in {Path(gptfast.__file__).parent}")
         if EXTENSION is None:
             print(f"C++ kernels: none ({MISSING}); the CPU runs the PyTorch reference")
         else:
