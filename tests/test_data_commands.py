@@ -52,7 +52,7 @@ def lines(path: str, *records: dict[str, Any]) -> None:
 
 def test_fields_are_flags_of_every_command(trained: Path, capsys: Capture) -> None:
     lines("a.jsonl", *({"story": f"story {i} of many"} for i in range(40)))
-    lines("b.jsonl", *({"q": f"what is {i}?", "a": f" it is {i}"} for i in range(40)))
+    lines("b.jsonl", *({"q": f"is {i}?", "a": f" is {i}"} for i in range(40)))
     Path("c.csv").write_text("story\n" + "".join(f"story {i} of many\n" for i in range(40)))
     named = {"a.jsonl": ["--text-field", "story"], "c.csv": ["--text-field", "story"]}
     named["b.jsonl"] = ["--prompt-field", "q", "--completion-field", "a"]
@@ -180,7 +180,9 @@ def test_long_examples_are_counted(capsys: Capture) -> None:
     flags = ["--data", "a.jsonl", *STEP, "--split", 0.5, 0.5]
     out = done(capsys, "train", *TINY, *flags, "--out", "run")
     assert "left out 1 examples without a completion in their first 16 tokens\n" in out
-    assert "cut 3 completions that go on after the first 16 tokens of their examples\n" in out
+    assert "cut 3 completions that go on after their examples' first 16 tokens\n" in out
+    code, _, said = run(capsys, "eval", "run", "--data", "a.jsonl")
+    assert code == 0 and said.startswith("left out 2 examples without a") and "\ncut 6 " in said
     lines("a.jsonl", *({"prompt": "a", "completion": "b"} for _ in pairs * 2))
     out = done(capsys, "train", *TINY, *flags, "--out", "short")
     assert "left out" not in out and "cut " not in out

@@ -10,8 +10,9 @@ from gptfast.cli.flags import Positional, UsageError
 from gptfast.cli.model_flags import Device, Dtype, load
 from gptfast.cli.ranges import MAX_THREADS, check_whole
 from gptfast.cli.settings import with_tuples
+from gptfast.cli.terminal import print_note
 from gptfast.cli.threads import set_threads
-from gptfast.data.loader import create_dataloader
+from gptfast.data.loader import Examples, create_dataloader
 from gptfast.data.sources import Source, load_part
 from gptfast.data.token_files import Documents
 from gptfast.data.tokens import check_rows
@@ -112,7 +113,7 @@ class Eval(Reading):
             )
             if self.dtype == "int4" and not is_packed(self.checkpoint):
                 plain, _ = self._load("fp32")
-                cost = rounding_cost(score, self._score(plain, tokenizer, source))
+                cost = rounding_cost(score, self._score(plain, tokenizer, source, notes=False))
                 print(f"int4 costs {cost}")
         if self.hellaswag:
             found = hellaswag(
@@ -140,8 +141,10 @@ class Eval(Reading):
         check_rows(source, model.config.vocab_size, tokenizer, self.checkpoint)
         return source
 
-    def _score(self, model: "GPT | Engine", tokenizer: Tokenizer, source: Source) -> Score:
-        """Return the losses on --data."""
+    def _score(
+        self, model: "GPT | Engine", tokenizer: Tokenizer, source: Source, *, notes: bool = True
+    ) -> Score:
+        """Return the losses on --data. notes: whether to say which examples are too long."""
         T = window_length(self.max_length, model.config.block_size)
         sizes = {"max_length": T, "batch_size": self.batch_size}
         if not isinstance(source, Documents):
@@ -153,6 +156,9 @@ class Eval(Reading):
         loader = create_dataloader(
             source, self.batch_size, T, T, shuffle=False, drop_last=False, tokenizer=tokenizer
         )
+        if notes and isinstance(loader.dataset, Examples):
+            for line in loader.dataset.notes():
+                print_note(line)
         return loader_score(model, loader, tokenizer)
 
     def _run_tasks(self, model: GPT, tokenizer: Tokenizer) -> None:

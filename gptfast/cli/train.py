@@ -33,6 +33,7 @@ from gptfast.cli.train_weights import load_adapted, load_base, load_weights
 from gptfast.cli.vocabularies import check_init
 from gptfast.config import FINETUNING_LR, GPTConfig, TrainConfig
 from gptfast.data.embedded import embedded_text
+from gptfast.data.loader import Examples
 from gptfast.data.sources import prepared_tokenizer
 from gptfast.data.token_files import Documents
 from gptfast.data.tokens import Source, check_rows, fingerprint
@@ -308,10 +309,9 @@ class Train(Reading):
                 ", the default with --init; --lr sets another" if rate == FINETUNING_LR else ""
             )
             say(f"fine-tuning {self.init} at a learning rate of {rate:g}{default}")
-        if left_out := getattr(trainer.train_loader.dataset, "left_out", 0):
-            say(f"left out {left_out:,} examples without a completion in their first {T} tokens")
-        if cut := getattr(trainer.train_loader.dataset, "cut", 0):
-            say(f"cut {cut:,} completions that go on after the first {T} tokens of their examples")
+        if isinstance(examples := trainer.train_loader.dataset, Examples):
+            for line in examples.notes():
+                say(line)
         if (n := batch_size_of(trainer.train_loader)) < self.batch_size:
             say(f"the data fills no batch of {self.batch_size}: batches have {n}, all there is")
         alone_on_cpu = trainer.device.type == "cpu" and trainer.world.size == 1

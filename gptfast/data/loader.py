@@ -75,6 +75,17 @@ class Examples(Dataset):
     def __len__(self) -> int:
         return len(self.kept)
 
+    def notes(self) -> list[str]:
+        """Return what is to be said of the examples that are too long, in lines."""
+        first, lines = f"first {self.max_length} tokens", []
+        if self.left_out:
+            lines.append(
+                f"left out {self.left_out:,} examples without a completion in their {first}"
+            )
+        if self.cut:
+            lines.append(f"cut {self.cut:,} completions that go on after their examples' {first}")
+        return lines
+
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         tokens, completion = self.documents.document(int(self.kept[i]), self.max_length + 1)
         x, y = tokens[:-1], tokens[1:].clone()
