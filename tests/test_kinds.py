@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -470,6 +471,8 @@ def test_chats_and_instructions(
     (line,) = caplog.messages  # once, not for each record
     assert "read as prompts 'Q: …\\nA:'" in line and "--prompt-field" in line
     assert ("--prompt-field none reads text instead" in line) == ("text" in row)
+    left = [name for name in ("id", "text", "prompt") if name in row]
+    assert re.findall(r" \(not read: (.*?)\):", line) == left
     if "text" in row:
         assert read(tmp_path / name, prompt_field="none")[0].text == row["text"]
 

@@ -230,12 +230,13 @@ def _known_form(
             _text(f"{where}: field {name!r}", "" if row.get(name) is None else row[name])
             for name in ("instruction", "input", "output")
         )
-        notes.say("instruction", _SAYS, where, " and ".join(_INSTRUCTION), text)
+        beside = _beside(row, (*_INSTRUCTION, "input"))
+        notes.say("instruction", _SAYS, where, " and ".join(_INSTRUCTION) + beside, text)
         asked = f"{instruction}\n{given}" if given else instruction
         return [(f"{QUESTION}{asked}{ANSWER}", f" {output}")]
     for name in _CHATS:
         if isinstance(row.get(name), list):
-            notes.say("messages", _SAYS, where, f"{name}, a chat", text)
+            notes.say("messages", _SAYS, where, f"{name}, a chat{_beside(row, (name,))}", text)
             try:
                 return _chat(f"{where}: field {name!r}", row[name])
             except ValueError as error:
@@ -247,6 +248,12 @@ _SAYS = (
     f"%s has %s: read as prompts {QUESTION + '…' + ANSWER!r} with completions, which is how "
     "`gptfast chat` asks; --prompt-field and --completion-field read two fields as they are%s"
 )
+
+
+def _beside(row: Mapping[str, Any], read: Collection[str]) -> str:
+    """Return which fields of a row are not read, in words for a message; "" for none."""
+    left = ", ".join(str(name) for name in row if name not in read)[:200]
+    return f" (not read: {left})" if left else ""
 
 
 def _chat(where: str, messages: list[Any]) -> list[tuple[str, str]]:
