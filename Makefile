@@ -40,12 +40,12 @@ test-tools: $(VENV)/ready-test
 test-arm: $(VENV)/ready-test
 	GPTFAST_TEST_ARM=1 $(BIN)/python -m pytest $(WORKERS) --durations=5 tests/test_arm.py tests/test_arm_engine.py
 
-# The long tests of runs of several processes; random ones are killed at random moments, KILLS times each. Some
-# minutes on two cores.
+# The long tests of runs of several processes, the longest first; random ones are killed at random moments, KILLS times
+# each. Some minutes on two cores.
 KILLS ?= 10
 test-distributed: $(VENV)/ready-test
-	GPTFAST_TEST_DISTRIBUTED=$(KILLS) $(BIN)/python -m pytest $(WORKERS) --durations=5 tests/test_parallel.py tests/test_distributed.py \
-		tests/test_two_hosts.py tests/test_transformers_ranks.py
+	GPTFAST_TEST_DISTRIBUTED=$(KILLS) $(BIN)/python -m pytest $(WORKERS) --durations=5 tests/test_two_hosts.py tests/test_transformers_ranks.py \
+		tests/test_distributed.py tests/test_parallel.py
 
 # The tests with the oldest and the newest PyTorch that gptfast is for, and with the Triton of each. Each has a copy of
 # these files with an environment of its own (some GB), so nothing is rebuilt here.
