@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Another PYTHON or TORCH asks for another stamp, and so for a new environment.
 BASE := $(VENV)/torch-$(TORCH)-python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: train test test-tools test-arm test-distributed test-torch test-ptx check matrix fuzz sanitize lint docs wheel test-wheel bench bench-peers audit clean \
+.PHONY: train test test-tools test-arm test-distributed test-torch test-ptx check matrix fuzz sanitize lint docs wheel wheel-arm test-wheel bench bench-peers audit clean \
 	gpu gpu-ready gpu-kernels gpu-train gpu-rest gpu-cache
 
 # Trains a small GPT on real text: set-up, then two to three minutes on two cores. A second call goes on
@@ -106,16 +106,42 @@ lint: $(VENV)/ready-lint $(VENV)/ready-test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h tests/arm/*.cpp tests/arm/*.h
 	$(BIN)/mypy
 
-# The sdist, and a wheel for this Python and every torch from the oldest on, which brings the libraries that the wheel
-# leaves out. The oldest system that it is for is this one: the image manylinux_2_28 makes one for as many as torch's own.
+# The sdist, and a wheel for each of PYTHONS (their pip and headers are used) and every torch from the oldest on, which
+# brings the libraries that the wheel leaves out. csrc/oldest_glibc.h lets it run on as old a system as torch's own.
+PYTHONS ?= $(PYTHON)
 DIST = build/dist
-wheel: $(VENV)/ready build/tools/ready
+REPAIR = PATH="$(CURDIR)/build/tools/bin:$$PATH" auditwheel repair -w $(DIST) --exclude "libtorch*.so" --exclude libc10.so \
+	--exclude libgomp.so.1
+WHEEL = GPTFAST_REQUIRE_EXTENSION=1 $$python -m pip wheel -q --no-deps --no-cache-dir -w build/raw $(DIST)/*.tar.gz
+wheel: $(BASE) build/tools/ready
 	rm -rf $(DIST) build/raw
 	build/tools/bin/python -m build -q --sdist --outdir $(DIST) .
-	GPTFAST_REQUIRE_EXTENSION=1 $(BIN)/python -m pip wheel -q --no-deps --no-cache-dir -w build/raw $(DIST)/*.tar.gz
-	PATH="$(CURDIR)/build/tools/bin:$$PATH" auditwheel repair -w $(DIST) --exclude "libtorch*.so" --exclude libc10.so \
-		--exclude libgomp.so.1 build/raw/*.whl
+	for python in $(PYTHONS); do GPTFAST_TORCH="$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages/torch)" $(WHEEL) || exit; done
+	for raw in build/raw/*.whl; do $(REPAIR) $$raw || exit; done
 	build/tools/bin/twine check --strict $(DIST)/*
+
+# The same for Linux on Arm CPUs, beside the wheels above, by a cross compiler (`make test-tools` installs it). torch's
+# library for these CPUs is linked with; of Python the headers of PYTHONS serve, unless they are Debian's.
+ARM := aarch64-linux-gnu
+ARM_TORCH := build/torch-$(TORCH)-aarch64/torch
+wheel-arm: build/tools/ready $(ARM_TORCH)/version.py
+	rm -rf build/raw
+	for python in $(PYTHONS); do \
+		SETUPTOOLS_EXT_SUFFIX=".$$($$python -c 'import sys; print(sys.implementation.cache_tag)')-$(ARM).so" \
+		_PYTHON_HOST_PLATFORM=linux-aarch64 CC=$(ARM)-gcc CXX=$(ARM)-g++ LDSHARED="$(ARM)-g++ -shared" \
+		LDCXXSHARED="$(ARM)-g++ -shared" GPTFAST_TORCH=$(CURDIR)/$(ARM_TORCH) $(WHEEL) || exit; done
+	for raw in build/raw/*.whl; do $(REPAIR) $$raw || exit; done
+	build/tools/bin/twine check --strict $(DIST)/*
+
+TAKE := import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); z.extractall(sys.argv[2], [name for name in z.namelist() \
+	if name.startswith("torch/include/") or name in ("torch/version.py", "torch/lib/libtorch_cpu.so")])
+$(ARM_TORCH)/version.py: build/tools/ready
+	rm -rf build/download
+	build/tools/bin/python -m pip download -q --no-deps -d build/download --python-version 3.11 \
+		--platform manylinux_2_28_aarch64 --only-binary :all: torch==$(TORCH)
+	build/tools/bin/python -c '$(TAKE)' build/download/*.whl build/torch-$(TORCH)-aarch64
+	rm -rf build/download
+	touch $@
 
 # Installs it in empty environments with the oldest, the usual and the newest torch, trains and generates in another
 # directory: downloads of torch, some minutes each.

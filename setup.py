@@ -8,7 +8,8 @@ those of the PyTorch in the environment that pip installs into, also where pip h
 build. Where nothing can be compiled the package installs too and
 runs on the PyTorch reference; gptfast/built.json keeps the reason. GPTFAST_SKIP_EXTENSION=1 leaves
 the extension out, GPTFAST_REQUIRE_EXTENSION=1 fails without it, and GPTFAST_SANITIZE=1 builds it
-for `make sanitize`.
+for `make sanitize`. GPTFAST_TORCH names the folder of another PyTorch, which is not run: one for
+another Python or, beside a cross compiler, for another machine (`make wheel` and `make wheel-arm`).
 """
 
 import atexit
@@ -64,8 +65,14 @@ def compiler() -> str:
     return (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0]
 
 
+def target_machine() -> str:
+    """Return the machine that is compiled for, named as by platform.machine()."""
+    machine = sysconfig.get_platform().rpartition("-")[2]  # _PYTHON_HOST_PLATFORM if that is set
+    return platform.machine() if machine == "universal2" else machine
+
+
 def levels_of(machine: str) -> list[Level]:
-    """Return the levels for a machine, as platform.machine() names it."""
+    """Return the levels for a machine, named as by platform.machine()."""
     emulated = Level("amx_emulated", "-DGPTFAST_EMULATED_TILES", TILES)
     if machine in ("aarch64", "arm64"):
         return [
@@ -87,7 +94,7 @@ def levels_of(machine: str) -> list[Level]:
     ]
 
 
-LEVELS = levels_of(platform.machine())
+LEVELS = levels_of(target_machine())
 CSRC = Path("csrc")
 TABLE = CSRC / "loops_table.cpp"
 WRAPPERS = sorted({*CSRC.glob("*.cpp")} - {*CSRC.glob("*_loops.cpp"), TABLE})
@@ -95,6 +102,11 @@ WRAPPERS = sorted({*CSRC.glob("*.cpp")} - {*CSRC.glob("*_loops.cpp"), TABLE})
 MACOS = sys.platform == "darwin"
 OPENMP = ["-Xpreprocessor", "-fopenmp"] if MACOS else ["-fopenmp"]
 FLAGS = ["-std=c++20", "-O3", *OPENMP, "-fvisibility=hidden", "-fPIC", "-g0"]
+if MACOS:
+    # Python may be one for two machines; the levels are for one.
+    os.environ.setdefault("ARCHFLAGS", f"-arch {target_machine()}")
+else:
+    FLAGS += ["-include", "oldest_glibc.h"]
 SANITIZE = []
 if os.environ.get("GPTFAST_SANITIZE") == "1":
     # Python's own flags have -fwrapv, under which a signed overflow is not an error.
@@ -136,8 +148,20 @@ AGAIN = "run pip install --force-reinstall --no-deps . in the sources of gptfast
 ASK_TORCH = "import torch; print(torch.__version__); print(torch.__path__[0])"
 
 
-def find_torch() -> Path:
-    """Return the folder of the PyTorch that gptfast is going to be installed beside."""
+def named_torch(folder: Path) -> tuple[str, Path]:
+    """Return version and folder of the PyTorch that GPTFAST_TORCH names."""
+    text = (folder / "version.py").read_text("utf-8") if (folder / "version.py").is_file() else ""
+    version = re.search(r"^__version__ = ['\"](.+)['\"]$", text, re.MULTILINE)
+    if version is None:
+        raise SystemExit(
+            f"GPTFAST_TORCH is {folder}, which has no version.py of PyTorch; name the folder torch "
+            "of an installed or unpacked one"
+        )
+    return version[1], folder
+
+
+def installed_torch() -> tuple[str, Path]:
+    """Return version and folder of the PyTorch that gptfast is going to be installed beside."""
     reason = ""
     # pip hides the environment from the build by PYTHONPATH, which -I ignores.
     for isolated in ([], ["-I"]):
@@ -145,22 +169,27 @@ def find_torch() -> Path:
         asked = subprocess.run(command, capture_output=True, text=True, cwd=os.sep)
         if asked.returncode == 0:
             version, folder = asked.stdout.splitlines()[-2:]
-            break
+            return version, Path(folder)
         reason = asked.stderr.strip().rpartition("\n")[2]
-    else:
-        raise SystemExit(
-            f"gptfast: its C++ kernels are compiled with torch's headers, and the "
-            f"Python that builds says: {reason}; run pip install torch, then install "
-            f"gptfast again (uv needs --no-build-isolation, build --no-isolation), or leave these "
-            f"kernels out with GPTFAST_SKIP_EXTENSION=1"
-        )
+    raise SystemExit(
+        f"gptfast: its C++ kernels are compiled with torch's headers, and the "
+        f"Python that builds says: {reason}; run pip install torch, then install "
+        f"gptfast again (uv needs --no-build-isolation, build --no-isolation), or leave these "
+        f"kernels out with GPTFAST_SKIP_EXTENSION=1"
+    )
+
+
+def find_torch() -> Path:
+    """Return the folder of the PyTorch with whose headers and library the module is made."""
+    named = os.environ.get("GPTFAST_TORCH")
+    version, folder = named_torch(Path(named)) if named else installed_torch()
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise SystemExit(
             f"gptfast needs torch {oldest} or newer, got {version}; run pip install -U torch, then "
             "install gptfast again"
         )
-    return Path(folder)
+    return folder
 
 
 def record(folder: Path, missing: str) -> None:
