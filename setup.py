@@ -133,7 +133,9 @@ def loop_flags(level: Level) -> list[str]:
     """Return what compiles loops for a level, beyond FLAGS."""
     # No exceptions and no inline std:: code: see csrc/vectors.h.
     flags = [*level.flags.split(), f"-DGPTFAST_LEVEL={level.namespace}", "-fno-exceptions"]
-    return [*flags, "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    if not MACOS:  # an option of GCC's
+        flags.append("-Wno-maybe-uninitialized")
+    return [*flags, "-Wno-psabi", "-Wno-uninitialized"]
 
 
 def loop_sources(level: Level) -> list[Path]:

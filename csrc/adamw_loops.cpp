@@ -145,10 +145,16 @@ inline void prefetch_pair(T* p) {
     __builtin_prefetch((const char*)p + PREFETCH_BYTES + byte, !std::is_const_v<T>);
 }
 
+#ifdef __clang__
+#define COMPILED_ONCE [[gnu::noinline]]
+#else
+#define COMPILED_ONCE [[gnu::noipa]]
+#endif
+
 // Steps the first n elements of t, a multiple of PAIR. index: of the first one in the parameter, a multiple of PAIR.
 // Compiled once, for the last pair too: which products are fused with a sum must not depend on an element's place.
 template <class T, class M, bool MASTER, bool STOCHASTIC>
-[[gnu::noipa]] void step_vectors(const AdamWTensor t, const AdamWArgs args, int64_t index, int64_t n) {
+COMPILED_ONCE void step_vectors(const AdamWTensor t, const AdamWArgs args, int64_t index, int64_t n) {
   T* param = (T*)t.param;
   const T* grad = (const T*)t.grad;
   M *exp_avg = (M*)t.exp_avg, *exp_avg_sq = (M*)t.exp_avg_sq;

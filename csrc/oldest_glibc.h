@@ -14,5 +14,7 @@
 __asm__(".symver exp,exp@" GPTFAST_FIRST_GLIBC);
 __asm__(".symver log,log@" GPTFAST_FIRST_GLIBC);
 __asm__(".symver pow,pow@" GPTFAST_FIRST_GLIBC);
+__asm__(".symver sqrt,sqrt@" GPTFAST_FIRST_GLIBC);
+__asm__(".symver sqrtf,sqrtf@" GPTFAST_FIRST_GLIBC);
 #endif
 #endif

@@ -6,6 +6,9 @@
 extern "C" {
 // Asked by reference counts whether they may do without atomic operations: no.
 [[gnu::visibility("hidden")]] char __libc_single_threaded = 0;
+
+// Named by <iostream> since g++ 13: the streams that every libstdc++ prepares when it is loaded.
+[[gnu::visibility("hidden")]] void _ZSt21ios_base_library_initv() {}
 }
 
 void std::__throw_bad_array_new_length() { throw std::bad_array_new_length(); }

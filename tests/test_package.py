@@ -1,10 +1,14 @@
 """Test what is handed on: the sdist, its page, and, on request, a wheel in an empty environment."""
 
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,9 @@ from finetuning_page import BLOCKS, shortened
 from gptfast.data.embedded import embedded_text
 
 ROOT = Path(__file__).parents[1]
-WHEEL = os.environ.get("GPTFAST_TEST_WHEEL")
+DIST = os.environ.get("GPTFAST_TEST_WHEEL")
+WHEELS = sorted(Path(DIST).glob("*.whl")) if DIST else []
+for_wheels = pytest.mark.skipif(not DIST, reason="GPTFAST_TEST_WHEEL does not name a directory")
 SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 
 
@@ -74,23 +80,65 @@ def test_the_package_page_stands_alone(sdist: dict[str, str]) -> None:
 
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 TORCHES = re.search(r"^TORCHES \?= (.*)$", MAKEFILE, re.MULTILINE)[1].split()
+DEFAULT_TORCH = torch.__version__.partition("+")[0]
 
 
-@pytest.mark.skipif(not WHEEL, reason="GPTFAST_TEST_WHEEL does not name a directory")
-@pytest.mark.parametrize("version", [TORCHES[0], torch.__version__, *TORCHES[1:]])
-def test_a_wheel_in_an_empty_environment(version: str, tmp_path: Path) -> None:
+def wheel_tag(wheel: Path) -> str:
+    """Return the tag of the Python that a wheel is for, as cp311."""
+    return wheel.name.split("-")[2]
+
+
+def python_for(wheel: Path) -> str | None:
+    """Return the command of the Python here that a wheel is for, or None where there is none."""
+    minor = wheel_tag(wheel).removeprefix("cp3")
+    if not wheel.stem.endswith(platform.machine()):
+        return None
+    return (
+        sys.executable if int(minor) == sys.version_info.minor else shutil.which(f"python3.{minor}")
+    )
+
+
+def install(programs: Path, packages: list[str]) -> None:
+    subprocess.run([programs / "python", "-m", "pip", "install", "-q", *packages], check=True)
+
+
+@contextmanager
+def environment(python: str, packages: list[str], folder: Path) -> Iterator[Path]:
+    """Make an environment with some packages, give its programs' folder, and remove it: some GB."""
+    try:
+        subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
+        install(folder / "venv/bin", packages)
+        yield folder / "venv/bin"
+    finally:
+        shutil.rmtree(folder / "venv", ignore_errors=True)
+
+
+@for_wheels
+def test_wheels_are_for_systems_as_old_as_those_of_torch() -> None:
+    tags = [re.search(r"-manylinux_2_(\d+)_", path.name) for path in WHEELS]
+    assert tags and all(tag and int(tag[1]) <= 28 for tag in tags)
+
+
+@for_wheels
+@pytest.mark.parametrize("version", [TORCHES[0], DEFAULT_TORCH, *TORCHES[1:]])
+@pytest.mark.parametrize("wheel", WHEELS, ids=lambda path: path.stem)
+def test_a_wheel_in_an_empty_environment(wheel: Path, version: str, tmp_path: Path) -> None:
     """It trains and generates in another directory, with a path that is not plain, without HOME."""
-    (wheel,) = Path(str(WHEEL)).glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    pip = [tmp_path / "venv/bin/python", "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, f"torch=={version}", "numpy<2.4", wheel], check=True)
-    here = tmp_path / "ein Ordner für Läufe"
+    python = python_for(wheel)
+    if python is None:
+        pytest.skip("the Python of this wheel is not on PATH, or it is for another machine")
+    with environment(python, [f"torch=={version}", "numpy<2.4", str(wheel)], tmp_path) as programs:
+        train_and_generate(programs, tmp_path)
+
+
+def train_and_generate(programs: Path, folder: Path) -> None:
+    here = folder / "ein Ordner für Läufe"
     here.mkdir()
     (here / "text.txt").write_text(embedded_text()[:20_000], "utf-8")
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
 
     def run(*words: str) -> str:
-        command = [tmp_path / "venv/bin/gptfast", *words]
+        command = [programs / "gptfast", *words]
         process = subprocess.run(
             command, cwd=here, env=kept, capture_output=True, encoding="utf-8", timeout=300
         )
@@ -118,13 +166,10 @@ def follow_the_page(programs: Path, here: Path) -> None:
             assert process.returncode == 0, f"{content}\n{process.stderr}"
 
 
-@pytest.mark.skipif(not WHEEL, reason="GPTFAST_TEST_WHEEL does not name a directory")
+@for_wheels
 def test_from_a_wheel_to_what_others_load(tmp_path: Path) -> None:
     """A stranger installs the wheel and copies the page, down to peft, transformers, llama.cpp."""
-    (wheel,) = Path(str(WHEEL)).glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    pip = [tmp_path / "venv/bin/python", "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, f"torch=={torch.__version__}", wheel], check=True)
-    more = ["gptfast-torch[gguf]", "peft", "llama-cpp-python"]
-    subprocess.run([*pip, *more], check=True)
-    follow_the_page(tmp_path / "venv/bin", tmp_path)
+    (wheel,) = (path for path in WHEELS if python_for(path) == sys.executable)
+    with environment(sys.executable, [f"torch=={DEFAULT_TORCH}", str(wheel)], tmp_path) as programs:
+        install(programs, ["gptfast-torch[gguf]", "peft", "llama-cpp-python"])
+        follow_the_page(programs, tmp_path)
