@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -331,6 +333,7 @@ def test_the_end_of_the_embedded_text_is_like_the_rest() -> None:
 
 
 def write_shards(directory: Path, tokens: Sequence[int], shard_tokens: int) -> TokenFiles:
+    directory.mkdir(exist_ok=True)
     with ShardWriter(directory, "train", shard_tokens) as writer:
         writer.write(np.array(tokens))
     return TokenFiles(writer.paths)
@@ -346,6 +349,7 @@ def make_documents(pairs: Sequence[tuple[list[int], list[int]]]) -> Documents:
 def write_documents(
     directory: Path, pairs: Sequence[tuple[list[int], list[int]]], shard_tokens: int
 ) -> Documents:
+    directory.mkdir(exist_ok=True)
     with ShardWriter(directory, "train", shard_tokens) as writer:
         for prompt, completion in pairs:
             writer.write_document(np.array(prompt + completion), len(prompt))
@@ -513,14 +517,44 @@ def test_split_keeps_documents_whole() -> None:
 def test_workers_read_files_and_examples(tmp_path: Path) -> None:
     pairs = [([i] * (i % 3), [i, 99]) for i in range(12)]
     for source in (
-        write_shards(tmp_path, range(60), 13),
-        write_documents(tmp_path, pairs, 9),
+        write_shards(tmp_path / "shards", range(60), 13),
+        write_documents(tmp_path / "documents", pairs, 9),
         make_documents(pairs),
     ):
         alone, helped = (
             create_dataloader(source, 3, 4, 2, num_workers=workers, seed=2) for workers in (0, 2)
         )
         assert batches(helped) == batches(alone)
+
+
+def test_files_that_change_before_a_worker_opens_them(tmp_path: Path) -> None:
+    """A worker that is not forked opens them itself: Python 3.14's, and those of macOS."""
+    pairs = [([i] * (i % 3), [i, 99]) for i in range(12)]
+    tokens = write_shards(tmp_path / "a", range(60), 13)
+    documents = write_documents(tmp_path / "b", pairs, 9)
+    pickled = pickle.dumps(tokens), pickle.dumps(documents)
+    assert [len(pickle.loads(part)) for part in pickled] == [len(tokens), len(documents)]
+    write_shards(tmp_path / "a", range(50), 13)
+    write_documents(tmp_path / "b", pairs[1:], 9)
+    for part in pickled:
+        with pytest.raises(ValueError, match=r"had \d+ tokens when it was opened and has \d+ now"):
+            pickle.loads(part)
+
+
+FAILS = """
+from gptfast import create_dataloader
+for _ in create_dataloader(range(60), 3, 4, 2, num_workers=1):
+    raise ValueError("after a batch")
+"""
+
+
+def test_a_script_that_fails_in_a_pass_ends() -> None:
+    """Its worker, which ignores SIGTERM, is ended too."""
+    process = subprocess.run(
+        [sys.executable, "-c", FAILS], capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert process.returncode == 1 and "Exception ignored" not in process.stderr
+    assert process.stderr.rstrip().endswith("ValueError: after a batch")
 
 
 class Interrupting(Windows):

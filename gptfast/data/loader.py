@@ -1,7 +1,10 @@
 """Tokens to batches: windows or examples, shuffled by (seed, epoch)."""
 
+import atexit
 import copy
+import multiprocessing
 import signal
+import time
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -170,6 +173,25 @@ def _ignore_interrupts(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if number := getattr(signal, name, None):
             signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the daemonic processes that an interrupted pass left, as multiprocessing does at exit.
+
+    It waits for ever for those that ignore SIGTERM, as workers do.
+    """
+    left = [process for process in multiprocessing.active_children() if process.daemon]
+    if not left:
+        return
+    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would report each
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in left:
+        process.terminate()
+    deadline = time.monotonic() + 1
+    for process in left:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
 
 
 def create_dataloader(

@@ -129,7 +129,7 @@ class TokenFiles:
         return view
 
     def __reduce__(self) -> tuple[Callable, tuple]:
-        return TokenFiles, (self.paths, self.start, self.stop)
+        return _opened_again, (self.paths, self.start, self.stop, self.edges)
 
     def tensor(self) -> Tensor:
         """Return the view's tokens, (len,) int64, in memory."""
@@ -153,6 +153,18 @@ class TokenFiles:
         pairs = zip(self._maps, self.paths, strict=True)
         found = {tokens.dtype: path for tokens, path in reversed([*pairs])}
         return {str(dtype): path for dtype, path in found.items() if dtype != UINT16}
+
+
+def _opened_again(paths: Sequence[Path], start: int, stop: int, edges: list[int]) -> TokenFiles:
+    """Return a view that was pickled. Raises ValueError if a file has another length by now."""
+    tokens = TokenFiles(paths, start, stop)
+    for path, old, new in zip(paths, np.diff(edges), np.diff(tokens.edges), strict=True):
+        if old != new:
+            raise ValueError(
+                f"{path} had {old} tokens when it was opened and has {new} now; leave token files "
+                "as they are while they are used"
+            )
+    return tokens
 
 
 def index_path(shard: Path) -> Path:
@@ -236,7 +248,7 @@ class Documents:
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         if isinstance(self.tokens, TokenFiles):
-            return _reopen, (self.tokens.paths, self.first, self.first + len(self))
+            return _reopen, (self.tokens, self.first, self.first + len(self))
         return Documents, (self.tokens, self.starts, self.completions, self.first)
 
     def span(self) -> Tensor | TokenFiles:
@@ -260,8 +272,8 @@ class Documents:
         return int(tokens[-1])
 
 
-def _reopen(paths: Sequence[Path], start: int, stop: int) -> Documents:
-    return Documents.open(paths)[start:stop]
+def _reopen(tokens: TokenFiles, start: int, stop: int) -> Documents:
+    return Documents.open(tokens.paths)[start:stop]
 
 
 def open_tokens(paths: Sequence[str | PathLike]) -> TokenFiles | Documents:
