@@ -105,8 +105,6 @@ FLAGS = ["-std=c++20", "-O3", *OPENMP, "-fvisibility=hidden", "-fPIC", "-g0"]
 if MACOS:
     # Python may be one for two machines; the levels are for one.
     os.environ.setdefault("ARCHFLAGS", f"-arch {target_machine()}")
-else:
-    FLAGS += ["-include", "oldest_glibc.h"]
 SANITIZE = []
 if os.environ.get("GPTFAST_SANITIZE") == "1":
     # Python's own flags have -fwrapv, under which a signed overflow is not an error.
@@ -114,6 +112,8 @@ if os.environ.get("GPTFAST_SANITIZE") == "1":
     # -O1 compiles three times as fast as -O3.
     SANITIZE += ["-fno-wrapv", "-g1", "-O1"]
 FLAGS += SANITIZE
+OLDEST_GLIBC = [] if MACOS else ["-include", "oldest_glibc.h"]
+"""For a module, which meets another machine's glibc; not for a program that has its own."""
 
 
 def instructions(flags: str) -> set[str]:
@@ -270,10 +270,11 @@ class BuildExtension(build_ext):
     def compile_all(self, ext: Extension) -> None:
         if os.name == "posix" and shutil.which(compiler()) is None:
             raise CompileError(f"there is no compiler {compiler()} (on Debian, apt install g++)")
-        jobs = [([source], FLAGS, "wrappers") for source in ext.sources]
+        common = [*FLAGS, *OLDEST_GLIBC]
+        jobs = [([source], common, "wrappers") for source in ext.sources]
         # What no test runs is not compiled with sanitizers, which takes longer.
         for level in of_this_cpu(LEVELS) if SANITIZE else LEVELS:
-            flags = [*FLAGS, *loop_flags(level)]
+            flags = [*common, *loop_flags(level)]
             jobs += [([str(path)], flags, level.namespace) for path in loop_sources(level)]
 
         # The longest are compiled first, so that no core is left alone with one at the end.

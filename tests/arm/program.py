@@ -97,16 +97,27 @@ def _compile(job: tuple[Path, Path, list[str]]) -> None:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
 
 
-@cache
 def build() -> Path:
     """Return the program, compiled again if a source is newer: by one process, others wait."""
+    built = _built()
+    if isinstance(built, Exception):
+        raise built
+    return built
+
+
+@cache
+def _built() -> Path | Exception:
+    """Return the program or, so that not every test tries again, why there is none."""
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with (OBJECTS / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _build()
+        try:
+            return _compiled()
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            return error
 
 
-def _build() -> Path:
+def _compiled() -> Path:
     program = OBJECTS / "program"
     sources = [*CSRC.iterdir(), *Path(__file__).parent.iterdir(), ROOT / "setup.py"]
     if program.exists():
