@@ -510,6 +510,13 @@ def test_chats_that_cannot_be_read(messages: list[Any], message: str, tmp_path: 
         read(path)
 
 
+def test_instructions_that_cannot_be_read(tmp_path: Path) -> None:
+    row = {"instruction": "a", "output": ["b"], "text": "c"}
+    path = write(tmp_path / "a.jsonl", json_lines([row]))
+    with pytest.raises(ValueError, match="'output' must be a .*; --prompt-field none reads text"):
+        read(path)
+
+
 HINTS = {
     "content": ({"content": "a"}, "--text-field content"),
     "capital": ({"Text": "a"}, "--text-field Text"),

@@ -225,6 +225,15 @@ def _known_form(
 ) -> list[tuple[str, str]] | None:
     """Return the prompts and completions of a chat or an instruction; None for other rows."""
     text = f"; --prompt-field none reads {fields.text} instead" if fields.text in row else ""
+    try:
+        return _pairs(where, row, text, notes)
+    except ValueError as error:
+        raise ValueError(f"{error}{text}") from None
+
+
+def _pairs(
+    where: str, row: Mapping[str, Any], text: str, notes: Notes
+) -> list[tuple[str, str]] | None:
     if set(_INSTRUCTION) <= row.keys():
         instruction, given, output = (
             _text(f"{where}: field {name!r}", "" if row.get(name) is None else row[name])
@@ -237,10 +246,7 @@ def _known_form(
     for name in _CHATS:
         if isinstance(row.get(name), list):
             notes.say("messages", _SAYS, where, f"{name}, a chat{_beside(row, (name,))}", text)
-            try:
-                return _chat(f"{where}: field {name!r}", row[name])
-            except ValueError as error:
-                raise ValueError(f"{error}{text}") from None
+            return _chat(f"{where}: field {name!r}", row[name])
     return None
 
 

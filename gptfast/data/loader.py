@@ -1,10 +1,9 @@
 """Tokens to batches: windows or examples, shuffled by (seed, epoch)."""
 
-import atexit
 import copy
-import multiprocessing
+import multiprocessing.util
 import signal
-import time
+import weakref
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -175,23 +174,34 @@ def _ignore_interrupts(worker: int) -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
-def _end_workers() -> None:
-    """End the daemonic processes that an interrupted pass left, as multiprocessing does at exit.
+_WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    It waits for ever for those that ignore SIGTERM, as workers do.
+
+class _Loader(DataLoader):
+    """A loader whose workers are known until they end."""
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        _WORKERS.update(getattr(iterator, "_workers", ()))  # PyTorch's list of processes
+        return iterator
+
+
+def _end_workers() -> None:
+    """End the workers that an interrupted pass left.
+
+    multiprocessing would send SIGTERM, which they ignore, and wait for them for ever.
     """
-    left = [process for process in multiprocessing.active_children() if process.daemon]
+    left = [process for process in multiprocessing.active_children() if process in _WORKERS]
     if not left:
         return
     if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would report each
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in left:
-        process.terminate()
-    deadline = time.monotonic() + 1
-    for process in left:
-        process.join(max(0.0, deadline - time.monotonic()))
         process.kill()
+
+
+# Before multiprocessing waits for daemonic processes, and after pools have ended theirs.
+multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
 
 
 def create_dataloader(
@@ -235,7 +245,7 @@ def create_dataloader(
             f"{items} do not fill one batch of {batch_size}; "
             "use more text, a smaller batch_size or drop_last=False"
         )
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=order,
         num_workers=num_workers,
