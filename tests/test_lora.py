@@ -385,7 +385,11 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused("alora_invocation_tokens", alora_invocation_tokens=[1, 2])
     refused("peft_type 'IA3'", peft_type="IA3")
     refused("r is 'x', not a number", r="x")
-    refused("its adapter of h.0.attn.c_attn has rank 2, and r in adapter_config.json is 3", r=3)
+    refused("its adapter of h.0.attn.c_attn has rank 2, and in adapter_config.json it is 3", r=3)
+    refused("c_attn has rank 2, and in adapter_config.json it is 1", rank_pattern={"c_attn": 1})
+    # A rank that another layer has is not this one's.
+    refused("c_attn has rank 2, and in adapter_config.json it is 3", r=3, rank_pattern={"c_fc": 2})
+    refused(r"'c_\[f\]c' in rank_pattern", rank_pattern={"c_[f]c": 2})
     refused("use_rslora is 'yes', not true or false", use_rslora="yes")
     for ranks in ([2], {"c_fc": "x"}):
         refused("rank_pattern .* has no ranks by name", rank_pattern=ranks)

@@ -63,8 +63,8 @@ class AdapterConfig:
     """Names of layers, or the ends of such names."""
     rslora: bool = False
     """Divide alpha by the root of the rank (Kalajdzievski, 2023)."""
-    other_ranks: tuple[int, ...] = ()
-    """Ranks that some layers have instead, in an adapter of others."""
+    other_ranks: tuple[tuple[str, int], ...] = ()
+    """Layers' names, or their ends, and the rank that these have instead, as in peft's adapters."""
     base: str | None = None
     """Where the base is: a path, or the name of a model."""
     fingerprint: str | None = None
@@ -79,6 +79,11 @@ class AdapterConfig:
         ):
             if not good:
                 raise ValueError(f"lora_{name} must be {must}, got {getattr(self, name)}")
+
+    def rank_of(self, layer: str) -> int:
+        """Return the rank of a layer, by the first of the other ranks that is for it."""
+        name = f"transformer.{layer}"
+        return next((r for end, r in self.other_ranks if is_target(name, [end])), self.rank)
 
     def scale(self, rank: int) -> float:
         """Return the factor of the product of an adapter of this rank."""
@@ -168,6 +173,11 @@ def read_config(directory: Path) -> AdapterConfig:
         raise CheckpointError(
             f"{path} is damaged: rank_pattern {others!r:.40} has no ranks by name"
         )
+    if patterns := [name for name in others if not re.fullmatch(r"[\w.]+", name)]:
+        raise CheckpointError(
+            f"{path} has {patterns[0]!r:.40} in rank_pattern, and gptfast reads plain names: merge "
+            "it in peft (merge_and_unload) and give what that saves"
+        )
     targets, base = values.get("target_modules"), values.get("base_model_name_or_path")
     targets = [targets] if isinstance(targets, str) else targets
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
@@ -181,7 +191,7 @@ def read_config(directory: Path) -> AdapterConfig:
             float(_number(values, "lora_dropout", path)),
             tuple(targets),
             rslora,
-            tuple(others.values()),
+            tuple(others.items()),
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -240,10 +250,10 @@ def merged(base: Weights, directory: Path) -> Weights:
                 f"{directory} does not fit {base.source}: its adapter of {layer} is {B.shape} by "
                 f"{A.shape}, the base has {wanted}"
             )
-        if A.shape[0] not in (config.rank, *config.other_ranks):
+        if A.shape[0] != config.rank_of(layer):
             raise CheckpointError(
-                f"{directory} is damaged: its adapter of {layer} has rank {A.shape[0]}, and r in "
-                f"{CONFIG} is {config.rank}"
+                f"{directory} is damaged: its adapter of {layer} has rank {A.shape[0]}, and in "
+                f"{CONFIG} it is {config.rank_of(layer)}"
             )
         name = f"{layer}.weight"
         tensors[name] = _sum(tensors[name], A, B, config.scale(A.shape[0]))
