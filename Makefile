@@ -106,16 +106,19 @@ lint: $(VENV)/ready-lint $(VENV)/ready-test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h tests/arm/*.cpp tests/arm/*.h
 	$(BIN)/mypy
 
-# The sdist, and a wheel for each of PYTHONS (their pip and headers are used) and every torch from the oldest on, which
-# brings the libraries that the wheel leaves out. csrc/oldest_glibc.h lets it run on as old a system as torch's own.
+# The sdist, and a wheel for each of PYTHONS (their headers are used) and every torch from the oldest on, which brings the
+# libraries that the wheel leaves out. csrc/oldest_glibc.h lets it run on as old a system as torch's own.
 PYTHONS ?= $(PYTHON)
 DIST = build/dist
 REPAIR = PATH="$(CURDIR)/build/tools/bin:$$PATH" auditwheel repair -w $(DIST) --exclude "libtorch*.so" --exclude libc10.so \
 	--exclude libgomp.so.1
-WHEEL = GPTFAST_REQUIRE_EXTENSION=1 $$python -m pip wheel -q --no-deps --no-cache-dir -w build/raw $(DIST)/*.tar.gz
+SDIST = build/tools/bin/python -m build -q --sdist --outdir build/raw .
+WHEEL = GPTFAST_REQUIRE_EXTENSION=1 build/tools/bin/python -m pip --python "$$(command -v $$python)" \
+	wheel -q --no-deps --no-cache-dir -w build/raw build/raw/*.tar.gz
 wheel: $(BASE) build/tools/ready
 	rm -rf $(DIST) build/raw
-	build/tools/bin/python -m build -q --sdist --outdir $(DIST) .
+	$(SDIST)
+	mkdir -p $(DIST) && cp build/raw/*.tar.gz $(DIST)
 	for python in $(PYTHONS); do GPTFAST_TORCH="$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages/torch)" $(WHEEL) || exit; done
 	for raw in build/raw/*.whl; do $(REPAIR) $$raw || exit; done
 	build/tools/bin/twine check --strict $(DIST)/*
@@ -126,6 +129,8 @@ ARM := aarch64-linux-gnu
 ARM_TORCH := build/torch-$(TORCH)-aarch64/torch
 wheel-arm: build/tools/ready $(ARM_TORCH)/version.py
 	rm -rf build/raw
+	$(SDIST)
+	mkdir -p $(DIST)
 	for python in $(PYTHONS); do \
 		SETUPTOOLS_EXT_SUFFIX=".$$($$python -c 'import sys; print(sys.implementation.cache_tag)')-$(ARM).so" \
 		_PYTHON_HOST_PLATFORM=linux-aarch64 CC=$(ARM)-gcc CXX=$(ARM)-g++ LDSHARED="$(ARM)-g++ -shared" \
@@ -143,7 +148,7 @@ $(ARM_TORCH)/version.py: build/tools/ready
 	rm -rf build/download
 	touch $@
 
-# Installs it in empty environments with the oldest, the usual and the newest torch, trains and generates in another
+# Installs them in empty environments with the oldest, the usual and the newest torch, trains and generates in another
 # directory: downloads of torch, some minutes each.
 test-wheel: $(VENV)/ready-test
 	GPTFAST_TEST_WHEEL=$(CURDIR)/$(DIST) $(BIN)/python -m pytest tests/test_package.py

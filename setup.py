@@ -60,9 +60,9 @@ AVX512_BF16 = f"{AVX512} -mavx512vnni -mavx512bf16"
 NEON_DOT = "-march=armv8.2-a+dotprod"
 
 
-def compiler() -> str:
-    """Return the command that compiles C++."""
-    return (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0]
+def compiler() -> list[str]:
+    """Return the words of the command that compiles C++."""
+    return (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()
 
 
 def target_machine() -> str:
@@ -81,7 +81,7 @@ def levels_of(machine: str) -> list[Level]:
             Level("neon_dot", NEON_DOT, ("engine_loops.cpp",)),
             Level("neon_bf16", f"{NEON_DOT}+bf16+i8mm", PRODUCTS),
         ]
-    if machine not in ("x86_64", "AMD64"):
+    if machine.lower() not in ("x86_64", "amd64"):
         return [Level("generic", ""), emulated]
     return [
         Level("generic", ""),
@@ -118,7 +118,7 @@ OLDEST_GLIBC = [] if MACOS else ["-include", "oldest_glibc.h"]
 
 def instructions(flags: str) -> set[str]:
     """Return the macros by which the compiler tells what instructions some flags let it use."""
-    command = [compiler(), *flags.split(), "-dM", "-E", "-x", "c++", os.devnull]
+    command = [*compiler(), *flags.split(), "-dM", "-E", "-x", "c++", os.devnull]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name for name in re.findall(r"#define (\w+)", told) if name.startswith("__")}
 
@@ -268,8 +268,8 @@ class BuildExtension(build_ext):
         record(folder, "")
 
     def compile_all(self, ext: Extension) -> None:
-        if os.name == "posix" and shutil.which(compiler()) is None:
-            raise CompileError(f"there is no compiler {compiler()} (on Debian, apt install g++)")
+        if os.name == "posix" and shutil.which(compiler()[0]) is None:
+            raise CompileError(f"there is no compiler {compiler()[0]} (on Debian, apt install g++)")
         common = [*FLAGS, *OLDEST_GLIBC]
         jobs = [([source], common, "wrappers") for source in ext.sources]
         # What no test runs is not compiled with sanitizers, which takes longer.

@@ -169,7 +169,9 @@ def follow_the_page(programs: Path, here: Path) -> None:
 @for_wheels
 def test_from_a_wheel_to_what_others_load(tmp_path: Path) -> None:
     """A stranger installs the wheel and copies the page, down to peft, transformers, llama.cpp."""
-    (wheel,) = (path for path in WHEELS if python_for(path) == sys.executable)
+    wheel = next((path for path in WHEELS if python_for(path) == sys.executable), None)
+    if wheel is None:
+        pytest.skip("no wheel is for this Python")
     with environment(sys.executable, [f"torch=={DEFAULT_TORCH}", str(wheel)], tmp_path) as programs:
         install(programs, ["gptfast-torch[gguf]", "peft", "llama-cpp-python"])
         follow_the_page(programs, tmp_path)
