@@ -70,10 +70,10 @@ def told_on_one_line(is_command: bool) -> Iterator[None]:
     """In the command's process, end with one line where an import of the block fails."""
     try:
         yield
-    except ImportError as error:
+    except (ImportError, OSError, ValueError) as error:  # the last two: torch's own libraries
         if not is_command:
             raise
-        remedy = "; run pip install torch" if error.name == "torch" else ""
+        remedy = "; run pip install torch" if getattr(error, "name", "") == "torch" else ""
         sys.exit(f"gptfast: {' '.join(str(error).split())}{remedy}")
 
 

@@ -174,8 +174,9 @@ def test_peft_and_transformers_load_what_is_handed_on(outputs: dict[str, str]) -
 
 
 def test_llama_cpp_loads_what_is_handed_on(outputs: dict[str, str]) -> None:
-    _, printed = run_for_others("llama_cpp")
-    assert printed.endswith("\n")
+    names, printed = run_for_others("llama_cpp")
+    ids = names["model"].tokenize(QUESTION.encode(), add_bos=False)
+    assert ids == BYTE.encode(QUESTION) and printed.strip()
 
 
 def test_what_is_handed_on_is_read_back(outputs: dict[str, str]) -> None:

@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         ENDING.code = _main(sys.argv[1:])
     except SystemExit as error:
-        ENDING.code = error.code if isinstance(error.code, int) else 1
+        ENDING.code = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
     return ENDING.code
 

@@ -161,6 +161,7 @@ class Failures:
         """Stop the beats, and wait for one under way: in C++ it would abort Python's own end."""
         self._ended.set()
         self._beating.join(BEAT_S)
+        atexit.unregister(self.end)
 
     def set(self, key: str, value: str) -> None:
         """Set a key for `wait`."""
