@@ -798,7 +798,9 @@ def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
     refuse_load("none has no .txt, .* files in it and no", tmp_path / "none")
     refuse_load("no file matches .*x.bin", tmp_path / "*x.bin")
     refuse_load("an empty path names no data", "")
-    refuse_load("cannot read x+: File name too long; give text files", "x" * 300)
+    refuse_load(
+        "cannot read x+: (File name too long|it does not exist); give text files", "x" * 300
+    )
     refuse_load(f"has token files such as a.bin, .*; name .* {tmp_path}/\\*.bin for all", tmp_path)
     refuse_load("nowhere.txt", tmp_path / "nowhere.txt")
     pairs = '{"prompt": "a", "completion": "b"}'
