@@ -93,9 +93,12 @@ def python_for(wheel: Path) -> str | None:
     minor = wheel_tag(wheel).removeprefix("cp3")
     if not wheel.stem.endswith(platform.machine()):
         return None
-    return (
-        sys.executable if int(minor) == sys.version_info.minor else shutil.which(f"python3.{minor}")
-    )
+    if int(minor) == sys.version_info.minor:
+        return sys.executable
+    command = shutil.which(f"python3.{minor}")
+    # pyenv has such a command for Pythons that it does not run.
+    works = command and subprocess.run([command, "-c", ""], capture_output=True).returncode == 0
+    return command if works else None
 
 
 def install(programs: Path, packages: list[str]) -> None:
