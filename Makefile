@@ -110,8 +110,8 @@ lint: $(VENV)/ready-lint $(VENV)/ready-test
 # libraries that the wheel leaves out. csrc/oldest_glibc.h lets it run on as old a system as torch's own.
 PYTHONS ?= $(PYTHON)
 DIST = build/dist
-REPAIR = PATH="$(CURDIR)/build/tools/bin:$$PATH" auditwheel repair -w $(DIST) --exclude "libtorch*.so" --exclude libc10.so \
-	--exclude libgomp.so.1
+REPAIR = for raw in build/raw/*.whl; do PATH="$(CURDIR)/build/tools/bin:$$PATH" auditwheel repair -w $(DIST) \
+	--exclude "libtorch*.so" --exclude libc10.so --exclude libgomp.so.1 $$raw || exit; done
 SDIST = build/tools/bin/python -m build -q --sdist --outdir build/raw .
 WHEEL = GPTFAST_REQUIRE_EXTENSION=1 build/tools/bin/python -m pip --python "$$(command -v $$python)" \
 	wheel -q --no-deps --no-cache-dir -w build/raw build/raw/*.tar.gz
@@ -120,7 +120,7 @@ wheel: $(BASE) build/tools/ready
 	$(SDIST)
 	mkdir -p $(DIST) && cp build/raw/*.tar.gz $(DIST)
 	for python in $(PYTHONS); do GPTFAST_TORCH="$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages/torch)" $(WHEEL) || exit; done
-	for raw in build/raw/*.whl; do $(REPAIR) $$raw || exit; done
+	$(REPAIR)
 	build/tools/bin/twine check --strict $(DIST)/*
 
 # The same for Linux on Arm CPUs, beside the wheels above, by a cross compiler (`make test-tools` installs it). torch's
@@ -135,7 +135,7 @@ wheel-arm: build/tools/ready $(ARM_TORCH)/version.py
 		SETUPTOOLS_EXT_SUFFIX=".$$($$python -c 'import sys; print(sys.implementation.cache_tag)')-$(ARM).so" \
 		_PYTHON_HOST_PLATFORM=linux-aarch64 CC=$(ARM)-gcc CXX=$(ARM)-g++ LDSHARED="$(ARM)-g++ -shared" \
 		LDCXXSHARED="$(ARM)-g++ -shared" GPTFAST_TORCH=$(CURDIR)/$(ARM_TORCH) $(WHEEL) || exit; done
-	for raw in build/raw/*.whl; do $(REPAIR) $$raw || exit; done
+	$(REPAIR)
 	build/tools/bin/twine check --strict $(DIST)/*
 
 TAKE := import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); z.extractall(sys.argv[2], [name for name in z.namelist() \
